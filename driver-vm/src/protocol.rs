@@ -1,0 +1,210 @@
+//! The control protocol: JSON lines over the virtio-console port [`CONTROL_PORT`] of a driver VM.
+//!
+//! One port, one incarnation: the supervisor makes a new socket pair for each life of a driver VM, so a
+//! message can only come from the generation it belongs to; [`FromAgent::Hello`] repeats the number as a check.
+//! The host does not trust the agent: lines longer than [`MAX_LINE`] or that do not parse are a protocol
+//! violation and count as a failure of that driver VM.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the virtio-console port that carries this protocol.
+pub const CONTROL_PORT: &str = "org.umbra.control";
+
+/// Longest line either side accepts, in bytes: a full rx mode (64 unicast and 64 multicast addresses and a
+/// full VLAN table) fits in with room.
+pub const MAX_LINE: usize = 32 * 1024;
+
+/// How often the agent sends a heartbeat, in milliseconds.
+pub const HEARTBEAT_MS: u64 = 250;
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl std::str::FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || format!("{text:?} is no MAC address (six bytes in hexadecimal, as 52:54:00:12:34:56)");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|p| p.len() == 2).ok_or_else(wrong)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+        }
+        if parts.next().is_some() {
+            return Err(wrong());
+        }
+        Ok(Self(bytes))
+    }
+}
+
+/// Host to agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ToAgent {
+    /// Sent once after [`FromAgent::Hello`]: bring the NIC up and forward between it and the virtio-net ends.
+    ConfigureNet(NetPlan),
+    /// What one guest asked its network device to receive, whole each time.
+    SetRxMode {
+        /// Index of the end in [`NetPlan::ends`].
+        end: u16,
+        /// The mode.
+        mode: RxMode,
+    },
+    /// What one guest can take: segmentation is done in the driver VM for those bits that are off.
+    SetOffloads {
+        /// Index of the end in [`NetPlan::ends`].
+        end: u16,
+        /// The offloads.
+        offloads: Offloads,
+    },
+    /// Fail for real, for tests and for `umbra crash`.
+    Crash {
+        /// In which way.
+        kind: CrashKind,
+    },
+}
+
+/// The network that a driver VM is to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetPlan {
+    /// The virtio-net ends, one a guest device. One end: `tc` redirect; several: a bridge.
+    pub ends: Vec<NetEnd>,
+    /// MTU to set on the NIC and the ends, in bytes; `None` leaves the driver's own.
+    pub mtu: Option<u16>,
+}
+
+/// One virtio-net end inside the driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetEnd {
+    /// The MAC address of the virtio-net device in the driver VM by which the agent finds the interface
+    /// (not the guest's).
+    pub device_mac: Mac,
+    /// What the guest's device receives now.
+    pub mode: RxMode,
+    /// What the guest can take.
+    pub offloads: Offloads,
+}
+
+/// The receive mode of a guest's network device (virtio 1.2, section 5.1.6.5.1 to 5.1.6.5.3).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RxMode {
+    /// Everything on the wire.
+    pub promiscuous: bool,
+    /// All multicast frames.
+    pub all_multicast: bool,
+    /// Unicast addresses, the device's own among them. At most 64; more make the mode promiscuous.
+    pub unicast: Vec<Mac>,
+    /// Multicast addresses. At most 64; more turn `all_multicast` on.
+    pub multicast: Vec<Mac>,
+    /// VLANs let through; `None`: the guest does not filter.
+    pub vlans: Option<Vec<u16>>,
+}
+
+/// Which offloads the guest at the other end of a virtio-net end accepted for frames towards it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offloads {
+    /// Partial checksums (`VIRTIO_NET_F_GUEST_CSUM`).
+    pub checksum: bool,
+    /// TCP over IPv4 segments (`VIRTIO_NET_F_GUEST_TSO4`).
+    pub tso4: bool,
+    /// TCP over IPv6 segments (`VIRTIO_NET_F_GUEST_TSO6`).
+    pub tso6: bool,
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self { checksum: true, tso4: true, tso6: true }
+    }
+}
+
+/// Real ways for a driver VM to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CrashKind {
+    /// A kernel panic (`/proc/sysrq-trigger` `c`).
+    Panic,
+    /// The agent stops answering; the kernel lives on.
+    AgentHang,
+    /// An immediate reboot without a panic.
+    Reboot,
+}
+
+/// Agent to host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum FromAgent {
+    /// First message: the kernel is up and the agent runs.
+    Hello {
+        /// The generation from the kernel command line (`umbra.generation=`).
+        generation: u32,
+        /// Kernel release (`uname -r`).
+        kernel: String,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The physical device has a driver.
+    Nic {
+        /// Kernel driver, as `e1000e`.
+        driver: String,
+        /// Interface name inside the driver VM.
+        interface: String,
+        /// The NIC's permanent address.
+        mac: Mac,
+        /// MTU in force, bytes.
+        mtu: u16,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// Filters are set and frames are forwarded; sent once, whatever the carrier.
+    Forwarding {
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The NIC's carrier; sent after `Forwarding` and at each change.
+    Carrier {
+        /// Link up.
+        up: bool,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// Every [`HEARTBEAT_MS`].
+    Heartbeat {
+        /// Counts from 1.
+        sequence: u64,
+        /// Memory available in the driver VM, bytes.
+        available_memory: u64,
+    },
+    /// The agent cannot do its work; `what` says why in a sentence for the user. The driver VM counts as failed.
+    Failed {
+        /// The reason.
+        what: String,
+    },
+}

@@ -1,0 +1,12 @@
+//! Umbra's virtual machine monitor: KVM virtual machines, their devices, and the supervisor that lets a
+//! guest outlive the drivers of its devices. The binary is `umbra`.
+
+pub mod cli;
+pub mod interrupt;
+pub mod machine;
+pub mod pci;
+pub mod process;
+pub mod spec;
+pub mod supervisor;
+pub mod vfio;
+pub mod virtio;

@@ -1,0 +1,1 @@
+//! One VM: memory, vCPUs, boot, ACPI, legacy devices.

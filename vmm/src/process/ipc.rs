@@ -1,0 +1,258 @@
+//! What the supervisor and the VM processes say to each other: one JSON message a datagram on a
+//! `SOCK_SEQPACKET` socket pair, with file descriptors attached where a message says so.
+//!
+//! Every message about a link carries the [`Generation`] of the driver VM; a receiver drops those of an older one.
+//! Times are `CLOCK_MONOTONIC` in nanoseconds, which all processes of a host share.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_shadow::Generation;
+
+use crate::spec::{Console, Disk, MemorySize};
+
+/// A VM as its process gets it: everything resolved, nothing to look up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// The name in messages and logs, as `web` or `nic0.3` (driver and generation).
+    pub name: String,
+    /// Kernel: bzImage or vmlinux.
+    pub kernel: PathBuf,
+    /// Initial RAM disks.
+    pub initrd: Vec<PathBuf>,
+    /// Kernel command line, complete.
+    pub cmdline: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Memory.
+    pub memory: MemorySize,
+    /// Serial console.
+    pub console: Console,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Network devices.
+    pub nets: Vec<NetBackend>,
+    /// virtio-console ports.
+    pub ports: Vec<PortBackend>,
+    /// PCI functions to pass through.
+    pub passthrough: Vec<String>,
+}
+
+/// What stands behind a virtio-net device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetBackend {
+    /// A TAP interface of the host.
+    Tap {
+        /// Its name.
+        interface: String,
+        /// The VM's address.
+        mac: Mac,
+        /// MTU, bytes.
+        mtu: u16,
+    },
+    /// Guest side: the splitter; its links come by [`ToVm::AttachLink`].
+    Split {
+        /// The VM's address.
+        mac: Mac,
+        /// MTU, bytes.
+        mtu: u16,
+    },
+    /// Driver VM side: a vhost-user front-end on an inherited socket.
+    VhostUser {
+        /// The address of this end (not the guest's).
+        mac: Mac,
+        /// MTU, bytes.
+        mtu: u16,
+        /// The descriptor number of the connected socket in this process.
+        fd: i32,
+    },
+}
+
+/// What stands behind a virtio-console port.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PortBackend {
+    /// Port name.
+    pub name: String,
+    /// The host's end.
+    pub end: PortEnd,
+}
+
+/// The host's end of a console port.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortEnd {
+    /// Listen at this path.
+    Listen(PathBuf),
+    /// A connected stream socket, inherited under this number.
+    Fd(i32),
+}
+
+/// Supervisor to VM process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ToVm {
+    /// First message: the VM to be.
+    Start(Box<VmSpec>),
+    /// Press the power button (ACPI).
+    PowerButton,
+    /// End now.
+    Kill,
+    /// Guest: a new driver VM's link for network device `net`. Descriptor attached: the connected vhost-user socket.
+    AttachLink {
+        /// Index of the network device.
+        net: u16,
+        /// Whose link.
+        generation: Generation,
+    },
+    /// Guest: the driver VM forwards; replay, then go live.
+    GoLive {
+        /// Index of the network device.
+        net: u16,
+        /// Which generation.
+        generation: Generation,
+    },
+    /// Guest: the driver VM has failed (the splitter may know already); mask.
+    Mask {
+        /// Index of the network device.
+        net: u16,
+        /// Which generation failed.
+        generation: Generation,
+    },
+    /// Guest: the carrier that the NIC reports. Ignored while masking.
+    Carrier {
+        /// Index of the network device.
+        net: u16,
+        /// Which generation reports.
+        generation: Generation,
+        /// Link up.
+        up: bool,
+    },
+    /// Guest: there will be no further driver VM for now; show link down.
+    Quarantine {
+        /// Index of the network device.
+        net: u16,
+    },
+    /// Answered by [`FromVm::NetStatus`] for each split device.
+    QueryStatus,
+}
+
+/// VM process to supervisor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum FromVm {
+    /// vCPUs run.
+    Running {
+        /// When, ns.
+        at: u64,
+    },
+    /// The VM has ended; the process exits after this.
+    Ended {
+        /// When, ns.
+        at: u64,
+        /// How.
+        how: VmEnd,
+        /// Registers of each vCPU at the end, as text for the crash report (driver VMs).
+        registers: String,
+    },
+    /// pvpanic: the kernel says it has panicked; it may still be running.
+    Panicked {
+        /// When, ns.
+        at: u64,
+    },
+    /// The VM could not be started; the sentence is for the user.
+    Failed {
+        /// The error, its causes included.
+        what: String,
+    },
+    /// Guest: the vhost-user link is set up and queues are enabled.
+    LinkUp {
+        /// Index of the network device.
+        net: u16,
+        /// Whose link.
+        generation: Generation,
+        /// When, ns.
+        at: u64,
+    },
+    /// Guest: the link is lost or broke a rule; the splitter masks already.
+    LinkLost {
+        /// Index of the network device.
+        net: u16,
+        /// Whose link.
+        generation: Generation,
+        /// When, ns.
+        at: u64,
+        /// Why: `closed`, or the violation.
+        cause: String,
+    },
+    /// Guest: replay is done, frames flow.
+    Live {
+        /// Index of the network device.
+        net: u16,
+        /// Which generation.
+        generation: Generation,
+        /// When, ns.
+        at: u64,
+        /// Counters since the shadow started masking.
+        masked: MaskedCounts,
+    },
+    /// Guest: its driver set the receive mode.
+    RxMode {
+        /// Index of the network device.
+        net: u16,
+        /// The mode.
+        mode: RxMode,
+    },
+    /// Guest: its driver accepted these offloads.
+    Offloads {
+        /// Index of the network device.
+        net: u16,
+        /// The offloads.
+        offloads: Offloads,
+    },
+    /// Answer to [`ToVm::QueryStatus`].
+    NetStatus {
+        /// Index of the network device.
+        net: u16,
+        /// `passive`, `masking`, `replaying` or `quarantined`.
+        mode: String,
+        /// Frames guest to NIC since start.
+        frames_out: u64,
+        /// Frames NIC to guest since start.
+        frames_in: u64,
+        /// Frames in the log now.
+        logged_now: u32,
+        /// Sums over all outages.
+        masked: MaskedCounts,
+    },
+}
+
+/// What happened to frames during an outage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MaskedCounts {
+    /// Accepted from the guest into the log.
+    pub logged: u64,
+    /// Sent from the log to the new driver VM.
+    pub replayed: u64,
+    /// Lost because the log was full (oldest first).
+    pub dropped: u64,
+    /// Handed to the dead driver VM with no sign of what became of them; never sent again.
+    pub unknown: u64,
+}
+
+/// How a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmEnd {
+    /// ACPI power-off.
+    PowerOff,
+    /// Reset through the keyboard controller, port 0xCF9 or the ACPI reset register.
+    Reset,
+    /// Triple fault (`KVM_EXIT_SHUTDOWN`).
+    TripleFault,
+    /// KVM could not go on.
+    Error,
+    /// [`ToVm::Kill`], a signal, or the supervisor went away.
+    Killed,
+}

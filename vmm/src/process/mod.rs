@@ -1,0 +1,3 @@
+//! The processes: what `umbra run` starts for each VM, and how they speak with the supervisor.
+
+pub mod ipc;

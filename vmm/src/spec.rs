@@ -1,0 +1,181 @@
+//! What users configure: file format, command line and documentation at once. `machine.toml` is a [`Machine`].
+//!
+//! Validation that needs only the text is here ([`Machine::parse`]); whether files and devices exist is
+//! checked when they are opened.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use umbra_driver_vm::protocol::Mac;
+
+/// A machine file: guests and the drivers that serve them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Guests by name: `[guest.NAME]`.
+    #[serde(default)]
+    pub guest: BTreeMap<String, Guest>,
+    /// Driver VMs by name: `[driver.NAME]`.
+    #[serde(default)]
+    pub driver: BTreeMap<String, Driver>,
+}
+
+/// `[guest.NAME]`: a user's VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// Kernel: a bzImage or an unpacked vmlinux (ELF).
+    pub kernel: PathBuf,
+    /// Initial RAM disks, handed over one behind the other.
+    #[serde(default)]
+    pub initrd: Vec<PathBuf>,
+    /// Kernel command line.
+    #[serde(default = "default_cmdline")]
+    pub cmdline: String,
+    /// Number of vCPUs.
+    #[serde(default = "default_cpus")]
+    pub cpus: u8,
+    /// Memory, as `512M` or `2G`.
+    #[serde(default)]
+    pub memory: MemorySize,
+    /// Where the serial console goes.
+    #[serde(default)]
+    pub console: Console,
+    /// Disks, in order `vda`, `vdb`, ...: `[[guest.NAME.disk]]`.
+    #[serde(default)]
+    pub disk: Vec<Disk>,
+    /// Network devices, in order: `[[guest.NAME.net]]`.
+    #[serde(default)]
+    pub net: Vec<Net>,
+    /// Named virtio-console ports: `[[guest.NAME.port]]`.
+    #[serde(default)]
+    pub port: Vec<Port>,
+    /// Host PCI functions given straight to the guest (no shadow: their driver's crash is the guest's).
+    #[serde(default)]
+    pub passthrough: Vec<String>,
+}
+
+/// `[[guest.NAME.disk]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// A raw image file or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write to it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// `[[guest.NAME.net]]`: exactly one of `tap` and `driver`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// A TAP interface of the host; made if it does not exist and permission allows.
+    pub tap: Option<String>,
+    /// A driver VM: the name of a `[driver.NAME]` table.
+    pub driver: Option<String>,
+    /// The guest's address; made from the guest's name and the device's index when not given.
+    pub mac: Option<Mac>,
+    /// MTU in bytes, 68 to 65535; 1500 when not given.
+    pub mtu: Option<u16>,
+}
+
+/// `[[guest.NAME.port]]`: a virtio-console port, joined to a Unix socket of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// The port's name; in a Linux guest `/dev/virtio-ports/NAME`.
+    pub name: String,
+    /// The Unix socket that the host listens at; one client at a time.
+    pub socket: PathBuf,
+}
+
+/// `[driver.NAME]`: a driver VM and its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Driver {
+    /// The PCI function, as `0000:03:00.0`, bound to `vfio-pci`.
+    pub device: String,
+    /// The driver VM image that `umbra image` made.
+    pub image: PathBuf,
+    /// Memory of the driver VM.
+    #[serde(default = "default_driver_memory")]
+    pub memory: MemorySize,
+    /// Number of vCPUs of the driver VM.
+    #[serde(default = "default_cpus")]
+    pub cpus: u8,
+    /// Added to the driver VM's kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// How often it may be restarted, and what then.
+    #[serde(default)]
+    pub restart: Restart,
+}
+
+/// `[driver.NAME.restart]`: the restart policy, as systemd's `StartLimit*`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Restart {
+    /// Failures within `interval_s` after which the driver is quarantined.
+    pub limit: u32,
+    /// The window, in seconds.
+    pub interval_s: u32,
+    /// First delay before a restart, in milliseconds, used from the second failure in a row on; doubled each time.
+    pub backoff_ms: u32,
+    /// Longest delay, in milliseconds.
+    pub backoff_max_ms: u32,
+    /// A driver VM that is not forwarding after this many seconds has failed.
+    pub boot_timeout_s: u32,
+    /// Missing heartbeats for this many milliseconds are a failure.
+    pub heartbeat_timeout_ms: u32,
+}
+
+impl Default for Restart {
+    fn default() -> Self {
+        Self {
+            limit: 5,
+            interval_s: 60,
+            backoff_ms: 100,
+            backoff_max_ms: 10_000,
+            boot_timeout_s: 60,
+            heartbeat_timeout_ms: 3_000,
+        }
+    }
+}
+
+/// Where a guest's serial console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Console {
+    /// Nowhere.
+    #[default]
+    Off,
+    /// The terminal of `umbra run`: `console = "terminal"`. One guest at most.
+    Terminal,
+    /// Appended to a file: `console = { file = "web.log" }`.
+    File(PathBuf),
+}
+
+/// A size in bytes, a multiple of 4 KiB; in files `"512M"`, `"2G"`, or a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MemorySize(pub u64);
+
+impl Default for MemorySize {
+    fn default() -> Self {
+        Self(512 << 20)
+    }
+}
+
+fn default_cpus() -> u8 {
+    1
+}
+
+fn default_cmdline() -> String {
+    "console=ttyS0".into()
+}
+
+fn default_driver_memory() -> MemorySize {
+    MemorySize(128 << 20)
+}

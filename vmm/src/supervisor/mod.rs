@@ -1,0 +1,1 @@
+//! The supervisor: starts, watches, fences and replaces driver VMs.

@@ -1,0 +1,1 @@
+//! Passing host PCI functions through to a VM (VFIO).

@@ -1,0 +1,3 @@
+//! Virtio devices (virtio 1.2) and their PCI transport.
+
+pub mod device;
