@@ -1,2 +1,7 @@
-//! The agent.
-fn main() {}
+//! The `umbra` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    umbra_vmm::cli::main()
+}

@@ -1,1 +1,60 @@
-//! The command line of `umbra`.
+//! The command line: one file a subcommand, each with its `Args` and a `run` that returns the error for [`main`] to print.
+//!
+//! Exit codes: 0 done, 1 failed (one line on stderr that says why), 2 wrong usage. The chain of an error's causes is
+//! printed here and nowhere else.
+
+pub mod image;
+pub mod vm;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A virtual machine monitor whose guests survive the crash of their device drivers.
+#[derive(Debug, Parser)]
+#[command(name = "umbra", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a driver VM image, or unpack a kernel.
+    Image(image::Args),
+    /// Be the process of one VM (started by `umbra run`).
+    #[command(hide = true)]
+    Vm(vm::Args),
+}
+
+/// Runs the command that the process was started for.
+pub fn main() -> ExitCode {
+    init_logging();
+    let result = match Cli::parse().command {
+        Command::Image(args) => image::run(&args),
+        Command::Vm(args) => vm::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("umbra: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs go to stderr and are off below warnings; `UMBRA_LOG` takes a filter, as `debug` or `umbra_vmm::vfio=trace`.
+fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("UMBRA_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// The reader of our output went away, as in `umbra status | head -1`: no error of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}
