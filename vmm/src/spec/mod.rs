@@ -1,7 +1,16 @@
 //! What users configure: file format, command line and documentation at once. `machine.toml` is a [`Machine`].
 //!
-//! Validation that needs only the text is here ([`Machine::parse`]); whether files and devices exist is
-//! checked when they are opened.
+//! Everything that can be told from the text alone is checked here: [`Machine::parse`] for files, with the line
+//! of each mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is
+//! checked before anything starts (`supervisor::preflight`). `docs/configuration.md` describes each key.
+
+mod check;
+mod memory;
+mod parse;
+
+pub use check::{MAX_CPUS, Problem, Step};
+pub use memory::{MemorySize, MemorySizeError};
+pub use parse::SpecError;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -56,6 +65,24 @@ pub struct Guest {
     pub passthrough: Vec<String>,
 }
 
+impl Guest {
+    /// A guest with this kernel and everything else as the file format's defaults have it.
+    pub fn new(kernel: PathBuf) -> Self {
+        Self {
+            kernel,
+            initrd: Vec::new(),
+            cmdline: default_cmdline(),
+            cpus: default_cpus(),
+            memory: MemorySize::default(),
+            console: Console::Off,
+            disk: Vec::new(),
+            net: Vec::new(),
+            port: Vec::new(),
+            passthrough: Vec::new(),
+        }
+    }
+}
+
 /// `[[guest.NAME.disk]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,6 +106,30 @@ pub struct Net {
     pub mac: Option<Mac>,
     /// MTU in bytes, 68 to 65535; 1500 when not given.
     pub mtu: Option<u16>,
+}
+
+/// MTU of a network device that names none, in bytes.
+pub const DEFAULT_MTU: u16 = 1500;
+
+impl Net {
+    /// The device's address: the one given, or one made from the guest's name and the device's index, so that
+    /// it is the same at each start. Made ones are locally administered unicast addresses.
+    pub fn mac_or_default(&self, guest: &str, index: usize) -> Mac {
+        self.mac.unwrap_or_else(|| {
+            let [.., a, b, c, d, e] = fnv1a(guest.bytes().chain([b'/']).chain(index.to_string().bytes())).to_be_bytes();
+            Mac([0x02, a, b, c, d, e])
+        })
+    }
+
+    /// The MTU in force, in bytes.
+    pub fn mtu_or_default(&self) -> u16 {
+        self.mtu.unwrap_or(DEFAULT_MTU)
+    }
+}
+
+/// The FNV-1a hash: stable across builds and hosts, which the standard library's hashers do not promise.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// `[[guest.NAME.port]]`: a virtio-console port, joined to a Unix socket of the host.
@@ -113,11 +164,25 @@ pub struct Driver {
     pub restart: Restart,
 }
 
+impl Driver {
+    /// A driver VM for `device` from `image` and everything else as the file format's defaults have it.
+    pub fn new(device: String, image: PathBuf) -> Self {
+        Self {
+            device,
+            image,
+            memory: default_driver_memory(),
+            cpus: default_cpus(),
+            cmdline: String::new(),
+            restart: Restart::default(),
+        }
+    }
+}
+
 /// `[driver.NAME.restart]`: the restart policy, as systemd's `StartLimit*`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Restart {
-    /// Failures within `interval_s` after which the driver is quarantined.
+    /// Restarts allowed within `interval_s`; the failure that would need one more quarantines the driver.
     pub limit: u32,
     /// The window, in seconds.
     pub interval_s: u32,
@@ -155,17 +220,6 @@ pub enum Console {
     Terminal,
     /// Appended to a file: `console = { file = "web.log" }`.
     File(PathBuf),
-}
-
-/// A size in bytes, a multiple of 4 KiB; in files `"512M"`, `"2G"`, or a number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct MemorySize(pub u64);
-
-impl Default for MemorySize {
-    fn default() -> Self {
-        Self(512 << 20)
-    }
 }
 
 fn default_cpus() -> u8 {
