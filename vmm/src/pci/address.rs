@@ -1,4 +1,5 @@
-//! Addresses of PCI functions: domain, bus, device and function, written as `lspci -D` and sysfs write them.
+//! Addresses of PCI functions: [`Bdf`] on the host (domain, bus, device and function, written as `lspci -D`
+//! and sysfs write them), [`Slot`] on a VM's only bus.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,7 +20,7 @@ pub struct Bdf {
 }
 
 /// Devices on a bus (5 bits of the address).
-const DEVICES: u8 = 32;
+pub const DEVICES: u8 = 32;
 /// Functions of a device (3 bits).
 const FUNCTIONS: u8 = 8;
 
@@ -79,6 +80,27 @@ impl From<Bdf> for String {
 impl fmt::Display for Bdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04x}:{:02x}:{:02x}.{}", self.domain, self.bus, self.device, self.function)
+    }
+}
+
+/// A device number on a VM's root bus, 0 to 31. Slot 0 is the host bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(u8);
+
+impl Slot {
+    /// Slot `number`, or `None` from 32 on.
+    pub fn new(number: u8) -> Option<Self> {
+        (number < DEVICES).then_some(Self(number))
+    }
+
+    /// Its number.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    /// All slots, the host bridge's first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..DEVICES).map(Self)
     }
 }
 
