@@ -1,1 +1,8 @@
-//! placeholder
+//! The nested bench: boots a test host in QEMU with the NICs, sound cards and disks that its caller names, runs
+//! scripts in it and in the guests inside it, and measures from outside. Scenarios, the demo and the benchmarks are
+//! built on it; `docs/bench.md` shows how to use it for one's own CI.
+//!
+//! This crate runs on a developer's machine and trusts what it boots as little as it must: every wait has a deadline.
+
+pub mod peer;
+pub mod probe;

@@ -1,0 +1,82 @@
+//! `umbra-probe`: the small program inside machines under test, and the bench's peer outside.
+//!
+//! Arguments are few and their caller is a script of this crate; the usage line is the documentation.
+
+use std::error::Error;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use umbra_tests::probe::wire::{PORT_NAME, Reply};
+use umbra_tests::probe::{client::Client, net, port, serve};
+
+const USAGE: &str = "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS | send ADDRESS SECONDS
+       | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("umbra-probe: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
+        match *words {
+        ["serve"] => serve::serve(port::open(PORT_NAME, Duration::from_secs(10))?)?,
+        ["serve", name] => serve::serve(port::open(name, Duration::from_secs(10))?)?,
+        ["exec", socket, script] => return exec(socket, script, Duration::from_secs(600)),
+        ["exec", socket, script, limit] => return exec(socket, script, seconds(limit)?),
+        ["peer", nics] => {
+            let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned()?;
+            let control = UnixStream::from(stdin);
+            umbra_tests::peer::main(control, nics.parse()?)?;
+        }
+        ["tick", peer] => net::tick(peer.parse()?)?,
+        ["send", peer, length] => print(&net::send(peer.parse()?, seconds(length)?)?)?,
+        ["receive", peer, length] => print(&net::receive(peer.parse()?, seconds(length)?)?)?,
+        ["ping", peer, count] => print(&net::ping(peer.parse()?, count.parse()?)?)?,
+        ["first-answer", peer, limit] => {
+            let peer: Ipv4Addr = peer.parse()?;
+            print(&net::first_answer(peer, seconds(limit)?)?.as_secs_f64())?;
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return Ok(ExitCode::from(2));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn seconds(text: &str) -> Result<Duration, Box<dyn Error>> {
+    Ok(Duration::try_from_secs_f64(text.parse()?)?)
+}
+
+fn print(result: &impl serde::Serialize) -> Result<(), Box<dyn Error>> {
+    println!("{}", serde_json::to_string(result)?);
+    Ok(())
+}
+
+fn exec(socket: &str, script: &str, limit: Duration) -> Result<ExitCode, Box<dyn Error>> {
+    let mut run = Client::connect(Path::new(socket), limit.min(Duration::from_secs(60)))?.start(script)?;
+    let ended = run.poll_each(limit, |reply| match reply {
+        Reply::Stdout { text, .. } => {
+            print!("{text}");
+            let _ = std::io::stdout().flush();
+        }
+        Reply::Stderr { text, .. } => eprint!("{text}"),
+        Reply::Hello { .. } | Reply::Exit { .. } => {}
+    })?;
+    if !ended {
+        return Err(format!("the script in the guest did not end within {limit:?}").into());
+    }
+    Ok(ExitCode::from(u8::try_from(run.output().status).unwrap_or(255)))
+}

@@ -1,0 +1,109 @@
+//! The machine at the other end of the wire: the kernel of the host that runs the bench, in a network namespace of
+//! its own, with a TAP interface for each NIC of the test host.
+//!
+//! A child process holds the namespace (`umbra-probe peer`), so that neither root nor the caller's network is
+//! touched. It hands the TAP descriptors to the bench, which gives them to QEMU: QEMU itself needs no namespace.
+//! NIC `n` has the network 10.77.n.0/24; the peer is .1, guests are .2 and up.
+
+mod bulk;
+mod download;
+mod handle;
+mod netns;
+mod server;
+mod ticks;
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+pub use download::{Content, DEFAULT_RATE};
+pub use handle::{Peer, PeerError};
+pub use server::main;
+pub use ticks::Tick;
+
+/// Where the peer listens, on every network.
+pub mod ports {
+    /// HTTP: one file, paced.
+    pub const HTTP: u16 = 8000;
+    /// UDP: ticks are recorded.
+    pub const TICKS: u16 = 7000;
+    /// UDP: datagrams come back.
+    pub const ECHO: u16 = 7001;
+    /// TCP: takes all, answers with what arrived.
+    pub const SINK: u16 = 7002;
+    /// TCP: sends for as many milliseconds as the first four bytes say.
+    pub const SOURCE: u16 = 7003;
+}
+
+/// The peer's address on the network of NIC `nic`.
+pub fn peer_address(nic: usize) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, u8::try_from(nic).unwrap_or(u8::MAX), 1)
+}
+
+/// The address of the `guest`th guest (from 0) on the network of NIC `nic`.
+pub fn guest_address(nic: usize, guest: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, u8::try_from(nic).unwrap_or(u8::MAX), 2 + guest)
+}
+
+/// Bench to peer process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Request {
+    /// What HTTP clients get from now on, and how fast.
+    Offer {
+        /// Size of the file, bytes.
+        bytes: u64,
+        /// Bytes a second.
+        rate: u64,
+        /// No more than this many bytes until the next `Allow`.
+        allow: u64,
+    },
+    /// The download may go on to this many bytes.
+    Allow {
+        /// Bytes from the file's start.
+        bytes: u64,
+    },
+    /// How far are the downloads?
+    Progress,
+    /// The ticks that arrived since the last such question.
+    TakeTicks,
+}
+
+/// Peer process to bench.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Reply {
+    /// The namespace stands; the TAP descriptors come with this message.
+    Ready,
+    /// It does not, and why.
+    Failed {
+        /// For the user.
+        what: String,
+    },
+    /// Done.
+    Done,
+    /// Answer to [`Request::Progress`].
+    Progress(Progress),
+    /// Answer to [`Request::TakeTicks`].
+    Ticks {
+        /// In order of arrival.
+        ticks: Vec<Tick>,
+    },
+}
+
+/// How far the HTTP downloads are, all connections since the last offer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Connections taken.
+    pub connections: u32,
+    /// Bytes of the file handed to the kernel (latest connection).
+    pub sent: u64,
+    /// Of these, acknowledged by the guest.
+    pub acknowledged: u64,
+    /// Connections that delivered the whole file.
+    pub complete: u32,
+    /// Connections that ended with a reset.
+    pub resets: u32,
+    /// Longest time without a newly acknowledged byte while some were under way, milliseconds.
+    pub longest_stall_ms: u64,
+}

@@ -1,0 +1,75 @@
+//! Records ticks as they arrive, and echoes datagrams.
+//!
+//! The arrival times are what outages are measured by: a tick that a splitter kept in its log and sent later counts
+//! at the time it arrived here, not when the guest sent it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::ports;
+use crate::probe::net::{TICK_LEN, TICK_MAGIC};
+
+/// Ticks kept until they are asked for: 100 a second for three hours.
+const MAX_TICKS: usize = 1 << 20;
+
+/// One arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tick {
+    /// Who sent it.
+    pub from: Ipv4Addr,
+    /// Its number.
+    pub seq: u64,
+    /// The sender's clock, microseconds.
+    pub sent_us: u64,
+    /// The peer's clock, microseconds.
+    pub arrived_us: u64,
+}
+
+pub(super) type Ticks = Arc<Mutex<VecDeque<Tick>>>;
+
+pub(super) fn record() -> io::Result<Ticks> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, ports::TICKS))?;
+    let ticks = Ticks::default();
+    let kept = ticks.clone();
+    thread::Builder::new().name("ticks".into()).spawn(move || {
+        let start = Instant::now();
+        let mut datagram = [0; 64];
+        while let Ok((len, from)) = socket.recv_from(&mut datagram) {
+            let arrived_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let IpAddr::V4(from) = from.ip() else { continue };
+            let Some((seq, sent_us)) = parse(&datagram[..len]) else { continue };
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() == MAX_TICKS {
+                kept.pop_front();
+            }
+            kept.push_back(Tick { from, seq, sent_us, arrived_us });
+        }
+    })?;
+    Ok(ticks)
+}
+
+fn parse(datagram: &[u8]) -> Option<(u64, u64)> {
+    let datagram: &[u8; TICK_LEN] = datagram.try_into().ok()?;
+    let rest = datagram.strip_prefix(&TICK_MAGIC)?;
+    let (seq, sent) = rest.split_at(8);
+    Some((u64::from_le_bytes(seq.try_into().ok()?), u64::from_le_bytes(sent.try_into().ok()?)))
+}
+
+pub(super) fn echo() -> io::Result<()> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, ports::ECHO))?;
+    thread::Builder::new().name("echo".into()).spawn(move || {
+        let mut datagram = [0; 2048];
+        loop {
+            if let Ok((len, from)) = socket.recv_from(&mut datagram) {
+                let _ = socket.send_to(&datagram[..len], from);
+            }
+        }
+    })?;
+    Ok(())
+}

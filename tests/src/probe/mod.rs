@@ -1,0 +1,11 @@
+//! What runs inside the machines under test: an exec server on a virtio-console port, its client, and small network
+//! clients (ticks, bulk transfer, round trips).
+//!
+//! The same static binary, `umbra-probe`, serves the test host and the guests in it. It depends on little, because it
+//! is part of every guest's initramfs.
+
+pub mod client;
+pub mod net;
+pub mod port;
+pub mod serve;
+pub mod wire;
