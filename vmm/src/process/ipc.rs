@@ -27,7 +27,8 @@ pub struct VmSpec {
     pub cpus: u8,
     /// Memory.
     pub memory: MemorySize,
-    /// Serial console.
+    /// Serial console. `Terminal` is stdin and stdout of the VM process: for a driver VM `/dev/null` and a pipe to the
+    /// supervisor, so raw mode is for a stdin that is a terminal.
     pub console: Console,
     /// Disks.
     pub disks: Vec<Disk>,
@@ -112,6 +113,9 @@ pub enum ToVm {
         net: u16,
         /// Which generation.
         generation: Generation,
+        /// What it gets of what was recorded.
+        #[serde(default)]
+        replay: Replay,
     },
     /// Guest: the driver VM has failed (the splitter may know already); mask.
     Mask {
@@ -226,6 +230,18 @@ pub enum FromVm {
         /// Sums over all outages.
         masked: MaskedCounts,
     },
+}
+
+/// What a new driver VM gets of what the shadow recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Replay {
+    /// Configuration and the logged frames.
+    #[default]
+    Everything,
+    /// Configuration alone: the log is suspect, because a driver VM died while it was replayed. Its frames are
+    /// dropped and counted.
+    ConfigurationOnly,
 }
 
 /// What happened to frames during an outage.

@@ -1,1 +1,5 @@
-//! The supervisor: starts, watches, fences and replaces driver VMs.
+//! The supervisor.
+
+pub mod lifecycle;
+pub mod policy;
+pub mod time;

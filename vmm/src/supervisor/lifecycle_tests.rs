@@ -1,0 +1,266 @@
+//! The lives of a driver VM: the usual way, each way to fail, and any order of inputs at all.
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::spec::Restart;
+
+fn at(ms: u64) -> Time {
+    Time(ms * 1_000_000)
+}
+
+fn generation(n: u32) -> Generation {
+    Generation::new(n).unwrap()
+}
+
+fn failure(source: Source, ms: u64) -> Failure {
+    Failure { source, what: "it broke".into(), at: at(ms) }
+}
+
+fn new(ends: usize) -> Lifecycle {
+    Lifecycle::new(History::new(Restart::default()), ends)
+}
+
+/// A driver VM in its first life, live since 10 ms.
+fn live(ends: usize) -> Lifecycle {
+    let mut life = new(ends);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    for end in 0..ends {
+        life.handle(at(10), Input::EndLive(end));
+    }
+    assert_eq!(*life.state(), State::Live { since: at(10) });
+    life
+}
+
+/// From the reset to the replay; returns what that asked for last.
+fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
+    life.handle(now, Input::ResetDone);
+    life.handle(now, Input::Hello);
+    life.handle(now, Input::Forwarding);
+    life.handle(now, Input::Carrier(Carrier::Up))
+}
+
+#[test]
+fn the_first_life_goes_through_its_stages_to_live() {
+    let mut life = new(2);
+    assert_eq!(life.handle(at(0), Input::Start), [Action::Reset]);
+    assert_eq!(life.handle(at(1), Input::ResetDone), [Action::Spawn(generation(1))]);
+    assert_eq!(life.handle(at(2), Input::Hello), [Action::Configure]);
+    assert_eq!(life.handle(at(3), Input::Forwarding), []);
+    let replay = |end| Action::GoLive(end, Replay::Everything);
+    assert_eq!(life.handle(at(4), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
+    assert_eq!(life.handle(at(5), Input::EndLive(1)), []);
+    assert_eq!(life.handle(at(6), Input::EndLive(0)), [Action::Live]);
+    assert_eq!(life.state().name(), "live");
+}
+
+#[test]
+fn a_panic_is_fenced_reported_reset_and_restarted() {
+    let mut life = live(1);
+    let panic = failure(Source::Panic, 2000);
+    assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::AskEvidence]);
+    assert_eq!(life.handle(at(2001), Input::Evidence), [Action::Kill]);
+    assert_eq!(life.handle(at(2002), Input::Evidence), [], "killed once");
+    assert_eq!(life.handle(at(2003), Input::ProcessGone("killed".into())), [Action::Report, Action::Reset]);
+    assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(2))]);
+}
+
+#[test]
+fn a_process_that_hands_over_nothing_is_killed_all_the_same() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
+    assert_eq!(life.deadline(), Some(at(2050)));
+    assert_eq!(life.handle(at(2049), Input::Tick), []);
+    assert_eq!(life.handle(at(2050), Input::Tick), [Action::Kill]);
+}
+
+#[test]
+fn kill_9_needs_no_fence() {
+    let mut life = live(1);
+    let gone = Failure { source: Source::ProcessExit, what: "signal 9".into(), at: at(50) };
+    let actions = life.handle(at(50), Input::ProcessGone("signal 9".into()));
+    assert_eq!(actions, [Action::Failed(gone), Action::Report, Action::Reset]);
+}
+
+#[test]
+fn a_closed_link_waits_for_the_better_reason_and_keeps_its_time() {
+    let mut life = live(1);
+    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 1999))), []);
+    let actions = life.handle(at(2003), Input::Failed(failure(Source::Panic, 2003)));
+    assert_eq!(actions.first(), Some(&Action::Failed(failure(Source::Panic, 1999))));
+}
+
+#[test]
+fn a_closed_link_without_a_better_reason_is_the_failure() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Sign(failure(Source::Link, 1999)));
+    assert_eq!(life.handle(at(2099), Input::Tick), []);
+    let actions = life.handle(at(2100), Input::Tick);
+    assert_eq!(actions, [Action::Failed(failure(Source::Link, 1999)), Action::AskEvidence]);
+}
+
+#[test]
+fn a_silent_agent_fails_after_the_heartbeat_timeout() {
+    let mut life = live(1);
+    life.handle(at(1000), Input::Heartbeat);
+    assert_eq!(life.deadline(), Some(at(4000)));
+    assert_eq!(life.handle(at(3999), Input::Tick), []);
+    let actions = life.handle(at(4000), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::AskEvidence] if f.source == Source::Heartbeat));
+}
+
+#[test]
+fn a_boot_that_takes_too_long_fails() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    life.handle(at(0), Input::ResetDone);
+    life.handle(at(100), Input::Hello);
+    let actions = life.handle(at(60_000), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::BootTimeout));
+}
+
+#[test]
+fn a_cable_that_is_out_does_not_keep_the_guest_waiting() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    life.handle(at(0), Input::ResetDone);
+    life.handle(at(0), Input::Hello);
+    life.handle(at(0), Input::Forwarding);
+    life.handle(at(5000), Input::Heartbeat);
+    assert_eq!(life.handle(at(6000), Input::Tick), [Action::GoLive(0, Replay::Everything)]);
+    assert_eq!(life.carrier(), Carrier::Down);
+}
+
+#[test]
+fn a_life_that_dies_replaying_makes_its_log_suspect() {
+    let mut life = new(2);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(1), Input::EndLive(0));
+    life.handle(at(2), Input::ProcessGone("signal 9".into()));
+    let again = bring_up(&mut life, at(3));
+    assert_eq!(again, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::ConfigurationOnly)]);
+    life.handle(at(4), Input::EndLive(0));
+    life.handle(at(4), Input::EndLive(1));
+    life.handle(at(5), Input::ProcessGone("signal 9".into()));
+    // The second failure in a row waits for its back-off.
+    assert_eq!(life.handle(at(6), Input::ResetDone), []);
+    assert_eq!(life.state().name(), "back-off");
+    let until = life.deadline().unwrap();
+    assert_eq!(life.handle(until, Input::Tick), [Action::Spawn(generation(3))]);
+    life.handle(until, Input::Hello);
+    life.handle(until, Input::Forwarding);
+    let third = life.handle(until, Input::Carrier(Carrier::Up));
+    assert_eq!(third, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::Everything)]);
+}
+
+#[test]
+fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
+    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
+    assert!(matches!(&actions[..], [_, Action::Report, Action::Quarantine(_), Action::Reset]), "{actions:?}");
+    assert_eq!(life.handle(at(10), Input::ResetDone), []);
+    assert_eq!(*life.state(), State::Quarantined);
+}
+
+#[test]
+fn a_reset_that_hangs_ends_in_quarantine() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    let actions = life.handle(at(0) + RESET_PATIENCE, Input::Tick);
+    assert!(matches!(&actions[..], [Action::Quarantine(_)]));
+    assert_eq!(life.handle(at(90_000), Input::ResetDone), [], "too late");
+}
+
+#[test]
+fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::EndGone(0));
+    life.end_is_back(0);
+    let actions = life.handle(at(2001), Input::Replace("web was rebooted".into()));
+    assert!(matches!(&actions[..], [Action::Failed(_), Action::Kill]));
+    assert_eq!(life.handle(at(2002), Input::ProcessGone("killed".into())), [Action::Reset]);
+    assert_eq!(life.history().total(), 0);
+}
+
+#[test]
+fn messages_of_the_dead_change_nothing() {
+    let mut life = live(1);
+    life.handle(at(50), Input::ProcessGone("signal 9".into()));
+    let before = life.state().clone();
+    for late in [Input::Hello, Input::Forwarding, Input::Heartbeat, Input::EndLive(0), Input::Evidence, Input::Start] {
+        assert_eq!(life.handle(at(60), late.clone()), [], "{late:?}");
+    }
+    assert_eq!(*life.state(), before);
+}
+
+fn any_input() -> impl Strategy<Value = Input> {
+    prop_oneof![
+        1 => Just(Input::Start),
+        4 => Just(Input::ResetDone),
+        4 => Just(Input::Hello),
+        4 => Just(Input::Forwarding),
+        4 => Just(Input::Carrier(Carrier::Up)),
+        1 => Just(Input::Carrier(Carrier::Down)),
+        1 => Just(Input::Heartbeat),
+        4 => (0_usize..3).prop_map(Input::EndLive),
+        1 => (0_usize..3).prop_map(Input::EndGone),
+        1 => Just(Input::Failed(failure(Source::Panic, 0))),
+        1 => Just(Input::Sign(failure(Source::Link, 0))),
+        2 => Just(Input::Evidence),
+        3 => Just(Input::ProcessGone("gone".into())),
+        1 => Just(Input::Replace("reboot".into())),
+        3 => Just(Input::Tick),
+    ]
+}
+
+proptest! {
+    /// Whatever happens in whatever order: one process at a time, generations count up by one, the reset has
+    /// returned before a start, nothing goes live that does not run, and nothing starts after quarantine or stop.
+    #[test]
+    fn any_order_of_inputs_keeps_the_invariants(
+        inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
+        stop_at in 0_usize..250,
+    ) {
+        let mut life = new(3);
+        let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
+        for (n, (input, gap)) in inputs.into_iter().enumerate() {
+            now += gap;
+            let input = if n == stop_at { Input::Stop } else { input };
+            // A process can only be gone, and a reset only return, if there is one.
+            match input {
+                Input::ProcessGone(_) if !alive => continue,
+                Input::ProcessGone(_) => alive = false,
+                Input::ResetDone if !resetting => continue,
+                Input::ResetDone => resetting = false,
+                _ => {}
+            }
+            for action in life.handle(at(now), input.clone()) {
+                match action {
+                    Action::Spawn(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "started at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        alive = true;
+                    }
+                    Action::Reset => {
+                        prop_assert!(!alive && !resetting, "reset under a life at {input:?}");
+                        resetting = true;
+                    }
+                    Action::Configure | Action::GoLive(..) => prop_assert!(alive),
+                    Action::Kill | Action::AskEvidence => prop_assert!(alive, "kill nothing at {input:?}"),
+                    Action::Quarantine(_) => over = true,
+                    Action::Live | Action::Failed(_) | Action::Report => {}
+                }
+            }
+            over |= matches!(input, Input::Stop);
+            if let Some(deadline) = life.deadline() {
+                prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
+            }
+        }
+    }
+}
