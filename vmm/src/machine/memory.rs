@@ -1,0 +1,223 @@
+//! The guest's memory: one memfd, sealed against change of size, so that a vhost-user back-end that maps it
+//! cannot be hit by SIGBUS; and KVM's memory slots, which RAM and mapped BARs of passed-through devices share.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use thiserror::Error;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::layout;
+
+/// Page size of the host and of KVM's slots.
+const PAGE: u64 = 4096;
+
+/// Errors of guest memory.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The size cannot be used.
+    #[error("guest memory of {0} bytes: it must be a multiple of 4 KiB and not 0")]
+    Size(u64),
+    /// The memfd could not be made or sealed.
+    #[error("create {size} bytes of guest memory (memfd)")]
+    Memfd {
+        /// Bytes.
+        size: u64,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The memfd could not be mapped.
+    #[error("map {size} bytes of guest memory")]
+    Map {
+        /// Bytes.
+        size: u64,
+        /// The cause.
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// A region has no address in this process.
+    #[error("find the host address of guest memory at {0:#x}")]
+    HostAddress(u64),
+    /// KVM has no slot left.
+    #[error("KVM has no free memory slot (limit {0})")]
+    NoSlot(usize),
+    /// KVM refused a slot.
+    #[error("map guest memory at {address:#x}, {size:#x} bytes (KVM_SET_USER_MEMORY_REGION)")]
+    Slot {
+        /// Guest physical address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// Bytes of RAM below 4 GiB, and above, of a guest with `size` bytes.
+pub fn split(size: u64) -> (u64, u64) {
+    let low = size.min(layout::LOW_RAM_LIMIT);
+    (low, size - low)
+}
+
+/// Makes the memory of the VM `name`.
+pub fn create(name: &str, size: u64) -> Result<GuestMemoryMmap, Error> {
+    if size == 0 || size % PAGE != 0 {
+        return Err(Error::Size(size));
+    }
+    let file = sealed_memfd(name, size).map_err(|source| Error::Memfd { size, source })?;
+    let file = Arc::new(file);
+    let (low, high) = split(size);
+    let place = |start, bytes: u64, offset| {
+        let length = usize::try_from(bytes).map_err(|_| Error::Size(size))?;
+        Ok((GuestAddress(start), length, Some(FileOffset::from_arc(Arc::clone(&file), offset))))
+    };
+    let mut ranges = vec![place(0, low, 0)?];
+    if high > 0 {
+        ranges.push(place(layout::HIGH_RAM_START, high, low)?);
+    }
+    GuestMemoryMmap::from_ranges_with_files(&ranges).map_err(|source| Error::Map { size, source })
+}
+
+fn sealed_memfd(name: &str, size: u64) -> io::Result<File> {
+    let name = format!("umbra-{name}");
+    let file = File::from(memfd_create(name.as_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    file.set_len(size)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e: Errno| io::Error::from(e))?;
+    Ok(file)
+}
+
+/// KVM's memory slots of one VM.
+#[derive(Debug)]
+pub struct MemorySlots {
+    vm: Arc<VmFd>,
+    limit: usize,
+    used: Mutex<Vec<bool>>,
+}
+
+/// A mapping into the guest; dropping it takes the mapping away.
+#[derive(Debug)]
+pub struct MemorySlot {
+    slots: Arc<MemorySlots>,
+    number: u32,
+}
+
+/// Whether the guest may write to a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads and writes.
+    ReadWrite,
+    /// Writes exit to the VMM as MMIO.
+    ReadOnly,
+}
+
+impl MemorySlots {
+    /// The slots of `vm`, of which KVM allows `limit`.
+    pub fn new(vm: Arc<VmFd>, limit: usize) -> Arc<Self> {
+        Arc::new(Self { vm, limit, used: Mutex::new(Vec::new()) })
+    }
+
+    /// Maps every region of `memory`; the mappings last as long as the VM.
+    pub fn map_ram(self: &Arc<Self>, memory: &GuestMemoryMmap) -> Result<Vec<MemorySlot>, Error> {
+        let map = |region: &<GuestMemoryMmap as GuestMemoryBackend>::R| {
+            let start = region.start_addr().0;
+            let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| Error::HostAddress(start))?;
+            // SAFETY: the caller keeps `memory` at least as long as the VM (`Vm` owns both, and declares the
+            // mappings first, so that they are dropped first).
+            unsafe { self.map(start, host as u64, region.len(), Access::ReadWrite) }
+        };
+        memory.iter().map(map).collect()
+    }
+
+    /// Maps `size` bytes of this process at `host` to the guest physical address `address`.
+    ///
+    /// # Safety
+    /// The memory at `host` must stay mapped until the returned slot is dropped, and nothing in this process
+    /// may assume that it does not change.
+    pub unsafe fn map(self: &Arc<Self>, address: u64, host: u64, size: u64, access: Access) -> Result<MemorySlot, Error> {
+        let flags = match access {
+            Access::ReadWrite => 0,
+            Access::ReadOnly => KVM_MEM_READONLY,
+        };
+        let number = self.take()?;
+        let slot = MemorySlot { slots: Arc::clone(self), number };
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            flags,
+            guest_phys_addr: address,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: the caller vouches for the memory behind `host`.
+        let set = unsafe { self.vm.set_user_memory_region(region) };
+        set.map_err(|source| Error::Slot { address, size, source })?;
+        Ok(slot)
+    }
+
+    fn take(&self) -> Result<u32, Error> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = used.iter().position(|taken| !taken).unwrap_or(used.len());
+        if number >= self.limit {
+            return Err(Error::NoSlot(self.limit));
+        }
+        if number == used.len() {
+            used.push(true);
+        } else {
+            used[number] = true;
+        }
+        u32::try_from(number).map_err(|_| Error::NoSlot(self.limit))
+    }
+}
+
+impl Drop for MemorySlot {
+    fn drop(&mut self) {
+        let region = kvm_userspace_memory_region { slot: self.number, ..Default::default() };
+        // SAFETY: a size of 0 removes the slot; no memory is given to the guest.
+        let removed = unsafe { self.slots.vm.set_user_memory_region(region) };
+        if let Err(error) = removed {
+            // Fails where the slot was never set (the drop in the error path of `map`).
+            tracing::debug!(slot = self.number, %error, "remove a memory slot");
+        }
+        let mut used = self.slots.used.lock().unwrap_or_else(PoisonError::into_inner);
+        used[self.number as usize] = false;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_split_at_the_pci_hole() {
+        let memory = create("test", (4 << 30) + PAGE).unwrap();
+        let regions: Vec<_> = memory.iter().map(|r| (r.start_addr().0, r.len())).collect();
+        assert_eq!(regions, [(0, 0xc000_0000), (1 << 32, 0x4000_0000 + PAGE)]);
+        let offsets: Vec<_> = memory.iter().map(|r| r.file_offset().unwrap().start()).collect();
+        assert_eq!(offsets, [0, 0xc000_0000]);
+    }
+
+    #[test]
+    fn memory_cannot_shrink() {
+        let memory = create("test", 1 << 20).unwrap();
+        let file = memory.iter().next().unwrap().file_offset().unwrap().file();
+        assert_eq!(file.set_len(PAGE).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        let seals = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS).unwrap());
+        assert!(seals.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL));
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for size in [0, 1, PAGE + 1] {
+            assert!(matches!(create("test", size), Err(Error::Size(n)) if n == size));
+        }
+    }
+}
