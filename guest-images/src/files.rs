@@ -1,0 +1,157 @@
+//! File operations whose errors name the operation and the path, and atomic replacement: a file or folder appears
+//! whole under its name or not at all.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// A file operation failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {operation} {}{}", path.display(), advice(source))]
+pub struct FileError {
+    /// What was tried, as `read`.
+    pub operation: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// Why it failed.
+    #[source]
+    pub source: io::Error,
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            ": no space is left there; nothing was changed, free some space and try again"
+        }
+        io::ErrorKind::NotFound => ": there is no such file or folder",
+        _ => "",
+    }
+}
+
+/// Attaches operation and path to an I/O error.
+pub fn context<'a>(operation: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> FileError + 'a {
+    move |source| FileError { operation, path: path.into(), source }
+}
+
+/// Reads a whole file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    fs::read(path).map_err(context("read", path))
+}
+
+/// Reads a whole text file; invalid UTF-8 is replaced.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read_text(path: &Path) -> Result<String, FileError> {
+    read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Makes a folder and those above it.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make_dir(path: &Path) -> Result<(), FileError> {
+    fs::create_dir_all(path).map_err(context("make the folder", path))
+}
+
+/// Writes a file in one step: beside its place first, then renamed.
+///
+/// # Errors
+/// When writing fails; the old file, if any, is then untouched.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let parent = parent_of(path);
+    make_dir(parent)?;
+    let write = || {
+        let mut file = tempfile::Builder::new().prefix(".umbra-").tempfile_in(parent)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_data()?;
+        fs::set_permissions(file.path(), readable_by_all())?;
+        file.persist(path).map_err(|e| e.error)?;
+        Ok(())
+    };
+    write().map_err(context("write", path))
+}
+
+/// Fills a new folder with `fill` and then puts it at `path` in one step; a folder that was there goes away.
+///
+/// # Errors
+/// When filling or renaming fails; what was at `path` is then untouched.
+pub fn replace_dir<E: From<FileError>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let parent = parent_of(path);
+    make_dir(parent)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let temporary = tempfile::Builder::new()
+        .prefix(&format!(".{name}."))
+        .tempdir_in(parent)
+        .map_err(context("make a folder in", parent))?;
+    fs::set_permissions(temporary.path(), searchable_by_all()).map_err(context("set permissions of", path))?;
+    fill(temporary.path())?;
+    if fs::rename(temporary.path(), path).is_ok() {
+        let _ = temporary.keep(); // it is at its place; its old name is free
+        return Ok(());
+    }
+    // Something is there: exchange the two; dropping `temporary` then removes the old one.
+    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+    renameat2(AT_FDCWD, temporary.path(), AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE)
+        .map_err(|e| context("replace", path)(e.into()))?;
+    Ok(())
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn readable_by_all() -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o644)
+}
+
+fn searchable_by_all() -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o755)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_folder_is_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("image");
+        for content in ["one", "two"] {
+            replace_dir(&place, |new| {
+                fs::write(new.join(content), content).map_err(context("write", new))
+            })
+            .unwrap();
+            assert_eq!(names(&place), [content]);
+        }
+        assert_eq!(names(dir.path()), ["image"]);
+    }
+
+    #[test]
+    fn a_failed_fill_leaves_the_old_folder_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("image");
+        fs::create_dir(&place).unwrap();
+        fs::write(place.join("old"), "").unwrap();
+        let failed = replace_dir(&place, |new| {
+            fs::write(new.join("half"), "").unwrap();
+            Err(context("write", new)(io::ErrorKind::StorageFull.into()))
+        });
+        assert!(failed.unwrap_err().to_string().contains("no space is left"));
+        assert_eq!(names(&place), ["old"]);
+        assert_eq!(names(dir.path()), ["image"]);
+    }
+}

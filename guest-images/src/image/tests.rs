@@ -1,0 +1,95 @@
+//! Images built from a small kernel folder made by the test itself.
+
+use super::*;
+use crate::modinfo::tests::module;
+
+const NIC: &str = "pci:v00008086d000010D3sv*sd*bc*sc*i*";
+
+fn kernel_dir(root: &Path) {
+    let tree = root.join("lib/modules/6.1.0");
+    fs::create_dir_all(tree.join("kernel")).unwrap();
+    fs::create_dir_all(root.join("boot")).unwrap();
+    fs::create_dir_all(root.join("lib/firmware/nic")).unwrap();
+    fs::write(root.join("boot/vmlinuz-6.1.0"), b"\x7fELF kernel").unwrap();
+    fs::write(root.join("lib/firmware/nic/a.bin.xz"), liblzma::encode_all(&b"firmware"[..], 1).unwrap()).unwrap();
+    fs::write(tree.join("modules.order"), "").unwrap();
+    fs::write(tree.join("modules.builtin"), "kernel/virtio_pci.ko\nkernel/virtio_console.ko\n").unwrap();
+    let alias = format!("alias={NIC}");
+    let nic = ["depends=lib", &alias, "firmware=nic/a.bin", "firmware=nic/gone.bin", "firmware=../../../etc/passwd"];
+    fs::write(tree.join("kernel/nic.ko"), module(&nic)).unwrap();
+    for name in ["lib", "virtio_net", "sch_ingress", "cls_matchall", "act_mirred", "bridge", "pvpanic"] {
+        fs::write(tree.join(format!("kernel/{name}.ko")), module(&["depends="])).unwrap();
+    }
+}
+
+fn recipe(dir: &Path) -> (Recipe, Cache) {
+    let root = dir.join("root");
+    kernel_dir(&root);
+    fs::write(dir.join("agent"), "agent").unwrap();
+    let cache = Cache::at(dir.join("cache"));
+    let kernel = Kernel::from_dir(&root, &cache).unwrap();
+    let device = Device { name: "0000:01:00.0".into(), modalias: NIC.replace('*', "0") };
+    let recipe =
+        Recipe { kernel, drivers: vec![], devices: vec![device], agent: dir.join("agent"), firmware: vec![] };
+    (recipe, cache)
+}
+
+#[test]
+fn a_device_gets_its_driver_with_dependencies_and_firmware() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, cache) = recipe(dir.path());
+    let image = recipe.build(&dir.path().join("out"), &cache).unwrap();
+    let manifest = &image.manifest;
+    assert_eq!(manifest.drivers, ["nic"]);
+    let names: Vec<_> = manifest.modules.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(names[..3], ["lib", "nic", "virtio_net"]);
+    assert!(names.contains(&"pvpanic") && !names.contains(&"virtio_pci"));
+    assert_eq!(manifest.firmware, ["nic/a.bin"]);
+    assert_eq!(manifest.firmware_missing, ["nic/gone.bin", "../../../etc/passwd"]);
+    let archive = fs::read(&image.initramfs).unwrap();
+    assert_eq!(sha256(&archive), manifest.initramfs.sha256);
+    let holds = |text: &str| archive.windows(text.len()).any(|w| w == text.as_bytes());
+    assert!(holds("/lib/modules/6.1.0/lib.ko\n/lib/modules/6.1.0/nic.ko\n"));
+    assert!(holds("lib/firmware/nic/a.bin\0") && holds("firmware"));
+}
+
+#[test]
+fn the_same_recipe_is_not_built_twice_and_a_changed_one_is() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, cache) = recipe(dir.path());
+    let out = dir.path().join("out");
+    let inode = || fs::metadata(&out).unwrap().ino();
+    recipe.build(&out, &cache).unwrap();
+    let first = inode();
+    recipe.build(&out, &cache).unwrap();
+    assert_eq!(inode(), first);
+    fs::write(&recipe.agent, "another agent").unwrap();
+    recipe.build(&out, &cache).unwrap();
+    assert_ne!(inode(), first);
+}
+
+#[test]
+fn a_foreign_folder_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, cache) = recipe(dir.path());
+    let out = dir.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("thesis.txt"), "").unwrap();
+    assert!(matches!(recipe.build(&out, &cache), Err(ImageError::NotAnImage(_))));
+    assert!(out.join("thesis.txt").exists());
+}
+
+#[test]
+fn a_device_without_driver_and_a_broken_image_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, cache) = recipe(dir.path());
+    let out = dir.path().join("out");
+    let image = recipe.build(&out, &cache).unwrap();
+    fs::write(image.vmlinux, "short").unwrap();
+    let error = Image::open(&out).unwrap_err().to_string();
+    assert!(error.contains("vmlinux has 5 bytes") && error.contains("build it again"), "{error}");
+    recipe.build(&out, &cache).unwrap(); // a broken image is replaced
+    recipe.devices[0].modalias = "pci:v00001234".into();
+    assert!(matches!(recipe.build(&out, &cache), Err(ImageError::NoDriver { .. })));
+}
