@@ -1,14 +1,206 @@
-//! `umbra image`.
+//! `umbra image`: builds a driver VM image from a kernel package or the running system's kernel, or just unpacks a
+//! kernel. Says what it took and how large the result is.
 
-/// Arguments of `umbra image`.
-#[derive(Debug, clap::Args)]
-pub struct Args {}
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-/// Runs `umbra image`.
+use anyhow::{Context, bail};
+use umbra_guest_images::cache::Cache;
+use umbra_guest_images::image::{Device, Image, Recipe};
+use umbra_guest_images::kernel::{Kernel, cached_vmlinux};
+
+/// Name of the agent's binary.
+const AGENT: &str = "umbra-agent";
+/// Where firmware is, besides the kernel's own package.
+const SYSTEM_FIRMWARE: &str = "/lib/firmware";
+
+/// Build a driver VM image for a device or a driver, or unpack a kernel.
+#[derive(clap::Args, Clone, Debug, Default)]
+#[command(after_help = "Examples:
+  umbra image --pci 0000:01:00.0 -o nic0.image            the running kernel, the driver of that device
+  umbra image --driver e1000e --kernel-deb linux-image-6.12.deb -o nic0.image
+  umbra image --vmlinux /boot/vmlinuz-6.12.0 -o vmlinux   only unpack a kernel")]
+pub struct Args {
+    /// PCI function whose driver is taken, as 0000:01:00.0; may be repeated
+    #[arg(long, value_name = "ADDRESS")]
+    pub pci: Vec<String>,
+    /// Driver (kernel module) to take, as e1000e; may be repeated
+    #[arg(long, value_name = "MODULE")]
+    pub driver: Vec<String>,
+    /// Debian package with the kernel; repeat it where image and modules are packaged apart [default: the running
+    /// kernel, from /boot and /lib/modules]
+    #[arg(long, value_name = "FILE")]
+    pub kernel_deb: Vec<PathBuf>,
+    /// Unpacked folder with the kernel (boot/vmlinuz-*, lib/modules/*)
+    #[arg(long, value_name = "DIR", conflicts_with = "kernel_deb")]
+    pub kernel_dir: Option<PathBuf>,
+    /// The agent's binary [default: umbra-agent beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub agent: Option<PathBuf>,
+    /// Folder with firmware files, searched before /lib/firmware; may be repeated
+    #[arg(long, value_name = "DIR")]
+    pub firmware: Vec<PathBuf>,
+    /// Only unpack vmlinux from this bzImage to the output file
+    #[arg(long, value_name = "BZIMAGE",
+          conflicts_with_all = ["pci", "driver", "kernel_deb", "kernel_dir", "agent", "firmware"])]
+    pub vmlinux: Option<PathBuf>,
+    /// Where the result goes: a folder, or a file with --vmlinux
+    #[arg(short, long, value_name = "PATH")]
+    pub output: PathBuf,
+    /// Print what is in the image as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
 ///
 /// # Errors
-///
-/// What could not be made, and why.
-pub fn run(_args: &Args) -> anyhow::Result<()> {
-    anyhow::bail!("no image can be made by this build")
+/// One chain that says what is missing or wrong and what to do.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let cache = Cache::of_user();
+    if let Some(image) = &args.vmlinux {
+        return unpack(image, &args.output, &cache);
+    }
+    if args.pci.is_empty() && args.driver.is_empty() {
+        bail!("say for what: --pci ADDRESS (as 0000:01:00.0) or --driver MODULE (as e1000e)");
+    }
+    let devices = args.pci.iter().map(|address| device(address)).collect::<anyhow::Result<_>>()?;
+    let agent = agent(args.agent.as_deref())?;
+    let source = source_of(&args.kernel_deb, args.kernel_dir.as_deref());
+    let kernel = match (&args.kernel_deb[..], &args.kernel_dir) {
+        ([], None) => Kernel::running(&cache)?,
+        ([], Some(dir)) => Kernel::from_dir(dir, &cache)?,
+        (packages, _) => Kernel::from_debs(packages, &cache)?,
+    };
+    let mut firmware = args.firmware.clone();
+    firmware.push(SYSTEM_FIRMWARE.into());
+    let recipe = Recipe { kernel, drivers: args.driver.clone(), devices, agent, firmware };
+    let image = recipe.build(&args.output, &cache)?;
+    if args.json {
+        print(&serde_json::to_string_pretty(&image.manifest)?)
+    } else {
+        print(&report(&image, &source, &recipe.agent, &args.output)?)
+    }
+}
+
+fn unpack(image: &Path, output: &Path, cache: &Cache) -> anyhow::Result<()> {
+    let vmlinux = cached_vmlinux(image, cache)?;
+    let bytes = umbra_guest_images::files::read(&vmlinux)?;
+    umbra_guest_images::files::write_atomically(output, &bytes)?;
+    print(&format!("{}: {}, from {}", output.display(), size(bytes.len() as u64), image.display()))
+}
+
+/// Looks a PCI function up in sysfs.
+fn device(address: &str) -> anyhow::Result<Device> {
+    // The short form leaves the domain out, as lspci does.
+    let name = if address.matches(':').count() == 1 { format!("0000:{address}") } else { address.to_owned() };
+    let is_address = |c: char| c.is_ascii_hexdigit() || c == ':' || c == '.';
+    if !name.chars().all(is_address) || name.matches(':').count() != 2 {
+        bail!("{address:?} is no PCI address (domain:bus:device.function, as 0000:01:00.0)");
+    }
+    let place = Path::new("/sys/bus/pci/devices").join(&name).join("modalias");
+    let modalias = fs::read_to_string(&place).with_context(|| {
+        format!("there is no PCI function {name} in this system; `ls /sys/bus/pci/devices` lists those that are")
+    })?;
+    Ok(Device { name, modalias: modalias.trim().into() })
+}
+
+fn agent(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(path) = given {
+        if !path.is_file() {
+            bail!("there is no agent at {}", path.display());
+        }
+        return Ok(path.into());
+    }
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let beside = program.with_file_name(AGENT);
+    if !beside.is_file() {
+        bail!(
+            "the driver VM's agent is not at {}; build it (`cargo build --release -p umbra-driver-vm`) or name it with \
+             --agent",
+            beside.display()
+        );
+    }
+    Ok(beside)
+}
+
+fn source_of(packages: &[PathBuf], dir: Option<&Path>) -> String {
+    match dir {
+        Some(dir) => dir.display().to_string(),
+        None if packages.is_empty() => "the running system".into(),
+        None => packages.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "),
+    }
+}
+
+fn report(image: &Image, source: &str, agent: &Path, output: &Path) -> anyhow::Result<String> {
+    let manifest = &image.manifest;
+    let mut text = String::new();
+    writeln!(text, "kernel    {} from {source}", manifest.kernel)?;
+    for device in &manifest.devices {
+        writeln!(text, "device    {} ({})", device.name, device.modalias)?;
+    }
+    writeln!(text, "driver    {}", manifest.drivers.join(", "))?;
+    let modules: Vec<_> = manifest.modules.iter().map(|m| m.name.as_str()).collect();
+    let sum = manifest.modules.iter().map(|m| m.size).sum();
+    writeln!(text, "modules   {} ({})", modules.join(" "), size(sum))?;
+    let firmware = if manifest.firmware.is_empty() { "none".into() } else { manifest.firmware.join(" ") };
+    writeln!(text, "firmware  {firmware}")?;
+    if !manifest.firmware_missing.is_empty() {
+        let missing = manifest.firmware_missing.join(" ");
+        writeln!(text, "          not found, the driver may do without: {missing}")?;
+    }
+    let agent_size = fs::metadata(agent).map_or(0, |meta| meta.len());
+    writeln!(text, "agent     {} ({})", agent.display(), size(agent_size))?;
+    let (vmlinux, initramfs) = (manifest.vmlinux.size, manifest.initramfs.size);
+    write!(
+        text,
+        "image     {}: {} (vmlinux {}, initramfs {})",
+        output.display(),
+        size(vmlinux + initramfs),
+        size(vmlinux),
+        size(initramfs)
+    )?;
+    Ok(text)
+}
+
+/// A size for people.
+fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes >= MIB {
+        format!("{}.{} MiB", bytes / MIB, bytes % MIB * 10 / MIB)
+    } else {
+        format!("{} KiB", bytes.div_ceil(1024))
+    }
+}
+
+/// Prints one answer; a closed pipe is an error, not a panic.
+fn print(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(1), "1 KiB");
+        assert_eq!(size((3 << 20) + (1 << 19)), "3.5 MiB");
+    }
+
+    #[test]
+    fn a_wrong_address_is_refused_before_it_is_looked_up() {
+        for wrong in ["eth0", "../../etc", "0000:01:00.0/..", ""] {
+            assert!(device(wrong).unwrap_err().to_string().contains("is no PCI address"), "{wrong}");
+        }
+        assert!(device("ffff:ff:1f.7").unwrap_err().to_string().contains("there is no PCI function"));
+    }
+
+    #[test]
+    fn nothing_asked_for_says_what_can_be() {
+        let error = run(&Args { output: "x".into(), ..Args::default() }).unwrap_err();
+        assert!(error.to_string().contains("--pci"));
+    }
 }
