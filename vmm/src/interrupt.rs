@@ -11,7 +11,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -44,6 +44,15 @@ pub enum Error {
     Irqfd {
         /// The GSI.
         gsi: u32,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused an ioeventfd.
+    #[error("bind an eventfd to guest address {address:#x} (KVM_IOEVENTFD)")]
+    Ioeventfd {
+        /// The guest physical address.
+        address: u64,
         /// The cause.
         #[source]
         source: kvm_ioctls::Error,
@@ -115,6 +124,18 @@ impl Interrupts {
     /// Binds `trigger` to an edge on `gsi` (legacy devices: serial, SCI).
     pub fn bind_edge(&self, gsi: u32, trigger: &EventFd) -> Result<(), Error> {
         self.vm.register_irqfd(trigger, gsi).map_err(|source| Error::Irqfd { gsi, source })
+    }
+
+    /// Signals `event` at each write of the guest to `address`, in place of an exit (`KVM_IOEVENTFD`).
+    pub fn bind_kick(&self, event: &EventFd, address: u64) -> Result<(), Error> {
+        let bound = self.vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
+        bound.map_err(|source| Error::Ioeventfd { address, source })
+    }
+
+    /// Undoes [`Self::bind_kick`].
+    pub fn unbind_kick(&self, event: &EventFd, address: u64) -> Result<(), Error> {
+        let unbound = self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
+        unbound.map_err(|source| Error::Ioeventfd { address, source })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Option<kvm_irq_routing_entry>>> {

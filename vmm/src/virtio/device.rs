@@ -74,7 +74,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
         let _ = (offset, data);
     }
 
-    /// Gives the eventfd by which the device announces a configuration change (before any queue starts).
+    /// Gives the eventfd by which the device announces a configuration change: before the queues start, and
+    /// again whenever the driver chooses another vector.
     fn set_config_interrupt(&mut self, call: EventFd) {
         let _ = call;
     }
@@ -85,4 +86,13 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Stops queue `index` and gives its position back; `None` if it was not running. Idempotent. On return
     /// the device touches the queue's memory no more.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+
+    /// The driver has reset the device; its queues are stopped already. Idempotent.
+    fn reset(&mut self) {}
+
+    /// True once the device can go on only after a reset (the driver broke a rule of its queues); the
+    /// device has then signalled a configuration change.
+    fn needs_reset(&self) -> bool {
+        false
+    }
 }
