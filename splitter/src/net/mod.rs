@@ -66,6 +66,15 @@ pub enum Notice {
     Config,
 }
 
+/// What becomes of the log when a driver VM goes live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// It is replayed.
+    Replay,
+    /// It is dropped: a driver VM has died while it was replayed, and what is in it is suspect.
+    Drop,
+}
+
 /// Takes notices.
 pub type Listener = Box<dyn FnMut(Notice) + Send>;
 
@@ -116,6 +125,7 @@ pub struct NetSplitter {
     listener: Listener,
     outward: Counts,
     inward: Counts,
+    broken: bool,
 }
 
 impl NetSplitter {
@@ -133,6 +143,7 @@ impl NetSplitter {
             listener,
             outward: Counts::default(),
             inward: Counts::default(),
+            broken: false,
         })
     }
 
@@ -205,11 +216,14 @@ impl NetSplitter {
         }
     }
 
-    /// The driver VM forwards: replay the log, then go live.
-    pub fn go_live(&mut self, generation: Generation) {
+    /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then.
+    pub fn go_live(&mut self, generation: Generation, log: Log) {
         self.take_events();
-        if self.link.generation() != Some(generation) {
+        if self.link.generation() != Some(generation) || self.shadow.generation() == Some(generation) {
             return;
+        }
+        if log == Log::Drop {
+            self.shadow.drop_suspects();
         }
         match &mut self.link {
             LinkState::Connecting { go_live, .. } => *go_live = true,
@@ -248,9 +262,14 @@ impl NetSplitter {
         self.outward();
     }
 
-    /// Drops the log: after a crash during replay what is in it is suspect.
-    pub fn drop_suspects(&mut self) -> u64 {
-        self.shadow.drop_suspects()
+    /// True if the guest broke a queue's rules: that queue stands still until [`Self::reset`].
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The guest's driver has reset its device.
+    pub fn reset(&mut self) {
+        self.broken = false;
     }
 
     /// State for users.
@@ -463,6 +482,8 @@ impl NetSplitter {
         let why = fault.source().map(|s| format!(": {s}")).unwrap_or_default();
         tracing::warn!("the guest broke its network queue {name:?}: {fault}{why}");
         self.stop_queue(name);
+        self.broken = true;
+        (self.listener)(Notice::Config);
     }
 }
 

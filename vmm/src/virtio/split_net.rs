@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::time::{ClockId, clock_gettime};
@@ -14,13 +14,13 @@ use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::Generation;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::header::Offloads as FrameOffloads;
-use umbra_splitter::net::{GuestQueue, NetSplitter, Notice, Source, features};
+use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features};
 use umbra_splitter::queue::Virtqueue;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Error, QueueResources, QueueState, VirtioDevice};
-use crate::process::ipc::{FromVm, MaskedCounts};
+use crate::process::ipc::{FromVm, MaskedCounts, Replay};
 
 /// Device ID of a network device.
 const DEVICE_ID: u16 = 1;
@@ -34,12 +34,14 @@ const LINK_UP: u16 = 1;
 /// Takes messages for the supervisor, in the device's lock; it must not block or call the device.
 pub type Outbox = Box<dyn FnMut(FromVm) + Send>;
 
+/// The eventfd of configuration changes, shared with the splitter's listener.
+type ConfigCall = Arc<Mutex<Option<EventFd>>>;
+
 /// A guest's network device whose frames go through a driver VM.
 pub struct SplitNet {
     index: u16,
     splitter: NetSplitter,
-    /// Written at a change of the device configuration; shared with the splitter's listener.
-    config_call: Arc<std::sync::OnceLock<EventFd>>,
+    config_call: ConfigCall,
     /// Kicks in the event loop.
     watched: Vec<(RawFd, Source)>,
 }
@@ -47,7 +49,7 @@ pub struct SplitNet {
 impl SplitNet {
     /// Network device `index` of its guest.
     pub fn new(index: u16, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
-        let config_call = Arc::new(std::sync::OnceLock::new());
+        let config_call = ConfigCall::default();
         let listener = listener(index, Arc::clone(&config_call), outbox);
         let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
             operation: "cannot make the network splitter".into(),
@@ -62,8 +64,12 @@ impl SplitNet {
     }
 
     /// [`ToVm::GoLive`](crate::process::ipc::ToVm::GoLive).
-    pub fn go_live(&mut self, generation: Generation) {
-        self.splitter.go_live(generation);
+    pub fn go_live(&mut self, generation: Generation, replay: Replay) {
+        let log = match replay {
+            Replay::Everything => Log::Replay,
+            Replay::ConfigurationOnly => Log::Drop,
+        };
+        self.splitter.go_live(generation, log);
     }
 
     /// [`ToVm::Mask`](crate::process::ipc::ToVm::Mask).
@@ -79,11 +85,6 @@ impl SplitNet {
     /// [`ToVm::Quarantine`](crate::process::ipc::ToVm::Quarantine).
     pub fn quarantine(&mut self) {
         self.splitter.quarantine();
-    }
-
-    /// Drops the log after a crash during replay; returns how many frames there were.
-    pub fn drop_suspects(&mut self) -> u64 {
-        self.splitter.drop_suspects()
     }
 
     /// The answer to [`ToVm::QueryStatus`](crate::process::ipc::ToVm::QueryStatus).
@@ -135,7 +136,7 @@ impl SplitNet {
     }
 }
 
-fn listener(index: u16, config_call: Arc<std::sync::OnceLock<EventFd>>, mut outbox: Outbox) -> impl FnMut(Notice) + Send {
+fn listener(index: u16, config_call: ConfigCall, mut outbox: Outbox) -> impl FnMut(Notice) + Send {
     move |notice| {
         let (net, at) = (index, now());
         outbox(match notice {
@@ -145,7 +146,7 @@ fn listener(index: u16, config_call: Arc<std::sync::OnceLock<EventFd>>, mut outb
             Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
             Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
             Notice::Config => {
-                if let Some(call) = config_call.get() {
+                if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
                     // Full only if an interrupt is due anyway.
                     let _ = call.write(1);
                 }
@@ -215,8 +216,7 @@ impl VirtioDevice for SplitNet {
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {
-        // Once: the transport's eventfd stays the same.
-        let _ = self.config_call.set(call);
+        *self.config_call.lock().unwrap_or_else(PoisonError::into_inner) = Some(call);
     }
 
     fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> Result<(), Error> {
@@ -239,6 +239,14 @@ impl VirtioDevice for SplitNet {
         let (next_avail, next_used) = self.splitter.stop_queue(name)?;
         Some(QueueState { next_avail, next_used })
     }
+
+    fn reset(&mut self) {
+        self.splitter.reset();
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.splitter.is_broken()
+    }
 }
 
 impl MutEventSubscriber for SplitNet {
@@ -252,8 +260,8 @@ impl MutEventSubscriber for SplitNet {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let fd = events.fd();
         if fd == self.splitter.wake().as_raw_fd() {
-            // First the set, so that a kick after this is seen; then the work that earlier kicks asked for.
             self.splitter.service();
+            // A kick that is watched from here on fires at once if it came before: it is never read.
             self.watch(ops);
         } else if let Some((_, source)) = self.watched.iter().find(|(watched, _)| *watched == fd) {
             self.splitter.kicked(*source);
