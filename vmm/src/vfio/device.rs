@@ -1,0 +1,210 @@
+//! A host PCI function as a device of a VM.
+//!
+//! The invariant: when it goes (VM reset, drop), interrupts are switched off, then bus mastering is cleared,
+//! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA.
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::bars::{self, BarPlan, Emulated};
+use super::config::{self, COMMAND, Capabilities, Config};
+use super::container::Vfio;
+use super::error::Error;
+use super::events::{Failure, FailureWatch};
+use super::interrupts::DeviceInterrupts;
+use super::irq::Index;
+use super::mapping::BarMapping;
+use super::msi::{self, Msi};
+use super::msix::{MsixLayout, within};
+use super::region::{HostConfig, HostFunction};
+use super::sysfs::HostDevice;
+use crate::interrupt::Interrupts;
+use crate::pci::address::{Bdf, Slot};
+use crate::pci::config::COMMAND_BUS_MASTER;
+use crate::pci::device::{Bar, BarChange, BarIndex, PciDevice};
+use crate::pci::msix::Msix;
+
+/// A BAR of the function.
+struct BarState {
+    plan: BarPlan,
+    mapping: Option<BarMapping>,
+}
+
+/// A function passed through to a VM.
+pub struct VfioPciDevice {
+    name: String,
+    config: Config,
+    interrupts: DeviceInterrupts,
+    bars: Vec<BarState>,
+    host: HostFunction,
+    vfio: Arc<Vfio>,
+}
+
+impl VfioPciDevice {
+    /// Opens the function for `slot` of the VM's bus. The host's kernel resets it, if it can.
+    pub fn open(vfio: &Arc<Vfio>, bdf: Bdf, slot: Slot) -> Result<Self, Error> {
+        let host_device = HostDevice::find(bdf)?;
+        let vanished = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::EventFd { bdf, source })?;
+        let host = HostFunction::new(bdf, vfio.open(&host_device)?, vanished);
+        let gsi = (host.irq_count(Index::Intx) > 0).then(|| Interrupts::intx_gsi(slot.get()));
+        // From here on its drop gives everything back, however far the set-up came.
+        let mut this = Self {
+            name: format!("vfio {bdf}"),
+            config: Config::new(&Capabilities::default(), &[], None),
+            interrupts: DeviceInterrupts::new(vfio.interrupts(), gsi),
+            bars: Vec::new(),
+            host,
+            vfio: Arc::clone(vfio),
+        };
+        this.set_up(gsi)?;
+        Ok(this)
+    }
+
+    fn set_up(&mut self, gsi: Option<u32>) -> Result<(), Error> {
+        let (host, bdf, interrupts) = (&self.host, self.host.bdf(), self.vfio.interrupts());
+        let capabilities = Capabilities::scan(host);
+        let msix = config::msix_layout(host, &capabilities)?;
+        let emulated: Vec<Emulated> = msix.iter().flat_map(MsixLayout::emulated).collect();
+        let regions = std::array::from_fn(|index| host.region(u32::try_from(index).unwrap_or(u32::MAX)));
+        let plans = bars::plan(config::bar_registers(host), &regions, &emulated);
+        let bars: Vec<Bar> = plans.iter().map(|plan| plan.bar).collect();
+        let mut config = Config::new(&capabilities, &bars, gsi.and_then(|gsi| u8::try_from(gsi).ok()));
+        if let Some(offset) = capabilities.msi {
+            let vectors = msi::vectors(interrupts, msi::announced(host, offset));
+            config.msi = Some(Msi::new(host, offset, vectors.map_err(|source| Error::Interrupt { bdf, source })?));
+        }
+        if let Some(layout) = msix {
+            let msix = Msix::new(interrupts, layout.count).map_err(|source| Error::Vectors { bdf, source })?;
+            config.msix = Some((layout, msix));
+        }
+        config.reset(host);
+        for plan in plans {
+            self.bars.push(map_bar(&self.vfio, host, plan)?);
+        }
+        self.config = config;
+        self.interrupts.update(&self.host, &self.config)
+    }
+
+    /// Watches the function for failures; add the result to the VM's event loop. `tell` is called there.
+    pub fn watch(&self, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<FailureWatch, Error> {
+        FailureWatch::new(&self.host, tell)
+    }
+
+    /// The host's address of the function.
+    pub fn bdf(&self) -> Bdf {
+        self.host.bdf()
+    }
+
+    fn find_bar(&mut self, bar: BarIndex) -> Option<&mut BarState> {
+        self.bars.iter_mut().find(|state| state.plan.bar.index == bar)
+    }
+
+    fn leave_vm(&mut self) {
+        for mapping in self.bars.iter_mut().filter_map(|state| state.mapping.as_mut()) {
+            if let Err(error) = mapping.place(None) {
+                tracing::error!("{}: {}", self.name, chain(&error));
+            }
+        }
+    }
+
+    /// Interrupts off, DMA off, BARs out of the VM: in this order.
+    fn quiesce(&mut self) {
+        self.interrupts.off(&self.host);
+        let command = self.host.config16(COMMAND);
+        self.host.write_config(COMMAND, &(command & !COMMAND_BUS_MASTER).to_le_bytes());
+        self.leave_vm();
+    }
+
+    fn update_interrupts(&mut self) {
+        if let Err(error) = self.interrupts.update(&self.host, &self.config) {
+            // The driver will see a device without interrupts and give up; the VM goes on.
+            tracing::error!("{}: {}", self.name, chain(&error));
+        }
+    }
+}
+
+fn map_bar(vfio: &Arc<Vfio>, host: &HostFunction, plan: BarPlan) -> Result<BarState, Error> {
+    let bar = plan.bar.index.0;
+    let offset = host.device().get_region_offset(u32::from(bar));
+    let mapping = (!plan.mapped.is_empty()).then(|| BarMapping::new(vfio.slots(), host.fd(), offset, &plan.mapped));
+    let mapping = mapping.transpose().map_err(|source| Error::MapBar { bdf: host.bdf(), bar, source })?;
+    Ok(BarState { plan, mapping })
+}
+
+impl PciDevice for VfioPciDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn bars(&self) -> Vec<Bar> {
+        self.bars.iter().map(|state| state.plan.bar).collect()
+    }
+
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.config.read(&self.host, offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        if self.config.may_stop_decoding(offset, data) {
+            self.leave_vm();
+        }
+        let effects = self.config.write(&self.host, offset, data);
+        if effects.interrupts {
+            self.update_interrupts();
+        }
+        effects.bars
+    }
+
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        if let Some((layout, msix)) = &self.config.msix {
+            if let Some(at) = within(&layout.table, bar, offset) {
+                return msix.table_read(at, data);
+            }
+            if let Some(at) = within(&layout.pending, bar, offset) {
+                return msix.pba_read(at, data);
+            }
+        }
+        self.host.read(u32::from(bar.0), offset, data);
+    }
+
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        if let Some((layout, msix)) = &mut self.config.msix {
+            if let Some(at) = within(&layout.table, bar, offset) {
+                return msix.table_write(at, data);
+            }
+            if within(&layout.pending, bar, offset).is_some() {
+                return;
+            }
+        }
+        self.host.write(u32::from(bar.0), offset, data);
+    }
+
+    fn bar_moved(&mut self, bar: BarIndex, base: Option<u64>) {
+        let Some(mapping) = self.find_bar(bar).and_then(|state| state.mapping.as_mut()) else { return };
+        if let Err(error) = mapping.place(base) {
+            // Accesses are trapped and forwarded instead.
+            tracing::error!("{}: {}", self.name, chain(&error));
+        }
+    }
+
+    fn reset(&mut self) {
+        self.quiesce();
+        self.host.device().reset();
+        self.config.reset(&self.host);
+        self.update_interrupts();
+    }
+}
+
+impl Drop for VfioPciDevice {
+    fn drop(&mut self) {
+        self.quiesce();
+        self.vfio.release();
+    }
+}
+
+/// The error and its causes, in a line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,220 @@
+//! Resetting a PCI function between two lives of its driver, through sysfs (`reset_method`, `reset`).
+//!
+//! The invariant: bus mastering is cleared first, so that a device without any reset at least stops its DMA
+//! until the next driver switches it on. `vfio-pci` resets by the same methods itself whenever its device
+//! file is opened and after it is closed.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::error::Error;
+use super::sysfs::HostDevice;
+
+/// PCI command register (PCI 3.0, section 6.2.2).
+const COMMAND: u64 = 4;
+/// Its bus master bit.
+const COMMAND_MASTER: u16 = 1 << 2;
+
+/// A way in which Linux can reset one function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetMethod {
+    /// A routine in the kernel for this very device.
+    DeviceSpecific,
+    /// The firmware's `_RST`.
+    Acpi,
+    /// Function-level reset (PCI Express).
+    Flr,
+    /// Function-level reset (conventional PCI, Advanced Features).
+    AfFlr,
+    /// Power management: D3hot and back.
+    Pm,
+    /// Secondary bus reset of the bridge or slot above.
+    Bus,
+    /// Secondary bus reset of a CXL port.
+    CxlBus,
+    /// A method that the kernel does not name (older than 5.15) or this program does not know.
+    Other,
+}
+
+impl ResetMethod {
+    fn from_word(word: &str) -> Self {
+        match word {
+            "device_specific" => Self::DeviceSpecific,
+            "acpi" => Self::Acpi,
+            "flr" => Self::Flr,
+            "af_flr" => Self::AfFlr,
+            "pm" => Self::Pm,
+            "bus" => Self::Bus,
+            "cxl_bus" => Self::CxlBus,
+            _ => Self::Other,
+        }
+    }
+
+    /// The kernel's word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::DeviceSpecific => "device_specific",
+            Self::Acpi => "acpi",
+            Self::Flr => "flr",
+            Self::AfFlr => "af_flr",
+            Self::Pm => "pm",
+            Self::Bus => "bus",
+            Self::CxlBus => "cxl_bus",
+            Self::Other => "other",
+        }
+    }
+}
+
+impl fmt::Display for ResetMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// The methods for one function, best first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset(Vec<ResetMethod>);
+
+impl Reset {
+    /// From the content of `reset_method`, and whether there is a file `reset` (older kernels have that alone).
+    pub(super) fn new(methods: Option<&str>, has_reset: bool) -> Self {
+        match methods {
+            Some(words) => Self(words.split_whitespace().map(ResetMethod::from_word).collect()),
+            None if has_reset => Self(vec![ResetMethod::Other]),
+            None => Self(Vec::new()),
+        }
+    }
+
+    /// The method that the kernel tries first.
+    pub fn best(&self) -> Option<ResetMethod> {
+        self.0.first().copied()
+    }
+
+    /// All methods, best first.
+    pub fn methods(&self) -> &[ResetMethod] {
+        &self.0
+    }
+
+    /// A sentence for `umbra status` and the documentation of a crash.
+    pub fn describe(&self) -> &'static str {
+        match self.best() {
+            Some(ResetMethod::Flr | ResetMethod::AfFlr) => "function-level reset: the device starts each life clean",
+            Some(ResetMethod::Bus | ResetMethod::CxlBus) => {
+                "bus reset: the device starts each life clean, together with everything behind the same bridge"
+            }
+            Some(ResetMethod::Pm) => "power-management reset (D3hot and back): the device loses its registers and its DMA addresses",
+            Some(ResetMethod::DeviceSpecific) => "the kernel has a reset routine for this very device",
+            Some(ResetMethod::Acpi) => "the firmware resets the device (ACPI _RST)",
+            Some(ResetMethod::Other) => "the kernel can reset the device, by a method it does not name",
+            None => {
+                "no reset method: bus mastering is cleared between two lives, but the device keeps its registers, and from \
+                 the moment the next driver enables bus mastering until it has set the device up, the device may write to \
+                 the memory of its own new driver VM at addresses of the last life; no other memory is in its reach"
+            }
+        }
+    }
+}
+
+/// What a reset did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResetDone {
+    /// The method the kernel tried first; `None`: it has none, only bus mastering was cleared.
+    pub method: Option<ResetMethod>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl HostDevice {
+    /// Stops the function's DMA, then resets it by the best method there is. No VM may have it open.
+    ///
+    /// The kernel waits up to a minute for a device that does not come back; after `limit` this gives up and
+    /// leaves a thread behind that waits on.
+    pub fn perform_reset(&self, limit: Duration) -> Result<ResetDone, Error> {
+        let start = Instant::now();
+        self.clear_bus_master()?;
+        let method = self.reset().best();
+        if method.is_some() {
+            self.write_reset(limit)?;
+        }
+        Ok(ResetDone { method, took: start.elapsed() })
+    }
+
+    /// Clears the bus master bit in the configuration space.
+    pub fn clear_bus_master(&self) -> Result<(), Error> {
+        let path = self.directory().join("config");
+        let failed = |operation, source| Error::Sysfs { operation, path: path.clone(), source };
+        let config = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| failed("open", e))?;
+        let mut command = [0; 2];
+        config.read_exact_at(&mut command, COMMAND).map_err(|e| failed("read the command register in", e))?;
+        let value = u16::from_le_bytes(command);
+        // All ones: the device is gone or off the bus, there is nothing to switch off.
+        if value & COMMAND_MASTER == 0 || value == u16::MAX {
+            return Ok(());
+        }
+        let cleared = (value & !COMMAND_MASTER).to_le_bytes();
+        config.write_all_at(&cleared, COMMAND).map_err(|e| failed("clear bus mastering in", e))
+    }
+
+    fn write_reset(&self, limit: Duration) -> Result<(), Error> {
+        let path = self.directory().join("reset");
+        let failed = |source| Error::Sysfs { operation: "reset the device by writing to", path: path.clone(), source };
+        let (sender, receiver) = mpsc::channel();
+        let file = path.clone();
+        thread::Builder::new()
+            .name(format!("reset {}", self.bdf()))
+            .spawn(move || sender.send(fs::write(file, "1")))
+            .map_err(failed)?;
+        match receiver.recv_timeout(limit) {
+            Ok(result) => result.map_err(failed),
+            Err(_) => Err(Error::ResetTimeout { bdf: self.bdf(), limit_s: limit.as_secs() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sysfs::tests::FakeBus;
+    use super::*;
+
+    fn device_with_command(bus: &FakeBus, command: u16) -> HostDevice {
+        let device = bus.add("0000:01:00.0", Some(1), Some("vfio-pci"));
+        let mut config = vec![0; 256];
+        config[4..6].copy_from_slice(&command.to_le_bytes());
+        fs::write(device.directory().join("config"), config).unwrap();
+        device
+    }
+
+    #[test]
+    fn methods_are_the_kernels_best_first() {
+        let reset = Reset::new(Some("flr pm bus\n"), true);
+        assert_eq!(reset.methods(), [ResetMethod::Flr, ResetMethod::Pm, ResetMethod::Bus]);
+        assert_eq!(Reset::new(Some("\n"), false).best(), None);
+        assert_eq!(Reset::new(None, true).best(), Some(ResetMethod::Other));
+        assert!(Reset::new(None, false).describe().contains("own new driver VM"));
+    }
+
+    #[test]
+    fn bus_mastering_is_cleared_before_the_reset() {
+        let bus = FakeBus::new();
+        let device = device_with_command(&bus, 0x0107);
+        fs::write(device.directory().join("reset_method"), "pm\n").unwrap();
+        fs::write(device.directory().join("reset"), "").unwrap();
+        let done = device.perform_reset(Duration::from_secs(5)).unwrap();
+        assert_eq!(done.method, Some(ResetMethod::Pm));
+        assert_eq!(fs::read(device.directory().join("config")).unwrap()[4..6], [0x03, 0x01]);
+        assert_eq!(fs::read(device.directory().join("reset")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn a_device_without_a_method_still_loses_bus_mastering() {
+        let bus = FakeBus::new();
+        let device = device_with_command(&bus, 0x0006);
+        assert_eq!(device.perform_reset(Duration::from_secs(5)).unwrap().method, None);
+        assert_eq!(fs::read(device.directory().join("config")).unwrap()[4], 0x02);
+        assert!(!device.directory().join("reset").exists());
+    }
+}
