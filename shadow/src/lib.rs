@@ -7,6 +7,5 @@
 #![forbid(unsafe_code)]
 
 pub mod generation;
-pub mod net;
 
 pub use generation::Generation;

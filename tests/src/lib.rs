@@ -4,5 +4,8 @@
 //!
 //! This crate runs on a developer's machine and trusts what it boots as little as it must: every wait has a deadline.
 
+pub mod assets;
+pub mod bench;
+pub mod cli;
 pub mod peer;
 pub mod probe;

@@ -4,4 +4,3 @@ pub mod device;
 pub mod events;
 pub mod pci;
 pub mod queue;
-pub mod split_net;

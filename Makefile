@@ -1,0 +1,48 @@
+# Umbra's commands. `make` alone lists them.
+#   NIC=e1000e|rtl8139|igb  CRASHES=3  PCI=0000:03:00.0 (real hardware)  UMBRA_CACHE=folder for what is fetched
+NIC     ?= e1000e
+CRASHES ?= 3
+TARGET  := target/x86_64-unknown-linux-gnu/release
+BENCH   := $(TARGET)/umbra-bench
+CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
+
+.PHONY: help build setup demo test bench shell lint toolchain
+
+help:
+	@echo 'make demo     a download survives the crashes of its NIC driver (NIC=$(NIC) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
+	@echo 'make test     the whole test suite'
+	@echo 'make bench    measurements: a table and target/bench/results.json'
+	@echo 'make shell    a shell in the test host (NIC=$(NIC))'
+	@echo 'make setup    fetch and build what the bench needs, no more'
+	@echo 'make build    the programs, in $(TARGET)'
+	@echo 'make lint     formatting and clippy'
+
+toolchain:
+	@.ci/toolchain
+
+build: toolchain
+	@echo '==> building Umbra (release, static)'
+	@$(CARGO) build --release --bins --quiet
+
+setup: build
+	@echo '==> setting up the bench'
+	@$(BENCH) setup
+
+demo: build
+	@$(BENCH) demo --nic $(NIC) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI))
+
+test: build
+	@echo '==> setting up the bench'
+	@$(BENCH) setup
+	@echo '==> running all tests (release; one test machine at a time)'
+	@$(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
+
+bench: build
+	@$(BENCH) measure --nic $(NIC)
+
+shell: build
+	@$(BENCH) shell --nic $(NIC)
+
+lint: toolchain
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings

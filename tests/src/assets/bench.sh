@@ -1,0 +1,33 @@
+# Functions for scripts in the test host.
+# bdf_at rp:10 | pci:08: the PCI function behind that root port, or in that slot of the root bus
+bdf_at() {
+  case $1 in
+    rp:*) ls /sys/bus/pci/devices/0000:00:${1#rp:}.0/ | grep -E '^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$' | head -n 1;;
+    pci:*) echo 0000:00:${1#pci:}.0;;
+  esac
+}
+# vfio BDF: binds the function to vfio-pci
+vfio() {
+  d=/sys/bus/pci/devices/$1
+  [ -e "$d" ] || { echo "vfio: no device $1" >&2; return 1; }
+  echo vfio-pci > $d/driver_override
+  [ -e $d/driver ] && echo $1 > $d/driver/unbind
+  echo $1 > /sys/bus/pci/drivers_probe
+  [ "$(basename "$(readlink $d/driver)")" = vfio-pci ] || { echo "vfio: $1 is not bound" >&2; return 1; }
+}
+# unvfio BDF: gives the function back to its own driver
+unvfio() {
+  d=/sys/bus/pci/devices/$1
+  [ -e $d/driver ] && echo $1 > $d/driver/unbind
+  echo > $d/driver_override
+  modprobe "$(cat $d/modalias)"
+  [ -e $d/driver ] || echo $1 > /sys/bus/pci/drivers_probe
+}
+# netof BDF: the function's network interface
+netof() { ls /sys/bus/pci/devices/$1/net 2>/dev/null | head -n 1; }
+# await SECONDS COMMAND...: runs the command until it succeeds
+await() {
+  n=$(($1 * 20)); shift
+  while ! "$@" >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || return 1; usleep 50000; done
+}
+[ -f /etc/umbra/places.sh ] && . /etc/umbra/places.sh

@@ -1,0 +1,29 @@
+#!/bin/busybox sh
+# PID 1 of a guest in the bench: modules by modalias, an address, the exec server.
+# Command line: ip4=ADDRESS/LEN. A file /script is run instead of the server, then the guest powers off.
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /root; mount -t devpts pts /dev/pts; mount -t tmpfs tmp /tmp
+ln -sf /proc/self/fd /dev/fd
+modprobe -a $(cat /sys/bus/pci/devices/*/modalias | sort -u) 2>/dev/null
+ip link set lo up; hostname guest
+for word in $(cat /proc/cmdline); do case $word in ip4=*) ip4=${word#ip4=};; esac; done
+if [ -n "$ip4" ]; then
+  n=0
+  while [ $n -lt 100 ]; do
+    for dev in /sys/class/net/e*; do [ -e $dev ] && nic=$(basename $dev); done
+    [ -n "$nic" ] && break
+    usleep 50000; n=$((n + 1))
+  done
+  if [ -n "$nic" ]; then ip link set "$nic" up; ip addr add "$ip4" dev "$nic"; fi
+fi
+echo "guest: up after $(cut -d' ' -f1 /proc/uptime) s"
+if [ -f /script ]; then
+  sh /script; echo "guest: status $?"
+  poweroff -f
+fi
+if ls /dev/vport* >/dev/null 2>&1; then
+  while :; do umbra-probe serve; sleep 1; done
+fi
+setsid sh -c 'exec sh -l </dev/ttyS0 >/dev/ttyS0 2>&1'
+poweroff -f

@@ -1,0 +1,35 @@
+#!/bin/busybox sh
+# PID 1 of the test host: file systems, modules, the shared folder, then the exec server for as long as it lives.
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin:/share HOME=/root TERM=linux
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm /root /share /run/umbra-bench
+mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t tmpfs tmp /tmp; mount -t tmpfs run /run
+mkdir -p /run/umbra-bench
+ln -sf /proc/self/fd /dev/fd
+echo "test host: loading modules"
+modprobe -a 9pnet_virtio 9p vfio_iommu_type1 vfio_pci tun bridge
+if grep -q svm /proc/cpuinfo; then modprobe kvm_amd; else modprobe kvm_intel; fi
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none share /share || echo "test host: no shared folder"
+# Programs run from memory: the shared folder is slow to page from.
+for program in /share/umbra /share/umbra-agent /share/umbra-probe; do [ -f $program ] && cp $program /bin/; done
+ip link set lo up; hostname testhost
+: > /etc/umbra/places.sh
+. /etc/umbra/bench.sh
+i=0; j=0; k=0
+for word in $(cat /proc/cmdline); do
+  case $word in
+    umbra.nic=*)  echo "export NIC$i=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; i=$((i+1));;
+    umbra.snd=*)  echo "export SND$j=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; j=$((j+1));;
+    umbra.disk=*) echo "export DISK$k=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; k=$((k+1));;
+    umbra.shell)  shell=1;;
+  esac
+done
+cat /etc/umbra/places.sh
+[ -e /dev/kvm ] || echo "test host: no /dev/kvm"
+if [ -n "$shell" ]; then
+  umbra-probe serve & 
+  export ENV=/etc/umbra/bench.sh; cd /share
+  setsid sh -c 'exec sh -l </dev/hvc0 >/dev/hvc0 2>&1'
+  poweroff -f
+fi
+while :; do umbra-probe serve; echo "test host: the exec server ended, starting it again"; sleep 1; done

@@ -1,0 +1,285 @@
+//! What a bench is made of: QEMU, busybox, a distribution kernel, the workspace's programs, and the images built from
+//! them. Found or fetched once, kept by content in the user's cache outside the clone.
+//!
+//! Says what it installs before it does so.
+
+mod apt;
+mod initramfs;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use umbra_guest_images::cache::Cache;
+use umbra_guest_images::files::FileError;
+use umbra_guest_images::image::{Image, ImageError, Recipe};
+use umbra_guest_images::initramfs::InitramfsError;
+use umbra_guest_images::kernel::{Kernel, KernelError};
+
+use crate::bench::Model;
+
+/// Names a kernel package to use instead of the distribution's newest 6.12.
+pub const KERNEL_VARIABLE: &str = "UMBRA_KERNEL_DEB";
+/// Names the folder with `umbra`, `umbra-agent` and `umbra-probe` when it is not that of the running program.
+pub const PROGRAMS_VARIABLE: &str = "UMBRA_BIN_DIR";
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+const BUSYBOX: &str = "/bin/busybox";
+const PROGRAMS: [&str; 3] = ["umbra", "umbra-agent", "umbra-probe"];
+
+/// Tells the user what is being done.
+pub type Say<'a> = &'a dyn Fn(&str);
+
+/// Why something is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum AssetError {
+    /// Packages are missing and only root may install them.
+    #[error("these packages are needed: {packages}; install them (`sudo apt-get install {packages}`) or run `sudo make setup`")]
+    NotRoot {
+        /// Their names.
+        packages: String,
+    },
+    /// `apt-get` failed.
+    #[error("`apt-get {arguments}` failed:\n{what}")]
+    Apt {
+        /// Its arguments.
+        arguments: String,
+        /// Its last words.
+        what: String,
+    },
+    /// No kernel package.
+    #[error("no kernel package in this system's archive; name one: {KERNEL_VARIABLE}=linux-image-*.deb")]
+    NoKernelPackage,
+    /// No mirror.
+    #[error("the sources of apt name no mirror of this release; add its backports suite by hand")]
+    NoMirror,
+    /// The workspace's programs are not built.
+    #[error("{0} is not built; run `make build`, or name the folder with the programs: {PROGRAMS_VARIABLE}=DIR")]
+    NotBuilt(PathBuf),
+    /// QEMU is too old for a model.
+    #[error("this QEMU ({version}) has no model {model}; QEMU 8 or newer has (on Debian 12: `apt-get install -t bookworm-backports qemu-system-x86`)")]
+    OldQemu {
+        /// The model.
+        model: Model,
+        /// QEMU's major version.
+        version: u32,
+    },
+    /// QEMU is not there.
+    #[error("{QEMU} cannot be run; `make setup` installs it")]
+    NoQemu,
+    /// A NIC whose Linux driver is not known here.
+    #[error("the bench does not know which driver the NIC model {0} needs; it knows e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci")]
+    UnknownNic(Model),
+    /// A file operation.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the cache.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The kernel package cannot be used.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// An initramfs cannot be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// A driver VM image cannot be made.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+impl AssetError {
+    fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { operation, path: path.into(), source }
+    }
+}
+
+/// Everything a bench needs, ready.
+#[derive(Debug)]
+pub struct Assets {
+    cache: Cache,
+    package: PathBuf,
+    kernel: PathBuf,
+    vmlinux: PathBuf,
+    host_initramfs: PathBuf,
+    guest_initramfs: PathBuf,
+    programs: PathBuf,
+    out: PathBuf,
+}
+
+impl Assets {
+    /// Finds, fetches or builds all of it. The second time takes a moment.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub fn prepare(say: Say<'_>) -> Result<Self, AssetError> {
+        apt::install_missing(say)?;
+        let cache = Cache::of_user();
+        let out = target_dir().join("bench");
+        let programs = strip_programs(&out.join("programs"))?;
+        let package = kernel_package(say)?;
+        let kernel = Kernel::from_debs(std::slice::from_ref(&package), &cache)?;
+        let vmlinux = kernel.vmlinux(&cache)?;
+        let probe = programs.join("umbra-probe");
+        let recipe = initramfs::Recipe { kernel: &kernel, busybox: Path::new(BUSYBOX), probe: &probe, cache: &cache };
+        let (host_initramfs, guest_initramfs) = (recipe.host()?, recipe.guest()?);
+        let kernel = kernel.image.clone();
+        Ok(Self { cache, package, kernel, vmlinux, host_initramfs, guest_initramfs, programs, out })
+    }
+
+    /// QEMU.
+    pub fn qemu(&self) -> &Path {
+        Path::new(QEMU)
+    }
+
+    /// The kernel of the test host: a bzImage.
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// The kernel package that everything is made from.
+    pub fn package(&self) -> &Path {
+        &self.package
+    }
+
+    /// The test host's initramfs.
+    pub fn host_initramfs(&self) -> &Path {
+        &self.host_initramfs
+    }
+
+    /// `umbra-probe`.
+    pub fn probe(&self) -> PathBuf {
+        self.programs.join("umbra-probe")
+    }
+
+    /// Where benches have their folders: `target/bench`.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// What every bench finds in its shared folder, and under which name.
+    pub fn shared(&self) -> Vec<(PathBuf, &'static str)> {
+        let mut all: Vec<_> = PROGRAMS.iter().map(|&name| (self.programs.join(name), name)).collect();
+        all.push((self.vmlinux.clone(), "vmlinux"));
+        all.push((self.guest_initramfs.clone(), "guest.cpio"));
+        all
+    }
+
+    /// A driver VM image for a NIC model, by its driver's name.
+    ///
+    /// # Errors
+    /// The kernel has no such driver, or the agent is not built.
+    pub fn driver_image(&self, model: &Model) -> Result<PathBuf, AssetError> {
+        let driver = driver_of(model).ok_or_else(|| AssetError::UnknownNic(model.clone()))?;
+        let recipe = Recipe {
+            kernel: Kernel::from_debs(std::slice::from_ref(&self.package), &self.cache)?,
+            drivers: vec![driver.into()],
+            devices: Vec::new(),
+            agent: self.programs.join("umbra-agent"),
+            firmware: Vec::new(),
+        };
+        let dir = self.out.join("images").join(driver);
+        recipe.build(&dir, &self.cache).map(|_: Image| dir).map_err(Into::into)
+    }
+
+    /// This QEMU has all of these models.
+    ///
+    /// # Errors
+    /// [`AssetError::OldQemu`].
+    pub fn check_models(&self, models: &[Model]) -> Result<(), AssetError> {
+        let version = qemu_major().ok_or(AssetError::NoQemu)?;
+        match models.iter().find(|model| model.needs_qemu_8()) {
+            Some(model) if version < 8 => Err(AssetError::OldQemu { model: model.clone(), version }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The Linux driver of a NIC model.
+pub fn driver_of(model: &Model) -> Option<&'static str> {
+    Some(match model.name() {
+        "e1000e" => "e1000e",
+        "igb" => "igb",
+        "rtl8139" => "8139cp",
+        "pcnet" => "pcnet32",
+        "virtio-net-pci" => "virtio_net",
+        name if name.starts_with("e1000") => "e1000",
+        _ => return None,
+    })
+}
+
+/// QEMU's major version, if it can be run.
+fn qemu_major() -> Option<u32> {
+    let output = Command::new(QEMU).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
+    version.split('.').next()?.parse().ok()
+}
+
+/// The workspace's `target` folder: that of the running program, else one below the working directory.
+pub fn target_dir() -> PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    let above = exe.ancestors().find(|path| path.file_name().is_some_and(|name| name == "target"));
+    above.map_or_else(|| "target".into(), Path::to_path_buf)
+}
+
+fn built(name: &str) -> Result<PathBuf, AssetError> {
+    if let Some(dir) = std::env::var_os(PROGRAMS_VARIABLE) {
+        let path = Path::new(&dir).join(name);
+        return if path.is_file() { Ok(path) } else { Err(AssetError::NotBuilt(path)) };
+    }
+    let exe = std::env::current_exe().unwrap_or_default();
+    // Beside the program, or for a test (`deps/...`) one folder up.
+    let near = exe.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    near.ok_or_else(|| AssetError::NotBuilt(name.into()))
+}
+
+/// Copies the programs without debug information: the test host pages them through a slow channel.
+fn strip_programs(dir: &Path) -> Result<PathBuf, AssetError> {
+    fs::create_dir_all(dir).map_err(|e| AssetError::file("make", dir, e))?;
+    for name in PROGRAMS {
+        let (from, to) = (built(name)?, dir.join(name));
+        let made = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
+        if made(&to).is_some_and(|to| Some(to) > made(&from)) {
+            continue;
+        }
+        let part = dir.join(format!("{name}.{}", std::process::id()));
+        let strip = Command::new("strip").arg("-o").arg(&part).arg(&from).status();
+        if !strip.is_ok_and(|status| status.success()) {
+            fs::copy(&from, &part).map_err(|e| AssetError::file("copy", &from, e))?;
+        }
+        fs::rename(&part, &to).map_err(|e| AssetError::file("write", &to, e))?;
+    }
+    Ok(dir.into())
+}
+
+/// The kernel package: named, kept from last time, or downloaded.
+fn kernel_package(say: Say<'_>) -> Result<PathBuf, AssetError> {
+    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
+        return Ok(path.into());
+    }
+    let dir = cache_dir().join("kernels");
+    fs::create_dir_all(&dir).map_err(|e| AssetError::file("make", &dir, e))?;
+    let entries = fs::read_dir(&dir).map_err(|e| AssetError::file("list", &dir, e))?;
+    let mut kept: Vec<_> =
+        entries.flatten().map(|e| e.path()).filter(|path| path.extension().is_some_and(|e| e == "deb")).collect();
+    kept.sort();
+    kept.pop().map_or_else(|| apt::download_kernel(&dir, say), Ok)
+}
+
+/// The same folder as [`Cache::of_user`].
+fn cache_dir() -> PathBuf {
+    let from = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    from("UMBRA_CACHE")
+        .or_else(|| from("XDG_CACHE_HOME").map(|dir| dir.join("umbra")))
+        .or_else(|| from("HOME").map(|dir| dir.join(".cache/umbra")))
+        .unwrap_or_else(|| "/var/cache/umbra".into())
+}

@@ -1,0 +1,56 @@
+//! A bench's folder: what is copied into it before the boot, and how its logs are read.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{BenchError, BenchSpec};
+use crate::assets::Assets;
+
+/// Makes the folder of a bench anew.
+pub(super) fn fresh(out: &Path, spec: &BenchSpec) -> Result<PathBuf, BenchError> {
+    let dir = out.join(&spec.name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).map_err(|e| BenchError::file("clear", &dir, e))?;
+    }
+    let share = dir.join("share");
+    fs::create_dir_all(&share).map_err(|e| BenchError::file("make", &share, e))?;
+    for (n, disk) in spec.storage.iter().enumerate() {
+        let path = dir.join(format!("disk{n}.raw"));
+        let make = || fs::File::create(&path)?.set_len(disk.bytes);
+        make().map_err(|e| BenchError::file("make", &path, e))?;
+    }
+    dir.canonicalize().map_err(|e| BenchError::file("find", &dir, e))
+}
+
+/// Copies the workspace's programs, the kernel for guests and the caller's files into the shared folder.
+pub(super) fn fill_share(share: &Path, assets: &Assets, spec: &BenchSpec) -> Result<(), BenchError> {
+    for (from, name) in assets.shared() {
+        place(&from, &share.join(name))?;
+    }
+    for from in &spec.files {
+        place(from, &share.join(from.file_name().unwrap_or_default()))?;
+    }
+    Ok(())
+}
+
+/// Copies a file, or a folder with what is in it.
+pub(super) fn place(from: &Path, to: &Path) -> Result<(), BenchError> {
+    if from.is_dir() {
+        fs::create_dir_all(to).map_err(|e| BenchError::file("make", to, e))?;
+        for entry in fs::read_dir(from).map_err(|e| BenchError::file("list", from, e))? {
+            let entry = entry.map_err(|e| BenchError::file("list", from, e))?;
+            place(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        return Ok(());
+    }
+    fs::copy(from, to).map(drop).map_err(|e| BenchError::file("copy", from, e))
+}
+
+/// The last `lines` lines of a log, without escape sequences of terminals.
+pub(super) fn tail(path: &Path, lines: usize) -> String {
+    let text = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let all: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let shown = all.iter().skip(all.len().saturating_sub(lines));
+    shown.map(|line| line.replace(|c: char| c.is_control() && c != '\t', "") + "\n").collect()
+}

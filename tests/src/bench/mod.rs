@@ -1,0 +1,248 @@
+//! A test host under QEMU that scripts can be run in.
+//!
+//! [`Bench::boot`] sets up the peer's network, starts QEMU and waits for the exec server; [`Bench::run`] runs scripts,
+//! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
+//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting.
+
+mod error;
+mod files;
+mod guest;
+mod lock;
+pub mod pcap;
+mod qemu;
+pub mod spec;
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+use crate::assets::Assets;
+use crate::peer::Peer;
+pub use crate::probe::client::Output;
+use crate::probe::client::{Client, ClientError, Run};
+pub use error::BenchError;
+pub use guest::Guest;
+use lock::Lock;
+pub use spec::{Accel, BenchSpec, Model, Storage};
+
+/// Console lines shown with a failure.
+const TAIL_LINES: usize = 25;
+
+/// A running test host.
+pub struct Bench {
+    spec: BenchSpec,
+    dir: PathBuf,
+    qemu: Child,
+    exec: Client,
+    peer: Peer,
+    _lock: Lock,
+}
+
+impl Bench {
+    /// Boots the test host and waits until it runs scripts.
+    ///
+    /// # Errors
+    /// What is missing on this machine, or the last lines of the test host's console.
+    pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
+        let lock = Lock::take(assets.out())?;
+        assets.check_models(&spec.nics)?;
+        let dir = files::fresh(assets.out(), &spec)?;
+        let mut peer = Peer::start(&assets.probe(), spec.nics.len())?;
+        let taps = peer.take_taps();
+        files::fill_share(&dir.join("share"), assets, &spec)?;
+        let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
+        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
+        let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
+        let mut bench = Self { spec, dir, qemu, exec, peer, _lock: lock };
+        bench.await_boot()?;
+        Ok(bench)
+    }
+
+    fn await_boot(&mut self) -> Result<(), BenchError> {
+        let start = Instant::now();
+        while start.elapsed() < self.spec.boot_limit {
+            if self.exec.hello(Duration::from_secs(1)).is_ok() {
+                return Ok(());
+            }
+            self.check_alive()?;
+        }
+        Err(self.boot_error(format!("it did not come up within {:?}", self.spec.boot_limit)))
+    }
+
+    fn boot_error(&self, what: String) -> BenchError {
+        BenchError::Boot { what, tail: self.tail(), log: self.console() }
+    }
+
+    fn check_alive(&mut self) -> Result<(), BenchError> {
+        match self.qemu.try_wait() {
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => Err(self.boot_error(format!("QEMU ended ({status})"))),
+            Err(e) => Err(self.boot_error(format!("QEMU cannot be waited for: {e}"))),
+        }
+    }
+
+    /// Runs a script in the test host, at most `limit` long, and returns what it printed and its status.
+    ///
+    /// The functions of `/etc/umbra/bench.sh` (`vfio BDF`, ...) and the variables `NIC0`, `SND0`, ... are there.
+    ///
+    /// # Errors
+    /// The script did not end in time, or the test host died; not a status other than 0.
+    pub fn run_for(&mut self, script: &str, limit: Duration) -> Result<Output, BenchError> {
+        let mut run = self.start(script)?;
+        let until = Instant::now() + limit;
+        loop {
+            let step = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
+            match run.poll(step) {
+                Ok(true) => return Ok(run.output().clone()),
+                Ok(false) if Instant::now() >= until => {
+                    let source = run.wait(Duration::ZERO).err().unwrap_or(ClientError::Silent(limit));
+                    return Err(self.script_error(script, source));
+                }
+                Ok(false) => self.check_alive()?,
+                Err(source) => return Err(self.script_error(script, source)),
+            }
+        }
+    }
+
+    /// As [`Self::run_for`], with a minute.
+    ///
+    /// # Errors
+    /// As [`Self::run_for`].
+    pub fn run(&mut self, script: &str) -> Result<Output, BenchError> {
+        self.run_for(script, Duration::from_secs(60))
+    }
+
+    /// Runs a script that has to end with status 0; returns its standard output.
+    ///
+    /// # Errors
+    /// As [`Self::run_for`], or [`BenchError::Status`] with all that the script printed.
+    pub fn expect(&mut self, script: &str, limit: Duration) -> Result<String, BenchError> {
+        let output = self.run_for(script, limit)?;
+        if output.ok() {
+            return Ok(output.stdout);
+        }
+        Err(BenchError::Status { script: error::first_line(script), output })
+    }
+
+    /// Starts a script and does not wait for it.
+    ///
+    /// # Errors
+    /// The test host is gone.
+    pub fn start(&mut self, script: &str) -> Result<Run, BenchError> {
+        self.check_alive()?;
+        let script = format!(". /etc/umbra/bench.sh\ncd /share\n{script}");
+        self.exec.start(&script).map_err(|source| self.script_error(&script, source))
+    }
+
+    fn script_error(&self, script: &str, source: ClientError) -> BenchError {
+        BenchError::Script { script: error::first_line(script), source, tail: self.tail() }
+    }
+
+    /// A guest in the test host that has a port `org.umbra.bench` at `/run/umbra-bench/NAME.sock`.
+    pub fn guest(&mut self, name: &str) -> Guest<'_> {
+        Guest::new(self, name)
+    }
+
+    /// The machine at the other end of the wire.
+    pub fn peer(&mut self) -> &mut Peer {
+        &mut self.peer
+    }
+
+    /// The folder of this bench: `console.log`, `qemu.log`, captures, `share/`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The folder that the test host sees as `/share`.
+    pub fn share(&self) -> PathBuf {
+        self.dir.join("share")
+    }
+
+    /// The test host's console log.
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// The capture of NIC `nic`'s wire.
+    pub fn pcap(&self, nic: usize) -> PathBuf {
+        self.dir.join(format!("nic{nic}.pcap"))
+    }
+
+    /// What the sound cards played.
+    pub fn wav(&self) -> PathBuf {
+        self.dir.join("sound.wav")
+    }
+
+    /// The last lines of the test host's console.
+    pub fn tail(&self) -> String {
+        files::tail(&self.console(), TAIL_LINES) + &files::tail(&self.dir.join("qemu.log"), TAIL_LINES)
+    }
+
+    /// Waits until QEMU ends by itself, as after the end of an interactive shell.
+    ///
+    /// # Errors
+    /// QEMU cannot be waited for.
+    pub fn wait(mut self) -> Result<(), BenchError> {
+        self.qemu.wait().map(drop).map_err(|e| BenchError::file("wait for QEMU in", &self.dir, e))
+    }
+
+    /// Shuts the test host down and returns when it is off, so that captures are complete.
+    ///
+    /// # Errors
+    /// It did not power off within 20 s; it is killed then.
+    pub fn shutdown(mut self) -> Result<PathBuf, BenchError> {
+        // Kept until the end: dropping a run kills it.
+        let _off = self.start("sync; sleep 0.1; poweroff -f")?;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(20) {
+            if matches!(self.qemu.try_wait(), Ok(Some(_))) {
+                return Ok(self.dir.clone());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(self.boot_error("it did not power off within 20 s".into()))
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+fn start_qemu(
+    spec: &BenchSpec,
+    assets: &Assets,
+    dir: &Path,
+    taps: &[OwnedFd],
+    exec: &OwnedFd,
+) -> Result<Child, BenchError> {
+    let inherit = |fd: &OwnedFd| -> io::Result<i32> {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Ok(fd.as_raw_fd())
+    };
+    let failed = |e| BenchError::file("start QEMU in", dir, e);
+    let taps = taps.iter().map(inherit).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let exec = inherit(exec).map_err(failed)?;
+    let parts = qemu::Parts { kernel: assets.kernel(), initrd: assets.host_initramfs(), dir, taps: &taps, exec };
+    let arguments = qemu::arguments(spec, &parts);
+    let log = fs::File::create(dir.join("qemu.log")).map_err(failed)?;
+    let mut command = Command::new(assets.qemu());
+    command.args(&arguments).stderr(log.try_clone().map_err(failed)?);
+    if !spec.shell {
+        command.stdin(Stdio::null()).stdout(log);
+    }
+    // SAFETY: prctl is async-signal-safe and touches no memory of this process.
+    unsafe {
+        command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));
+    }
+    command.spawn().map_err(failed)
+}

@@ -1,0 +1,172 @@
+//! The command line of the QEMU that is the test host.
+//!
+//! Invariant: every device under test has an IOMMU group of its own (a root port, or a function of the root bus), and
+//! its place is told to the test host's init on the kernel command line (`umbra.nic=`, `umbra.snd=`, `umbra.disk=`).
+
+use std::fs;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use super::spec::{Accel, BenchSpec, Model};
+
+/// What a command line needs beside the spec.
+#[derive(Debug)]
+pub(super) struct Parts<'a> {
+    pub(super) kernel: &'a Path,
+    pub(super) initrd: &'a Path,
+    pub(super) dir: &'a Path,
+    /// TAP descriptors, one for each NIC.
+    pub(super) taps: &'a [RawFd],
+    /// The exec server's connected socket.
+    pub(super) exec: RawFd,
+}
+
+/// First slot on the root bus for conventional devices; 0x1f and the low ones are the chip set's and the bench's own.
+const FIRST_CONVENTIONAL: u8 = 0x08;
+/// First slot on the root bus for root ports.
+const FIRST_ROOT_PORT: u8 = 0x10;
+
+/// Hardware virtualisation is there, so that KVM's guests can be hosts themselves.
+pub(super) fn real_kvm() -> bool {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let nested = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    nested && fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+struct Slots {
+    conventional: u8,
+    root_port: u8,
+    arguments: Vec<String>,
+    cmdline: String,
+}
+
+impl Slots {
+    fn add(&mut self, words: &[&str]) {
+        self.arguments.extend(words.iter().map(|&word| word.to_owned()));
+    }
+
+    /// Gives `model` a place; returns the `bus=...` part of its `-device`.
+    fn place(&mut self, model: &Model, kind: &str) -> String {
+        if model.is_conventional() {
+            let slot = self.conventional;
+            self.conventional += 1;
+            self.cmdline.push_str(&format!(" umbra.{kind}=pci:{slot:02x}"));
+            return format!("bus=pcie.0,addr={slot:#x}");
+        }
+        let slot = self.root_port;
+        self.root_port += 1;
+        let port = format!("pcie-root-port,id=rp{slot},slot={slot},chassis={slot},bus=pcie.0,addr={slot:#x}");
+        self.add(&["-device", &port]);
+        self.cmdline.push_str(&format!(" umbra.{kind}=rp:{slot:02x}"));
+        format!("bus=rp{slot}")
+    }
+}
+
+/// The arguments.
+pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
+    let kvm = spec.accel == Accel::Kvm || (spec.accel == Accel::Auto && real_kvm());
+    let mut slots =
+        Slots { conventional: FIRST_CONVENTIONAL, root_port: FIRST_ROOT_PORT, arguments: Vec::new(), cmdline: String::new() };
+    let dir = parts.dir.display();
+    slots.add(&["-machine", "q35,kernel-irqchip=split", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    if kvm {
+        slots.add(&["-accel", "kvm", "-cpu", "host"]);
+    } else {
+        // An EPYC without what TCG lacks: the same CPU, and no page of warnings.
+        slots.add(&["-accel", "tcg,thread=multi", "-cpu"]);
+        slots.add(&["EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec"]);
+    }
+    slots.add(&["-smp", &spec.cpus.to_string(), "-m", &format!("{}M", spec.memory_mib)]);
+    slots.add(&["-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"]);
+    slots.add(&["-serial", &format!("file:{dir}/console.log")]);
+    slots.add(&["-chardev", &format!("socket,id=exec,fd={}", parts.exec)]);
+    slots.add(&["-device", "virtio-serial-pci,bus=pcie.0,addr=0x3"]);
+    slots.add(&["-device", "virtserialport,chardev=exec,name=org.umbra.bench"]);
+    if spec.shell {
+        slots.add(&["-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]);
+        slots.cmdline.push_str(" umbra.shell");
+    }
+    slots.add(&["-virtfs", &format!("local,path={dir}/share,mount_tag=share,security_model=none,multidevs=remap")]);
+    nics(spec, parts, &mut slots);
+    sound(spec, parts, &mut slots);
+    storage(spec, parts, &mut slots);
+    slots.add(&["-kernel", &parts.kernel.display().to_string(), "-initrd", &parts.initrd.display().to_string()]);
+    let cmdline = format!(
+        "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt tsc=reliable{} {}",
+        slots.cmdline, spec.cmdline
+    );
+    slots.add(&["-append", cmdline.trim_end()]);
+    slots.arguments
+}
+
+fn nics(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
+    for (n, (model, tap)) in spec.nics.iter().zip(parts.taps).enumerate() {
+        slots.add(&["-netdev", &format!("tap,id=net{n},fd={tap},vhost=off")]);
+        if let Some(bytes) = spec.capture {
+            let file = parts.dir.join(format!("nic{n}.pcap"));
+            let dump = format!("filter-dump,id=dump{n},netdev=net{n},maxlen={bytes},file={}", file.display());
+            slots.add(&["-object", &dump]);
+        }
+        let place = slots.place(model, "nic");
+        let device = format!("{},netdev=net{n},mac=52:54:00:77:00:{n:02x},romfile=,{place}", model.name());
+        slots.add(&["-device", &device]);
+    }
+}
+
+fn sound(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
+    if spec.sound.is_empty() {
+        return;
+    }
+    let wav = parts.dir.join("sound.wav");
+    slots.add(&["-audiodev", &format!("wav,id=wav,path={},out.frequency=48000", wav.display())]);
+    for (n, model) in spec.sound.iter().enumerate() {
+        let place = slots.place(model, "snd");
+        if model.name().contains("hda") {
+            slots.add(&["-device", &format!("{},id=hda{n},{place}", model.name())]);
+            slots.add(&["-device", &format!("hda-output,bus=hda{n}.0,audiodev=wav")]);
+        } else {
+            slots.add(&["-device", &format!("{},audiodev=wav,{place}", model.name())]);
+        }
+    }
+}
+
+fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
+    for (n, disk) in spec.storage.iter().enumerate() {
+        let file = parts.dir.join(format!("disk{n}.raw"));
+        slots.add(&["-drive", &format!("if=none,id=disk{n},format=raw,file={}", file.display())]);
+        let place = slots.place(&disk.model, "disk");
+        slots.add(&["-device", &format!("{},drive=disk{n},serial=disk{n},{place}", disk.model.name())]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(spec: &BenchSpec) -> String {
+        let parts = Parts {
+            kernel: Path::new("k"),
+            initrd: Path::new("i"),
+            dir: Path::new("d"),
+            taps: &[5, 6, 7],
+            exec: 4,
+        };
+        arguments(spec, &parts).join(" ")
+    }
+
+    #[test]
+    fn each_device_has_a_place_of_its_own_that_init_knows() {
+        let line = line(&BenchSpec::new("t").nics(&["e1000e", "rtl8139", "igb"]).sound(&["hda", "es1370"]));
+        for part in [
+            "e1000e,netdev=net0,mac=52:54:00:77:00:00,romfile=,bus=rp16",
+            "rtl8139,netdev=net1,mac=52:54:00:77:00:01,romfile=,bus=pcie.0,addr=0x8",
+            "igb,netdev=net2,mac=52:54:00:77:00:02,romfile=,bus=rp17",
+            "intel-hda,id=hda0,bus=rp18",
+            "ES1370,audiodev=wav,bus=pcie.0,addr=0x9",
+            "umbra.nic=rp:10 umbra.nic=pci:08 umbra.nic=rp:11 umbra.snd=rp:12 umbra.snd=pci:09",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What a test host is to be: the one struct that scenarios, the command line and the documentation share.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A QEMU device model. Any name that QEMU knows is accepted; those listed in [`Model::is_conventional`] go on the
+/// root bus, the others each behind a PCI Express root port, so that each has an IOMMU group of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Model(pub String);
+
+/// Models without a PCI Express capability: a root port would not show them the slot they expect.
+const CONVENTIONAL: [&str; 12] = [
+    "rtl8139", "e1000", "e1000-82544gc", "e1000-82545em", "pcnet", "ne2k_pci", "i82550", "i82551", "i82557b", "tulip",
+    "ES1370", "AC97",
+];
+
+impl Model {
+    /// The model sits on the root bus.
+    pub fn is_conventional(&self) -> bool {
+        CONVENTIONAL.contains(&self.name())
+    }
+
+    /// QEMU's name for it; sound cards may be given in lower case.
+    pub fn name(&self) -> &str {
+        match self.0.as_str() {
+            "es1370" => "ES1370",
+            "ac97" => "AC97",
+            "hda" => "intel-hda",
+            other => other,
+        }
+    }
+
+    /// QEMU 7.2 (Debian 12) does not have it.
+    pub fn needs_qemu_8(&self) -> bool {
+        self.0 == "igb"
+    }
+}
+
+impl From<&str> for Model {
+    fn from(name: &str) -> Self {
+        Self(name.into())
+    }
+}
+
+impl std::fmt::Display for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A disk controller with one empty disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storage {
+    /// `nvme`, `virtio-blk-pci`, or another model that takes `drive=`.
+    pub model: Model,
+    /// Size of the disk, bytes.
+    pub bytes: u64,
+}
+
+/// How QEMU runs the test host's code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// KVM where `/proc/cpuinfo` has `vmx` or `svm`, else emulation: the mere presence of `/dev/kvm` is no sign.
+    #[default]
+    Auto,
+    /// KVM.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// A test host to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BenchSpec {
+    /// Names its folder: logs, captures and the shared folder are kept there until the next bench of that name.
+    pub name: String,
+    /// NICs, in order: `NIC0`, `NIC1`, ... in scripts.
+    pub nics: Vec<Model>,
+    /// Sound cards, in order: `SND0`, ...
+    pub sound: Vec<Model>,
+    /// Disks, in order: `DISK0`, ...
+    pub storage: Vec<Storage>,
+    /// CPUs of the test host.
+    pub cpus: u8,
+    /// Memory of the test host, MiB.
+    pub memory_mib: u32,
+    /// Emulation or KVM.
+    pub accel: Accel,
+    /// Keep a capture of each NIC's wire, `nicN.pcap`; the first so many bytes of each frame.
+    pub capture: Option<u32>,
+    /// Added to the test host's kernel command line.
+    pub cmdline: String,
+    /// Files copied into the shared folder, `/share` in the test host.
+    pub files: Vec<PathBuf>,
+    /// How long the boot may take.
+    pub boot_limit: Duration,
+    /// Give the terminal to a shell in the test host.
+    pub shell: bool,
+}
+
+impl BenchSpec {
+    /// A test host called `name` with one `e1000e`.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            nics: vec!["e1000e".into()],
+            sound: Vec::new(),
+            storage: Vec::new(),
+            cpus: 2,
+            memory_mib: 3072,
+            accel: Accel::Auto,
+            capture: Some(128),
+            cmdline: String::new(),
+            files: Vec::new(),
+            boot_limit: Duration::from_secs(120),
+            shell: false,
+        }
+    }
+
+    /// With these NICs instead.
+    #[must_use]
+    pub fn nics(mut self, models: &[&str]) -> Self {
+        self.nics = models.iter().map(|&name| name.into()).collect();
+        self
+    }
+
+    /// With these sound cards.
+    #[must_use]
+    pub fn sound(mut self, models: &[&str]) -> Self {
+        self.sound = models.iter().map(|&name| name.into()).collect();
+        self
+    }
+}

@@ -1,0 +1,46 @@
+//! The command line of `umbra-bench`.
+//!
+//! Exit codes: that of the script for `run`; otherwise 0 done, 1 failed, 2 wrong usage. Errors are printed here and
+//! nowhere else, with their causes.
+
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Boots a test host under QEMU with the devices you name, and runs scripts, the demo or the measurements in it.
+#[derive(Debug, Parser)]
+#[command(name = "umbra-bench", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fetch and build what the bench needs, and say what that is.
+    Setup,
+    /// Run a script or a command in a fresh test host; print its output, end with its status.
+    Run(run::RunArgs),
+    /// Give the terminal to a shell in a fresh test host.
+    Shell(run::MachineArgs),
+}
+
+/// Runs the command that the process was started for.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Setup => run::setup(),
+        Command::Run(args) => run::run(&args),
+        Command::Shell(args) => run::shell(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("umbra-bench: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Tells the user what is being done: a line on standard error, so that output stays clean.
+pub(crate) fn say(what: &str) {
+    eprintln!("    {what}");
+}
