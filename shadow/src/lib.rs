@@ -7,5 +7,6 @@
 #![forbid(unsafe_code)]
 
 pub mod generation;
+pub mod net;
 
 pub use generation::Generation;

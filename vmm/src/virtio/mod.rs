@@ -4,3 +4,4 @@ pub mod device;
 pub mod events;
 pub mod pci;
 pub mod queue;
+pub mod split_net;

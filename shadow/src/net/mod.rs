@@ -1,0 +1,369 @@
+//! The shadow of a network device: one per guest device, through every life of its driver VM.
+//!
+//! ```text
+//!                 GoLive(g)                 Drained
+//!      Masking ──────────────> Replaying(g) ─────────> Passive(g)
+//!       ^   ^                      │ Lost(g)              │ Lost(g)
+//!       │   └──────────────────────┘                      │
+//!       └─────────────────────────────────────────────────┘
+//!      each ── Quarantine ──> Quarantined ── GoLive(g) ──> Replaying(g)
+//! ```
+//! It starts in Masking, before the first driver VM. Invariants: a frame that was handed to a driver VM is never
+//! handed out again; logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
+//! [`log::MAX_FRAMES`]); `logged = replayed + dropped + frames in the log now`; an event of a generation that was
+//! given up changes nothing.
+
+pub mod log;
+pub mod rx_mode;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Generation;
+use log::TransmitLog;
+use rx_mode::{Mac, RxFilter};
+
+/// What happened to frames during outages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MaskedCounts {
+    /// Accepted from the guest into the log.
+    pub logged: u64,
+    /// Handed from the log to a new driver VM.
+    pub replayed: u64,
+    /// Lost from the log: it was full (oldest first), or its frames were suspects, or there was a quarantine.
+    pub dropped: u64,
+    /// Handed to a driver VM that died before it gave the buffer back; never sent again.
+    pub unknown: u64,
+}
+
+/// The mode, with what exists only in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// The driver VM is away: frames go into the log.
+    Masking,
+    /// The log is being handed to the driver VM; the guest's new frames wait in its queue.
+    Replaying { generation: Generation, in_flight: u32 },
+    /// Frames pass by.
+    Passive { generation: Generation, in_flight: u32 },
+    /// There will be no driver VM for now: link down, frames are discarded.
+    Quarantined,
+}
+
+/// What moves the state machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The driver VM of this generation is ready for the log, then for live frames.
+    GoLive(Generation),
+    /// The log is empty.
+    Drained,
+    /// The driver VM of this generation is gone, or is given up.
+    Lost(Generation),
+    /// No further driver VM for now.
+    Quarantine,
+}
+
+/// The mode's name, as users see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModeName {
+    /// Answering the guest in the driver VM's place.
+    Masking,
+    /// Handing the log to a new driver VM.
+    Replaying,
+    /// Recording.
+    Passive,
+    /// Given up.
+    Quarantined,
+}
+
+impl ModeName {
+    /// In lower case, as in `umbra status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Masking => "masking",
+            Self::Replaying => "replaying",
+            Self::Passive => "passive",
+            Self::Quarantined => "quarantined",
+        }
+    }
+}
+
+/// What to do with a frame that the guest transmits now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Hand it to the driver VM, then say [`NetShadow::handed`].
+    Pass,
+    /// Give it to [`NetShadow::log`] and complete it.
+    Log,
+    /// Leave it in the guest's queue: the log goes first.
+    Hold,
+    /// Complete it and forget it.
+    Discard,
+}
+
+/// The shadow of one network device.
+#[derive(Clone, Debug)]
+pub struct NetShadow {
+    mode: Mode,
+    log: TransmitLog,
+    /// The newest generation that was given up; it and all older ones are barred.
+    barred: Option<Generation>,
+    /// The carrier as the guest sees it.
+    link_up: bool,
+    /// The carrier as a generation reports it that is not live yet.
+    next_carrier: Option<(Generation, bool)>,
+    features: u64,
+    mtu: u16,
+    filter: RxFilter,
+    outage: MaskedCounts,
+    total: MaskedCounts,
+}
+
+impl NetShadow {
+    /// A device with this address and MTU; masking, link up.
+    pub fn new(mac: Mac, mtu: u16) -> Self {
+        Self {
+            mode: Mode::Masking,
+            log: TransmitLog::default(),
+            barred: None,
+            link_up: true,
+            next_carrier: None,
+            features: 0,
+            mtu,
+            filter: RxFilter::new(mac),
+            outage: MaskedCounts::default(),
+            total: MaskedCounts::default(),
+        }
+    }
+
+    /// The transition function: all changes of mode happen here. Returns false if the event does not apply
+    /// (an old generation, or not in this mode); nothing changes then.
+    pub fn apply(&mut self, event: Event) -> bool {
+        let next = match (self.mode, event) {
+            (_, Event::GoLive(g) | Event::Lost(g)) if self.is_barred(g) => return false,
+            (Mode::Masking | Mode::Quarantined, Event::GoLive(generation)) => {
+                self.link_up = self.next_carrier.take().is_none_or(|(g, up)| g != generation || up);
+                Mode::Replaying { generation, in_flight: 0 }
+            }
+            (Mode::Replaying { generation, in_flight }, Event::Drained) if self.log.is_empty() => {
+                Mode::Passive { generation, in_flight }
+            }
+            (Mode::Passive { generation, in_flight }, Event::Lost(g)) if g >= generation => {
+                // A new outage begins; a crash during replay goes on with the old one.
+                self.outage = MaskedCounts::default();
+                self.give_up(g, in_flight);
+                Mode::Masking
+            }
+            (Mode::Replaying { generation, in_flight }, Event::Lost(g)) if g >= generation => {
+                self.give_up(g, in_flight);
+                Mode::Masking
+            }
+            (Mode::Masking | Mode::Quarantined, Event::Lost(g)) => {
+                self.give_up(g, 0);
+                self.mode
+            }
+            (Mode::Quarantined, Event::Quarantine) => return false,
+            (mode, Event::Quarantine) => {
+                if matches!(mode, Mode::Passive { .. }) {
+                    self.outage = MaskedCounts::default();
+                }
+                if let Mode::Passive { generation, in_flight } | Mode::Replaying { generation, in_flight } = mode {
+                    self.give_up(generation, in_flight);
+                }
+                self.drop_suspects();
+                self.link_up = false;
+                Mode::Quarantined
+            }
+            _ => return false,
+        };
+        self.mode = next;
+        true
+    }
+
+    /// True if a driver VM of this generation may still come to serve: it is not given up and not older than one
+    /// that serves.
+    pub fn would_serve(&self, generation: Generation) -> bool {
+        !self.is_barred(generation) && self.generation().is_none_or(|serving| generation > serving)
+    }
+
+    fn is_barred(&self, generation: Generation) -> bool {
+        self.barred.is_some_and(|b| generation <= b)
+    }
+
+    fn give_up(&mut self, generation: Generation, in_flight: u32) {
+        self.barred = Some(generation);
+        self.count(|c| c.unknown += u64::from(in_flight));
+    }
+
+    fn count(&mut self, change: impl Fn(&mut MaskedCounts)) {
+        change(&mut self.outage);
+        change(&mut self.total);
+    }
+
+    /// What to do with the guest's next frame.
+    pub fn verdict(&self) -> Verdict {
+        match self.mode {
+            Mode::Masking => Verdict::Log,
+            Mode::Replaying { .. } => Verdict::Hold,
+            Mode::Passive { .. } => Verdict::Pass,
+            Mode::Quarantined => Verdict::Discard,
+        }
+    }
+
+    /// Takes a frame (virtio-net header first) into the log. Only in masking mode; otherwise it is ignored and
+    /// false returned.
+    pub fn log(&mut self, frame: Vec<u8>) -> bool {
+        if self.mode != Mode::Masking {
+            return false;
+        }
+        let dropped = self.log.push(frame);
+        self.count(|c| {
+            c.logged += 1;
+            c.dropped += dropped;
+        });
+        true
+    }
+
+    /// The next frame to hand over while replaying.
+    pub fn next_replay(&self) -> Option<&[u8]> {
+        match self.mode {
+            Mode::Replaying { .. } => self.log.front(),
+            _ => None,
+        }
+    }
+
+    /// The frame of [`Self::next_replay`] was handed over (it is out of the log from now on).
+    pub fn replayed(&mut self) {
+        let Mode::Replaying { in_flight, .. } = &mut self.mode else { return };
+        if self.log.pop() {
+            *in_flight = in_flight.saturating_add(1);
+            self.count(|c| c.replayed += 1);
+        }
+    }
+
+    /// A frame that cannot be handed to this driver VM was taken from the front of the log and is lost.
+    pub fn skip_replay(&mut self) {
+        if matches!(self.mode, Mode::Replaying { .. }) && self.log.pop() {
+            self.count(|c| c.dropped += 1);
+        }
+    }
+
+    /// `frames` live frames were handed to the driver VM.
+    #[inline]
+    pub fn handed(&mut self, frames: u32) {
+        if let Mode::Passive { in_flight, .. } = &mut self.mode {
+            *in_flight = in_flight.saturating_add(frames);
+        }
+    }
+
+    /// The driver VM gave the buffers of `frames` frames back: it has taken them.
+    #[inline]
+    pub fn recycled(&mut self, frames: u32) {
+        if let Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } = &mut self.mode {
+            *in_flight = in_flight.saturating_sub(frames);
+        }
+    }
+
+    /// Drops the log (counted): after a crash during replay the requests in it are suspects, and the next
+    /// generation is to get the configuration alone. Frames that the dead generation got need no dropping: they
+    /// are never handed out again anyway.
+    pub fn drop_suspects(&mut self) -> u64 {
+        let dropped = self.log.clear();
+        self.count(|c| c.dropped += dropped);
+        dropped
+    }
+
+    /// The carrier that the NIC of `generation` reports. Only the live generation's is shown to the guest; one that
+    /// is not live yet is kept until it is. Returns true if what the guest sees has changed.
+    pub fn carrier(&mut self, generation: Generation, up: bool) -> bool {
+        if self.is_barred(generation) {
+            return false;
+        }
+        match self.mode {
+            Mode::Passive { generation: live, .. } | Mode::Replaying { generation: live, .. } => {
+                let changed = generation == live && self.link_up != up;
+                self.link_up ^= changed;
+                changed
+            }
+            Mode::Masking | Mode::Quarantined => {
+                self.next_carrier = Some((generation, up));
+                false
+            }
+        }
+    }
+
+    /// The guest's driver accepted these features: a fresh start, its receive mode is at its default.
+    pub fn set_features(&mut self, accepted: u64) {
+        self.features = accepted;
+        self.filter.reset(accepted);
+    }
+
+    /// Features that the guest's driver accepted.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// MTU, bytes.
+    pub fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    /// The link state that the guest sees.
+    pub fn link_up(&self) -> bool {
+        self.link_up
+    }
+
+    /// The receive mode and filters.
+    pub fn filter(&self) -> &RxFilter {
+        &self.filter
+    }
+
+    /// The receive mode and filters, to be changed by control commands.
+    pub fn filter_mut(&mut self) -> &mut RxFilter {
+        &mut self.filter
+    }
+
+    /// The mode's name.
+    pub fn mode(&self) -> ModeName {
+        match self.mode {
+            Mode::Masking => ModeName::Masking,
+            Mode::Replaying { .. } => ModeName::Replaying,
+            Mode::Passive { .. } => ModeName::Passive,
+            Mode::Quarantined => ModeName::Quarantined,
+        }
+    }
+
+    /// The generation that is being replayed to or live.
+    pub fn generation(&self) -> Option<Generation> {
+        match self.mode {
+            Mode::Passive { generation, .. } | Mode::Replaying { generation, .. } => Some(generation),
+            Mode::Masking | Mode::Quarantined => None,
+        }
+    }
+
+    /// Frames handed to the driver VM whose buffers have not come back.
+    pub fn in_flight(&self) -> u32 {
+        match self.mode {
+            Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } => in_flight,
+            Mode::Masking | Mode::Quarantined => 0,
+        }
+    }
+
+    /// Frames in the log.
+    pub fn logged_now(&self) -> usize {
+        self.log.len()
+    }
+
+    /// Bytes in the log.
+    pub fn logged_bytes(&self) -> usize {
+        self.log.bytes()
+    }
+
+    /// Counters since masking last began.
+    pub fn outage(&self) -> MaskedCounts {
+        self.outage
+    }
+
+    /// Sums over all outages.
+    pub fn total(&self) -> MaskedCounts {
+        self.total
+    }
+}

@@ -1,0 +1,120 @@
+//! The control queue of virtio-net (virtio 1.2, section 5.1.6.5): bytes into a command, pure; and the command into
+//! the shadow's record. A malformed or unknown command is answered with `VIRTIO_NET_ERR` and changes nothing.
+
+use umbra_shadow::net::rx_mode::{Mac, RxFilter};
+
+use crate::copy::{gather, scatter};
+use crate::queue::{Chain, RingFault, Virtqueue};
+
+/// Longest command read: both address tables with 2,700 entries each, far more than is kept of them.
+const MAX_COMMAND: usize = 32 * 1024;
+
+/// Commands handled in one call, as many as a queue can hold.
+const MAX_COMMANDS: usize = 64;
+
+const OK: u8 = 0;
+const ERR: u8 = 1;
+
+/// A command of the guest's driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command<'a> {
+    /// `VIRTIO_NET_CTRL_RX_PROMISC`.
+    Promiscuous(bool),
+    /// `VIRTIO_NET_CTRL_RX_ALLMULTI`.
+    AllMulticast(bool),
+    /// `VIRTIO_NET_CTRL_MAC_TABLE_SET`: unicast and multicast, six bytes an entry.
+    Tables(&'a [u8], &'a [u8]),
+    /// `VIRTIO_NET_CTRL_MAC_ADDR_SET`.
+    Address(Mac),
+    /// `VIRTIO_NET_CTRL_VLAN_ADD` (true) and `_DEL`.
+    Vlan(u16, bool),
+}
+
+impl<'a> Command<'a> {
+    /// Parses a command: class, command, data.
+    pub fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let (&[class, command], data) = bytes.split_first_chunk::<2>()?;
+        let switch = || match data.first() {
+            Some(0) => Some(false),
+            Some(1) => Some(true),
+            _ => None,
+        };
+        match (class, command) {
+            (0, 0) => switch().map(Self::Promiscuous),
+            (0, 1) => switch().map(Self::AllMulticast),
+            (1, 0) => {
+                let (unicast, rest) = table(data)?;
+                let (multicast, _) = table(rest)?;
+                Some(Self::Tables(unicast, multicast))
+            }
+            (1, 1) => data.first_chunk::<6>().filter(|mac| is_unicast(mac)).map(|mac| Self::Address(*mac)),
+            (2, 0 | 1) => Some(Self::Vlan(u16::from_le_bytes(*data.first_chunk::<2>()?), command == 0)),
+            _ => None,
+        }
+    }
+
+    /// Writes the command into the record; false if it does not apply.
+    pub fn apply(&self, filter: &mut RxFilter) -> bool {
+        match *self {
+            Self::Promiscuous(on) => filter.set_promiscuous(on),
+            Self::AllMulticast(on) => filter.set_all_multicast(on),
+            Self::Tables(unicast, multicast) => filter.set_tables(addresses(unicast), addresses(multicast)),
+            Self::Address(mac) => filter.set_mac(mac),
+            Self::Vlan(vlan, through) => return filter.set_vlan(vlan, through),
+        }
+        true
+    }
+}
+
+/// `struct virtio_net_ctrl_mac`: a count and as many addresses, and what stands behind.
+fn table(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (count, rest) = data.split_first_chunk::<4>()?;
+    let len = usize::try_from(u32::from_le_bytes(*count)).ok()?.checked_mul(6)?;
+    (len <= rest.len()).then(|| rest.split_at(len))
+}
+
+fn addresses(table: &[u8]) -> impl Iterator<Item = Mac> + '_ {
+    table.chunks_exact(6).filter_map(|entry| entry.try_into().ok())
+}
+
+fn is_unicast(mac: &Mac) -> bool {
+    mac[0] & 1 == 0 && *mac != [0; 6]
+}
+
+/// Answers the commands that wait. Returns true if the record changed.
+pub fn serve(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<bool, RingFault> {
+    let before = filter.clone();
+    let served = serve_commands(queue, filter);
+    let told = queue.notify();
+    served.and(told)?;
+    Ok(*filter != before)
+}
+
+fn serve_commands(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<(), RingFault> {
+    let mut ring = queue.open()?;
+    let mut chain = Chain::default();
+    for _ in 0..MAX_COMMANDS {
+        if ring.available()? == 0 && !ring.listen(0)? {
+            return Ok(());
+        }
+        let head = ring.head(0)?;
+        let answered = match ring.walk(head, &mut chain) {
+            Ok(()) => answer(&chain, filter),
+            Err(_) => 0,
+        };
+        ring.take(1);
+        ring.complete(head, answered)?;
+    }
+    // More than any driver sends at once: the rest waits for the next kick, which it asks for.
+    ring.listen(0).map(drop)
+}
+
+/// Carries one command out and writes its acknowledgement; returns the bytes written.
+fn answer(chain: &Chain<'_>, filter: &mut RxFilter) -> u32 {
+    let mut bytes = vec![0; chain.readable_len().min(MAX_COMMAND)];
+    gather(chain.readable(), 0, &mut bytes);
+    let whole = chain.readable_len() <= MAX_COMMAND;
+    let done = whole && Command::parse(&bytes).is_some_and(|command| command.apply(filter));
+    let ack = if done { OK } else { ERR };
+    u32::try_from(scatter(&[ack], chain.writable(), 0)).unwrap_or(0)
+}

@@ -1,0 +1,168 @@
+//! The link to a driver VM: the back-end of a vhost-user connection whose front-end is the driver VM's process.
+//!
+//! One small thread per link speaks the protocol, so that a peer that stops in the middle of a message holds up
+//! nothing but its own link. When both queues are enabled it hands them over as a [`Link`]; from then on it only
+//! waits for the end of the connection. Invariant: what it hands over was checked ([`memory`], [`handler`]): sealed
+//! memory, rings inside it, true eventfds. The data path trusts no byte in that memory for it.
+
+mod handler;
+mod memory;
+
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use thiserror::Error;
+use umbra_shadow::Generation;
+use vhost::vhost_user::BackendReqHandler;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::queue::{RingFault, Virtqueue};
+use handler::Handler;
+
+/// A link that is set up.
+#[derive(Debug)]
+pub struct Link {
+    /// Whose.
+    pub generation: Generation,
+    /// Virtio features that the driver VM's driver accepted.
+    pub features: u64,
+    /// The driver VM's receive queue: frames of the guest go here.
+    pub rx: Virtqueue,
+    /// The driver VM's transmit queue: frames for the guest come from here.
+    pub tx: Virtqueue,
+}
+
+/// The queue's place in the vhost-user connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkQueue {
+    /// Queue 0, the driver VM's receive queue.
+    Rx,
+    /// Queue 1, its transmit queue.
+    Tx,
+}
+
+/// Why a link ended.
+#[derive(Debug, Error)]
+pub enum Cause {
+    /// The peer closed the connection: its process is gone.
+    #[error("closed")]
+    Closed,
+    /// The driver VM's driver reset its device.
+    #[error("the driver VM stopped its network device")]
+    Stopped,
+    /// Memory without `F_SEAL_SHRINK` could be taken away under us.
+    #[error("memory region {0} is not sealed against shrinking")]
+    NotSealed(usize),
+    /// A file that is no memory file, or too short, or that cannot be mapped.
+    #[error("memory region {index} cannot be used: {why}")]
+    Memory {
+        /// Which.
+        index: usize,
+        /// Why.
+        why: String,
+    },
+    /// Rings that are no rings.
+    #[error("queue {index} cannot be used")]
+    Queue {
+        /// Which.
+        index: u32,
+        /// Why.
+        #[source]
+        source: RingFault,
+    },
+    /// A message that is out of place.
+    #[error("vhost-user: {0}")]
+    Protocol(String),
+    /// The data path found a violation.
+    #[error(transparent)]
+    Data(#[from] crate::pump::PumpError),
+    /// The supervisor gave the generation up, or attached the next one.
+    #[error("given up")]
+    GivenUp,
+}
+
+/// What a link's thread says.
+#[derive(Debug)]
+pub enum What {
+    /// Set up: both queues are enabled.
+    Up(Box<Link>),
+    /// The front-end changed the eventfd of a queue.
+    Call(LinkQueue, Option<EventFd>),
+    /// It is over; the last word.
+    Lost(Cause),
+}
+
+/// A message of a link's thread.
+#[derive(Debug)]
+pub struct LinkEvent {
+    /// Whose link.
+    pub generation: Generation,
+    /// What.
+    pub what: What,
+}
+
+/// Where a link's thread sends to.
+#[derive(Debug)]
+pub struct Outlet {
+    generation: Generation,
+    sender: Sender<LinkEvent>,
+    wake: EventFd,
+}
+
+impl Outlet {
+    /// Events of `generation` go into `sender`, each followed by a write to `wake`.
+    pub fn new(generation: Generation, sender: Sender<LinkEvent>, wake: EventFd) -> Self {
+        Self { generation, sender, wake }
+    }
+
+    fn send(&self, what: What) {
+        // The receiver is gone only with the whole device; full the eventfd is only when a wake-up is due.
+        let _ = self.sender.send(LinkEvent { generation: self.generation, what });
+        let _ = self.wake.write(1);
+    }
+}
+
+/// The running back-end of one link. Dropping it ends the connection.
+#[derive(Debug)]
+pub struct LinkServer {
+    generation: Generation,
+    connection: UnixStream,
+}
+
+impl LinkServer {
+    /// Serves `connection`, offering `features`.
+    pub fn start(connection: UnixStream, features: u64, outlet: Outlet) -> std::io::Result<Self> {
+        let generation = outlet.generation;
+        let ours = connection.try_clone()?;
+        connection.set_nonblocking(false)?;
+        let handler = Arc::new(Mutex::new(Handler::new(features, outlet)));
+        // Not joined: a hostile peer's file descriptors can make even a close() wait, and that may hold up this
+        // thread, but not the guest. It ends with the connection.
+        thread::Builder::new().name(format!("link-{generation}")).spawn(move || serve(connection, &handler))?;
+        Ok(Self { generation, connection: ours })
+    }
+
+    /// Whose link.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+}
+
+impl Drop for LinkServer {
+    fn drop(&mut self) {
+        // Fails only if the peer was faster.
+        let _ = self.connection.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+fn serve(connection: UnixStream, handler: &Arc<Mutex<Handler>>) {
+    let mut requests = BackendReqHandler::from_stream(connection, Arc::clone(handler));
+    let error = loop {
+        if let Err(error) = requests.handle_request() {
+            break error;
+        }
+    };
+    handler.lock().unwrap_or_else(PoisonError::into_inner).end(&error);
+}

@@ -1,0 +1,532 @@
+//! The splitter of a network device: the guest's three queues on one side, the driver VM's link on the other, the
+//! shadow beside them.
+//!
+//! It runs in the guest's event loop. Invariants: the guest's device is never reset and its queues outlive every
+//! link; the first sign of a lost link switches to masking, before anyone is asked; a frame goes to one driver VM at
+//! most; after the switch to a new driver VM the log goes first. Calls never wait and do bounded work; what is left
+//! over is done at the next turn of the loop ([`NetSplitter::wake`]).
+
+pub mod features;
+pub mod in_flight;
+
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use umbra_shadow::Generation;
+use umbra_shadow::net::rx_mode::{Mac, RxFilter};
+use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::control;
+use crate::header::Offloads;
+use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
+use crate::pump::{self, Counts, Flow, Handed, Owner, PumpError, Stop};
+use crate::queue::{RingFault, Virtqueue};
+use in_flight::InFlight;
+
+/// The guest's queues, with their indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestQueue {
+    /// 0: frames to the guest.
+    Rx = 0,
+    /// 1: frames from the guest.
+    Tx = 1,
+    /// 2: control commands.
+    Control = 2,
+}
+
+impl GuestQueue {
+    /// All, by index.
+    pub const ALL: [Self; 3] = [Self::Rx, Self::Tx, Self::Control];
+}
+
+/// Who kicked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The guest.
+    Guest(GuestQueue),
+    /// The driver VM.
+    Link(LinkQueue),
+}
+
+/// What the splitter has to say; it is said in the caller's context, which must not call back.
+#[derive(Debug)]
+pub enum Notice {
+    /// The link is set up.
+    LinkUp(Generation),
+    /// The link is lost; masking has begun.
+    LinkLost(Generation, Cause),
+    /// The log is replayed and frames flow; counters of the outage.
+    Live(Generation, MaskedCounts),
+    /// The receive mode has changed.
+    RxMode(RxFilter),
+    /// The guest's driver takes these offloads.
+    Offloads(Offloads),
+    /// The device configuration (link state) has changed.
+    Config,
+}
+
+/// What becomes of the log when a driver VM goes live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// It is replayed.
+    Replay,
+    /// It is dropped: a driver VM has died while it was replayed, and what is in it is suspect.
+    Drop,
+}
+
+/// Takes notices.
+pub type Listener = Box<dyn FnMut(Notice) + Send>;
+
+/// State for `umbra status`.
+#[derive(Clone, Copy, Debug)]
+pub struct Status {
+    /// Mode.
+    pub mode: ModeName,
+    /// Frames to the driver VM, live and replayed.
+    pub frames_out: u64,
+    /// Frames to the guest.
+    pub frames_in: u64,
+    /// Frames in the log now.
+    pub logged_now: usize,
+    /// Frames handed over whose buffers have not come back.
+    pub in_flight: u32,
+    /// Sums over all outages.
+    pub masked: MaskedCounts,
+}
+
+/// The link, as far as it has come.
+enum LinkState {
+    None,
+    /// Being set up; `go_live`: the supervisor has said so already.
+    Connecting { server: LinkServer, go_live: bool },
+    Up { server: LinkServer, link: Box<Link>, in_flight: InFlight },
+}
+
+impl LinkState {
+    fn generation(&self) -> Option<Generation> {
+        match self {
+            Self::None => None,
+            Self::Connecting { server, .. } | Self::Up { server, .. } => Some(server.generation()),
+        }
+    }
+}
+
+/// The splitter of one network device.
+pub struct NetSplitter {
+    shadow: NetShadow,
+    guest: [Option<Virtqueue>; 3],
+    link: LinkState,
+    events: Receiver<LinkEvent>,
+    sender: Sender<LinkEvent>,
+    wake: EventFd,
+    /// Kicks that the event loop may still watch.
+    retired: Vec<EventFd>,
+    listener: Listener,
+    outward: Counts,
+    inward: Counts,
+    broken: bool,
+}
+
+impl NetSplitter {
+    /// A device with this address and MTU, masking.
+    pub fn new(mac: Mac, mtu: u16, listener: Listener) -> std::io::Result<Self> {
+        let (sender, events) = channel();
+        Ok(Self {
+            shadow: NetShadow::new(mac, mtu),
+            guest: [None, None, None],
+            link: LinkState::None,
+            events,
+            sender,
+            wake: EventFd::new(EFD_NONBLOCK)?,
+            retired: Vec::new(),
+            listener,
+            outward: Counts::default(),
+            inward: Counts::default(),
+            broken: false,
+        })
+    }
+
+    /// Readable when [`Self::service`] is to be called, or when the set of kicks changed.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The shadow.
+    pub fn shadow(&self) -> &NetShadow {
+        &self.shadow
+    }
+
+    /// The kicks to watch, edge-triggered (they are never read), each with who it is.
+    pub fn kicks(&self) -> impl Iterator<Item = (Source, &EventFd)> {
+        let guest = GuestQueue::ALL.into_iter().zip(&self.guest);
+        let guest = guest.filter_map(|(name, queue)| Some((Source::Guest(name), queue.as_ref()?.kick())));
+        let link = match &self.link {
+            LinkState::Up { link, .. } => vec![(LinkQueue::Rx, link.rx.kick()), (LinkQueue::Tx, link.tx.kick())],
+            _ => Vec::new(),
+        };
+        guest.chain(link.into_iter().map(|(name, kick)| (Source::Link(name), kick)))
+    }
+
+    /// Kicks that are no longer to be watched. They stay open until this is called.
+    pub fn take_retired(&mut self) -> Vec<EventFd> {
+        std::mem::take(&mut self.retired)
+    }
+
+    /// The guest's driver accepted these features.
+    pub fn set_features(&mut self, accepted: u64) {
+        self.shadow.set_features(accepted);
+        (self.listener)(Notice::Offloads(features::receive(accepted)));
+        (self.listener)(Notice::RxMode(self.shadow.filter().clone()));
+    }
+
+    /// Takes one of the guest's queues.
+    pub fn start_queue(&mut self, name: GuestQueue, queue: Virtqueue) {
+        self.stop_queue(name);
+        self.guest[name as usize] = Some(queue);
+        self.wake_up();
+    }
+
+    /// Gives one of the guest's queues up; its next available and used index, if it was there. Its memory is not
+    /// touched any more.
+    pub fn stop_queue(&mut self, name: GuestQueue) -> Option<(u16, u16)> {
+        let queue = self.guest[name as usize].take()?;
+        let position = queue.position();
+        self.retired.push(queue.into_kick());
+        self.wake_up();
+        Some(position)
+    }
+
+    /// A new driver VM's connection. One of an old generation is closed.
+    pub fn attach(&mut self, generation: Generation, connection: UnixStream) {
+        if self.link.generation().is_some_and(|g| g >= generation) || !self.shadow.would_serve(generation) {
+            tracing::debug!(%generation, "closed the link of an old generation");
+            return;
+        }
+        if let Some(old) = self.link.generation() {
+            self.lose(old, Cause::GivenUp);
+        }
+        let started = self.wake.try_clone().and_then(|wake| {
+            let outlet = Outlet::new(generation, self.sender.clone(), wake);
+            LinkServer::start(connection, features::DRIVER_VM, outlet)
+        });
+        match started {
+            Ok(server) => self.link = LinkState::Connecting { server, go_live: false },
+            Err(error) => self.lose(generation, Cause::Protocol(format!("cannot start the link: {error}"))),
+        }
+    }
+
+    /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then.
+    pub fn go_live(&mut self, generation: Generation, log: Log) {
+        self.take_events();
+        if self.link.generation() != Some(generation) || self.shadow.generation() == Some(generation) {
+            return;
+        }
+        if log == Log::Drop {
+            self.shadow.drop_suspects();
+        }
+        match &mut self.link {
+            LinkState::Connecting { go_live, .. } => *go_live = true,
+            LinkState::Up { .. } => {
+                let was_up = self.shadow.link_up();
+                if self.shadow.apply(Event::GoLive(generation)) {
+                    self.tell_config(was_up);
+                    self.replay();
+                }
+            }
+            LinkState::None => {}
+        }
+    }
+
+    /// The supervisor gives this generation up.
+    pub fn mask(&mut self, generation: Generation) {
+        self.take_events();
+        self.lose(generation, Cause::GivenUp);
+    }
+
+    /// The carrier that the NIC of `generation` reports.
+    pub fn carrier(&mut self, generation: Generation, up: bool) {
+        if self.shadow.carrier(generation, up) {
+            (self.listener)(Notice::Config);
+        }
+    }
+
+    /// No further driver VM for now: link down; what the guest sends is discarded.
+    pub fn quarantine(&mut self) {
+        let was_up = self.shadow.link_up();
+        if let Some(generation) = self.link.generation() {
+            self.lose(generation, Cause::GivenUp);
+        }
+        self.shadow.apply(Event::Quarantine);
+        self.tell_config(was_up);
+        self.outward();
+    }
+
+    /// True if the guest broke a queue's rules: that queue stands still until [`Self::reset`].
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The guest's driver has reset its device.
+    pub fn reset(&mut self) {
+        self.broken = false;
+    }
+
+    /// State for users.
+    pub fn status(&self) -> Status {
+        Status {
+            mode: self.shadow.mode(),
+            frames_out: self.outward.frames,
+            frames_in: self.inward.frames,
+            logged_now: self.shadow.logged_now(),
+            in_flight: self.shadow.in_flight(),
+            masked: self.shadow.total(),
+        }
+    }
+
+    /// What was moved or dropped: from the guest, and to it.
+    pub fn counts(&self) -> (Counts, Counts) {
+        (self.outward, self.inward)
+    }
+
+    /// A kick.
+    pub fn kicked(&mut self, source: Source) {
+        match source {
+            Source::Guest(GuestQueue::Tx) => self.outward(),
+            Source::Guest(GuestQueue::Rx) | Source::Link(LinkQueue::Tx) => self.inward(),
+            Source::Guest(GuestQueue::Control) => self.control(),
+            Source::Link(LinkQueue::Rx) => {
+                self.replay();
+                self.outward();
+            }
+        }
+    }
+
+    /// After [`Self::wake`]: news of the link, and work left over.
+    pub fn service(&mut self) {
+        // Empty if another call was faster.
+        let _ = self.wake.read();
+        self.take_events();
+        self.control();
+        self.replay();
+        self.outward();
+        self.inward();
+    }
+
+    fn wake_up(&self) {
+        // Full only if a wake-up is due anyway.
+        let _ = self.wake.write(1);
+    }
+
+    fn tell_config(&mut self, was_up: bool) {
+        if self.shadow.link_up() != was_up {
+            (self.listener)(Notice::Config);
+        }
+    }
+
+    fn take_events(&mut self) {
+        while let Ok(LinkEvent { generation, what }) = self.events.try_recv() {
+            if self.link.generation() != Some(generation) {
+                if let What::Up(link) = what {
+                    self.retire(*link);
+                }
+                continue;
+            }
+            match what {
+                What::Up(link) => self.link_up(generation, link),
+                What::Lost(cause) => self.lose(generation, cause),
+                What::Call(queue, call) => self.set_call(queue, call),
+            }
+        }
+    }
+
+    fn link_up(&mut self, generation: Generation, link: Box<Link>) {
+        let LinkState::Connecting { server, go_live } = std::mem::replace(&mut self.link, LinkState::None) else {
+            return;
+        };
+        self.link = LinkState::Up { server, link, in_flight: InFlight::default() };
+        self.wake_up();
+        (self.listener)(Notice::LinkUp(generation));
+        let was_up = self.shadow.link_up();
+        if go_live && self.shadow.apply(Event::GoLive(generation)) {
+            self.tell_config(was_up);
+            self.replay();
+        }
+    }
+
+    fn set_call(&mut self, queue: LinkQueue, call: Option<EventFd>) {
+        if let LinkState::Up { link, .. } = &mut self.link {
+            let queue = match queue {
+                LinkQueue::Rx => &mut link.rx,
+                LinkQueue::Tx => &mut link.tx,
+            };
+            queue.set_call(call);
+        }
+    }
+
+    fn retire(&mut self, link: Link) {
+        self.retired.extend([link.rx.into_kick(), link.tx.into_kick()]);
+        self.wake_up();
+    }
+
+    /// Gives the generation up and masks; told to the supervisor unless it asked for it itself.
+    fn lose(&mut self, generation: Generation, cause: Cause) {
+        if self.link.generation().is_some_and(|g| g <= generation) {
+            if let LinkState::Up { mut link, mut in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None) {
+                in_flight.settle(&mut link.rx);
+                self.record(&mut in_flight);
+                self.retire(*link);
+            }
+        }
+        let applied = self.shadow.apply(Event::Lost(generation));
+        if applied && !matches!(cause, Cause::GivenUp) {
+            (self.listener)(Notice::LinkLost(generation, cause));
+        }
+        self.outward();
+    }
+
+    /// Tells the shadow what a batch of live frames did.
+    fn record(&mut self, in_flight: &mut InFlight) {
+        let (handed, taken) = in_flight.changes();
+        self.shadow.handed(handed);
+        self.shadow.recycled(taken);
+    }
+
+    /// Hands the log over, then goes live.
+    fn replay(&mut self) {
+        if self.shadow.verdict() != Verdict::Hold {
+            return;
+        }
+        let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
+        let outcome = replay_log(&mut self.shadow, link, in_flight, &mut self.outward);
+        let generation = link.generation;
+        match outcome {
+            Ok(true) => {
+                if self.shadow.apply(Event::Drained) {
+                    (self.listener)(Notice::Live(generation, self.shadow.outage()));
+                    self.outward();
+                    self.inward();
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.lose(generation, error.into()),
+        }
+    }
+
+    /// Frames of the guest: to the driver VM, into the log, or nowhere.
+    fn outward(&mut self) {
+        let Some(queue) = &mut self.guest[GuestQueue::Tx as usize] else { return };
+        let negotiated = features::transmit(self.shadow.features());
+        let (shadow, counts) = (&mut self.shadow, &mut self.outward);
+        let outcome = match (shadow.verdict(), &mut self.link) {
+            (Verdict::Pass, LinkState::Up { link, in_flight, .. }) => {
+                let flow = outward_flow(negotiated, link.features);
+                let outcome = pump::pump(queue, &mut link.rx, &flow, in_flight, counts);
+                let (handed, taken) = in_flight.changes();
+                shadow.handed(handed);
+                shadow.recycled(taken);
+                outcome
+            }
+            (Verdict::Log, _) => pump::drain(queue, negotiated, counts, |frame| {
+                shadow.log(frame);
+            })
+            .map_err(guests_fault),
+            (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, drop).map_err(guests_fault),
+            (Verdict::Hold | Verdict::Pass, _) => return,
+        };
+        self.after(outcome, GuestQueue::Tx);
+    }
+
+    /// Frames for the guest: only from a live driver VM.
+    fn inward(&mut self) {
+        let LinkState::Up { link, .. } = &mut self.link else { return };
+        let Some(queue) = &mut self.guest[GuestQueue::Rx as usize] else { return };
+        if self.shadow.verdict() != Verdict::Pass {
+            return;
+        }
+        let flow = Flow {
+            source: Owner::DriverVm,
+            negotiated: features::transmit(link.features),
+            accepted: features::receive(self.shadow.features()),
+            mergeable: features::mergeable(self.shadow.features()),
+        };
+        let outcome = pump::pump(&mut link.tx, queue, &flow, &mut pump::Off, &mut self.inward);
+        self.after(outcome, GuestQueue::Rx);
+    }
+
+    fn control(&mut self) {
+        let Some(queue) = &mut self.guest[GuestQueue::Control as usize] else { return };
+        match control::serve(queue, self.shadow.filter_mut()) {
+            Ok(false) => {}
+            Ok(true) => (self.listener)(Notice::RxMode(self.shadow.filter().clone())),
+            Err(fault) => self.break_queue(GuestQueue::Control, &fault),
+        }
+    }
+
+    /// What follows from a pump's end: more work at the next turn, a lost link, or a broken queue of the guest.
+    fn after(&mut self, outcome: Result<Stop, PumpError>, queue: GuestQueue) {
+        match outcome {
+            Ok(Stop::Budget) => self.wake_up(),
+            Ok(Stop::SourceEmpty | Stop::TargetFull) => {}
+            Err(error) if error.owner == Owner::Guest => self.break_queue(queue, &error.fault),
+            Err(error) => {
+                if let Some(generation) = self.link.generation() {
+                    self.lose(generation, error.into());
+                }
+            }
+        }
+    }
+
+    /// The guest broke its own ring: the queue stands still until its driver resets the device.
+    fn break_queue(&mut self, name: GuestQueue, fault: &dyn std::error::Error) {
+        let why = fault.source().map(|s| format!(": {s}")).unwrap_or_default();
+        tracing::warn!("the guest broke its network queue {name:?}: {fault}{why}");
+        self.stop_queue(name);
+        self.broken = true;
+        (self.listener)(Notice::Config);
+    }
+}
+
+fn guests_fault(fault: RingFault) -> PumpError {
+    PumpError { owner: Owner::Guest, fault: fault.into() }
+}
+
+fn outward_flow(negotiated: Offloads, link_features: u64) -> Flow {
+    Flow {
+        source: Owner::Guest,
+        negotiated,
+        accepted: features::receive(link_features),
+        mergeable: features::mergeable(link_features),
+    }
+}
+
+/// Hands logged frames over, oldest first. True: all are.
+fn replay_log(
+    shadow: &mut NetShadow,
+    link: &mut Link,
+    in_flight: &mut InFlight,
+    counts: &mut Counts,
+) -> Result<bool, PumpError> {
+    let flow = outward_flow(Offloads::all(), link.features);
+    let mut all = true;
+    while let Some(frame) = shadow.next_replay() {
+        let len = frame.len();
+        match pump::hand(&mut link.rx, &flow, frame, in_flight)? {
+            Handed::Yes => {
+                shadow.replayed();
+                counts.frames += 1;
+                counts.bytes += len.saturating_sub(crate::header::HEADER_LEN) as u64;
+            }
+            Handed::Never => shadow.skip_replay(),
+            Handed::Full => {
+                all = false;
+                break;
+            }
+        }
+        // The shadow counts a replayed frame as handed over by itself.
+        let (_, taken) = in_flight.changes();
+        shadow.recycled(taken);
+    }
+    link.rx.notify().map_err(|fault| PumpError { owner: Owner::DriverVm, fault: fault.into() })?;
+    Ok(all)
+}

@@ -1,0 +1,434 @@
+//! Moves frames: from one virtqueue to another with one copy, from a virtqueue into the shadow's log, and from the
+//! log into a virtqueue.
+//!
+//! Invariant: when a call returns, each chain it took is completed and each frame is wholly on one side; frames keep
+//! their order; a call costs at most about [`BUDGET`] descriptors plus one frame. What is malformed is dropped and
+//! counted if the guest wrote it (its own loss), and is a [`Fault`] if the driver VM did (it counts as failed).
+
+use thiserror::Error;
+
+use crate::copy::{copy, gather, scatter};
+use crate::header::{HEADER_LEN, Header, Malformed, Offloads};
+use crate::queue::{Chain, ChainFault, Ring, RingFault, Virtqueue};
+
+/// Descriptors and frames that one call may visit before other work of the event loop gets its turn. A 64 KiB frame
+/// costs about 20: some 400 of them, or 2,000 small frames, a millisecond or two.
+pub const BUDGET: usize = 8192;
+
+/// Whose end a queue is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The guest's driver.
+    Guest,
+    /// The driver VM's.
+    DriverVm,
+}
+
+/// What a driver did that none may do.
+#[derive(Debug, Error)]
+pub enum Fault {
+    /// The ring itself.
+    #[error("broken ring")]
+    Ring(#[from] RingFault),
+    /// A descriptor chain.
+    #[error("malformed descriptor chain")]
+    Chain(#[from] ChainFault),
+    /// A frame.
+    #[error("malformed frame")]
+    Frame(#[from] Malformed),
+    /// A receive buffer without room for a header, or a full ring without room for one frame.
+    #[error("receive buffers of {0} bytes")]
+    Room(usize),
+}
+
+/// A fault and who is to blame.
+#[derive(Debug, Error)]
+#[error("{owner:?}'s queue")]
+pub struct PumpError {
+    /// Whose queue.
+    pub owner: Owner,
+    /// What.
+    #[source]
+    pub fault: Fault,
+}
+
+/// Why a call came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// No more frames; the source will kick.
+    SourceEmpty,
+    /// No more buffers; the target will kick.
+    TargetFull,
+    /// The budget is spent: call again.
+    Budget,
+}
+
+/// What both ends agreed to.
+#[derive(Clone, Copy, Debug)]
+pub struct Flow {
+    /// Whose queue the frames come from; the target is the other's.
+    pub source: Owner,
+    /// Offloads that the source may ask for.
+    pub negotiated: Offloads,
+    /// Offloads that the target takes.
+    pub accepted: Offloads,
+    /// The target merges receive buffers.
+    pub mergeable: bool,
+}
+
+impl Flow {
+    fn target(&self) -> Owner {
+        match self.source {
+            Owner::Guest => Owner::DriverVm,
+            Owner::DriverVm => Owner::Guest,
+        }
+    }
+}
+
+/// What was moved and what was not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Frames moved.
+    pub frames: u64,
+    /// Their bytes, without headers.
+    pub bytes: u64,
+    /// Dropped: the guest's chain or header was malformed.
+    pub malformed: u64,
+    /// Dropped: the target did not accept the offload that the frame needs.
+    pub not_accepted: u64,
+    /// Dropped: the target's buffers cannot hold the frame.
+    pub no_room: u64,
+}
+
+/// What is told of each frame that passes by.
+pub trait Tap {
+    /// A frame was handed over; `head` is its first buffer.
+    fn handed(&mut self, head: u16);
+    /// The owner of the target offered `head` again: it has taken what was in it.
+    fn offered(&mut self, head: u16);
+}
+
+/// Records nothing: frames towards the guest, and the measure for what recording costs.
+pub struct Off;
+
+impl Tap for Off {
+    #[inline]
+    fn handed(&mut self, _head: u16) {}
+    #[inline]
+    fn offered(&mut self, _head: u16) {}
+}
+
+/// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
+pub fn pump<T: Tap>(
+    source: &mut Virtqueue,
+    target: &mut Virtqueue,
+    flow: &Flow,
+    tap: &mut T,
+    counts: &mut Counts,
+) -> Result<Stop, PumpError> {
+    let moved = move_frames(source, target, flow, tap, counts);
+    // Each side hears of what is done for it, whatever the other did.
+    let told_source = source.notify().map_err(blame(flow.source));
+    let told_target = target.notify().map_err(blame(flow.target()));
+    let stop = moved?;
+    told_source.and(told_target).map(|()| stop)
+}
+
+fn blame<F: Into<Fault>>(owner: Owner) -> impl Fn(F) -> PumpError {
+    move |fault| PumpError { owner, fault: fault.into() }
+}
+
+fn move_frames<T: Tap>(
+    source: &mut Virtqueue,
+    target: &mut Virtqueue,
+    flow: &Flow,
+    tap: &mut T,
+    counts: &mut Counts,
+) -> Result<Stop, PumpError> {
+    let (at_source, at_target) = (blame(flow.source), blame(flow.target()));
+    let mut from = source.open().map_err(&at_source)?;
+    let mut to = target.open().map_err(&at_target)?;
+    let (mut chain, mut space) = (Chain::default(), Space::default());
+    from.mute().map_err(&at_source)?;
+    to.mute().map_err(&at_target)?;
+    let (mut work, mut waiting) = (0, 0);
+    while work < BUDGET {
+        if waiting == 0 {
+            waiting = more(&mut from).map_err(&at_source)?;
+            if waiting == 0 {
+                return Ok(Stop::SourceEmpty);
+            }
+        }
+        let head = from.head(0).map_err(&at_source)?;
+        let read = read_frame(&from, head, flow.negotiated, &mut chain);
+        work += 1 + chain.cost;
+        let put = match read {
+            Ok((header, len)) if flow.accepted.contains(header.needs()) => {
+                let put = put_frame(&mut to, flow, &header, &Payload::Chain(&chain, len), &mut space, tap);
+                work += space.chain.cost;
+                put?
+            }
+            Ok(_) => Put::NotAccepted,
+            Err(fault) if flow.source == Owner::Guest => {
+                tracing::debug!(%fault, "dropped a malformed frame of the guest");
+                Put::Malformed
+            }
+            Err(fault) => return Err(PumpError { owner: flow.source, fault }),
+        };
+        match put {
+            Put::Done(len) => {
+                counts.frames += 1;
+                counts.bytes += len as u64;
+            }
+            Put::Full(known) => {
+                if to.listen(known).map_err(blame(flow.target()))? {
+                    to.mute().map_err(blame(flow.target()))?;
+                    continue;
+                }
+                return Ok(Stop::TargetFull);
+            }
+            Put::NotAccepted => counts.not_accepted += 1,
+            Put::NoRoom => counts.no_room += 1,
+            Put::Malformed => counts.malformed += 1,
+        }
+        from.take(1);
+        from.complete(head, 0).map_err(blame(flow.source))?;
+        waiting -= 1;
+    }
+    Ok(Stop::Budget)
+}
+
+/// Chains that wait; if none, asks for a kick and looks again.
+fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
+    let waiting = ring.available()?;
+    if waiting > 0 || !ring.listen(0)? {
+        return Ok(waiting);
+    }
+    ring.mute()?;
+    ring.available()
+}
+
+/// Takes frames out of `source` into `keep` (checked header first) until it is empty or the budget is spent.
+pub fn drain(
+    source: &mut Virtqueue,
+    negotiated: Offloads,
+    counts: &mut Counts,
+    mut keep: impl FnMut(Vec<u8>),
+) -> Result<Stop, RingFault> {
+    let stop = drain_frames(source, negotiated, counts, &mut keep);
+    let told = source.notify();
+    let stop = stop?;
+    told.map(|()| stop)
+}
+
+fn drain_frames(
+    source: &mut Virtqueue,
+    negotiated: Offloads,
+    counts: &mut Counts,
+    keep: &mut impl FnMut(Vec<u8>),
+) -> Result<Stop, RingFault> {
+    let mut from = source.open()?;
+    let mut chain = Chain::default();
+    from.mute()?;
+    let mut work = 0;
+    while work < BUDGET {
+        if more(&mut from)? == 0 {
+            return Ok(Stop::SourceEmpty);
+        }
+        let head = from.head(0)?;
+        let read = read_frame(&from, head, negotiated, &mut chain);
+        work += 1 + chain.cost;
+        match read {
+            Ok((header, len)) => {
+                let mut frame = vec![0; HEADER_LEN + len];
+                frame[..HEADER_LEN].copy_from_slice(&header.to_bytes(1));
+                gather(chain.readable(), HEADER_LEN, &mut frame[HEADER_LEN..]);
+                keep(frame);
+            }
+            Err(fault) => {
+                tracing::debug!(%fault, "dropped a malformed frame of the guest");
+                counts.malformed += 1;
+            }
+        }
+        from.take(1);
+        from.complete(head, 0)?;
+    }
+    Ok(Stop::Budget)
+}
+
+/// What became of a logged frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handed {
+    /// It is in the target's buffers.
+    Yes,
+    /// The target has no buffers now; it will kick.
+    Full,
+    /// The target can never take it.
+    Never,
+}
+
+/// Hands one logged frame (header first) to the driver VM. The caller notifies it after the last.
+pub fn hand<T: Tap>(target: &mut Virtqueue, flow: &Flow, frame: &[u8], tap: &mut T) -> Result<Handed, PumpError> {
+    let mut to = target.open().map_err(blame(flow.target()))?;
+    let Some((header, payload)) = frame.split_first_chunk::<HEADER_LEN>() else { return Ok(Handed::Never) };
+    let Ok(header) = Header::check(*header, payload.len(), flow.accepted) else { return Ok(Handed::Never) };
+    let mut space = Space::default();
+    loop {
+        match put_frame(&mut to, flow, &header, &Payload::Bytes(payload), &mut space, tap)? {
+            Put::Done(_) => return Ok(Handed::Yes),
+            Put::Full(known) if to.listen(known).map_err(blame(flow.target()))? => {}
+            Put::Full(_) => return Ok(Handed::Full),
+            Put::NotAccepted | Put::NoRoom | Put::Malformed => return Ok(Handed::Never),
+        }
+    }
+}
+
+fn read_frame<'m>(
+    from: &Ring<'m>,
+    head: u16,
+    negotiated: Offloads,
+    chain: &mut Chain<'m>,
+) -> Result<(Header, usize), Fault> {
+    from.walk(head, chain)?;
+    if !chain.writable().is_empty() {
+        return Err(ChainFault::Direction.into());
+    }
+    let mut bytes = [0; HEADER_LEN];
+    gather(chain.readable(), 0, &mut bytes);
+    let len = chain.readable_len().saturating_sub(HEADER_LEN);
+    Ok((Header::check(bytes, len, negotiated)?, len))
+}
+
+/// A frame without its header, wherever it is.
+enum Payload<'a, 'm> {
+    Chain(&'a Chain<'m>, usize),
+    Bytes(&'a [u8]),
+}
+
+impl Payload<'_, '_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Chain(_, len) => *len,
+            Self::Bytes(bytes) => bytes.len(),
+        }
+    }
+
+    fn copy_to(&self, space: &Chain<'_>) {
+        match self {
+            Self::Chain(chain, len) => copy(chain.readable(), HEADER_LEN, space.writable(), HEADER_LEN, *len),
+            Self::Bytes(bytes) => scatter(bytes, space.writable(), HEADER_LEN),
+        };
+    }
+}
+
+/// Receive buffers for one frame. Reused from frame to frame.
+#[derive(Default)]
+struct Space<'m> {
+    chain: Chain<'m>,
+    /// Head and capacity of each.
+    buffers: Vec<(u16, usize)>,
+}
+
+enum Put {
+    Done(usize),
+    /// No buffers beyond this many.
+    Full(u16),
+    NotAccepted,
+    NoRoom,
+    Malformed,
+}
+
+#[inline]
+fn put_frame<'m, T: Tap>(
+    to: &mut Ring<'m>,
+    flow: &Flow,
+    header: &Header,
+    payload: &Payload<'_, '_>,
+    space: &mut Space<'m>,
+    tap: &mut T,
+) -> Result<Put, PumpError> {
+    let owner = flow.target();
+    let len = payload.len();
+    match find_space(to, HEADER_LEN + len, flow.mergeable, space) {
+        Ok(Found::Enough) => {}
+        Ok(Found::More(known)) => return Ok(Put::Full(known)),
+        Ok(Found::Never) => return Ok(Put::NoRoom),
+        Err(Fault::Ring(fault)) => return Err(PumpError { owner, fault: fault.into() }),
+        Err(fault) if owner == Owner::DriverVm => return Err(PumpError { owner, fault }),
+        Err(fault) => {
+            tracing::debug!(%fault, "gave malformed receive buffers back to the guest");
+            give_back(to, space).map_err(blame(owner))?;
+            return Ok(Put::Malformed);
+        }
+    }
+    let count = u16::try_from(space.buffers.len()).unwrap_or(u16::MAX);
+    scatter(&header.to_bytes(count), space.chain.writable(), 0);
+    payload.copy_to(&space.chain);
+    finish(to, space, HEADER_LEN + len, tap).map_err(blame(owner))?;
+    Ok(Put::Done(len))
+}
+
+fn finish<T: Tap>(to: &mut Ring<'_>, space: &Space<'_>, len: usize, tap: &mut T) -> Result<(), RingFault> {
+    let mut left = len;
+    for (head, capacity) in &space.buffers {
+        let count = left.min(*capacity);
+        tap.offered(*head);
+        // A frame's length fits: it is bounded by MAX_FRAME.
+        to.put_used(*head, u32::try_from(count).unwrap_or(0))?;
+        left -= count;
+    }
+    to.take(u16::try_from(space.buffers.len()).unwrap_or(0));
+    to.publish()?;
+    if let Some((head, _)) = space.buffers.first() {
+        tap.handed(*head);
+    }
+    Ok(())
+}
+
+/// Completes the buffers looked at so far, unused.
+fn give_back(to: &mut Ring<'_>, space: &Space<'_>) -> Result<(), RingFault> {
+    for (head, _) in &space.buffers {
+        to.put_used(*head, 0)?;
+    }
+    to.take(u16::try_from(space.buffers.len()).unwrap_or(0));
+    to.publish()
+}
+
+enum Found {
+    Enough,
+    /// Not enough; this many were there.
+    More(u16),
+    /// Not enough, and there cannot be more.
+    Never,
+}
+
+/// Collects buffers for `need` bytes, without taking them. After a chain fault `space.buffers` ends with the faulty
+/// one.
+fn find_space<'m>(to: &Ring<'m>, need: usize, mergeable: bool, space: &mut Space<'m>) -> Result<Found, Fault> {
+    space.chain.clear();
+    space.buffers.clear();
+    let waiting = to.available()?;
+    for ahead in 0..waiting {
+        let head = to.head(ahead)?;
+        let before = space.chain.writable_len();
+        space.buffers.push((head, 0));
+        to.walk_on(head, &mut space.chain)?;
+        if !space.chain.readable().is_empty() {
+            return Err(ChainFault::Direction.into());
+        }
+        let capacity = space.chain.writable_len() - before;
+        if ahead == 0 && capacity < HEADER_LEN {
+            return Err(Fault::Room(capacity));
+        }
+        if let Some(last) = space.buffers.last_mut() {
+            last.1 = capacity;
+        }
+        if space.chain.writable_len() >= need {
+            return Ok(Found::Enough);
+        }
+        if !mergeable {
+            return Ok(Found::Never);
+        }
+    }
+    Ok(if waiting == to.size() { Found::Never } else { Found::More(waiting) })
+}

@@ -1,0 +1,270 @@
+//! The guest's virtio-net device on the splitter: the transport's calls and the event loop's events in, the
+//! supervisor's orders in, [`FromVm`] messages out.
+//!
+//! Queue 0 receives, 1 transmits, 2 is the control queue (virtio 1.2, section 5.1.2). Invariant: the device is reset
+//! by the guest's driver alone; nothing that happens to a driver VM shows in it but the link status of a quarantine.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::time::{ClockId, clock_gettime};
+use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_shadow::Generation;
+use umbra_shadow::net::rx_mode::RxFilter;
+use umbra_splitter::header::Offloads as FrameOffloads;
+use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features};
+use umbra_splitter::queue::Virtqueue;
+use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Error, QueueResources, QueueState, VirtioDevice};
+use crate::process::ipc::{FromVm, MaskedCounts, Replay};
+
+/// Device ID of a network device.
+const DEVICE_ID: u16 = 1;
+
+/// Queue sizes. 256 as everywhere for a network device; control commands come one at a time.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+
+/// `VIRTIO_NET_S_LINK_UP`.
+const LINK_UP: u16 = 1;
+
+/// Takes messages for the supervisor, in the device's lock; it must not block or call the device.
+pub type Outbox = Box<dyn FnMut(FromVm) + Send>;
+
+/// The eventfd of configuration changes, shared with the splitter's listener.
+type ConfigCall = Arc<Mutex<Option<EventFd>>>;
+
+/// A guest's network device whose frames go through a driver VM.
+pub struct SplitNet {
+    index: u16,
+    splitter: NetSplitter,
+    config_call: ConfigCall,
+    /// Kicks in the event loop.
+    watched: Vec<(RawFd, Source)>,
+}
+
+impl SplitNet {
+    /// Network device `index` of its guest.
+    pub fn new(index: u16, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
+        let config_call = ConfigCall::default();
+        let listener = listener(index, Arc::clone(&config_call), outbox);
+        let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
+            operation: "cannot make the network splitter".into(),
+            source: source.into(),
+        })?;
+        Ok(Self { index, splitter, config_call, watched: Vec::new() })
+    }
+
+    /// [`ToVm::AttachLink`](crate::process::ipc::ToVm::AttachLink).
+    pub fn attach_link(&mut self, generation: Generation, connection: UnixStream) {
+        self.splitter.attach(generation, connection);
+    }
+
+    /// [`ToVm::GoLive`](crate::process::ipc::ToVm::GoLive).
+    pub fn go_live(&mut self, generation: Generation, replay: Replay) {
+        let log = match replay {
+            Replay::Everything => Log::Replay,
+            Replay::ConfigurationOnly => Log::Drop,
+        };
+        self.splitter.go_live(generation, log);
+    }
+
+    /// [`ToVm::Mask`](crate::process::ipc::ToVm::Mask).
+    pub fn mask(&mut self, generation: Generation) {
+        self.splitter.mask(generation);
+    }
+
+    /// [`ToVm::Carrier`](crate::process::ipc::ToVm::Carrier).
+    pub fn carrier(&mut self, generation: Generation, up: bool) {
+        self.splitter.carrier(generation, up);
+    }
+
+    /// [`ToVm::Quarantine`](crate::process::ipc::ToVm::Quarantine).
+    pub fn quarantine(&mut self) {
+        self.splitter.quarantine();
+    }
+
+    /// The answer to [`ToVm::QueryStatus`](crate::process::ipc::ToVm::QueryStatus).
+    pub fn status(&self) -> FromVm {
+        let status = self.splitter.status();
+        FromVm::NetStatus {
+            net: self.index,
+            mode: status.mode.as_str().into(),
+            frames_out: status.frames_out,
+            frames_in: status.frames_in,
+            logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
+            masked: counts(status.masked),
+        }
+    }
+
+    fn config(&self) -> [u8; 12] {
+        let shadow = self.splitter.shadow();
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&shadow.filter().mac());
+        let status = if shadow.link_up() { LINK_UP } else { 0 };
+        config[6..8].copy_from_slice(&status.to_le_bytes());
+        // max_virtqueue_pairs, meaningful only with VIRTIO_NET_F_MQ.
+        config[8..10].copy_from_slice(&1u16.to_le_bytes());
+        config[10..].copy_from_slice(&shadow.mtu().to_le_bytes());
+        config
+    }
+
+    /// Brings the event loop's set of kicks up to date.
+    fn watch(&mut self, ops: &mut EventOps<'_>) {
+        for kick in self.splitter.take_retired() {
+            let fd = kick.as_raw_fd();
+            if let Some(place) = self.watched.iter().position(|(watched, _)| *watched == fd) {
+                self.watched.swap_remove(place);
+                if let Err(error) = ops.remove(Events::empty(&kick)) {
+                    tracing::warn!(?error, "cannot forget a queue's kick");
+                }
+            }
+        }
+        for (source, kick) in self.splitter.kicks() {
+            let fd = kick.as_raw_fd();
+            if self.watched.iter().any(|(watched, _)| *watched == fd) {
+                continue;
+            }
+            match ops.add(Events::new(kick, EventSet::IN | EventSet::EDGE_TRIGGERED)) {
+                Ok(()) => self.watched.push((fd, source)),
+                Err(error) => tracing::warn!(?error, ?source, "cannot watch a queue's kick"),
+            }
+        }
+    }
+}
+
+fn listener(index: u16, config_call: ConfigCall, mut outbox: Outbox) -> impl FnMut(Notice) + Send {
+    move |notice| {
+        let (net, at) = (index, now());
+        outbox(match notice {
+            Notice::LinkUp(generation) => FromVm::LinkUp { net, generation, at },
+            Notice::LinkLost(generation, cause) => FromVm::LinkLost { net, generation, at, cause: chain(&cause) },
+            Notice::Live(generation, masked) => FromVm::Live { net, generation, at, masked: counts(masked) },
+            Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
+            Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
+            Notice::Config => {
+                if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
+                    // Full only if an interrupt is due anyway.
+                    let _ = call.write(1);
+                }
+                return;
+            }
+        });
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn counts(masked: umbra_shadow::net::MaskedCounts) -> MaskedCounts {
+    let umbra_shadow::net::MaskedCounts { logged, replayed, dropped, unknown } = masked;
+    MaskedCounts { logged, replayed, dropped, unknown }
+}
+
+fn rx_mode(filter: &RxFilter) -> RxMode {
+    RxMode {
+        promiscuous: filter.promiscuous(),
+        all_multicast: filter.all_multicast(),
+        unicast: filter.unicast().into_iter().map(Mac).collect(),
+        multicast: filter.multicast().iter().copied().map(Mac).collect(),
+        vlans: filter.vlans(),
+    }
+}
+
+fn offloads_message(offloads: FrameOffloads) -> Offloads {
+    Offloads {
+        checksum: offloads.contains(FrameOffloads::CHECKSUM),
+        tso4: offloads.contains(FrameOffloads::TSO4),
+        tso6: offloads.contains(FrameOffloads::TSO6),
+    }
+}
+
+impl VirtioDevice for SplitNet {
+    fn device_id(&self) -> u16 {
+        DEVICE_ID
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        features::GUEST
+    }
+
+    fn set_features(&mut self, accepted: u64) {
+        self.splitter.set_features(accepted);
+    }
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        let config = self.config();
+        for (place, byte) in (offset as usize..).zip(data) {
+            *byte = config.get(place).copied().unwrap_or(0);
+        }
+    }
+
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        *self.config_call.lock().unwrap_or_else(PoisonError::into_inner) = Some(call);
+    }
+
+    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> Result<(), Error> {
+        let name = GuestQueue::ALL.get(usize::from(index)).copied().ok_or(Error::NoSuchQueue(index))?;
+        let QueueResources { memory, mut queue, kick, call } = resources;
+        if let Some(state) = state {
+            queue.set_next_avail(state.next_avail);
+            queue.set_next_used(state.next_used);
+        }
+        let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|source| Error::Backend {
+            operation: format!("cannot start queue {index} of network device {}", self.index),
+            source: source.into(),
+        })?;
+        self.splitter.start_queue(name, queue);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        let name = GuestQueue::ALL.get(usize::from(index)).copied()?;
+        let (next_avail, next_used) = self.splitter.stop_queue(name)?;
+        Some(QueueState { next_avail, next_used })
+    }
+
+    fn reset(&mut self) {
+        self.splitter.reset();
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.splitter.is_broken()
+    }
+}
+
+impl MutEventSubscriber for SplitNet {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
+            tracing::error!(?error, "cannot watch the network splitter");
+        }
+        self.watch(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        if fd == self.splitter.wake().as_raw_fd() {
+            self.splitter.service();
+            // A kick that is watched from here on fires at once if it came before: it is never read.
+            self.watch(ops);
+        } else if let Some((_, source)) = self.watched.iter().find(|(watched, _)| *watched == fd) {
+            self.splitter.kicked(*source);
+        }
+    }
+}
