@@ -39,8 +39,10 @@ pub const PCI_IO_LAST: u16 = 0xffff;
 pub const COM1: u16 = 0x3f8;
 /// IRQ of COM1.
 pub const COM1_IRQ: u32 = 4;
-/// CMOS and real-time clock: index port, the data port is the next.
-pub const CMOS: u16 = 0x70;
+/// CMOS and real-time clock: index.
+pub const CMOS_INDEX: u16 = 0x70;
+/// CMOS and real-time clock: data.
+pub const CMOS_DATA: u16 = 0x71;
 /// Keyboard controller: data port.
 pub const I8042_DATA: u16 = 0x60;
 /// Keyboard controller: status and command port.

@@ -19,7 +19,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, ReadVolatile};
 
 use super::layout;
-pub use registers::set_up as set_up_registers;
+pub use registers::{Error as RegistersError, set_up as set_up_registers};
 
 /// Offset of the setup header in a bzImage, and the magic in it.
 const HDRS_OFFSET: u64 = 0x202;
