@@ -32,7 +32,7 @@ pub fn main() -> ExitCode {
     init_logging();
     let result = match Cli::parse().command {
         Command::Image(args) => image::run(&args),
-        Command::Vm(args) => vm::run(&args),
+        Command::Vm(args) => vm::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,11 +1,22 @@
-//! `umbra vm`: the process of one VM. Hidden: only `umbra run` starts it, with the control socket inherited.
+//! `umbra vm`: the process of one VM. Hidden: `umbra run` starts it, with the control socket inherited.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::Context;
+
+use crate::process::vm::{self, Source};
 
 /// Arguments of `umbra vm`.
 #[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
 pub struct Args {
     /// Descriptor number of the control socket (`SOCK_SEQPACKET`), which carries `process::ipc` messages.
     #[arg(long)]
-    pub control: i32,
+    pub control: Option<i32>,
+    /// A file with the VM's spec (`process::ipc::VmSpec`) in JSON, for trying a VM without a supervisor.
+    #[arg(long)]
+    pub spec: Option<PathBuf>,
 }
 
 /// Runs one VM until it ends.
@@ -13,7 +24,20 @@ pub struct Args {
 /// # Errors
 ///
 /// What went wrong before the supervisor could be told.
-pub fn run(args: &Args) -> anyhow::Result<()> {
-    // `process::vm::main(args.control)` goes here.
-    anyhow::bail!("no VM can be run on control socket {} by this build", args.control)
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let source = match (args.control, args.spec) {
+        (Some(number), _) => {
+            nix::fcntl::fcntl(
+                // SAFETY: borrowed for this call only; `fcntl` reports a number that is no descriptor.
+                unsafe { std::os::fd::BorrowedFd::borrow_raw(number.max(0)) },
+                nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+            )
+            .with_context(|| format!("the control socket {number}"))?;
+            // SAFETY: the descriptor is open, was inherited for this process, and nothing else here owns it.
+            Source::Control(unsafe { OwnedFd::from_raw_fd(number) })
+        }
+        (None, Some(path)) => Source::File(path),
+        (None, None) => anyhow::bail!("give --control or --spec"),
+    };
+    Ok(vm::main(source)?)
 }

@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod cpuid;
+pub mod devices;
 mod dsdt;
 pub mod end;
 pub mod kvm;

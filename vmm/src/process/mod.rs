@@ -1,4 +1,6 @@
 //! The processes: what `umbra run` starts for each VM, and how they speak with the supervisor.
 
 pub mod channel;
+pub mod host;
 pub mod ipc;
+pub mod vm;
