@@ -1,7 +1,18 @@
 //! Virtio devices (virtio 1.2) and their PCI transport.
 
+pub mod console;
 pub mod device;
 pub mod events;
 pub mod pci;
 pub mod queue;
 pub mod split_net;
+#[cfg(test)]
+mod testing;
+
+/// Reads `data` from a device's configuration at byte `offset`; bytes past its end read as 0.
+fn read_config(config: &[u8], offset: u32, data: &mut [u8]) {
+    let from = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
+    let length = data.len().min(config.len() - from);
+    data.fill(0);
+    data[..length].copy_from_slice(&config[from..from + length]);
+}
