@@ -1,2 +1,36 @@
-//! The agent.
-fn main() {}
+//! The agent: the first process of a driver VM. Mounts, starts loading modules, greets the host, and then does as the
+//! host says until something fails; then it says so and resets the VM.
+
+mod agent;
+mod ethtool;
+mod filter;
+mod forward;
+mod interface;
+mod kernel_log;
+mod modules;
+mod netlink;
+mod network;
+mod pci;
+mod port;
+mod system;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("umbra-agent is the first process of a driver VM; `umbra image` puts it there, `umbra run` starts it");
+        return ExitCode::FAILURE;
+    }
+    let error = match start() {
+        Ok(agent) => agent.run(),
+        Err(error) => error,
+    };
+    kernel_log::error(&format!("{error:#}"));
+    system::restart()
+}
+
+fn start() -> anyhow::Result<agent::Agent> {
+    system::mount_all()?;
+    system::set_all();
+    agent::Agent::start(modules::Loading::start()?)
+}

@@ -1,0 +1,231 @@
+//! The main loop: one thread, which waits for the host, the kernel's link notifications and the module loader, and
+//! beats. When it is stuck, so are the heartbeats; that is their point.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use umbra_driver_vm::protocol::{CrashKind, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
+
+use crate::modules::Loading;
+use crate::netlink::Netlink;
+use crate::network::{Network, Nic};
+use crate::port::Port;
+use crate::{kernel_log, pci, system};
+
+/// How long after the plan the devices may take to appear: the slowest probes seen take about 5 s.
+const DEVICES_WITHIN: Duration = Duration::from_secs(10);
+/// How often a host that has closed its end is looked for again; poll(2) cannot wait for it.
+const HOST_AWAY: Duration = Duration::from_millis(20);
+/// How long a last message may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+const BEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
+
+/// The agent.
+#[derive(Debug)]
+pub struct Agent {
+    port: Port,
+    host_away: bool,
+    requests: Netlink,
+    changes: Netlink,
+    loading: Loading,
+    state: State,
+    beats: u64,
+    next_beat: Instant,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The host has not said yet what to do.
+    Idle,
+    /// Not all devices are there yet.
+    Awaited { plan: NetPlan, nic: Option<Nic>, deadline: Instant },
+    /// Frames are forwarded.
+    Forwarding { network: Network, carrier: bool },
+}
+
+impl Agent {
+    /// Opens what the loop needs and greets the host.
+    ///
+    /// # Errors
+    /// When the control port or netlink is missing.
+    pub fn start(loading: Loading) -> anyhow::Result<Self> {
+        let port = Port::open()?;
+        let requests = Netlink::requests().context("cannot talk to the kernel's network")?;
+        let changes = Netlink::link_changes().context("cannot hear of link changes")?;
+        let (state, next_beat) = (State::Idle, Instant::now() + BEAT);
+        let mut new =
+            Self { port, host_away: false, requests, changes, loading, state, beats: 0, next_beat };
+        new.port.send(&FromAgent::Hello {
+            generation: system::generation(),
+            kernel: system::release(),
+            uptime_ms: system::uptime_ms(),
+        })?;
+        Ok(new)
+    }
+
+    /// Works until something fails; tells the host.
+    pub fn run(mut self) -> anyhow::Error {
+        loop {
+            if let Err(error) = self.turn() {
+                self.last_words(&error);
+                return error;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> anyhow::Result<()> {
+        self.wait()?;
+        if self.changes.drain() {
+            self.look_at_carrier()?;
+        }
+        for failure in self.loading.collect() {
+            kernel_log::error(&failure);
+        }
+        self.port.flush()?;
+        self.host_away = !self.port.receive()?;
+        while let Some(message) = self.port.next_message().context("the host sent nonsense")? {
+            self.obey(message)?;
+        }
+        self.advance()?;
+        self.beat()
+    }
+
+    fn wait(&self) -> anyhow::Result<()> {
+        let mut limit = self.next_beat.saturating_duration_since(Instant::now());
+        let read = PollFlags::POLLIN;
+        let mut waited: Vec<(BorrowedFd<'_>, PollFlags)> = vec![(self.changes.descriptor(), read)];
+        if !self.loading.done() {
+            waited.push((self.loading.descriptor(), read));
+        }
+        if self.host_away {
+            limit = limit.min(HOST_AWAY);
+        } else {
+            let write = if self.port.wants_to_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
+            waited.push((self.port.descriptor(), read | write));
+        }
+        // Rounded up: a wait that ends early would only turn the loop once more.
+        let millis = u16::try_from(limit.as_millis() + 1).unwrap_or(u16::MAX);
+        let mut polled: Vec<_> = waited.into_iter().map(|(fd, flags)| PollFd::new(fd, flags)).collect();
+        match poll(&mut polled, PollTimeout::from(millis)) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error).context("cannot wait for events"),
+        }
+    }
+
+    fn obey(&mut self, message: ToAgent) -> anyhow::Result<()> {
+        match (message, &mut self.state) {
+            (ToAgent::ConfigureNet(plan), State::Idle) => {
+                self.state = State::Awaited { plan, nic: None, deadline: Instant::now() + DEVICES_WITHIN };
+            }
+            (ToAgent::ConfigureNet(_), _) => anyhow::bail!("the host sent a second plan"),
+            (ToAgent::SetRxMode { end, mode }, State::Forwarding { network, .. }) => {
+                network.set_mode(&mut self.requests, end, mode)?;
+            }
+            (ToAgent::SetOffloads { end, offloads }, State::Forwarding { network, .. }) => {
+                network.set_offloads(end, offloads)?;
+            }
+            // Not forwarding yet: the plan is changed, and applied when the devices are there.
+            (ToAgent::SetRxMode { end, mode }, State::Awaited { plan, .. }) => {
+                let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
+                end.mode = mode;
+            }
+            (ToAgent::SetOffloads { end, offloads }, State::Awaited { plan, .. }) => {
+                let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
+                end.offloads = offloads;
+            }
+            (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, State::Idle) => {
+                anyhow::bail!("the host sent settings before the plan")
+            }
+            (ToAgent::Crash { kind }, _) => crash(kind),
+        }
+        Ok(())
+    }
+
+    /// Goes on as far as the devices that are there allow.
+    fn advance(&mut self) -> anyhow::Result<()> {
+        let State::Awaited { plan, nic, deadline } = &mut self.state else { return Ok(()) };
+        if nic.is_none() {
+            *nic = Nic::find(&mut self.requests, plan)?;
+            if let Some(nic) = nic {
+                self.port.send(&FromAgent::Nic {
+                    driver: nic.driver.clone(),
+                    interface: nic.name.clone(),
+                    mac: nic.permanent,
+                    mtu: u16::try_from(nic.mtu).unwrap_or(u16::MAX),
+                    uptime_ms: system::uptime_ms(),
+                })?;
+            }
+        }
+        if nic.is_some() && self.loading.done() {
+            let Some(found) = nic.take() else { return Ok(()) };
+            match Network::join(&mut self.requests, found, plan)? {
+                Ok(network) => return self.forwarding(network),
+                Err(found) => *nic = Some(found),
+            }
+        }
+        if Instant::now() > *deadline {
+            let missing = if nic.is_none() { "the NIC" } else { "a virtio-net end" };
+            let mut what = format!("{missing} has not appeared: {}", pci::describe());
+            for failure in self.loading.failures() {
+                what.push_str(&format!("; {failure}"));
+            }
+            anyhow::bail!(what);
+        }
+        Ok(())
+    }
+
+    fn forwarding(&mut self, network: Network) -> anyhow::Result<()> {
+        self.port.send(&FromAgent::Forwarding { uptime_ms: system::uptime_ms() })?;
+        kernel_log::info("forwarding");
+        let carrier = network.carrier(&mut self.requests)?;
+        self.port.send(&FromAgent::Carrier { up: carrier, uptime_ms: system::uptime_ms() })?;
+        self.state = State::Forwarding { network, carrier };
+        Ok(())
+    }
+
+    fn look_at_carrier(&mut self) -> anyhow::Result<()> {
+        if let State::Forwarding { network, carrier } = &mut self.state {
+            let up = network.carrier(&mut self.requests)?;
+            if up != *carrier {
+                *carrier = up;
+                self.port.send(&FromAgent::Carrier { up, uptime_ms: system::uptime_ms() })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn beat(&mut self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        if now < self.next_beat {
+            return Ok(());
+        }
+        self.next_beat = now + BEAT;
+        self.beats += 1;
+        // Notifications of a link that goes down come up to a second late; looking costs little.
+        self.look_at_carrier()?;
+        let available_memory = system::available_memory();
+        self.port.send(&FromAgent::Heartbeat { sequence: self.beats, available_memory })
+    }
+
+    /// Tells the host why this is the end, and gives it a moment to read.
+    fn last_words(&mut self, error: &anyhow::Error) {
+        let deadline = Instant::now() + LAST_WORDS;
+        let mut sent = self.port.send(&FromAgent::Failed { what: format!("{error:#}") });
+        while sent.is_ok() && self.port.wants_to_write() && Instant::now() < deadline {
+            std::thread::sleep(HOST_AWAY);
+            sent = self.port.flush();
+        }
+        std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn crash(kind: CrashKind) -> ! {
+    match kind {
+        CrashKind::Panic => system::panic(),
+        CrashKind::AgentHang => system::hang(),
+        CrashKind::Reboot => system::restart(),
+    }
+}

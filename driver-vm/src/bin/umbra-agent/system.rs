@@ -1,0 +1,103 @@
+//! What a first process does for its system: mounts, kernel settings, facts about the kernel, and its end.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::time::{ClockId, clock_gettime};
+
+use crate::kernel_log;
+
+/// File system, place.
+const MOUNTS: [(&str, &str); 3] = [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")];
+
+/// Whatever goes wrong in the kernel ends this VM at once; the host starts the next one. And nothing of this system's
+/// own may appear on the wire or towards the guest. A setting that the kernel does not have is passed over.
+const SETTINGS: [(&str, &str); 9] = [
+    ("kernel/panic", "-1"), // reboot at once
+    ("kernel/panic_on_oops", "1"),
+    ("kernel/softlockup_panic", "1"),
+    ("kernel/hung_task_panic", "1"),
+    // Above what a slow firmware download in a probe takes, below the kernel's 120 s.
+    ("kernel/hung_task_timeout_secs", "30"),
+    ("kernel/panic_on_warn", "0"), // drivers warn and go on
+    ("vm/panic_on_oom", "1"),
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/ipv6/conf/default/disable_ipv6", "1"),
+];
+
+/// Mounts the kernel's file systems.
+///
+/// # Errors
+/// When one cannot be mounted.
+pub fn mount_all() -> anyhow::Result<()> {
+    for (kind, place) in MOUNTS {
+        let already = nix::errno::Errno::EBUSY; // devtmpfs with CONFIG_DEVTMPFS_MOUNT
+        match mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>) {
+            Ok(()) => {}
+            Err(error) if error == already => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot mount {kind} at {place}")),
+        }
+    }
+    Ok(())
+}
+
+/// Applies the kernel settings.
+pub fn set_all() {
+    for (name, value) in SETTINGS {
+        let place = Path::new("/proc/sys").join(name);
+        if place.exists()
+            && let Err(error) = fs::write(&place, value)
+        {
+            kernel_log::error(&format!("cannot set {name} to {value}: {error}"));
+        }
+    }
+}
+
+/// The generation on the kernel command line (`umbra.generation=`); 0, which is none, when it is not there.
+pub fn generation() -> u32 {
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let value = cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix("umbra.generation="));
+    value.and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+/// The kernel's release.
+pub fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// Milliseconds since the kernel started.
+pub fn uptime_ms() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map(|t| u64::try_from(t.tv_sec()).unwrap_or(0) * 1000 + u64::try_from(t.tv_nsec()).unwrap_or(0) / 1_000_000)
+        .unwrap_or(0)
+}
+
+/// Memory that is available, in bytes.
+pub fn available_memory() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Panics the kernel.
+pub fn panic() -> ! {
+    let _ = fs::write("/proc/sysrq-trigger", "c");
+    // Without sysrq in the kernel: the end of the first process is a kernel panic as well.
+    std::process::abort()
+}
+
+/// Stops answering, for good.
+pub fn hang() -> ! {
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// Resets the VM.
+pub fn restart() -> ! {
+    let Err(_) = reboot(RebootMode::RB_AUTOBOOT);
+    std::process::abort()
+}
