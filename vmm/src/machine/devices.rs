@@ -1,24 +1,67 @@
 //! From the pieces of a VM's spec to devices on its PCI bus: a short `match` each; how a device is made is the
-//! device's own business.
+//! device's own business. Slots are given out in the order of the spec, from 1, so that a guest finds the same
+//! devices at the same places in each life.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use event_manager::EventManager;
+use event_manager::{EventManager, SubscriberOps};
 use thiserror::Error;
 
 use super::vm::Vm;
+use crate::pci::address::{Bdf, ParseBdfError, Slot};
+use crate::pci::bus::{self, SharedDevice};
 use crate::process::host::Host;
-use crate::process::ipc::{ToVm, VmSpec};
+use crate::process::ipc::{FromVm, NetBackend, ToVm, VmSpec};
 use crate::process::vm::Subscriber;
+use crate::supervisor::time::Time;
+use crate::vfio::{self, Failure, Vfio, VfioPciDevice, VmResources};
+use crate::virtio::console::{self, Console};
+use crate::virtio::device::{self, VirtioDevice};
+use crate::virtio::pci::{self, VirtioPci};
+use crate::virtio::split_net::SplitNet;
 
 /// Errors of adding devices.
 #[derive(Debug, Error)]
-pub enum Error {}
-
-/// The devices that the supervisor speaks with.
-#[derive(Default)]
-pub struct Devices {}
+pub enum Error {
+    /// The bus is full.
+    #[error("too many devices: the PCI bus has 31 slots")]
+    NoSlot,
+    /// Not built in.
+    #[error("{0}: this build has no such network device")]
+    NotYet(String),
+    /// No place on the bus.
+    #[error(transparent)]
+    Bus(#[from] bus::Error),
+    /// A virtio device.
+    #[error("make {name}")]
+    Virtio {
+        /// Which.
+        name: String,
+        /// The cause.
+        #[source]
+        source: device::Error,
+    },
+    /// Its transport.
+    #[error("make {name}")]
+    Transport {
+        /// Which.
+        name: String,
+        /// The cause.
+        #[source]
+        source: pci::Error,
+    },
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] console::Error),
+    /// A passed-through function.
+    #[error(transparent)]
+    Vfio(#[from] vfio::Error),
+    /// Not a PCI address.
+    #[error(transparent)]
+    Bdf(#[from] ParseBdfError),
+}
 
 /// Makes the devices of `spec` and puts them on the bus and into the event loop.
 pub fn add(
@@ -27,13 +70,124 @@ pub fn add(
     host: &Arc<Host>,
     events: &mut EventManager<Subscriber>,
 ) -> Result<Devices, Error> {
-    let _ = (vm, spec, host, events);
-    Ok(Devices {})
+    let mut adder = Adder { vm, host, events, devices: Devices::default() };
+    for (index, net) in (0u16..).zip(&spec.nets) {
+        adder.net(index, net)?;
+    }
+    if !spec.ports.is_empty() {
+        adder.virtio("console", Arc::new(Mutex::new(Console::new(&spec.ports)?)))?;
+    }
+    adder.passthrough(&spec.passthrough)?;
+    Ok(adder.devices)
+}
+
+struct Adder<'a> {
+    vm: &'a Vm,
+    host: &'a Arc<Host>,
+    events: &'a mut EventManager<Subscriber>,
+    devices: Devices,
+}
+
+impl Adder<'_> {
+    fn net(&mut self, index: u16, backend: &NetBackend) -> Result<(), Error> {
+        let name = format!("virtio-net{index}");
+        let failed = |source| Error::Virtio { name: name.clone(), source };
+        match backend {
+            NetBackend::Split { mac, mtu } => {
+                let host = Arc::clone(self.host);
+                let outbox = Box::new(move |message| host.tell(&message));
+                let net = SplitNet::new(index, *mac, *mtu, outbox).map_err(failed)?;
+                let net = Arc::new(Mutex::new(net));
+                self.devices.split.push((index, Arc::clone(&net)));
+                self.virtio(&name, net)
+            }
+            NetBackend::Tap { .. } | NetBackend::VhostUser { .. } => Err(Error::NotYet(name)),
+        }
+    }
+
+    fn passthrough(&mut self, functions: &[String]) -> Result<(), Error> {
+        if functions.is_empty() {
+            return Ok(());
+        }
+        let vfio = Vfio::new(VmResources {
+            vm: Arc::clone(&self.vm.fd),
+            memory: self.vm.memory.clone(),
+            interrupts: Arc::clone(&self.vm.interrupts),
+            slots: Arc::clone(&self.vm.slots),
+        })?;
+        for function in functions {
+            let bdf: Bdf = function.parse()?;
+            let slot = self.slot()?;
+            let device = VfioPciDevice::open(&vfio, bdf, slot)?;
+            let host = Arc::clone(self.host);
+            let watch = device.watch(Box::new(move |bdf: Bdf, failure: Failure| {
+                let (device, what) = (bdf.to_string(), failure.to_string());
+                host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
+            }))?;
+            self.events.add_subscriber(Arc::new(Mutex::new(watch)));
+            self.on_bus(slot, Arc::new(Mutex::new(device)))?;
+        }
+        Ok(())
+    }
+
+    /// Puts a virtio device on the bus and into the event loop.
+    fn virtio<D: VirtioDevice + 'static>(&mut self, name: &str, device: Arc<Mutex<D>>) -> Result<(), Error> {
+        let slot = self.slot()?;
+        let function = VirtioPci::new(name.into(), device.clone(), self.vm.memory.clone(), &self.vm.interrupts);
+        let function = function.map_err(|source| Error::Transport { name: name.into(), source })?;
+        self.events.add_subscriber(device);
+        self.on_bus(slot, Arc::new(Mutex::new(function)))
+    }
+
+    fn slot(&self) -> Result<Slot, Error> {
+        self.vm.bus.pci.free_slot().ok_or(Error::NoSlot)
+    }
+
+    fn on_bus(&self, slot: Slot, device: SharedDevice) -> Result<(), Error> {
+        Ok(self.vm.bus.pci.add(slot, device)?)
+    }
+}
+
+/// The devices that the supervisor speaks with.
+#[derive(Default)]
+pub struct Devices {
+    split: Vec<(u16, Arc<Mutex<SplitNet>>)>,
 }
 
 impl Devices {
     /// A message of the supervisor that concerns a device.
-    pub fn handle(&mut self, message: ToVm, fds: Vec<OwnedFd>, host: &Host) {
-        let _ = (message, fds, host);
+    pub fn handle(&self, message: ToVm, fds: Vec<OwnedFd>, host: &Host) {
+        match message {
+            ToVm::AttachLink { net, generation } => {
+                let Some(fd) = fds.into_iter().next() else {
+                    tracing::error!(net, "a link without its socket");
+                    return;
+                };
+                self.with(net, |net| net.attach_link(generation, UnixStream::from(fd)));
+            }
+            ToVm::GoLive { net, generation, replay } => self.with(net, |net| net.go_live(generation, replay)),
+            ToVm::Mask { net, generation } => self.with(net, |net| net.mask(generation)),
+            ToVm::Carrier { net, generation, up } => self.with(net, |net| net.carrier(generation, up)),
+            ToVm::Quarantine { net } => self.with(net, SplitNet::quarantine),
+            ToVm::QueryStatus => {
+                for (_, net) in &self.split {
+                    let status = lock(net).status();
+                    host.tell(&status);
+                }
+            }
+            // These concern the whole VM.
+            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill => {}
+        }
     }
+
+    fn with(&self, index: u16, act: impl FnOnce(&mut SplitNet)) {
+        match self.split.iter().find(|(number, _)| *number == index) {
+            Some((_, net)) => act(&mut lock(net)),
+            None => tracing::error!(index, "the supervisor names a network device that is none of a driver VM's"),
+        }
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -165,6 +165,15 @@ pub enum FromVm {
         /// When, ns.
         at: u64,
     },
+    /// A passed-through device has failed, or the host wants it back. The VM still runs.
+    DeviceFailed {
+        /// When, ns.
+        at: u64,
+        /// Its PCI address on the host.
+        device: String,
+        /// What happened, as a clause: `the device reported an uncorrectable error`.
+        what: String,
+    },
     /// The VM could not be started; the sentence is for the user.
     Failed {
         /// The error, its causes included.

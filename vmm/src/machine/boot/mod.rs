@@ -179,7 +179,32 @@ fn load_kernel(memory: &GuestMemoryMmap, memory_size: u64, path: &Path) -> Resul
     }
     // What does not fit even without its bss; a better figure follows when the headers are read.
     check_fits(memory_size, layout::HIGH_MEMORY.0 + size)?;
-    if is_elf { load_vmlinux(memory, path, &mut file) } else { load_bzimage(memory, memory_size, path, &mut file) }
+    if is_elf {
+        check_fits(memory_size, vmlinux_end(&file).map_err(fail("read the kernel"))?)?;
+        load_vmlinux(memory, path, &mut file)
+    } else {
+        load_bzimage(memory, memory_size, path, &mut file)
+    }
+}
+
+/// First address behind the segments of an ELF file; 0 for a file that ends in its headers.
+fn vmlinux_end(file: &File) -> io::Result<u64> {
+    const HEADER: usize = 64;
+    const PROGRAM_HEADER: usize = 56;
+    const PT_LOAD: [u8; 4] = 1u32.to_le_bytes();
+    let quad = |bytes: &[u8], at: usize| bytes[at..at + 8].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte));
+    let mut header = [0; HEADER];
+    file.read_exact_at(&mut header, 0)?;
+    let (table, count) = (quad(&header, 32), u16::from_le_bytes([header[56], header[57]]));
+    let mut end = 0;
+    for index in 0..u64::from(count) {
+        let mut entry = [0; PROGRAM_HEADER];
+        file.read_exact_at(&mut entry, table.saturating_add(index * PROGRAM_HEADER as u64))?;
+        if entry[..4] == PT_LOAD {
+            end = end.max(quad(&entry, 24).saturating_add(quad(&entry, 40)));
+        }
+    }
+    Ok(end)
 }
 
 fn load_vmlinux<F: Read + ReadVolatile + Seek>(
@@ -372,6 +397,24 @@ mod tests {
         big.as_file().set_len(60 * MIB).unwrap();
         let (_, result) = load_with(64 * MIB, kernel.path(), &[big.path().to_owned()], "");
         assert!(matches!(result, Err(Error::MemoryTooSmall { have_mib: 64, .. })));
+    }
+
+    #[test]
+    fn a_vmlinux_counts_its_bss() {
+        let mut image = vec![0; 4096];
+        image[..5].copy_from_slice(b"\x7fELF\x02");
+        image[5] = 1;
+        image[24..32].copy_from_slice(&0x100_0000u64.to_le_bytes()); // entry
+        image[32..40].copy_from_slice(&64u64.to_le_bytes()); // program headers
+        image[54..58].copy_from_slice(&[56, 0, 1, 0]);
+        image[64] = 1; // load
+        image[64 + 24..64 + 32].copy_from_slice(&0x100_0000u64.to_le_bytes());
+        image[64 + 40..64 + 48].copy_from_slice(&(100 * MIB).to_le_bytes());
+        let kernel = file(&image);
+        let (_, result) = load_with(64 * MIB, kernel.path(), &[], "");
+        assert!(matches!(result, Err(Error::MemoryTooSmall { have_mib: 64, need_mib: 117 })), "{result:?}");
+        let (_, result) = load_with(128 * MIB, kernel.path(), &[], "");
+        assert_eq!(result.unwrap(), Entry::Linux64(GuestAddress(0x100_0000)));
     }
 
     #[test]
