@@ -7,5 +7,6 @@
 pub mod assets;
 pub mod bench;
 pub mod cli;
+pub mod demo;
 pub mod peer;
 pub mod probe;

@@ -7,5 +7,6 @@
 pub mod client;
 pub mod net;
 pub mod port;
+pub mod replay;
 pub mod serve;
 pub mod wire;
