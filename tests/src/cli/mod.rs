@@ -4,6 +4,7 @@
 //! nowhere else, with their causes.
 
 mod demo;
+mod measure;
 mod run;
 
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ enum Command {
     Run(run::RunArgs),
     /// Show that a download survives the crashes of its NIC driver.
     Demo(demo::Args),
+    /// Measure throughput, round trips, outages and memory; a table and JSON.
+    Measure(measure::Args),
     /// Give the terminal to a shell in a fresh test host.
     Shell(run::MachineArgs),
 }
@@ -36,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Setup => run::setup(),
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Measure(args) => measure::run(&args),
         Command::Shell(args) => run::shell(args),
     };
     result.unwrap_or_else(|error| {

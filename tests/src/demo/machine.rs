@@ -13,6 +13,15 @@ use super::place::Place;
 use crate::bench::guest::SOCKETS;
 use crate::probe::client::Run;
 
+/// How the guests reach the NIC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// Through a driver VM.
+    DriverVm,
+    /// The NIC is the (only) guest's own.
+    Passthrough,
+}
+
 /// What the machine is made of.
 #[derive(Clone, Debug)]
 pub struct MachineSpec {
@@ -22,6 +31,8 @@ pub struct MachineSpec {
     pub image: String,
     /// Guests: name and address with prefix length; `dhcp` asks for one.
     pub guests: Vec<(String, String)>,
+    /// With or without a driver VM.
+    pub attach: Attach,
     /// `[driver.nic0.restart]` limit.
     pub restart_limit: u32,
     /// Memory of the driver VM.
@@ -35,6 +46,7 @@ impl MachineSpec {
             device: device.into(),
             image: image.into(),
             guests: vec![("web".into(), address.into())],
+            attach: Attach::DriverVm,
             restart_limit: 5,
             driver_memory: "128M".into(),
         }
@@ -44,13 +56,20 @@ impl MachineSpec {
     pub fn to_toml(&self, work: &str, share: &str) -> String {
         let mut text = String::new();
         for (name, address) in &self.guests {
+            let nic = match self.attach {
+                Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"nic0\"\n"),
+                Attach::Passthrough => format!("passthrough = [\"{}\"]\n", self.device),
+            };
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"]\n\
                  cmdline = \"console=ttyS0 quiet ip4={address}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
-                 [[guest.{name}.net]]\ndriver = \"nic0\"\n\
+                 {nic}\
                  [[guest.{name}.port]]\nname = \"org.umbra.bench\"\nsocket = \"{SOCKETS}/{name}.sock\"\n\n"
             ));
+        }
+        if self.attach == Attach::Passthrough {
+            return text;
         }
         text.push_str(&format!(
             "[driver.nic0]\ndevice = \"{}\"\nimage = \"{work}/{}\"\nmemory = \"{}\"\n\
@@ -80,12 +99,18 @@ impl Machine {
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
         let image = &spec.image;
         place.expect(
-            &format!("mkdir -p {work} {SOCKETS} && cp -r {share}/vmlinux {share}/guest.cpio {share}/{image} {work}/ && rm -f {share}/events.jsonl {share}/*.log"),
+            &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || cp -r {share}/$f {work}/ || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
             Duration::from_secs(60),
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
         let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
-        machine.await_event(Duration::from_secs(90), |event| event.event == "driver-live")?;
+        if spec.attach == Attach::DriverVm {
+            let event = machine
+                .await_event(Duration::from_secs(90), |event| ["driver-live", "quarantined"].contains(&event.event.as_str()))?;
+            if event.event == "quarantined" {
+                return Err(DemoError::Umbra { what: "the driver VM did not come up".into(), said: machine.said() });
+            }
+        }
         for (name, _) in &spec.guests {
             place.in_guest(name, "true", Duration::from_secs(60))?;
         }
@@ -154,5 +179,24 @@ impl Machine {
             return Ok(());
         }
         Err(DemoError::Umbra { what: "`umbra stop` did not end it within 30 s".into(), said: self.said() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn the_file_is_what_umbra_reads() {
+        let mut spec = MachineSpec::one_guest("0000:01:00.0", "e1000e", "10.77.0.2/24");
+        spec.guests.push(("db".into(), "10.77.0.3/24".into()));
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap();
+        assert_eq!((machine.guest.len(), machine.driver.len()), (2, 1));
+        spec.guests.pop();
+        spec.attach = Attach::Passthrough;
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap();
+        assert_eq!(machine.guest["web"].passthrough, ["0000:01:00.0"]);
+        assert!(machine.driver.is_empty());
     }
 }
