@@ -7,7 +7,5 @@
 pub mod assets;
 pub mod bench;
 pub mod cli;
-pub mod demo;
-pub mod measure;
 pub mod peer;
 pub mod probe;

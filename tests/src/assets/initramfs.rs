@@ -39,8 +39,7 @@ impl Recipe<'_> {
 
     /// A guest's.
     pub(super) fn guest(&self) -> Result<PathBuf, AssetError> {
-        let files = [("init", 0o755, include_str!("guest-init.sh")), ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh"))];
-        self.make("guest", GUEST_MODULES, &files)
+        self.make("guest", GUEST_MODULES, &[("init", 0o755, include_str!("guest-init.sh"))])
     }
 
     fn make(&self, kind: &str, modules: &[&str], files: &[(&str, u32, &str)]) -> Result<PathBuf, AssetError> {

@@ -6,7 +6,7 @@
 
 mod error;
 mod files;
-pub mod guest;
+mod guest;
 mod lock;
 pub mod pcap;
 mod qemu;
@@ -30,7 +30,6 @@ use crate::probe::client::{Client, ClientError, Run};
 pub use error::BenchError;
 pub use guest::Guest;
 use lock::Lock;
-pub use qemu::real_kvm as has_nested_kvm;
 pub use spec::{Accel, BenchSpec, Model, Storage};
 
 /// Console lines shown with a failure.

@@ -27,7 +27,7 @@ const FIRST_CONVENTIONAL: u8 = 0x08;
 const FIRST_ROOT_PORT: u8 = 0x10;
 
 /// Hardware virtualisation is there, so that KVM's guests can be hosts themselves.
-pub fn real_kvm() -> bool {
+pub(super) fn real_kvm() -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let nested = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");

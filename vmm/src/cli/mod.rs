@@ -3,9 +3,12 @@
 //! Exit codes: 0 done, 1 failed (one line on stderr that says why), 2 wrong usage. The chain of an error's causes is
 //! printed here and nowhere else.
 
+pub mod client;
 pub mod image;
+pub mod run;
 pub mod vm;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -20,6 +23,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a machine: guests, and the driver VMs that serve them.
+    Run(Box<run::Args>),
+    /// Show a running machine: guests, driver VMs, their state, the last outage.
+    Status(client::StatusArgs),
+    /// Make a driver VM crash for real, to see its guests survive it.
+    Crash(client::CrashArgs),
+    /// End a running machine.
+    Stop(client::StopArgs),
     /// Make a driver VM image, or unpack a kernel.
     Image(image::Args),
     /// Be the process of one VM (started by `umbra run`).
@@ -31,6 +42,10 @@ enum Command {
 pub fn main() -> ExitCode {
     init_logging();
     let result = match Cli::parse().command {
+        Command::Run(args) => run::run(*args),
+        Command::Status(args) => client::status(&args),
+        Command::Crash(args) => client::crash(&args),
+        Command::Stop(args) => client::stop(&args),
         Command::Image(args) => image::run(&args),
         Command::Vm(args) => vm::run(args),
     };
@@ -42,6 +57,17 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints `text` on stdout, as a line or more.
+fn print(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{}", text.trim_end())?;
+    Ok(())
+}
+
+/// Prints `value` on stdout as JSON.
+fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
+    print(&serde_json::to_string_pretty(value)?)
 }
 
 /// Logs go to stderr and are off below warnings; `UMBRA_LOG` takes a filter, as `debug` or `umbra_vmm::vfio=trace`.

@@ -9,10 +9,12 @@ use crate::process::vm::{self, Source};
 
 /// Arguments of `umbra vm`.
 #[derive(Debug, clap::Args)]
-#[group(required = true, multiple = false)]
 pub struct Args {
-    /// Descriptor number of the control socket (`SOCK_SEQPACKET`), which carries `process::ipc` messages.
+    /// The VM's name, for lists of processes.
     #[arg(long)]
+    pub name: Option<String>,
+    /// Descriptor number of the control socket (`SOCK_SEQPACKET`), which carries `process::ipc` messages.
+    #[arg(long, required_unless_present = "spec", conflicts_with = "spec")]
     pub control: Option<i32>,
     /// A file with the VM's spec (`process::ipc::VmSpec`) in JSON, for trying a VM without a supervisor.
     #[arg(long)]

@@ -39,7 +39,7 @@ pub enum Error {
     /// The message is longer than [`MAX_MESSAGE`].
     #[error("a control message of {0} bytes is longer than {MAX_MESSAGE}")]
     TooLong(usize),
-    /// The peer did not read for [`SEND_TIMEOUT_MS`].
+    /// The peer's buffer stayed full for as long as the sender would wait.
     #[error("the other end of the control channel does not read")]
     Full,
     /// The peer is gone.
@@ -85,6 +85,15 @@ impl Channel {
 
     /// Sends `message` with `fds` attached. Waits a bounded time for a peer with a full buffer.
     pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_waiting(message, fds, SEND_TIMEOUT_MS)
+    }
+
+    /// Sends `message` with `fds` attached, or fails at once with [`Error::Full`].
+    pub fn send_now<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_waiting(message, fds, 0)
+    }
+
+    fn send_waiting<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>], timeout_ms: u16) -> Result<(), Error> {
         let bytes = serde_json::to_vec(message).map_err(Error::Encode)?;
         if bytes.len() > MAX_MESSAGE {
             return Err(Error::TooLong(bytes.len()));
@@ -97,7 +106,7 @@ impl Channel {
             match sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.wait_writable()?,
+                Err(Errno::EAGAIN) => self.wait_writable(timeout_ms)?,
                 Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Error::Closed),
                 Err(errno) => return Err(Error::Send(errno)),
             }
@@ -142,9 +151,9 @@ impl Channel {
         Ok(Incoming::Message(message, fds))
     }
 
-    fn wait_writable(&self) -> Result<(), Error> {
+    fn wait_writable(&self, timeout_ms: u16) -> Result<(), Error> {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
-        match poll(&mut fds, PollTimeout::from(SEND_TIMEOUT_MS)) {
+        match poll(&mut fds, PollTimeout::from(timeout_ms)) {
             Ok(0) => Err(Error::Full),
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(Error::Send(errno)),

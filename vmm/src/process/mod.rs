@@ -3,4 +3,5 @@
 pub mod channel;
 pub mod host;
 pub mod ipc;
+pub mod spawn;
 pub mod vm;

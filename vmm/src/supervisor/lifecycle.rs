@@ -56,6 +56,8 @@ pub enum Source {
     ProcessExit,
     /// The VM could not be started.
     Start,
+    /// VFIO reported an error of the device, or a storm of interrupts.
+    Device,
     /// The agent reported it.
     Agent,
     /// The agent's stream was closed or carried what is no message.
@@ -281,6 +283,11 @@ impl Lifecycle {
     /// The NIC's carrier, as far as the present life has said.
     pub fn carrier(&self) -> Carrier {
         self.carrier
+    }
+
+    /// The ends whose guests run: those that the next life is to serve.
+    pub fn ends(&self) -> impl Iterator<Item = End> {
+        self.ends.iter().copied()
     }
 
     /// When [`Input::Tick`] is due.

@@ -1,5 +1,28 @@
-//! The supervisor.
+//! The supervisor: starts the process of each VM, watches them, and replaces driver VMs that fail.
+//!
+//! [`lifecycle`] and [`policy`] decide and are pure; the rest is the I/O around them, in one thread that never waits
+//! for what it supervises. `docs/recovery.md` describes states, timeouts and reports.
 
+mod actions;
+pub mod console;
+pub mod control;
+mod driver;
+pub mod events;
+mod guest;
 pub mod lifecycle;
+pub mod lines;
+mod messages;
 pub mod policy;
+mod preflight;
+pub mod report;
+pub mod run;
+pub mod rundir;
+mod server;
+mod signals;
+pub mod status;
 pub mod time;
+pub mod timeline;
+pub mod wall;
+
+pub use preflight::PreflightError;
+pub use run::{Options, RunError, run};

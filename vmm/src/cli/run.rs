@@ -1,0 +1,197 @@
+//! `umbra run`: a machine from a file, or one guest from flags.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+
+use crate::spec::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
+use crate::supervisor::events::Verbosity;
+use crate::supervisor::{self, Options, rundir};
+
+/// Arguments of `umbra run`.
+#[derive(Debug, clap::Args)]
+#[command(
+    override_usage = "umbra run [OPTIONS] MACHINE.toml\n       umbra run [OPTIONS] --kernel KERNEL [--initrd INITRD] [--disk DISK] [--tap TAP] ...",
+    after_help = "Examples:\n  umbra run machine.toml\n  umbra run --kernel vmlinuz --initrd initrd.img --disk debian.raw --tap tap0 \
+                  --cmdline 'console=ttyS0 root=/dev/vda1'\n  umbra run --kernel vmlinuz --initrd initrd.img --nic 0000:03:00.0 --image images/e1000e\n\n\
+                  With flags, the guest's console is on this terminal; Ctrl-A x leaves."
+)]
+pub struct Args {
+    /// The machine file (docs/configuration.md).
+    #[arg(value_name = "MACHINE.toml", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "disk_read_only", "tap",
+        "memory", "cpus", "passthrough", "nic", "image", "console"])]
+    machine: Option<PathBuf>,
+    /// The machine's name, for `umbra status` and the run directory; the file's name without `.toml` if not given.
+    #[arg(long)]
+    name: Option<String>,
+    /// Do not print events.
+    #[arg(long, short)]
+    quiet: bool,
+    /// Write events to this file, one JSON object a line (docs/recovery.md).
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+    /// Check the machine's text, print the machine with its defaults, and start nothing.
+    #[arg(long)]
+    check: bool,
+    #[command(flatten)]
+    guest: GuestArgs,
+}
+
+/// One guest, from flags.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "A guest from flags, in place of a file")]
+struct GuestArgs {
+    /// Kernel: a bzImage or an unpacked vmlinux.
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk; may be given several times.
+    #[arg(long, requires = "kernel")]
+    initrd: Vec<PathBuf>,
+    /// Kernel command line [default: console=ttyS0].
+    #[arg(long, requires = "kernel")]
+    cmdline: Option<String>,
+    /// Disk: a raw image or a block device; may be given several times.
+    #[arg(long, requires = "kernel")]
+    disk: Vec<PathBuf>,
+    /// Disk that the guest cannot write to; comes behind those of --disk.
+    #[arg(long, value_name = "DISK", requires = "kernel")]
+    disk_read_only: Vec<PathBuf>,
+    /// Network device on a TAP interface of the host; may be given several times.
+    #[arg(long, requires = "kernel")]
+    tap: Vec<String>,
+    /// Memory, as 512M or 2G [default: 512M].
+    #[arg(long, requires = "kernel")]
+    memory: Option<MemorySize>,
+    /// Number of vCPUs [default: 1].
+    #[arg(long, requires = "kernel")]
+    cpus: Option<u8>,
+    /// Give this PCI function straight to the guest (no driver VM); may be given several times.
+    #[arg(long, value_name = "BDF", requires = "kernel")]
+    passthrough: Vec<String>,
+    /// Network device on the NIC at this PCI address, through a driver VM; may be given several times.
+    #[arg(long, value_name = "BDF", requires_all = ["kernel", "image"])]
+    nic: Vec<String>,
+    /// The driver VM's image, from `umbra image`: one for all --nic, or one for each in order.
+    #[arg(long, value_name = "DIR", requires = "nic")]
+    image: Vec<PathBuf>,
+    /// Write the guest's console to this file in place of the terminal.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    console: Option<PathBuf>,
+}
+
+/// Name of the guest that flags describe, and of its machine if no other is given.
+const GUEST: &str = "guest";
+
+/// Runs the machine to its end.
+///
+/// # Errors
+///
+/// It could not be started, or a guest ended badly.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let (machine, stem) = match args.machine {
+        Some(path) => {
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            (Machine::read(&path)?, stem)
+        }
+        None => (args.guest.machine()?, GUEST.into()),
+    };
+    if args.check {
+        return super::print(&machine.to_string());
+    }
+    let events = args.events.map(|path| {
+        File::create(&path).with_context(|| format!("make the events file {}", path.display()))
+    });
+    supervisor::run(
+        &machine,
+        Options {
+            name: args.name.unwrap_or(stem),
+            base: rundir::base(),
+            verbosity: if args.quiet { Verbosity::Quiet } else { Verbosity::Sentences },
+            events: events.transpose()?,
+            // The very program that runs now, even if the file has been replaced since.
+            program: "/proc/self/exe".into(),
+        },
+    )?;
+    Ok(())
+}
+
+impl GuestArgs {
+    /// The machine that the flags describe.
+    fn machine(self) -> anyhow::Result<Machine> {
+        let Some(kernel) = self.kernel else {
+            bail!("give a machine file, or a guest with --kernel (`umbra run --help` has examples)");
+        };
+        ensure!(
+            self.image.len() <= 1 || self.image.len() == self.nic.len(),
+            "{} images for {} NICs: give --image once for all, or once for each --nic",
+            self.image.len(),
+            self.nic.len()
+        );
+        let mut guest = Guest::new(kernel);
+        guest.initrd = self.initrd;
+        guest.console = self.console.map_or(Console::Terminal, Console::File);
+        guest.cmdline = self.cmdline.unwrap_or(guest.cmdline);
+        guest.memory = self.memory.unwrap_or(guest.memory);
+        guest.cpus = self.cpus.unwrap_or(guest.cpus);
+        guest.passthrough = self.passthrough;
+        guest.disk.extend(self.disk.into_iter().map(|path| Disk { path, read_only: false }));
+        guest.disk.extend(self.disk_read_only.into_iter().map(|path| Disk { path, read_only: true }));
+        guest.net.extend(self.tap.into_iter().map(|tap| Net { tap: Some(tap), ..Net::default() }));
+        let mut machine = Machine::default();
+        for (n, (nic, image)) in self.nic.into_iter().zip(self.image.iter().cycle()).enumerate() {
+            let name = format!("nic{n}");
+            guest.net.push(Net { driver: Some(name.clone()), ..Net::default() });
+            machine.driver.insert(name, Driver::new(nic, image.clone()));
+        }
+        machine.guest.insert(GUEST.into(), guest);
+        machine.check()?;
+        Ok(machine)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        run: Args,
+    }
+
+    fn machine(words: &str) -> anyhow::Result<Machine> {
+        let args = Cli::try_parse_from(["run"].into_iter().chain(words.split_whitespace()))?;
+        args.run.guest.machine()
+    }
+
+    #[test]
+    fn flags_describe_the_same_machine_as_a_file() {
+        let words = "--kernel /k --initrd /i --disk /d --tap tap0 --memory 1G --cpus 2 --nic 0000:03:00.0 --image /e1000e";
+        let file = "[guest.guest]\nkernel = \"/k\"\ninitrd = [\"/i\"]\nmemory = \"1G\"\ncpus = 2\nconsole = \"terminal\"\n\
+                    disk = [{ path = \"/d\" }]\nnet = [{ tap = \"tap0\" }, { driver = \"nic0\" }]\n\
+                    [driver.nic0]\ndevice = \"0000:03:00.0\"\nimage = \"/e1000e\"\n";
+        assert_eq!(machine(words).unwrap(), Machine::parse(file, "m.toml".as_ref()).unwrap());
+    }
+
+    #[test]
+    fn flags_are_checked_as_a_file_is() {
+        for (words, what) in [
+            ("", "give a machine file"),
+            ("--kernel k --nic 03:00.0", "--image"),
+            ("--kernel k --image i", "--nic"),
+            ("--tap tap0", "--kernel"),
+            ("--kernel k --memory lots", "no memory size"),
+            ("--kernel k --cpus 0", "1 to 64 vCPUs"),
+            ("--kernel k --nic 03:00.0 --nic 04:00.0 --nic 05:00.0 --image i --image j", "2 images for 3 NICs"),
+            ("--kernel k --nic 03:00.0 --passthrough 0000:03:00.0 --image i", "is used by"),
+            ("--kernel k m.toml", "cannot be used with"),
+        ] {
+            let error = machine(words).unwrap_err().to_string();
+            assert!(error.contains(what), "{words}: {error}");
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Doing what the life cycle asks for.
+
+use umbra_driver_vm::protocol::{NetEnd, NetPlan, ToAgent};
+use umbra_shadow::Generation;
+
+use super::driver::{EndRef, device_mac};
+use super::events::Event;
+use super::lifecycle::{Action, Failure, Input, Source, State};
+use super::report::{self, CrashReport};
+use super::run::Supervisor;
+use super::time::{Time, milliseconds};
+use super::timeline::{Step, Timeline};
+use crate::process::ipc::{MaskedCounts, ToVm};
+
+impl Supervisor {
+    /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
+    pub(super) fn drive(&mut self, n: usize, input: Input) {
+        let now = Time::now();
+        let before = self.drivers[n].lifecycle.state().name();
+        let actions = self.drivers[n].lifecycle.handle(now, input);
+        let after = self.drivers[n].lifecycle.state().name();
+        if before != after {
+            tracing::debug!(driver = self.drivers[n].name, before, after);
+        }
+        for action in actions {
+            self.act(n, action, now);
+        }
+    }
+
+    fn act(&mut self, n: usize, action: Action, now: Time) {
+        match action {
+            Action::Reset => self.reset(n, now),
+            Action::Spawn(generation) => self.spawn(n, generation),
+            Action::Configure => self.configure(n),
+            Action::GoLive(end, replay) => {
+                self.drivers[n].timeline.mark(Step::GoLive, now);
+                let EndRef { guest, net, .. } = self.drivers[n].ends[end];
+                if let Some(generation) = self.drivers[n].lifecycle.generation() {
+                    self.tell_guest(guest, &ToVm::GoLive { net, generation, replay });
+                }
+            }
+            Action::Live => self.on_live(n, now),
+            Action::Failed(failure) => self.on_failed(n, failure, now),
+            Action::AskEvidence => {
+                let asked = self.drivers[n].life.as_ref().map(|life| life.process.channel().send_now(&ToVm::Kill, &[]));
+                if asked.is_none_or(|result| result.is_err()) {
+                    self.drive(n, Input::Evidence);
+                }
+            }
+            Action::Kill => match &mut self.drivers[n].life {
+                Some(life) => life.process.kill(),
+                None => self.process_gone(n, "it was not started".into()),
+            },
+            Action::Report => self.report(n),
+            Action::Quarantine(why) => self.quarantine(n, why),
+        }
+    }
+
+    fn reset(&mut self, n: usize, now: Time) {
+        self.drivers[n].timeline.mark(Step::ResetStart, now);
+        if let Err(error) = self.drivers[n].start_reset() {
+            self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
+            self.drive(n, Input::ResetDone);
+        }
+    }
+
+    pub(super) fn on_reset_done(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(job) = driver.resetting.take() else { return };
+        let outcome = job.result.try_recv().unwrap_or_else(|_| Err("the thread that did it ended".into()));
+        driver.timeline.mark(Step::Reset, Time::now());
+        let (method, error) = match outcome {
+            Ok(done) => (done.method.map_or("none", |method| method.word()).to_owned(), None),
+            Err(error) => (driver.reset_method.clone(), Some(error)),
+        };
+        driver.reset_method.clone_from(&method);
+        let reset_ms = driver.timeline.between(Step::ResetStart, Step::Reset).map_or(0.0, milliseconds);
+        self.events.tell(&Event::DeviceReset { driver: driver.name.clone(), method, reset_ms, error });
+        self.drive(n, Input::ResetDone);
+    }
+
+    fn spawn(&mut self, n: usize, generation: Generation) {
+        let driver = &mut self.drivers[n];
+        driver.timeline.mark(Step::Spawn, Time::now());
+        self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
+        match driver.start(&self.program, generation) {
+            Ok(()) => self.attach_links(n),
+            Err(error) => self.fail_driver(n, Source::Start, error.to_string(), Time::now()),
+        }
+    }
+
+    /// Hands the links of driver VM `n` to the guests that have a process.
+    pub(super) fn attach_links(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(life) = &mut driver.life else { return };
+        let mut waiting = Vec::new();
+        for (end, link) in std::mem::take(&mut life.links) {
+            let EndRef { guest, net, .. } = driver.ends[end];
+            if self.guests[guest].process.is_none() || !self.guests[guest].listening {
+                waiting.push((end, link));
+                continue;
+            }
+            let message = ToVm::AttachLink { net, generation: life.generation };
+            if let Err(error) = self.guests[guest].tell(&message, Some(std::os::fd::AsFd::as_fd(&link))) {
+                self.events.warn(format!("{}: {error}", self.guests[guest].name));
+            }
+        }
+        life.links = waiting;
+    }
+
+    fn configure(&mut self, n: usize) {
+        let driver = &self.drivers[n];
+        let Some(life) = &driver.life else { return };
+        let end = |(position, end): (usize, &usize)| {
+            let EndRef { guest, net, .. } = &driver.ends[*end];
+            let net = &self.guests[*guest].nets[usize::from(*net)];
+            NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads }
+        };
+        let ends = life.ends.iter().enumerate().map(end).collect();
+        let mtu = driver.ends.first().and_then(|end| end.mtu);
+        self.tell_agent(n, &ToAgent::ConfigureNet(NetPlan { ends, mtu }));
+    }
+
+    fn on_live(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        driver.timeline.mark(Step::Live, now);
+        driver.was_live = true;
+        let outage = driver.timeline.outage();
+        driver.last_outage = outage.or(driver.last_outage);
+        let parts = driver.timeline.parts(&driver.reset_method);
+        let frames = std::mem::take(&mut driver.frames);
+        if let Some(report) = &mut driver.report {
+            report.outage_ms = outage.map(milliseconds);
+            report.frames = frames;
+        }
+        self.events.tell(&Event::DriverLive {
+            driver: driver.name.clone(),
+            generation: driver.lifecycle.generation().map_or(0, Generation::get),
+            outage_ms: outage.map(milliseconds),
+            parts,
+            frames,
+        });
+        driver.masks.clear();
+        self.write_report(n);
+        self.drivers[n].report = None;
+    }
+
+    fn on_failed(&mut self, n: usize, failure: Failure, now: Time) {
+        let driver = &mut self.drivers[n];
+        let generation = driver.lifecycle.generation();
+        let masked = driver.outage_start(now);
+        driver.timeline = Timeline::default();
+        if let Some(masked) = masked {
+            driver.timeline.mark(Step::Mask, masked);
+        }
+        driver.timeline.mark(Step::Sign, failure.at);
+        driver.timeline.mark(Step::Detect, now);
+        driver.reason = Some(failure.what.clone());
+        driver.report = (failure.source != Source::Replaced).then(|| driver.begin_report(&failure));
+        self.events.tell(&Event::DriverFailed {
+            driver: driver.name.clone(),
+            generation: generation.map_or(0, Generation::get),
+            source: failure.source,
+            reason: failure.what,
+            detect_ms: milliseconds(now.since(failure.at)),
+        });
+        for EndRef { guest, net, .. } in driver.ends.clone() {
+            if let Some(generation) = generation {
+                self.tell_guest(guest, &ToVm::Mask { net, generation });
+            }
+        }
+    }
+
+    /// The process of driver VM `n` is gone, and with it its memory, its links and its hold of the device.
+    pub(super) fn process_gone(&mut self, n: usize, how: String) {
+        let driver = &mut self.drivers[n];
+        driver.registers = driver.life.take().map(|life| life.registers).unwrap_or_default();
+        driver.exit.clone_from(&how);
+        driver.available_memory = None;
+        self.drive(n, Input::ProcessGone(how));
+    }
+
+    /// The failed life is fenced: complete its report.
+    fn report(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        driver.timeline.mark(Step::Fence, Time::now());
+        let quarantine = matches!(driver.lifecycle.state(), State::Resetting { next: None, .. });
+        let Some(report) = &mut driver.report else { return };
+        report.exit.clone_from(&driver.exit);
+        report.registers.clone_from(&driver.registers);
+        report.verdict = if quarantine { "quarantine" } else { "restart" };
+        report.failures = driver.lifecycle.history().total();
+        report.console_tail = driver.console.tail();
+        report.kernel_says = report::kernel_says(&report.console_tail);
+        if let Some(line) = &report.kernel_says {
+            driver.reason = Some(format!("{}: {line}", report.reason));
+        }
+        self.write_report(n);
+        let driver = &self.drivers[n];
+        self.events.tell(&Event::DriverFenced {
+            driver: driver.name.clone(),
+            generation: driver.lifecycle.generation().map_or(0, Generation::get),
+            fence_ms: driver.timeline.between(Step::Detect, Step::Fence).map_or(0.0, milliseconds),
+            report: driver.report_path.clone(),
+        });
+    }
+
+    fn write_report(&mut self, n: usize) {
+        let dir = self.run_dir.reports();
+        let driver = &mut self.drivers[n];
+        let Some(report) = &mut driver.report else { return };
+        report.masks.clone_from(&driver.masks);
+        report.timeline = driver.timeline.marks();
+        report.parts = driver.timeline.parts(&driver.reset_method);
+        match report.write(&dir) {
+            Ok(path) => driver.report_path = Some(path.display().to_string()),
+            Err(error) => {
+                driver.report_path = None;
+                let what = format!("{}: no crash report in {}: {error}", driver.name, dir.display());
+                self.events.warn(what);
+            }
+        }
+    }
+
+    fn quarantine(&mut self, n: usize, why: String) {
+        let driver = &mut self.drivers[n];
+        let last = driver.reason.take().map_or_else(String::new, |last| format!(" (the last: {last})"));
+        let reason = format!("{why}{last}");
+        driver.reason = Some(reason.clone());
+        self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason });
+        for EndRef { guest, net, .. } in driver.ends.clone() {
+            self.tell_guest(guest, &ToVm::Quarantine { net });
+        }
+    }
+}
+
+impl super::driver::DriverVm {
+    /// When the outage that a failure at `now` belongs to began; `None` where nothing was ever served.
+    fn outage_start(&self, now: Time) -> Option<Time> {
+        if !self.was_live {
+            return None;
+        }
+        // Not live since the last failure: it is still the same outage.
+        if self.timeline.at(Step::Live).is_none() {
+            return self.timeline.at(Step::Mask);
+        }
+        // A splitter that sees nothing itself (the driver VM hangs) masks when it is told, which is now.
+        self.masks.iter().map(|mask| Time(mask.at_ns)).min().or(Some(now))
+    }
+
+    fn begin_report(&self, failure: &Failure) -> CrashReport {
+        CrashReport {
+            driver: self.name.clone(),
+            generation: self.lifecycle.generation().map_or(0, Generation::get),
+            device: self.spec.device.clone(),
+            kernel_driver: self.kernel_driver.clone(),
+            kernel: self.kernel.clone(),
+            source: failure.source,
+            reason: failure.what.clone(),
+            kernel_says: None,
+            exit: String::new(),
+            verdict: "restart",
+            failures: 0,
+            masks: Vec::new(),
+            outage_ms: None,
+            parts: super::events::Parts::default(),
+            frames: MaskedCounts::default(),
+            timeline: Vec::new(),
+            registers: String::new(),
+            console_tail: String::new(),
+        }
+    }
+}

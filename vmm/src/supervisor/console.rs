@@ -1,0 +1,155 @@
+//! What a driver VM and its process print: the tail in memory for the crash report, everything in a file of bounded size.
+//!
+//! A full disk or a file that cannot be written costs the file's content and one warning, never more.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+/// Bytes of the console that a crash report holds: a panic with the stacks of all CPUs fits in.
+const TAIL: usize = 64 * 1024;
+
+/// The file is renamed to `*.log.1` at this size, which bounds the two to twice as much.
+const MAX_FILE: u64 = 4 << 20;
+
+/// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
+const READ_AT_ONCE: usize = 64 * 1024;
+
+/// The captured output of one driver VM, across its lives.
+#[derive(Debug)]
+pub struct Console {
+    path: PathBuf,
+    file: Option<File>,
+    size: u64,
+    tail: VecDeque<u8>,
+    warned: Option<String>,
+}
+
+impl Console {
+    /// Captures into the file `path`.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, file: None, size: 0, tail: VecDeque::new(), warned: None }
+    }
+
+    /// Begins a new life: the tail is emptied and the file gets a line that says `title`.
+    pub fn begin(&mut self, title: &str) {
+        self.tail.clear();
+        self.write_file(format!("--- {title}\n").as_bytes());
+    }
+
+    /// Reads what is in `pipe`. Returns whether there may be more, now or later.
+    pub fn read(&mut self, pipe: &OwnedFd) -> bool {
+        let mut chunk = vec![0; READ_AT_ONCE];
+        match nix::unistd::read(pipe, &mut chunk) {
+            Ok(0) => false,
+            Ok(n) => {
+                self.take(&chunk[..n]);
+                true
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => true,
+            Err(_) => false,
+        }
+    }
+
+    /// Reads all that is in `pipe`, whose writer is gone, up to twice the tail (a child of the writer may live on).
+    pub fn drain(&mut self, pipe: &OwnedFd) {
+        for _ in 0..2 * TAIL / READ_AT_ONCE + 16 {
+            let before = self.size;
+            if !self.read(pipe) || self.size == before {
+                return;
+            }
+        }
+    }
+
+    /// The last [`TAIL`] bytes of this life, as text.
+    pub fn tail(&self) -> String {
+        let (a, b) = self.tail.as_slices();
+        String::from_utf8_lossy(&[a, b].concat()).replace('\r', "")
+    }
+
+    /// A problem with the file that nobody has been told of yet.
+    pub fn take_warning(&mut self) -> Option<String> {
+        self.warned.take()
+    }
+
+    fn take(&mut self, bytes: &[u8]) {
+        self.tail.extend(bytes);
+        let excess = self.tail.len().saturating_sub(TAIL);
+        self.tail.drain(..excess);
+        self.write_file(bytes);
+    }
+
+    fn write_file(&mut self, bytes: &[u8]) {
+        self.size = self.size.saturating_add(bytes.len() as u64);
+        if let Err(error) = self.try_write(bytes) {
+            self.file = None;
+            self.warned.get_or_insert(format!("the console log {} is incomplete: {error}", self.path.display()));
+        }
+    }
+
+    fn try_write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.size > MAX_FILE && self.file.take().is_some() {
+            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
+            self.size = bytes.len() as u64;
+        }
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(open(&self.path)?),
+        };
+        file.write_all(bytes)
+    }
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_the_end_of_this_life_and_the_file_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nic0.console.log");
+        let mut console = Console::new(path.clone());
+        console.begin("nic0 generation 1");
+        let line = [b'x'; 1000];
+        for _ in 0..9000 {
+            console.take(&line);
+        }
+        console.take(b"Kernel panic\r\n");
+        assert_eq!(console.tail().len(), TAIL - 1);
+        assert!(console.tail().ends_with("xKernel panic\n"));
+        let sizes = [&path, &path.with_extension("log.1")].map(|p| std::fs::metadata(p).unwrap().len());
+        assert!(sizes.iter().all(|size| *size <= MAX_FILE), "{sizes:?}");
+        console.begin("nic0 generation 2");
+        assert_eq!(console.tail(), "");
+        assert!(console.take_warning().is_none());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_costs_a_warning() {
+        let mut console = Console::new("/proc/no/such/file".into());
+        console.take(b"Kernel panic");
+        assert!(console.take_warning().unwrap().contains("/proc/no/such/file"));
+        assert_eq!(console.tail(), "Kernel panic");
+    }
+
+    #[test]
+    fn a_pipe_is_drained_after_its_writer() {
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let mut console = Console::new("/dev/null".into());
+        assert!(console.read(&read), "nothing yet");
+        nix::unistd::write(&write, b"last words").unwrap();
+        drop(write);
+        console.drain(&read);
+        assert_eq!(console.tail(), "last words");
+        assert!(!console.read(&read), "the end");
+    }
+}

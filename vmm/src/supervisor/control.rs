@@ -1,0 +1,66 @@
+//! What the command line and a running machine say to each other: one JSON line each on the control socket.
+
+use serde::{Deserialize, Serialize};
+use umbra_driver_vm::protocol::CrashKind;
+
+use super::status::Status;
+
+/// Longest request, in bytes.
+pub const MAX_REQUEST: usize = 4096;
+
+/// From the command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Show everything. Answered by [`Response::Status`].
+    Status,
+    /// Make a driver VM fail for real. Answered by [`Response::Crashing`].
+    Crash {
+        /// Which.
+        name: String,
+        /// How.
+        kind: CrashKind,
+    },
+    /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
+    Stop {
+        /// How.
+        how: StopHow,
+    },
+}
+
+/// How a machine is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopHow {
+    /// The guests' power buttons are pressed.
+    PowerButton,
+    /// The VMs are killed.
+    Kill,
+}
+
+/// From the machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "kebab-case")]
+pub enum Response {
+    /// The status.
+    Status(Box<Status>),
+    /// The driver VM's agent has been told to crash.
+    Crashing {
+        /// The driver VM.
+        name: String,
+        /// The generation that is to die.
+        generation: u32,
+        /// How.
+        kind: CrashKind,
+    },
+    /// The machine is ending.
+    Stopping {
+        /// How.
+        how: StopHow,
+    },
+    /// The request cannot be met.
+    Error {
+        /// Why, for people.
+        what: String,
+    },
+}

@@ -1,0 +1,260 @@
+//! A driver VM as the supervisor has it: its process and agent while it lives, its evidence when it has died.
+
+use std::io::{self, PipeReader};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
+
+use thiserror::Error;
+use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac, ToAgent};
+use umbra_guest_images::image::Image;
+use umbra_shadow::Generation;
+
+use super::console::Console;
+use super::lifecycle::{Carrier, End, Lifecycle};
+use super::lines::{LineError, Lines};
+use super::policy::History;
+use super::report::{CrashReport, Mask};
+use super::rundir::RunDir;
+use super::status;
+use super::timeline::Timeline;
+use crate::process::ipc::{MaskedCounts, NetBackend, PortBackend, PortEnd, VmSpec};
+use crate::process::spawn::{SpawnError, Streams, VmProcess};
+use crate::spec::{self, Driver};
+use crate::vfio::reset::ResetDone;
+use crate::vfio::sysfs::HostDevice;
+
+/// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
+/// meantime), and to skip probing for hardware that is not there. Details of the console come with the panic.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 hung_task_panic=1 no_timer_check \
+                       tsc=reliable random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
+
+/// How long the thread that resets a device waits for the kernel.
+const RESET_LIMIT: Duration = Duration::from_secs(70);
+
+/// Largest console pipe; what a VM prints between two turns of the loop fits in.
+const CONSOLE_PIPE: i32 = 256 * 1024;
+
+/// Errors of starting a generation.
+#[derive(Debug, Error)]
+pub(super) enum StartError {
+    /// The process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// Socket pairs for links and agent.
+    #[error("make socket pairs for a driver VM")]
+    Sockets(#[source] io::Error),
+}
+
+/// A guest's network device that a driver VM serves.
+#[derive(Clone, Debug)]
+pub(super) struct EndRef {
+    /// Index of the guest.
+    pub(super) guest: usize,
+    /// Index of the network device in the guest.
+    pub(super) net: u16,
+    /// MTU, bytes; `None` where the spec names none.
+    pub(super) mtu: Option<u16>,
+}
+
+/// A driver VM.
+#[derive(Debug)]
+pub(super) struct DriverVm {
+    pub(super) name: String,
+    pub(super) spec: Driver,
+    pub(super) device: HostDevice,
+    pub(super) image: Image,
+    pub(super) ends: Vec<EndRef>,
+    pub(super) lifecycle: Lifecycle,
+    pub(super) life: Option<Life>,
+    pub(super) resetting: Option<ResetJob>,
+    pub(super) console: Console,
+    pub(super) reset_method: String,
+    /// Steps since the last failure, or since the start.
+    pub(super) timeline: Timeline,
+    /// The masks of the present outage.
+    pub(super) masks: Vec<Mask>,
+    /// The frames of the present outage.
+    pub(super) frames: MaskedCounts,
+    /// The evidence of the last failure, for the report.
+    pub(super) report: Option<CrashReport>,
+    pub(super) report_path: Option<String>,
+    /// Registers and exit of the last process, until they are in the report.
+    pub(super) registers: String,
+    pub(super) exit: String,
+    pub(super) reason: Option<String>,
+    pub(super) last_outage: Option<Duration>,
+    pub(super) kernel: Option<String>,
+    pub(super) kernel_driver: Option<String>,
+    pub(super) available_memory: Option<u64>,
+    /// Whether it ever served; before that, a wrong set-up is likelier than a crash.
+    pub(super) was_live: bool,
+}
+
+/// A life of a driver VM.
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) generation: Generation,
+    pub(super) process: VmProcess,
+    /// Until it is closed or broken.
+    pub(super) agent: Option<Lines<UnixStream>>,
+    /// Whether there may be more on the console.
+    pub(super) talking: bool,
+    /// Whether the control channel is still of use.
+    pub(super) listening: bool,
+    /// The ends it serves, in the order of its network devices.
+    pub(super) ends: Vec<End>,
+    /// Links for guests whose process is not there (a reboot).
+    pub(super) links: Vec<(End, OwnedFd)>,
+    pub(super) registers: String,
+}
+
+/// A reset under way in its own thread, because the kernel may take a minute over it.
+#[derive(Debug)]
+pub(super) struct ResetJob {
+    /// Ends when the reset has returned.
+    pub(super) done: PipeReader,
+    /// What it did.
+    pub(super) result: Receiver<Result<ResetDone, String>>,
+}
+
+impl DriverVm {
+    pub(super) fn new(
+        (name, spec): (&str, Driver),
+        (device, image): (HostDevice, Image),
+        ends: Vec<EndRef>,
+        run_dir: &RunDir,
+    ) -> Self {
+        let reset_method = device.reset().best().map_or("none", |method| method.word());
+        Self {
+            name: name.into(),
+            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), ends.len()),
+            spec,
+            reset_method: reset_method.into(),
+            device,
+            image,
+            ends,
+            life: None,
+            resetting: None,
+            console: Console::new(run_dir.console_log(name)),
+            timeline: Timeline::default(),
+            masks: Vec::new(),
+            frames: MaskedCounts::default(),
+            report: None,
+            report_path: None,
+            registers: String::new(),
+            exit: String::new(),
+            reason: None,
+            last_outage: None,
+            kernel: None,
+            kernel_driver: None,
+            available_memory: None,
+            was_live: false,
+        }
+    }
+
+    /// The present life, if it is of this generation.
+    pub(super) fn is_current(&self, generation: Generation) -> bool {
+        self.life.as_ref().is_some_and(|life| life.generation == generation)
+    }
+
+    /// Starts the process of `generation`.
+    pub(super) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
+        let name = format!("{}.{generation}", self.name);
+        self.console.begin(&name);
+        let ends: Vec<End> = self.lifecycle.ends().collect();
+        let mut inherited: Vec<OwnedFd> = Vec::new();
+        let (mut nets, mut links) = (Vec::new(), Vec::new());
+        for (n, end) in ends.iter().enumerate() {
+            let (front, back) = UnixStream::pair().map_err(StartError::Sockets)?;
+            let mtu = self.ends[*end].mtu.unwrap_or(spec::DEFAULT_MTU);
+            nets.push(NetBackend::VhostUser { mac: device_mac(n), mtu, fd: front.as_raw_fd() });
+            inherited.push(front.into());
+            links.push((*end, back.into()));
+        }
+        let (agent, theirs) = UnixStream::pair().map_err(StartError::Sockets)?;
+        agent.set_nonblocking(true).map_err(StartError::Sockets)?;
+        let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
+        inherited.push(theirs.into());
+        let spec = VmSpec {
+            name,
+            kernel: self.image.vmlinux.clone(),
+            initrd: vec![self.image.initramfs.clone()],
+            cmdline: format!("{CMDLINE} umbra.generation={generation} {}", self.spec.cmdline),
+            cpus: self.spec.cpus,
+            memory: self.spec.memory,
+            console: spec::Console::Terminal,
+            disks: Vec::new(),
+            nets,
+            ports: vec![port],
+            passthrough: vec![self.spec.device.clone()],
+        };
+        let process = VmProcess::spawn(program, spec, &inherited, Streams::Captured)?;
+        if let Some(pipe) = process.console() {
+            // A smaller pipe works as well.
+            let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
+        }
+        self.life = Some(Life {
+            generation,
+            process,
+            agent: Some(Lines::new(agent, MAX_LINE)),
+            talking: true,
+            listening: true,
+            ends,
+            links,
+            registers: String::new(),
+        });
+        Ok(())
+    }
+
+    /// Sends `message` to the agent.
+    pub(super) fn tell_agent(&mut self, message: &ToAgent) -> Result<(), LineError> {
+        let Some(agent) = self.life.as_mut().and_then(|life| life.agent.as_mut()) else { return Ok(()) };
+        let line = serde_json::to_string(message).map_err(|error| LineError::Io(error.into()))?;
+        agent.send(&line)
+    }
+
+    /// Begins to reset the device.
+    pub(super) fn start_reset(&mut self) -> io::Result<()> {
+        let (done, writer) = io::pipe()?;
+        let (sender, result) = mpsc::channel();
+        let device = self.device.clone();
+        thread::Builder::new().name(format!("reset {}", self.name)).spawn(move || {
+            let outcome = device.perform_reset(RESET_LIMIT).map_err(|error| error.to_string());
+            // Nobody waits any more when the machine has been stopped.
+            let _ = sender.send(outcome);
+            drop(writer);
+        })?;
+        self.resetting = Some(ResetJob { done, result });
+        Ok(())
+    }
+
+    pub(super) fn status(&self) -> status::DriverStatus {
+        status::DriverStatus {
+            name: self.name.clone(),
+            device: self.spec.device.clone(),
+            driver: self.kernel_driver.clone(),
+            kernel: self.kernel.clone(),
+            generation: self.lifecycle.generation().map(Generation::get),
+            state: self.lifecycle.state().name().into(),
+            pid: self.life.as_ref().map(|life| life.process.pid()),
+            carrier: self.lifecycle.carrier() == Carrier::Up,
+            reset_method: self.reset_method.clone(),
+            reset_meaning: self.device.reset().describe().into(),
+            failures: self.lifecycle.history().total(),
+            reason: self.reason.clone(),
+            last_outage_ms: self.last_outage.map(super::time::milliseconds),
+            report: self.report_path.clone(),
+            available_memory: self.available_memory,
+        }
+    }
+}
+
+/// The address of network device `n` of a driver VM, by which its agent finds the interface. Never on a wire.
+pub(super) fn device_mac(n: usize) -> Mac {
+    let [.., high, low] = n.to_be_bytes();
+    Mac([0x02, 0x75, 0x6d, 0x62, high, low])
+}

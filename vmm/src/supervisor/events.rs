@@ -1,0 +1,372 @@
+//! What `umbra run` tells: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
+//!
+//! `docs/recovery.md` describes the fields. An event's file that cannot be written costs a warning, never a recovery.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+
+use serde::Serialize;
+
+use super::lifecycle::Source;
+use super::time::Time;
+use super::wall;
+use crate::process::ipc::MaskedCounts;
+
+/// What happened.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A guest's vCPUs run.
+    GuestRunning {
+        /// The guest.
+        guest: String,
+    },
+    /// A guest resets: it is started again.
+    GuestRebooted {
+        /// The guest.
+        guest: String,
+    },
+    /// A guest has ended.
+    GuestEnded {
+        /// The guest.
+        guest: String,
+        /// How: `powered off`, or what went wrong.
+        how: String,
+    },
+    /// A generation of a driver VM is started.
+    DriverStarting {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+    },
+    /// A generation got on.
+    DriverStage {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// `running`, `hello`, `nic`, `forwarding`, `carrier`.
+        stage: &'static str,
+        /// Since the process was started, ms.
+        ms: f64,
+        /// What the agent said, as the driver's name.
+        detail: String,
+    },
+    /// A guest's device lost its driver VM; the shadow answers.
+    Masked {
+        /// The guest.
+        guest: String,
+        /// Index of the network device.
+        net: usize,
+        /// The driver VM.
+        driver: String,
+        /// The life that was lost.
+        generation: u32,
+        /// `closed`, or the rule that the driver VM broke.
+        cause: String,
+    },
+    /// A driver VM has failed.
+    DriverFailed {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// How it was noticed.
+        source: Source,
+        /// What happened.
+        reason: String,
+        /// From the first sign to the certainty, ms.
+        detect_ms: f64,
+    },
+    /// The failed life is fenced and its evidence kept.
+    DriverFenced {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// From the certainty to the end of the process, ms.
+        fence_ms: f64,
+        /// The crash report, where it could be written.
+        report: Option<String>,
+    },
+    /// The device was reset between two lives.
+    DeviceReset {
+        /// The driver VM.
+        driver: String,
+        /// The method, or `none`.
+        method: String,
+        /// How long it took, ms.
+        reset_ms: f64,
+        /// What went wrong, if anything.
+        error: Option<String>,
+    },
+    /// A driver VM serves.
+    DriverLive {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// From the mask to here, ms; none for the first life.
+        outage_ms: Option<f64>,
+        /// How long each part took, ms.
+        parts: Parts,
+        /// What became of the frames, summed over the guests.
+        frames: MaskedCounts,
+    },
+    /// The NIC's carrier changed.
+    Carrier {
+        /// The driver VM.
+        driver: String,
+        /// Link up.
+        up: bool,
+    },
+    /// There will be no further generation.
+    Quarantined {
+        /// The driver VM.
+        driver: String,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody asked for a crash.
+    CrashRequested {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// How: `panic`, `agent-hang`, `reboot`.
+        kind: String,
+    },
+    /// The machine is ending.
+    Stopping {
+        /// Why and how.
+        how: String,
+    },
+    /// Something is not as it should be, and the machine goes on.
+    Warning {
+        /// What.
+        what: String,
+    },
+}
+
+/// The parts of a recovery, or of a first start, in ms.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Parts {
+    /// First sign to certainty.
+    pub detect_ms: Option<f64>,
+    /// Certainty to the end of the process.
+    pub fence_ms: Option<f64>,
+    /// The device's reset.
+    pub reset_ms: Option<f64>,
+    /// By which method.
+    pub reset_method: String,
+    /// The policy's delay.
+    pub back_off_ms: Option<f64>,
+    /// Start of the process to the agent's hello.
+    pub boot_ms: Option<f64>,
+    /// Hello to the NIC's driver bound.
+    pub probe_ms: Option<f64>,
+    /// NIC to forwarding.
+    pub setup_ms: Option<f64>,
+    /// Forwarding to carrier, or to the end of the patience for it.
+    pub link_ms: Option<f64>,
+    /// Replay.
+    pub replay_ms: Option<f64>,
+}
+
+impl fmt::Display for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reset = format!("reset {}", self.reset_method);
+        let parts = [
+            ("detect", self.detect_ms),
+            ("fence", self.fence_ms),
+            (&reset, self.reset_ms),
+            ("back-off", self.back_off_ms.filter(|ms| *ms >= 1.0)),
+            ("boot", self.boot_ms),
+            ("probe", self.probe_ms),
+            ("set-up", self.setup_ms),
+            ("link", self.link_ms),
+            ("replay", self.replay_ms),
+        ];
+        let parts = parts.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", Ms(ms))));
+        f.write_str(&parts.collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// Milliseconds, with as many digits as are of use.
+struct Ms(f64);
+
+impl fmt::Display for Ms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ms if ms < 10.0 => write!(f, "{ms:.1} ms"),
+            ms if ms < 1000.0 => write!(f, "{ms:.0} ms"),
+            ms => write!(f, "{:.2} s", ms / 1000.0),
+        }
+    }
+}
+
+impl Event {
+    /// The sentence for people; `None` for what only measures.
+    fn sentence(&self) -> Option<String> {
+        Some(match self {
+            Self::DriverStage { .. } | Self::DriverFenced { report: None, .. } => return None,
+            Self::DeviceReset { error: None, .. } => return None,
+            Self::GuestRunning { guest } => format!("{guest}: running"),
+            Self::GuestRebooted { guest } => format!("{guest}: reboots"),
+            Self::GuestEnded { guest, how } => format!("{guest}: {how}"),
+            Self::DriverStarting { driver, generation } => format!("{driver}: generation {generation} starts"),
+            Self::Masked { guest, net, driver, cause, .. } if cause == "closed" => {
+                format!("{guest}.net{net}: {driver} is gone; masked")
+            }
+            Self::Masked { guest, net, driver, cause, .. } => {
+                format!("{guest}.net{net}: {driver} broke a rule ({cause}); masked")
+            }
+            Self::DriverFailed { driver, generation, source: Source::Replaced, reason, .. } => {
+                format!("{driver}: generation {generation} is replaced: {reason}")
+            }
+            Self::DriverFailed { driver, generation, reason, detect_ms, .. } => {
+                format!("{driver}: generation {generation} failed: {reason} (detected in {})", Ms(*detect_ms))
+            }
+            Self::DriverFenced { driver, report: Some(report), .. } => format!("{driver}: report in {report}"),
+            Self::DeviceReset { driver, method, error: Some(error), .. } => {
+                format!("{driver}: the device's reset ({method}) failed: {error}; going on without")
+            }
+            Self::DriverLive { driver, generation, outage_ms: None, parts, .. } => {
+                format!("{driver}: generation {generation} live ({parts})")
+            }
+            Self::DriverLive { driver, generation, outage_ms: Some(outage), parts, frames } => {
+                let MaskedCounts { logged, replayed, dropped, unknown } = frames;
+                format!(
+                    "{driver}: generation {generation} live after {} ({parts}; frames: {logged} logged, {replayed} \
+                     replayed, {dropped} dropped, {unknown} of unknown fate)",
+                    Ms(*outage)
+                )
+            }
+            Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
+            Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
+            Self::Quarantined { driver, reason } => {
+                format!("{driver}: quarantined: {reason}; its guests see link down. Restart the machine to try again")
+            }
+            Self::CrashRequested { driver, generation, kind } => {
+                format!("{driver}: generation {generation} is told to crash ({kind})")
+            }
+            Self::Stopping { how } => format!("stopping: {how}"),
+            Self::Warning { what } => format!("warning: {what}"),
+        })
+    }
+}
+
+/// Whether sentences are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verbosity {
+    /// On stderr.
+    Sentences,
+    /// Not at all.
+    Quiet,
+}
+
+/// Where events go.
+#[derive(Debug)]
+pub struct Events {
+    verbosity: Verbosity,
+    file: Option<File>,
+    line_end: &'static str,
+}
+
+/// An event with its times, as the file has it.
+#[derive(Serialize)]
+struct Stamped<'a> {
+    at_ns: u64,
+    time: String,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
+impl Events {
+    /// Sentences as `verbosity` says, and JSON lines into `file`.
+    pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
+        Self { verbosity, file, line_end: "\n" }
+    }
+
+    /// A guest puts the terminal into raw mode, where a line feed alone does not start a new line.
+    pub fn share_terminal(&mut self) {
+        if std::io::stderr().is_terminal() {
+            self.line_end = "\r\n";
+        }
+    }
+
+    /// Tells `event`.
+    pub fn tell(&mut self, event: &Event) {
+        if self.verbosity == Verbosity::Sentences
+            && let Some(sentence) = event.sentence()
+        {
+            // Nobody is left to be told that stderr is gone.
+            let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}{}", self.line_end).as_bytes());
+        }
+        let stamped = Stamped { at_ns: Time::now().0, time: wall::now(), event };
+        let Ok(mut line) = serde_json::to_string(&stamped) else { return };
+        line.push('\n');
+        if let Some(file) = &mut self.file
+            && let Err(error) = file.write_all(line.as_bytes())
+        {
+            self.file = None;
+            self.tell(&Event::Warning { what: format!("the events file cannot be written any more: {error}") });
+        }
+    }
+
+    /// Tells a warning.
+    pub fn warn(&mut self, what: String) {
+        self.tell(&Event::Warning { what });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recovery_reads_as_a_sentence() {
+        let parts = Parts {
+            detect_ms: Some(0.4),
+            reset_ms: Some(104.0),
+            reset_method: "flr".into(),
+            back_off_ms: Some(0.01),
+            boot_ms: Some(5123.0),
+            ..Parts::default()
+        };
+        let frames = MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 };
+        let live =
+            Event::DriverLive { driver: "nic0".into(), generation: 2, outage_ms: Some(6214.0), parts, frames };
+        assert_eq!(
+            live.sentence().unwrap(),
+            "nic0: generation 2 live after 6.21 s (detect 0.4 ms, reset flr 104 ms, boot 5.12 s; frames: 14 logged, \
+             12 replayed, 0 dropped, 2 of unknown fate)"
+        );
+    }
+
+    #[test]
+    fn the_file_has_a_json_object_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events");
+        let mut events = Events::new(Verbosity::Quiet, Some(File::create(&path).unwrap()));
+        events.tell(&Event::Carrier { driver: "nic0".into(), up: true });
+        events.warn("x".into());
+        let text = std::fs::read_to_string(path).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines[0]["event"], "carrier");
+        assert_eq!(lines[0]["up"], true);
+        assert!(lines[0]["at_ns"].as_u64().unwrap() > 0);
+        assert_eq!(lines[1]["event"], "warning");
+    }
+
+    #[test]
+    fn a_full_disk_is_no_failure() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut events = Events::new(Verbosity::Quiet, Some(full));
+        events.warn("x".into());
+        assert!(events.file.is_none());
+    }
+}

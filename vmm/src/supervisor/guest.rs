@@ -1,0 +1,197 @@
+//! A guest as the supervisor has it: its process, and what its network devices have said.
+
+use std::path::Path;
+
+use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+
+use super::lifecycle::End;
+use super::status;
+use super::time::Time;
+use crate::process::channel;
+use crate::process::ipc::{FromVm, MaskedCounts, NetBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use crate::process::spawn::{SpawnError, Streams, VmProcess};
+use crate::spec::{Console, Guest};
+
+/// A guest.
+#[derive(Debug)]
+pub(super) struct GuestVm {
+    pub(super) name: String,
+    pub(super) spec: Guest,
+    pub(super) process: Option<VmProcess>,
+    pub(super) state: GuestState,
+    pub(super) started: Time,
+    pub(super) nets: Vec<GuestNet>,
+    /// How the VM ended, once its process has said so.
+    pub(super) end: Option<VmEnd>,
+    /// Why the process could not run the VM, once it has said so.
+    pub(super) error: Option<String>,
+    /// Whether the control channel is still of use.
+    pub(super) listening: bool,
+}
+
+/// Where a guest is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum GuestState {
+    /// The process builds the VM.
+    Starting,
+    /// vCPUs run.
+    Running,
+    /// It was reset; the process is about to be replaced.
+    Rebooting,
+    /// Powered off.
+    Off,
+    /// Ended in another way.
+    Failed(String),
+}
+
+impl GuestState {
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Rebooting => "rebooting",
+            Self::Off => "off",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+/// A network device of a guest.
+#[derive(Debug)]
+pub(super) struct GuestNet {
+    /// The driver VM that serves it, and as which of its ends.
+    pub(super) driver: Option<(usize, End)>,
+    pub(super) mac: Mac,
+    /// What the guest's driver asked for last.
+    pub(super) mode: RxMode,
+    pub(super) offloads: Offloads,
+    /// The last answer to `QueryStatus`.
+    pub(super) status: Option<FromVm>,
+    /// Whether that answers the last question.
+    pub(super) fresh: bool,
+}
+
+impl GuestVm {
+    /// A guest that does not run yet; `serves` says which driver VM, as which end, is behind network device `n`.
+    pub(super) fn new(name: &str, spec: Guest, serves: impl Fn(usize) -> Option<(usize, End)>) -> Self {
+        let nets = spec.net.iter().enumerate();
+        let nets = nets.map(|(n, net)| GuestNet::new(net.mac_or_default(name, n), serves(n))).collect();
+        Self {
+            name: name.into(),
+            spec,
+            process: None,
+            state: GuestState::Starting,
+            started: Time::now(),
+            nets,
+            end: None,
+            error: None,
+            listening: false,
+        }
+    }
+
+    /// Starts the guest's process.
+    pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
+        let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
+        for net in &mut self.nets {
+            *net = GuestNet::new(net.mac, net.driver);
+        }
+        self.end = None;
+        self.error = None;
+        self.state = GuestState::Starting;
+        self.started = Time::now();
+        self.process = Some(VmProcess::spawn(program, self.vm_spec(), &[], streams)?);
+        self.listening = true;
+        Ok(())
+    }
+
+    pub(super) fn has_terminal(&self) -> bool {
+        self.spec.console == Console::Terminal
+    }
+
+    /// Whether it has ended for good.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.state, GuestState::Off | GuestState::Failed(_))
+    }
+
+    /// Sends `message` to the process, with `fd` if there is one. A process that is gone is noticed elsewhere.
+    pub(super) fn tell(&self, message: &ToVm, fd: Option<std::os::fd::BorrowedFd<'_>>) -> Result<(), channel::Error> {
+        let Some(process) = &self.process else { return Ok(()) };
+        match process.channel().send_now(message, fd.as_slice()) {
+            Err(channel::Error::Closed) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn vm_spec(&self) -> VmSpec {
+        let nets = self.spec.net.iter().zip(&self.nets).map(|(spec, net)| {
+            let (mac, mtu) = (net.mac, spec.mtu_or_default());
+            match &spec.tap {
+                Some(interface) => NetBackend::Tap { interface: interface.clone(), mac, mtu },
+                None => NetBackend::Split { mac, mtu },
+            }
+        });
+        let port = |port: &crate::spec::Port| PortBackend {
+            name: port.name.clone(),
+            end: PortEnd::Listen(port.socket.clone()),
+        };
+        VmSpec {
+            name: self.name.clone(),
+            kernel: self.spec.kernel.clone(),
+            initrd: self.spec.initrd.clone(),
+            cmdline: self.spec.cmdline.clone(),
+            cpus: self.spec.cpus,
+            memory: self.spec.memory,
+            console: self.spec.console.clone(),
+            disks: self.spec.disk.clone(),
+            nets: nets.collect(),
+            ports: self.spec.port.iter().map(port).collect(),
+            passthrough: self.spec.passthrough.clone(),
+        }
+    }
+
+    /// Whether all split devices have answered the last `QueryStatus`.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.process.is_none() || self.nets.iter().all(|net| net.fresh || net.driver.is_none())
+    }
+
+    pub(super) fn status(&self, driver_name: impl Fn(usize) -> String) -> status::GuestStatus {
+        let nets = self.spec.net.iter().zip(&self.nets).enumerate();
+        status::GuestStatus {
+            name: self.name.clone(),
+            state: self.state.name().into(),
+            reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
+            pid: self.process.as_ref().map(VmProcess::pid),
+            uptime_s: Time::now().since(self.started).as_secs_f64(),
+            nets: nets.map(|(n, (spec, net))| net.status(n, spec.tap.clone(), &driver_name)).collect(),
+        }
+    }
+}
+
+impl GuestNet {
+    fn new(mac: Mac, driver: Option<(usize, End)>) -> Self {
+        // Until the guest's driver says otherwise: what a NIC receives after it was opened, and all multicast,
+        // because a guest without the control queue never says.
+        let mode = RxMode { all_multicast: true, unicast: vec![mac], ..RxMode::default() };
+        Self { driver, mac, mode, offloads: Offloads::default(), status: None, fresh: false }
+    }
+
+    fn status(&self, index: usize, tap: Option<String>, driver_name: impl Fn(usize) -> String) -> status::NetStatus {
+        let mut status = status::NetStatus {
+            index,
+            mac: self.mac.to_string(),
+            driver: self.driver.map(|(driver, _)| driver_name(driver)),
+            mode: if tap.is_some() { "tap".into() } else { "unknown".into() },
+            tap,
+            frames_out: 0,
+            frames_in: 0,
+            logged_now: 0,
+            masked: MaskedCounts::default(),
+        };
+        if let Some(FromVm::NetStatus { mode, frames_out, frames_in, logged_now, masked, .. }) = &self.status {
+            status.mode.clone_from(mode);
+            (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
+            (status.logged_now, status.masked) = (*logged_now, *masked);
+        }
+        status
+    }
+}

@@ -1,0 +1,378 @@
+//! What VM processes and agents say, and what the supervisor makes of it.
+
+use umbra_driver_vm::protocol::{FromAgent, ToAgent};
+use umbra_shadow::Generation;
+
+use super::driver::EndRef;
+use super::events::Event;
+use super::guest::GuestState;
+use super::lifecycle::{Carrier, Failure, Input, Source, State};
+use super::lines::LineError;
+use super::report::Mask;
+use super::run::Supervisor;
+use super::time::{Time, milliseconds};
+use super::timeline::Step;
+use crate::process::channel::Incoming;
+use crate::process::ipc::{FromVm, MaskedCounts, ToVm, VmEnd};
+use crate::process::spawn::describe_exit;
+
+/// Messages handled at a turn of the loop for one process: one that floods must not starve the rest.
+const AT_ONCE: usize = 64;
+
+/// What a splitter says of a link whose other end is gone.
+const CLOSED: &str = "closed";
+
+impl Supervisor {
+    /// Sends `message` to guest `n`.
+    pub(super) fn tell_guest(&mut self, n: usize, message: &ToVm) {
+        if let Err(error) = self.guests[n].tell(message, None) {
+            self.events.warn(format!("{}: {error}", self.guests[n].name));
+        }
+    }
+
+    pub(super) fn read_guest(&mut self, n: usize) {
+        for _ in 0..AT_ONCE {
+            let Some(process) = &self.guests[n].process else { return };
+            match process.channel().try_receive::<FromVm>() {
+                Ok(Incoming::Message(message, _)) => self.on_guest_message(n, message),
+                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Closed) => {
+                    self.guests[n].listening = false;
+                    return;
+                }
+                Err(error) => self.events.warn(format!("{}: {error}", self.guests[n].name)),
+            }
+        }
+    }
+
+    fn on_guest_message(&mut self, n: usize, message: FromVm) {
+        match message {
+            FromVm::Running { .. } => {
+                self.guests[n].state = GuestState::Running;
+                self.events.tell(&Event::GuestRunning { guest: self.guests[n].name.clone() });
+            }
+            FromVm::Ended { how, .. } => self.on_guest_end(n, how),
+            FromVm::Failed { what } => self.guests[n].error = Some(what),
+            FromVm::Panicked { .. } => self.events.warn(format!("{}: its kernel panicked", self.guests[n].name)),
+            FromVm::DeviceFailed { device, what, .. } => {
+                self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
+            }
+            FromVm::LinkUp { .. } => {}
+            FromVm::LinkLost { net, generation, at, cause } => self.on_link_lost(n, net, generation, Time(at), cause),
+            FromVm::Live { net, generation, at, masked } => self.on_end_live(n, net, generation, Time(at), masked),
+            FromVm::RxMode { net, mode } => {
+                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
+                    device.mode = mode.clone();
+                    self.pass_on(n, net, |end| ToAgent::SetRxMode { end, mode });
+                }
+            }
+            FromVm::Offloads { net, offloads } => {
+                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
+                    device.offloads = offloads;
+                    self.pass_on(n, net, |end| ToAgent::SetOffloads { end, offloads });
+                }
+            }
+            FromVm::NetStatus { net, .. } => {
+                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
+                    device.status = Some(message);
+                    device.fresh = true;
+                }
+            }
+        }
+    }
+
+    /// Passes what a guest asked of its network device on to the agent, if that has its configuration already.
+    fn pass_on(&mut self, guest: usize, net: u16, message: impl FnOnce(u16) -> ToAgent) {
+        let Some((driver, end)) = self.served_by(guest, net) else { return };
+        let vm = &self.drivers[driver];
+        let configured = !matches!(vm.lifecycle.state(), State::Booting { .. });
+        let position = vm.life.as_ref().and_then(|life| life.ends.iter().position(|have| *have == end));
+        if let Some(position) = position.and_then(|n| u16::try_from(n).ok()).filter(|_| configured) {
+            self.tell_agent(driver, &message(position));
+        }
+    }
+
+    /// The driver VM behind a guest's network device, and as which of its ends.
+    fn served_by(&self, guest: usize, net: u16) -> Option<(usize, usize)> {
+        self.guests[guest].nets.get(usize::from(net))?.driver
+    }
+
+    fn on_guest_end(&mut self, n: usize, how: VmEnd) {
+        self.guests[n].end = Some(how);
+        if how == VmEnd::Reset && self.stopping.is_none() {
+            // Known before its process ends, so that driver VMs which miss its links are not taken for failed.
+            self.guests[n].state = GuestState::Rebooting;
+            self.events.tell(&Event::GuestRebooted { guest: self.guests[n].name.clone() });
+            let served: Vec<_> = self.guests[n].nets.iter().filter_map(|net| net.driver).collect();
+            for (driver, _) in served {
+                self.drive(driver, Input::Replace(format!("{} was rebooted", self.guests[n].name)));
+            }
+        }
+    }
+
+    pub(super) fn on_guest_exit(&mut self, n: usize) {
+        self.read_guest(n);
+        let guest = &mut self.guests[n];
+        let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
+        guest.process = None;
+        let never_ran = guest.state == GuestState::Starting;
+        if guest.state == GuestState::Rebooting && self.stopping.is_none() {
+            return self.restart_guest(n);
+        }
+        let failure = match (guest.error.take(), guest.end) {
+            (Some(error), _) => Some(error),
+            (None, Some(VmEnd::PowerOff | VmEnd::Reset | VmEnd::Killed)) => None,
+            (None, Some(VmEnd::TripleFault)) => Some("triple fault (its kernel crashed without a word)".into()),
+            (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
+            (None, None) if self.stopping.is_some() => None,
+            (None, None) => Some(describe_exit(status)),
+        };
+        let told = failure.clone().unwrap_or_else(|| "powered off".into());
+        self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: told });
+        guest.state = failure.clone().map_or(GuestState::Off, GuestState::Failed);
+        if let Some(why) = failure {
+            let why = format!("{}: {why}", self.guests[n].name);
+            // A machine that does not come up whole does not come up.
+            if never_ran { self.give_up(why) } else { let _ = self.failure.get_or_insert(why); }
+        }
+        let served: Vec<_> = self.guests[n].nets.iter().filter_map(|net| net.driver).collect();
+        for (driver, end) in served {
+            self.drive(driver, Input::EndGone(end));
+            if self.drivers[driver].lifecycle.ends().next().is_none() {
+                self.drive(driver, Input::Stop);
+            }
+        }
+    }
+
+    fn restart_guest(&mut self, n: usize) {
+        if let Err(error) = self.guests[n].start(&self.program) {
+            let why = format!("{}: {error}", self.guests[n].name);
+            self.guests[n].state = GuestState::Failed(why.clone());
+            return self.give_up(why);
+        }
+        for driver in 0..self.drivers.len() {
+            self.attach_links(driver);
+        }
+    }
+
+    fn on_link_lost(&mut self, guest: usize, net: u16, generation: Generation, at: Time, cause: String) {
+        let Some((d, _)) = self.served_by(guest, net) else { return };
+        let (guest, net) = (self.guests[guest].name.clone(), usize::from(net));
+        let driver = &mut self.drivers[d];
+        if driver.lifecycle.generation() != Some(generation) {
+            return;
+        }
+        self.events.tell(&Event::Masked {
+            guest: guest.clone(),
+            net,
+            driver: driver.name.clone(),
+            generation: generation.get(),
+            cause: cause.clone(),
+        });
+        driver.masks.push(Mask { guest: guest.clone(), net, at_ns: at.0, cause: cause.clone() });
+        if driver.life.is_none() || *driver.lifecycle.state() == State::Stopping {
+            driver.timeline.mark(Step::Mask, at);
+            return;
+        }
+        let input = if cause == CLOSED {
+            Input::Sign(Failure { source: Source::Link, what: format!("it closed its link to {guest}.net{net}"), at })
+        } else {
+            Input::Failed(Failure { source: Source::Link, what: format!("it broke a rule of its link: {cause}"), at })
+        };
+        self.drive(d, input);
+        if matches!(self.drivers[d].lifecycle.state(), State::Fencing { .. }) {
+            self.drivers[d].timeline.mark(Step::Mask, at);
+        }
+    }
+
+    fn on_end_live(&mut self, guest: usize, net: u16, generation: Generation, at: Time, masked: MaskedCounts) {
+        let Some((d, end)) = self.served_by(guest, net) else { return };
+        let driver = &mut self.drivers[d];
+        if !driver.is_current(generation) {
+            return;
+        }
+        driver.frames.logged += masked.logged;
+        driver.frames.replayed += masked.replayed;
+        driver.frames.dropped += masked.dropped;
+        driver.frames.unknown += masked.unknown;
+        tracing::debug!(driver = driver.name, end, at = at.0, "end live");
+        let up = driver.lifecycle.carrier() == Carrier::Up;
+        self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
+        self.drive(d, Input::EndLive(end));
+    }
+
+    pub(super) fn read_driver(&mut self, n: usize) {
+        for _ in 0..AT_ONCE {
+            let Some(life) = &mut self.drivers[n].life else { return };
+            match life.process.channel().try_receive::<FromVm>() {
+                Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
+                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Closed) => {
+                    life.listening = false;
+                    return;
+                }
+                Err(error) => self.fail_driver(n, Source::ControlStream, format!("its process: {error}"), Time::now()),
+            }
+        }
+    }
+
+    fn on_driver_message(&mut self, n: usize, message: FromVm) {
+        match message {
+            FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
+            FromVm::Panicked { at } => self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at)),
+            FromVm::Ended { at, how, registers } => {
+                let Some(life) = &mut self.drivers[n].life else { return };
+                life.registers = registers;
+                let what = match how {
+                    VmEnd::PowerOff => "it powered off",
+                    VmEnd::Reset => "it was reset",
+                    VmEnd::TripleFault => "triple fault",
+                    VmEnd::Error => "KVM could not go on",
+                    VmEnd::Killed => "its process was told to end",
+                };
+                self.fail_driver(n, Source::VmEnd, what.into(), Time(at));
+                self.drive(n, Input::Evidence);
+            }
+            FromVm::DeviceFailed { at, device, what } => {
+                self.fail_driver(n, Source::Device, format!("device {device}: {what}"), Time(at));
+            }
+            FromVm::Failed { what } => {
+                self.fail_driver(n, Source::Start, what, Time::now());
+            }
+            other => tracing::debug!(?other, "a message that is for guests' processes"),
+        }
+    }
+
+    /// A certain failure of driver VM `n`.
+    pub(super) fn fail_driver(&mut self, n: usize, source: Source, what: String, at: Time) {
+        let driver = &self.drivers[n];
+        // What a first start says of itself is a wrong set-up, which no restart mends.
+        let fatal = !driver.was_live && matches!(source, Source::Start | Source::Agent) && self.stopping.is_none();
+        let why = format!("{}: {what}", driver.name);
+        self.drive(n, Input::Failed(Failure { source, what, at }));
+        if fatal {
+            self.give_up(why);
+        }
+    }
+
+    pub(super) fn read_console(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(life) = &mut driver.life else { return };
+        if let Some(pipe) = life.process.console() {
+            life.talking = driver.console.read(pipe);
+        }
+    }
+
+    pub(super) fn on_driver_exit(&mut self, n: usize) {
+        self.read_driver(n);
+        let driver = &mut self.drivers[n];
+        let Some(life) = &mut driver.life else { return };
+        let Some(status) = life.process.ended() else { return };
+        if let Some(pipe) = life.process.console() {
+            driver.console.drain(pipe);
+        }
+        self.process_gone(n, describe_exit(status));
+    }
+
+    pub(super) fn read_agent(&mut self, n: usize) {
+        let Some(agent) = self.drivers[n].life.as_mut().and_then(|life| life.agent.as_mut()) else { return };
+        let flushed = agent.flush();
+        let (lines, error) = agent.receive();
+        for line in lines {
+            match serde_json::from_str::<FromAgent>(&line) {
+                Ok(message) => self.on_agent_message(n, message),
+                Err(error) => {
+                    let what = format!("its agent sent what is no message ({error})");
+                    return self.fail_driver(n, Source::ControlStream, what, Time::now());
+                }
+            }
+        }
+        if let Some(error) = error.or(flushed.err()) {
+            self.lose_agent(n, &error);
+        }
+    }
+
+    /// Sends `message` to the agent of driver VM `n`.
+    pub(super) fn tell_agent(&mut self, n: usize, message: &ToAgent) {
+        if let Err(error) = self.drivers[n].tell_agent(message) {
+            self.lose_agent(n, &error);
+        }
+    }
+
+    fn lose_agent(&mut self, n: usize, error: &LineError) {
+        if let Some(life) = &mut self.drivers[n].life {
+            life.agent = None;
+        }
+        let what = format!("its agent's control stream: {error}");
+        let failure = Failure { source: Source::ControlStream, what, at: Time::now() };
+        let closed = matches!(error, LineError::Closed);
+        self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
+    }
+
+    fn on_agent_message(&mut self, n: usize, message: FromAgent) {
+        let now = Time::now();
+        match message {
+            FromAgent::Hello { generation, kernel, .. } => {
+                let driver = &mut self.drivers[n];
+                if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {
+                    let what = format!("its agent says that it is generation {generation}");
+                    return self.fail_driver(n, Source::ControlStream, what, now);
+                }
+                driver.kernel = Some(limited(&kernel));
+                self.stage(n, Step::Hello, "hello", now, limited(&kernel));
+                self.drive(n, Input::Hello);
+            }
+            FromAgent::Nic { driver, interface, .. } => {
+                self.drivers[n].kernel_driver = Some(limited(&driver));
+                let detail = format!("{} {}", limited(&driver), limited(&interface));
+                self.stage(n, Step::Nic, "nic", now, detail);
+            }
+            FromAgent::Forwarding { .. } => {
+                self.stage(n, Step::Forwarding, "forwarding", now, String::new());
+                self.drive(n, Input::Forwarding);
+            }
+            FromAgent::Carrier { up, .. } => self.on_carrier(n, if up { Carrier::Up } else { Carrier::Down }),
+            FromAgent::Heartbeat { available_memory, .. } => {
+                self.drivers[n].available_memory = Some(available_memory);
+                self.drive(n, Input::Heartbeat);
+            }
+            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, limited(&what), now),
+        }
+    }
+
+    fn on_carrier(&mut self, n: usize, carrier: Carrier) {
+        let up = carrier == Carrier::Up;
+        if up {
+            self.stage(n, Step::Carrier, "carrier", Time::now(), String::new());
+        }
+        let driver = &self.drivers[n];
+        if matches!(driver.lifecycle.state(), State::Live { .. }) {
+            let generation = driver.lifecycle.generation();
+            self.events.tell(&Event::Carrier { driver: driver.name.clone(), up });
+            for EndRef { guest, net, .. } in driver.ends.clone() {
+                if let Some(generation) = generation {
+                    self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
+                }
+            }
+        }
+        self.drive(n, Input::Carrier(carrier));
+    }
+
+    /// A life of driver VM `n` got on.
+    fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
+        let driver = &mut self.drivers[n];
+        let Some(life) = &driver.life else { return };
+        let generation = life.generation.get();
+        if driver.timeline.at(step).is_some() {
+            return;
+        }
+        driver.timeline.mark(step, at);
+        let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);
+        self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
+    }
+}
+
+/// What a driver VM says of itself, fit to be shown: no control characters, not too long.
+fn limited(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
+}

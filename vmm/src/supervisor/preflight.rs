@@ -1,0 +1,152 @@
+//! What a machine needs from the host, looked at before anything is started: the first thing that is missing is said,
+//! with what to do about it, and nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::sys::resource::{Resource, getrlimit};
+use thiserror::Error;
+use umbra_guest_images::image::{Image, ImageError};
+
+use crate::pci::address::{Bdf, ParseBdfError};
+use crate::spec::{Guest, Machine, MemorySize};
+use crate::vfio;
+use crate::vfio::sysfs::HostDevice;
+
+/// The device file of KVM.
+const KVM: &str = "/dev/kvm";
+
+/// Something that a machine needs is not there.
+#[derive(Debug, Error)]
+pub enum PreflightError {
+    /// No KVM.
+    #[error(
+        "/dev/kvm is not there: load `kvm_intel` or `kvm_amd` (and switch virtualisation on in the firmware; in a VM, \
+         nested virtualisation in its host)"
+    )]
+    NoKvm,
+    /// No permission for KVM.
+    #[error("/dev/kvm cannot be opened ({0}): run as root, or join the group that owns it (mostly `kvm`)")]
+    KvmDenied(io::Error),
+    /// A file of a guest.
+    #[error("{guest}: {what} {}", path.display())]
+    File {
+        /// The guest.
+        guest: String,
+        /// What it is to be.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A driver VM's image.
+    #[error("{driver}")]
+    Image {
+        /// The driver VM.
+        driver: String,
+        /// What is wrong.
+        source: ImageError,
+    },
+    /// No PCI address.
+    #[error(transparent)]
+    Address(#[from] ParseBdfError),
+    /// A device.
+    #[error("{user}")]
+    Device {
+        /// Who is to have it.
+        user: String,
+        /// What is wrong.
+        source: vfio::Error,
+    },
+    /// Passed-through devices need all of the VM's memory locked.
+    #[error(
+        "{user} needs {needed} of locked memory for its device, the limit is {limit}: raise it (`ulimit -l`, \
+         LimitMEMLOCK= of the service), or run as root"
+    )]
+    LockedMemory {
+        /// Who.
+        user: String,
+        /// How much.
+        needed: MemorySize,
+        /// The limit, in words.
+        limit: String,
+    },
+}
+
+/// What the checks found.
+#[derive(Debug)]
+pub(super) struct Checked {
+    /// Device and image of each driver VM.
+    pub(super) drivers: BTreeMap<String, (HostDevice, Image)>,
+}
+
+impl Checked {
+    /// Checks what `machine` needs.
+    pub(super) fn new(machine: &Machine) -> Result<Self, PreflightError> {
+        check_kvm()?;
+        for (name, guest) in &machine.guest {
+            check_guest(name, guest)?;
+        }
+        let mut drivers = BTreeMap::new();
+        for (name, driver) in &machine.driver {
+            let image = Image::open(&driver.image)
+                .map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
+            let device = check_device(name, &driver.device)?;
+            check_locked_memory(name, driver.memory)?;
+            drivers.insert(name.clone(), (device, image));
+        }
+        Ok(Self { drivers })
+    }
+}
+
+fn check_kvm() -> Result<(), PreflightError> {
+    match OpenOptions::new().read(true).write(true).open(KVM) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(PreflightError::KvmDenied(error)),
+        Err(_) => Err(PreflightError::NoKvm),
+    }
+}
+
+fn check_guest(name: &str, guest: &Guest) -> Result<(), PreflightError> {
+    let fail = |what, path: &Path| {
+        let (guest, path) = (name.to_owned(), path.to_owned());
+        move |source| PreflightError::File { guest, what, path, source }
+    };
+    check_readable(&guest.kernel).map_err(fail("cannot read the kernel", &guest.kernel))?;
+    for path in &guest.initrd {
+        check_readable(path).map_err(fail("cannot read the initrd", path))?;
+    }
+    for disk in &guest.disk {
+        let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
+        opened.map_err(fail("cannot open the disk", &disk.path))?;
+    }
+    for address in &guest.passthrough {
+        check_device(name, address)?;
+        check_locked_memory(name, guest.memory)?;
+    }
+    Ok(())
+}
+
+fn check_readable(path: &Path) -> io::Result<()> {
+    let meta = File::open(path)?.metadata()?;
+    if meta.is_dir() { Err(io::Error::from(io::ErrorKind::IsADirectory)) } else { Ok(()) }
+}
+
+fn check_device(user: &str, address: &str) -> Result<HostDevice, PreflightError> {
+    let bdf: Bdf = address.parse()?;
+    let ready = HostDevice::find(bdf).and_then(|device| device.check_ready().map(|()| device));
+    ready.map_err(|source| PreflightError::Device { user: user.into(), source })
+}
+
+/// The kernel counts a VM's pinned memory against the limit, unless the process may lock as it likes.
+fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), PreflightError> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
+    if nix::unistd::geteuid().is_root() || limit >= needed.0 {
+        return Ok(());
+    }
+    let limit = MemorySize(limit).to_string();
+    Err(PreflightError::LockedMemory { user: user.into(), needed, limit })
+}

@@ -1,0 +1,339 @@
+//! The supervisor's loop: one thread, one `poll`, and everything it waits for in one list.
+//!
+//! Handling comes in the order of [`Source`]: guests before driver VMs, so that a guest's reboot is known before its
+//! driver VM misses it; messages and consoles before the exit of their process, so that nothing said is lost.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signalfd::SignalFd;
+use thiserror::Error;
+
+use super::control::StopHow;
+use super::driver::{DriverVm, EndRef};
+use super::events::{Event, Events, Verbosity};
+use super::guest::{GuestState, GuestVm};
+use super::lifecycle::{Input, State};
+use super::preflight::{Checked, PreflightError};
+use super::rundir::{RunDir, RunDirError};
+use super::server::Clients;
+use super::signals::{self, SavedTerminal};
+use super::time::Time;
+use crate::process::spawn::SpawnError;
+use crate::spec::Machine;
+
+/// How a machine is run.
+#[derive(Debug)]
+pub struct Options {
+    /// The machine's name.
+    pub name: String,
+    /// The folder that has the machines' run directories.
+    pub base: PathBuf,
+    /// Whether events are printed.
+    pub verbosity: Verbosity,
+    /// Where events go as JSON lines.
+    pub events: Option<File>,
+    /// The program that VM processes are started from: this one.
+    pub program: PathBuf,
+}
+
+/// Why a machine did not run to a good end.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// Something that it needs is not there.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
+    /// No run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// No signals.
+    #[error("watch signals (signalfd)")]
+    Signals(#[source] Errno),
+    /// A guest's process cannot be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// `poll` failed.
+    #[error("wait for events (poll)")]
+    Poll(#[source] Errno),
+    /// A VM could not be started or a guest ended badly; the sentence names it.
+    #[error("{0}")]
+    Vm(String),
+}
+
+/// What the loop waits for, in the order of handling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    Signals,
+    GuestControl(usize),
+    DriverControl(usize),
+    DriverAgent(usize),
+    DriverConsole(usize),
+    GuestExit(usize),
+    DriverExit(usize),
+    ResetDone(usize),
+    Listener,
+    Client(u64),
+}
+
+/// A running machine.
+#[derive(Debug)]
+pub(super) struct Supervisor {
+    pub(super) program: PathBuf,
+    pub(super) run_dir: RunDir,
+    pub(super) listener: UnixListener,
+    pub(super) signals: SignalFd,
+    pub(super) events: Events,
+    pub(super) guests: Vec<GuestVm>,
+    pub(super) drivers: Vec<DriverVm>,
+    pub(super) clients: Clients,
+    pub(super) stopping: Option<StopHow>,
+    /// The first thing that makes the run a failure.
+    pub(super) failure: Option<String>,
+}
+
+/// Runs `machine` until all its guests have ended, or it is stopped.
+///
+/// # Errors
+///
+/// Nothing was started, or a VM could not be started or a guest ended badly; in any case nothing is left running.
+pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
+    let _terminal = SavedTerminal::save();
+    let checked = Checked::new(machine)?;
+    let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
+    let signals = signals::watch().map_err(RunError::Signals)?;
+    let events = Events::new(options.verbosity, options.events);
+    let mut supervisor = Supervisor::new(machine, checked, (run_dir, listener), signals, events);
+    supervisor.program = options.program;
+    supervisor.start()?;
+    let result = supervisor.run_to_the_end();
+    supervisor.end_processes();
+    result?;
+    supervisor.failure.take().map_or(Ok(()), |failure| Err(RunError::Vm(failure)))
+}
+
+impl Supervisor {
+    fn new(
+        machine: &Machine,
+        mut checked: Checked,
+        (run_dir, listener): (RunDir, UnixListener),
+        signals: SignalFd,
+        events: Events,
+    ) -> Self {
+        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name);
+        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).unwrap_or_default();
+        let drivers = machine.driver.iter().filter_map(|(name, spec)| {
+            let ends = machine.ends_of(name).filter_map(|(guest, net, spec)| {
+                Some(EndRef { guest: guest_index(guest), net: u16::try_from(net).ok()?, mtu: spec.mtu })
+            });
+            let (device, image) = checked.drivers.remove(name)?;
+            Some(DriverVm::new((name, spec.clone()), (device, image), ends.collect(), &run_dir))
+        });
+        let drivers: Vec<_> = drivers.collect();
+        let guests = machine.guest.iter().map(|(name, guest)| {
+            GuestVm::new(name, guest.clone(), |n| {
+                let driver_name = guest.net.get(n)?.driver.as_deref()?;
+                let driver = driver_index(driver_name)?;
+                let end = machine.ends_of(driver_name).position(|(guest, net, _)| guest == name && net == n)?;
+                Some((driver, end))
+            })
+        });
+        Self {
+            program: PathBuf::new(),
+            guests: guests.collect(),
+            drivers,
+            run_dir,
+            listener,
+            signals,
+            events,
+            clients: Clients::default(),
+            stopping: None,
+            failure: None,
+        }
+    }
+
+    fn start(&mut self) -> Result<(), RunError> {
+        for guest in &mut self.guests {
+            if guest.has_terminal() {
+                self.events.share_terminal();
+            }
+            guest.start(&self.program)?;
+        }
+        for driver in 0..self.drivers.len() {
+            self.drive(driver, Input::Start);
+        }
+        Ok(())
+    }
+
+    fn run_to_the_end(&mut self) -> Result<(), RunError> {
+        while !self.is_over() {
+            let mut ready = self.wait()?;
+            ready.sort_unstable();
+            for source in ready {
+                self.handle(source);
+            }
+            self.tick();
+        }
+        Ok(())
+    }
+
+    /// All guests have ended, and so have the driver VMs.
+    fn is_over(&self) -> bool {
+        let stopped = |driver: &DriverVm| driver.life.is_none() && *driver.lifecycle.state() == State::Stopped;
+        self.guests.iter().all(GuestVm::is_over) && self.drivers.iter().all(stopped)
+    }
+
+    /// The next point in time at which something is due.
+    fn deadline(&self) -> Option<Time> {
+        let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());
+        drivers.chain(self.clients.deadline()).min()
+    }
+
+    fn wait(&self) -> Result<Vec<Source>, RunError> {
+        let watched = self.watched();
+        let mut fds: Vec<_> = watched.iter().map(|(_, fd, flags)| PollFd::new(*fd, *flags)).collect();
+        let timeout = match self.deadline() {
+            // Rounded up, so that the deadline has passed when the wait is over.
+            Some(deadline) => {
+                let ms = deadline.since(Time::now()).as_nanos().div_ceil(1_000_000);
+                PollTimeout::try_from(ms.min(60_000)).unwrap_or(PollTimeout::MAX)
+            }
+            None => PollTimeout::NONE,
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(RunError::Poll(errno)),
+        }
+        let ready = watched.iter().zip(&fds).filter(|(_, fd)| fd.any().unwrap_or(false));
+        Ok(ready.map(|((source, ..), _)| *source).collect())
+    }
+
+    fn watched(&self) -> Vec<(Source, BorrowedFd<'_>, PollFlags)> {
+        let mut watched = vec![
+            (Source::Signals, self.signals.as_fd(), PollFlags::POLLIN),
+            (Source::Listener, self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        for (n, guest) in self.guests.iter().enumerate() {
+            let Some(process) = &guest.process else { continue };
+            watched.push((Source::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
+            if guest.listening {
+                watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN));
+            }
+        }
+        for (n, driver) in self.drivers.iter().enumerate() {
+            if let Some(job) = &driver.resetting {
+                watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
+            }
+            let Some(life) = &driver.life else { continue };
+            watched.push((Source::DriverExit(n), life.process.pidfd(), PollFlags::POLLIN));
+            if life.listening {
+                watched.push((Source::DriverControl(n), life.process.channel().as_fd(), PollFlags::POLLIN));
+            }
+            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
+                watched.push((Source::DriverConsole(n), pipe.as_fd(), PollFlags::POLLIN));
+            }
+            if let Some(agent) = &life.agent {
+                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
+                watched.push((Source::DriverAgent(n), agent.stream().as_fd(), PollFlags::POLLIN | more));
+            }
+        }
+        watched.extend(self.clients.watched().map(|(id, fd, flags)| (Source::Client(id), fd, flags)));
+        watched
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Signals => self.on_signal(),
+            Source::GuestControl(n) => self.read_guest(n),
+            Source::DriverControl(n) => self.read_driver(n),
+            Source::DriverAgent(n) => self.read_agent(n),
+            Source::DriverConsole(n) => self.read_console(n),
+            Source::GuestExit(n) => self.on_guest_exit(n),
+            Source::DriverExit(n) => self.on_driver_exit(n),
+            Source::ResetDone(n) => self.on_reset_done(n),
+            Source::Listener => self.clients.accept(&self.listener),
+            Source::Client(id) => self.read_client(id),
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = Time::now();
+        for n in 0..self.drivers.len() {
+            if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
+                self.drive(n, Input::Tick);
+            }
+            if let Some(warning) = self.drivers[n].console.take_warning() {
+                self.events.warn(warning);
+            }
+        }
+        self.answer_status(now);
+        if self.guests.iter().all(GuestVm::is_over) {
+            self.stop_drivers();
+        }
+    }
+
+    fn on_signal(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let hang_up = info.ssi_signo == libc::SIGHUP.unsigned_abs();
+            // The second signal of any kind means it.
+            let how = if hang_up || self.stopping.is_some() { StopHow::Kill } else { StopHow::PowerButton };
+            self.stop(how, "a signal");
+        }
+    }
+
+    /// Ends the machine.
+    pub(super) fn stop(&mut self, how: StopHow, who: &str) {
+        self.stopping = Some(how);
+        let told = match how {
+            StopHow::PowerButton => format!("{who} asked the guests to power off (once more kills them)"),
+            StopHow::Kill => format!("{who} asked to kill the VMs"),
+        };
+        self.events.tell(&Event::Stopping { how: told });
+        for n in 0..self.guests.len() {
+            match how {
+                // A guest that is about to reboot gets its process back first; it is off as it is.
+                StopHow::PowerButton => self.tell_guest(n, &crate::process::ipc::ToVm::PowerButton),
+                StopHow::Kill => {
+                    if let Some(process) = &mut self.guests[n].process {
+                        process.kill();
+                    }
+                }
+            }
+        }
+        if how == StopHow::Kill {
+            self.stop_drivers();
+        }
+    }
+
+    fn stop_drivers(&mut self) {
+        for n in 0..self.drivers.len() {
+            if !matches!(self.drivers[n].lifecycle.state(), State::Stopped | State::Stopping) {
+                self.drive(n, Input::Stop);
+            }
+        }
+    }
+
+    /// Something makes the whole run pointless: end it, and say why at the end.
+    pub(super) fn give_up(&mut self, why: String) {
+        self.failure.get_or_insert(why);
+        for guest in &mut self.guests {
+            let over = guest.is_over();
+            match &mut guest.process {
+                Some(process) => process.kill(),
+                None if !over => guest.state = GuestState::Off,
+                None => {}
+            }
+        }
+        self.stopping = Some(StopHow::Kill);
+        self.stop_drivers();
+    }
+
+    /// Kills what still runs and waits for it, before the terminal is restored.
+    fn end_processes(&mut self) {
+        self.drivers.iter_mut().for_each(|driver| driver.life = None);
+        self.guests.iter_mut().for_each(|guest| guest.process = None);
+    }
+}

@@ -1,0 +1,212 @@
+//! Where a running machine can be found: a folder with its control socket, its console logs and its crash reports.
+//!
+//! `$UMBRA_RUN_DIR/NAME`, or `/run/umbra/NAME` (`$XDG_RUNTIME_DIR/umbra/NAME` for users other than root). A lock on
+//! the folder's file `lock` says that the machine runs: the kernel drops it with the process, so that nothing stale is
+//! ever mistaken for a machine.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use thiserror::Error;
+
+/// The control socket's name in a machine's folder.
+const SOCKET: &str = "control.sock";
+
+/// Errors of run directories.
+#[derive(Debug, Error)]
+pub enum RunDirError {
+    /// The machine runs.
+    #[error("{0} is already running; `umbra status --name {0}` shows it, `umbra stop --name {0}` ends it")]
+    AlreadyRunning(String),
+    /// No folder.
+    #[error("{what} {}; set UMBRA_RUN_DIR to a folder that you can write to", path.display())]
+    Io {
+        /// What failed.
+        what: &'static str,
+        /// With which path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A name that is no file name.
+    #[error("{0:?} cannot name a machine: use letters, digits, `-`, `_` and `.` (or choose a name with --name)")]
+    BadName(String),
+    /// No such machine.
+    #[error("no machine named {name} is running{}", others(.running))]
+    NotRunning {
+        /// The name.
+        name: String,
+        /// Those that run.
+        running: Vec<String>,
+    },
+    /// None at all.
+    #[error("no machine is running (nothing in {})", .0.display())]
+    NoneRunning(PathBuf),
+    /// Which one?
+    #[error("several machines are running ({}); choose one with --name", .0.join(", "))]
+    Ambiguous(Vec<String>),
+}
+
+fn others(running: &[String]) -> String {
+    if running.is_empty() { String::new() } else { format!("; these are: {}", running.join(", ")) }
+}
+
+/// The folder of a machine that this process runs. The socket goes when it is dropped; reports and logs stay.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    name: String,
+    _lock: Flock<File>,
+}
+
+impl RunDir {
+    /// Takes the folder for the machine `name` below `base`, and listens at its control socket.
+    ///
+    /// # Errors
+    ///
+    /// The machine runs already, or the folder cannot be made.
+    pub fn claim(base: &Path, name: &str) -> Result<(Self, UnixListener), RunDirError> {
+        check_name(name)?;
+        let path = base.join(name);
+        let fail = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RunDirError::Io { what, path, source }
+        };
+        let mut builder = DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&path).map_err(fail("make the folder", &path))?;
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
+        let lock = Flock::lock(lock.map_err(fail("open", &lock_path))?, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| RunDirError::AlreadyRunning(name.into()))?;
+        let reports = path.join("reports");
+        // The evidence of the run before is kept once.
+        let _ = fs::remove_dir_all(path.join("reports.old"));
+        let _ = fs::rename(&reports, path.join("reports.old"));
+        builder.create(&reports).map_err(fail("make the folder", &reports))?;
+        let socket = path.join(SOCKET);
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).map_err(fail("listen at", &socket))?;
+        let private = fs::Permissions::from_mode(0o600);
+        fs::set_permissions(&socket, private).map_err(fail("restrict", &socket))?;
+        listener.set_nonblocking(true).map_err(fail("listen at", &socket))?;
+        Ok((Self { path, name: name.into(), _lock: lock }, listener))
+    }
+
+    /// The machine's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The folder of the crash reports.
+    pub fn reports(&self) -> PathBuf {
+        self.path.join("reports")
+    }
+
+    /// The console log of the driver VM `driver`.
+    pub fn console_log(&self, driver: &str) -> PathBuf {
+        self.path.join(format!("{driver}.console.log"))
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.path.join(SOCKET));
+    }
+}
+
+/// The folder that has the machines' folders.
+pub fn base() -> PathBuf {
+    if let Some(dir) = std::env::var_os("UMBRA_RUN_DIR").filter(|dir| !dir.is_empty()) {
+        return dir.into();
+    }
+    let user = if nix::unistd::geteuid().is_root() { None } else { std::env::var_os("XDG_RUNTIME_DIR") };
+    user.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("umbra")
+}
+
+/// Connects to the machine `name` below `base`, or to the only one that runs.
+///
+/// # Errors
+///
+/// There is none, or there are several.
+pub fn connect(base: &Path, name: Option<&str>) -> Result<(String, UnixStream), RunDirError> {
+    let mut running: Vec<_> = fs::read_dir(base)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let stream = UnixStream::connect(entry.path().join(SOCKET)).ok()?;
+            Some((entry.file_name().to_string_lossy().into_owned(), stream))
+        })
+        .collect();
+    running.sort_by(|a, b| a.0.cmp(&b.0));
+    let names = || running.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    match name {
+        Some(name) => match running.iter().position(|(running, _)| running == name) {
+            Some(n) => Ok(running.swap_remove(n)),
+            None => Err(RunDirError::NotRunning { name: name.into(), running: names() }),
+        },
+        None if running.len() > 1 => Err(RunDirError::Ambiguous(names())),
+        None => running.pop().ok_or_else(|| RunDirError::NoneRunning(base.into())),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), RunDirError> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(valid) {
+        return Err(RunDirError::BadName(name.into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_runs_once() {
+        let base = tempfile::tempdir().unwrap();
+        let (first, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        assert!(matches!(RunDir::claim(base.path(), "m"), Err(RunDirError::AlreadyRunning(name)) if name == "m"));
+        drop(first);
+        RunDir::claim(base.path(), "m").unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_a_dead_process_left_is_replaced() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("m");
+        fs::create_dir_all(dir.join("reports")).unwrap();
+        fs::write(dir.join("reports/nic0-gen1.txt"), "old").unwrap();
+        drop(UnixListener::bind(dir.join(SOCKET)).unwrap());
+        assert!(matches!(connect(base.path(), None), Err(RunDirError::NoneRunning(_))));
+        let (run_dir, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        assert_eq!(connect(base.path(), None).unwrap().0, "m");
+        assert!(dir.join("reports.old/nic0-gen1.txt").exists(), "evidence is kept");
+        assert_eq!(fs::metadata(dir.join(SOCKET)).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(run_dir);
+        assert!(!dir.join(SOCKET).exists());
+    }
+
+    #[test]
+    fn several_machines_are_told_apart_by_name() {
+        let base = tempfile::tempdir().unwrap();
+        let _a = RunDir::claim(base.path(), "a").unwrap();
+        let _b = RunDir::claim(base.path(), "b").unwrap();
+        assert!(matches!(connect(base.path(), None), Err(RunDirError::Ambiguous(names)) if names == ["a", "b"]));
+        assert_eq!(connect(base.path(), Some("b")).unwrap().0, "b");
+        let error = connect(base.path(), Some("c")).unwrap_err().to_string();
+        assert_eq!(error, "no machine named c is running; these are: a, b");
+    }
+
+    #[test]
+    fn names_stay_below_the_base() {
+        for name in ["", "..", ".hidden", "a/b", "a b", &"x".repeat(65)] {
+            assert!(matches!(RunDir::claim(Path::new("/nonexistent"), name), Err(RunDirError::BadName(_))), "{name}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The command line as users meet it: each mistake is one line on stderr that says what to do, and a non-zero exit.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn umbra(run_dir: &Path, words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_umbra"))
+        .args(words)
+        .env("UMBRA_RUN_DIR", run_dir)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Runs `umbra` and expects it to fail with status 1 and one line.
+fn error(run_dir: &Path, words: &[&str]) -> String {
+    let output = umbra(run_dir, words);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{words:?}: {stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{words:?}: {stderr}");
+    stderr.trim().to_owned()
+}
+
+#[test]
+fn wrong_usage_is_status_2() {
+    let dir = tempfile::tempdir().unwrap();
+    for words in [&["frobnicate"][..], &["run", "--no-such-flag"], &["crash"], &["run", "m.toml", "--kernel", "k"], &["vm"]] {
+        assert_eq!(umbra(dir.path(), words).status.code(), Some(2), "{words:?}");
+    }
+}
+
+#[test]
+fn a_machine_file_s_mistake_is_named_with_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.toml");
+    let path = file.to_str().unwrap();
+    std::fs::write(&file, "[guest.web]\nkernel = \"k\"\n[[guest.web.net]]\ndriver = \"nic1\"\n").unwrap();
+    let message = error(dir.path(), &["run", path]);
+    assert_eq!(message, format!("umbra: {path}:4: guest.web.net[0].driver: nothing defines [driver.nic1]"));
+    let message = error(dir.path(), &["run", "/no/such/machine.toml"]);
+    assert_eq!(message, "umbra: read the machine file /no/such/machine.toml: No such file or directory (os error 2)");
+}
+
+#[test]
+fn check_prints_the_machine_with_its_defaults() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = umbra(dir.path(), &["run", "--check", "--kernel", "/k", "--tap", "tap0"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    assert!(text.contains("memory = \"512M\"") && text.contains("tap = \"tap0\""), "{text}");
+}
+
+#[test]
+fn what_is_missing_is_said_before_anything_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| error(dir.path(), &[&["run"], words].concat());
+    if !Path::new("/dev/kvm").exists() {
+        assert!(run(&["--kernel", "/no/such/kernel"]).contains("/dev/kvm is not there"));
+        eprintln!("skipped the rest: no /dev/kvm");
+        return;
+    }
+    let message = run(&["--kernel", "/no/such/kernel"]);
+    assert_eq!(message, "umbra: guest: cannot read the kernel /no/such/kernel: No such file or directory (os error 2)");
+    let message = run(&["--kernel", "/proc"]);
+    assert!(message.contains("cannot read the kernel /proc: is a directory"), "{message}");
+    let message = run(&["--kernel", "/proc/self/exe", "--disk", "/no/disk"]);
+    assert!(message.contains("cannot open the disk /no/disk"), "{message}");
+    let message = run(&["--kernel", "/proc/self/exe", "--nic", "ffff:1f:1f.7", "--image", "/no/image"]);
+    assert!(message.contains("nic0: the driver VM image /no/image cannot be used"), "{message}");
+    let message = run(&["--kernel", "/proc/self/exe", "--passthrough", "ffff:1f:1f.7"]);
+    assert!(message.contains("ffff:1f:1f.7"), "{message}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_file_that_is_no_kernel_ends_the_run() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("skipped: no /dev/kvm");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, "hello").unwrap();
+    let output = umbra(dir.path(), &["run", "--quiet", "--kernel", kernel.to_str().unwrap()]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("umbra: guest: ") && stderr.contains(kernel.to_str().unwrap()), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(!dir.path().join("guest/control.sock").exists());
+}
+
+#[test]
+fn requests_without_a_machine_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().display();
+    for words in [&["status"][..], &["stop"], &["crash", "nic0"]] {
+        assert_eq!(error(dir.path(), words), format!("umbra: no machine is running (nothing in {base})"));
+    }
+    let message = error(dir.path(), &["status", "--name", "web"]);
+    assert_eq!(message, "umbra: no machine named web is running");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_umbra"))
+        .args(["run", "--check", "--kernel", "/k"])
+        .env("UMBRA_RUN_DIR", dir.path())
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+        .wait_with_output()
+        .unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(output.status.success());
+}
