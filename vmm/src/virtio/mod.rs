@@ -3,9 +3,11 @@
 pub mod console;
 pub mod device;
 pub mod events;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod split_net;
+pub mod vhost_user_net;
 #[cfg(test)]
 mod testing;
 
