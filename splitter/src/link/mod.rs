@@ -8,14 +8,15 @@
 mod handler;
 mod memory;
 
+use std::io::ErrorKind;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use thiserror::Error;
 use umbra_shadow::Generation;
-use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::queue::{RingFault, Virtqueue};
@@ -44,7 +45,7 @@ pub enum LinkQueue {
 }
 
 /// Why a link ended.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum Cause {
     /// The peer closed the connection: its process is gone.
     #[error("closed")]
@@ -153,16 +154,20 @@ impl LinkServer {
 impl Drop for LinkServer {
     fn drop(&mut self) {
         // Fails only if the peer was faster.
-        let _ = self.connection.shutdown(std::net::Shutdown::Both);
+        let _ = self.connection.shutdown(Shutdown::Both);
     }
 }
 
 fn serve(connection: UnixStream, handler: &Arc<Mutex<Handler>>) {
     let mut requests = BackendReqHandler::from_stream(connection, Arc::clone(handler));
     let error = loop {
-        if let Err(error) = requests.handle_request() {
-            break error;
+        match requests.handle_request() {
+            Ok(()) => {}
+            Err(Error::SocketRetry(why)) if why.kind() == ErrorKind::Interrupted => {}
+            Err(error) => break error,
         }
     };
+    // A front-end that waits for an answer learns of the end now, not when the event loop comes round.
+    let _ = requests.try_clone_connection().and_then(|connection| connection.shutdown(Shutdown::Both));
     handler.lock().unwrap_or_else(PoisonError::into_inner).end(&error);
 }

@@ -1,0 +1,311 @@
+//! The splitter between a guest and driver VMs that die, over real vhost-user connections and sealed memory.
+
+mod common;
+
+use std::io::Write;
+
+use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation};
+use common::{frame, memfd, number};
+use nix::fcntl::SealFlag;
+use std::os::fd::AsRawFd;
+use umbra_shadow::net::{MaskedCounts, ModeName};
+use umbra_splitter::link::Cause;
+use umbra_splitter::net::{Log, Notice, features};
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+
+fn live(guest: &mut Guest, vm: &mut DriverVm, n: u32) -> MaskedCounts {
+    vm.rx.offer_all();
+    guest.splitter.go_live(generation(n), Log::Replay);
+    loop {
+        match guest.notice() {
+            Notice::Live(g, counts) if g == generation(n) => return counts,
+            Notice::LinkLost(g, cause) => panic!("generation {g} lost: {cause}"),
+            _ => {}
+        }
+    }
+}
+
+fn lost(guest: &mut Guest, n: u32) -> Cause {
+    loop {
+        match guest.notice() {
+            Notice::LinkLost(g, cause) if g == generation(n) => return cause,
+            Notice::Live(..) => panic!("live"),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn frames_flow_both_ways() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    guest.rx.offer_all();
+    for n in 0..30 {
+        guest.tx.send(&frame(n, 400));
+        vm.tx.send(&frame(1000 + n, 1514));
+    }
+    guest.turn();
+    assert_eq!(vm.rx.receive_all(), (0..30).map(|n| frame(n, 400)).collect::<Vec<_>>());
+    assert_eq!(guest.rx.receive_all(), (1000..1030).map(|n| frame(n, 1514)).collect::<Vec<_>>());
+    assert_eq!(guest.splitter.status().mode, ModeName::Passive);
+}
+
+#[test]
+fn frames_sent_during_an_outage_arrive_in_order_once_and_before_live_ones() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    for n in 0..10 {
+        guest.tx.send(&frame(n, 100));
+    }
+    guest.turn();
+    // Six of ten are taken, and their buffers offered again.
+    for n in 0..6 {
+        assert_eq!(vm.rx.receive().unwrap().1, frame(n, 100));
+    }
+    vm.rx.offer(6);
+    drop(vm);
+    assert!(matches!(lost(&mut guest, 1), Cause::Closed));
+    for n in 10..40 {
+        guest.tx.send(&frame(n, 100));
+    }
+    guest.turn();
+    assert_eq!(guest.tx.completed(), 40);
+    assert_eq!(guest.splitter.status().logged_now, 30);
+
+    let mut vm = attached(&mut guest, 2);
+    guest.tx.send(&frame(40, 100));
+    let counts = live(&mut guest, &mut vm, 2);
+    assert_eq!(counts, MaskedCounts { logged: 30, replayed: 30, dropped: 0, unknown: 4 });
+    guest.tx.send(&frame(41, 100));
+    guest.turn();
+    let got: Vec<u32> = vm.rx.receive_all().iter().map(|f| number(f)).collect();
+    assert_eq!(got, (10..42).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_crash_during_replay_keeps_the_rest_of_the_log_in_order() {
+    let mut guest = Guest::new();
+    for n in 0..50 {
+        guest.tx.send(&frame(n, 200));
+    }
+    guest.turn();
+    let mut first = attached(&mut guest, 1);
+    first.rx.offer(20);
+    guest.splitter.go_live(generation(1), Log::Replay);
+    assert_eq!(guest.splitter.status().mode, ModeName::Replaying);
+    // While the log waits for buffers, so do new frames, in the guest's queue.
+    guest.tx.send(&frame(50, 200));
+    guest.turn();
+    assert_eq!(guest.tx.completed(), 50);
+    let got: Vec<u32> = first.rx.receive_all().iter().map(|f| number(f)).collect();
+    assert_eq!(got, (0..20).collect::<Vec<_>>());
+    first.rx.offer(5);
+    drop(first);
+    assert!(matches!(lost(&mut guest, 1), Cause::Closed));
+
+    let mut second = attached(&mut guest, 2);
+    let counts = live(&mut guest, &mut second, 2);
+    // The five buffers offered again were filled before the loss was seen, or not: each frame counts once.
+    let got: Vec<u32> = second.rx.receive_all().iter().map(|f| number(f)).collect();
+    let first_again = got[0];
+    assert!(first_again == 20 || first_again == 25, "{got:?}");
+    assert_eq!(got, (first_again..51).collect::<Vec<_>>());
+    assert_eq!(counts.replayed, 51);
+    assert_eq!(counts.logged, counts.replayed + counts.dropped);
+    assert!((15..=20).contains(&counts.unknown), "{counts:?}");
+}
+
+#[test]
+fn suspects_are_dropped_and_counted() {
+    let mut guest = Guest::new();
+    for n in 0..5 {
+        guest.tx.send(&frame(n, 200));
+    }
+    guest.turn();
+    let mut vm = attached(&mut guest, 1);
+    vm.rx.offer_all();
+    guest.splitter.go_live(generation(1), Log::Drop);
+    guest.tx.send(&frame(5, 200));
+    guest.turn();
+    assert_eq!(vm.rx.receive_all(), [frame(5, 200)]);
+    assert_eq!(guest.splitter.status().masked, MaskedCounts { logged: 5, dropped: 5, ..Default::default() });
+}
+
+#[test]
+fn go_live_may_come_before_the_link_and_old_generations_are_ignored() {
+    let mut guest = Guest::new();
+    let (mut vm, socket) = DriverVm::new();
+    guest.splitter.attach(generation(3), socket);
+    guest.splitter.go_live(generation(3), Log::Replay);
+    guest.splitter.go_live(generation(2), Log::Replay);
+    vm.connect();
+    let counts = live(&mut guest, &mut vm, 3);
+    assert_eq!(counts, MaskedCounts::default());
+    guest.splitter.mask(generation(2));
+    assert_eq!(guest.splitter.status().mode, ModeName::Passive);
+    // The link of an older generation is closed at once.
+    let (old, socket) = DriverVm::new();
+    guest.splitter.attach(generation(2), socket);
+    assert!(old.frontend.get_features().is_err());
+    guest.splitter.mask(generation(3));
+    assert_eq!(guest.splitter.status().mode, ModeName::Masking);
+    let (old, socket) = DriverVm::new();
+    guest.splitter.attach(generation(3), socket);
+    assert!(old.frontend.get_features().is_err());
+}
+
+#[test]
+fn quarantine_shows_link_down_and_a_new_driver_vm_ends_it() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    guest.splitter.quarantine();
+    assert!(!guest.splitter.shadow().link_up());
+    assert!(matches!(guest.notice(), Notice::Config));
+    guest.tx.send(&frame(0, 100));
+    guest.turn();
+    assert_eq!((guest.tx.completed(), guest.splitter.status().logged_now), (1, 0));
+    let mut vm = attached(&mut guest, 2);
+    live(&mut guest, &mut vm, 2);
+    assert!(guest.splitter.shadow().link_up());
+}
+
+#[test]
+fn a_violation_ends_the_link_and_leaves_the_guest_alone() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    vm.tx.driver.set_avail_idx(SIZE + 1);
+    guest.turn();
+    let cause = lost(&mut guest, 1);
+    assert!(matches!(cause, Cause::Data(_)), "{cause:?}");
+    assert_eq!(guest.splitter.status().mode, ModeName::Masking);
+    assert!(!guest.splitter.is_broken());
+    // The connection is closed, so that the driver VM's process knows.
+    assert!(vm.frontend.get_features().is_err());
+    let mut vm = attached(&mut guest, 2);
+    live(&mut guest, &mut vm, 2);
+    guest.tx.send(&frame(0, 100));
+    guest.turn();
+    assert_eq!(vm.rx.receive_all(), [frame(0, 100)]);
+}
+
+#[test]
+fn the_guest_that_breaks_its_ring_needs_a_reset() {
+    let mut guest = Guest::new();
+    guest.tx.driver.set_avail_idx(SIZE + 1);
+    guest.turn();
+    assert!(guest.splitter.is_broken());
+    guest.splitter.reset();
+    assert!(!guest.splitter.is_broken());
+}
+
+#[test]
+fn control_commands_are_recorded() {
+    let mut guest = Guest::new();
+    while guest.notices.try_recv().is_ok() {}
+    assert_eq!(guest.command(&[0, 0, 0]), 0);
+    assert_eq!(guest.command(&[0, 1, 1]), 0);
+    let table = [&[1, 0][..], &1u32.to_le_bytes(), &[2, 0, 0, 0, 0, 9], &2u32.to_le_bytes(), &[1; 6], &[3; 6]].concat();
+    assert_eq!(guest.command(&table), 0);
+    assert_eq!(guest.command(&[2, 0, 5, 0]), 0);
+    assert_eq!(guest.command(&[2, 0, 0, 0x10]), 1, "VLAN 4096 is none");
+    assert_eq!(guest.command(&[9, 9, 9]), 1);
+    assert_eq!(guest.command(&[1, 1, 2, 1, 1, 1, 1, 1]), 0);
+    let Some(Notice::RxMode(filter)) = guest.notices.try_iter().last() else { panic!("no rx mode") };
+    assert!(!filter.promiscuous() && filter.all_multicast());
+    assert_eq!(filter.unicast(), [[2, 1, 1, 1, 1, 1], [2, 0, 0, 0, 0, 9]]);
+    assert_eq!(filter.multicast(), [[1; 6], [3; 6]]);
+    assert_eq!(filter.vlans(), Some(vec![5]));
+}
+
+#[test]
+fn memory_that_can_shrink_or_ends_too_early_is_refused() {
+    let cases: [(std::fs::File, &str); 3] = [
+        (memfd(DRIVER_MEMORY, SealFlag::F_SEAL_GROW), "not sealed"),
+        (memfd(DRIVER_MEMORY - 1, SealFlag::F_SEAL_SHRINK), "bytes at 0 in a file of"),
+        (tempfile::tempfile().unwrap(), "no memory file"),
+    ];
+    for (file, what) in cases {
+        let mut guest = Guest::new();
+        let (mut vm, socket) = DriverVm::new();
+        guest.splitter.attach(generation(1), socket);
+        vm.negotiate();
+        let mut region = vm.region();
+        region.mmap_handle = file.as_raw_fd();
+        assert!(vm.frontend.set_mem_table(&[region]).is_err(), "{what}");
+        let cause = lost(&mut guest, 1).to_string();
+        assert!(cause.contains(what), "{what}: {cause}");
+    }
+}
+
+#[test]
+fn rings_outside_memory_and_descriptors_that_are_no_eventfds_are_refused() {
+    let mut guest = Guest::new();
+    let (mut vm, socket) = DriverVm::new();
+    guest.splitter.attach(generation(1), socket);
+    vm.negotiate();
+    vm.frontend.set_mem_table(&[vm.region()]).unwrap();
+    vm.rx.driver.base = DRIVER_MEMORY as u64 - 0x5010;
+    vm.set_up_queue(0, SIZE).unwrap();
+    vm.set_up_queue(1, SIZE).unwrap();
+    vm.frontend.set_vring_enable(0, true).unwrap();
+    assert!(vm.frontend.set_vring_enable(1, true).is_err());
+    assert!(matches!(lost(&mut guest, 1), Cause::Queue { index: 0, .. }));
+
+    let (mut vm, socket) = DriverVm::new();
+    guest.splitter.attach(generation(2), socket);
+    vm.negotiate();
+    // SAFETY: the descriptor is valid and given up by the file.
+    let pipe = unsafe {
+        use std::os::fd::{FromRawFd, IntoRawFd};
+        vmm_sys_util::eventfd::EventFd::from_raw_fd(tempfile::tempfile().unwrap().into_raw_fd())
+    };
+    assert!(vm.frontend.set_vring_kick(0, &pipe).is_err());
+    assert!(lost(&mut guest, 2).to_string().contains("no eventfd"));
+}
+
+#[test]
+fn a_peer_that_stops_in_the_middle_of_a_message_holds_up_nothing() {
+    let mut guest = Guest::new();
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    guest.splitter.attach(generation(1), theirs);
+    ours.write_all(&[1, 0, 0]).unwrap();
+    for n in 0..10 {
+        guest.tx.send(&frame(n, 100));
+    }
+    guest.turn();
+    assert_eq!(guest.tx.completed(), 10);
+    let mut vm = attached(&mut guest, 2);
+    live(&mut guest, &mut vm, 2);
+    assert_eq!(vm.rx.receive_all().len(), 10);
+}
+
+#[test]
+fn a_driver_vm_that_resets_its_device_ends_its_link() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    assert!(vm.frontend.get_vring_base(0).is_err());
+    assert!(matches!(lost(&mut guest, 1), Cause::Stopped));
+}
+
+#[test]
+fn offloads_that_the_guest_did_not_accept_do_not_reach_it() {
+    let without_tso = features::GUEST & !(1 << 7 | 1 << 8);
+    let mut guest = Guest::with_features(without_tso);
+    let Notice::Offloads(offloads) = guest.notice() else { panic!("no offloads") };
+    assert_eq!(offloads.bits(), 1);
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    guest.rx.offer_all();
+    let tso = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+    vm.tx.send_with(tso, &frame(0, 9000));
+    vm.tx.send(&frame(1, 100));
+    guest.turn();
+    assert_eq!(guest.rx.receive_all(), [frame(1, 100)]);
+    assert_eq!(guest.splitter.counts().1.not_accepted, 1);
+}
