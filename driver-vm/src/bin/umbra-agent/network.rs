@@ -11,7 +11,7 @@ use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
 use crate::ethtool::Features;
 use crate::filter::{self, Filter};
 use crate::forward;
-use crate::interface::{self, IFF_NOARP, IFF_UP, Index, Interface};
+use crate::interface::{self, IFF_NOARP, IFF_PROMISC, IFF_UP, Index, Interface};
 use crate::kernel_log;
 use crate::netlink::Netlink;
 
@@ -175,7 +175,8 @@ impl End {
             kernel_log::error(&format!("{name} keeps its MTU of {}, not {mtu}: {error}", found.mtu));
         }
         set_offloads(&name, end.offloads)?;
-        let flags = IFF_UP | IFF_NOARP;
+        // Promiscuous: what comes from the guest is for the wire, not for this end's own address.
+        let flags = IFF_UP | IFF_NOARP | IFF_PROMISC;
         interface::set_flags(netlink, index, flags, flags).with_context(|| format!("cannot bring {name} up"))?;
         Ok(Self { index, name, mode: end.mode.clone() })
     }
