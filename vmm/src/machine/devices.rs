@@ -21,6 +21,7 @@ use crate::virtio::console::{self, Console};
 use crate::virtio::device::{self, VirtioDevice};
 use crate::virtio::pci::{self, VirtioPci};
 use crate::virtio::split_net::SplitNet;
+use crate::virtio::vhost_user_net::{self, VhostUserNet};
 
 /// Errors of adding devices.
 #[derive(Debug, Error)]
@@ -52,6 +53,9 @@ pub enum Error {
         #[source]
         source: pci::Error,
     },
+    /// A driver VM's link.
+    #[error(transparent)]
+    Link(#[from] vhost_user_net::Error),
     /// The console.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -101,7 +105,12 @@ impl Adder<'_> {
                 self.devices.split.push((index, Arc::clone(&net)));
                 self.virtio(&name, net)
             }
-            NetBackend::Tap { .. } | NetBackend::VhostUser { .. } => Err(Error::NotYet(name)),
+            NetBackend::VhostUser { mac, mtu, fd } => {
+                // SAFETY: the supervisor opened this descriptor for this device alone.
+                let net = unsafe { VhostUserNet::from_inherited(*mac, *mtu, *fd) }?;
+                self.virtio(&name, Arc::new(Mutex::new(net)))
+            }
+            NetBackend::Tap { .. } => Err(Error::NotYet(name)),
         }
     }
 
