@@ -7,5 +7,7 @@
 pub mod assets;
 pub mod bench;
 pub mod cli;
+pub mod demo;
+pub mod measure;
 pub mod peer;
 pub mod probe;

@@ -15,7 +15,10 @@ if [ -n "$ip4" ]; then
     [ -n "$nic" ] && break
     usleep 50000; n=$((n + 1))
   done
-  if [ -n "$nic" ]; then ip link set "$nic" up; ip addr add "$ip4" dev "$nic"; fi
+  if [ -n "$nic" ]; then
+    ip link set "$nic" up
+    if [ "$ip4" = dhcp ]; then udhcpc -q -n -t 20 -i "$nic" -s /bin/dhcp-bound; else ip addr add "$ip4" dev "$nic"; fi
+  fi
 fi
 echo "guest: up after $(cut -d' ' -f1 /proc/uptime) s"
 if [ -f /script ]; then

@@ -39,7 +39,8 @@ impl Recipe<'_> {
 
     /// A guest's.
     pub(super) fn guest(&self) -> Result<PathBuf, AssetError> {
-        self.make("guest", GUEST_MODULES, &[("init", 0o755, include_str!("guest-init.sh"))])
+        let files = [("init", 0o755, include_str!("guest-init.sh")), ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh"))];
+        self.make("guest", GUEST_MODULES, &files)
     }
 
     fn make(&self, kind: &str, modules: &[&str], files: &[(&str, u32, &str)]) -> Result<PathBuf, AssetError> {

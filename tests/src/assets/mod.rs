@@ -169,6 +169,7 @@ impl Assets {
     pub fn shared(&self) -> Vec<(PathBuf, &'static str)> {
         let mut all: Vec<_> = PROGRAMS.iter().map(|&name| (self.programs.join(name), name)).collect();
         all.push((self.vmlinux.clone(), "vmlinux"));
+        all.push((self.kernel.clone(), "bzImage"));
         all.push((self.guest_initramfs.clone(), "guest.cpio"));
         all
     }

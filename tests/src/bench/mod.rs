@@ -6,7 +6,7 @@
 
 mod error;
 mod files;
-mod guest;
+pub mod guest;
 mod lock;
 pub mod pcap;
 mod qemu;
@@ -30,6 +30,7 @@ use crate::probe::client::{Client, ClientError, Run};
 pub use error::BenchError;
 pub use guest::Guest;
 use lock::Lock;
+pub use qemu::real_kvm as has_nested_kvm;
 pub use spec::{Accel, BenchSpec, Model, Storage};
 
 /// Console lines shown with a failure.
@@ -145,7 +146,7 @@ impl Bench {
         BenchError::Script { script: error::first_line(script), source, tail: self.tail() }
     }
 
-    /// A guest in the test host that has a port `org.umbra.bench` at `/run/umbra-bench/NAME.sock`.
+    /// A guest in the test host that has a port `umbra.bench` at `/run/umbra-bench/NAME.sock`.
     pub fn guest(&mut self, name: &str) -> Guest<'_> {
         Guest::new(self, name)
     }

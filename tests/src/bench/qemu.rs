@@ -27,7 +27,7 @@ const FIRST_CONVENTIONAL: u8 = 0x08;
 const FIRST_ROOT_PORT: u8 = 0x10;
 
 /// Hardware virtualisation is there, so that KVM's guests can be hosts themselves.
-pub(super) fn real_kvm() -> bool {
+pub fn real_kvm() -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let nested = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
@@ -82,7 +82,7 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     slots.add(&["-serial", &format!("file:{dir}/console.log")]);
     slots.add(&["-chardev", &format!("socket,id=exec,fd={}", parts.exec)]);
     slots.add(&["-device", "virtio-serial-pci,bus=pcie.0,addr=0x3"]);
-    slots.add(&["-device", "virtserialport,chardev=exec,name=org.umbra.bench"]);
+    slots.add(&["-device", "virtserialport,chardev=exec,name=umbra.bench"]);
     if spec.shell {
         slots.add(&["-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]);
         slots.cmdline.push_str(" umbra.shell");

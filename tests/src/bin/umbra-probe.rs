@@ -12,10 +12,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, net, port, serve};
+use umbra_tests::probe::{client::Client, net, port, reinit, replay, serve};
 
 const USAGE: &str = "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS | send ADDRESS SECONDS
-       | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS";
+       | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
+       | kill-in-replay EVENTS | reinit ADDRESS/LENGTH PEER";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -38,7 +39,8 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
         ["peer", nics] => {
             let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned()?;
             let control = UnixStream::from(stdin);
-            umbra_tests::peer::main(control, nics.parse()?)?;
+            let nics = if nics == "here" { None } else { Some(nics.parse()?) };
+            umbra_tests::peer::main(control, nics)?;
         }
         ["tick", peer] => net::tick(peer.parse()?)?,
         ["send", peer, length] => print(&net::send(peer.parse()?, seconds(length)?)?)?,
@@ -48,6 +50,8 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             let peer: Ipv4Addr = peer.parse()?;
             print(&net::first_answer(peer, seconds(limit)?)?.as_secs_f64())?;
         }
+        ["reinit", address, peer] => print(&reinit::reinit(address, peer.parse()?)?)?,
+        ["kill-in-replay", events] => print(&replay::kill_in_replay(Path::new(events))?)?,
         _ => {
             eprintln!("{USAGE}");
             return Ok(ExitCode::from(2));

@@ -3,6 +3,8 @@
 //! Exit codes: that of the script for `run`; otherwise 0 done, 1 failed, 2 wrong usage. Errors are printed here and
 //! nowhere else, with their causes.
 
+mod demo;
+mod measure;
 mod run;
 
 use std::process::ExitCode;
@@ -23,6 +25,10 @@ enum Command {
     Setup,
     /// Run a script or a command in a fresh test host; print its output, end with its status.
     Run(run::RunArgs),
+    /// Show that a download survives the crashes of its NIC driver.
+    Demo(demo::Args),
+    /// Measure throughput, round trips, outages and memory; a table and JSON.
+    Measure(measure::Args),
     /// Give the terminal to a shell in a fresh test host.
     Shell(run::MachineArgs),
 }
@@ -32,6 +38,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Setup => run::setup(),
         Command::Run(args) => run::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Measure(args) => measure::run(&args),
         Command::Shell(args) => run::shell(args),
     };
     result.unwrap_or_else(|error| {

@@ -54,11 +54,23 @@ impl Peer {
     /// # Errors
     /// No namespace or no TAP: the sentence says what to do.
     pub fn start(probe: &Path, nics: usize) -> Result<Self, PeerError> {
+        Self::spawn(probe, &nics.min(MAX_NICS).to_string(), nics)
+    }
+
+    /// Starts `probe peer` in this machine's own network.
+    ///
+    /// # Errors
+    /// A port of [`super::ports`] is in use.
+    pub fn here(probe: &Path) -> Result<Self, PeerError> {
+        Self::spawn(probe, "here", 0)
+    }
+
+    fn spawn(probe: &Path, network: &str, nics: usize) -> Result<Self, PeerError> {
         let failed = |source| PeerError::Start { program: probe.display().to_string(), source };
         let (control, theirs) = UnixStream::pair().map_err(PeerError::Talk)?;
         control.set_read_timeout(Some(Duration::from_secs(20))).map_err(PeerError::Talk)?;
         let mut command = Command::new(probe);
-        command.args(["peer", &nics.min(MAX_NICS).to_string()]).stdin(OwnedFd::from(theirs));
+        command.args(["peer", network]).stdin(OwnedFd::from(theirs));
         // SAFETY: prctl is async-signal-safe and touches no memory of this process.
         unsafe {
             command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use download::{Content, DEFAULT_RATE};
 pub use handle::{Peer, PeerError};
 pub use server::main;
-pub use ticks::Tick;
+pub use ticks::{Tick, now_us};
 
 /// Where the peer listens, on every network.
 pub mod ports {

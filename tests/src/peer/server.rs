@@ -1,4 +1,5 @@
 //! The peer process: `umbra-probe peer NICS`, started by [`super::Peer`] with a socket as its standard input.
+//! `umbra-probe peer here` stays in the network of this machine: the demo on real hardware has its wire there.
 
 use std::io::{self, IoSlice, Read};
 use std::os::fd::AsRawFd;
@@ -16,7 +17,7 @@ use crate::probe::wire::{Lines, write_line};
 ///
 /// # Errors
 /// What the socket says; failures to set up go to the bench as [`Reply::Failed`].
-pub fn main(control: UnixStream, nics: usize) -> io::Result<()> {
+pub fn main(control: UnixStream, nics: Option<usize>) -> io::Result<()> {
     let (download, recorded) = match set_up(&control, nics) {
         Ok(services) => services,
         Err(what) => return write_line(&control, &Reply::Failed { what }),
@@ -36,9 +37,11 @@ pub fn main(control: UnixStream, nics: usize) -> io::Result<()> {
     }
 }
 
-fn set_up(control: &UnixStream, nics: usize) -> Result<(Download, Ticks), String> {
-    netns::enter()?;
-    let taps = (0..nics).map(netns::tap).collect::<Result<Vec<_>, _>>()?;
+fn set_up(control: &UnixStream, nics: Option<usize>) -> Result<(Download, Ticks), String> {
+    if nics.is_some() {
+        netns::enter()?;
+    }
+    let taps = (0..nics.unwrap_or(0)).map(netns::tap).collect::<Result<Vec<_>, _>>()?;
     let services = (|| {
         bulk::serve()?;
         ticks::echo()?;

@@ -8,7 +8,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +27,7 @@ pub struct Tick {
     pub seq: u64,
     /// The sender's clock, microseconds.
     pub sent_us: u64,
-    /// The peer's clock, microseconds.
+    /// When it arrived: `CLOCK_MONOTONIC` of the machine that runs the bench, microseconds.
     pub arrived_us: u64,
 }
 
@@ -38,10 +38,9 @@ pub(super) fn record() -> io::Result<Ticks> {
     let ticks = Ticks::default();
     let kept = ticks.clone();
     thread::Builder::new().name("ticks".into()).spawn(move || {
-        let start = Instant::now();
         let mut datagram = [0; 64];
         while let Ok((len, from)) = socket.recv_from(&mut datagram) {
-            let arrived_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let arrived_us = now_us();
             let IpAddr::V4(from) = from.ip() else { continue };
             let Some((seq, sent_us)) = parse(&datagram[..len]) else { continue };
             let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,6 +51,12 @@ pub(super) fn record() -> io::Result<Ticks> {
         }
     })?;
     Ok(ticks)
+}
+
+/// `CLOCK_MONOTONIC`, microseconds: the same clock in the bench and its peer.
+pub fn now_us() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn parse(datagram: &[u8]) -> Option<(u64, u64)> {

@@ -7,5 +7,7 @@
 pub mod client;
 pub mod net;
 pub mod port;
+pub mod reinit;
+pub mod replay;
 pub mod serve;
 pub mod wire;

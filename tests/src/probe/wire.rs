@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use serde::{Deserialize, Serialize};
 
 /// The exec server's port in the test host and in guests.
-pub const PORT_NAME: &str = "org.umbra.bench";
+pub const PORT_NAME: &str = "umbra.bench";
 
 /// Longest line that either side accepts: a script or a chunk of output, JSON escapes included.
 pub const MAX_LINE: usize = 4 << 20;

@@ -1,0 +1,182 @@
+//! The crashes of a demonstration: which kind comes when, and what is seen of each.
+//!
+//! With 20 or more, one hits the replay of the crash before it, and two are `kill -9`. A crash is issued when the
+//! download is half way through its share of the file, which waits at the share's end until the guest is served again.
+
+use std::time::{Duration, Instant};
+
+use super::result::CrashResult;
+use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, describe, outage};
+use crate::peer::{Content, Tick, now_us};
+use crate::probe::client::Run;
+
+/// How a driver VM is crashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Kind {
+    /// `umbra crash`: a real panic.
+    Panic,
+    /// `kill -9` of its process.
+    Kill,
+    /// A panic, and `kill -9` of the next life while it gets the logged frames.
+    InReplay,
+}
+
+/// From this many crashes on there are other kinds than panics.
+const MIXED_FROM: u32 = 20;
+
+/// The kinds in order.
+#[derive(Clone, Debug)]
+pub(super) struct Crashes(Vec<Kind>);
+
+impl Crashes {
+    /// `count` crashes; one [`Kind::InReplay`] counts as two.
+    pub(super) fn plan(count: u32) -> Self {
+        let mut kinds = vec![Kind::Panic; count as usize];
+        if count >= MIXED_FROM {
+            kinds.pop();
+            kinds[4] = Kind::Kill;
+            kinds[9] = Kind::InReplay;
+            kinds[14] = Kind::Kill;
+        }
+        Self(kinds)
+    }
+
+    fn share(&self, halves: u64, bytes: u64) -> u64 {
+        // In 128 bits: the product does not fit otherwise.
+        let all = 2 * (self.0.len() as u128 + 1);
+        u64::try_from(u128::from(bytes) * u128::from(halves) / all).unwrap_or(bytes)
+    }
+
+    /// How far the download may go before crash `index` is survived.
+    pub(super) fn allowance(&self, index: usize, bytes: u64) -> u64 {
+        self.share(2 * (index as u64 + 1), bytes)
+    }
+
+    /// How far it has to be before crash `index`.
+    fn threshold(&self, index: usize, bytes: u64) -> u64 {
+        self.share(2 * index as u64 + 1, bytes)
+    }
+}
+
+/// Issues all crashes and watches the recoveries.
+pub(super) fn run(
+    demo: &mut Demo<'_>,
+    plan: &Crashes,
+    content: Content,
+    get: &mut Run,
+) -> Result<Vec<CrashResult>, DemoError> {
+    let mut ticks = Vec::new();
+    let mut results = Vec::new();
+    for (index, &kind) in plan.0.iter().enumerate() {
+        reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
+        let number = results.len() + 1;
+        demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, describe(kind)));
+        let begin_us = now_us();
+        let seen = demo.machine.seen.len();
+        let lives = issue(demo, kind)?;
+        demo.place.peer().allow(plan.allowance(index + 1, content.bytes))?;
+        let stall = reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
+        let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
+        demo.machine.drain();
+        let result = CrashResult::new(kind, gap, stall, &demo.machine.seen[seen..]);
+        for line in result.lines() {
+            demo.tell(&line);
+        }
+        results.push(result);
+        if lives > 1 {
+            results.push(CrashResult::second_of_pair());
+        }
+    }
+    Ok(results)
+}
+
+/// Waits until the guest has acknowledged `bytes` of the download, collecting ticks; how long no byte came, ms.
+fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) -> Result<u64, DemoError> {
+    let start = Instant::now();
+    let mut stall = Duration::ZERO;
+    let (mut last, mut since) = (0, Instant::now());
+    loop {
+        ticks.extend(demo.place.peer().take_ticks()?);
+        let progress = demo.place.peer().progress()?;
+        if progress.acknowledged != last {
+            (last, since) = (progress.acknowledged, Instant::now());
+        }
+        stall = stall.max(since.elapsed());
+        if last >= bytes {
+            return Ok(u64::try_from(stall.as_millis()).unwrap_or(u64::MAX));
+        }
+        let ended = get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
+        if ended || start.elapsed() > RECOVERY_LIMIT {
+            let what = if ended { "the download ended early" } else { "the download does not go on" };
+            let said = format!(
+                "{}{}{progress:?}\n{}\n{}",
+                get.output().stdout, get.output().stderr, demo.machine.said(), demo.place.tail()
+            );
+            return Err(DemoError::Umbra { what: format!("{what} at {last} bytes"), said });
+        }
+    }
+}
+
+/// Crashes the driver VM and waits until the next life is live; how many lives it cost.
+fn issue(demo: &mut Demo<'_>, kind: Kind) -> Result<u32, DemoError> {
+    match kind {
+        Kind::Panic => {
+            demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
+        }
+        Kind::Kill => {
+            let pid = demo.machine.driver_pid(&mut demo.place)?;
+            demo.place.expect(&format!("kill -9 {pid}"), Duration::from_secs(20))?;
+        }
+        Kind::InReplay => return in_replay(demo),
+    }
+    demo.machine.await_event(RECOVERY_LIMIT, |event| event.event == "driver-live")?;
+    Ok(1)
+}
+
+/// A panic, then `kill -9` of the next life as soon as it says that it forwards: the supervisor then has the log
+/// replayed. A watcher in the place does it, which is quicker than this process could be.
+fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
+    let events = format!("{}/events.jsonl", demo.place.share_inside());
+    let mut watcher = demo.place.start(&format!("umbra-probe kill-in-replay {events}"))?;
+    demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
+    let live = |demo: &mut Demo<'_>| demo.machine.await_event(RECOVERY_LIMIT, |event| event.event == "driver-live");
+    let first = live(demo)?;
+    let ended = watcher.poll(Duration::from_secs(5)).map_err(DemoError::Exec)?;
+    let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or(0);
+    if !ended || killed == 0 {
+        let said = format!("{}{}", watcher.output().stdout, watcher.output().stderr);
+        return Err(DemoError::Umbra { what: "the watcher of the replay killed nothing".into(), said });
+    }
+    if first.generation == killed {
+        demo.tell(&format!("{GUEST} was served again before the blow fell; it counts as a kill -9 right after the replay"));
+        live(demo)?;
+    }
+    Ok(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn twenty_crashes_have_one_in_replay_and_two_kills() {
+        let plan = Crashes::plan(20);
+        let count = |kind| plan.0.iter().filter(|&&k| k == kind).count();
+        assert_eq!((count(Kind::Kill), count(Kind::InReplay)), (2, 1));
+        // The one in replay is two crashes.
+        assert_eq!(plan.0.len() + 1, 20);
+        assert_eq!(Crashes::plan(3).0, [Kind::Panic; 3]);
+    }
+
+    #[test]
+    fn a_crash_comes_before_its_share_is_used_up() {
+        let plan = Crashes::plan(3);
+        let bytes = 64 << 20;
+        for index in 0..3 {
+            assert!(plan.threshold(index, bytes) < plan.allowance(index, bytes));
+            assert!(plan.allowance(index, bytes) <= plan.threshold(index + 1, bytes));
+        }
+        assert!(plan.allowance(2, bytes) < bytes);
+    }
+}

@@ -1,0 +1,202 @@
+//! A machine for `umbra run` with one driver VM and guests on it: the file, started and watched in a [`Place`].
+//!
+//! Scenarios use it as well as the demo. Images are copied to memory of the test host first: every cold start of a
+//! driver VM reads them.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::DemoError;
+use super::events::{Event, Follow};
+use super::place::Place;
+use crate::bench::guest::SOCKETS;
+use crate::probe::client::Run;
+
+/// How the guests reach the NIC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// Through a driver VM.
+    DriverVm,
+    /// The NIC is the (only) guest's own.
+    Passthrough,
+}
+
+/// What the machine is made of.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// The NIC's PCI address in the place.
+    pub device: String,
+    /// Folder name of the driver VM image in the share.
+    pub image: String,
+    /// Guests: name and address with prefix length; `dhcp` asks for one.
+    pub guests: Vec<(String, String)>,
+    /// With or without a driver VM.
+    pub attach: Attach,
+    /// `[driver.nic0.restart]` limit.
+    pub restart_limit: u32,
+    /// Memory of the driver VM.
+    pub driver_memory: String,
+}
+
+impl MachineSpec {
+    /// One guest `web` on `device`.
+    pub fn one_guest(device: &str, image: &str, address: &str) -> Self {
+        Self {
+            device: device.into(),
+            image: image.into(),
+            guests: vec![("web".into(), address.into())],
+            attach: Attach::DriverVm,
+            restart_limit: 5,
+            driver_memory: "128M".into(),
+        }
+    }
+
+    /// The file for `umbra run`; `work` is a folder of the place with kernel and images.
+    pub fn to_toml(&self, work: &str, share: &str) -> String {
+        let mut text = String::new();
+        for (name, address) in &self.guests {
+            let nic = match self.attach {
+                Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"nic0\"\n"),
+                Attach::Passthrough => format!("passthrough = [\"{}\"]\n", self.device),
+            };
+            text.push_str(&format!(
+                "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"]\n\
+                 cmdline = \"console=ttyS0 quiet ip4={address}\"\nmemory = \"256M\"\n\
+                 console = {{ file = \"{share}/{name}.log\" }}\n\
+                 {nic}\
+                 [[guest.{name}.port]]\nname = \"umbra.bench\"\nsocket = \"{SOCKETS}/{name}.sock\"\n\n"
+            ));
+        }
+        if self.attach == Attach::Passthrough {
+            return text;
+        }
+        text.push_str(&format!(
+            "[driver.nic0]\ndevice = \"{}\"\nimage = \"{work}/{}\"\nmemory = \"{}\"\n\
+             [driver.nic0.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
+            self.device, self.image, self.driver_memory, self.restart_limit
+        ));
+        text
+    }
+}
+
+/// A running machine.
+pub struct Machine {
+    run: Run,
+    events: Follow,
+    /// Everything it told so far.
+    pub seen: Vec<Event>,
+}
+
+impl Machine {
+    /// Writes the file, starts `umbra run` and waits until the driver VM is live and every guest answers.
+    ///
+    /// # Errors
+    /// It ended, or did not come up in time; with what it said.
+    pub fn start(place: &mut Place, spec: &MachineSpec) -> Result<Self, DemoError> {
+        let (work, share) = (place.work(), place.share_inside());
+        let file = place.share().join("machine.toml");
+        std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
+        let image = &spec.image;
+        place.expect(
+            &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || cp -r {share}/$f {work}/ || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
+            Duration::from_secs(60),
+        )?;
+        let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
+        let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
+        if spec.attach == Attach::DriverVm {
+            let event = machine
+                .await_event(Duration::from_secs(90), |event| ["driver-live", "quarantined"].contains(&event.event.as_str()))?;
+            if event.event == "quarantined" {
+                return Err(DemoError::Umbra { what: "the driver VM did not come up".into(), said: machine.said() });
+            }
+        }
+        for (name, _) in &spec.guests {
+            place.in_guest(name, "true", Duration::from_secs(60))?;
+        }
+        Ok(machine)
+    }
+
+    /// Waits for an event that `wanted` accepts, among those not looked at yet.
+    ///
+    /// # Errors
+    /// `umbra run` ended, or `limit` is over.
+    pub fn await_event(&mut self, limit: Duration, wanted: impl Fn(&Event) -> bool) -> Result<Event, DemoError> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            while let Some(event) = self.events.next() {
+                self.seen.push(event.clone());
+                if wanted(&event) {
+                    return Ok(event);
+                }
+            }
+            let ended = self.run.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
+            if ended {
+                return Err(DemoError::Umbra { what: "`umbra run` ended".into(), said: self.said() });
+            }
+        }
+        Err(DemoError::Umbra { what: format!("nothing of the kind happened within {limit:?}"), said: self.said() })
+    }
+
+    /// Takes the events that are there.
+    pub fn drain(&mut self) {
+        while let Some(event) = self.events.next() {
+            self.seen.push(event);
+        }
+    }
+
+    /// What `umbra run` printed.
+    pub fn said(&self) -> String {
+        self.run.output().stdout.clone()
+    }
+
+    /// `umbra status --json`.
+    ///
+    /// # Errors
+    /// It failed or gave no JSON.
+    pub fn status(&mut self, place: &mut Place) -> Result<Value, DemoError> {
+        let text = place.expect("umbra status --json", Duration::from_secs(20))?;
+        serde_json::from_str(&text).map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
+    }
+
+    /// The driver VM's process.
+    ///
+    /// # Errors
+    /// Status says of none.
+    pub fn driver_pid(&mut self, place: &mut Place) -> Result<u64, DemoError> {
+        let status = self.status(place)?;
+        let pid = status["drivers"][0]["pid"].as_u64();
+        pid.ok_or_else(|| DemoError::Umbra { what: "status has no process for nic0".into(), said: status.to_string() })
+    }
+
+    /// Ends the machine.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
+        let _ = place.run("umbra stop", Duration::from_secs(30))?;
+        if self.run.poll(Duration::from_secs(30)).map_err(DemoError::Exec)? {
+            return Ok(());
+        }
+        Err(DemoError::Umbra { what: "`umbra stop` did not end it within 30 s".into(), said: self.said() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn the_file_is_what_umbra_reads() {
+        let mut spec = MachineSpec::one_guest("0000:01:00.0", "e1000e", "10.77.0.2/24");
+        spec.guests.push(("db".into(), "10.77.0.3/24".into()));
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        assert_eq!((machine.guest.len(), machine.driver.len()), (2, 1));
+        spec.guests.pop();
+        spec.attach = Attach::Passthrough;
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        assert_eq!(machine.guest["web"].passthrough, ["0000:01:00.0"]);
+        assert!(machine.driver.is_empty());
+    }
+}

@@ -1,0 +1,236 @@
+//! The demonstration: a guest downloads a file over a NIC whose driver VM is crashed again and again, and a peer
+//! outside watches. A transcript for people, `result.json` for machines.
+//!
+//! The download is paced by progress: it is never over before the last crash, and each crash hits it under way.
+//! Everything that decides over success is measured outside the guest, or read in it before and after.
+
+mod crash;
+pub mod events;
+mod guest_log;
+pub mod hardware;
+pub mod machine;
+pub mod outage;
+pub mod place;
+mod result;
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::assets::{AssetError, Assets, Say};
+use crate::bench::{Bench, BenchError, BenchSpec, Model, pcap};
+use crate::peer::{Content, DEFAULT_RATE, PeerError, guest_address, peer_address};
+use crate::probe::client::ClientError;
+use crash::{Crashes, Kind};
+use guest_log::GuestLog;
+use machine::{Machine, MachineSpec};
+use place::{Here, Place};
+pub use result::{CrashResult, DemoResult, NicResult};
+
+/// Why there was no demonstration. (One that failed has a [`DemoResult`] whose `ok` is false.)
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    /// Something is not installed or built.
+    #[error(transparent)]
+    Assets(#[from] AssetError),
+    /// The test host.
+    #[error(transparent)]
+    Bench(#[from] BenchError),
+    /// The peer.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// A script.
+    #[error("a script could not be run")]
+    Exec(#[source] ClientError),
+    /// Umbra did not do what was asked.
+    #[error("{what}; it said:\n{said}")]
+    Umbra {
+        /// What was seen.
+        what: String,
+        /// Its output.
+        said: String,
+    },
+    /// The real device cannot be used.
+    #[error("{0}")]
+    Device(String),
+    /// A file operation.
+    #[error("cannot {operation} {}", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DemoError {
+    pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::File { operation, path: path.into(), source }
+    }
+}
+
+/// What is to be shown.
+#[derive(Clone, Debug)]
+pub struct DemoSpec {
+    /// NIC model in the bench; ignored with `pci`.
+    pub nic: Model,
+    /// How often the driver VM is crashed.
+    pub crashes: u32,
+    /// Size of the download, bytes.
+    pub bytes: u64,
+    /// Real hardware: its PCI address, and how the guest and the peer are addressed.
+    pub hardware: Option<hardware::Wire>,
+}
+
+/// The guest in the demonstration.
+const GUEST: &str = "web";
+
+/// Longest time for one recovery, emulated machines included.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
+
+/// A demonstration under way.
+struct Demo<'a> {
+    spec: &'a DemoSpec,
+    place: Place,
+    machine: Machine,
+    say: Say<'a>,
+    guest: Ipv4Addr,
+    peer: Ipv4Addr,
+    start: Instant,
+}
+
+/// Runs the demonstration; writes `result.json` to `dir`.
+///
+/// # Errors
+/// It could not be run to its end. A result with `ok: false` is no error here.
+pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, DemoError> {
+    std::fs::create_dir_all(dir).map_err(|e| DemoError::file("make", dir, e))?;
+    let assets = Assets::prepare(say)?;
+    let start = Instant::now();
+    let (mut place, machine, guest, peer, bound) = set_up(spec, &assets, dir, say)?;
+    say(&format!("starting the guest `{GUEST}` and its driver VM `nic0` (stock Debian kernels, cold boot)"));
+    let result = Machine::start(&mut place, &machine).and_then(|machine| {
+        let guest = match guest {
+            Some(guest) => guest,
+            None => hardware::address_of_guest(&mut place, GUEST)?,
+        };
+        Demo { spec, place, machine, say, guest, peer, start }.show()
+    });
+    drop(bound);
+    let result = result?;
+    result.write(&dir.join("result.json"))?;
+    Ok(result)
+}
+
+type Stage = (Place, MachineSpec, Option<Ipv4Addr>, Ipv4Addr, Option<hardware::Bound>);
+
+fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<Stage, DemoError> {
+    // The policy must not end the demonstration; it has scenarios of its own.
+    let restart_limit = spec.crashes * 2 + 5;
+    if let Some(wire) = &spec.hardware {
+        let bound = hardware::Bound::bind(&wire.pci, say)?;
+        let here = Place::Here(Here::new(assets, &dir.join("here"))?);
+        let image = hardware::image(&wire.pci, assets, &here.share(), say)?;
+        let machine = MachineSpec { restart_limit, ..MachineSpec::one_guest(&wire.pci, &image, &wire.guest) };
+        return Ok((here, machine, wire.guest_address(), wire.peer, Some(bound)));
+    }
+    say(&format!("building the driver VM image for {}", spec.nic));
+    let image = assets.driver_image(&spec.nic)?;
+    let mut bench = BenchSpec::new("demo");
+    bench.nics = vec![spec.nic.clone()];
+    bench.files = vec![image.clone()];
+    let accel = if crate::bench::has_nested_kvm() { "KVM" } else { "emulation: this machine's CPU has no VMX or SVM" };
+    say(&format!("booting the test host in QEMU with a {} ({accel})", spec.nic));
+    let mut bench = Bench::boot(bench, assets)?;
+    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
+    let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let machine =
+        MachineSpec { restart_limit, ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0))) };
+    Ok((Place::Bench(Box::new(bench)), machine, Some(guest_address(0, 0)), peer_address(0), None))
+}
+
+impl Demo<'_> {
+    fn tell(&self, what: &str) {
+        (self.say)(&format!("[{:6.1} s] {what}", self.start.elapsed().as_secs_f64()));
+    }
+
+    fn show(mut self) -> Result<DemoResult, DemoError> {
+        let content = Content { bytes: self.spec.bytes };
+        let before = GuestLog::read(&mut self.place, GUEST)?;
+        let kernel = self.place.in_guest(GUEST, "uname -r", Duration::from_secs(20))?;
+        self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
+        let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
+        self.place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
+        let (crashes, fetched) = self.download(content)?;
+        let progress = self.place.peer().progress()?;
+        let after = GuestLog::read(&mut self.place, GUEST)?;
+        let log = after.since(&before);
+        let Self { spec, place, machine, say, start, .. } = self;
+        let (wire_resets, place_kept) = end(place, machine)?;
+        let sha256 = fetched.split_whitespace().next().unwrap_or_default().to_owned();
+        let nic = NicResult {
+            model: spec.hardware.as_ref().map_or_else(|| spec.nic.to_string(), |wire| wire.pci.clone()),
+            crashes: u32::try_from(crashes.len()).unwrap_or(u32::MAX),
+            bytes: content.bytes,
+            sha256_ok: sha256 == content.sha256(),
+            connection_resets: progress.resets.max(wire_resets),
+            connections: progress.connections,
+            guest_log_clean: log.is_clean(),
+            guest_log_new: log.lines.clone(),
+            carrier_changes: log.carrier_changes,
+            longest_tcp_stall_ms: progress.longest_stall_ms,
+            outage_ms: result::outages(&crashes),
+            per_crash: crashes,
+        };
+        let result = DemoResult::new(nic, spec.crashes, start.elapsed());
+        for line in result.closing_lines() {
+            say(&line);
+        }
+        drop(place_kept);
+        Ok(result)
+    }
+
+    /// Downloads while crashing; what `sha256sum` printed in the guest.
+    fn download(&mut self, content: Content) -> Result<(Vec<CrashResult>, String), DemoError> {
+        let plan = Crashes::plan(self.spec.crashes);
+        let mib = content.bytes >> 20;
+        self.tell(&format!("the guest downloads {mib} MiB from {} by TCP and sends a UDP tick every 10 ms", self.peer));
+        self.place.peer().offer(content.bytes, DEFAULT_RATE, plan.allowance(0, content.bytes))?;
+        let url = format!("http://{}:{}/file", self.peer, crate::peer::ports::HTTP);
+        let limit = Duration::from_secs(120) + RECOVERY_LIMIT * self.spec.crashes;
+        let mut get = self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -T 600 -O - {url} | sha256sum"), limit)?;
+        let results = crash::run(self, &plan, content, &mut get)?;
+        self.place.peer().allow(u64::MAX)?;
+        if !get.poll(Duration::from_secs(120)).map_err(DemoError::Exec)? {
+            self.tell("the download did not come to its end within two minutes after the last crash");
+        }
+        Ok((results, get.output().stdout.clone()))
+    }
+}
+
+/// Ends machine and place; counts the resets that the capture shows.
+fn end(mut place: Place, machine: Machine) -> Result<(u32, Option<Place>), DemoError> {
+    machine.stop(&mut place)?;
+    match place {
+        Place::Bench(bench) => {
+            let dir = bench.shutdown()?;
+            let capture = dir.join("nic0.pcap");
+            let resets = pcap::resets(&capture).map_err(|e| DemoError::file("read", &capture, e))?;
+            Ok((u32::try_from(resets.len()).unwrap_or(u32::MAX), None))
+        }
+        here @ Place::Here(_) => Ok((0, Some(here))),
+    }
+}
+
+/// What kind of crash comes when, for the transcript.
+fn describe(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Panic => "kernel panic in the driver VM",
+        Kind::Kill => "kill -9 of the driver VM's process",
+        Kind::InReplay => "kill -9 while the log is being replayed",
+    }
+}

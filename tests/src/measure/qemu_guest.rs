@@ -1,0 +1,92 @@
+//! What a user would pick instead: the same guest under QEMU/KVM in the test host, virtio-net on a TAP that is
+//! bridged to the host's own driver for the NIC.
+//!
+//! QEMU, its libraries and its firmware are those of the machine that runs the bench, carried in the shared folder.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::GUEST;
+use crate::assets::Assets;
+use crate::bench::guest::{Guest, SOCKETS};
+use crate::demo::DemoError;
+use crate::demo::place::Place;
+use crate::peer::guest_address;
+use crate::probe::client::Run;
+
+/// Firmware that a machine with `-kernel` and no display needs.
+const FIRMWARE: [&str; 3] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"];
+/// Where Debian has it.
+const FIRMWARE_DIRS: [&str; 3] = ["/usr/share/seabios", "/usr/share/qemu", "/usr/lib/ipxe/qemu"];
+
+/// Copies QEMU and what it needs to `to`.
+///
+/// # Errors
+/// A file cannot be copied.
+pub(super) fn carry(to: &Path, assets: &Assets) -> Result<(), DemoError> {
+    std::fs::create_dir_all(to).map_err(|e| DemoError::file("make", to, e))?;
+    let copy = |from: &Path, name: &str| {
+        std::fs::copy(from, to.join(name)).map(drop).map_err(|e| DemoError::file("copy", from, e))
+    };
+    copy(assets.qemu(), "qemu")?;
+    let ldd = Command::new("ldd").arg(assets.qemu()).output().map_err(|e| DemoError::file("ask for libraries", assets.qemu(), e))?;
+    for word in String::from_utf8_lossy(&ldd.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
+        let path = Path::new(word);
+        copy(path, &path.file_name().unwrap_or_default().to_string_lossy())?;
+    }
+    for name in FIRMWARE {
+        if let Some(path) = FIRMWARE_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.is_file()) {
+            copy(&path, name)?;
+        }
+    }
+    Ok(())
+}
+
+/// QEMU's guest; ends with [`Self::stop`].
+pub(super) struct QemuGuest(Run);
+
+/// Gives the NIC back to the host's driver, bridges it, starts QEMU.
+///
+/// # Errors
+/// The guest does not come up.
+pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
+    let bridge = format!(
+        "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" != vfio-pci ] || unvfio {device}
+         [ -e /sys/class/net/br0 ] || brctl addbr br0
+         has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; ip link set $nic up; ip link set br0 up
+         mkdir -p /tmp/qemu && cp -n /share/qemu/* /tmp/qemu/; await 10 grep -q 1 /sys/class/net/$nic/carrier"
+    );
+    place.run(&bridge, Duration::from_secs(60))?;
+    let work = place.work();
+    let run = place.start(&format!(
+        "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
+         -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log \
+         -netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile= \
+         -chardev socket,id=x,path={SOCKETS}/{GUEST}.sock,server=on,wait=off -device virtio-serial-pci \
+         -device virtserialport,chardev=x,name=umbra.bench \
+         -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 ip4={}/24' 2>&1",
+        guest_address(0, 0)
+    ))?;
+    let mut guest = QemuGuest(run);
+    place.run("await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up", Duration::from_secs(20))?;
+    match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
+        Ok(_) => Ok(guest),
+        Err(e) => {
+            let _ = guest.0.poll(Duration::from_millis(100));
+            Err(DemoError::Umbra { what: format!("QEMU's guest did not come up ({e})"), said: guest.0.output().stdout.clone() })
+        }
+    }
+}
+
+impl QemuGuest {
+    /// Ends it.
+    pub(super) fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
+        place.run(&Guest::command(GUEST, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();
+        if self.0.poll(Duration::from_secs(10)).map_err(DemoError::Exec)? {
+            return Ok(());
+        }
+        // Dropping the run kills QEMU.
+        Ok(())
+    }
+}

@@ -1,0 +1,134 @@
+//! The figures, as JSON and as a table.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::bench::Model;
+use crate::demo::outage::median_and_max;
+use crate::probe::net::RoundTrips;
+use crate::probe::reinit::Reinit;
+
+/// One way from guest to peer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PathFigures {
+    /// Which.
+    pub name: String,
+    /// TCP, guest to peer, Mbit/s, measured at the peer.
+    pub send_mbit_s: f64,
+    /// TCP, peer to guest, Mbit/s, measured in the guest.
+    pub receive_mbit_s: f64,
+    /// UDP round trips.
+    pub round_trips: RoundTrips,
+}
+
+/// One crash.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OutageFigures {
+    /// The gap between ticks at the peer, ms.
+    pub peer_ms: Option<f64>,
+    /// From mask to live, as Umbra counts, ms.
+    pub umbra_ms: Option<f64>,
+    /// Its parts, ms.
+    pub parts: Value,
+}
+
+/// One process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Which.
+    pub process: String,
+    /// Resident, KiB.
+    pub resident_kib: u64,
+    /// Of that, shared memory: the VM's own, as far as it touched it. KiB.
+    pub guest_memory_kib: u64,
+}
+
+/// All figures of one NIC.
+#[derive(Clone, Debug, Serialize)]
+pub struct Results {
+    /// QEMU's model.
+    pub nic: String,
+    /// Throughput and round trips; the driver VM's first.
+    pub paths: Vec<PathFigures>,
+    /// Crashes.
+    pub outage: Vec<OutageFigures>,
+    /// Bare re-initialisations.
+    pub reinit: Vec<Reinit>,
+    /// Processes of `umbra run`.
+    pub memory: Vec<Memory>,
+    /// Smallest memory that the driver VM boots in, where it was looked for.
+    pub smallest_mib: Option<u32>,
+}
+
+/// Names of an outage's parts in `umbra`'s events, in order.
+const PARTS: [&str; 8] =
+    ["detect_ms", "fence_ms", "reset_ms", "boot_ms", "probe_ms", "setup_ms", "link_ms", "replay_ms"];
+
+impl Results {
+    pub(super) fn new(nic: &Model) -> Self {
+        Self {
+            nic: nic.to_string(),
+            paths: Vec::new(),
+            outage: Vec::new(),
+            reinit: Vec::new(),
+            memory: Vec::new(),
+            smallest_mib: None,
+        }
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = format!("\n{:<30}{:>12}{:>12}{:>12}{:>12}\n", self.nic, "send", "receive", "rtt p50", "rtt p99");
+        for path in &self.paths {
+            let trips = &path.round_trips;
+            text.push_str(&format!(
+                "{:<30}{:>7.0} Mb/s{:>7.0} Mb/s{:>9} us{:>9} us\n",
+                path.name, path.send_mbit_s, path.receive_mbit_s, trips.p50_us, trips.p99_us
+            ));
+        }
+        if let Some((first, others)) = self.paths.split_first() {
+            for other in others {
+                text.push_str(&format!(
+                    "  driver VM : {:<17}{:>11.2} {:>11.2} {:>11.2}\n",
+                    other.name,
+                    first.send_mbit_s / other.send_mbit_s,
+                    first.receive_mbit_s / other.receive_mbit_s,
+                    f64::from(u32::try_from(first.round_trips.p50_us).unwrap_or(u32::MAX))
+                        / f64::from(u32::try_from(other.round_trips.p50_us.max(1)).unwrap_or(u32::MAX)),
+                ));
+            }
+        }
+        self.outages(&mut text);
+        for memory in &self.memory {
+            text.push_str(&format!(
+                "{:<30}{:>9.1} MiB resident, {:.1} of it the VM's memory\n",
+                memory.process,
+                mib(memory.resident_kib),
+                mib(memory.guest_memory_kib)
+            ));
+        }
+        if let Some(smallest) = self.smallest_mib {
+            text.push_str(&format!("{:<30}{smallest:>9} MiB\n", "driver VM boots in"));
+        }
+        text
+    }
+
+    fn outages(&self, text: &mut String) {
+        let mut line = |name: &str, figures: Vec<f64>| {
+            if let Some((p50, max)) = median_and_max(&figures) {
+                text.push_str(&format!("{name:<30}{p50:>9.0} ms median{max:>9.0} ms longest of {}\n", figures.len()));
+            }
+        };
+        line("outage seen by the peer", self.outage.iter().filter_map(|o| o.peer_ms).collect());
+        line("outage as Umbra counts it", self.outage.iter().filter_map(|o| o.umbra_ms).collect());
+        for part in PARTS {
+            let figures = self.outage.iter().filter_map(|o| o.parts.get(part).and_then(Value::as_f64)).collect();
+            line(&format!("  {}", part.trim_end_matches("_ms")), figures);
+        }
+        line("bare re-initialisation", self.reinit.iter().map(|r| r.total_ms).collect());
+    }
+}
+
+fn mib(kib: u64) -> f64 {
+    f64::from(u32::try_from(kib).unwrap_or(u32::MAX)) / 1024.0
+}

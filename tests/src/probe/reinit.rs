@@ -1,0 +1,83 @@
+//! A driver's bare re-initialisation: unbind, bind, up, first answer. The floor for any recovery that starts the
+//! driver anew; run in a guest to which the NIC is passed straight through.
+
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::net::first_answer;
+
+/// How long it took, ms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reinit {
+    /// `unbind` to the interface's appearance.
+    pub bind_ms: f64,
+    /// From there to the carrier.
+    pub link_ms: f64,
+    /// All, to the first answer of the peer.
+    pub total_ms: f64,
+}
+
+/// Longest wait for an interface or its carrier.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Takes the driver of the machine's first physical NIC off and on again.
+///
+/// # Errors
+/// There is no such NIC, or it does not come back.
+pub fn reinit(address: &str, peer: Ipv4Addr) -> io::Result<Reinit> {
+    let device = physical_nic()?;
+    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let driver = fs::canonicalize(device.join("driver"))?;
+    let ms = |since: Instant| since.elapsed().as_secs_f64() * 1000.0;
+    let start = Instant::now();
+    fs::write(driver.join("unbind"), &name)?;
+    fs::write(driver.join("bind"), &name)?;
+    let interface = wait(|| interface_of(&device))?;
+    let bind_ms = ms(start);
+    let bound = Instant::now();
+    ip(&["link", "set", &interface, "up"])?;
+    ip(&["addr", "add", address, "dev", &interface])?;
+    let carrier = format!("/sys/class/net/{interface}/carrier");
+    wait(|| fs::read_to_string(&carrier).ok().filter(|text| text.trim() == "1"))?;
+    let link_ms = ms(bound);
+    first_answer(peer, PATIENCE)?;
+    Ok(Reinit { bind_ms, link_ms, total_ms: ms(start) })
+}
+
+fn interface_of(device: &Path) -> Option<String> {
+    let entry = fs::read_dir(device.join("net")).ok()?.flatten().next()?;
+    Some(entry.file_name().to_string_lossy().into_owned())
+}
+
+fn physical_nic() -> io::Result<PathBuf> {
+    for entry in fs::read_dir("/sys/bus/pci/devices")?.flatten() {
+        let path = fs::canonicalize(entry.path())?;
+        if path.join("net").is_dir() {
+            return Ok(path);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, "no PCI function here has a network interface"))
+}
+
+fn wait<T>(mut get: impl FnMut() -> Option<T>) -> io::Result<T> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        if let Some(value) = get() {
+            return Ok(value);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "the interface or its carrier did not come back"))
+}
+
+fn ip(arguments: &[&str]) -> io::Result<()> {
+    let status = Command::new("ip").args(arguments).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("ip {} failed", arguments.join(" ")))) }
+}

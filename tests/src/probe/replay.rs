@@ -1,0 +1,53 @@
+//! Strikes a driver VM while the splitter replays its log: between "carrier" and "live" are a few milliseconds, too few
+//! for a watcher outside the test host.
+
+use std::error::Error;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::demo::events::{Event, Follow};
+
+/// As long as the longest recovery.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Follows the events file from its end, finds the process of the next life as soon as its agent speaks, and kills it
+/// when its link is up: the supervisor then has the log replayed. Returns the generation.
+///
+/// # Errors
+/// No new life came within two minutes, or `umbra status` knows no process.
+pub fn kill_in_replay(events: &Path) -> Result<u32, Box<dyn Error>> {
+    let mut follow = Follow::new(events.into());
+    while follow.next().is_some() {}
+    let stage = |event: &Event, name: &str| event.event == "driver-stage" && event.text("stage") == name;
+    await_event(&mut follow, |event| stage(event, "hello"))?;
+    let pid = driver_pid()?;
+    // With the carrier up, or with none in time, comes the replay.
+    let event = await_event(&mut follow, |event| stage(event, "carrier"))?;
+    kill(pid, Signal::SIGKILL)?;
+    Ok(event.generation)
+}
+
+fn await_event(follow: &mut Follow, wanted: impl Fn(&Event) -> bool) -> Result<Event, Box<dyn Error>> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        match follow.next() {
+            Some(event) if wanted(&event) => return Ok(event),
+            Some(_) => {}
+            None => thread::sleep(Duration::from_micros(200)),
+        }
+    }
+    Err("no new driver VM came up in time".into())
+}
+
+fn driver_pid() -> Result<Pid, Box<dyn Error>> {
+    let output = Command::new("umbra").args(["status", "--json"]).output()?;
+    let status: Value = serde_json::from_slice(&output.stdout)?;
+    let pid = status["drivers"][0]["pid"].as_i64().ok_or("umbra status knows no process of the driver VM")?;
+    Ok(Pid::from_raw(i32::try_from(pid)?))
+}

@@ -1,0 +1,75 @@
+//! What the scenarios share.
+#![allow(dead_code, reason = "each scenario uses a part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+use std::time::Duration;
+
+use umbra_tests::assets::Assets;
+use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::demo::machine::MachineSpec;
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::guest_address;
+
+/// Long enough for any single step on an emulated machine.
+pub const STEP: Duration = Duration::from_secs(60);
+/// Long enough for a recovery.
+pub const RECOVERY: Duration = Duration::from_secs(120);
+
+/// Set to 1 to leave out what needs QEMU.
+const SKIP: &str = "UMBRA_SKIP_BENCH";
+
+/// The user asked for no scenarios.
+pub fn skipped() -> bool {
+    let skip = std::env::var(SKIP).is_ok_and(|value| value == "1");
+    if skip {
+        eprintln!("skipped: {SKIP}=1");
+    }
+    skip
+}
+
+pub fn say(what: &str) {
+    eprintln!("    {what}");
+}
+
+pub fn assets() -> Assets {
+    Assets::prepare(&say).unwrap_or_else(|e| panic!("the bench cannot be set up: {}", chain(&e)))
+}
+
+/// An error with its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(&format!(": {inner}"));
+        cause = inner.source();
+    }
+    text
+}
+
+/// Unwraps with the whole story.
+pub trait OrTell<T> {
+    fn or_tell(self) -> T;
+}
+
+impl<T, E: std::error::Error> OrTell<T> for Result<T, E> {
+    #[track_caller]
+    fn or_tell(self) -> T {
+        match self {
+            Ok(value) => value,
+            Err(e) => panic!("{}", chain(&e)),
+        }
+    }
+}
+
+/// A test host with one NIC bound to vfio-pci, and a machine file's content for it.
+pub fn place_with(name: &str, nic: &str) -> (Place, MachineSpec) {
+    let assets = assets();
+    let image = assets.driver_image(&nic.into()).or_tell();
+    let mut spec = BenchSpec::new(name).nics(&[nic]);
+    spec.files = vec![image.clone()];
+    let mut bench = Bench::boot(spec, &assets).or_tell();
+    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", STEP).or_tell();
+    let image = image.file_name().unwrap().to_str().unwrap();
+    let machine = MachineSpec::one_guest(&device, image, &format!("{}/24", guest_address(0, 0)));
+    (Place::Bench(Box::new(bench)), machine)
+}

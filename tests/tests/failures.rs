@@ -1,0 +1,62 @@
+//! Ways for a driver VM to go: killed, killed while the log is replayed, too often.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{OrTell, RECOVERY, STEP, place_with, say, skipped};
+use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::peer_address;
+
+fn guest_reaches_peer(place: &mut Place) {
+    let script = format!("umbra-probe first-answer {} 20", peer_address(0));
+    place.in_guest("web", &script, STEP).or_tell();
+}
+
+fn live(machine: &mut Machine) -> u32 {
+    machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell().generation
+}
+
+#[test]
+fn the_guest_outlives_kills_and_sees_link_down_only_in_quarantine() {
+    if skipped() {
+        return;
+    }
+    let (mut place, mut spec) = place_with("failures", "e1000e");
+    // The fifth failure is one too many.
+    spec.restart_limit = 5;
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    guest_reaches_peer(&mut place);
+    let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
+    let before = changes(&mut place);
+
+    say("kill -9 of the driver VM's process");
+    let pid = machine.driver_pid(&mut place).or_tell();
+    place.expect(&format!("kill -9 {pid}"), STEP).or_tell();
+    assert_eq!(live(&mut machine), 2);
+    guest_reaches_peer(&mut place);
+
+    say("kill -9 while the log is replayed");
+    let events = format!("{}/events.jsonl", place.share_inside());
+    let mut watcher = place.start(&format!("umbra-probe kill-in-replay {events}")).or_tell();
+    place.in_guest("web", &format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0)), STEP).or_tell();
+    place.expect("umbra crash nic0", STEP).or_tell();
+    assert!(watcher.poll(RECOVERY).or_tell(), "the watcher saw no replay");
+    let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or_else(|_| panic!("{:?}", watcher.output()));
+    while live(&mut machine) <= killed {}
+    guest_reaches_peer(&mut place);
+    assert_eq!(changes(&mut place), before, "the guest's link never went down");
+
+    say("two failures more: quarantine");
+    place.expect("umbra crash nic0", STEP).or_tell();
+    live(&mut machine);
+    place.expect("umbra crash nic0", STEP).or_tell();
+    machine.await_event(RECOVERY, |event| event.event == "quarantined").or_tell();
+    let status = place.expect("umbra status", STEP).or_tell();
+    assert!(status.contains("quarantined"), "{status}");
+    let down = "n=0; while grep -q 1 /sys/class/net/e*/carrier 2>/dev/null; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 50000; done; dmesg | tail -n 3";
+    place.in_guest("web", down, STEP).or_tell();
+    machine.stop(&mut place).or_tell();
+    let left = place.run("pidof umbra", STEP).or_tell();
+    assert!(!left.ok(), "processes are left: {}", left.stdout);
+}

@@ -1,0 +1,34 @@
+//! Two guests share one NIC: both reach the peer and each other, and both outlive a crash of the driver VM.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{OrTell, RECOVERY, STEP, place_with, say, skipped};
+use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::{guest_address, peer_address};
+
+fn all_reach_all(place: &mut Place) {
+    for (name, other) in [("web", 1), ("db", 0)] {
+        let peer = peer_address(0);
+        place.in_guest(name, &format!("umbra-probe first-answer {peer} 20"), STEP).or_tell();
+        place.in_guest(name, &format!("ping -c 2 -W 5 {}", guest_address(0, other)), STEP).or_tell();
+    }
+}
+
+#[test]
+fn two_guests_share_a_nic_through_a_crash() {
+    if skipped() {
+        return;
+    }
+    let (mut place, mut spec) = place_with("two-guests", "e1000e");
+    spec.guests.push(("db".into(), format!("{}/24", guest_address(0, 1))));
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    say("before the crash");
+    all_reach_all(&mut place);
+    place.expect("umbra crash nic0", STEP).or_tell();
+    machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
+    say("after the crash");
+    all_reach_all(&mut place);
+    machine.stop(&mut place).or_tell();
+}
