@@ -1,0 +1,150 @@
+//! The VM process against KVM, with guests of a few instructions: what they print, how they end, and what the
+//! supervisor hears of it.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Code, Files, Process, kvm};
+use umbra_vmm::process::ipc::{FromVm, ToVm, VmEnd};
+
+const RESET_CONTROL: u16 = 0xcf9;
+const PM1_ENABLE: u16 = 0x602;
+const PM1_CONTROL: u16 = 0x604;
+const SOFT_OFF: u16 = 5 << 10 | 1 << 13;
+
+#[test]
+fn a_guest_prints_and_resets() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = Process::start(&Code::new().print("hello").out8(RESET_CONTROL, 6).spin().0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+    assert_eq!(vm.files.printed(), "hello");
+}
+
+#[test]
+fn the_keyboard_controller_resets() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = Process::start(&Code::new().out8(0x64, 0xfe).spin().0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+}
+
+#[test]
+fn a_guest_powers_off() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = Process::start(&Code::new().out16(PM1_CONTROL, SOFT_OFF).spin().0);
+    assert_eq!(vm.end().0, VmEnd::PowerOff);
+}
+
+#[test]
+fn the_power_button_is_seen() {
+    if !kvm() {
+        return;
+    }
+    // Enables the button, waits for its status bit, powers off.
+    let wait = [0xba, 0x00, 0x06, 0, 0, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9];
+    let code = Code::new().out16(PM1_ENABLE, 0x100).print("ready").raw(&wait).out16(PM1_CONTROL, SOFT_OFF).spin();
+    let mut vm = Process::start(&code.0);
+    vm.wait_for("ready");
+    vm.send(&ToVm::PowerButton);
+    assert_eq!(vm.end().0, VmEnd::PowerOff);
+}
+
+#[test]
+fn a_triple_fault_is_reported_with_registers() {
+    if !kvm() {
+        return;
+    }
+    // mov ebx, 0x1234567; ud2: there is no interrupt table to handle it.
+    let mut vm = Process::start(&Code::new().raw(&[0xbb, 0x67, 0x45, 0x23, 0x01, 0x0f, 0x0b]).0);
+    let (how, registers) = vm.end();
+    assert_eq!(how, VmEnd::TripleFault);
+    assert!(registers.contains("rip 0000000000100005"), "{registers}");
+    assert!(registers.contains("rbx 0000000001234567"), "{registers}");
+    assert!(registers.contains("code 0f 0b"), "{registers}");
+}
+
+#[test]
+fn a_panic_is_heard_while_the_guest_runs_on() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = Process::start(&Code::new().out8(0x505, 1).print("still here").spin().0);
+    assert!(matches!(vm.next(), Some(FromVm::Panicked { .. })));
+    vm.wait_for("still here");
+    vm.send(&ToVm::Kill);
+    assert_eq!(vm.end().0, VmEnd::Killed);
+}
+
+#[test]
+fn the_host_bridge_is_found_both_ways() {
+    if !kvm() {
+        return;
+    }
+    // mov eax, [0xe0000000] by way of rbx; and through ports 0xCF8 and 0xCFC.
+    let ecam = [0xbb, 0, 0, 0, 0xe0, 0x8b, 0x03];
+    let code = Code::new().raw(&ecam).print_eax();
+    let code = code.out32(0xcf8, 0x8000_0000).raw(&[0xba, 0xfc, 0x0c, 0, 0, 0xed]).print_eax();
+    let mut vm = Process::start(&code.out8(RESET_CONTROL, 6).spin().0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+    assert_eq!(std::fs::read(vm.files.console()).unwrap(), b"\x36\x1b\x08\x00\x36\x1b\x08\x00");
+}
+
+#[test]
+fn a_string_of_port_writes_arrives_whole() {
+    if !kvm() {
+        return;
+    }
+    // mov esi, text; mov ecx, 3; mov edx, 0x3f8; cld; rep outsb
+    let text = u32::try_from(common::ENTRY).unwrap() + 0x40;
+    let mut code = Code::new().raw(&[0xbe]).raw(&text.to_le_bytes());
+    code = code.raw(&[0xb9, 3, 0, 0, 0, 0xba, 0xf8, 0x03, 0, 0, 0xfc, 0xf3, 0x6e]).out8(RESET_CONTROL, 6).spin();
+    code.0.resize(0x40, 0x90);
+    let mut vm = Process::start(&code.raw(b"abc").0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+    assert_eq!(vm.files.printed(), "abc");
+}
+
+#[test]
+fn a_guest_that_spins_is_stopped_with_its_supervisor() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = Process::start(&Code::new().print("up").spin().0);
+    vm.wait_for("up");
+    vm.channel = None;
+    assert!(vm.wait().success());
+}
+
+#[test]
+fn all_vcpus_of_a_guest_stop() {
+    if !kvm() {
+        return;
+    }
+    let files = Files::new(&common::elf(&Code::new().print("up").spin().0));
+    let mut spec = files.spec();
+    spec.cpus = 4;
+    let mut vm = Process::with(files, spec);
+    vm.wait_for("up");
+    vm.send(&ToVm::Kill);
+    let (how, registers) = vm.end();
+    assert_eq!(how, VmEnd::Killed);
+    assert!((0..4).all(|id| registers.contains(&format!("vcpu{id}: stopped"))), "{registers}");
+}
+
+#[test]
+fn what_is_no_kernel_is_told_to_the_supervisor() {
+    if !kvm() {
+        return;
+    }
+    let files = Files::new(b"not a kernel");
+    let spec = files.spec();
+    let mut vm = Process::with(files, spec);
+    let Some(FromVm::Failed { what }) = vm.next() else { panic!("expected a failure") };
+    assert!(what.ends_with("is no Linux kernel (neither bzImage nor ELF vmlinux)"), "{what}");
+    vm.wait();
+}
