@@ -23,7 +23,6 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": no space is left there; nothing was changed, free some space and try again"
         }
-        io::ErrorKind::NotFound => ": there is no such file or folder",
         _ => "",
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::{Cache, sha256};
 use crate::decompress::decompress_any;
+use crate::elf::without_symbols;
 use crate::files::{self, FileError, context};
 use crate::initramfs::{AddedModule, Initramfs, InitramfsError};
 use crate::kernel::{Kernel, KernelError};
@@ -240,7 +241,7 @@ impl Recipe {
         let mut base: Vec<&str> = BASE_MODULES.to_vec();
         base.extend(OPTIONAL_MODULES.iter().filter(|name| tree.has(name)));
         let mut initramfs = Initramfs::new();
-        initramfs.add_file("init", 0o755, files::read(&self.agent)?);
+        initramfs.add_file("init", 0o755, without_symbols(files::read(&self.agent)?));
         let driver_modules = initramfs.add_modules_to(DRIVERS_LIST, tree, &drivers)?;
         let base_modules = initramfs.add_modules(tree, &base)?;
         let mut modules = driver_modules.clone();

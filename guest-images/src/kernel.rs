@@ -193,6 +193,7 @@ fn file_name(path: &Path) -> String {
 mod tests {
     use super::*;
     use crate::deb::tests::package;
+    use crate::elf;
     use crate::modinfo::tests::module;
 
     #[test]
@@ -200,7 +201,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path().join("cache"));
         let (image, modules) = (dir.path().join("image.deb"), dir.path().join("modules.deb"));
-        package(&image, &[("./boot/vmlinuz-6.1.0", b"\x7fELFkernel")], ".xz");
+        package(&image, &[("./boot/vmlinuz-6.1.0", &elf::tests::kernel(b"1"))], ".xz");
         package(
             &modules,
             &[
@@ -215,7 +216,7 @@ mod tests {
         assert!(matches!(error, KernelError::NoImage { .. }), "{error}");
         let kernel = Kernel::from_debs(&[image, modules], &cache).unwrap();
         assert_eq!(kernel.modules.load_order(&["a"]).unwrap(), ["a"]);
-        assert_eq!(fs::read(kernel.vmlinux(&cache).unwrap()).unwrap(), b"\x7fELFkernel");
+        assert_eq!(fs::read(kernel.vmlinux(&cache).unwrap()).unwrap(), elf::tests::kernel(b"1"));
     }
 
     #[test]

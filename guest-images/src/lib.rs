@@ -8,6 +8,7 @@ pub mod cache;
 pub mod cpio;
 pub mod deb;
 pub mod decompress;
+pub mod elf;
 pub mod files;
 pub mod image;
 pub mod initramfs;

@@ -1,6 +1,8 @@
 //! Reads the `.modinfo` section of a kernel module (a 64-bit little-endian ELF file): `key=value` strings, each ended
 //! by a NUL. Everything is bounds-checked; a file that is no module gives `None`, never a panic.
 
+use crate::elf;
+
 /// The strings of a module's `.modinfo` section, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Modinfo(Vec<(String, String)>);
@@ -8,7 +10,7 @@ pub struct Modinfo(Vec<(String, String)>);
 impl Modinfo {
     /// Reads a module's own information; `None` when `elf` is no kernel module.
     pub fn of_module(elf: &[u8]) -> Option<Self> {
-        section(elf, b".modinfo").map(Self::of_section)
+        elf::section(elf, b".modinfo").map(Self::of_section)
     }
 
     /// Reads NUL-ended `key=value` strings (also the form of `modules.builtin.modinfo`).
@@ -28,50 +30,10 @@ impl Modinfo {
     }
 }
 
-/// Offsets in a 64-bit ELF header and in a section header (System V ABI, chapter 4).
-const E_SHOFF: usize = 0x28;
-const E_SHENTSIZE: usize = 0x3a;
-const E_SHNUM: usize = 0x3c;
-const E_SHSTRNDX: usize = 0x3e;
-const SH_OFFSET: usize = 0x18;
-const SH_SIZE: usize = 0x20;
-
-fn section<'a>(elf: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
-    if !elf.starts_with(b"\x7fELF\x02\x01") {
-        return None; // 64 bits, little-endian
-    }
-    let table = usize::try_from(u64_at(elf, E_SHOFF)?).ok()?;
-    let entry_size = usize::from(u16_at(elf, E_SHENTSIZE)?);
-    let count = usize::from(u16_at(elf, E_SHNUM)?);
-    let header = |index: usize| elf.get(table.checked_add(index.checked_mul(entry_size)?)?..);
-    let contents = |header: &[u8]| {
-        let start = usize::try_from(u64_at(header, SH_OFFSET)?).ok()?;
-        let size = usize::try_from(u64_at(header, SH_SIZE)?).ok()?;
-        elf.get(start..start.checked_add(size)?)
-    };
-    let names = contents(header(usize::from(u16_at(elf, E_SHSTRNDX)?))?)?;
-    (0..count).find_map(|index| {
-        let header = header(index)?;
-        let found = names.get(u32_at(header, 0)? as usize..)?;
-        (found.starts_with(name) && found.get(name.len()) == Some(&0)).then(|| contents(header))?
-    })
-}
-
-fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
-}
-
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
-}
-
-fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::elf::{E_SHENTSIZE, E_SHNUM, E_SHOFF, E_SHSTRNDX, SH_OFFSET, SH_SIZE};
     use proptest::prelude::*;
 
     /// A module file with nothing in it but the given information.

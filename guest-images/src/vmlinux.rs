@@ -7,12 +7,12 @@
 use std::borrow::Cow;
 
 use crate::decompress::{DecompressError, Format, decompress};
+use crate::elf;
 
 /// Largest kernel that is accepted, unpacked: a debug build with KASAN has about half of it.
 const MAX_VMLINUX: usize = 1 << 30;
 /// Oldest boot protocol whose header names the payload.
 const MIN_BOOT_PROTOCOL: u16 = 0x0208;
-const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// Offsets in the setup header (Documentation/arch/x86/boot.rst).
 const SETUP_SECTS: usize = 0x1f1;
@@ -57,9 +57,9 @@ pub enum VmlinuxError {
         /// Bytes announced.
         expected: usize,
     },
-    /// The payload is something else.
-    #[error("the bzImage's payload is no ELF image")]
-    NoElf,
+    /// An ELF file, or a bzImage's payload, that is something else.
+    #[error("this is no x86-64 kernel (an ELF executable at a fixed address, as vmlinux)")]
+    NotX86Kernel,
 }
 
 /// Returns the ELF kernel that `kernel` is or holds.
@@ -67,16 +67,16 @@ pub enum VmlinuxError {
 /// # Errors
 /// When `kernel` is neither, or damaged.
 pub fn unpack(kernel: &[u8]) -> Result<Cow<'_, [u8]>, VmlinuxError> {
-    if kernel.starts_with(ELF_MAGIC) {
-        return Ok(Cow::Borrowed(kernel));
+    if elf::is_elf(kernel) {
+        return if elf::is_kernel(kernel) { Ok(Cow::Borrowed(kernel)) } else { Err(VmlinuxError::NotX86Kernel) };
     }
     let payload = payload(kernel)?;
-    if payload.starts_with(ELF_MAGIC) {
+    if elf::is_kernel(payload) {
         return Ok(Cow::Borrowed(payload)); // CONFIG_KERNEL_UNCOMPRESSED
     }
     let format = Format::detect(payload)
         .ok_or_else(|| VmlinuxError::UnknownCompression(payload.iter().take(4).copied().collect()))?;
-    let (stream, size) = payload.split_last_chunk::<4>().ok_or(VmlinuxError::NoElf)?;
+    let (stream, size) = payload.split_last_chunk::<4>().ok_or(VmlinuxError::NotX86Kernel)?;
     let expected = u32::from_le_bytes(*size) as usize;
     // gzip's own trailer is that size, so it belongs to the stream; the others have it appended.
     let stream = if format == Format::Gzip { payload } else { stream };
@@ -84,8 +84,8 @@ pub fn unpack(kernel: &[u8]) -> Result<Cow<'_, [u8]>, VmlinuxError> {
     if vmlinux.len() != expected {
         return Err(VmlinuxError::WrongSize { actual: vmlinux.len(), expected });
     }
-    if !vmlinux.starts_with(ELF_MAGIC) {
-        return Err(VmlinuxError::NoElf);
+    if !elf::is_kernel(&vmlinux) {
+        return Err(VmlinuxError::NotX86Kernel);
     }
     Ok(Cow::Owned(vmlinux))
 }
@@ -132,9 +132,8 @@ mod tests {
     }
 
     fn kernel() -> Vec<u8> {
-        let mut kernel = ELF_MAGIC.to_vec();
-        kernel.extend((0..50_000u32).flat_map(|n| (n / 3).to_le_bytes()));
-        kernel
+        let contents: Vec<u8> = (0..50_000u32).flat_map(|n| (n / 3).to_le_bytes()).collect();
+        elf::tests::kernel(&contents)
     }
 
     fn zstd_image(kernel: &[u8], size: u32) -> Vec<u8> {
@@ -174,6 +173,8 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_named() {
         assert!(matches!(unpack(b"#!/bin/sh\n"), Err(VmlinuxError::NoKernel)));
+        let program = std::fs::read("/proc/self/exe").unwrap();
+        assert!(matches!(unpack(&program), Err(VmlinuxError::NotX86Kernel)));
         let mut cut = bz_image(&[0; 4096]);
         cut.truncate(1200);
         assert!(matches!(unpack(&cut), Err(VmlinuxError::CutShort { .. })));

@@ -10,7 +10,7 @@ fn kernel_dir(root: &Path) {
     fs::create_dir_all(tree.join("kernel")).unwrap();
     fs::create_dir_all(root.join("boot")).unwrap();
     fs::create_dir_all(root.join("lib/firmware/nic")).unwrap();
-    fs::write(root.join("boot/vmlinuz-6.1.0"), b"\x7fELF kernel").unwrap();
+    fs::write(root.join("boot/vmlinuz-6.1.0"), crate::elf::tests::kernel(b"1")).unwrap();
     fs::write(root.join("lib/firmware/nic/a.bin.xz"), liblzma::encode_all(&b"firmware"[..], 1).unwrap()).unwrap();
     fs::write(tree.join("modules.order"), "").unwrap();
     fs::write(tree.join("modules.builtin"), "kernel/virtio_pci.ko\nkernel/virtio_console.ko\n").unwrap();
