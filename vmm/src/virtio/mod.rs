@@ -1,11 +1,13 @@
 //! Virtio devices (virtio 1.2) and their PCI transport.
 
+pub mod block;
 pub mod console;
 pub mod device;
 pub mod events;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rng;
 pub mod split_net;
 pub mod vhost_user_net;
 #[cfg(test)]

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
+use umbra_splitter::queue::Virtqueue;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{QueueResources, QueueState};
+use super::device::{self, QueueResources, QueueState};
 
 /// The driver broke a rule of its queue.
 #[derive(Debug, Error)]
@@ -25,6 +26,33 @@ pub enum Error {
     /// The rings cannot be read to decide on a notification.
     #[error("read the notification fields of the rings")]
     Notification(#[source] virtio_queue::Error),
+}
+
+/// The queue for devices that move data between the guest's buffers and the kernel without a copy of their own:
+/// the splitter's, at its place, and the eventfd to watch for kicks.
+pub fn start(
+    index: u16,
+    resources: QueueResources,
+    state: Option<QueueState>,
+) -> Result<(Virtqueue, EventFd), device::Error> {
+    let QueueResources { memory, mut queue, kick, call } = resources;
+    if let Some(QueueState { next_avail, next_used }) = state {
+        queue.set_next_avail(next_avail);
+        queue.set_next_used(next_used);
+    }
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| device::Error::Backend {
+        operation: format!("start queue {index}"),
+        source,
+    };
+    let watched = kick.try_clone().map_err(|error| failed(error.into()))?;
+    let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|error| failed(error.into()))?;
+    Ok((queue, watched))
+}
+
+/// Where a queue of [`start`] stood when it was stopped.
+pub fn stop(queue: &Virtqueue) -> QueueState {
+    let (next_avail, next_used) = queue.position();
+    QueueState { next_avail, next_used }
 }
 
 /// A chain of descriptors in the VM's memory.

@@ -7,7 +7,6 @@ mod frames;
 pub mod tap;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
@@ -16,7 +15,6 @@ use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::control;
 use umbra_splitter::net::features;
 use umbra_splitter::queue::Virtqueue;
-use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,6 +23,7 @@ use self::frames::{End, Receiver};
 use self::tap::Tap;
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
+use super::queue;
 
 /// Device ID (section 5.1.1).
 const DEVICE_ID: u16 = 1;
@@ -221,26 +220,15 @@ impl VirtioDevice for TapNet {
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
         let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
-        let QueueResources { memory, mut queue, kick, call } = resources;
-        if let Some(state) = state {
-            queue.set_next_avail(state.next_avail);
-            queue.set_next_used(state.next_used);
-        }
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| device::Error::Backend {
-            operation: format!("start queue {index} of a network device"),
-            source,
-        };
-        let watched = kick.try_clone().map_err(|error| failed(error.into()))?;
-        let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|error| failed(error.into()))?;
+        let (queue, kick) = queue::start(index, resources, state)?;
         *place = Some(queue);
-        self.events.start(index, watched);
+        self.events.start(index, kick);
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         self.events.stop(index);
-        let (next_avail, next_used) = self.queues.get_mut(usize::from(index))?.take()?.position();
-        Some(QueueState { next_avail, next_used })
+        self.queues.get_mut(usize::from(index))?.take().as_ref().map(queue::stop)
     }
 
     fn reset(&mut self) {
