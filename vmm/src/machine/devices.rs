@@ -17,9 +17,12 @@ use crate::process::ipc::{FromVm, NetBackend, ToVm, VmSpec};
 use crate::process::vm::Subscriber;
 use crate::supervisor::time::Time;
 use crate::vfio::{self, Failure, Vfio, VfioPciDevice, VmResources};
+use crate::virtio::block::{self, Block};
 use crate::virtio::console::{self, Console};
 use crate::virtio::device::{self, VirtioDevice};
+use crate::virtio::net::{self, TapNet};
 use crate::virtio::pci::{self, VirtioPci};
+use crate::virtio::rng::{self, Rng};
 use crate::virtio::split_net::SplitNet;
 use crate::virtio::vhost_user_net::{self, VhostUserNet};
 
@@ -29,9 +32,6 @@ pub enum Error {
     /// The bus is full.
     #[error("too many devices: the PCI bus has 31 slots")]
     NoSlot,
-    /// Not built in.
-    #[error("{0}: this build has no such network device")]
-    NotYet(String),
     /// No place on the bus.
     #[error(transparent)]
     Bus(#[from] bus::Error),
@@ -56,6 +56,15 @@ pub enum Error {
     /// A driver VM's link.
     #[error(transparent)]
     Link(#[from] vhost_user_net::Error),
+    /// A TAP interface.
+    #[error(transparent)]
+    Tap(#[from] net::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] block::Error),
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] rng::Error),
     /// The console.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -81,6 +90,10 @@ pub fn add(
     if !spec.ports.is_empty() {
         adder.virtio("console", Arc::new(Mutex::new(Console::new(&spec.ports)?)))?;
     }
+    for (index, disk) in spec.disks.iter().enumerate() {
+        adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
+    }
+    adder.virtio("virtio-rng", Arc::new(Mutex::new(Rng::new()?)))?;
     adder.passthrough(&spec.passthrough)?;
     Ok(adder.devices)
 }
@@ -110,7 +123,10 @@ impl Adder<'_> {
                 let net = unsafe { VhostUserNet::from_inherited(*mac, *mtu, *fd) }?;
                 self.virtio(&name, Arc::new(Mutex::new(net)))
             }
-            NetBackend::Tap { .. } => Err(Error::NotYet(name)),
+            NetBackend::Tap { interface, mac, mtu } => {
+                let net = TapNet::new(interface, *mac, *mtu)?;
+                self.virtio(&name, Arc::new(Mutex::new(net)))
+            }
         }
     }
 
