@@ -100,12 +100,10 @@ pub struct Counts {
     pub no_room: u64,
 }
 
-/// What is told of each frame that passes by.
+/// What is told of each frame that is handed to the driver VM.
 pub trait Tap {
-    /// A frame was handed over; `head` is its first buffer.
-    fn handed(&mut self, head: u16);
-    /// The owner of the target offered `head` again: it has taken what was in it.
-    fn offered(&mut self, head: u16);
+    /// A frame was put into buffers with these heads; `used` is the used index of the first.
+    fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>);
 }
 
 /// Records nothing: frames towards the guest, and the measure for what recording costs.
@@ -113,9 +111,7 @@ pub struct Off;
 
 impl Tap for Off {
     #[inline]
-    fn handed(&mut self, _head: u16) {}
-    #[inline]
-    fn offered(&mut self, _head: u16) {}
+    fn handed(&mut self, _used: u16, _heads: impl Iterator<Item = u16>) {}
 }
 
 /// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
@@ -368,21 +364,18 @@ fn put_frame<'m, T: Tap>(
     Ok(Put::Done(len))
 }
 
+#[inline]
 fn finish<T: Tap>(to: &mut Ring<'_>, space: &Space<'_>, len: usize, tap: &mut T) -> Result<(), RingFault> {
     let mut left = len;
+    tap.handed(to.next_used(), space.buffers.iter().map(|(head, _)| *head));
     for (head, capacity) in &space.buffers {
         let count = left.min(*capacity);
-        tap.offered(*head);
         // A frame's length fits: it is bounded by MAX_FRAME.
         to.put_used(*head, u32::try_from(count).unwrap_or(0))?;
         left -= count;
     }
     to.take(u16::try_from(space.buffers.len()).unwrap_or(0));
-    to.publish()?;
-    if let Some((head, _)) = space.buffers.first() {
-        tap.handed(*head);
-    }
-    Ok(())
+    to.publish()
 }
 
 /// Completes the buffers looked at so far, unused.
@@ -404,6 +397,7 @@ enum Found {
 
 /// Collects buffers for `need` bytes, without taking them. After a chain fault `space.buffers` ends with the faulty
 /// one.
+#[inline]
 fn find_space<'m>(to: &Ring<'m>, need: usize, mergeable: bool, space: &mut Space<'m>) -> Result<Found, Fault> {
     space.chain.clear();
     space.buffers.clear();

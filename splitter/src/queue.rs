@@ -374,6 +374,12 @@ impl<'m> Ring<'m> {
         self.state.next_avail = self.state.next_avail.wrapping_add(chains);
     }
 
+    /// The used index that the next element will have.
+    #[inline]
+    pub fn next_used(&self) -> u16 {
+        self.state.next_used
+    }
+
     /// Writes one used element, invisible until [`Self::publish`].
     #[inline]
     pub fn put_used(&mut self, head: u16, len: u32) -> Result<(), RingFault> {

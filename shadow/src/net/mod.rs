@@ -41,9 +41,9 @@ enum Mode {
     /// The driver VM is away: frames go into the log.
     Masking,
     /// The log is being handed to the driver VM; the guest's new frames wait in its queue.
-    Replaying { generation: Generation, in_flight: u32 },
+    Replaying { generation: Generation, in_flight: u64 },
     /// Frames pass by.
-    Passive { generation: Generation, in_flight: u32 },
+    Passive { generation: Generation, in_flight: u64 },
     /// There will be no driver VM for now: link down, frames are discarded.
     Quarantined,
 }
@@ -188,9 +188,9 @@ impl NetShadow {
         self.barred.is_some_and(|b| generation <= b)
     }
 
-    fn give_up(&mut self, generation: Generation, in_flight: u32) {
+    fn give_up(&mut self, generation: Generation, in_flight: u64) {
         self.barred = Some(generation);
-        self.count(|c| c.unknown += u64::from(in_flight));
+        self.count(|c| c.unknown += in_flight);
     }
 
     fn count(&mut self, change: impl Fn(&mut MaskedCounts)) {
@@ -248,17 +248,17 @@ impl NetShadow {
 
     /// `frames` live frames were handed to the driver VM.
     #[inline]
-    pub fn handed(&mut self, frames: u32) {
+    pub fn handed(&mut self, frames: u64) {
         if let Mode::Passive { in_flight, .. } = &mut self.mode {
             *in_flight = in_flight.saturating_add(frames);
         }
     }
 
-    /// The driver VM gave the buffers of `frames` frames back: it has taken them.
-    #[inline]
-    pub fn recycled(&mut self, frames: u32) {
-        if let Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } = &mut self.mode {
-            *in_flight = in_flight.saturating_sub(frames);
+    /// At the end of a driver VM, before [`Event::Lost`]: of the frames handed over, only `in_flight` have not been
+    /// taken. Without this call all are held for unknown.
+    pub fn settle(&mut self, in_flight: u64) {
+        if let Mode::Passive { in_flight: held, .. } | Mode::Replaying { in_flight: held, .. } = &mut self.mode {
+            *held = in_flight.min(*held);
         }
     }
 
@@ -339,8 +339,8 @@ impl NetShadow {
         }
     }
 
-    /// Frames handed to the driver VM whose buffers have not come back.
-    pub fn in_flight(&self) -> u32 {
+    /// Frames handed to the driver VM of which nobody has said yet that it took them.
+    pub fn in_flight(&self) -> u64 {
         match self.mode {
             Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } => in_flight,
             Mode::Masking | Mode::Quarantined => 0,

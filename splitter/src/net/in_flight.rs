@@ -1,52 +1,63 @@
-//! Which buffers of the driver VM's receive queue hold a frame that it has not taken yet: one bit a descriptor. It
-//! has taken a frame when it offers the frame's first buffer again. The record is the splitter's own; a driver VM
-//! that lies in its ring changes what is counted about itself, within the size of its queue, and nothing else.
+//! Which frames a driver VM has been handed and has not taken. It has taken a frame when it offers the frame's first
+//! buffer again.
+//!
+//! The record is the splitter's own: the heads of the last buffers handed over, as many as the queue is long. On the
+//! data path it costs one store a buffer; what is in flight is worked out when a link ends. A driver VM that lies in
+//! its ring changes what is counted about itself, within the size of its queue, and nothing else.
 
 use crate::pump::Tap;
 use crate::queue::{MAX_SIZE, Virtqueue};
 
-/// Buffers that hold frames, and what changed since last asked.
-#[derive(Debug, Default)]
+const SIZE: usize = MAX_SIZE as usize;
+
+/// Marks the first buffer of a frame; heads are below [`MAX_SIZE`].
+const FIRST: u16 = 1 << 15;
+
+/// No buffer yet.
+const NONE: u16 = u16::MAX;
+
+/// The buffers handed over last, by used index.
+#[derive(Debug)]
 pub struct InFlight {
-    bits: [u64; MAX_SIZE as usize / 64],
-    handed: u32,
-    taken: u32,
+    heads: Box<[u16; SIZE]>,
+}
+
+impl Default for InFlight {
+    fn default() -> Self {
+        Self { heads: Box::new([NONE; SIZE]) }
+    }
 }
 
 impl InFlight {
-    /// Frames handed over and frames taken since the last call.
-    pub fn changes(&mut self) -> (u32, u32) {
-        (std::mem::take(&mut self.handed), std::mem::take(&mut self.taken))
-    }
-
-    /// At the end of a link: finds the buffers that were offered again but not looked at yet.
-    pub fn settle(&mut self, queue: &mut Virtqueue) {
-        let Ok(ring) = queue.open() else { return };
-        let waiting = ring.available().unwrap_or(0);
-        (0..waiting).map_while(|ahead| ring.head(ahead).ok()).for_each(|head| self.offered(head));
-    }
-
-    #[inline]
-    fn place(&mut self, head: u16) -> Option<(&mut u64, u64)> {
-        self.bits.get_mut(usize::from(head) / 64).map(|word| (word, 1 << (head % 64)))
+    /// Frames in `queue` that its owner has not taken.
+    pub fn count(&self, queue: &mut Virtqueue) -> u64 {
+        // What is offered again is not in flight, nor is an earlier life of a buffer that was used again later.
+        let mut past = [false; SIZE];
+        if let Ok(ring) = queue.open() {
+            let waiting = ring.available().unwrap_or(0);
+            for head in (0..waiting).map_while(|ahead| ring.head(ahead).ok()) {
+                past[usize::from(head) % SIZE] = true;
+            }
+        }
+        let (_, end) = queue.position();
+        let back = (1..=queue.size()).map(|back| self.heads[usize::from(end.wrapping_sub(back)) % SIZE]);
+        let mut count = 0;
+        for entry in back.take_while(|entry| *entry != NONE) {
+            let head = usize::from(entry & !FIRST) % SIZE;
+            count += u64::from(!past[head] && entry & FIRST != 0);
+            past[head] = true;
+        }
+        count
     }
 }
 
 impl Tap for InFlight {
     #[inline]
-    fn handed(&mut self, head: u16) {
-        if let Some((word, bit)) = self.place(head) {
-            *word |= bit;
-            self.handed += 1;
-        }
-    }
-
-    #[inline]
-    fn offered(&mut self, head: u16) {
-        if let Some((word, bit)) = self.place(head) {
-            let held = *word & bit != 0;
-            *word &= !bit;
-            self.taken += u32::from(held);
+    fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>) {
+        let (mut at, mut mark) = (used, FIRST);
+        for head in heads {
+            self.heads[usize::from(at) % SIZE] = head | mark;
+            (at, mark) = (at.wrapping_add(1), 0);
         }
     }
 }

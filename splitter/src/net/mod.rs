@@ -89,8 +89,6 @@ pub struct Status {
     pub frames_in: u64,
     /// Frames in the log now.
     pub logged_now: usize,
-    /// Frames handed over whose buffers have not come back.
-    pub in_flight: u32,
     /// Sums over all outages.
     pub masked: MaskedCounts,
 }
@@ -279,7 +277,6 @@ impl NetSplitter {
             frames_out: self.outward.frames,
             frames_in: self.inward.frames,
             logged_now: self.shadow.logged_now(),
-            in_flight: self.shadow.in_flight(),
             masked: self.shadow.total(),
         }
     }
@@ -372,9 +369,8 @@ impl NetSplitter {
     /// Gives the generation up and masks; told to the supervisor unless it asked for it itself.
     fn lose(&mut self, generation: Generation, cause: Cause) {
         if self.link.generation().is_some_and(|g| g <= generation) {
-            if let LinkState::Up { mut link, mut in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None) {
-                in_flight.settle(&mut link.rx);
-                self.record(&mut in_flight);
+            if let LinkState::Up { mut link, in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None) {
+                self.shadow.settle(in_flight.count(&mut link.rx));
                 self.retire(*link);
             }
         }
@@ -383,13 +379,6 @@ impl NetSplitter {
             (self.listener)(Notice::LinkLost(generation, cause));
         }
         self.outward();
-    }
-
-    /// Tells the shadow what a batch of live frames did.
-    fn record(&mut self, in_flight: &mut InFlight) {
-        let (handed, taken) = in_flight.changes();
-        self.shadow.handed(handed);
-        self.shadow.recycled(taken);
     }
 
     /// Hands the log over, then goes live.
@@ -421,10 +410,9 @@ impl NetSplitter {
         let outcome = match (shadow.verdict(), &mut self.link) {
             (Verdict::Pass, LinkState::Up { link, in_flight, .. }) => {
                 let flow = outward_flow(negotiated, link.features);
+                let before = counts.frames;
                 let outcome = pump::pump(queue, &mut link.rx, &flow, in_flight, counts);
-                let (handed, taken) = in_flight.changes();
-                shadow.handed(handed);
-                shadow.recycled(taken);
+                shadow.handed(counts.frames - before);
                 outcome
             }
             (Verdict::Log, _) => pump::drain(queue, negotiated, counts, |frame| {
@@ -523,9 +511,6 @@ fn replay_log(
                 break;
             }
         }
-        // The shadow counts a replayed frame as handed over by itself.
-        let (_, taken) = in_flight.changes();
-        shadow.recycled(taken);
     }
     link.rx.notify().map_err(|fault| PumpError { owner: Owner::DriverVm, fault: fault.into() })?;
     Ok(all)
