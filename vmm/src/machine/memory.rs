@@ -1,8 +1,11 @@
 //! The guest's memory: one memfd, sealed against change of size, so that a vhost-user back-end that maps it
 //! cannot be hit by SIGBUS; and KVM's memory slots, which RAM and mapped BARs of passed-through devices share.
+//! Invariant: guest memory stays mapped for the life of the process, which runs one VM.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -11,12 +14,18 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 use super::layout;
 
 /// Page size of the host and of KVM's slots.
 const PAGE: u64 = 4096;
+/// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Errors of guest memory.
 #[derive(Debug, Error)]
@@ -40,8 +49,11 @@ pub enum Error {
         size: u64,
         /// The cause.
         #[source]
-        source: vm_memory::mmap::FromRangesError,
+        source: io::Error,
     },
+    /// The regions do not make a memory.
+    #[error("lay out the guest memory")]
+    Layout(#[source] vm_memory::region::GuestRegionCollectionError),
     /// A region has no address in this process.
     #[error("find the host address of guest memory at {0:#x}")]
     HostAddress(u64),
@@ -75,15 +87,69 @@ pub fn create(name: &str, size: u64) -> Result<GuestMemoryMmap, Error> {
     let file = sealed_memfd(name, size).map_err(|source| Error::Memfd { size, source })?;
     let file = Arc::new(file);
     let (low, high) = split(size);
-    let place = |start, bytes: u64, offset| {
-        let length = usize::try_from(bytes).map_err(|_| Error::Size(size))?;
-        Ok((GuestAddress(start), length, Some(FileOffset::from_arc(Arc::clone(&file), offset))))
-    };
-    let mut ranges = vec![place(0, low, 0)?];
+    let mut regions = vec![region(&file, 0, 0, low)?];
     if high > 0 {
-        ranges.push(place(layout::HIGH_RAM_START, high, low)?);
+        regions.push(region(&file, layout::HIGH_RAM_START, low, high)?);
     }
-    GuestMemoryMmap::from_ranges_with_files(&ranges).map_err(|source| Error::Map { size, source })
+    GuestMemoryMmap::from_regions(regions).map_err(Error::Layout)
+}
+
+/// Maps `size` bytes of `file` from `offset` on as the guest memory at `start`.
+fn region(file: &Arc<File>, start: u64, offset: u64, size: u64) -> Result<GuestRegionMmap, Error> {
+    let failed = |source| Error::Map { size, source };
+    let length = usize::try_from(size).map_err(|_| Error::Size(size))?;
+    let host = map_aligned(file, offset, length).map_err(failed)?;
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
+    // SAFETY: `map_aligned` has just mapped `length` bytes there, and nobody unmaps them.
+    let mapping = unsafe { builder.with_raw_mmap_pointer(host) }.build();
+    let mapping = mapping.map_err(|error| failed(io::Error::other(error)))?;
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(Error::Size(size))
+}
+
+/// Maps `length` bytes at an address that is a multiple of [`HUGE_PAGE`].
+fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
+    let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
+    let reserve = length.checked_add(HUGE_PAGE).ok_or_else(too_large)?;
+    let offset = libc::off_t::try_from(offset).map_err(|_| too_large())?;
+    let (anonymous, shared) = (libc::MAP_ANONYMOUS | libc::MAP_PRIVATE, libc::MAP_SHARED | libc::MAP_FIXED);
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
+    let area = unsafe { libc::mmap(null_mut(), reserve, libc::PROT_NONE, anonymous | libc::MAP_NORESERVE, -1, 0) };
+    if area == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let aligned = area.wrapping_byte_add(area.align_offset(HUGE_PAGE));
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: `aligned` and the `length` bytes from there lie inside of the area that was just reserved and
+    // that nobody else knows of; what is left of it stays reserved and costs nothing.
+    let mapped = unsafe {
+        libc::mmap(aligned, length, access, shared | libc::MAP_NORESERVE, file.as_raw_fd(), offset)
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(mapped.cast())
+}
+
+/// Backs all of `memory`, which must be fresh, with huge pages now, where the kernel can (Linux 6.1). For memory
+/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots.
+pub fn collapse(memory: &GuestMemoryMmap) {
+    for region in memory.iter() {
+        // The kernel collapses only where there is a page already. The memory holds zeros, and still does then.
+        for offset in (0..region.len()).step_by(HUGE_PAGE) {
+            let touched = region.write_obj(0u8, MemoryRegionAddress(offset));
+            debug_assert!(touched.is_ok(), "the offset is inside of the region");
+        }
+        let Ok(host) = region.get_host_address(MemoryRegionAddress(0)) else { continue };
+        let length = usize::try_from(region.len()).unwrap_or(0);
+        // SAFETY: the range is a mapping of this process that stays; its contents do not change.
+        if unsafe { libc::madvise(host.cast(), length, libc::MADV_COLLAPSE) } != 0 {
+            let error = io::Error::last_os_error();
+            tracing::debug!(%error, "back guest memory with huge pages");
+        }
+    }
 }
 
 fn sealed_memfd(name: &str, size: u64) -> io::Result<File> {
@@ -130,8 +196,8 @@ impl MemorySlots {
         let map = |region: &<GuestMemoryMmap as GuestMemoryBackend>::R| {
             let start = region.start_addr().0;
             let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| Error::HostAddress(start))?;
-            // SAFETY: the caller keeps `memory` at least as long as the VM (`Vm` owns both, and declares the
-            // mappings first, so that they are dropped first).
+            // SAFETY: guest memory is never unmapped, and is shared with the guest by design: all access to it
+            // is volatile (`vm_memory`).
             unsafe { self.map(start, host as u64, region.len(), Access::ReadWrite) }
         };
         memory.iter().map(map).collect()

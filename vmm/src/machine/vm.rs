@@ -85,6 +85,9 @@ impl Vm {
         let kvm = kvm::open()?;
         let fd = kvm::create_vm(&kvm, spec.cpus)?;
         let memory = memory::create(&spec.name, spec.memory.0)?;
+        if !spec.passthrough.is_empty() {
+            memory::collapse(&memory);
+        }
         let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
         let ram = slots.map_ram(&memory)?;
         let interrupts = Interrupts::new(Arc::clone(&fd))?;
