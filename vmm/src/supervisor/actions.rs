@@ -29,7 +29,7 @@ impl Supervisor {
 
     fn act(&mut self, n: usize, action: Action, now: Time) {
         match action {
-            Action::Reset => self.reset(n, now),
+            Action::Reset => self.reset(n),
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Configure => self.configure(n),
             Action::GoLive(end, replay) => {
@@ -40,6 +40,7 @@ impl Supervisor {
                 }
             }
             Action::Live => self.on_live(n, now),
+            Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, failure, now),
             Action::AskEvidence => {
                 let asked = self.drivers[n].life.as_ref().map(|life| life.process.channel().send_now(&ToVm::Kill, &[]));
@@ -56,8 +57,9 @@ impl Supervisor {
         }
     }
 
-    fn reset(&mut self, n: usize, now: Time) {
-        self.drivers[n].timeline.mark(Step::ResetStart, now);
+    fn reset(&mut self, n: usize) {
+        self.drivers[n].mark_fence();
+        self.drivers[n].timeline.mark(Step::ResetStart, Time::now());
         if let Err(error) = self.drivers[n].start_reset() {
             self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
             self.drive(n, Input::ResetDone);
@@ -140,8 +142,10 @@ impl Supervisor {
             parts,
             frames,
         });
-        driver.masks.clear();
         self.write_report(n);
+        let driver = &mut self.drivers[n];
+        driver.masks.clear();
+        driver.told_to_mask = None;
         self.drivers[n].report = None;
     }
 
@@ -164,10 +168,16 @@ impl Supervisor {
             reason: failure.what,
             detect_ms: milliseconds(now.since(failure.at)),
         });
+        self.mask(n, now);
+    }
+
+    /// Tells the guests to mask; those whose splitter has seen it first know already.
+    fn mask(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        driver.told_to_mask.get_or_insert(now);
+        let Some(generation) = driver.lifecycle.generation() else { return };
         for EndRef { guest, net, .. } in driver.ends.clone() {
-            if let Some(generation) = generation {
-                self.tell_guest(guest, &ToVm::Mask { net, generation });
-            }
+            self.tell_guest(guest, &ToVm::Mask { net, generation });
         }
     }
 
@@ -177,13 +187,14 @@ impl Supervisor {
         driver.registers = driver.life.take().map(|life| life.registers).unwrap_or_default();
         driver.exit.clone_from(&how);
         driver.available_memory = None;
+        driver.gone = Time::now();
         self.drive(n, Input::ProcessGone(how));
     }
 
     /// The failed life is fenced: complete its report.
     fn report(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
-        driver.timeline.mark(Step::Fence, Time::now());
+        driver.mark_fence();
         let quarantine = matches!(driver.lifecycle.state(), State::Resetting { next: None, .. });
         let Some(report) = &mut driver.report else { return };
         report.exit.clone_from(&driver.exit);
@@ -235,6 +246,13 @@ impl Supervisor {
 }
 
 impl super::driver::DriverVm {
+    /// The failed process was gone when this was last seen; a first start has none.
+    fn mark_fence(&mut self) {
+        if self.timeline.at(Step::Detect).is_some() {
+            self.timeline.mark(Step::Fence, self.gone);
+        }
+    }
+
     /// When the outage that a failure at `now` belongs to began; `None` where nothing was ever served.
     fn outage_start(&self, now: Time) -> Option<Time> {
         if !self.was_live {
@@ -244,8 +262,9 @@ impl super::driver::DriverVm {
         if self.timeline.at(Step::Live).is_none() {
             return self.timeline.at(Step::Mask);
         }
-        // A splitter that sees nothing itself (the driver VM hangs) masks when it is told, which is now.
-        self.masks.iter().map(|mask| Time(mask.at_ns)).min().or(Some(now))
+        // A splitter that sees nothing itself (the driver VM hangs) masks when it is told.
+        let told = self.told_to_mask.unwrap_or(now);
+        self.masks.iter().map(|mask| Time(mask.at_ns)).chain([told]).min()
     }
 
     fn begin_report(&self, failure: &Failure) -> CrashReport {

@@ -16,6 +16,9 @@ const TAIL: usize = 64 * 1024;
 /// The file is renamed to `*.log.1` at this size, which bounds the two to twice as much.
 const MAX_FILE: u64 = 4 << 20;
 
+/// How Linux begins to say that it dies; the stack follows, and pvpanic only behind that.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+
 /// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
 const READ_AT_ONCE: usize = 64 * 1024;
 
@@ -27,17 +30,19 @@ pub struct Console {
     size: u64,
     tail: VecDeque<u8>,
     warned: Option<String>,
+    panicked: bool,
 }
 
 impl Console {
     /// Captures into the file `path`.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, file: None, size: 0, tail: VecDeque::new(), warned: None }
+        Self { path, file: None, size: 0, tail: VecDeque::new(), warned: None, panicked: false }
     }
 
     /// Begins a new life: the tail is emptied and the file gets a line that says `title`.
     pub fn begin(&mut self, title: &str) {
         self.tail.clear();
+        self.panicked = false;
         self.write_file(format!("--- {title}\n").as_bytes());
     }
 
@@ -71,6 +76,11 @@ impl Console {
         String::from_utf8_lossy(&[a, b].concat()).replace('\r', "")
     }
 
+    /// Whether the kernel has begun to say that it panics, in this life.
+    pub fn has_panic(&self) -> bool {
+        self.panicked
+    }
+
     /// A problem with the file that nobody has been told of yet.
     pub fn take_warning(&mut self) -> Option<String> {
         self.warned.take()
@@ -80,6 +90,11 @@ impl Console {
         self.tail.extend(bytes);
         let excess = self.tail.len().saturating_sub(TAIL);
         self.tail.drain(..excess);
+        if !self.panicked {
+            let new = (bytes.len() + PANIC.len()).min(self.tail.len());
+            let end = self.tail.make_contiguous();
+            self.panicked = end[end.len() - new..].windows(PANIC.len()).any(|window| window == PANIC);
+        }
         self.write_file(bytes);
     }
 
@@ -131,6 +146,22 @@ mod tests {
         console.begin("nic0 generation 2");
         assert_eq!(console.tail(), "");
         assert!(console.take_warning().is_none());
+    }
+
+    #[test]
+    fn a_panic_is_seen_however_it_is_cut() {
+        let mut console = Console::new("/dev/null".into());
+        for cut in 0..PANIC.len() {
+            console.begin("a life");
+            console.take(b"[ 1.0] ");
+            console.take(&PANIC[..cut]);
+            assert!(!console.has_panic(), "{cut}");
+            console.take(&PANIC[cut..]);
+            assert!(console.has_panic(), "{cut}");
+        }
+        console.begin("the next life");
+        console.take(b": sysrq");
+        assert!(!console.has_panic());
     }
 
     #[test]

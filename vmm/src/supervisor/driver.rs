@@ -20,6 +20,7 @@ use super::policy::History;
 use super::report::{CrashReport, Mask};
 use super::rundir::RunDir;
 use super::status;
+use super::time::Time;
 use super::timeline::Timeline;
 use crate::process::ipc::{MaskedCounts, NetBackend, PortBackend, PortEnd, VmSpec};
 use crate::process::spawn::{SpawnError, Streams, VmProcess};
@@ -77,6 +78,10 @@ pub(super) struct DriverVm {
     pub(super) timeline: Timeline,
     /// The masks of the present outage.
     pub(super) masks: Vec<Mask>,
+    /// When the guests were first told to mask in the present outage.
+    pub(super) told_to_mask: Option<Time>,
+    /// When the last process was gone.
+    pub(super) gone: Time,
     /// The frames of the present outage.
     pub(super) frames: MaskedCounts,
     /// The evidence of the last failure, for the report.
@@ -142,6 +147,8 @@ impl DriverVm {
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
             masks: Vec::new(),
+            told_to_mask: None,
+            gone: Time(0),
             frames: MaskedCounts::default(),
             report: None,
             report_path: None,

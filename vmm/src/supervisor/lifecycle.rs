@@ -27,7 +27,8 @@ use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
-/// on its way: so long is the better reason waited for. The guest is masked already.
+/// on its way, and the first line of a panic is followed by the rest of its evidence: so long is that waited for. The
+/// guests are masked meanwhile.
 const SUSPICION: Duration = Duration::from_millis(100);
 
 /// How long a failed VM's process may take to hand over its registers before it is killed.
@@ -79,7 +80,7 @@ pub struct Failure {
     pub source: Source,
     /// What happened, for people: `kernel panic`.
     pub what: String,
-    /// When the first sign of it was seen.
+    /// When the first sign of it was seen; for a missing heartbeat, the last sign of life.
     pub at: Time,
 }
 
@@ -141,6 +142,8 @@ pub enum Action {
     GoLive(End, Replay),
     /// Everything flows.
     Live,
+    /// The generation is about to fail: let the guests' shadows answer already.
+    Mask,
     /// The generation has failed: tell the guests (they may know), and people.
     Failed(Failure),
     /// Ask the process for registers; answered by [`Input::Evidence`].
@@ -445,10 +448,11 @@ impl Lifecycle {
     }
 
     fn on_sign(&mut self, now: Time, failure: Failure) -> Vec<Action> {
-        if self.has_life() && self.suspicion.is_none() {
-            self.suspicion = Some((now + SUSPICION, failure));
+        if !self.has_life() || self.suspicion.is_some() {
+            return Vec::new();
         }
-        Vec::new()
+        self.suspicion = Some((now + SUSPICION, failure));
+        vec![Action::Mask]
     }
 
     fn fail(&mut self, now: Time, mut failure: Failure) -> Vec<Action> {
@@ -524,9 +528,11 @@ impl Lifecycle {
         if let Some((_, sign)) = self.suspicion.take_if(|(until, _)| *until <= now) {
             return self.fail(now, sign);
         }
-        if self.heartbeat_deadline().is_some_and(|deadline| deadline <= now) {
+        if let (Some(deadline), Some(at)) = (self.heartbeat_deadline(), self.heard)
+            && deadline <= now
+        {
             let what = format!("no heartbeat for {} ms", self.history.policy().heartbeat_timeout_ms);
-            return self.fail(now, Failure { source: Source::Heartbeat, what, at: now });
+            return self.fail(now, Failure { source: Source::Heartbeat, what, at });
         }
         match self.state {
             State::Booting { until } | State::Configuring { until } if until <= now => {

@@ -87,7 +87,8 @@ fn kill_9_needs_no_fence() {
 #[test]
 fn a_closed_link_waits_for_the_better_reason_and_keeps_its_time() {
     let mut life = live(1);
-    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 1999))), []);
+    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 1999))), [Action::Mask]);
+    assert_eq!(life.handle(at(2001), Input::Sign(failure(Source::ControlStream, 2001))), [], "the first counts");
     let actions = life.handle(at(2003), Input::Failed(failure(Source::Panic, 2003)));
     assert_eq!(actions.first(), Some(&Action::Failed(failure(Source::Panic, 1999))));
 }
@@ -251,7 +252,7 @@ proptest! {
                         prop_assert!(!alive && !resetting, "reset under a life at {input:?}");
                         resetting = true;
                     }
-                    Action::Configure | Action::GoLive(..) => prop_assert!(alive),
+                    Action::Configure | Action::GoLive(..) | Action::Mask => prop_assert!(alive),
                     Action::Kill | Action::AskEvidence => prop_assert!(alive, "kill nothing at {input:?}"),
                     Action::Quarantine(_) => over = true,
                     Action::Live | Action::Failed(_) | Action::Report => {}

@@ -208,8 +208,9 @@ impl Supervisor {
                 Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
+                    // The process ends. That may take a while: it gives back memory and device first.
                     life.listening = false;
-                    return;
+                    return self.fail_driver(n, Source::ProcessExit, "its process ended".into(), Time::now());
                 }
                 Err(error) => self.fail_driver(n, Source::ControlStream, format!("its process: {error}"), Time::now()),
             }
@@ -221,9 +222,11 @@ impl Supervisor {
             FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
             FromVm::Panicked { at } => self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at)),
             FromVm::Ended { at, how, registers } => {
+                let panicked = self.drivers[n].console.has_panic();
                 let Some(life) = &mut self.drivers[n].life else { return };
                 life.registers = registers;
                 let what = match how {
+                    VmEnd::Reset if panicked => "kernel panic",
                     VmEnd::PowerOff => "it powered off",
                     VmEnd::Reset => "it was reset",
                     VmEnd::TripleFault => "triple fault",
@@ -259,7 +262,12 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(life) = &mut driver.life else { return };
         if let Some(pipe) = life.process.console() {
+            let before = driver.console.has_panic();
             life.talking = driver.console.read(pipe);
+            if driver.console.has_panic() && !before {
+                let failure = Failure { source: Source::Panic, what: "kernel panic".into(), at: Time::now() };
+                self.drive(n, Input::Sign(failure));
+            }
         }
     }
 
