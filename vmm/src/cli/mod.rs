@@ -53,7 +53,8 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("umbra: {error:#}");
+            // With stderr gone, the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "umbra: {error:#}");
             ExitCode::FAILURE
         }
     }
