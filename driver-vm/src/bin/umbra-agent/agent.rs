@@ -167,8 +167,8 @@ impl Agent {
             }
         }
         if Instant::now() > *deadline {
-            let missing = if nic.is_none() { "the NIC" } else { "a virtio-net end" };
-            let mut what = format!("{missing} has not appeared: {}", pci::describe());
+            let missing = if nic.is_none() { "the NIC has not appeared" } else { "a virtio-net end has not come up" };
+            let mut what = format!("{missing}: {}", pci::describe());
             for failure in self.loading.failures() {
                 what.push_str(&format!("; {failure}"));
             }

@@ -34,6 +34,7 @@ pub const IFF_UP: u32 = libc::IFF_UP.cast_unsigned();
 pub const IFF_NOARP: u32 = libc::IFF_NOARP.cast_unsigned();
 /// Everything on the wire.
 pub const IFF_PROMISC: u32 = libc::IFF_PROMISC.cast_unsigned();
+const IFF_LINK: u32 = (libc::IFF_LOWER_UP | libc::IFF_RUNNING).cast_unsigned();
 /// All multicast frames.
 pub const IFF_ALLMULTI: u32 = libc::IFF_ALLMULTI.cast_unsigned();
 
@@ -61,7 +62,7 @@ pub struct Interface {
     pub permanent: Option<Mac>,
     /// MTU, bytes.
     pub mtu: u32,
-    /// The link is up.
+    /// The link is up and the kernel sends on it.
     pub carrier: bool,
 }
 
@@ -75,7 +76,8 @@ pub fn all(netlink: &mut Netlink) -> Result<Vec<Interface>, NetlinkError> {
     Ok(netlink.call(request)?.iter().filter_map(parse).collect())
 }
 
-/// The interface with this number, as it is now.
+/// The interface with this number, as it is now. Since Linux 6.8, asking also makes the kernel act at once on a link
+/// that has just come up, where it might let up to a second pass otherwise.
 ///
 /// # Errors
 /// When there is none any more.
@@ -155,7 +157,8 @@ fn parse(message: &Message) -> Option<Interface> {
     }
     let index = Index(i32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?));
     let flags = u32::from_ne_bytes(*message.payload.get(8..)?.first_chunk()?);
-    let carrier = flags & libc::IFF_LOWER_UP.cast_unsigned() != 0;
+    // LOWER_UP is the driver's word; RUNNING follows once the kernel has attached its queues.
+    let carrier = flags & IFF_LINK == IFF_LINK;
     let (mut name, mut address, mut permanent, mut mtu) = (String::new(), None, None, 0);
     for (kind, value) in attributes(message.payload.get(16..)?) {
         match kind {

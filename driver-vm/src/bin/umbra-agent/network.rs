@@ -97,7 +97,7 @@ impl Nic {
 }
 
 impl Network {
-    /// Joins the NIC with the ends of the plan, or gives the NIC back when not all of them are there yet.
+    /// Joins the NIC with the ends of the plan, or gives the NIC back when not all of them are there and up yet.
     ///
     /// # Errors
     /// When an end cannot be set up, or the kernel cannot forward.
@@ -112,6 +112,11 @@ impl Network {
             match found {
                 Some(found) => ends.push(End::set_up(netlink, found, end, nic.mtu)?),
                 None => return Ok(Err(nic)),
+            }
+        }
+        for end in &ends {
+            if !interface::by_index(netlink, end.index)?.carrier {
+                return Ok(Err(nic)); // a bridge would leave it out
             }
         }
         match &ends[..] {
