@@ -71,10 +71,13 @@ fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
     print(&serde_json::to_string_pretty(value)?)
 }
 
+/// Warnings and errors, without `vfio_ioctls`' warnings: it has one for each conventional PCI device.
+const DEFAULT_LOG: &str = "warn,vfio_ioctls=error";
+
 /// Logs go to stderr and are off below warnings; `UMBRA_LOG` takes a filter, as `debug` or `umbra_vmm::vfio=trace`.
 fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("UMBRA_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 
