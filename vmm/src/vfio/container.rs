@@ -7,6 +7,7 @@
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
@@ -70,7 +71,9 @@ impl Vfio {
         host.check_ready()?;
         let mut open = lock(&self.open);
         let container = Arc::clone(&self.container);
+        let start = Instant::now();
         let device = VfioDevice::new(&host.directory(), container, true).map_err(|e| open_error(host, e))?;
+        tracing::debug!("{}: opened (reset by {:?}) in {:?}", host.bdf(), host.reset().best(), start.elapsed());
         if *open == 0 {
             self.map(host.bdf())?;
         }
@@ -93,10 +96,12 @@ impl Vfio {
     fn map(&self, bdf: Bdf) -> Result<(), Error> {
         let size: u64 = self.resources.memory.iter().map(GuestMemoryRegion::len).sum();
         raise_locked_memory(size + LOCKED_SLACK);
+        let start = Instant::now();
         // SAFETY: the regions are guest memory, which is only ever accessed by volatile and atomic operations
         // and by the kernel (the contract of vm-memory), and which `self.resources` keeps mapped until after
         // `release` or the end of the container.
         let mapped = unsafe { self.container.vfio_map_guest_memory(&self.resources.memory) };
+        tracing::debug!("{bdf}: {} MiB locked and mapped for DMA in {:?}", size >> 20, start.elapsed());
         mapped.map_err(|source| match &source {
             VfioError::IommuDmaMap(e) if e.errno() == libc::ENOMEM => {
                 let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
