@@ -53,6 +53,8 @@ fn what_was_not_negotiated_is_refused() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn what_passes_is_within_the_frame_and_the_offloads(
         bytes in any::<[u8; HEADER_LEN]>(),
