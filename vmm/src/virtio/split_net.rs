@@ -209,10 +209,7 @@ impl VirtioDevice for SplitNet {
     }
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
-        let config = self.config();
-        for (place, byte) in (offset as usize..).zip(data) {
-            *byte = config.get(place).copied().unwrap_or(0);
-        }
+        super::read_config(&self.config(), offset, data);
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {
@@ -268,3 +265,6 @@ impl MutEventSubscriber for SplitNet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
