@@ -3,12 +3,13 @@
 //! Exit codes: 0 done, 1 failed (one line on stderr that says why), 2 wrong usage. The chain of an error's causes is
 //! printed here and nowhere else.
 
+pub mod bind;
 pub mod client;
 pub mod image;
 pub mod run;
 pub mod vm;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +34,10 @@ enum Command {
     Stop(client::StopArgs),
     /// Make a driver VM image, or unpack a kernel.
     Image(image::Args),
+    /// Take a PCI function from the host's driver, for a VM.
+    Bind(bind::BindArgs),
+    /// Give a PCI function back to the host's driver.
+    Unbind(bind::UnbindArgs),
     /// Be the process of one VM (started by `umbra run`).
     #[command(hide = true)]
     Vm(vm::Args),
@@ -47,6 +52,8 @@ pub fn main() -> ExitCode {
         Command::Crash(args) => client::crash(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Image(args) => image::run(&args),
+        Command::Bind(args) => bind::bind(&args),
+        Command::Unbind(args) => bind::unbind(&args),
         Command::Vm(args) => vm::run(args),
     };
     match result {
@@ -78,7 +85,8 @@ const DEFAULT_LOG: &str = "warn,vfio_ioctls=error";
 fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("UMBRA_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
 }
 
 /// The reader of our output went away, as in `umbra status | head -1`: no error of ours.

@@ -27,9 +27,12 @@ use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
-/// on its way, and the first line of a panic is followed by the rest of its evidence: so long is that waited for. The
-/// guests are masked meanwhile.
+/// on its way: so long is that waited for. The guests are masked meanwhile.
 const SUSPICION: Duration = Duration::from_millis(100);
+
+/// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
+/// some ten milliseconds; where the console is slower, the evidence is cut off here.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// How long a failed VM's process may take to hand over its registers before it is killed.
 const EVIDENCE: Duration = Duration::from_millis(50);
@@ -451,7 +454,8 @@ impl Lifecycle {
         if !self.has_life() || self.suspicion.is_some() {
             return Vec::new();
         }
-        self.suspicion = Some((now + SUSPICION, failure));
+        let patience = if failure.source == Source::Panic { LAST_WORDS } else { SUSPICION };
+        self.suspicion = Some((now + patience, failure));
         vec![Action::Mask]
     }
 

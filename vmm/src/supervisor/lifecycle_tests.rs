@@ -103,6 +103,14 @@ fn a_closed_link_without_a_better_reason_is_the_failure() {
 }
 
 #[test]
+fn a_panic_on_the_console_may_finish_its_last_words() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Sign(failure(Source::Panic, 2000)));
+    assert_eq!(life.handle(at(2299), Input::Tick), []);
+    assert!(matches!(&life.handle(at(2300), Input::Tick)[..], [Action::Failed(_), Action::AskEvidence]));
+}
+
+#[test]
 fn a_silent_agent_fails_after_the_heartbeat_timeout() {
     let mut life = live(1);
     life.handle(at(1000), Input::Heartbeat);
