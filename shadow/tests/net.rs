@@ -1,4 +1,5 @@
 //! The network shadow through every mode, against a simple model of what was sent.
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 use proptest::prelude::*;
 use umbra_shadow::Generation;

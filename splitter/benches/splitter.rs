@@ -4,6 +4,8 @@
 //!
 //! `cargo bench -p umbra-splitter` for criterion's figures; the table of ratios stands at the end.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "../tests/common/mod.rs"]
 mod common;
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{
@@ -24,6 +24,9 @@ pub const MAX_CHAIN: usize = 1024;
 
 /// Largest queue accepted from either side.
 pub const MAX_SIZE: u16 = 1024;
+
+/// `VRING_USED_F_NO_NOTIFY`, in a used ring's 16-bit flags.
+const NO_NOTIFY: u16 = 1;
 
 const DESCRIPTOR_LEN: usize = 16;
 /// `flags` and `idx` before the entries of either ring.
@@ -242,11 +245,10 @@ impl Virtqueue {
 
     /// Notifies the owner if it wants to hear of what was used since last time.
     pub fn notify(&mut self) -> Result<(), RingFault> {
-        if self.open()?.owner_wants_notification()? {
-            if let Some(call) = &self.call {
-                // Full only if the owner does not take its interrupts; then it has one waiting.
-                let _ = call.write(1);
-            }
+        let wanted = self.open()?.owner_wants_notification()?;
+        if let (true, Some(call)) = (wanted, &self.call) {
+            // Full only if the owner does not take its interrupts; then it has one waiting.
+            let _ = call.write(1);
         }
         Ok(())
     }
@@ -258,7 +260,7 @@ impl Virtqueue {
 }
 
 fn aligned(part: &'static str, address: u64, to: u64) -> Result<GuestAddress, RingFault> {
-    if address % to == 0 { Ok(GuestAddress(address)) } else { Err(RingFault::Alignment { part, address }) }
+    if address.is_multiple_of(to) { Ok(GuestAddress(address)) } else { Err(RingFault::Alignment { part, address }) }
 }
 
 /// An open ring: its three parts resolved to memory.
@@ -410,8 +412,7 @@ impl<'m> Ring<'m> {
         if self.state.event_idx {
             return Ok(());
         }
-        let flag = VRING_USED_F_NO_NOTIFY as u16;
-        self.used.store(flag.to_le(), 0, Ordering::Relaxed).map_err(RingFault::Access)
+        self.used.store(NO_NOTIFY.to_le(), 0, Ordering::Relaxed).map_err(RingFault::Access)
     }
 
     /// Asks the owner to kick when there is more than `known` chains waiting. Returns true if there is already.

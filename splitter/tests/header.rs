@@ -1,4 +1,5 @@
 //! The virtio-net header check, on its own: whatever the bytes, a header that passes names nothing outside its frame.
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 use proptest::prelude::*;
 use umbra_splitter::header::{HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Malformed, Offloads};

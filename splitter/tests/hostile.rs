@@ -1,5 +1,6 @@
 //! Hostile rings: whatever a driver VM or a guest writes into its own memory, nothing panics, each call ends within
 //! its bound, and the other side sees whole frames in its own buffers or nothing.
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 mod common;
 
@@ -270,7 +271,7 @@ fn scribble(memory: &GuestMemoryMmap, stop: &AtomicBool) {
         random ^= random >> 7;
         random ^= random << 17;
         let index = random % u64::from(SIZE);
-        let word = (random >> 8) % 4000 | (random >> 20) % 6 << 32 | (random >> 30) % 18 << 48;
+        let word = ((random >> 8) % 4000) | (((random >> 20) % 6) << 32) | (((random >> 30) % 18) << 48);
         memory.write_obj(DATA + (random >> 40) % 0x8000, GuestAddress(BASE + 16 * index)).unwrap();
         memory.write_obj(word, GuestAddress(BASE + 16 * index + 8)).unwrap();
         let head = u16::try_from((random >> 50) % 17).unwrap();

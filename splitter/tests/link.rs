@@ -1,4 +1,5 @@
 //! The splitter between a guest and driver VMs that die, over real vhost-user connections and sealed memory.
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 mod common;
 

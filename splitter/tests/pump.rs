@@ -1,4 +1,5 @@
 //! Frames between two queues in two memories.
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 mod common;
 

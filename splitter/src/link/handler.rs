@@ -146,7 +146,7 @@ fn make_queue(
 }
 
 fn aligned(part: &'static str, address: u64, to: u64) -> std::result::Result<u64, RingFault> {
-    if address % to == 0 { Ok(address) } else { Err(RingFault::Alignment { part, address }) }
+    if address.is_multiple_of(to) { Ok(address) } else { Err(RingFault::Alignment { part, address }) }
 }
 
 /// Takes a descriptor as an eventfd, if it is one: on anything else a poll or a write could wait for its owner.

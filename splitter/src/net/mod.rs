@@ -368,11 +368,11 @@ impl NetSplitter {
 
     /// Gives the generation up and masks; told to the supervisor unless it asked for it itself.
     fn lose(&mut self, generation: Generation, cause: Cause) {
-        if self.link.generation().is_some_and(|g| g <= generation) {
-            if let LinkState::Up { mut link, in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None) {
-                self.shadow.settle(in_flight.count(&mut link.rx));
-                self.retire(*link);
-            }
+        if self.link.generation().is_some_and(|g| g <= generation)
+            && let LinkState::Up { mut link, in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None)
+        {
+            self.shadow.settle(in_flight.count(&mut link.rx));
+            self.retire(*link);
         }
         let applied = self.shadow.apply(Event::Lost(generation));
         if applied && !matches!(cause, Cause::GivenUp) {

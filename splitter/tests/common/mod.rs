@@ -1,6 +1,6 @@
 //! The driver's side of a virtio-net device, for tests and benchmarks: rings and buffers in a memory of its own, as
 //! a guest's or a driver VM's kernel keeps them.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 pub mod vm;
 

@@ -1,5 +1,5 @@
 //! A guest and driver VMs as the splitter meets them: rings in memories of their own, a real vhost-user front-end.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
