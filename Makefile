@@ -38,6 +38,8 @@ test: build
 	@$(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
 
 bench: build
+	@echo '==> measuring the splitter alone'
+	@$(CARGO) bench --quiet -p umbra-splitter --bench splitter
 	@$(BENCH) measure --nic $(NIC)
 
 shell: build

@@ -2,7 +2,8 @@
 //! recording on against off. Off bypasses the shadow: no in-flight record is kept, nothing else differs. Both are
 //! measured in the same run, in turn, so that the ratio holds where the machine's speed does not.
 //!
-//! `cargo bench -p umbra-splitter` for criterion's figures; the table of ratios stands at the end.
+//! `cargo bench -p umbra-splitter` for criterion's figures; the table of ratios stands at the end and in
+//! `target/bench/splitter.json`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,6 +11,7 @@
 mod common;
 
 use std::hint::black_box;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{Driver, PLAIN, RINGS_LEN, Rx, TX_SLOT, memory};
@@ -138,7 +140,8 @@ const SLICES: usize = 1000;
 
 /// Recording on against off in alternating slices; compared at the slices' lower quartile, which other processes on
 /// the machine disturb least.
-fn ratios() {
+fn ratios() -> Vec<String> {
+    let mut rows = Vec::new();
     println!("\n{:<12} {:>14} {:>12} {:>14} {:>8}", "frame", "frames/s on", "MB/s on", "frames/s off", "on/off");
     for (len, name) in SIZES {
         let frames = if len > 10_000 { 100u64 } else { 3_200 };
@@ -162,7 +165,18 @@ fn ratios() {
         let (on, off) = (rate(&mut on_times), rate(&mut off_times));
         let ratio = on / off;
         println!("{name:<12} {on:>14.0} {:>12.0} {off:>14.0} {ratio:>8.3}", on * len as f64 / 1e6);
+        rows.push(format!(
+            "{{\"frame_bytes\":{len},\"recording_frames_s\":{on:.0},\"off_frames_s\":{off:.0},\"ratio\":{ratio:.4}}}"
+        ));
     }
+    rows
+}
+
+/// Writes the table as JSON beside the other measurements, `target/bench/splitter.json`.
+fn write_json(rows: &[String]) -> std::io::Result<()> {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench");
+    std::fs::create_dir_all(&target)?;
+    std::fs::write(target.join("splitter.json"), format!("[{}]\n", rows.join(",\n ")))
 }
 
 fn main() {
@@ -174,6 +188,9 @@ fn main() {
     criterion.final_summary();
     // `cargo test` runs benchmarks too, with this flag and without optimisation.
     if !std::env::args().any(|arg| arg == "--test") {
-        ratios();
+        let rows = ratios();
+        if let Err(error) = write_json(&rows) {
+            eprintln!("cannot write target/bench/splitter.json: {error}");
+        }
     }
 }

@@ -67,7 +67,9 @@ pub enum Malformed {
         gso_type: u8,
     },
     /// Segmentation with a segment size of 0, without a checksum to finish, or with more header than frame.
-    #[error("segmentation into {size} bytes with {header} bytes of headers in a frame of {len} bytes, flags {flags:#x}")]
+    #[error(
+        "segmentation into {size} bytes with {header} bytes of headers in a frame of {len} bytes, flags {flags:#x}"
+    )]
     Segmentation {
         /// `gso_size`.
         size: u16,

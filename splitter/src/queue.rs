@@ -13,9 +13,7 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Most descriptors in one chain: Linux sends 18 for a 64 KiB frame, and no queue here has more than 1024 entries.
@@ -457,7 +455,8 @@ impl<'m> Ring<'m> {
 fn read_descriptor(table: &VolatileSlice<'_>, index: u16) -> Option<(u64, u32, u32, u16)> {
     let at = DESCRIPTOR_LEN * usize::from(index);
     // The table's owner chooses an indirect table's alignment: whole reads where it is aligned, bytes where not.
-    let (address, rest) = match (table.load::<u64>(at, Ordering::Relaxed), table.load::<u64>(at + 8, Ordering::Relaxed)) {
+    let (address, rest) = match (table.load::<u64>(at, Ordering::Relaxed), table.load::<u64>(at + 8, Ordering::Relaxed))
+    {
         (Ok(address), Ok(rest)) => (u64::from_le(address), u64::from_le(rest)),
         _ => {
             let mut bytes = [0u8; DESCRIPTOR_LEN];

@@ -167,13 +167,50 @@ fn the_guests_malformed_chains_are_its_own_loss() {
 fn the_driver_vms_malformed_chains_are_violations() {
     type Break = fn(&mut Driver);
     let cases: [(Break, &str); 7] = [
-        (|d| { d.offer(&[(0x20_0000, 100, WRITE)]); }, "direction"),
-        (|d| { d.offer(&[(1 << 40, 100, 0)]); }, "outside memory"),
-        (|d| { d.offer(&[(0x20_0000, 20, 0)]); }, "8 bytes"),
-        (|d| { d.offer_head(SIZE); }, "chain head 64"),
-        (|d| { d.set_avail_idx(SIZE + 1); }, "jumped"),
-        (|d| { d.write_descriptor(3, 0x20_0000, 100, 1, 3); d.offer_head(3); }, "without end"),
-        (|d| { d.write_descriptor(3, 0x20_0000, 100, 1, SIZE); d.offer_head(3); }, "goes on at 64"),
+        (
+            |d| {
+                d.offer(&[(0x20_0000, 100, WRITE)]);
+            },
+            "direction",
+        ),
+        (
+            |d| {
+                d.offer(&[(1 << 40, 100, 0)]);
+            },
+            "outside memory",
+        ),
+        (
+            |d| {
+                d.offer(&[(0x20_0000, 20, 0)]);
+            },
+            "8 bytes",
+        ),
+        (
+            |d| {
+                d.offer_head(SIZE);
+            },
+            "chain head 64",
+        ),
+        (
+            |d| {
+                d.set_avail_idx(SIZE + 1);
+            },
+            "jumped",
+        ),
+        (
+            |d| {
+                d.write_descriptor(3, 0x20_0000, 100, 1, 3);
+                d.offer_head(3);
+            },
+            "without end",
+        ),
+        (
+            |d| {
+                d.write_descriptor(3, 0x20_0000, 100, 1, SIZE);
+                d.offer_head(3);
+            },
+            "goes on at 64",
+        ),
     ];
     for (break_it, what) in cases {
         let mut pair = Pair::new(Owner::DriverVm, 2048, true);
@@ -182,7 +219,8 @@ fn the_driver_vms_malformed_chains_are_violations() {
         let (owner, fault) = pair.pump().unwrap_err();
         assert_eq!(owner, Owner::DriverVm, "{what}");
         let text = std::iter::successors(Some(&fault as &dyn std::error::Error), |e| e.source())
-            .map(ToString::to_string).collect::<String>();
+            .map(ToString::to_string)
+            .collect::<String>();
         assert!(text.contains(what), "{what}: {text}");
     }
 }

@@ -97,8 +97,15 @@ pub struct Status {
 enum LinkState {
     None,
     /// Being set up; `go_live`: the supervisor has said so already.
-    Connecting { server: LinkServer, go_live: bool },
-    Up { server: LinkServer, link: Box<Link>, in_flight: InFlight },
+    Connecting {
+        server: LinkServer,
+        go_live: bool,
+    },
+    Up {
+        server: LinkServer,
+        link: Box<Link>,
+        in_flight: InFlight,
+    },
 }
 
 impl LinkState {

@@ -96,7 +96,8 @@ impl Driver {
         queue.set_used_ring_address(Some(u32::try_from(self.used_ring()).unwrap()), Some(0));
         queue.set_event_idx(self.event_idx);
         queue.set_ready(true);
-        Virtqueue::new(Arc::clone(&self.memory), &queue, clone_event(&self.kick), Some(clone_event(&self.call))).unwrap()
+        Virtqueue::new(Arc::clone(&self.memory), &queue, clone_event(&self.kick), Some(clone_event(&self.call)))
+            .unwrap()
     }
 
     pub fn free(&self) -> usize {
@@ -241,7 +242,10 @@ impl Rx {
 
     fn read(&self, head: u16, len: u32) -> Vec<u8> {
         let mut bytes = vec![0; len as usize];
-        self.driver.memory.read_slice(&mut bytes, GuestAddress(self.data + u64::from(head) * u64::from(self.len))).unwrap();
+        self.driver
+            .memory
+            .read_slice(&mut bytes, GuestAddress(self.data + u64::from(head) * u64::from(self.len)))
+            .unwrap();
         bytes
     }
 

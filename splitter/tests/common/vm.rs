@@ -15,7 +15,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Driver, RINGS_LEN, Rx, Tx, TX_SLOT, memory, sealed_memory};
+use super::{Driver, RINGS_LEN, Rx, TX_SLOT, Tx, memory, sealed_memory};
 
 pub const SIZE: u16 = 64;
 pub const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
