@@ -111,6 +111,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             events: events.transpose()?,
             // The very program that runs now, even if the file has been replaced since.
             program: "/proc/self/exe".into(),
+            host: supervisor::Host::default(),
         },
     )?;
     Ok(())

@@ -1,8 +1,9 @@
 //! Starting the process of a VM: this program again, as `umbra vm`, with a control channel and the descriptors that
 //! its spec names, and nothing else of the supervisor's.
 //!
-//! Every descriptor of the supervisor is close-on-exec; the inherited ones are opened up in the child alone. The
-//! process is killed by the kernel when the supervisor ends, however it ends.
+//! Every descriptor but the standard streams is made close-on-exec in the child, those that the supervisor itself was
+//! started with included; then the inherited ones are opened up. The process is killed by the kernel when the
+//! supervisor ends, however it ends.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -173,6 +174,11 @@ fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGQUIT] {
         // SAFETY: ignoring a signal installs no handler.
         unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) }?;
+    }
+    // SAFETY: the call takes no pointers, and marks descriptors of this process, which executes another program next.
+    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if marked != 0 {
+        return Err(io::Error::last_os_error());
     }
     for &fd in keep {
         // SAFETY: the supervisor keeps these descriptors open until after the spawn.

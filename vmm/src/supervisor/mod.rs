@@ -24,5 +24,5 @@ pub mod time;
 pub mod timeline;
 pub mod wall;
 
-pub use preflight::PreflightError;
+pub use preflight::{Host, PreflightError};
 pub use run::{Options, RunError, run};

@@ -15,8 +15,20 @@ use crate::spec::{Guest, Machine, MemorySize};
 use crate::vfio;
 use crate::vfio::sysfs::HostDevice;
 
-/// The device file of KVM.
-const KVM: &str = "/dev/kvm";
+/// Where the host's things are.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The device file of KVM.
+    pub kvm: PathBuf,
+    /// The PCI bus in sysfs.
+    pub pci: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into() }
+    }
+}
 
 /// Something that a machine needs is not there.
 #[derive(Debug, Error)]
@@ -85,16 +97,16 @@ pub(super) struct Checked {
 
 impl Checked {
     /// Checks what `machine` needs.
-    pub(super) fn new(machine: &Machine) -> Result<Self, PreflightError> {
-        check_kvm()?;
+    pub(super) fn new(machine: &Machine, host: &Host) -> Result<Self, PreflightError> {
+        check_kvm(&host.kvm)?;
         for (name, guest) in &machine.guest {
-            check_guest(name, guest)?;
+            check_guest(name, guest, host)?;
         }
         let mut drivers = BTreeMap::new();
         for (name, driver) in &machine.driver {
             let image = Image::open(&driver.image)
                 .map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
-            let device = check_device(name, &driver.device)?;
+            let device = check_device(name, &driver.device, host)?;
             check_locked_memory(name, driver.memory)?;
             drivers.insert(name.clone(), (device, image));
         }
@@ -102,15 +114,15 @@ impl Checked {
     }
 }
 
-fn check_kvm() -> Result<(), PreflightError> {
-    match OpenOptions::new().read(true).write(true).open(KVM) {
+fn check_kvm(kvm: &Path) -> Result<(), PreflightError> {
+    match OpenOptions::new().read(true).write(true).open(kvm) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(PreflightError::KvmDenied(error)),
         Err(_) => Err(PreflightError::NoKvm),
     }
 }
 
-fn check_guest(name: &str, guest: &Guest) -> Result<(), PreflightError> {
+fn check_guest(name: &str, guest: &Guest, host: &Host) -> Result<(), PreflightError> {
     let fail = |what, path: &Path| {
         let (guest, path) = (name.to_owned(), path.to_owned());
         move |source| PreflightError::File { guest, what, path, source }
@@ -124,7 +136,7 @@ fn check_guest(name: &str, guest: &Guest) -> Result<(), PreflightError> {
         opened.map_err(fail("cannot open the disk", &disk.path))?;
     }
     for address in &guest.passthrough {
-        check_device(name, address)?;
+        check_device(name, address, host)?;
         check_locked_memory(name, guest.memory)?;
     }
     Ok(())
@@ -135,9 +147,9 @@ fn check_readable(path: &Path) -> io::Result<()> {
     if meta.is_dir() { Err(io::Error::from(io::ErrorKind::IsADirectory)) } else { Ok(()) }
 }
 
-fn check_device(user: &str, address: &str) -> Result<HostDevice, PreflightError> {
+fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
     let bdf: Bdf = address.parse()?;
-    let ready = HostDevice::find(bdf).and_then(|device| device.check_ready().map(|()| device));
+    let ready = HostDevice::find_below(&host.pci, bdf).and_then(|device| device.check_ready().map(|()| device));
     ready.map_err(|source| PreflightError::Device { user: user.into(), source })
 }
 

@@ -18,7 +18,7 @@ use super::driver::{DriverVm, EndRef};
 use super::events::{Event, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
 use super::lifecycle::{Input, State};
-use super::preflight::{Checked, PreflightError};
+use super::preflight::{Checked, Host, PreflightError};
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
 use super::signals::{self, SavedTerminal};
@@ -39,6 +39,8 @@ pub struct Options {
     pub events: Option<File>,
     /// The program that VM processes are started from: this one.
     pub program: PathBuf,
+    /// Where the host's things are.
+    pub host: Host,
 }
 
 /// Why a machine did not run to a good end.
@@ -102,7 +104,7 @@ pub(super) struct Supervisor {
 /// Nothing was started, or a VM could not be started or a guest ended badly; in any case nothing is left running.
 pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let _terminal = SavedTerminal::save();
-    let checked = Checked::new(machine)?;
+    let checked = Checked::new(machine, &options.host)?;
     let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
     let events = Events::new(options.verbosity, options.events);

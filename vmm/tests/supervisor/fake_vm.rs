@@ -1,0 +1,175 @@
+//! A process that says what a VM's process would say. What it is to do wrong is in its kernel command line.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, ToAgent};
+use umbra_shadow::Generation;
+use umbra_vmm::process::channel::{Channel, Incoming};
+use umbra_vmm::process::ipc::{FromVm, MaskedCounts, NetBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use umbra_vmm::spec::Console;
+use umbra_vmm::supervisor::time::Time;
+
+pub fn main(args: &[String]) -> ExitCode {
+    let fd = args.iter().skip_while(|word| *word != "--control").nth(1).unwrap().parse().unwrap();
+    // SAFETY: the supervisor opened it for this process.
+    let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
+    let Incoming::Message(ToVm::Start(spec), _) = channel.receive().unwrap() else { return ExitCode::FAILURE };
+    if spec.cmdline.contains("fake=no-start") {
+        channel.send(&FromVm::Failed { what: "it has no engine".into() }, &[]).unwrap();
+        return ExitCode::SUCCESS;
+    }
+    channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();
+    if spec.passthrough.is_empty() { guest(&spec, &channel) } else { driver(&spec, channel) }
+    ExitCode::SUCCESS
+}
+
+/// Descriptors that this process has open, apart from the one that counts them.
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count() - 1
+}
+
+/// A guest: masks when a link is lost, goes live when told, notes all that it is told in its console's file.
+fn guest(spec: &VmSpec, channel: &Channel) {
+    let Console::File(path) = &spec.console else { return };
+    let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
+    let mut link: Option<(Generation, OwnedFd)> = None;
+    loop {
+        let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+        fds.extend(link.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        poll(&mut fds, 10_000_u16).unwrap();
+        if fds.get(1).is_some_and(|fd| fd.any().unwrap()) {
+            let (generation, _) = link.take().unwrap();
+            let at = Time::now().0;
+            channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
+            continue;
+        }
+        if !fds[0].any().unwrap() {
+            continue;
+        }
+        let Incoming::Message(message, mut fds) = channel.receive::<ToVm>().unwrap() else { return };
+        writeln!(log, "{message:?}").unwrap();
+        let at = Time::now().0;
+        match message {
+            ToVm::AttachLink { generation, .. } => link = Some((generation, fds.remove(0))),
+            ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
+            ToVm::GoLive { net, generation, .. } => {
+                let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };
+                channel.send(&FromVm::Live { net, generation, at, masked }, &[]).unwrap();
+                if spec.cmdline.contains(&format!("reset-in={generation} ")) {
+                    thread::sleep(Duration::from_millis(300));
+                    let at = Time::now().0;
+                    channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
+                    return;
+                }
+            }
+            ToVm::QueryStatus => {
+                let masked = MaskedCounts::default();
+                let mode = if link.is_some() { "passive" } else { "masking" }.into();
+                let status = FromVm::NetStatus { net: 0, mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
+                channel.send(&status, &[]).unwrap();
+            }
+            ToVm::PowerButton => {
+                channel.send(&FromVm::Ended { at, how: VmEnd::PowerOff, registers: String::new() }, &[]).unwrap();
+                return;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A driver VM: its agent's side of the protocol, and its ways to die.
+fn driver(spec: &VmSpec, channel: Channel) {
+    let PortEnd::Fd(agent) = spec.ports[0].end else { return };
+    println!("[    0.1] booting {} with {} descriptors", spec.name, open_descriptors());
+    // SAFETY: the supervisor opened both for this process.
+    let agent = unsafe { UnixStream::from_raw_fd(agent) };
+    let NetBackend::VhostUser { fd: link, .. } = spec.nets[0] else { return };
+    // SAFETY: as above.
+    let _link = unsafe { File::from_raw_fd(link) };
+    let generation: u32 = spec.name.rsplit('.').next().unwrap().parse().unwrap();
+    let told = |what: &str| spec.cmdline.contains(&format!("{what}={generation} "));
+    if told("hang-at-boot") {
+        thread::sleep(Duration::from_secs(100));
+    }
+    let sender = Arc::new(Mutex::new(agent.try_clone().unwrap()));
+    let say = |message: FromAgent| send(&sender, &message);
+    say(FromAgent::Hello { generation, kernel: "6.12-fake".into(), uptime_ms: 1 });
+    let mut lines = BufReader::new(agent).lines();
+    let plan = lines.next().unwrap().unwrap();
+    assert!(matches!(serde_json::from_str(&plan), Ok(ToAgent::ConfigureNet(plan)) if plan.ends.len() == 1));
+    if told("agent-fails") {
+        say(FromAgent::Failed { what: "no module named nic".into() });
+        thread::sleep(Duration::from_secs(100));
+    }
+    let mac = Mac([2, 0, 0, 0, 0, 1]);
+    say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
+    say(FromAgent::Forwarding { uptime_ms: 3 });
+    say(FromAgent::Carrier { up: true, uptime_ms: 4 });
+    if told("die-after-forwarding") {
+        thread::sleep(Duration::from_millis(100));
+        std::process::exit(9);
+    }
+    if told("garbage") {
+        sender.lock().unwrap().write_all(b"{\"type\":\"root-shell\"}\n").unwrap();
+    }
+    if told("flood") {
+        let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);
+    }
+    let heart = Arc::clone(&sender);
+    thread::spawn(move || {
+        for sequence in 1.. {
+            send(&heart, &FromAgent::Heartbeat { sequence, available_memory: 1 << 20 });
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let channel = Arc::new(channel);
+    let control = Arc::clone(&channel);
+    thread::spawn(move || {
+        while let Ok(Incoming::Message(message, _)) = control.receive::<ToVm>() {
+            if matches!(message, ToVm::Kill) {
+                let registers = "rip 0000".into();
+                let _ = control.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Killed, registers }, &[]);
+                std::process::exit(0);
+            }
+        }
+        std::process::exit(1);
+    });
+    for line in lines {
+        if let Ok(ToAgent::Crash { kind }) = serde_json::from_str(&line.unwrap()) {
+            crash(kind, &sender, &channel);
+        }
+    }
+}
+
+fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
+    match kind {
+        CrashKind::Panic => {
+            println!("[    9.9] Kernel panic - not syncing: fake crash\n[    9.9] CPU: 0 PID: 1");
+            channel.send(&FromVm::Panicked { at: Time::now().0 }, &[]).unwrap();
+        }
+        CrashKind::AgentHang => {
+            let _silence = sender.lock().unwrap();
+            thread::sleep(Duration::from_secs(100));
+        }
+        CrashKind::Reboot => {
+            let registers = "rip 1111".into();
+            channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
+            std::process::exit(0);
+        }
+    }
+}
+
+fn send(sender: &Mutex<UnixStream>, message: &FromAgent) {
+    let line = serde_json::to_string(message).unwrap() + "\n";
+    if sender.lock().unwrap().write_all(line.as_bytes()).is_err() {
+        std::process::exit(1);
+    }
+}

@@ -1,0 +1,183 @@
+//! A machine under test: a made-up host, a spec, the supervisor in a thread, and the control socket to look at it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::spec::Machine;
+use umbra_vmm::supervisor::control::{Request, Response, StopHow};
+use umbra_vmm::supervisor::events::Verbosity;
+use umbra_vmm::supervisor::status::{DriverStatus, Status};
+use umbra_vmm::supervisor::{self, Host, Options, RunError};
+use umbra_vmm::supervisor::rundir;
+
+/// The device of the driver VM.
+const DEVICE: &str = "0000:03:00.0";
+
+/// How long anything may take to come about.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A running machine with one guest `web` and one driver VM `nic0`.
+pub struct TestMachine {
+    pub dir: tempfile::TempDir,
+    run: Option<JoinHandle<Result<(), RunError>>>,
+}
+
+/// Starts a machine: `guest` and `driver` are the kernel command lines of the two, `restart` is the policy's TOML.
+pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
+    let dir = tempfile::tempdir().unwrap();
+    let host = make_host(dir.path());
+    fs::write(dir.path().join("kernel"), "a kernel").unwrap();
+    let text = format!(
+        "[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
+         [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\nrestart = {{ {restart} }}\n"
+    );
+    let machine = Machine::parse(&text, &dir.path().join("m.toml")).unwrap();
+    let options = Options {
+        name: "m".into(),
+        base: dir.path().join("run"),
+        verbosity: Verbosity::Quiet,
+        events: Some(fs::File::create(dir.path().join("events")).unwrap()),
+        program: "/proc/self/exe".into(),
+        host,
+    };
+    let run = thread::spawn(move || supervisor::run(&machine, options));
+    TestMachine { dir, run: Some(run) }
+}
+
+/// A sysfs with one function bound to `vfio-pci`, and an image.
+fn make_host(dir: &Path) -> Host {
+    let pci = dir.join("pci");
+    let device = pci.join("devices").join(DEVICE);
+    let group = dir.join("groups/7");
+    fs::create_dir_all(&device).unwrap();
+    fs::create_dir_all(group.join("devices").join(DEVICE)).unwrap();
+    symlink(&group, device.join("iommu_group")).unwrap();
+    fs::create_dir_all(pci.join("drivers/vfio-pci")).unwrap();
+    symlink(pci.join("drivers/vfio-pci"), device.join("driver")).unwrap();
+    for (name, text) in [("vendor", "0x8086"), ("device", "0x10d3"), ("reset", ""), ("reset_method", "flr bus")] {
+        fs::write(device.join(name), text).unwrap();
+    }
+    // A command register with bus mastering on.
+    fs::write(device.join("config"), [0x86, 0x80, 0xd3, 0x10, 0x06, 0x00, 0, 0]).unwrap();
+    let image = dir.join("image");
+    fs::create_dir_all(&image).unwrap();
+    fs::write(image.join("vmlinux"), "elf").unwrap();
+    fs::write(image.join("initramfs.cpio"), "cpio").unwrap();
+    let manifest = r#"{"format":1,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
+        "firmware_missing":[],"vmlinux":{"size":3,"sha256":""},"initramfs":{"size":4,"sha256":""}}"#;
+    fs::write(image.join("manifest.json"), manifest).unwrap();
+    let kvm = dir.join("kvm");
+    fs::write(&kvm, "").unwrap();
+    Host { kvm, pci }
+}
+
+impl TestMachine {
+    /// Sends a request; `None` if the machine is not there (yet, or any more).
+    fn ask(&self, request: &Request) -> Option<Response> {
+        let (_, stream) = rundir::connect(&self.dir.path().join("run"), Some("m")).ok()?;
+        exchange(&stream, request)
+    }
+
+    pub fn status(&self) -> Option<Status> {
+        match self.ask(&Request::Status)? {
+            Response::Status(status) => Some(*status),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits until the driver VM is as `wanted` has it.
+    pub fn wait_for(&self, what: &str, wanted: impl Fn(&DriverStatus) -> bool) -> DriverStatus {
+        let until = Instant::now() + PATIENCE;
+        let mut last = None;
+        while Instant::now() < until {
+            if let Some(status) = self.status() {
+                let driver = status.drivers.into_iter().next().unwrap();
+                if wanted(&driver) {
+                    return driver;
+                }
+                last = Some(driver);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        panic!("waited in vain for {what}: {last:#?}\n{}", self.events_text());
+    }
+
+    pub fn wait_live(&self, generation: u32) -> DriverStatus {
+        let what = format!("generation {generation} live");
+        self.wait_for(&what, |driver| driver.state == "live" && driver.generation == Some(generation))
+    }
+
+    pub fn crash(&self, kind: CrashKind) {
+        let response = self.ask(&Request::Crash { name: "nic0".into(), kind });
+        assert!(matches!(response, Some(Response::Crashing { .. })), "{response:?}");
+    }
+
+    /// Presses the power button (or kills) without waiting for the end.
+    pub fn press(&self, how: StopHow) {
+        assert!(matches!(self.ask(&Request::Stop { how }), Some(Response::Stopping { .. })));
+    }
+
+    /// Waits for the end of the run.
+    pub fn wait(&mut self) -> Result<(), RunError> {
+        self.run.take().unwrap().join().unwrap()
+    }
+
+    /// Stops the machine and expects a good end, with nothing left.
+    pub fn stop(mut self) {
+        let pids = self.pids();
+        self.press(StopHow::PowerButton);
+        self.wait().unwrap();
+        for pid in pids {
+            assert!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left");
+        }
+        assert!(!self.dir.path().join("run/m/control.sock").exists());
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let status = self.status().unwrap();
+        let guests = status.guests.iter().filter_map(|guest| guest.pid);
+        guests.chain(status.drivers.iter().filter_map(|driver| driver.pid)).collect()
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run/m")
+    }
+
+    pub fn report(&self, generation: u32) -> Value {
+        let path = self.run_dir().join(format!("reports/nic0-gen{generation}.json"));
+        serde_json::from_slice(&fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+    }
+
+    /// What the guest's process was told.
+    pub fn guest_log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("web.log")).unwrap()
+    }
+
+    pub fn events_text(&self) -> String {
+        fs::read_to_string(self.dir.path().join("events")).unwrap()
+    }
+
+    /// What was written to the device's `reset`.
+    pub fn resets(&self) -> String {
+        fs::read_to_string(self.dir.path().join("pci/devices").join(DEVICE).join("reset")).unwrap()
+    }
+
+    /// The device's command register.
+    pub fn command(&self) -> u8 {
+        fs::read(self.dir.path().join("pci/devices").join(DEVICE).join("config")).unwrap()[4]
+    }
+}
+
+fn exchange(mut stream: &UnixStream, request: &Request) -> Option<Response> {
+    stream.write_all((serde_json::to_string(request).unwrap() + "\n").as_bytes()).ok()?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).ok()?;
+    serde_json::from_str(&line).ok()
+}

@@ -1,0 +1,40 @@
+//! The supervisor with real processes and no KVM: this binary, started as `umbra vm`, plays the VMs ([`fake_vm`]).
+//!
+//! Each case is a function that reads as a sentence; `cargo test --test supervisor NAME` runs those whose name
+//! contains NAME.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod cases;
+mod fake_vm;
+mod machine;
+
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
+
+/// No case takes more than a few seconds; one that hangs fails with its name.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if args.get(1).is_some_and(|word| word == "vm") {
+        return fake_vm::main(&args);
+    }
+    let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
+    let mut failed = Vec::new();
+    for (name, case) in cases::ALL {
+        if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
+            continue;
+        }
+        let (sender, receiver) = mpsc::channel();
+        let _ = std::thread::spawn(move || sender.send(catch_unwind(case).is_ok()));
+        let passed = receiver.recv_timeout(TIME_LIMIT).unwrap_or(false);
+        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        if !passed {
+            failed.push(name);
+        }
+    }
+    println!("\n{} failed {failed:?}", failed.len());
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
