@@ -5,7 +5,7 @@ export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /root; mount -t devpts pts /dev/pts; mount -t tmpfs tmp /tmp
 ln -sf /proc/self/fd /dev/fd
-modprobe -a $(cat /sys/bus/pci/devices/*/modalias | sort -u) 2>/dev/null
+modprobe -a $(cat /sys/bus/pci/devices/*/modalias /sys/bus/virtio/devices/*/modalias | sort -u) 2>/dev/null
 ip link set lo up; hostname guest
 for word in $(cat /proc/cmdline); do case $word in ip4=*) ip4=${word#ip4=};; esac; done
 if [ -n "$ip4" ]; then

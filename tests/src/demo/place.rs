@@ -54,6 +54,14 @@ impl Here {
     }
 }
 
+/// Lines of a failed script's output that are shown.
+const SHOWN_LINES: usize = 25;
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+}
+
 impl Place {
     /// The folder for files in and out, on this machine.
     pub fn share(&self) -> PathBuf {
@@ -121,7 +129,7 @@ impl Place {
         if output.ok() {
             return Ok(output.stdout);
         }
-        let said = format!("{}{}", output.stdout, output.stderr);
+        let said = last_lines(&format!("{}{}", output.stdout, output.stderr));
         Err(DemoError::Umbra { what: format!("`{script}` ended with status {}", output.status), said })
     }
 
