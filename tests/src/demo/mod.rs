@@ -202,7 +202,7 @@ impl Demo<'_> {
         self.place.peer().offer(content.bytes, DEFAULT_RATE, plan.allowance(0, content.bytes))?;
         let url = format!("http://{}:{}/file", self.peer, crate::peer::ports::HTTP);
         let limit = Duration::from_secs(120) + RECOVERY_LIMIT * self.spec.crashes;
-        let mut get = self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -T 600 -O - {url} | sha256sum"), limit)?;
+        let mut get = self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -O - {url} | sha256sum"), limit)?;
         let results = crash::run(self, &plan, content, &mut get)?;
         self.place.peer().allow(u64::MAX)?;
         if !get.poll(Duration::from_secs(120)).map_err(DemoError::Exec)? {
