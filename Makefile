@@ -1,5 +1,6 @@
 # Umbra's commands. `make` alone lists them.
-#   NIC=e1000e|rtl8139|igb  CRASHES=3  PCI=0000:03:00.0 (real hardware)  UMBRA_CACHE=folder for what is fetched
+#   NIC=e1000e|rtl8139|igb  CRASHES=3  UMBRA_CACHE=folder for what is fetched
+#   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
 CRASHES ?= 3
 TARGET  := target/x86_64-unknown-linux-gnu/release
@@ -29,7 +30,7 @@ setup: build
 	@$(BENCH) setup
 
 demo: build
-	@$(BENCH) demo --nic $(NIC) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI))
+	@$(BENCH) demo --nic $(NIC) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) $(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
 
 test: build
 	@echo '==> setting up the bench'
