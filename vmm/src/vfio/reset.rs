@@ -3,6 +3,10 @@
 //! The invariant: bus mastering is cleared first, so that a device without any reset at least stops its DMA
 //! until the next driver switches it on. `vfio-pci` resets by the same methods itself whenever its device
 //! file is opened and after it is closed.
+//!
+//! The kernel prefers `pm` to `bus`. Here it is the other way: many devices keep their rings through D3hot, and such
+//! a one writes into its next driver VM at addresses of its last life. The order is written to `reset_method`, so
+//! that `vfio-pci` keeps it too; the kernel offers `bus` only where nothing else is on that bus.
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -83,13 +87,17 @@ impl Reset {
     /// From the content of `reset_method`, and whether there is a file `reset` (older kernels have that alone).
     pub(super) fn new(methods: Option<&str>, has_reset: bool) -> Self {
         match methods {
-            Some(words) => Self(words.split_whitespace().map(ResetMethod::from_word).collect()),
+            Some(words) => {
+                let mut methods: Vec<_> = words.split_whitespace().map(ResetMethod::from_word).collect();
+                methods.sort_by_key(|method| *method == ResetMethod::Pm);
+                Self(methods)
+            }
             None if has_reset => Self(vec![ResetMethod::Other]),
             None => Self(Vec::new()),
         }
     }
 
-    /// The method that the kernel tries first.
+    /// The method that is tried first.
     pub fn best(&self) -> Option<ResetMethod> {
         self.0.first().copied()
     }
@@ -106,7 +114,10 @@ impl Reset {
             Some(ResetMethod::Bus | ResetMethod::CxlBus) => {
                 "bus reset: the device starts each life clean, together with everything behind the same bridge"
             }
-            Some(ResetMethod::Pm) => "power-management reset (D3hot and back): the device loses its registers and its DMA addresses",
+            Some(ResetMethod::Pm) => {
+                "power-management reset (D3hot and back): most devices lose their registers; one that keeps them may write to \
+                 the memory of its own new driver VM at addresses of the last life; no other memory is in its reach"
+            },
             Some(ResetMethod::DeviceSpecific) => "the kernel has a reset routine for this very device",
             Some(ResetMethod::Acpi) => "the firmware resets the device (ACPI _RST)",
             Some(ResetMethod::Other) => "the kernel can reset the device, by a method it does not name",
@@ -122,7 +133,7 @@ impl Reset {
 /// What a reset did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResetDone {
-    /// The method the kernel tried first; `None`: it has none, only bus mastering was cleared.
+    /// The method that was tried first; `None`: it has none, only bus mastering was cleared.
     pub method: Option<ResetMethod>,
     /// How long it took.
     pub took: Duration,
@@ -138,6 +149,7 @@ impl HostDevice {
         self.clear_bus_master()?;
         let method = self.reset().best();
         if method.is_some() {
+            self.order_methods()?;
             self.write_reset(limit)?;
         }
         Ok(ResetDone { method, took: start.elapsed() })
@@ -157,6 +169,20 @@ impl HostDevice {
         }
         let cleared = (value & !COMMAND_MASTER).to_le_bytes();
         config.write_all_at(&cleared, COMMAND).map_err(|e| failed("clear bus mastering in", e))
+    }
+
+    /// Tells the kernel the order of [`Reset::methods`], if it has another (kernels from 5.15 on).
+    fn order_methods(&self) -> Result<(), Error> {
+        let path = self.directory().join("reset_method");
+        let Ok(kernels) = fs::read_to_string(&path) else { return Ok(()) };
+        let reset = Reset::new(Some(&kernels), true);
+        let words: Vec<_> = reset.methods().iter().map(|method| method.word()).collect();
+        // A method without a known word cannot be named to the kernel.
+        if reset.methods().contains(&ResetMethod::Other) || kernels.split_whitespace().eq(words.iter().copied()) {
+            return Ok(());
+        }
+        fs::write(&path, words.join(" "))
+            .map_err(|source| Error::Sysfs { operation: "order the reset methods in", path, source })
     }
 
     fn write_reset(&self, limit: Duration) -> Result<(), Error> {
@@ -189,9 +215,9 @@ mod tests {
     }
 
     #[test]
-    fn methods_are_the_kernels_best_first() {
+    fn methods_are_the_kernels_but_pm_is_the_last_resort() {
         let reset = Reset::new(Some("flr pm bus\n"), true);
-        assert_eq!(reset.methods(), [ResetMethod::Flr, ResetMethod::Pm, ResetMethod::Bus]);
+        assert_eq!(reset.methods(), [ResetMethod::Flr, ResetMethod::Bus, ResetMethod::Pm]);
         assert_eq!(Reset::new(Some("\n"), false).best(), None);
         assert_eq!(Reset::new(None, true).best(), Some(ResetMethod::Other));
         assert!(Reset::new(None, false).describe().contains("own new driver VM"));
@@ -207,6 +233,16 @@ mod tests {
         assert_eq!(done.method, Some(ResetMethod::Pm));
         assert_eq!(fs::read(device.directory().join("config")).unwrap()[4..6], [0x03, 0x01]);
         assert_eq!(fs::read(device.directory().join("reset")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn the_kernel_is_told_the_order() {
+        let bus = FakeBus::new();
+        let device = device_with_command(&bus, 0);
+        fs::write(device.directory().join("reset_method"), "pm bus\n").unwrap();
+        fs::write(device.directory().join("reset"), "").unwrap();
+        assert_eq!(device.perform_reset(Duration::from_secs(5)).unwrap().method, Some(ResetMethod::Bus));
+        assert_eq!(fs::read_to_string(device.directory().join("reset_method")).unwrap(), "bus pm");
     }
 
     #[test]
