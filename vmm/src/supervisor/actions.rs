@@ -53,7 +53,7 @@ impl Supervisor {
                 None => self.process_gone(n, "it was not started".into()),
             },
             Action::Report => self.report(n),
-            Action::Quarantine(why) => self.quarantine(n, why),
+            Action::Quarantine(why) => self.quarantine(n, &why),
         }
     }
 
@@ -233,7 +233,7 @@ impl Supervisor {
         }
     }
 
-    fn quarantine(&mut self, n: usize, why: String) {
+    fn quarantine(&mut self, n: usize, why: &str) {
         let driver = &mut self.drivers[n];
         let last = driver.reason.take().map_or_else(String::new, |last| format!(" (the last: {last})"));
         let reason = format!("{why}{last}");

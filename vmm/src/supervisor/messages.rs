@@ -58,7 +58,7 @@ impl Supervisor {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
             FromVm::LinkUp { .. } => {}
-            FromVm::LinkLost { net, generation, at, cause } => self.on_link_lost(n, net, generation, Time(at), cause),
+            FromVm::LinkLost { net, generation, at, cause } => self.on_link_lost(n, net, generation, Time(at), &cause),
             FromVm::Live { net, generation, at, masked } => self.on_end_live(n, net, generation, Time(at), masked),
             FromVm::RxMode { net, mode } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
@@ -155,7 +155,7 @@ impl Supervisor {
         }
     }
 
-    fn on_link_lost(&mut self, guest: usize, net: u16, generation: Generation, at: Time, cause: String) {
+    fn on_link_lost(&mut self, guest: usize, net: u16, generation: Generation, at: Time, cause: &str) {
         let Some((d, _)) = self.served_by(guest, net) else { return };
         let (guest, net) = (self.guests[guest].name.clone(), usize::from(net));
         let driver = &mut self.drivers[d];
@@ -167,9 +167,9 @@ impl Supervisor {
             net,
             driver: driver.name.clone(),
             generation: generation.get(),
-            cause: cause.clone(),
+            cause: cause.into(),
         });
-        driver.masks.push(Mask { guest: guest.clone(), net, at_ns: at.0, cause: cause.clone() });
+        driver.masks.push(Mask { guest: guest.clone(), net, at_ns: at.0, cause: cause.into() });
         if driver.life.is_none() || *driver.lifecycle.state() == State::Stopping {
             driver.timeline.mark(Step::Mask, at);
             return;
