@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 
 use serde::Serialize;
 
@@ -272,7 +272,6 @@ pub enum Verbosity {
 pub struct Events {
     verbosity: Verbosity,
     file: Option<File>,
-    line_end: &'static str,
 }
 
 /// An event with its times, as the file has it.
@@ -287,14 +286,7 @@ struct Stamped<'a> {
 impl Events {
     /// Sentences as `verbosity` says, and JSON lines into `file`.
     pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
-        Self { verbosity, file, line_end: "\n" }
-    }
-
-    /// A guest puts the terminal into raw mode, where a line feed alone does not start a new line.
-    pub fn share_terminal(&mut self) {
-        if std::io::stderr().is_terminal() {
-            self.line_end = "\r\n";
-        }
+        Self { verbosity, file }
     }
 
     /// Tells `event`.
@@ -303,7 +295,7 @@ impl Events {
             && let Some(sentence) = event.sentence()
         {
             // Nobody is left to be told that stderr is gone.
-            let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}{}", self.line_end).as_bytes());
+            let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}\n").as_bytes());
         }
         let stamped = Stamped { at_ns: Time::now().0, time: wall::now(), event };
         let Ok(mut line) = serde_json::to_string(&stamped) else { return };

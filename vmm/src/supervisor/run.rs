@@ -21,8 +21,9 @@ use super::lifecycle::{Input, State};
 use super::preflight::{Checked, Host, PreflightError};
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
-use super::signals::{self, SavedTerminal};
+use super::signals::{self, RestoreTerminal};
 use super::time::Time;
+use crate::machine::terminal::SavedTerminal;
 use crate::process::spawn::SpawnError;
 use crate::spec::Machine;
 
@@ -103,7 +104,7 @@ pub(super) struct Supervisor {
 ///
 /// Nothing was started, or a VM could not be started or a guest ended badly; in any case nothing is left running.
 pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
-    let _terminal = SavedTerminal::save();
+    let _terminal = RestoreTerminal(SavedTerminal::save());
     let checked = Checked::new(machine, &options.host)?;
     let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
@@ -159,9 +160,6 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<(), RunError> {
         for guest in &mut self.guests {
-            if guest.has_terminal() {
-                self.events.share_terminal();
-            }
             guest.start(&self.program)?;
         }
         for driver in 0..self.drivers.len() {
