@@ -6,11 +6,12 @@ pub mod control;
 mod port;
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
+use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,7 +19,7 @@ use self::control::{FromDriver, MESSAGE_SIZE, ToDriver};
 use self::port::{End, Port};
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
-use super::queue::{self, ActiveQueue};
+use super::{queue, read_config};
 use crate::process::ipc::PortBackend;
 
 pub use self::port::Error as PortError;
@@ -27,8 +28,8 @@ pub use self::port::Error as PortError;
 const DEVICE_ID: u16 = 3;
 /// There are several ports and control queues.
 const F_MULTIPORT: u64 = 1 << 1;
-/// Requests may be indirect descriptors.
-const F_INDIRECT: u64 = 1 << 28;
+/// Requests may be indirect descriptors; event indices save exits.
+const F_RING: u64 = 1 << 28 | 1 << 29;
 const QUEUE_SIZE: u16 = 128;
 /// Control queues; port 0's are before, those of ports 1 and up behind.
 const CONTROL_RX: u16 = 2;
@@ -37,8 +38,8 @@ const CONTROL_TX: u16 = 3;
 pub const MAX_PORTS: usize = 31;
 /// Messages that may wait for the driver to take them; until then its own are not read either.
 const MAX_PENDING: usize = 2 * MAX_PORTS;
-/// Control messages of the driver handled before other devices get their turn.
-const BUDGET: usize = 256;
+/// Rounds of control messages in one turn: as many as the driver's queue holds messages.
+const BUDGET: u16 = QUEUE_SIZE;
 
 /// Errors of making a console device.
 #[derive(Debug, Error)]
@@ -70,7 +71,7 @@ pub struct Console {
     ports: Vec<Port>,
     /// What the event loop watches of each port.
     watched: Vec<Watched>,
-    queues: Vec<Option<ActiveQueue>>,
+    queues: Vec<Option<Virtqueue>>,
     sizes: Vec<u16>,
     events: QueueEvents,
     pending: VecDeque<ToDriver>,
@@ -105,13 +106,18 @@ impl Console {
         })
     }
 
-    fn served(&mut self, role: Role) -> Result<(), queue::Error> {
+    fn served(&mut self, role: Role) -> Result<(), RingFault> {
         match role {
             Role::ControlRx | Role::ControlTx => {
-                self.read_control()?;
-                for index in 0..self.ports.len() {
-                    self.pump(index)?;
+                for _ in 0..BUDGET {
+                    let more = self.read_control()?;
+                    self.announce();
+                    self.write_control()?;
+                    if !more {
+                        break;
+                    }
                 }
+                (0..self.ports.len()).try_for_each(|index| self.pump(index))?;
             }
             Role::Port(index) => self.pump(index)?,
             Role::Unused => {}
@@ -120,7 +126,7 @@ impl Console {
         self.write_control()
     }
 
-    fn pump(&mut self, index: usize) -> Result<(), queue::Error> {
+    fn pump(&mut self, index: usize) -> Result<(), RingFault> {
         let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
         let [rx, tx] = port_queues(index);
         if let Some(queue) = &mut self.queues[tx] {
@@ -133,28 +139,18 @@ impl Console {
         Ok(())
     }
 
-    fn read_control(&mut self) -> Result<(), queue::Error> {
-        let mut used = false;
-        for _ in 0..BUDGET {
-            if self.pending.len() >= MAX_PENDING {
-                break;
-            }
-            let Some(queue) = &mut self.queues[usize::from(CONTROL_TX)] else { break };
-            let Some(chain) = queue.pop()? else { break };
-            let head = chain.head_index();
-            let memory = queue.memory().clone();
-            let mut bytes = [0; MESSAGE_SIZE];
-            let whole = chain.reader(&memory).is_ok_and(|mut reader| reader.read_exact(&mut bytes).is_ok());
-            queue.complete(head, 0)?;
-            used = true;
-            if whole {
-                self.control(FromDriver::parse(bytes));
-            }
+    /// Handles what the driver says; true if it has said more and there is room for answers.
+    fn read_control(&mut self) -> Result<bool, RingFault> {
+        let mut messages = Vec::new();
+        // One message can make a message for each port; what there is no room for stays in the driver's queue.
+        let room = MAX_PENDING.saturating_sub(self.pending.len()) / (self.ports.len() + 1);
+        let mut more = false;
+        if let Some(queue) = self.queues[usize::from(CONTROL_TX)].as_mut().filter(|_| room > 0) {
+            more = take_messages(queue, room, &mut messages)?;
+            queue.notify()?;
         }
-        match &mut self.queues[usize::from(CONTROL_TX)] {
-            Some(queue) if used => queue.notify(),
-            _ => Ok(()),
-        }
+        messages.into_iter().for_each(|message| self.control(FromDriver::parse(message)));
+        Ok(more)
     }
 
     fn control(&mut self, message: FromDriver) {
@@ -198,22 +194,10 @@ impl Console {
         }
     }
 
-    fn write_control(&mut self) -> Result<(), queue::Error> {
+    fn write_control(&mut self) -> Result<(), RingFault> {
         let Some(queue) = &mut self.queues[usize::from(CONTROL_RX)] else { return Ok(()) };
-        let mut used = false;
-        while let Some(message) = self.pending.front() {
-            let Some(chain) = queue.pop()? else { break };
-            let head = chain.head_index();
-            let memory = queue.memory().clone();
-            let bytes = message.bytes();
-            let fits = chain.writer(&memory).is_ok_and(|mut writer| writer.write_all(&bytes).is_ok());
-            let written = if fits { bytes.len() } else { 0 };
-            queue.complete(head, u32::try_from(written).unwrap_or(0))?;
-            used = true;
-            // A buffer that is too small gets nothing and the message is lost: the driver's doing.
-            self.pending.pop_front();
-        }
-        if used { queue.notify() } else { Ok(()) }
+        give_messages(queue, &mut self.pending)?;
+        queue.notify()
     }
 
     /// Serves what the event asks for.
@@ -235,7 +219,7 @@ impl Console {
     fn watch(&mut self, ops: &mut EventOps) {
         for (index, (port, watched)) in self.ports.iter_mut().zip(&mut self.watched).enumerate() {
             let [rx, _] = port_queues(index);
-            let room = self.queues[rx].as_ref().is_some_and(|queue| queue.has_requests().unwrap_or(false));
+            let room = self.queues[rx].as_mut().is_some_and(|queue| has_requests(queue).unwrap_or(false));
             let mut set = EventSet::empty();
             set.set(EventSet::IN, port.open && port.announced && room && !self.broken);
             set.set(EventSet::OUT, port.wants_to_write() && !self.broken);
@@ -267,6 +251,52 @@ impl Watched {
         }
         self.0 = wanted;
     }
+}
+
+/// Takes up to `most` messages of the driver; true if there are more.
+fn take_messages(queue: &mut Virtqueue, most: usize, into: &mut Vec<[u8; MESSAGE_SIZE]>) -> Result<bool, RingFault> {
+    let mut ring = queue.open()?;
+    let mut chain = Chain::default();
+    for _ in 0..most {
+        if ring.available()? == 0 && !ring.listen(0)? {
+            return Ok(false);
+        }
+        let head = ring.head(0)?;
+        let mut bytes = [0; MESSAGE_SIZE];
+        let sound = ring.walk(head, &mut chain).is_ok();
+        if sound && gather(chain.readable(), 0, &mut bytes) == MESSAGE_SIZE {
+            into.push(bytes);
+        }
+        ring.take(1);
+        ring.complete(head, 0)?;
+    }
+    Ok(ring.available()? > 0 || ring.listen(0)?)
+}
+
+/// Gives the driver the messages that it has buffers for. A buffer that is too small gets nothing and its message
+/// is lost: the driver's doing.
+fn give_messages(queue: &mut Virtqueue, messages: &mut VecDeque<ToDriver>) -> Result<(), RingFault> {
+    let mut ring = queue.open()?;
+    let mut chain = Chain::default();
+    while let Some(message) = messages.front() {
+        if ring.available()? == 0 && !ring.listen(0)? {
+            break;
+        }
+        let head = ring.head(0)?;
+        let bytes = message.bytes();
+        let sound = ring.walk(head, &mut chain).is_ok() && chain.writable_len() >= bytes.len();
+        let written = if sound { scatter(&bytes, chain.writable(), 0) } else { 0 };
+        ring.take(1);
+        ring.complete(head, u32::try_from(written).unwrap_or(0))?;
+        messages.pop_front();
+    }
+    Ok(())
+}
+
+/// True if a buffer waits; else the driver kicks when one comes.
+fn has_requests(queue: &mut Virtqueue) -> Result<bool, RingFault> {
+    let mut ring = queue.open()?;
+    Ok(ring.available()? > 0 || ring.listen(0)?)
 }
 
 fn role(queue: u16) -> Role {
@@ -337,7 +367,7 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> u64 {
-        F_MULTIPORT | F_INDIRECT
+        F_MULTIPORT | F_RING
     }
 
     fn set_features(&mut self, _: u64) {}
@@ -347,7 +377,7 @@ impl VirtioDevice for Console {
         let mut config = [0; 12];
         let ports = u32::try_from(self.ports.len() + 1).unwrap_or(1);
         config[4..8].copy_from_slice(&ports.to_le_bytes());
-        super::read_config(&config, offset, data);
+        read_config(&config, offset, data);
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {
@@ -361,7 +391,7 @@ impl VirtioDevice for Console {
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
         let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
-        let (queue, kick) = ActiveQueue::start(resources, state);
+        let (queue, kick) = queue::start(index, resources, state)?;
         *place = Some(queue);
         self.events.start(index, kick);
         Ok(())
@@ -369,7 +399,7 @@ impl VirtioDevice for Console {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         self.events.stop(index);
-        self.queues.get_mut(usize::from(index))?.take().map(ActiveQueue::stop)
+        self.queues.get_mut(usize::from(index))?.take().as_ref().map(queue::stop)
     }
 
     fn reset(&mut self) {

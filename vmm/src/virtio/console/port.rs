@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
 use thiserror::Error;
+use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 
 use crate::process::ipc::{PortBackend, PortEnd};
-use crate::virtio::queue::{self, ActiveQueue};
 
 /// Largest request of the guest, in bytes: Linux writes up to 32 KiB, or a whole pipe (1 MiB) by `splice`. The
 /// bound keeps a guest from making this process allocate gigabytes.
@@ -157,65 +158,81 @@ impl Port {
     }
 
     /// Host to guest.
-    pub(super) fn pump_to_guest(&mut self, queue: &mut ActiveQueue) -> Result<(), queue::Error> {
-        let mut used = false;
+    pub(super) fn pump_to_guest(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let pumped = self.fill(queue);
+        queue.notify()?;
+        pumped
+    }
+
+    fn fill(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
+        let mut buffer = [0; CHUNK];
         for _ in 0..BUDGET {
             let Some(stream) = self.stream.as_mut().filter(|_| self.open) else { break };
-            let Some(chain) = queue.pop()? else { break };
-            let head = chain.head_index();
-            let memory = queue.memory().clone();
-            // A chain outside of memory is given back empty.
-            let mut buffer = [0; CHUNK];
-            let written = match chain.writer(&memory) {
-                Ok(mut writer) if writer.available_bytes() > 0 => {
-                    let room = writer.available_bytes().min(CHUNK);
-                    match stream.read(&mut buffer[..room]) {
-                        Ok(length) if length > 0 => writer.write(&buffer[..length]).unwrap_or(0),
-                        end => {
-                            queue.undo(1);
-                            if !is_retry(&end) {
-                                self.disconnect();
-                            }
-                            break;
+            if ring.available()? == 0 && !ring.listen(0)? {
+                break;
+            }
+            let head = ring.head(0)?;
+            // A chain that is wrong is given back empty.
+            let room = ring.walk(head, &mut chain).map_or(0, |()| chain.writable_len().min(CHUNK));
+            let mut written = 0;
+            if room > 0 {
+                match stream.read(&mut buffer[..room]) {
+                    Ok(length) if length > 0 => written = scatter(&buffer[..length], chain.writable(), 0),
+                    end => {
+                        if !is_retry(&end) {
+                            self.disconnect();
                         }
+                        break;
                     }
                 }
-                _ => 0,
-            };
+            }
+            ring.take(1);
             // At most `CHUNK`.
-            queue.complete(head, u32::try_from(written).unwrap_or(0))?;
-            used = true;
+            ring.complete(head, u32::try_from(written).unwrap_or(0))?;
         }
-        if used { queue.notify() } else { Ok(()) }
+        Ok(())
     }
 
     /// Guest to host. Without a client what the guest writes is lost, as on a cable with no other end.
-    pub(super) fn pump_to_host(&mut self, queue: &mut ActiveQueue) -> Result<(), queue::Error> {
-        let mut used = false;
+    pub(super) fn pump_to_host(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let pumped = self.drain(queue);
+        queue.notify()?;
+        pumped
+    }
+
+    fn drain(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
         self.more = false;
         for turn in 0..=BUDGET {
             if !self.flush() {
                 break;
             }
-            if turn == BUDGET {
-                self.more = queue.has_requests()?;
+            if ring.available()? == 0 && !ring.listen(0)? {
                 break;
             }
-            let Some(chain) = queue.pop()? else { break };
-            let head = chain.head_index();
-            let memory = queue.memory().clone();
-            if let Ok(mut reader) = chain.reader(&memory) {
-                let length = reader.available_bytes();
-                self.to_host.resize(length.min(MAX_REQUEST), 0);
-                if length > MAX_REQUEST || reader.read_exact(&mut self.to_host).is_err() {
-                    tracing::warn!("console port {}: a request of {length} bytes is dropped", self.name);
-                    self.to_host.clear();
-                }
+            if turn == BUDGET {
+                self.more = true;
+                break;
             }
-            queue.complete(head, 0)?;
-            used = true;
+            let head = ring.head(0)?;
+            match ring.walk(head, &mut chain) {
+                Ok(()) if chain.readable_len() <= MAX_REQUEST => {
+                    self.to_host.resize(chain.readable_len(), 0);
+                    gather(chain.readable(), 0, &mut self.to_host);
+                }
+                Ok(()) => {
+                    let length = chain.readable_len();
+                    tracing::warn!("console port {}: a request of {length} bytes is dropped", self.name);
+                }
+                Err(fault) => tracing::warn!("console port {}: a request is dropped: {fault}", self.name),
+            }
+            ring.take(1);
+            ring.complete(head, 0)?;
         }
-        if used { queue.notify() } else { Ok(()) }
+        Ok(())
     }
 
     /// Writes what is left of the last request; true once all of it is gone.

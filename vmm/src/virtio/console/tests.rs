@@ -1,5 +1,6 @@
 //! The device with a driver's side and real sockets.
 
+use std::io::{Read, Write};
 use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -238,6 +239,24 @@ fn broken_ring_asks_for_a_reset_and_reset_helps() {
     guest.events.run();
     host.write_all(b"still there").unwrap();
     guest.events.run();
+}
+
+#[test]
+fn many_control_messages_at_once_are_all_answered() {
+    let (_host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.messages();
+    let ready = [1, 0, 0, 0, 3, 0, 1, 0];
+    for _ in 0..100 {
+        guest.queues[3].add(&[&ready], &[]);
+    }
+    for _ in 0..105 {
+        guest.queues[2].add(&[], &[64]);
+    }
+    guest.queues[3].kick();
+    guest.events.run();
+    assert_eq!(guest.queues[3].used().len(), 101, "with the first one");
+    assert_eq!(guest.messages().iter().filter(|message| message.1 == 7).count(), 100, "names");
 }
 
 #[test]
