@@ -1,5 +1,7 @@
 //! The driver's side of a device for tests: queues in plain memory, and an event loop that runs until it is idle.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventSubscriber, MutEventSubscriber, SubscriberOps};

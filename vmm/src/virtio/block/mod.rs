@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::image::{Image, rest};
-use self::request::{HEADER_SIZE, ID_SIZE, Limits, Request, SECTOR, Status};
+use self::request::{HEADER_SIZE, ID_SIZE, Limits, Request, Status};
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use super::{queue, read_config};
@@ -34,6 +34,8 @@ const F_FLUSH: u64 = 1 << 9;
 const F_RING: u64 = 1 << 28 | 1 << 29;
 /// Segments of a request: a queue's length without header and status.
 const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
+/// Block size that the guest sees; the host's page cache makes any other needless.
+const BLOCK_SIZE: u32 = 512;
 /// Requests served before other devices get their turn.
 const BUDGET: usize = 32;
 /// Tag of the device's own eventfd in the event loop.
@@ -209,7 +211,7 @@ impl VirtioDevice for Block {
         let mut config = [0; 24];
         config[..8].copy_from_slice(&self.image.sectors().to_le_bytes());
         config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-        config[20..].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        config[20..].copy_from_slice(&BLOCK_SIZE.to_le_bytes());
         read_config(&config, offset, data);
     }
 

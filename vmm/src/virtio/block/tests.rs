@@ -1,5 +1,7 @@
 //! The device with a driver's side and a file.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};

@@ -91,17 +91,11 @@ impl TapNet {
     fn served(&mut self, queue: u16) -> Result<(), frames::Error> {
         let tap = self.tap.file().as_raw_fd();
         let Some(Some(active)) = self.queues.get_mut(usize::from(queue)) else { return Ok(()) };
-        match queue {
-            TRANSMIT => {
-                if frames::transmit(tap, active)? == End::Budget {
-                    // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
-                    let _ = self.again.write(1);
-                }
-            }
-            CONTROL => {
-                control::serve(active, &mut self.filter)?;
-            }
-            _ => {}
+        if queue == CONTROL {
+            control::serve(active, &mut self.filter)?;
+        } else if queue == TRANSMIT && frames::transmit(tap, active)? == End::Budget {
+            // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
+            let _ = self.again.write(1);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! The device with a driver's side and a socket pair in place of a TAP: both keep frames apart.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;

@@ -1,5 +1,7 @@
 //! The transport with a device that notes its calls, driven by register accesses as a driver makes them.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
 

@@ -1,5 +1,7 @@
 //! The front-end against the splitter's own back-end.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
