@@ -11,6 +11,8 @@ pub mod rng;
 pub mod split_net;
 pub mod vhost_user_net;
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod testing;
 
 /// Reads `data` from a device's configuration at byte `offset`; bytes past its end read as 0.

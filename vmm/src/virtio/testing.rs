@@ -116,6 +116,21 @@ impl DriverQueue {
         self.memory.write_obj(self.avail.wrapping_add(self.size + 1), GuestAddress(self.rings()[1] + 2)).unwrap();
     }
 
+    /// Writes anything: descriptors (address, length, flags, next), heads, an available index `jump` ahead of them,
+    /// and the first bytes of the buffers.
+    pub fn overwrite(&mut self, descriptors: &[(u64, u32, u16, u16)], heads: &[u16], jump: u16, data: &[u8]) {
+        for (&(address, length, flags, next), place) in descriptors.iter().zip(0u64..) {
+            // Small addresses are offsets into this queue's memory.
+            let address = if address < SPAN { self.base + address } else { address };
+            let low = u128::from(address) | u128::from(length) << 64;
+            let whole = low | u128::from(flags) << 96 | u128::from(next) << 112;
+            self.memory.write_obj(whole, GuestAddress(self.base + place * 16)).unwrap();
+        }
+        heads.iter().for_each(|&head| self.offer(head));
+        self.memory.write_obj(self.avail.wrapping_add(jump), GuestAddress(self.rings()[1] + 2)).unwrap();
+        self.memory.write_slice(data, GuestAddress(self.base + 0x8000)).unwrap();
+    }
+
     /// Requests given back since the last call: head and bytes written.
     pub fn used(&mut self) -> Vec<(u16, u32)> {
         let ring = self.rings()[2];
@@ -153,7 +168,7 @@ impl Loop {
     /// Runs until there is nothing to do; fails if that never comes.
     pub fn run(&mut self) {
         for _ in 0..10_000 {
-            if self.0.run_with_timeout(5).unwrap() == 0 {
+            if self.0.run_with_timeout(1).unwrap() == 0 {
                 return;
             }
         }

@@ -238,4 +238,4 @@ impl VirtioDevice for TapNet {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

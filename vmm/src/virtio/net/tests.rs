@@ -20,13 +20,18 @@ struct Guest {
     wire: UnixDatagram,
 }
 
+/// A device and the other end of what stands for its TAP.
+pub(in crate::virtio) fn on_a_socket() -> (TapNet, UnixDatagram) {
+    let (wire, end) = UnixDatagram::pair().unwrap();
+    wire.set_nonblocking(true).unwrap();
+    end.set_nonblocking(true).unwrap();
+    let tap = Tap::from_file(File::from(OwnedFd::from(end)));
+    (TapNet::on(tap, MAC, 1500).unwrap(), wire)
+}
+
 impl Guest {
     fn new(features: u64) -> Self {
-        let (wire, end) = UnixDatagram::pair().unwrap();
-        wire.set_nonblocking(true).unwrap();
-        end.set_nonblocking(true).unwrap();
-        let tap = Tap::from_file(File::from(OwnedFd::from(end)));
-        let mut net = TapNet::on(tap, MAC, 1500).unwrap();
+        let (mut net, wire) = on_a_socket();
         net.set_features(features | 1 << 17 | 1 << 23);
         let memory = memory(3);
         let queues: Vec<_> = (0..3).map(|index| DriverQueue::new(&memory, index, 64)).collect();
