@@ -175,7 +175,7 @@ impl Console {
                         port.name,
                         if open { "opened" } else { "closed" }
                     );
-                    port.set_open(open);
+                    port.open = open;
                 }
             }
             FromDriver::DeviceReady(_) => {}

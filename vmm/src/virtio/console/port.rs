@@ -79,7 +79,8 @@ pub(super) struct Port {
     pub(super) gone: Vec<UnixStream>,
     /// The guest's driver uses the port.
     pub(super) ready: bool,
-    /// A program in the guest has it open.
+    /// A program in the guest has it open. The client stays connected when it closes: scripts open and close a port
+    /// for each line that they write.
     pub(super) open: bool,
     /// What the driver was told last of the host's end.
     pub(super) announced: bool,
@@ -141,15 +142,6 @@ impl Port {
         self.gone.extend(self.stream.take());
         self.to_host.clear();
         self.more = false;
-    }
-
-    /// A program in the guest opened or closed the port. A client of a listener sees the end of the stream.
-    pub(super) fn set_open(&mut self, open: bool) {
-        let closed = self.open && !open;
-        self.open = open;
-        if closed && matches!(self.end, End::Listen { .. }) {
-            self.disconnect();
-        }
     }
 
     /// The pump to the host waits for the stream (or for its turn).

@@ -195,10 +195,15 @@ fn listener_serves_one_client_after_the_other() {
     guest.events.run();
     assert_eq!(second.read(&mut [0; 1]).unwrap(), 0, "turned away");
     guest.control(1, 6, 0);
-    assert_eq!(first.read(&mut [0; 1]).unwrap(), 0, "the guest has closed");
+    guest.control(1, 6, 1);
+    guest.write(5, b"two");
+    assert_eq!(read_now(&mut first), b"two", "the client stays when a program in the guest closes the port");
+    drop(first);
+    guest.room(4, 64);
+    assert_eq!(guest.messages(), [(1, 6, 0, String::new())]);
     let mut third = UnixStream::connect(&path).unwrap();
     guest.events.run();
-    guest.control(1, 6, 1);
+    assert_eq!(guest.messages(), [(1, 6, 1, String::new())]);
     guest.write(5, b"three");
     assert_eq!(read_now(&mut third), b"three");
 }
