@@ -88,6 +88,7 @@ impl Vm {
         if !spec.passthrough.is_empty() {
             memory::collapse(&memory);
         }
+        tracing::debug!("memory is there");
         let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
         let ram = slots.map_ram(&memory)?;
         let interrupts = Interrupts::new(Arc::clone(&fd))?;
@@ -110,6 +111,7 @@ impl Vm {
     pub fn start(&self, spec: &VmSpec) -> Result<Vcpus, Error> {
         let rsdp = acpi::write(&self.memory, &self.platform)?;
         let entry = boot::load(&self.memory, &spec.kernel, &spec.initrd, &spec.cmdline, rsdp)?;
+        tracing::debug!(?entry, "kernel is loaded");
         let supported = cpuid::supported(&self.kvm)?;
         let mut vcpus = Vec::new();
         for id in 0..spec.cpus {

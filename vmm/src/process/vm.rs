@@ -158,6 +158,7 @@ fn run(spec: &VmSpec, host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, Str
     let vm = Vm::new(spec)?;
     let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
     let devices = devices::add(&vm, spec, host, &mut events)?;
+    tracing::debug!("devices are there");
     let vm = Arc::new(vm);
     let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals };
     events.add_subscriber(Arc::new(Mutex::new(control)));
@@ -181,6 +182,7 @@ fn run(spec: &VmSpec, host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, Str
             Err(error) => return Err(Error::Events(error)),
         }
     };
+    tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
     if let Some(id) = terminal {
         // Gives the terminal back before anybody prints.
