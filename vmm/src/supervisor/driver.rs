@@ -29,9 +29,13 @@ use crate::vfio::reset::ResetDone;
 use crate::vfio::sysfs::HostDevice;
 
 /// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
-/// meantime), and to skip probing for hardware that is not there. Details of the console come with the panic.
+/// meantime), to skip probing for hardware that is not there, and self-tests and registrations that nothing in a driver
+/// VM uses (they are half of a stock kernel's way to its init). The agent is the only program there, so there is nobody
+/// whom mitigations would keep apart. Details of the console come with the panic.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 hung_task_panic=1 no_timer_check \
-                       tsc=reliable random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1";
+                       tsc=reliable random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=1 \
+                       mitigations=off kfence.sample_interval=0 audit=0 apparmor=0 initcall_blacklist=jent_mod_init,\
+                       crypto_kdf108_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init";
 
 /// How long the thread that resets a device waits for the kernel.
 const RESET_LIMIT: Duration = Duration::from_secs(70);
