@@ -1,4 +1,4 @@
-//! The ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT, MCFG, and the DSDT of [`super::dsdt`], laid one
+//! The ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT, MCFG, and the DSDT of `dsdt.rs`, laid one
 //! behind the other. A PC of the full hardware model: PM1a registers, SCI, reset register. No AML methods,
 //! no GPEs, no hot-plug.
 
@@ -195,7 +195,8 @@ mod tests {
     use super::*;
 
     fn at(bytes: &[u8], address: u64) -> &[u8] {
-        let table = &bytes[(address - layout::ACPI_TABLES.0) as usize..];
+        let offset = usize::try_from(address - layout::ACPI_TABLES.0).unwrap();
+        let table = &bytes[offset..];
         let length = u32::from_le_bytes(table[4..8].try_into().unwrap()) as usize;
         &table[..length]
     }

@@ -181,8 +181,8 @@ pub struct Devices {
 
 impl Devices {
     /// A message of the supervisor that concerns a device.
-    pub fn handle(&self, message: ToVm, fds: Vec<OwnedFd>, host: &Host) {
-        match message {
+    pub fn handle(&self, message: &ToVm, fds: Vec<OwnedFd>, host: &Host) {
+        match *message {
             ToVm::AttachLink { net, generation } => {
                 let Some(fd) = fds.into_iter().next() else {
                     tracing::error!(net, "a link without its socket");

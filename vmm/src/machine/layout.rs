@@ -37,6 +37,8 @@ pub const PCI_IO_LAST: u16 = 0xffff;
 
 /// COM1.
 pub const COM1: u16 = 0x3f8;
+/// Last port of COM1.
+pub const COM1_LAST: u16 = 0x3ff;
 /// IRQ of COM1.
 pub const COM1_IRQ: u32 = 4;
 /// CMOS and real-time clock: index.
@@ -59,6 +61,8 @@ pub const PVPANIC: u16 = 0x505;
 pub const PM1A_EVENT: u16 = 0x600;
 /// ACPI PM1a control block, two bytes.
 pub const PM1A_CONTROL: u16 = 0x604;
+/// Last port of the PM1a blocks.
+pub const PM1A_LAST: u16 = 0x605;
 /// The system control interrupt.
 pub const SCI_IRQ: u32 = 9;
 

@@ -81,7 +81,7 @@ pub fn split(size: u64) -> (u64, u64) {
 
 /// Makes the memory of the VM `name`.
 pub fn create(name: &str, size: u64) -> Result<GuestMemoryMmap, Error> {
-    if size == 0 || size % PAGE != 0 {
+    if size == 0 || !size.is_multiple_of(PAGE) {
         return Err(Error::Size(size));
     }
     let file = sealed_memfd(name, size).map_err(|source| Error::Memfd { size, source })?;

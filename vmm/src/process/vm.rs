@@ -236,7 +236,7 @@ impl Control {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
-            other => self.devices.handle(other, fds, &self.host),
+            other => self.devices.handle(&other, fds, &self.host),
         }
     }
 }

@@ -386,7 +386,7 @@ mod tests {
         assert_eq!(&found, b"first\0\0\0second");
         let mut header = [0u8; 8];
         memory.read_slice(&mut header, GuestAddress(layout::ZERO_PAGE.0 + 0x218)).unwrap();
-        assert_eq!(u32::from_le_bytes(header[..4].try_into().unwrap()), (64 * MIB - PAGE) as u32);
+        assert_eq!(u64::from(u32::from_le_bytes(header[..4].try_into().unwrap())), 64 * MIB - PAGE);
         assert_eq!(u32::from_le_bytes(header[4..].try_into().unwrap()), 14);
     }
 

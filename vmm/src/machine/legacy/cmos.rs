@@ -70,7 +70,7 @@ impl Time {
         let (mut days, rest) = (seconds / 86_400, seconds % 86_400);
         let weekday = (days + 4) % 7 + 1;
         let mut year = 1970;
-        let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+        let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
         while days >= 365 + u64::from(leap(year)) {
             days -= 365 + u64::from(leap(year));
             year += 1;
@@ -98,7 +98,7 @@ impl Time {
             9 => self.year % 100,
             _ => self.year / 100,
         };
-        u8::try_from(value / 10 << 4 | value % 10).unwrap_or(0xff)
+        u8::try_from(((value / 10) << 4) | (value % 10)).unwrap_or(0xff)
     }
 }
 

@@ -52,8 +52,8 @@ impl Legacy {
             }
         };
         match port {
-            layout::COM1..=0x3ff => one(data, lock(&self.serial).read(port - layout::COM1)),
-            layout::PM1A_EVENT..=0x605 => lock(&self.power).read(port - layout::PM1A_EVENT, data),
+            layout::COM1..=layout::COM1_LAST => one(data, lock(&self.serial).read(port - layout::COM1)),
+            layout::PM1A_EVENT..=layout::PM1A_LAST => lock(&self.power).read(port - layout::PM1A_EVENT, data),
             layout::PVPANIC => one(data, PANICKED),
             layout::CMOS_INDEX | layout::CMOS_DATA => one(data, lock(&self.cmos).read(port)),
             // Keyboard controller: nothing received, ready for commands.
@@ -68,8 +68,8 @@ impl Legacy {
     pub fn write(&self, port: u16, data: &[u8]) -> bool {
         let first = data.first().copied().unwrap_or_default();
         match port {
-            layout::COM1..=0x3ff => lock(&self.serial).write(port - layout::COM1, first),
-            layout::PM1A_EVENT..=0x605 => self.power(|power| power.write(port - layout::PM1A_EVENT, data)),
+            layout::COM1..=layout::COM1_LAST => lock(&self.serial).write(port - layout::COM1, first),
+            layout::PM1A_EVENT..=layout::PM1A_LAST => self.power(|power| power.write(port - layout::PM1A_EVENT, data)),
             layout::PVPANIC if first & PANICKED != 0 => signal(&self.panicked, "pvpanic"),
             layout::CMOS_INDEX | layout::CMOS_DATA => lock(&self.cmos).write(port, first),
             layout::I8042_COMMAND if first == I8042_RESET => self.end.set(VmEnd::Reset),
