@@ -103,7 +103,8 @@ impl Bench {
             match run.poll(step) {
                 Ok(true) => return Ok(run.output().clone()),
                 Ok(false) if Instant::now() >= until => {
-                    let source = run.wait(Duration::ZERO).err().unwrap_or(ClientError::Silent(limit));
+                    let so_far = format!("{}{}", run.output().stdout, run.output().stderr);
+                    let source = ClientError::Deadline { limit, so_far };
                     return Err(self.script_error(script, source));
                 }
                 Ok(false) => self.check_alive()?,

@@ -74,9 +74,11 @@ pub(super) fn run(
         demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, describe(kind)));
         let begin_us = now_us();
         let seen = demo.machine.seen.len();
+        demo.place.peer().mark_stall()?;
         let lives = issue(demo, kind)?;
         demo.place.peer().allow(plan.allowance(index + 1, content.bytes))?;
-        let stall = reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
+        reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
+        let stall = demo.place.peer().progress()?.longest_stall_ms;
         let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
         demo.machine.drain();
         let result = CrashResult::new(kind, gap, stall, &demo.machine.seen[seen..]);
@@ -91,20 +93,15 @@ pub(super) fn run(
     Ok(results)
 }
 
-/// Waits until the guest has acknowledged `bytes` of the download, collecting ticks; how long no byte came, ms.
-fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) -> Result<u64, DemoError> {
+/// Waits until the guest has acknowledged `bytes` of the download, collecting ticks.
+fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
     let start = Instant::now();
-    let mut stall = Duration::ZERO;
-    let (mut last, mut since) = (0, Instant::now());
     loop {
         ticks.extend(demo.place.peer().take_ticks()?);
         let progress = demo.place.peer().progress()?;
-        if progress.acknowledged != last {
-            (last, since) = (progress.acknowledged, Instant::now());
-        }
-        stall = stall.max(since.elapsed());
-        if last >= bytes {
-            return Ok(u64::try_from(stall.as_millis()).unwrap_or(u64::MAX));
+        let reached = progress.acknowledged;
+        if reached >= bytes {
+            return Ok(());
         }
         let ended = get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
         if ended || start.elapsed() > RECOVERY_LIMIT {
@@ -113,7 +110,7 @@ fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) 
                 "{}{}{progress:?}\n{}\n{}",
                 get.output().stdout, get.output().stderr, demo.machine.said(), demo.place.tail()
             );
-            return Err(DemoError::Umbra { what: format!("{what} at {last} bytes"), said });
+            return Err(DemoError::Umbra { what: format!("{what} at {reached} bytes"), said });
         }
     }
 }

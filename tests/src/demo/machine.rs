@@ -169,16 +169,16 @@ impl Machine {
         pid.ok_or_else(|| DemoError::Umbra { what: "status has no process for nic0".into(), said: status.to_string() })
     }
 
-    /// Ends the machine.
+    /// Ends the machine. Its guests' init knows no power button, so they are switched off.
     ///
     /// # Errors
     /// It did not end in time.
     pub fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
-        let _ = place.run("umbra stop", Duration::from_secs(30))?;
+        let _ = place.run("umbra stop --force", Duration::from_secs(30))?;
         if self.run.poll(Duration::from_secs(30)).map_err(DemoError::Exec)? {
             return Ok(());
         }
-        Err(DemoError::Umbra { what: "`umbra stop` did not end it within 30 s".into(), said: self.said() })
+        Err(DemoError::Umbra { what: "`umbra stop --force` did not end it within 30 s".into(), said: self.said() })
     }
 }
 

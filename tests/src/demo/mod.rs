@@ -182,7 +182,7 @@ impl Demo<'_> {
             guest_log_clean: log.is_clean(),
             guest_log_new: log.lines.clone(),
             carrier_changes: log.carrier_changes,
-            longest_tcp_stall_ms: progress.longest_stall_ms,
+            longest_tcp_stall_ms: crashes.iter().map(|crash| crash.tcp_stall_ms).max().unwrap_or(0),
             outage_ms: result::outages(&crashes),
             per_crash: crashes,
         };

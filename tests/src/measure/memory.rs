@@ -50,7 +50,7 @@ pub(super) fn smallest(place: &mut Place, spec: &MachineSpec, say: Say<'_>) -> R
                 true
             }
             Err(DemoError::Umbra { .. }) => {
-                place.run("umbra stop; sleep 1", Duration::from_secs(40))?;
+                place.run("umbra stop --force; sleep 1", Duration::from_secs(40))?;
                 false
             }
             Err(e) => return Err(e),

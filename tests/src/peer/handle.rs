@@ -150,6 +150,14 @@ impl Peer {
         self.tell(&Request::Allow { bytes })
     }
 
+    /// Begins to measure the longest stall anew.
+    ///
+    /// # Errors
+    /// The peer is gone.
+    pub fn mark_stall(&mut self) -> Result<(), PeerError> {
+        self.tell(&Request::MarkStall)
+    }
+
     /// How far the downloads are.
     ///
     /// # Errors

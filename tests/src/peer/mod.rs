@@ -63,6 +63,8 @@ pub enum Request {
         /// Bytes from the file's start.
         bytes: u64,
     },
+    /// Begin to measure the longest stall anew.
+    MarkStall,
     /// How far are the downloads?
     Progress,
     /// The ticks that arrived since the last such question.
@@ -104,6 +106,6 @@ pub struct Progress {
     pub complete: u32,
     /// Connections that ended with a reset.
     pub resets: u32,
-    /// Longest time without a newly acknowledged byte while some were under way, milliseconds.
+    /// Longest time without a newly acknowledged byte while some were under way, since the last mark, milliseconds.
     pub longest_stall_ms: u64,
 }

@@ -67,6 +67,7 @@ fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
     match *request {
         Request::Offer { bytes, rate, allow } => state.offer(bytes, rate, allow),
         Request::Allow { bytes } => state.allow = bytes,
+        Request::MarkStall => state.progress.longest_stall_ms = 0,
         Request::Progress => return Reply::Progress(state.progress.clone()),
         Request::TakeTicks => {
             let mut kept = recorded.lock().unwrap_or_else(PoisonError::into_inner);
