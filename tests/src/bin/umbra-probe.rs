@@ -70,7 +70,7 @@ fn print(result: &impl serde::Serialize) -> Result<(), Box<dyn Error>> {
 }
 
 fn exec(socket: &str, script: &str, limit: Duration) -> Result<ExitCode, Box<dyn Error>> {
-    let mut run = Client::connect(Path::new(socket), limit.min(Duration::from_secs(60)))?.start(script)?;
+    let mut run = Client::connect(Path::new(socket), limit)?.start(script)?;
     let ended = run.poll_each(limit, |reply| match reply {
         Reply::Stdout { text, .. } => {
             print!("{text}");

@@ -13,6 +13,9 @@ use super::place::Place;
 use crate::bench::guest::SOCKETS;
 use crate::probe::client::Run;
 
+/// Longest time for a first start on an emulated and loaded machine; two minutes on an idle one is unheard of.
+const START_LIMIT: Duration = Duration::from_secs(180);
+
 /// How the guests reach the NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -106,13 +109,13 @@ impl Machine {
         let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
         if spec.attach == Attach::DriverVm {
             let event = machine
-                .await_event(Duration::from_secs(90), |event| ["driver-live", "quarantined"].contains(&event.event.as_str()))?;
+                .await_event(START_LIMIT, |event| ["driver-live", "quarantined"].contains(&event.event.as_str()))?;
             if event.event == "quarantined" {
                 return Err(DemoError::Umbra { what: "the driver VM did not come up".into(), said: machine.said() });
             }
         }
         for (name, _) in &spec.guests {
-            place.in_guest(name, "true", Duration::from_secs(60))?;
+            place.in_guest(name, "true", START_LIMIT)?;
         }
         Ok(machine)
     }
