@@ -194,9 +194,16 @@ impl MsiVector {
             self.message = message;
         }
         if !self.assigned {
+            // KVM injects what it finds in the eventfd but does not take it out, so that it would look pending
+            // again after the next mask: take it out and signal it anew.
+            let waited = self.event.read().is_ok();
             let bound = self.interrupts.vm.register_irqfd(&self.event, self.gsi);
             bound.map_err(|source| Error::Irqfd { gsi: self.gsi, source })?;
             self.assigned = true;
+            if waited {
+                // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
+                let _ = self.event.write(1);
+            }
         }
         Ok(())
     }

@@ -287,6 +287,39 @@ fn msix_is_switched_by_its_capability() {
     assert_eq!(u32::from_le_bytes(id), 0x1041_1AF4);
 }
 
+#[test]
+fn kvm_takes_kicks_and_vectors_and_their_moves() {
+    let Ok(vm) = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()) else {
+        eprintln!("skipped: no KVM");
+        return;
+    };
+    let vm = Arc::new(vm);
+    vm.create_irq_chip().unwrap();
+    let interrupts = Interrupts::new(vm).unwrap();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
+    let device = Arc::new(Mutex::new(Device::default()));
+    let mut pci = VirtioPci::new("test".into(), device, memory, &interrupts).unwrap();
+    pci.bar_moved(BarIndex(0), Some(0xC000_0000));
+    pci.bar_moved(BarIndex(0), Some(0xC000_8000));
+    assert!(pci.queues.iter().all(|queue| queue.bound.is_some()), "KVM watches each queue's address");
+    for vector in 0..3u32 {
+        let entry = u64::from(MSIX_TABLE + vector * 16);
+        pci.bar_write(BarIndex(0), entry, &0xFEE0_0000u64.to_le_bytes());
+        pci.bar_write(BarIndex(0), entry + 8, &u64::from(0x40 + vector).to_le_bytes());
+    }
+    let control = pci.msix_capability + 2;
+    pci.config_write(control, &0x8000u16.to_le_bytes());
+    pci.msix.event(1).unwrap().write(1).unwrap();
+    assert!(pci.msix.event(1).unwrap().read().is_err(), "KVM has taken the interrupt");
+    pci.config_write(control, &0xC000u16.to_le_bytes());
+    pci.msix.event(2).unwrap().write(1).unwrap();
+    let mut pending = [0; 8];
+    pci.bar_read(BarIndex(0), MSIX_PBA.into(), &mut pending);
+    assert_eq!(u64::from_le_bytes(pending), 1 << 2);
+    pci.config_write(control, &0x8000u16.to_le_bytes());
+    assert!(pci.msix.event(2).unwrap().read().is_err(), "what waited is injected");
+}
+
 proptest! {
     #[test]
     fn any_register_writes_do_no_harm(
