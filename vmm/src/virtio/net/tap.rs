@@ -233,6 +233,20 @@ mod tests {
     }
 
     #[test]
+    fn a_user_without_the_right_is_told_how_to_get_it() {
+        in_namespace(|| {
+            const NOBODY: libc::uid_t = 65534;
+            // SAFETY: the raw call changes the user of this thread alone, which ends with the test.
+            let done = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+            assert_eq!(done, 0);
+            let error = Tap::open("umbra-t1", 1500).unwrap_err();
+            assert!(matches!(error, Error::Permission { .. }), "{error}");
+            assert!(error.to_string().contains("TAP umbra-t1: permission denied"), "{error}");
+            assert!(error.to_string().contains("ip tuntap add umbra-t1 mode tap user"), "{error}");
+        });
+    }
+
+    #[test]
     fn interface_of_another_kind_is_refused() {
         in_namespace(|| {
             let error = Tap::open("lo", 1500).unwrap_err();
