@@ -1,28 +1,15 @@
 //! Binding a PCI function to `vfio-pci` and giving it back, by `driver_override`: the one function changes
 //! hands, no other of the same ID.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::error::Error;
 use super::sysfs::HostDevice;
-use crate::pci::address::Bdf;
 
 /// The driver that a passed-through function is bound to.
 pub const VFIO_PCI: &str = "vfio-pci";
-
-/// The shell commands that bind `bdf` to `vfio-pci`, for messages.
-pub(super) fn commands(bdf: Bdf, driver: Option<&str>) -> String {
-    let mut text = format!("  modprobe vfio-pci\n  echo vfio-pci > /sys/bus/pci/devices/{bdf}/driver_override\n");
-    if let Some(driver) = driver {
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "  echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind");
-    }
-    let _ = write!(text, "  echo {bdf} > /sys/bus/pci/drivers_probe");
-    text
-}
 
 impl HostDevice {
     /// Binds the function to `vfio-pci`, taking it from its driver. Returns the driver it had. Does nothing to
@@ -77,18 +64,4 @@ impl HostDevice {
 
 fn write(path: &Path, text: &str) -> Result<(), Error> {
     fs::write(path, text).map_err(|source| Error::Sysfs { operation: "write to", path: path.into(), source })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_commands_are_complete() {
-        let bdf = "0000:01:00.0".parse().unwrap();
-        let lines = commands(bdf, Some("igb"));
-        assert_eq!(lines.lines().count(), 4);
-        assert!(lines.contains("echo 0000:01:00.0 > /sys/bus/pci/drivers/igb/unbind"));
-        assert!(!commands(bdf, None).contains("unbind"));
-    }
 }

@@ -35,7 +35,7 @@ pub enum Error {
         expected: &'static str,
     },
     /// Another driver holds the function.
-    #[error("{bdf} is bound to {driver}, not vfio-pci: run\n{}", crate::vfio::bind::commands(*bdf, Some(driver)))]
+    #[error("{bdf} is bound to {driver}, not vfio-pci: `umbra bind {bdf}` takes it from there")]
     WrongDriver {
         /// The function.
         bdf: Bdf,
@@ -43,7 +43,7 @@ pub enum Error {
         driver: String,
     },
     /// No driver holds the function.
-    #[error("{bdf} is bound to no driver, it has to be bound to vfio-pci: run\n{}", crate::vfio::bind::commands(*bdf, None))]
+    #[error("{bdf} is bound to no driver, it has to be bound to vfio-pci: run `umbra bind {bdf}`")]
     NoDriver {
         /// The function.
         bdf: Bdf,

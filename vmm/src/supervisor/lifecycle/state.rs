@@ -1,0 +1,203 @@
+//! The words of the life cycle: what happens ([`Input`]), what is to be done ([`Action`]), and the states between.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::Serialize;
+use umbra_shadow::Generation;
+
+use crate::process::ipc::Replay;
+use crate::supervisor::time::Time;
+
+/// Index of a guest's network device among those that a driver serves.
+pub type End = usize;
+
+/// How a failure was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// pvpanic: the kernel said so.
+    Panic,
+    /// The VM ended: power-off, reset, triple fault.
+    VmEnd,
+    /// The process ended without a word.
+    ProcessExit,
+    /// The VM could not be started.
+    Start,
+    /// VFIO reported an error of the device, or a storm of interrupts.
+    Device,
+    /// The agent reported it.
+    Agent,
+    /// The agent's stream was closed or carried what is no message.
+    ControlStream,
+    /// No heartbeat.
+    Heartbeat,
+    /// Not forwarding in time.
+    BootTimeout,
+    /// The link was closed, or broke a rule.
+    Link,
+    /// No failure: `umbra run` replaces the driver VM because a guest was rebooted.
+    Replaced,
+}
+
+/// A failure of a driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// How it was noticed.
+    pub source: Source,
+    /// What happened, for people: `kernel panic`.
+    pub what: String,
+    /// When the first sign of it was seen; for a missing heartbeat, the last sign of life.
+    pub at: Time,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Begin the first life.
+    Start,
+    /// The device's reset has returned, well or not.
+    ResetDone,
+    /// The agent said hello.
+    Hello,
+    /// The driver VM forwards frames.
+    Forwarding,
+    /// The NIC's carrier changed.
+    Carrier(Carrier),
+    /// The agent lives.
+    Heartbeat,
+    /// The splitter of this end went live.
+    EndLive(End),
+    /// The guest of this end is off, or will not say more.
+    EndGone(End),
+    /// A certain failure.
+    Failed(Failure),
+    /// A failure that may be the echo of one whose own sign is still to come.
+    Sign(Failure),
+    /// The process handed over what evidence it has.
+    Evidence,
+    /// The process is gone, and everything it held with it.
+    ProcessGone(String),
+    /// Replace the driver VM without counting it a failure.
+    Replace(String),
+    /// A deadline may have passed.
+    Tick,
+    /// No further life; end this one.
+    Stop,
+}
+
+/// The physical link's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carrier {
+    /// There is a link.
+    Up,
+    /// There is none.
+    Down,
+}
+
+/// What is to be done, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Reset the device; answered by [`Input::ResetDone`].
+    Reset,
+    /// Start the process of this generation, with a new link to each end.
+    Spawn(Generation),
+    /// Tell the agent what network to serve.
+    Configure,
+    /// Let the splitter of this end replay and go live.
+    GoLive(End, Replay),
+    /// Everything flows.
+    Live,
+    /// The generation is about to fail: let the guests' shadows answer already.
+    Mask,
+    /// The generation has failed: tell the guests (they may know), and people.
+    Failed(Failure),
+    /// Ask the process for registers; answered by [`Input::Evidence`].
+    AskEvidence,
+    /// Kill the process; answered by [`Input::ProcessGone`].
+    Kill,
+    /// The failed generation is fenced: keep the report.
+    Report,
+    /// There will be no further generation, and this is why: tell the guests.
+    Quarantine(String),
+}
+
+/// Where the driver VM is in its lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Not started yet.
+    Idle,
+    /// No process; the device's reset is under way.
+    Resetting {
+        /// When it counts as hung.
+        until: Time,
+        /// Earliest start of the next life; `None`: there is none.
+        next: Option<Time>,
+    },
+    /// No process; waiting for the delay to pass.
+    BackOff {
+        /// The end of the delay.
+        until: Time,
+    },
+    /// The kernel boots.
+    Booting {
+        /// When it should forward.
+        until: Time,
+    },
+    /// The agent loads the driver and sets up forwarding.
+    Configuring {
+        /// When it should forward.
+        until: Time,
+    },
+    /// Forwarding; the NIC looks for its link.
+    WaitingCarrier {
+        /// How long that is waited for.
+        until: Time,
+    },
+    /// The ends replay.
+    GoingLive {
+        /// Those that are not live yet.
+        waiting: BTreeSet<End>,
+    },
+    /// In service.
+    Live {
+        /// Since when.
+        since: Time,
+    },
+    /// Failed; the process is about to be gone.
+    Fencing {
+        /// Until when it may hand over evidence; `None`: it has been killed.
+        evidence: Option<Time>,
+        /// For how long it was live.
+        lived: Option<Duration>,
+        /// Whether it counts.
+        source: Source,
+    },
+    /// Given up.
+    Quarantined,
+    /// The end of `umbra run`: the process is about to be gone.
+    Stopping,
+    /// Ended for good.
+    Stopped,
+}
+
+impl State {
+    /// One word for people and `umbra status --json`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Resetting { .. } => "resetting",
+            Self::BackOff { .. } => "back-off",
+            Self::Booting { .. } => "booting",
+            Self::Configuring { .. } => "configuring",
+            Self::WaitingCarrier { .. } => "waiting-carrier",
+            Self::GoingLive { .. } => "replaying",
+            Self::Live { .. } => "live",
+            Self::Fencing { .. } => "fencing",
+            Self::Quarantined => "quarantined",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        }
+    }
+}
