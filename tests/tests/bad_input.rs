@@ -12,18 +12,38 @@ const CASES: &[(&str, &str, &[&str])] = &[
     ("an unknown PCI address", "machine 0000:42:00.0 $IMAGE; umbra run m.toml", &["0000:42:00.0"]),
     ("no PCI address at all", "machine nonsense $IMAGE; umbra run m.toml", &["nonsense"]),
     ("no such image", "machine $NIC0 /nowhere; umbra run m.toml", &["/nowhere", "umbra image"]),
-    ("a broken image", "cp -r $IMAGE /tmp/broken; : > /tmp/broken/vmlinux; machine $NIC0 /tmp/broken; umbra run m.toml", &["/tmp/broken"]),
+    (
+        "a broken image",
+        "cp -r $IMAGE /tmp/broken; : > /tmp/broken/vmlinux; machine $NIC0 /tmp/broken; umbra run m.toml",
+        &["/tmp/broken"],
+    ),
     ("a kernel that is none", "echo no kernel > /tmp/k; umbra run --kernel /tmp/k", &["/tmp/k", "kernel"]),
     ("no such kernel", "umbra run --kernel /nowhere/k", &["/nowhere/k"]),
     ("no such disk", "umbra run --kernel vmlinux --disk /nowhere/d", &["/nowhere/d"]),
     ("no such file", "umbra run nowhere.toml", &["nowhere.toml"]),
-    ("a mistake in the file", "printf '[guest.web]\\nkernl = \"x\"\\n' > m.toml; umbra run m.toml", &["m.toml", "2", "kernl"]),
-    ("a name that nothing defines", "printf '[guest.web]\\nkernel = \"x\"\\n[[guest.web.net]]\\ndriver = \"nic7\"\\n' > m.toml; umbra run m.toml", &["nic7"]),
+    (
+        "a mistake in the file",
+        "printf '[guest.web]\\nkernl = \"x\"\\n' > m.toml; umbra run m.toml",
+        &["m.toml", "2", "kernl"],
+    ),
+    (
+        "a name that nothing defines",
+        "printf '[guest.web]\\nkernel = \"x\"\\n[[guest.web.net]]\\ndriver = \"nic7\"\\n' > m.toml; umbra run m.toml",
+        &["nic7"],
+    ),
     ("nothing runs", "umbra status", &["no machine"]),
     ("no such driver", "umbra crash nic0", &["no machine"]),
     ("a kernel without the driver", "umbra image --driver nosuchdriver --kernel-dir / -o /tmp/i", &[]),
-    ("no KVM", "mv /dev/kvm /dev/kvm.away; umbra run --kernel vmlinux; s=$?; mv /dev/kvm.away /dev/kvm; exit $s", &["/dev/kvm"]),
-    ("KVM without permission", "chmod 0 /dev/kvm; su-nobody umbra run --kernel vmlinux; s=$?; chmod 600 /dev/kvm; exit $s", &["/dev/kvm"]),
+    (
+        "no KVM",
+        "mv /dev/kvm /dev/kvm.away; umbra run --kernel vmlinux; s=$?; mv /dev/kvm.away /dev/kvm; exit $s",
+        &["/dev/kvm"],
+    ),
+    (
+        "KVM without permission",
+        "chmod 0 /dev/kvm; su-nobody umbra run --kernel vmlinux; s=$?; chmod 600 /dev/kvm; exit $s",
+        &["/dev/kvm"],
+    ),
 ];
 
 /// `machine BDF IMAGE` writes a machine file; `su-nobody` runs a command without root's rights.

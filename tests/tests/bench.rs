@@ -20,10 +20,17 @@ fn scripts_run_and_devices_are_where_they_should_be() {
     let output = bench.run("echo out; echo err >&2; exit 7").or_tell();
     assert_eq!((output.stdout.as_str(), output.stderr.as_str(), output.status), ("out\n", "err\n", 7));
 
-    let ids = bench.expect("for d in $NIC0 $NIC1 $NIC2 $SND0 $SND1 $DISK0; do cat /sys/bus/pci/devices/$d/device; done", STEP);
-    assert_eq!(ids.or_tell().split_whitespace().collect::<Vec<_>>(), ["0x10d3", "0x8139", "0x10c9", "0x2668", "0x5000", "0x0010"]);
+    let ids = bench
+        .expect("for d in $NIC0 $NIC1 $NIC2 $SND0 $SND1 $DISK0; do cat /sys/bus/pci/devices/$d/device; done", STEP);
+    assert_eq!(
+        ids.or_tell().split_whitespace().collect::<Vec<_>>(),
+        ["0x10d3", "0x8139", "0x10c9", "0x2668", "0x5000", "0x0010"]
+    );
 
-    let groups = bench.expect("for d in $NIC0 $NIC1 $NIC2; do vfio $d; readlink /sys/bus/pci/devices/$d/iommu_group; done; ls /dev/kvm", STEP);
+    let groups = bench.expect(
+        "for d in $NIC0 $NIC1 $NIC2; do vfio $d; readlink /sys/bus/pci/devices/$d/iommu_group; done; ls /dev/kvm",
+        STEP,
+    );
     let groups = groups.or_tell();
     let mut distinct: Vec<_> = groups.lines().collect();
     distinct.sort_unstable();

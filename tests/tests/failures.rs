@@ -39,7 +39,9 @@ fn the_guest_outlives_kills_and_sees_link_down_only_in_quarantine() {
     say("kill -9 while the log is replayed");
     let events = format!("{}/events.jsonl", place.share_inside());
     let mut watcher = place.start(&format!("umbra-probe kill-in-replay {events}")).or_tell();
-    place.in_guest("web", &format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0)), STEP).or_tell();
+    place
+        .in_guest("web", &format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0)), STEP)
+        .or_tell();
     place.expect("umbra crash nic0", STEP).or_tell();
     assert!(watcher.poll(RECOVERY).or_tell(), "the watcher saw no replay");
     let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or_else(|_| panic!("{:?}", watcher.output()));

@@ -87,7 +87,10 @@ fn kernel_packages() -> Vec<String> {
     let output = Command::new("apt-cache").args(["search", "--names-only", pattern]).output();
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
     let names = text.lines().filter_map(|line| line.split_whitespace().next());
-    names.filter(|n| !["-cloud-", "-rt-", "-dbg", "-unsigned"].iter().any(|no| n.contains(no))).map(Into::into).collect()
+    names
+        .filter(|n| !["-cloud-", "-rt-", "-dbg", "-unsigned"].iter().any(|no| n.contains(no)))
+        .map(Into::into)
+        .collect()
 }
 
 /// The numbers in a name, for comparison.

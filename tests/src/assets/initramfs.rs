@@ -12,15 +12,36 @@ use super::AssetError;
 
 /// In the test host: what its init loads, and what scripts may want. Those that the kernel lacks are left out.
 const HOST_MODULES: &[&str] = &[
-    "9p", "9pnet_virtio", "kvm_amd", "kvm_intel", "vfio_iommu_type1", "vfio_pci", "tun", "bridge", "veth",
-    "vhost_net", "e1000", "e1000e", "igb", "8139cp", "pcnet32", "virtio_net", "virtio_blk", "nvme", "ahci", "sd_mod",
-    "loop", "snd_ens1370", "snd_intel8x0", "snd_hda_intel", "snd_hda_codec_generic",
+    "9p",
+    "9pnet_virtio",
+    "kvm_amd",
+    "kvm_intel",
+    "vfio_iommu_type1",
+    "vfio_pci",
+    "tun",
+    "bridge",
+    "veth",
+    "vhost_net",
+    "e1000",
+    "e1000e",
+    "igb",
+    "8139cp",
+    "pcnet32",
+    "virtio_net",
+    "virtio_blk",
+    "nvme",
+    "ahci",
+    "sd_mod",
+    "loop",
+    "snd_ens1370",
+    "snd_intel8x0",
+    "snd_hda_intel",
+    "snd_hda_codec_generic",
 ];
 
 /// In guests: virtio, and the NICs for when one is passed straight through.
-const GUEST_MODULES: &[&str] = &[
-    "virtio_net", "virtio_blk", "virtio_rng", "virtio_console", "e1000", "e1000e", "igb", "8139cp", "ext4",
-];
+const GUEST_MODULES: &[&str] =
+    &["virtio_net", "virtio_blk", "virtio_rng", "virtio_console", "e1000", "e1000e", "igb", "8139cp", "ext4"];
 
 /// What an archive is made of.
 pub(super) struct Recipe<'a> {
@@ -33,13 +54,15 @@ pub(super) struct Recipe<'a> {
 impl Recipe<'_> {
     /// The test host's.
     pub(super) fn host(&self) -> Result<PathBuf, AssetError> {
-        let files = [("init", 0o755, include_str!("host-init.sh")), ("etc/umbra/bench.sh", 0o644, include_str!("bench.sh"))];
+        let files =
+            [("init", 0o755, include_str!("host-init.sh")), ("etc/umbra/bench.sh", 0o644, include_str!("bench.sh"))];
         self.make("test-host", HOST_MODULES, &files)
     }
 
     /// A guest's.
     pub(super) fn guest(&self) -> Result<PathBuf, AssetError> {
-        let files = [("init", 0o755, include_str!("guest-init.sh")), ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh"))];
+        let files =
+            [("init", 0o755, include_str!("guest-init.sh")), ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh"))];
         self.make("guest", GUEST_MODULES, &files)
     }
 

@@ -35,7 +35,9 @@ pub type Say<'a> = &'a dyn Fn(&str);
 #[derive(Debug, thiserror::Error)]
 pub enum AssetError {
     /// Packages are missing and only root may install them.
-    #[error("these packages are needed: {packages}; install them (`sudo apt-get install {packages}`) or run `sudo make setup`")]
+    #[error(
+        "these packages are needed: {packages}; install them (`sudo apt-get install {packages}`) or run `sudo make setup`"
+    )]
     NotRoot {
         /// Their names.
         packages: String,
@@ -58,7 +60,9 @@ pub enum AssetError {
     #[error("{0} is not built; run `make build`, or name the folder with the programs: {PROGRAMS_VARIABLE}=DIR")]
     NotBuilt(PathBuf),
     /// QEMU is too old for a model.
-    #[error("this QEMU ({version}) has no model {model}; QEMU 8 or newer has (on Debian 12: `apt-get install -t bookworm-backports qemu-system-x86`)")]
+    #[error(
+        "this QEMU ({version}) has no model {model}; QEMU 8 or newer has (on Debian 12: `apt-get install -t bookworm-backports qemu-system-x86`)"
+    )]
     OldQemu {
         /// The model.
         model: Model,
@@ -69,7 +73,9 @@ pub enum AssetError {
     #[error("{QEMU} cannot be run; `make setup` installs it")]
     NoQemu,
     /// A NIC whose Linux driver is not known here.
-    #[error("the bench does not know which driver the NIC model {0} needs; it knows e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci")]
+    #[error(
+        "the bench does not know which driver the NIC model {0} needs; it knows e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci"
+    )]
     UnknownNic(Model),
     /// A file operation.
     #[error("cannot {operation} {}", path.display())]

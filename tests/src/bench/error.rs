@@ -68,6 +68,7 @@ impl BenchError {
 /// The first line of a script that says something.
 pub(super) fn first_line(script: &str) -> String {
     let lines = script.lines().map(str::trim);
-    let mut telling = lines.filter(|l| !l.is_empty() && !l.starts_with("set ") && !l.starts_with(". /etc") && *l != "cd /share");
+    let mut telling =
+        lines.filter(|l| !l.is_empty() && !l.starts_with("set ") && !l.starts_with(". /etc") && *l != "cd /share");
     telling.next().unwrap_or_default().to_owned()
 }

@@ -62,10 +62,8 @@ mod tests {
     #[test]
     fn a_quoted_text_is_one_word() {
         let text = "it's \"$HOME\"; `x` \\";
-        let output = std::process::Command::new("/bin/sh")
-            .args(["-c", &format!("printf %s {}", quote(text))])
-            .output()
-            .unwrap();
+        let output =
+            std::process::Command::new("/bin/sh").args(["-c", &format!("printf %s {}", quote(text))]).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), text);
     }
 }

@@ -70,10 +70,22 @@ impl Slots {
 /// The arguments.
 pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     let kvm = spec.accel == Accel::Kvm || (spec.accel == Accel::Auto && real_kvm());
-    let mut slots =
-        Slots { conventional: FIRST_CONVENTIONAL, root_port: FIRST_ROOT_PORT, arguments: Vec::new(), cmdline: String::new() };
+    let mut slots = Slots {
+        conventional: FIRST_CONVENTIONAL,
+        root_port: FIRST_ROOT_PORT,
+        arguments: Vec::new(),
+        cmdline: String::new(),
+    };
     let dir = parts.dir.display();
-    slots.add(&["-machine", "q35,kernel-irqchip=split", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    slots.add(&[
+        "-machine",
+        "q35,kernel-irqchip=split",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
     if kvm {
         slots.add(&["-accel", "kvm", "-cpu", "host"]);
     } else {
@@ -150,13 +162,8 @@ mod tests {
     use super::*;
 
     fn line(spec: &BenchSpec) -> String {
-        let parts = Parts {
-            kernel: Path::new("k"),
-            initrd: Path::new("i"),
-            dir: Path::new("d"),
-            taps: &[5, 6, 7],
-            exec: 4,
-        };
+        let parts =
+            Parts { kernel: Path::new("k"), initrd: Path::new("i"), dir: Path::new("d"), taps: &[5, 6, 7], exec: 4 };
         arguments(spec, &parts).join(" ")
     }
 

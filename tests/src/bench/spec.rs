@@ -13,8 +13,18 @@ pub struct Model(pub String);
 
 /// Models without a PCI Express capability: a root port would not show them the slot they expect.
 const CONVENTIONAL: [&str; 12] = [
-    "rtl8139", "e1000", "e1000-82544gc", "e1000-82545em", "pcnet", "ne2k_pci", "i82550", "i82551", "i82557b", "tulip",
-    "ES1370", "AC97",
+    "rtl8139",
+    "e1000",
+    "e1000-82544gc",
+    "e1000-82545em",
+    "pcnet",
+    "ne2k_pci",
+    "i82550",
+    "i82551",
+    "i82557b",
+    "tulip",
+    "ES1370",
+    "AC97",
 ];
 
 impl Model {

@@ -14,7 +14,8 @@ use std::time::Duration;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
 use umbra_tests::probe::{client::Client, net, port, reinit, replay, serve};
 
-const USAGE: &str = "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS | send ADDRESS SECONDS
+const USAGE: &str =
+    "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-in-replay EVENTS | reinit ADDRESS/LENGTH PEER";
 
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
 }
 
 fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
-        match *words {
+    match *words {
         ["serve"] => serve::serve(port::open(PORT_NAME, Duration::from_secs(10))?)?,
         ["serve", name] => serve::serve(port::open(name, Duration::from_secs(10))?)?,
         ["exec", socket, script] => return exec(socket, script, Duration::from_secs(600)),
@@ -40,7 +41,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned()?;
             let control = UnixStream::from(stdin);
             let nics = if nics == "here" { None } else { Some(nics.parse()?) };
-            umbra_tests::peer::main(control, nics)?;
+            umbra_tests::peer::main(&control, nics)?;
         }
         ["tick", peer] => net::tick(peer.parse()?)?,
         ["send", peer, length] => print(&net::send(peer.parse()?, seconds(length)?)?)?,

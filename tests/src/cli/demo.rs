@@ -39,7 +39,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let hardware = match &args.pci {
         None => None,
         Some(pci) => {
-            let own = || own_address().context("this machine has no address that a guest could reach; name one: --peer IP");
+            let own =
+                || own_address().context("this machine has no address that a guest could reach; name one: --peer IP");
             let peer = args.peer.map_or_else(own, Ok)?;
             Some(Wire { pci: pci.clone(), guest: args.guest.clone(), peer })
         }

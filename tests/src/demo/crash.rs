@@ -108,7 +108,10 @@ fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) 
             let what = if ended { "the download ended early" } else { "the download does not go on" };
             let said = format!(
                 "{}{}{progress:?}\n{}\n{}",
-                get.output().stdout, get.output().stderr, demo.machine.said(), demo.place.tail()
+                get.output().stdout,
+                get.output().stderr,
+                demo.machine.said(),
+                demo.place.tail()
             );
             return Err(DemoError::Umbra { what: format!("{what} at {reached} bytes"), said });
         }
@@ -146,7 +149,9 @@ fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
         return Err(DemoError::Umbra { what: "the watcher of the replay killed nothing".into(), said });
     }
     if first.generation == killed {
-        demo.tell(&format!("{GUEST} was served again before the blow fell; it counts as a kill -9 right after the replay"));
+        demo.tell(&format!(
+            "{GUEST} was served again before the blow fell; it counts as a kill -9 right after the replay"
+        ));
         live(demo)?;
     }
     Ok(2)

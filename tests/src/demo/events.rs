@@ -49,7 +49,7 @@ impl Follow {
     }
 
     /// The next event, if there is one already.
-    pub fn next(&mut self) -> Option<Event> {
+    pub fn take(&mut self) -> Option<Event> {
         if self.waiting.is_empty() {
             self.read_more();
         }
@@ -81,13 +81,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events");
         let mut follow = Follow::new(path.clone());
-        assert!(follow.next().is_none());
+        assert!(follow.take().is_none());
         let mut file = File::create(&path).unwrap();
         file.write_all(b"{\"event\":\"driver-live\",\"gene").unwrap();
-        assert!(follow.next().is_none());
+        assert!(follow.take().is_none());
         file.write_all(b"ration\":2,\"outage_ms\":1.5}\n").unwrap();
-        let event = follow.next().unwrap();
+        let event = follow.take().unwrap();
         assert_eq!((event.event.as_str(), event.generation, event.number("outage_ms")), ("driver-live", 2, Some(1.5)));
-        assert!(follow.next().is_none());
+        assert!(follow.take().is_none());
     }
 }

@@ -7,7 +7,18 @@ use super::place::Place;
 
 /// Words that a kernel log must not have gained: virtio resets, link changes, driver errors, watchdogs.
 const UNCLEAN: [&str; 12] = [
-    "virtio", "reset", "link", "carrier", "netdev", "watchdog", "tx timeout", "error", "fail", "warning", "bug:", "eth0",
+    "virtio",
+    "reset",
+    "link",
+    "carrier",
+    "netdev",
+    "watchdog",
+    "tx timeout",
+    "error",
+    "fail",
+    "warning",
+    "bug:",
+    "eth0",
 ];
 
 /// The guest's state of knowledge.

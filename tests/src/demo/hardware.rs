@@ -73,7 +73,9 @@ impl Bound {
         let bound = Self { pci: pci.into(), before };
         rebind(pci, "vfio-pci").map_err(|(what, source)| DemoError::File { operation: "write", path: what, source })?;
         if driver(pci).as_deref() != Some("vfio-pci") {
-            return Err(DemoError::Device(format!("{pci} could not be bound to vfio-pci; is the module there? (modprobe vfio-pci)")));
+            return Err(DemoError::Device(format!(
+                "{pci} could not be bound to vfio-pci; is the module there? (modprobe vfio-pci)"
+            )));
         }
         Ok(bound)
     }
@@ -104,9 +106,9 @@ fn refuse_used(dir: &Path, pci: &str) -> Result<(), DemoError> {
     for interface in interfaces.flatten() {
         let name = interface.file_name().to_string_lossy().into_owned();
         let addresses = nix::ifaddrs::getifaddrs().map_err(|e| DemoError::Device(e.to_string()))?;
-        let used = addresses.into_iter().any(|a| {
-            a.interface_name == name && a.address.is_some_and(|address| address.as_sockaddr_in().is_some())
-        });
+        let used = addresses
+            .into_iter()
+            .any(|a| a.interface_name == name && a.address.is_some_and(|address| address.as_sockaddr_in().is_some()));
         if used {
             return Err(DemoError::Device(format!(
                 "{pci} ({name}) carries an address of this machine; take it down first, or choose another NIC"
@@ -141,5 +143,7 @@ pub(super) fn image(pci: &str, assets: &Assets, share: &Path, say: Say<'_>) -> R
 pub(super) fn address_of_guest(place: &mut Place, guest: &str) -> Result<Ipv4Addr, DemoError> {
     let script = "ip -4 -o addr show scope global | awk '{print $4}' | cut -d/ -f1 | head -n 1";
     let text = place.in_guest(guest, script, Duration::from_secs(60))?;
-    text.trim().parse().map_err(|_| DemoError::Device("the guest got no address by DHCP; give it one: IP=192.168.1.77/24".into()))
+    text.trim()
+        .parse()
+        .map_err(|_| DemoError::Device("the guest got no address by DHCP; give it one: IP=192.168.1.77/24".into()))
 }

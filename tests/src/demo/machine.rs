@@ -127,7 +127,7 @@ impl Machine {
     pub fn await_event(&mut self, limit: Duration, wanted: impl Fn(&Event) -> bool) -> Result<Event, DemoError> {
         let start = Instant::now();
         while start.elapsed() < limit {
-            while let Some(event) = self.events.next() {
+            while let Some(event) = self.events.take() {
                 self.seen.push(event.clone());
                 if wanted(&event) {
                     return Ok(event);
@@ -143,7 +143,7 @@ impl Machine {
 
     /// Takes the events that are there.
     pub fn drain(&mut self) {
-        while let Some(event) = self.events.next() {
+        while let Some(event) = self.events.take() {
             self.seen.push(event);
         }
     }
@@ -159,7 +159,8 @@ impl Machine {
     /// It failed or gave no JSON.
     pub fn status(&mut self, place: &mut Place) -> Result<Value, DemoError> {
         let text = place.expect("umbra status --json", Duration::from_secs(20))?;
-        serde_json::from_str(&text).map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
+        serde_json::from_str(&text)
+            .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
     }
 
     /// The driver VM's process.
@@ -194,11 +195,13 @@ mod tests {
     fn the_file_is_what_umbra_reads() {
         let mut spec = MachineSpec::one_guest("0000:01:00.0", "e1000e", "10.77.0.2/24");
         spec.guests.push(("db".into(), "10.77.0.3/24".into()));
-        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+            .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!((machine.guest.len(), machine.driver.len()), (2, 1));
         spec.guests.pop();
         spec.attach = Attach::Passthrough;
-        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x")).unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+            .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!(machine.guest["web"].passthrough, ["0000:01:00.0"]);
         assert!(machine.driver.is_empty());
     }

@@ -148,8 +148,10 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
     let mut bench = Bench::boot(bench, assets)?;
     let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
     let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let machine =
-        MachineSpec { restart_limit, ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0))) };
+    let machine = MachineSpec {
+        restart_limit,
+        ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
+    };
     Ok((Place::Bench(Box::new(bench)), machine, Some(guest_address(0, 0)), peer_address(0), None))
 }
 
@@ -202,7 +204,8 @@ impl Demo<'_> {
         self.place.peer().offer(content.bytes, DEFAULT_RATE, plan.allowance(0, content.bytes))?;
         let url = format!("http://{}:{}/file", self.peer, crate::peer::ports::HTTP);
         let limit = Duration::from_secs(120) + RECOVERY_LIMIT * self.spec.crashes;
-        let mut get = self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -O - {url} | sha256sum"), limit)?;
+        let mut get =
+            self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -O - {url} | sha256sum"), limit)?;
         let results = crash::run(self, &plan, content, &mut get)?;
         self.place.peer().allow(u64::MAX)?;
         if !get.poll(Duration::from_secs(120)).map_err(DemoError::Exec)? {

@@ -187,7 +187,11 @@ impl DemoResult {
             lines.push(format!("    carrier changes: {}", nic.carrier_changes));
         }
         if let Some(outage) = nic.outage_ms {
-            lines.push(format!("  outage seen by the peer                  {} (median), {} (longest)", span(outage.p50), span(outage.max)));
+            lines.push(format!(
+                "  outage seen by the peer                  {} (median), {} (longest)",
+                span(outage.p50),
+                span(outage.max)
+            ));
         }
         lines.push(if self.ok { "The guest noticed nothing but time.".into() } else { "NOT as it should be.".into() });
         lines

@@ -30,7 +30,10 @@ pub(super) fn carry(to: &Path, assets: &Assets) -> Result<(), DemoError> {
         std::fs::copy(from, to.join(name)).map(drop).map_err(|e| DemoError::file("copy", from, e))
     };
     copy(assets.qemu(), "qemu")?;
-    let ldd = Command::new("ldd").arg(assets.qemu()).output().map_err(|e| DemoError::file("ask for libraries", assets.qemu(), e))?;
+    let ldd = Command::new("ldd")
+        .arg(assets.qemu())
+        .output()
+        .map_err(|e| DemoError::file("ask for libraries", assets.qemu(), e))?;
     for word in String::from_utf8_lossy(&ldd.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
         let path = Path::new(word);
         copy(path, &path.file_name().unwrap_or_default().to_string_lossy())?;
@@ -69,12 +72,18 @@ pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<Qemu
         guest_address(0, 0)
     ))?;
     let mut guest = QemuGuest(run);
-    place.run("await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up", Duration::from_secs(20))?;
+    place.run(
+        "await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up",
+        Duration::from_secs(20),
+    )?;
     match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
         Ok(_) => Ok(guest),
         Err(e) => {
             let _ = guest.0.poll(Duration::from_millis(100));
-            Err(DemoError::Umbra { what: format!("QEMU's guest did not come up ({e})"), said: guest.0.output().stdout.clone() })
+            Err(DemoError::Umbra {
+                what: format!("QEMU's guest did not come up ({e})"),
+                said: guest.0.output().stdout.clone(),
+            })
         }
     }
 }

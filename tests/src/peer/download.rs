@@ -135,7 +135,11 @@ fn answer(mut stream: TcpStream, shared: &Download) -> io::Result<()> {
         let most = (rate as f64 / 10.0).max(CHUNK as f64);
         paid = f64::min(paid + earned, most);
         let len = usize::try_from((bytes - sent).min(allow.saturating_sub(sent))).unwrap_or(CHUNK).min(CHUNK) & !7;
-        let len = if bytes - sent < CHUNK as u64 && allow >= bytes { usize::try_from(bytes - sent).unwrap_or(0) } else { len };
+        let len = if bytes - sent < CHUNK as u64 && allow >= bytes {
+            usize::try_from(bytes - sent).unwrap_or(0)
+        } else {
+            len
+        };
         #[expect(clippy::cast_precision_loss, reason = "a pace, not an account")]
         if len == 0 || paid < len as f64 {
             lock().note(sent, sent.saturating_sub(unacknowledged(&stream)));

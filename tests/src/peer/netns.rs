@@ -20,7 +20,8 @@ use super::peer_address;
 pub(super) fn enter() -> Result<(), String> {
     let uid = nix::unistd::geteuid();
     let gid = nix::unistd::getegid();
-    let flags = if uid.is_root() { CloneFlags::CLONE_NEWNET } else { CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET };
+    let flags =
+        if uid.is_root() { CloneFlags::CLONE_NEWNET } else { CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET };
     unshare(flags).map_err(|e| {
         format!(
             "cannot make a network namespace for the bench: {e}; run as root, or allow user namespaces (sysctl \
@@ -29,7 +30,9 @@ pub(super) fn enter() -> Result<(), String> {
         )
     })?;
     if !uid.is_root() {
-        let map = |file: &str, text: String| fs::write(format!("/proc/self/{file}"), text).map_err(|e| format!("{file}: {e}"));
+        let map = |file: &str, text: String| {
+            fs::write(format!("/proc/self/{file}"), text).map_err(|e| format!("{file}: {e}"))
+        };
         map("setgroups", "deny".into())?;
         map("uid_map", format!("0 {uid} 1"))?;
         map("gid_map", format!("0 {gid} 1"))?;
@@ -44,7 +47,9 @@ pub(super) fn enter() -> Result<(), String> {
 pub(super) fn tap(nic: usize) -> Result<File, String> {
     let name = format!("nic{nic}");
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").map_err(|e| {
-        format!("cannot open /dev/net/tun: {e}; the bench needs it (modprobe tun; in a container: --device=/dev/net/tun)")
+        format!(
+            "cannot open /dev/net/tun: {e}; the bench needs it (modprobe tun; in a container: --device=/dev/net/tun)"
+        )
     })?;
     let mut request = request(&name);
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;

@@ -17,22 +17,22 @@ use crate::probe::wire::{Lines, write_line};
 ///
 /// # Errors
 /// What the socket says; failures to set up go to the bench as [`Reply::Failed`].
-pub fn main(control: UnixStream, nics: Option<usize>) -> io::Result<()> {
-    let (download, recorded) = match set_up(&control, nics) {
+pub fn main(control: &UnixStream, nics: Option<usize>) -> io::Result<()> {
+    let (download, recorded) = match set_up(control, nics) {
         Ok(services) => services,
-        Err(what) => return write_line(&control, &Reply::Failed { what }),
+        Err(what) => return write_line(control, &Reply::Failed { what }),
     };
     let mut lines = Lines::default();
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let n = (&control).read(&mut buffer)?;
+        let n = Read::read(&mut &*control, &mut buffer)?;
         if n == 0 {
             return Ok(());
         }
         let mut requests = Vec::new();
         lines.push(&buffer[..n], |request: Request| requests.push(request));
         for request in requests {
-            write_line(&control, &answer(&request, &download, &recorded))?;
+            write_line(control, &answer(&request, &download, &recorded))?;
         }
     }
 }

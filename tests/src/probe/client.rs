@@ -172,8 +172,10 @@ fn read_replies(mut from: UnixStream, waiting: &Waiting) {
             Err(_) => break,
         };
         lines.push(&buffer[..n], |reply: Reply| {
-            let (Reply::Hello { token: id } | Reply::Stdout { id, .. } | Reply::Stderr { id, .. } | Reply::Exit { id, .. }) =
-                &reply;
+            let (Reply::Hello { token: id }
+            | Reply::Stdout { id, .. }
+            | Reply::Stderr { id, .. }
+            | Reply::Exit { id, .. }) = &reply;
             let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(run) = waiting.get(id) {
                 let _ = run.send(reply);

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// No new life came within two minutes, or `umbra status` knows no process.
 pub fn kill_in_replay(events: &Path) -> Result<u32, Box<dyn Error>> {
     let mut follow = Follow::new(events.into());
-    while follow.next().is_some() {}
+    while follow.take().is_some() {}
     let stage = |event: &Event, name: &str| event.event == "driver-stage" && event.text("stage") == name;
     await_event(&mut follow, |event| stage(event, "hello"))?;
     let pid = driver_pid()?;
@@ -36,7 +36,7 @@ pub fn kill_in_replay(events: &Path) -> Result<u32, Box<dyn Error>> {
 fn await_event(follow: &mut Follow, wanted: impl Fn(&Event) -> bool) -> Result<Event, Box<dyn Error>> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        match follow.next() {
+        match follow.take() {
             Some(event) if wanted(&event) => return Ok(event),
             Some(_) => {}
             None => thread::sleep(Duration::from_micros(200)),
