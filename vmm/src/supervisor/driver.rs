@@ -234,7 +234,7 @@ impl DriverVm {
         let (sender, result) = mpsc::channel();
         let device = self.device.clone();
         thread::Builder::new().name(format!("reset {}", self.name)).spawn(move || {
-            let outcome = device.perform_reset(RESET_LIMIT).map_err(|error| error.to_string());
+            let outcome = device.perform_reset(RESET_LIMIT).map_err(|error| format!("{:#}", anyhow::Error::new(error)));
             // Nobody waits any more when the machine has been stopped.
             let _ = sender.send(outcome);
             drop(writer);

@@ -133,7 +133,7 @@ impl Reset {
 /// What a reset did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResetDone {
-    /// The method that was tried first; `None`: it has none, only bus mastering was cleared.
+    /// The method that succeeded; `None`: it has none, only bus mastering was cleared.
     pub method: Option<ResetMethod>,
     /// How long it took.
     pub took: Duration,
@@ -147,10 +147,7 @@ impl HostDevice {
     pub fn perform_reset(&self, limit: Duration) -> Result<ResetDone, Error> {
         let start = Instant::now();
         self.clear_bus_master()?;
-        let method = self.reset().best();
-        if method.is_some() {
-            self.reset_by_best(limit)?;
-        }
+        let method = self.reset_in_order(start + limit)?;
         Ok(ResetDone { method, took: start.elapsed() })
     }
 
@@ -170,27 +167,35 @@ impl HostDevice {
         config.write_all_at(&cleared, COMMAND).map_err(|e| failed("clear bus mastering in", e))
     }
 
-    /// Resets by [`Reset::best`], with the kernel's own order (kernels from 5.15 on) put aside meanwhile.
-    fn reset_by_best(&self, limit: Duration) -> Result<(), Error> {
+    /// Resets by the first of [`Reset::methods`] that succeeds. Where the kernel has another order, its own is put
+    /// aside meanwhile.
+    fn reset_in_order(&self, deadline: Instant) -> Result<Option<ResetMethod>, Error> {
         let path = self.directory().join("reset_method");
-        let Ok(kernels) = fs::read_to_string(&path) else { return self.write_reset(limit) };
-        let best = Reset::new(Some(&kernels), true).best().map(ResetMethod::word);
+        let reset = self.reset();
+        let kernels = fs::read_to_string(&path).unwrap_or_default();
+        let in_order = reset.methods().iter().map(|method| method.word()).eq(kernels.split_whitespace());
+        // A method whose word is not known here cannot be named to the kernel.
+        if in_order || kernels.is_empty() || reset.methods().contains(&ResetMethod::Other) {
+            let best = reset.best();
+            return if best.is_some() { self.write_reset(deadline).map(|()| best) } else { Ok(None) };
+        }
         let order = |words: &str| {
             let failed = |source| Error::Sysfs { operation: "order the reset methods in", path: path.clone(), source };
             fs::write(&path, words).map_err(failed)
         };
-        // A method whose word is not known here cannot be named to the kernel.
-        let other = |best: &&str| *best != ResetMethod::Other.word() && kernels.split_whitespace().next() != Some(*best);
-        let Some(best) = best.filter(other) else {
-            return self.write_reset(limit);
-        };
-        order(best)?;
-        let done = self.write_reset(limit);
+        let mut outcome = Ok(None);
+        for method in reset.methods() {
+            outcome = order(method.word()).and_then(|()| self.write_reset(deadline)).map(|()| Some(*method));
+            match &outcome {
+                Err(error) if Instant::now() < deadline => tracing::debug!(%method, %error, "the reset method failed"),
+                _ => break,
+            }
+        }
         order(kernels.trim_end())?;
-        done
+        outcome
     }
 
-    fn write_reset(&self, limit: Duration) -> Result<(), Error> {
+    fn write_reset(&self, deadline: Instant) -> Result<(), Error> {
         let path = self.directory().join("reset");
         let failed = |source| Error::Sysfs { operation: "reset the device by writing to", path: path.clone(), source };
         let (sender, receiver) = mpsc::channel();
@@ -199,9 +204,10 @@ impl HostDevice {
             .name(format!("reset {}", self.bdf()))
             .spawn(move || sender.send(fs::write(file, "1")))
             .map_err(failed)?;
-        match receiver.recv_timeout(limit) {
+        let start = Instant::now();
+        match receiver.recv_timeout(deadline.saturating_duration_since(start)) {
             Ok(result) => result.map_err(failed),
-            Err(_) => Err(Error::ResetTimeout { bdf: self.bdf(), limit_s: limit.as_secs() }),
+            Err(_) => Err(Error::ResetTimeout { bdf: self.bdf(), limit_s: deadline.duration_since(start).as_secs() }),
         }
     }
 }
