@@ -27,12 +27,18 @@ const PAGE: u64 = 4096;
 /// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// Most RAM: what lies below the 64-bit PCI window, less the hole below 4 GiB.
+const LIMIT: u64 = layout::PCI_MMIO64_START - layout::HIGH_RAM_START + layout::LOW_RAM_LIMIT;
+
 /// Errors of guest memory.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The size cannot be used.
     #[error("guest memory of {0} bytes: it must be a multiple of 4 KiB and not 0")]
     Size(u64),
+    /// RAM would reach into the 64-bit PCI window.
+    #[error("guest memory of {} GiB: {} GiB are the most there is room for; lower `memory`", .0 >> 30, LIMIT >> 30)]
+    TooLarge(u64),
     /// The memfd could not be made or sealed.
     #[error("create {size} bytes of guest memory (memfd)")]
     Memfd {
@@ -83,6 +89,9 @@ pub fn split(size: u64) -> (u64, u64) {
 pub fn create(name: &str, size: u64) -> Result<GuestMemoryMmap, Error> {
     if size == 0 || !size.is_multiple_of(PAGE) {
         return Err(Error::Size(size));
+    }
+    if size > LIMIT {
+        return Err(Error::TooLarge(size));
     }
     let file = sealed_memfd(name, size).map_err(|source| Error::Memfd { size, source })?;
     let file = Arc::new(file);
@@ -278,6 +287,14 @@ mod tests {
         assert_eq!(file.set_len(PAGE).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         let seals = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS).unwrap());
         assert!(seals.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL));
+    }
+
+    #[test]
+    fn memory_stays_below_the_64_bit_pci_window() {
+        let error = create("test", LIMIT + PAGE).unwrap_err();
+        assert_eq!(error.to_string(), "guest memory of 255 GiB: 255 GiB are the most there is room for; lower `memory`");
+        let memory = create("test", LIMIT).unwrap();
+        assert_eq!(memory.last_addr().0 + 1, layout::PCI_MMIO64_START);
     }
 
     #[test]
