@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, place_with, say, skipped};
+use common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
 use umbra_tests::demo::machine::Machine;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
@@ -19,9 +19,10 @@ fn live(machine: &mut Machine) -> u32 {
 
 #[test]
 fn the_guest_outlives_kills_and_sees_link_down_only_in_quarantine() {
-    if skipped() {
-        return;
-    }
+    scenario(outlive_kills_until_quarantine);
+}
+
+fn outlive_kills_until_quarantine() {
     let (mut place, mut spec) = place_with("failures", "e1000e");
     // The fifth failure is one too many.
     spec.restart_limit = 5;

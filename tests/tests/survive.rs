@@ -3,19 +3,18 @@
 
 mod common;
 
-use common::{OrTell, say, skipped};
+use common::{OrTell, say, scenario};
 use umbra_tests::demo::{self, DemoSpec};
 
 fn a_download_survives_crashes(nic: &str, crashes: u32) {
-    if skipped() {
-        return;
-    }
-    let spec = DemoSpec { nic: nic.into(), crashes, bytes: 16 << 20, hardware: None };
-    let dir = umbra_tests::assets::target_dir().join("bench").join(format!("survive-{nic}"));
-    let result = demo::run(&spec, &dir, &say).or_tell();
-    assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());
-    let outage = result.nic.outage_ms.unwrap();
-    assert!(outage.max < 60_000.0, "an outage of {} ms", outage.max);
+    scenario(|| {
+        let spec = DemoSpec { nic: nic.into(), crashes, bytes: 16 << 20, hardware: None };
+        let dir = umbra_tests::assets::target_dir().join("bench").join(format!("survive-{nic}"));
+        let result = demo::run(&spec, &dir, &say).or_tell();
+        assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());
+        let outage = result.nic.outage_ms.unwrap();
+        assert!(outage.max < 60_000.0, "an outage of {} ms", outage.max);
+    });
 }
 
 #[test]

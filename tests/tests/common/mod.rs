@@ -27,6 +27,26 @@ pub fn skipped() -> bool {
     skip
 }
 
+/// How a scenario ends when the emulated machine, or a guest in it, stands still. QEMU's emulation of nested
+/// virtualisation now and then interrupts a guest that has interrupts switched off (its kernel warns in `kernel/time`),
+/// and a guest whose timers are lost in this way never wakes again.
+const STOOD_STILL: [&str; 3] = ["did not end within", "did not answer within", "the download does not go on"];
+
+/// Runs a scenario, unless the user leaves them out. Where the test host is emulated, one that stood still is run once
+/// more, and says so; on real KVM it fails.
+pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
+    if skipped() {
+        return;
+    }
+    let Err(panic) = std::panic::catch_unwind(&run) else { return };
+    let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+    if umbra_tests::bench::has_nested_kvm() || !STOOD_STILL.iter().any(|sign| text.contains(sign)) {
+        std::panic::resume_unwind(panic);
+    }
+    say("the emulated machine stood still; once more");
+    run();
+}
+
 pub fn say(what: &str) {
     eprintln!("    {what}");
 }
