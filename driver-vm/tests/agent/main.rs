@@ -1,0 +1,106 @@
+//! The agent in a real driver VM: a stock kernel with real NIC drivers under plain QEMU. Needs `qemu-system-x86_64` and
+//! a kernel package named by `UMBRA_TEST_KERNEL_DEB`; skipped with the reason otherwise.
+
+mod vm;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
+use vm::{DriverVm, GUEST, STATION, frame, mode_of, plan};
+
+const OTHER: Mac = Mac([0x52, 0x54, 0, 0x99, 0x99, 0x99]);
+const GROUP: Mac = Mac([1, 0, 0x5e, 0, 0, 251]);
+const BROADCAST: Mac = Mac([0xff; 6]);
+
+/// One VM at a time: they are emulated and would starve each other.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn frames_pass_and_filters_hold(nic: &str, driver: &str) {
+    let _alone = alone();
+    let Some(mut vm) = DriverVm::forwarding(nic, driver, vec![mode_of(GUEST)]) else { return };
+    assert!(!vm.has_sent_anything(), "the VM sends frames of its own");
+
+    assert!(vm.leaves(&frame(STATION, GUEST, None), 0));
+    assert!(vm.leaves(&frame(STATION, GUEST, Some(5)), 0), "a tag is lost on the way out");
+    assert!(vm.arrives(&frame(GUEST, STATION, None), 0));
+    assert!(vm.arrives(&frame(BROADCAST, STATION, None), 0));
+    assert!(!vm.arrives(&frame(OTHER, STATION, None), 0), "a foreign address passes");
+    assert!(!vm.arrives(&frame(GROUP, STATION, None), 0), "a group that was not joined passes");
+
+    let more = RxMode { unicast: vec![GUEST, OTHER], multicast: vec![GROUP], ..mode_of(GUEST) };
+    vm.set_mode(0, more);
+    assert!(vm.arrives(&frame(OTHER, STATION, None), 0));
+    assert!(vm.arrives(&frame(GROUP, STATION, None), 0));
+    vm.set_mode(0, RxMode { vlans: Some(vec![5]), ..mode_of(GUEST) });
+    assert!(vm.arrives(&frame(GUEST, STATION, Some(5)), 0), "a tag is lost on the way in");
+    assert!(!vm.arrives(&frame(GROUP, STATION, None), 0), "a group that was left passes");
+    vm.set_mode(0, RxMode { all_multicast: true, ..mode_of(GUEST) });
+    assert!(vm.arrives(&frame(GROUP, STATION, None), 0));
+    assert!(!vm.arrives(&frame(OTHER, STATION, None), 0));
+    vm.set_mode(0, RxMode { promiscuous: true, ..mode_of(GUEST) });
+    assert!(vm.arrives(&frame(OTHER, STATION, None), 0));
+
+    vm.send(&ToAgent::Crash { kind: CrashKind::Panic });
+    assert!(vm.wait_for_end() < Duration::from_secs(5));
+    assert!(vm.console().contains("Kernel panic - not syncing"), "{}", vm.console());
+}
+
+#[test]
+fn e1000e_forwards_and_filters() {
+    frames_pass_and_filters_hold("e1000e", "e1000e");
+}
+
+#[test]
+fn igb_forwards_and_filters() {
+    frames_pass_and_filters_hold("igb", "igb");
+}
+
+#[test]
+fn rtl8139_forwards_and_filters() {
+    frames_pass_and_filters_hold("rtl8139", "8139cp");
+}
+
+#[test]
+fn two_guests_share_a_nic() {
+    let _alone = alone();
+    let (a, b) = (Mac([0x52, 0x54, 0, 0, 0, 0xa]), Mac([0x52, 0x54, 0, 0, 0, 0xb]));
+    let Some(mut vm) = DriverVm::forwarding("e1000e", "e1000e", vec![mode_of(a), mode_of(b)]) else { return };
+    assert!(!vm.has_sent_anything(), "the VM sends frames of its own");
+    assert!(vm.arrives(&frame(a, STATION, None), 0));
+    assert!(!vm.arrives(&frame(a, STATION, None), 1), "one guest sees the other's frames");
+    assert!(vm.arrives(&frame(b, STATION, Some(7)), 1));
+    assert!(vm.leaves(&frame(STATION, a, None), 0) && vm.leaves(&frame(STATION, b, Some(7)), 1));
+    assert!(vm.crosses(&frame(b, a, None), 0, 1));
+    assert!(vm.arrives(&frame(BROADCAST, STATION, None), 0) && vm.arrives(&frame(GROUP, STATION, None), 1));
+    vm.set_mode(1, mode_of(OTHER));
+    assert!(vm.arrives(&frame(OTHER, STATION, None), 1) && !vm.arrives(&frame(OTHER, STATION, None), 0));
+    vm.send(&ToAgent::Crash { kind: CrashKind::Reboot });
+    vm.wait_for_end();
+    assert!(!vm.console().contains("Kernel panic"));
+}
+
+#[test]
+fn a_missing_nic_is_named() {
+    let _alone = alone();
+    let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
+    vm.expect(|m| matches!(m, FromAgent::Hello { .. }));
+    vm.send(&ToAgent::ConfigureNet(plan(vec![mode_of(GUEST)])));
+    let failed = vm.expect(|m| matches!(m, FromAgent::Failed { .. }));
+    assert!(matches!(&failed, FromAgent::Failed { what } if what.contains("the NIC has not appeared")), "{failed:?}");
+    vm.wait_for_end();
+}
+
+#[test]
+fn nonsense_from_the_host_is_a_failure() {
+    let _alone = alone();
+    let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
+    vm.expect(|m| matches!(m, FromAgent::Hello { .. }));
+    vm.send(&ToAgent::SetRxMode { end: 0, mode: RxMode::default() });
+    let failed = vm.expect(|m| matches!(m, FromAgent::Failed { .. }));
+    assert!(matches!(&failed, FromAgent::Failed { what } if what.contains("before the plan")), "{failed:?}");
+    vm.wait_for_end();
+}

@@ -1,0 +1,246 @@
+//! A driver VM under plain QEMU (emulated: neither KVM nor Umbra is needed): the agent's control port, the wire at the
+//! NIC and the guests' ends are sockets that the test holds.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use umbra_driver_vm::lines::{LineReader, to_line};
+use umbra_driver_vm::protocol::{FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+use umbra_guest_images::cache::Cache;
+use umbra_guest_images::image::{Image, Recipe};
+use umbra_guest_images::kernel::Kernel;
+
+/// Names the kernel package to boot; without it these tests are skipped.
+const KERNEL: &str = "UMBRA_TEST_KERNEL_DEB";
+/// For a whole boot on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How long a frame that must not pass is waited for.
+const SILENCE: Duration = Duration::from_millis(400);
+
+/// The guest's address, which the NIC has as well.
+pub const GUEST: Mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+/// A station on the wire.
+pub const STATION: Mac = Mac([0x52, 0x54, 0, 0xaa, 0, 1]);
+
+/// A running driver VM.
+pub struct DriverVm {
+    qemu: Child,
+    dir: TempDir,
+    control: UnixStream,
+    reader: LineReader,
+    wire: UnixDatagram,
+    guests: Vec<UnixDatagram>,
+}
+
+/// An Ethernet frame of the local experimental type.
+pub fn frame(to: Mac, from: Mac, vlan: Option<u16>) -> Vec<u8> {
+    let mut frame = [to.0, from.0].concat();
+    if let Some(vlan) = vlan {
+        frame.extend_from_slice(&0x8100u16.to_be_bytes());
+        frame.extend_from_slice(&vlan.to_be_bytes());
+    }
+    frame.extend_from_slice(&0x88b5u16.to_be_bytes());
+    frame.extend_from_slice(&[0x5a; 1000]);
+    frame
+}
+
+/// What a guest with this address asks for.
+pub fn mode_of(address: Mac) -> RxMode {
+    RxMode { unicast: vec![address], vlans: Some(vec![]), ..RxMode::default() }
+}
+
+impl DriverVm {
+    /// Boots a VM with this NIC model (`None`: none) and `driver`; `None` where the machine cannot, with the reason printed.
+    pub fn boot(nic: Option<&str>, driver: &str, ends: u8) -> Option<Self> {
+        let Some(package) = std::env::var_os(KERNEL) else {
+            eprintln!("skipped: {KERNEL} names no kernel package");
+            return None;
+        };
+        let models = Command::new("qemu-system-x86_64").args(["-device", "help"]).output();
+        let models = models.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        if !nic.is_none_or(|nic| models.contains(&format!("\"{nic}\""))) || models.is_empty() {
+            eprintln!("skipped: there is no qemu-system-x86_64 with {nic:?}");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::of_user();
+        let recipe = Recipe {
+            kernel: Kernel::from_debs(&[package.into()], &cache).unwrap(),
+            drivers: vec![driver.into()],
+            devices: vec![],
+            agent: PathBuf::from(env!("CARGO_BIN_EXE_umbra-agent")),
+            firmware: vec![],
+        };
+        let image = recipe.build(&dir.path().join("image"), &cache).unwrap();
+        let bind = |name: &str| UnixDatagram::bind(dir.path().join(format!("{name}.host"))).unwrap();
+        let wire = bind("wire");
+        let guests = (0..ends).map(|n| bind(&format!("guest{n}"))).collect();
+        let listener = UnixListener::bind(dir.path().join("control")).unwrap();
+        let qemu = command(&image, dir.path(), nic, ends).spawn().unwrap();
+        let (control, _) = listener.accept().unwrap();
+        Some(Self { qemu, dir, control, reader: LineReader::new(), wire, guests })
+    }
+
+    /// Boots and waits until frames are forwarded and the link is up.
+    pub fn forwarding(nic: &str, driver: &str, modes: Vec<RxMode>) -> Option<Self> {
+        let mut vm = Self::boot(Some(nic), driver, u8::try_from(modes.len()).unwrap())?;
+        vm.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
+        vm.send(&ToAgent::ConfigureNet(plan(modes)));
+        vm.expect(|m| matches!(m, FromAgent::Nic { mac: GUEST, mtu: 1500, .. }));
+        vm.expect(|m| matches!(m, FromAgent::Forwarding { .. }));
+        vm.expect(|m| matches!(m, FromAgent::Carrier { up: true, .. }));
+        Some(vm)
+    }
+
+    /// Sends the agent a message.
+    pub fn send(&mut self, message: &ToAgent) {
+        self.control.write_all(&to_line(message).unwrap()).unwrap();
+    }
+
+    /// Waits for a message that is `wanted` and returns it; others are passed over.
+    pub fn expect(&mut self, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        let deadline = Instant::now() + PATIENCE;
+        self.control.set_read_timeout(Some(PATIENCE)).unwrap();
+        while Instant::now() < deadline {
+            while let Some(message) = self.reader.next_message::<FromAgent>().unwrap() {
+                if wanted(&message) {
+                    return message;
+                }
+                assert!(!matches!(message, FromAgent::Failed { .. }), "{message:?}");
+            }
+            let mut chunk = [0; 4096];
+            let length = self.control.read(&mut chunk).unwrap();
+            assert_ne!(length, 0, "the VM has ended:\n{}", self.console());
+            self.reader.feed(&chunk[..length]);
+        }
+        panic!("nothing of what was waited for has come:\n{}", self.console());
+    }
+
+    /// Sets what a guest receives; when this returns, it is so.
+    pub fn set_mode(&mut self, end: u16, mode: RxMode) {
+        self.forget();
+        self.send(&ToAgent::SetRxMode { end, mode });
+        // The beat after the next was made after the message was read.
+        for _ in 0..2 {
+            self.expect(|m| matches!(m, FromAgent::Heartbeat { .. }));
+        }
+    }
+
+    /// Passes over what the agent has said so far.
+    fn forget(&mut self) {
+        self.control.set_nonblocking(true).unwrap();
+        let mut chunk = [0; 4096];
+        while let Ok(length) = self.control.read(&mut chunk) {
+            assert_ne!(length, 0, "the VM has ended:\n{}", self.console());
+            self.reader.feed(&chunk[..length]);
+            while self.reader.next_message::<FromAgent>().unwrap().is_some() {}
+        }
+        self.control.set_nonblocking(false).unwrap();
+    }
+
+    /// Whether a frame on the wire reaches a guest.
+    pub fn arrives(&self, frame: &[u8], guest: usize) -> bool {
+        self.passes(&self.wire, "wire", &self.guests[guest], frame)
+    }
+
+    /// Whether a guest's frame reaches the wire.
+    pub fn leaves(&self, frame: &[u8], guest: usize) -> bool {
+        self.passes(&self.guests[guest], &format!("guest{guest}"), &self.wire, frame)
+    }
+
+    /// Whether one guest's frame reaches another.
+    pub fn crosses(&self, frame: &[u8], from: usize, to: usize) -> bool {
+        self.passes(&self.guests[from], &format!("guest{from}"), &self.guests[to], frame)
+    }
+
+    /// Whatever the VM has sent anywhere so far.
+    pub fn has_sent_anything(&self) -> bool {
+        std::iter::once(&self.wire).chain(&self.guests).any(|socket| {
+            socket.set_nonblocking(true).unwrap();
+            let any = socket.recv(&mut [0; 1]).is_ok();
+            socket.set_nonblocking(false).unwrap();
+            any
+        })
+    }
+
+    /// The serial console so far.
+    pub fn console(&self) -> String {
+        let bytes = std::fs::read(self.dir.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits for the VM's end; how long that took.
+    pub fn wait_for_end(&mut self) -> Duration {
+        let start = Instant::now();
+        while self.qemu.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < PATIENCE, "the VM lives on:\n{}", self.console());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        start.elapsed()
+    }
+
+    fn passes(&self, from: &UnixDatagram, name: &str, to: &UnixDatagram, frame: &[u8]) -> bool {
+        from.send_to(frame, self.dir.path().join(format!("{name}.vm"))).unwrap();
+        let deadline = Instant::now() + SILENCE;
+        let mut received = [0; 2048];
+        while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+            to.set_read_timeout(Some(left)).unwrap();
+            match to.recv(&mut received) {
+                Ok(length) if received[..length] == *frame => return true,
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        false
+    }
+}
+
+impl Drop for DriverVm {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// A plan with one end for each mode.
+pub fn plan(modes: Vec<RxMode>) -> NetPlan {
+    let ends = modes.into_iter().zip(1..).map(|(mode, n)| NetEnd {
+        device_mac: Mac([2, 0, 0, 0, 0, n]),
+        mode,
+        offloads: Offloads::default(),
+    });
+    NetPlan { ends: ends.collect(), mtu: None }
+}
+
+fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
+    assert!(std::fs::metadata(dir.join("control")).unwrap().file_type().is_socket());
+    let place = dir.display();
+    let netdev = |name: &str| {
+        format!("dgram,id={name},local.type=unix,local.path={place}/{name}.vm,remote.type=unix,remote.path={place}/{name}.host")
+    };
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "112M", "-nodefaults", "-display", "none"])
+        .args(["-no-reboot", "-device", "pvpanic", "-device", "virtio-serial-pci"])
+        .args(["-append", "console=ttyS0 panic=-1 umbra.generation=3"])
+        .arg("-kernel").arg(&image.vmlinux)
+        .arg("-initrd").arg(&image.initramfs)
+        .args(["-serial", &format!("file:{place}/console")])
+        .args(["-chardev", &format!("socket,id=control,path={place}/control")])
+        .args(["-device", "virtserialport,chardev=control,name=org.umbra.control"])
+        .stdin(Stdio::null());
+    if let Some(nic) = nic {
+        command.args(["-netdev", &netdev("wire"), "-device", &format!("{nic},netdev=wire,mac={GUEST},romfile=")]);
+    }
+    for n in 0..ends {
+        let (name, mac) = (format!("guest{n}"), Mac([2, 0, 0, 0, 0, n + 1]));
+        let device = format!("virtio-net-pci,netdev={name},mac={mac},romfile=");
+        command.args(["-netdev", &netdev(&name), "-device", &device]);
+    }
+    command
+}
