@@ -82,11 +82,19 @@ fn extract_tar(
         }
         // `unpack_in` refuses paths and links that lead out of `dest` (and then says `false`).
         let target = dest.join(&name);
-        if entry.unpack_in(dest).map_err(context("unpack to", &target))? {
+        if entry.unpack_in(dest).map_err(|e| context("unpack to", &target)(plain(e)))? {
             count += 1;
         }
     }
     Ok(count)
+}
+
+/// `tar` wraps a full disk three times, each time with the whole path; the kind says it all.
+fn plain(error: io::Error) -> io::Error {
+    match error.kind() {
+        kind @ (io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => kind.into(),
+        _ => error,
+    }
 }
 
 #[cfg(test)]
