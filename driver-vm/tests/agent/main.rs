@@ -1,5 +1,5 @@
 //! The agent in a real driver VM: a stock kernel with real NIC drivers under plain QEMU. Needs `qemu-system-x86_64` and
-//! a kernel package named by `UMBRA_TEST_KERNEL_DEB`; skipped with the reason otherwise.
+//! a kernel package named by `UMBRA_TEST_KERNEL_DEB`; `cargo test -p umbra-driver-vm --test agent -- --ignored` runs them.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -54,21 +54,25 @@ fn frames_pass_and_filters_hold(nic: &str, driver: &str) {
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn e1000e_forwards_and_filters() {
     frames_pass_and_filters_hold("e1000e", "e1000e");
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn igb_forwards_and_filters() {
     frames_pass_and_filters_hold("igb", "igb");
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn rtl8139_forwards_and_filters() {
     frames_pass_and_filters_hold("rtl8139", "8139cp");
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn two_guests_share_a_nic() {
     let _alone = alone();
     let (a, b) = (Mac([0x52, 0x54, 0, 0, 0, 0xa]), Mac([0x52, 0x54, 0, 0, 0, 0xb]));
@@ -88,6 +92,7 @@ fn two_guests_share_a_nic() {
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn a_missing_nic_is_named() {
     let _alone = alone();
     let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
@@ -99,6 +104,7 @@ fn a_missing_nic_is_named() {
 }
 
 #[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn nonsense_from_the_host_is_a_failure() {
     let _alone = alone();
     let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
