@@ -197,6 +197,11 @@ impl Assets {
         recipe.build(&dir, &self.cache).map(|_: Image| dir).map_err(Into::into)
     }
 
+    /// QEMU 7's emulation now and then trips over code that the test host's kernel patches while two CPUs run.
+    pub fn unsteady_smp(&self) -> bool {
+        qemu_major().is_some_and(|version| version < 8)
+    }
+
     /// This QEMU has all of these models.
     ///
     /// # Errors

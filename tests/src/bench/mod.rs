@@ -54,6 +54,10 @@ impl Bench {
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let lock = Lock::take(assets.out())?;
         assets.check_models(&spec.nics)?;
+        let mut spec = spec;
+        if assets.unsteady_smp() && !qemu::real_kvm() {
+            spec.cpus = 1;
+        }
         let dir = files::fresh(assets.out(), &spec)?;
         let mut peer = Peer::start(&assets.probe(), spec.nics.len())?;
         let taps = peer.take_taps();
