@@ -41,16 +41,16 @@ const CASES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "KVM without permission",
-        "chmod 0 /dev/kvm; su-nobody umbra run --kernel vmlinux; s=$?; chmod 600 /dev/kvm; exit $s",
+        "chmod 0 /dev/kvm; as_nobody umbra run --kernel vmlinux; s=$?; chmod 600 /dev/kvm; exit $s",
         &["/dev/kvm"],
     ),
 ];
 
-/// `machine BDF IMAGE` writes a machine file; `su-nobody` runs a command without root's rights.
+/// `machine BDF IMAGE` writes a machine file; `as_nobody` runs a command without root's rights.
 const PRELUDE: &str = r#"
 IMAGE=/share/e1000e
 machine() { printf '[guest.web]\nkernel = "/share/vmlinux"\n[[guest.web.net]]\ndriver = "nic0"\n[driver.nic0]\ndevice = "%s"\nimage = "%s"\n' "$1" "$2" > m.toml; }
-su-nobody() { export UMBRA_RUN_DIR=/tmp/nobody; mkdir -p -m 777 /tmp/nobody; setuidgid nobody "$@"; }
+as_nobody() { export UMBRA_RUN_DIR=/tmp/nobody; mkdir -p -m 777 /tmp/nobody; setuidgid nobody "$@"; }
 echo 'nobody:x:65534:65534::/:/bin/sh' > /etc/passwd
 mkdir -p /tmp/w; cd /tmp/w; cp -n /share/vmlinux .
 vfio $NIC0
