@@ -55,7 +55,8 @@ fn a_guest_drives_nics_of_every_kind() {
         assert!(sum.starts_with(&Content { bytes: BYTES }.sha256()), "{model}: {sum}");
         let lines = place.in_guest("web", "grep -E ' e(th|np)' /proc/interrupts", STEP).or_tell();
         assert!(lines.contains(interrupt), "{model}: {lines}");
-        let complaints = place.in_guest("web", "dmesg | grep -iE 'nobody cared|transmit queue.*timed out' || true", STEP);
+        let complaints =
+            place.in_guest("web", "dmesg | grep -iE 'nobody cared|transmit queue.*timed out' || true", STEP);
         assert_eq!(complaints.or_tell(), "", "{model}");
         machine.stop(&mut place).or_tell();
     }
@@ -73,7 +74,9 @@ fn a_guest_finds_sound_cards() {
         say(model);
         let machine = start(&mut place, &format!("SND{index}"), "");
         // The codec's driver before the controller's: no module is loaded behind the kernel's back here.
-        let script = format!("rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; sleep 1; cat /proc/asound/cards");
+        let script = format!(
+            "rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; sleep 1; cat /proc/asound/cards"
+        );
         let cards = place.in_guest("web", &script, STEP).or_tell();
         assert!(cards.contains(card), "{model}: {cards}");
         let lines = place.in_guest("web", "grep snd_ /proc/interrupts", STEP).or_tell();

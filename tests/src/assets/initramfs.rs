@@ -40,8 +40,16 @@ const HOST_MODULES: &[&str] = &[
 ];
 
 /// In guests: virtio, and NICs and sound cards for when one is passed straight through.
-const GUEST_MODULES: &[&str] =
-    &["virtio_net", "virtio_blk", "virtio_rng", "virtio_console", "e1000", "e1000e", "igb", "8139cp", "ext4"
+const GUEST_MODULES: &[&str] = &[
+    "virtio_net",
+    "virtio_blk",
+    "virtio_rng",
+    "virtio_console",
+    "e1000",
+    "e1000e",
+    "igb",
+    "8139cp",
+    "ext4",
     "snd_ens1370",
     "snd_intel8x0",
     "snd_hda_intel",

@@ -134,10 +134,8 @@ mod tests {
     #[test]
     fn e1000e_keeps_only_msix_pages_trapped() {
         let regions = regions(&[(0, 0x2_0000, true), (1, 0x2_0000, true), (2, 0x20, false), (3, 0x4000, true)]);
-        let emulated = [
-            Emulated { bar: BarIndex(3), bytes: 0..80 },
-            Emulated { bar: BarIndex(3), bytes: 0x2000..0x2008 },
-        ];
+        let emulated =
+            [Emulated { bar: BarIndex(3), bytes: 0..80 }, Emulated { bar: BarIndex(3), bytes: 0x2000..0x2008 }];
         let plans = plan([0, 0, 1, 0, 0, 0], &regions, &emulated);
         assert_eq!(plans.len(), 4);
         assert!(plans[0].mapped.iter().eq([&(0..0x2_0000)]));
@@ -154,7 +152,8 @@ mod tests {
 
     #[test]
     fn a_wide_bar_takes_two_registers() {
-        let plans = plan([0xC, 0x40, 0, 0, 0, 0], &regions(&[(0, 1 << 20, true), (1, 0x1000, true), (2, 0x1000, true)]), &[]);
+        let plans =
+            plan([0xC, 0x40, 0, 0, 0, 0], &regions(&[(0, 1 << 20, true), (1, 0x1000, true), (2, 0x1000, true)]), &[]);
         assert_eq!(plans.iter().map(|p| p.bar.index.0).collect::<Vec<_>>(), [0, 2]);
         assert_eq!(plans[0].bar.kind, BarKind::Memory64 { prefetchable: true });
     }

@@ -192,7 +192,11 @@ impl Config {
         }
         let Some((layout, msix)) = &self.msix else { return host };
         let control = layout.offset + u16::from(msix::CONTROL_OFFSET);
-        if (control..control + 2).contains(&at) { msix.control().to_le_bytes()[usize::from(at - control)] } else { host }
+        if (control..control + 2).contains(&at) {
+            msix.control().to_le_bytes()[usize::from(at - control)]
+        } else {
+            host
+        }
     }
 
     /// True if this write may end decoding (command register, power state): the BARs must be taken out of the
@@ -211,7 +215,9 @@ impl Config {
             BAR0..=BARS_LAST => return Effects { bars: self.write_bar(offset, data), interrupts: false },
             ROM_FIRST..=ROM_LAST => return Effects::default(),
             INTERRUPT_FIRST..=INTERRUPT_LAST => {
-                if offset == INTERRUPT_FIRST && let Some(&line) = data.first() {
+                if offset == INTERRUPT_FIRST
+                    && let Some(&line) = data.first()
+                {
                     self.line = line;
                 }
                 return Effects::default();
@@ -242,7 +248,9 @@ impl Config {
             msi.write(offset, data);
             return true;
         }
-        let Some((layout, msix)) = self.msix.as_mut().filter(|(layout, _)| layout.contains(offset)) else { return false };
+        let Some((layout, msix)) = self.msix.as_mut().filter(|(layout, _)| layout.contains(offset)) else {
+            return false;
+        };
         let mut control = msix.control().to_le_bytes();
         let first = layout.offset + u16::from(msix::CONTROL_OFFSET);
         for (&byte, at) in data.iter().zip(offset..) {

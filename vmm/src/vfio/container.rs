@@ -48,11 +48,11 @@ pub struct Vfio {
 impl Vfio {
     /// Opens a container for the VM.
     pub fn new(resources: VmResources) -> Result<Arc<Self>, Error> {
-        let mut request =
-            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+        let mut request = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
         let kvm = |source| Error::Kvm { operation: "create KVM's VFIO device (KVM_CREATE_DEVICE)", source };
         let device = resources.vm.create_device(&mut request).map_err(kvm)?;
-        let container = VfioContainer::new(Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))).map_err(container_error)?;
+        let container =
+            VfioContainer::new(Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))).map_err(container_error)?;
         Ok(Arc::new(Self { container: Arc::new(container), resources, open: Mutex::new(0) }))
     }
 

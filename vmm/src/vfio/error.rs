@@ -59,7 +59,9 @@ pub enum Error {
         actual: Option<String>,
     },
     /// The vfio-pci module is not there.
-    #[error("the kernel has no vfio-pci driver: run `modprobe vfio-pci` (if that fails, the kernel lacks CONFIG_VFIO_PCI)")]
+    #[error(
+        "the kernel has no vfio-pci driver: run `modprobe vfio-pci` (if that fails, the kernel lacks CONFIG_VFIO_PCI)"
+    )]
     NoVfioDriver,
     /// `/dev/vfio/vfio` does not exist.
     #[error("/dev/vfio/vfio does not exist: run `modprobe vfio-pci`, then bind the device to vfio-pci")]
@@ -73,7 +75,8 @@ pub enum Error {
     /// Functions of the group belong to host drivers.
     #[error(
         "{bdf} shares IOMMU group {group} with {}: everything in a group passes through together, so bind these to \
-         vfio-pci too, unbind them from their drivers, or put the device into another slot", list(others)
+         vfio-pci too, unbind them from their drivers, or put the device into another slot",
+        list(others)
     )]
     GroupNotViable {
         /// The function.

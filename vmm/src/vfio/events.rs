@@ -52,7 +52,11 @@ impl FailureWatch {
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.
             if host.irq_count(index) > 0 {
-                host.irq_enable(index, &[event]).map_err(|source| Error::HostInterrupt { kind: "error events", bdf, source })?;
+                host.irq_enable(index, &[event]).map_err(|source| Error::HostInterrupt {
+                    kind: "error events",
+                    bdf,
+                    source,
+                })?;
             }
         }
         Ok(this)

@@ -53,8 +53,10 @@ impl BarMapping {
         let mut this = Self { placed: Vec::new(), base: None, areas: Vec::new(), slots: Arc::clone(slots) };
         for part in parts {
             let too_large = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
-            let length = usize::try_from(part.end - part.start).ok().and_then(NonZeroUsize::new).ok_or_else(too_large)?;
-            let position = region_offset.checked_add(part.start).and_then(|p| i64::try_from(p).ok()).ok_or_else(too_large)?;
+            let length =
+                usize::try_from(part.end - part.start).ok().and_then(NonZeroUsize::new).ok_or_else(too_large)?;
+            let position =
+                region_offset.checked_add(part.start).and_then(|p| i64::try_from(p).ok()).ok_or_else(too_large)?;
             let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
             // SAFETY: a fresh mapping at an address that the kernel chooses touches no existing memory.
             let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, device, position) }?;

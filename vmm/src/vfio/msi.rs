@@ -54,7 +54,8 @@ pub fn vectors(interrupts: &Arc<Interrupts>, count: u16) -> Result<Vec<Box<dyn V
 impl Msi {
     /// The capability at `offset`; `vectors` are as many as [`announced`].
     pub fn new(host: &dyn HostConfig, offset: u16, vectors: Vec<Box<dyn Vector>>) -> Self {
-        let fixed = host.config16(offset + CONTROL_OFFSET) & !(CONTROL_ENABLE | CONTROL_COUNT_MASK << CONTROL_ENABLED_SHIFT);
+        let fixed =
+            host.config16(offset + CONTROL_OFFSET) & !(CONTROL_ENABLE | CONTROL_COUNT_MASK << CONTROL_ENABLED_SHIFT);
         let mut registers = [0; MAX_LENGTH];
         registers[0] = CAPABILITY_ID;
         registers[1] = host.config8(offset + 1);

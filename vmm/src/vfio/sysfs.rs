@@ -86,7 +86,8 @@ impl HostDevice {
     /// All functions of the IOMMU group, this one included, in order.
     pub fn group_members(&self) -> Result<Vec<Bdf>, Error> {
         let path = self.directory().join("iommu_group/devices");
-        let entries = fs::read_dir(&path).map_err(|source| Error::Sysfs { operation: "list", path: path.clone(), source })?;
+        let entries =
+            fs::read_dir(&path).map_err(|source| Error::Sysfs { operation: "list", path: path.clone(), source })?;
         let mut members: Vec<Bdf> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
         members.sort_unstable();
         Ok(members)
@@ -123,7 +124,9 @@ impl HostDevice {
         let path = self.directory().join(name);
         match fs::read_to_string(&path) {
             Ok(text) => Ok(text.trim().into()),
-            Err(e) if e.kind() == ErrorKind::NotFound && !self.directory().exists() => Err(Error::NoSuchDevice(self.bdf)),
+            Err(e) if e.kind() == ErrorKind::NotFound && !self.directory().exists() => {
+                Err(Error::NoSuchDevice(self.bdf))
+            }
             Err(source) => Err(Error::Sysfs { operation: "read", path, source }),
         }
     }
