@@ -117,7 +117,7 @@ impl Reset {
             Some(ResetMethod::Pm) => {
                 "power-management reset (D3hot and back): most devices lose their registers; one that keeps them may write to \
                  the memory of its own new driver VM at addresses of the last life; no other memory is in its reach"
-            },
+            }
             Some(ResetMethod::DeviceSpecific) => "the kernel has a reset routine for this very device",
             Some(ResetMethod::Acpi) => "the firmware resets the device (ACPI _RST)",
             Some(ResetMethod::Other) => "the kernel can reset the device, by a method it does not name",
