@@ -5,14 +5,15 @@ mod common;
 
 use std::time::Duration;
 
-use common::{OrTell, STEP, assets, skipped};
+use common::{OrTell, STEP, assets, scenario};
 use umbra_tests::bench::{Bench, BenchError, BenchSpec, Storage};
 
 #[test]
 fn scripts_run_and_devices_are_where_they_should_be() {
-    if skipped() {
-        return;
-    }
+    scenario(scripts_run);
+}
+
+fn scripts_run() {
     let mut spec = BenchSpec::new("bench-itself").nics(&["e1000e", "rtl8139", "igb"]).sound(&["hda", "es1370"]);
     spec.storage = vec![Storage { model: "nvme".into(), bytes: 64 << 20 }];
     let mut bench = Bench::boot(spec, &assets()).or_tell();
@@ -28,7 +29,7 @@ fn scripts_run_and_devices_are_where_they_should_be() {
     );
 
     let groups = bench.expect(
-        "for d in $NIC0 $NIC1 $NIC2; do vfio $d; readlink /sys/bus/pci/devices/$d/iommu_group; done; ls /dev/kvm",
+        "for nic in $NIC0 $NIC1 $NIC2; do vfio $nic; readlink /sys/bus/pci/devices/$nic/iommu_group; done; ls /dev/kvm",
         STEP,
     );
     let groups = groups.or_tell();
@@ -49,9 +50,10 @@ fn scripts_run_and_devices_are_where_they_should_be() {
 
 #[test]
 fn a_nic_reaches_the_peer() {
-    if skipped() {
-        return;
-    }
+    scenario(reach_the_peer);
+}
+
+fn reach_the_peer() {
     let mut bench = Bench::boot(BenchSpec::new("bench-wire"), &assets()).or_tell();
     let script = "modprobe e1000e; has_net() { [ -n \"$(netof $NIC0)\" ]; }; await 10 has_net; nic=$(netof $NIC0)
         ip addr add 10.77.0.2/24 dev $nic; ip link set $nic up; umbra-probe first-answer 10.77.0.1 20";

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{OrTell, STEP, assets, say, skipped};
+use common::{OrTell, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::machine::{Attach, Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
@@ -39,9 +39,10 @@ fn start(place: &mut Place, variable: &str, address: &str) -> Machine {
 
 #[test]
 fn a_guest_drives_nics_of_every_kind() {
-    if skipped() {
-        return;
-    }
+    scenario(drive_nics);
+}
+
+fn drive_nics() {
     let models: Vec<_> = NICS.iter().map(|(model, _)| *model).collect();
     let bench = Bench::boot(BenchSpec::new("passthrough-nics").nics(&models), &assets()).or_tell();
     let mut place = Place::Bench(Box::new(bench));
@@ -64,9 +65,10 @@ fn a_guest_drives_nics_of_every_kind() {
 
 #[test]
 fn a_guest_finds_sound_cards() {
-    if skipped() {
-        return;
-    }
+    scenario(find_sound_cards);
+}
+
+fn find_sound_cards() {
     let models: Vec<_> = SOUND.iter().map(|(model, ..)| *model).collect();
     let bench = Bench::boot(BenchSpec::new("passthrough-sound").nics(&[]).sound(&models), &assets()).or_tell();
     let mut place = Place::Bench(Box::new(bench));
