@@ -103,7 +103,7 @@ impl Machine {
         let image = &spec.image;
         place.expect(
             &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || cp -r {share}/$f {work}/ || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
-            Duration::from_secs(60),
+            START_LIMIT,
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
         let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
