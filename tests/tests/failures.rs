@@ -25,7 +25,7 @@ fn the_guest_outlives_kills_and_sees_link_down_only_in_quarantine() {
 fn outlive_kills_until_quarantine() {
     let (mut place, mut spec) = place_with("failures", "e1000e");
     // The fifth failure is one too many.
-    spec.restart_limit = 5;
+    spec.restart_limit = 4;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
     let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();

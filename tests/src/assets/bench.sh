@@ -8,7 +8,7 @@ bdf_at() {
 }
 # vfio BDF: binds the function to vfio-pci
 vfio() {
-  d=/sys/bus/pci/devices/$1
+  local d=/sys/bus/pci/devices/$1
   [ -e "$d" ] || { echo "vfio: no device $1" >&2; return 1; }
   echo vfio-pci > $d/driver_override
   [ -e $d/driver ] && echo $1 > $d/driver/unbind
@@ -17,7 +17,7 @@ vfio() {
 }
 # unvfio BDF: gives the function back to its own driver
 unvfio() {
-  d=/sys/bus/pci/devices/$1
+  local d=/sys/bus/pci/devices/$1
   [ -e $d/driver ] && echo $1 > $d/driver/unbind
   echo > $d/driver_override
   modprobe "$(cat $d/modalias)"
@@ -27,7 +27,7 @@ unvfio() {
 netof() { ls /sys/bus/pci/devices/$1/net 2>/dev/null | head -n 1; }
 # await SECONDS COMMAND...: runs the command until it succeeds
 await() {
-  n=$(($1 * 20)); shift
+  local n=$(($1 * 20)); shift
   while ! "$@" >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || return 1; usleep 50000; done
 }
 [ -f /etc/umbra/places.sh ] && . /etc/umbra/places.sh

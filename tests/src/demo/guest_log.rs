@@ -86,7 +86,9 @@ mod tests {
     #[test]
     fn a_warning_about_the_clock_is_no_device() {
         let trace = |place: &str| {
-            format!("a\n[ 2.0] ----[ cut here ]----\n[ 2.1] WARNING: CPU: 0 at {place}\n[ 2.2] virtio_net\n[ 2.3] ---[ end trace 0 ]---\n")
+            format!(
+                "a\n[ 2.0] ----[ cut here ]----\n[ 2.1] WARNING: CPU: 0 at {place}\n[ 2.2] virtio_net\n[ 2.3] ---[ end trace 0 ]---\n"
+            )
         };
         let before = GuestLog::parse("a\n\n2\n");
         let clean = |log: String| GuestLog::parse(&format!("{log}\n2\n")).since(&before).is_clean();
