@@ -60,7 +60,7 @@ pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<Qemu
          has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; ip link set $nic up; ip link set br0 up
          mkdir -p /tmp/qemu && cp -n /share/qemu/* /tmp/qemu/; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
-    place.run(&bridge, Duration::from_secs(60))?;
+    place.run(&bridge, Duration::from_secs(240))?;
     let work = place.work();
     let run = place.start(&format!(
         "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
