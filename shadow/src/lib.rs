@@ -8,5 +8,6 @@
 
 pub mod generation;
 pub mod net;
+pub mod sound;
 
 pub use generation::Generation;

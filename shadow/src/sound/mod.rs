@@ -1,0 +1,347 @@
+//! The sound shadow: one for every card, whatever its model.
+//!
+//! ```text
+//!              replay            every running stream moves
+//!   Masking ───────────> Replaying ───────────> Passive      from any: die ──> Dead
+//!      ^                     │ mask                │ mask
+//!      └─────────────────────┴─────────────────────┘
+//! ```
+//! *Passive* it records each stream's parameters, state, position, and the periods handed over but not yet heard.
+//! *Masking* it answers in the card's place: it consumes playback at the sample rate ([`Policy::Skip`]) or keeps it
+//! for the next card ([`Policy::Hold`]), and yields silence to capture. *Replaying* it has told a new driver VM what
+//! to set, refill and start, and goes on as while masking until the card moves. Control requests are answered at
+//! once in every mode; a card that cannot follow counts as failed. Time is `CLOCK_MONOTONIC` in nanoseconds, given by
+//! the caller. Everything kept is bounded: per stream one buffer, and [`HELD_MAX_BYTES`] when held.
+
+mod capture;
+pub mod exchange;
+pub mod lifecycle;
+pub mod params;
+mod playback;
+mod stream;
+
+pub use exchange::{Done, Epoch, FromCard, Out, Outcome, StreamId, ToCard, Token, Violation};
+pub use lifecycle::{State, Step};
+pub use params::{Card, Direction, Format, Params, Rate, StreamInfo};
+pub use playback::HELD_MAX_BYTES;
+
+use crate::Generation;
+use stream::{Stream, refuse};
+
+/// A card that moved before and does not move for this long, with samples to play or record, is stuck. Half a
+/// second is what a heard gap may last; the keep-alive carries the guest's player over it.
+const STALL_LIMIT_NS: u64 = 500_000_000;
+/// The same before the first movement: codecs may need a while to power up.
+const START_LIMIT_NS: u64 = 3_000_000_000;
+/// Linux waits for at least 100 ms or 1.1 buffers for a position to move before it reports `EIO`; the keep-alive
+/// comes after seven tenths of the buffer or of this.
+const PATIENCE_MIN_NS: u64 = 100_000_000;
+
+fn keep_alive_ns(params: &Params) -> u64 {
+    params.buffer_nanos().max(PATIENCE_MIN_NS) / 10 * 7
+}
+
+/// What becomes of playback during an outage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Stay in real time: what was due during the outage is not heard.
+    #[default]
+    Skip,
+    /// Lose nothing: what the card had not played is played after the outage. Exact up to the card's last position
+    /// report: what it played after that is heard twice.
+    Hold,
+}
+
+/// A control request of the guest for one stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Set the parameters.
+    SetParams(Params),
+    /// Prepare.
+    Prepare,
+    /// Start.
+    Start,
+    /// Stop or pause.
+    Stop,
+    /// Release.
+    Release,
+}
+
+impl Command {
+    fn step(self) -> Step {
+        match self {
+            Self::SetParams(_) => Step::SetParams,
+            Self::Prepare => Step::Prepare,
+            Self::Start => Step::Start,
+            Self::Stop => Step::Stop,
+            Self::Release => Step::Release,
+        }
+    }
+}
+
+/// Why a control request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No such stream (`VIRTIO_SND_S_BAD_MSG`).
+    #[error("the card has no such stream")]
+    NoSuchStream,
+    /// The life cycle has no such step (`VIRTIO_SND_S_BAD_MSG`).
+    #[error("not in state {0:?}")]
+    WrongState(State),
+    /// Parameters that the card does not offer (`VIRTIO_SND_S_NOT_SUPP`).
+    #[error("the card does not offer these parameters")]
+    Unsupported,
+    /// The card is gone for good (`VIRTIO_SND_S_IO_ERR`).
+    #[error("the card is gone")]
+    Dead,
+}
+
+/// What the shadow does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Records; the driver VM of this generation plays.
+    Passive(Generation),
+    /// Answers in the card's place.
+    Masking,
+    /// Brings the driver VM of this generation up to date.
+    Replaying(Generation),
+    /// There will be no card again.
+    Dead,
+}
+
+/// What happened to samples, in frames, summed over a stream's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Playback that was due while there was no card and was skipped.
+    pub frames_skipped: u64,
+    /// Silence given to capture.
+    pub frames_silent: u64,
+    /// Capture lost because the guest gave no room.
+    pub frames_overrun: u64,
+    /// Messages given back early, to keep the guest's player alive.
+    pub kept_alive: u64,
+    /// Underruns and overruns that the card reported.
+    pub xruns: u64,
+}
+
+impl std::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            frames_skipped: self.frames_skipped + other.frames_skipped,
+            frames_silent: self.frames_silent + other.frames_silent,
+            frames_overrun: self.frames_overrun + other.frames_overrun,
+            kept_alive: self.kept_alive + other.kept_alive,
+            xruns: self.xruns + other.xruns,
+        }
+    }
+}
+
+/// The shadow of one sound card.
+#[derive(Debug)]
+pub struct SoundShadow {
+    card: Card,
+    mode: Mode,
+    streams: Vec<Stream>,
+}
+
+impl SoundShadow {
+    /// For `card` as its first driver VM reported it; the guest sees this card for its life. Masking at first.
+    pub fn new(card: Card, policy: Policy) -> Self {
+        let streams = (0u16..).zip(&card.streams).map(|(id, info)| Stream::new(StreamId(id), *info, policy)).collect();
+        Self { card, mode: Mode::Masking, streams }
+    }
+
+    /// The card that the guest sees.
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// What the shadow does.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Where a stream is in its life.
+    pub fn state(&self, id: StreamId) -> Option<State> {
+        self.stream(id).map(Stream::state)
+    }
+
+    /// Frames of a playback stream that were heard, or skipped, since it was prepared.
+    pub fn heard(&self, id: StreamId) -> Option<u64> {
+        Some(self.stream(id)?.playback()?.heard())
+    }
+
+    /// Frames of a playback stream whose messages the guest has back: the position that it sees.
+    pub fn given_back(&self, id: StreamId) -> Option<u64> {
+        Some(self.stream(id)?.playback()?.given_back())
+    }
+
+    /// Bytes of samples kept for all playback streams.
+    pub fn kept_bytes(&self) -> usize {
+        self.streams.iter().filter_map(Stream::playback).map(playback::Playback::kept_bytes).sum()
+    }
+
+    /// Bytes of all messages that the guest waits for.
+    pub fn pending_bytes(&self) -> usize {
+        self.streams.iter().map(Stream::pending_bytes).sum()
+    }
+
+    /// Sums over all streams.
+    pub fn counts(&self) -> Counts {
+        self.streams.iter().map(Stream::counts).fold(Counts::default(), |sum, one| sum + one)
+    }
+
+    /// A control request of the guest.
+    ///
+    /// # Errors
+    /// Why the guest is refused.
+    pub fn command(&mut self, id: StreamId, command: Command, now: u64, out: &mut Out) -> Result<(), Refusal> {
+        if self.mode == Mode::Dead {
+            return Err(Refusal::Dead);
+        }
+        let live = self.is_live();
+        self.stream_mut(id).ok_or(Refusal::NoSuchStream)?.command(command, now, live, out)
+    }
+
+    /// Samples that the guest wants played.
+    pub fn play(&mut self, id: StreamId, token: Token, samples: Vec<u8>, now: u64, out: &mut Out) {
+        match self.alive(id) {
+            Ok(stream) => stream.play(token, samples, now, out),
+            Err(outcome) => refuse(token, outcome, out),
+        }
+    }
+
+    /// Room of `bytes` bytes that the guest wants filled.
+    pub fn record(&mut self, id: StreamId, token: Token, bytes: usize, now: u64, out: &mut Out) {
+        match self.alive(id) {
+            Ok(stream) => stream.record(token, bytes, now, out),
+            Err(outcome) => refuse(token, outcome, out),
+        }
+    }
+
+    /// A message of the driver VM of `generation`; dropped unless that is the one at work.
+    ///
+    /// # Errors
+    /// When it cannot be true; the caller then masks.
+    pub fn from_card(
+        &mut self,
+        generation: Generation,
+        message: FromCard,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Violation> {
+        if !matches!(self.mode, Mode::Passive(g) | Mode::Replaying(g) if g == generation) {
+            return Ok(());
+        }
+        let (FromCard::Position { stream: id, .. }
+        | FromCard::Captured { stream: id, .. }
+        | FromCard::Xrun { stream: id, .. }) = message;
+        let stream = self.stream_mut(id).ok_or(Violation::NoSuchStream(id.0))?;
+        match message {
+            FromCard::Position { epoch, heard, .. } => stream.position(epoch, heard, now, out)?,
+            FromCard::Captured { epoch, samples, .. } => stream.captured(epoch, &samples, now, out)?,
+            FromCard::Xrun { .. } => stream.xrun(),
+        }
+        self.finish_replay();
+        Ok(())
+    }
+
+    /// The driver VM is gone: answer in its place from now on. Idempotent.
+    pub fn mask(&mut self, now: u64, out: &mut Out) {
+        if !self.is_live() {
+            return;
+        }
+        self.mode = Mode::Masking;
+        for stream in &mut self.streams {
+            stream.mask(now, out);
+        }
+    }
+
+    /// The driver VM of `generation` has `card` ready: bring it up to date.
+    ///
+    /// # Errors
+    /// When its card cannot do what the guest was offered; the shadow goes on masking.
+    pub fn replay(&mut self, generation: Generation, card: &Card, now: u64, out: &mut Out) -> Result<(), Violation> {
+        if self.mode == Mode::Dead {
+            return Ok(());
+        }
+        if !card.covers(&self.card) {
+            return Err(Violation::OtherCard(card.name.clone()));
+        }
+        self.mask(now, out);
+        self.mode = Mode::Replaying(generation);
+        for stream in &mut self.streams {
+            stream.replay(now, out);
+        }
+        self.finish_replay();
+        Ok(())
+    }
+
+    /// There will be no card again: give everything back and refuse what comes.
+    pub fn die(&mut self, out: &mut Out) {
+        self.mode = Mode::Dead;
+        for stream in &mut self.streams {
+            stream.clear(Outcome::IoError, out);
+        }
+    }
+
+    /// A guest that resets its device starts over: streams as new, nothing given back (its queues are gone).
+    pub fn reset(&mut self, out: &mut Out) {
+        let live = self.is_live();
+        for (id, stream) in (0u16..).zip(&mut self.streams) {
+            stream.reset(&mut Out::default());
+            if live {
+                out.to_card.push(ToCard::Release { stream: StreamId(id) });
+            }
+        }
+        self.finish_replay();
+    }
+
+    /// Does what is due at `now`.
+    ///
+    /// # Errors
+    /// When a stream of the card is stuck; the caller then masks.
+    pub fn tick(&mut self, now: u64, out: &mut Out) -> Result<(), Violation> {
+        let result = self.streams.iter_mut().try_for_each(|stream| stream.tick(now, out));
+        self.finish_replay();
+        result
+    }
+
+    /// When [`Self::tick`] is to be called at the latest.
+    pub fn deadline(&self) -> Option<u64> {
+        self.streams.iter().filter_map(Stream::deadline).min()
+    }
+
+    fn finish_replay(&mut self) {
+        if let Mode::Replaying(generation) = self.mode
+            && !self.streams.iter().any(Stream::waits_for_card)
+        {
+            self.mode = Mode::Passive(generation);
+        }
+    }
+
+    fn is_live(&self) -> bool {
+        matches!(self.mode, Mode::Passive(_) | Mode::Replaying(_))
+    }
+
+    fn stream(&self, id: StreamId) -> Option<&Stream> {
+        self.streams.get(usize::from(id.0))
+    }
+
+    fn stream_mut(&mut self, id: StreamId) -> Option<&mut Stream> {
+        self.streams.get_mut(usize::from(id.0))
+    }
+
+    fn alive(&mut self, id: StreamId) -> Result<&mut Stream, Outcome> {
+        if self.mode == Mode::Dead {
+            return Err(Outcome::IoError);
+        }
+        self.stream_mut(id).ok_or(Outcome::BadMessage)
+    }
+}
+
+#[cfg(test)]
+mod tests;

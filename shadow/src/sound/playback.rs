@@ -1,0 +1,361 @@
+//! The playback side of a stream: what the guest handed over and the card has not played.
+//!
+//! Three positions, in frames since the guest prepared the stream, never go back and keep this order but for one
+//! exception: `heard <= queued`, `given_back <= queued`. As a rule `given_back` follows `heard` by whole periods. The
+//! exception is the keep-alive: a blocking write in Linux fails with `EIO` when the position stands still for 1.1
+//! buffers (`wait_for_avail` and `snd_pcm_drain` in `sound/core`), so a period is given back before that while the
+//! card does not move. Its samples stay here until they are heard; how many may is bounded by [`HELD_MAX_BYTES`].
+
+use std::collections::VecDeque;
+
+use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
+use super::params::Params;
+use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, keep_alive_ns};
+
+/// Most samples kept for the card although the guest has their messages back, in bytes: 20 s of CD sound. Past it
+/// a held stream stands still, and its player gets what a stuck card gives.
+pub const HELD_MAX_BYTES: usize = 4 << 20;
+
+#[derive(Debug)]
+struct Period {
+    /// `None` once given back.
+    token: Option<Token>,
+    /// Position behind its last frame.
+    end: u64,
+    samples: Vec<u8>,
+}
+
+/// What moves the position of a running stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drive {
+    /// Nothing: the stream does not run.
+    Halted,
+    /// The card's reports.
+    Card,
+    /// The clock: frame `from` was due at `at`.
+    Clock { from: u64, at: u64 },
+    /// Nothing but the keep-alive, until the next card reports (policy `hold`).
+    Held,
+}
+
+/// What the driver VM holds of the present epoch.
+#[derive(Clone, Copy, Debug)]
+struct Handed {
+    epoch: Epoch,
+    /// Position of the epoch's first frame.
+    base: u64,
+    /// Frames handed over.
+    frames: u64,
+    /// Frames reported as heard.
+    heard: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Playback {
+    id: StreamId,
+    policy: Policy,
+    drive: Drive,
+    periods: VecDeque<Period>,
+    /// How many of them, from the front, the guest has back already.
+    returned: usize,
+    /// Bytes of all of them.
+    kept: usize,
+    queued: u64,
+    given_back: u64,
+    heard: u64,
+    handed: Option<Handed>,
+    /// When the guest last got a message back, and last handed one over.
+    done_at: u64,
+    pushed_at: u64,
+    /// When the card last moved, or was last given a reason to.
+    moved_at: u64,
+    pub(super) counts: Counts,
+}
+
+impl Playback {
+    pub(super) fn new(id: StreamId, policy: Policy) -> Self {
+        Self {
+            id,
+            policy,
+            drive: Drive::Halted,
+            periods: VecDeque::new(),
+            returned: 0,
+            kept: 0,
+            queued: 0,
+            given_back: 0,
+            heard: 0,
+            handed: None,
+            done_at: 0,
+            pushed_at: 0,
+            moved_at: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Frames heard since the guest prepared the stream.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard
+    }
+
+    /// Frames of the messages that the guest has back.
+    pub(super) fn given_back(&self) -> u64 {
+        self.given_back
+    }
+
+    /// Bytes that the guest waits for.
+    pub(super) fn pending_bytes(&self) -> usize {
+        self.periods.iter().skip(self.returned).map(|p| p.samples.len()).sum()
+    }
+
+    /// Bytes kept.
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.kept
+    }
+
+    /// The oldest message that the guest waits for.
+    fn oldest(&self) -> Option<&Period> {
+        self.periods.get(self.returned)
+    }
+
+    /// Gives every message back and forgets the samples.
+    pub(super) fn clear(&mut self, outcome: Outcome, out: &mut Out) {
+        for token in self.periods.drain(..).filter_map(|p| p.token) {
+            out.done.push(Done { token, outcome, latency_bytes: 0, samples: Vec::new() });
+        }
+        (self.returned, self.kept) = (0, 0);
+        self.drive = Drive::Halted;
+        self.handed = None;
+        (self.queued, self.given_back, self.heard) = (0, 0, 0);
+    }
+
+    /// The driver VM holds epoch `epoch` from here on.
+    pub(super) fn hand_over(&mut self, epoch: Epoch) {
+        self.handed = Some(Handed { epoch, base: self.heard, frames: self.queued - self.heard, heard: 0 });
+    }
+
+    pub(super) fn start(&mut self, now: u64, live: bool) {
+        (self.done_at, self.moved_at) = (now, now);
+        // A stream that starts has had all the time in the world to be filled: not draining.
+        self.pushed_at = now;
+        self.drive = if live { Drive::Card } else { self.masked(now) };
+    }
+
+    pub(super) fn stop(&mut self, params: &Params, now: u64, out: &mut Out) {
+        self.advance(params, now, out);
+        self.drive = Drive::Halted;
+    }
+
+    pub(super) fn mask(&mut self, params: &Params, now: u64, out: &mut Out) {
+        self.handed = None;
+        if self.drive == Drive::Card {
+            self.drive = self.masked(now);
+        }
+        self.settle(params, now, out);
+    }
+
+    fn masked(&mut self, now: u64) -> Drive {
+        match self.policy {
+            Policy::Skip => {
+                // What the guest has back already is in the past.
+                self.lose_until(self.given_back);
+                Drive::Clock { from: self.heard, at: now }
+            }
+            Policy::Hold => Drive::Held,
+        }
+    }
+
+    /// Takes samples, checked by the stream: whole frames, within the buffer.
+    pub(super) fn push(&mut self, token: Token, samples: Vec<u8>, params: &Params, now: u64, out: &mut Out) {
+        self.advance(params, now, out);
+        if self.heard == self.queued
+            && let Drive::Clock { from, at } = &mut self.drive
+        {
+            // The clock waited for this.
+            (*from, *at) = (self.queued, now);
+        }
+        let frames = params.frames(samples.len());
+        self.pushed_at = now;
+        self.queued += frames;
+        if let Some(handed) = &mut self.handed {
+            if handed.base + handed.heard == self.queued - frames {
+                self.moved_at = now;
+            }
+            handed.frames += frames;
+            out.to_card.push(ToCard::Play { stream: self.id, epoch: handed.epoch, samples: samples.clone() });
+        }
+        self.kept += samples.len();
+        self.periods.push_back(Period { token: Some(token), end: self.queued, samples });
+    }
+
+    /// What the next driver VM needs to go on where this stream is: every sample not yet heard.
+    pub(super) fn refill(&mut self, epoch: Epoch, params: &Params, now: u64, out: &mut Out) {
+        self.advance(params, now, out);
+        self.hand_over(epoch);
+        self.moved_at = now;
+        let mut position = self.heard;
+        for period in &self.periods {
+            let samples = period.samples[skipped(period, position, params)..].to_vec();
+            position = position.max(period.end);
+            if !samples.is_empty() {
+                out.to_card.push(ToCard::Play { stream: self.id, epoch, samples });
+            }
+        }
+    }
+
+    /// True while the next card has not yet taken over from the clock.
+    pub(super) fn waits_for_card(&self) -> bool {
+        matches!(self.drive, Drive::Clock { .. } | Drive::Held)
+    }
+
+    /// True if the card has been given all that there is, and that is nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.heard == self.queued
+    }
+
+    /// The card drives from now on.
+    pub(super) fn trust_card(&mut self) {
+        if matches!(self.drive, Drive::Clock { .. } | Drive::Held) {
+            self.drive = Drive::Card;
+        }
+    }
+
+    pub(super) fn report(
+        &mut self,
+        epoch: Epoch,
+        heard: u64,
+        params: &Params,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Violation> {
+        self.advance(params, now, out);
+        let stream = self.id.0;
+        let Some(handed) = self.handed.as_mut().filter(|h| h.epoch == epoch) else { return Ok(()) };
+        if heard < handed.heard {
+            return Err(Violation::PositionBack { stream, before: handed.heard, now: heard });
+        }
+        if heard > handed.frames {
+            return Err(Violation::PositionAhead { stream, heard, handed: handed.frames });
+        }
+        if heard == handed.heard {
+            return Ok(());
+        }
+        handed.heard = heard;
+        let position = handed.base + heard;
+        self.moved_at = now;
+        self.trust_card();
+        self.heard = self.heard.max(position);
+        self.settle(params, now, out);
+        Ok(())
+    }
+
+    /// Moves the position to `now` where the clock moves it.
+    pub(super) fn advance(&mut self, params: &Params, now: u64, out: &mut Out) {
+        if let Drive::Clock { from, at } = self.drive {
+            let due = from.saturating_add(params.frames_in(now.saturating_sub(at)));
+            if due >= self.queued {
+                // The guest is behind: its next frame is due when it comes.
+                self.drive = Drive::Clock { from: self.queued, at: now.max(at) };
+            }
+            self.lose_until(due.min(self.queued));
+            self.settle(params, now, out);
+        }
+    }
+
+    /// As [`Self::advance`], and keeps the guest's player alive while nothing moves.
+    pub(super) fn tick(&mut self, params: &Params, now: u64, out: &mut Out) -> Result<(), Violation> {
+        self.advance(params, now, out);
+        if self.drained_at(params).is_some_and(|at| now >= at) {
+            while self.give_back_one(params, now, out) {}
+        } else if self.keep_alive_at(params).is_some_and(|at| now >= at) {
+            self.give_back_one(params, now, out);
+        }
+        match self.stalled_at() {
+            Some(at) if now >= at => {
+                Err(Violation::Stalled { stream: self.id.0, ms: (now - self.moved_at) / 1_000_000 })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// When [`Self::tick`] has something to do next.
+    pub(super) fn deadline(&self, params: &Params) -> Option<u64> {
+        let clock = match self.drive {
+            Drive::Clock { from, at } => {
+                self.oldest().map(|p| at.saturating_add(params.nanos(p.end.saturating_sub(from))))
+            }
+            _ => None,
+        };
+        let others = [self.keep_alive_at(params), self.drained_at(params), self.stalled_at()];
+        others.into_iter().chain([clock]).flatten().min()
+    }
+
+    /// When a period is to be given back although it was not heard.
+    fn keep_alive_at(&self, params: &Params) -> Option<u64> {
+        let moves = matches!(self.drive, Drive::Card | Drive::Held);
+        (moves && self.may_give_back(params)).then(|| self.done_at.saturating_add(keep_alive_ns(params)))
+    }
+
+    /// When a held stream, whose guest did not refill after it got a message back, is taken to be draining: a
+    /// player at its end waits for the whole buffer at once.
+    fn drained_at(&self, params: &Params) -> Option<u64> {
+        let patience = params.nanos(params.period_frames()).min(params.buffer_nanos() / 4);
+        (self.drive == Drive::Held && self.done_at > self.pushed_at && self.may_give_back(params))
+            .then(|| self.done_at.saturating_add(patience))
+    }
+
+    fn may_give_back(&self, params: &Params) -> bool {
+        self.oldest().is_some() && self.kept <= params.buffer_bytes as usize + HELD_MAX_BYTES
+    }
+
+    fn stalled_at(&self) -> Option<u64> {
+        let handed = self.handed.filter(|h| self.drive != Drive::Halted && h.heard < h.frames)?;
+        let limit = if handed.heard == 0 { START_LIMIT_NS } else { STALL_LIMIT_NS };
+        Some(self.moved_at.saturating_add(limit))
+    }
+
+    fn give_back_one(&mut self, params: &Params, now: u64, out: &mut Out) -> bool {
+        if !self.may_give_back(params) {
+            return false;
+        }
+        let Some(period) = self.oldest() else { return false };
+        self.given_back = self.given_back.max(period.end);
+        self.counts.kept_alive += 1;
+        self.settle(params, now, out);
+        true
+    }
+
+    /// Samples up to `position` will not be heard.
+    fn lose_until(&mut self, position: u64) {
+        self.counts.frames_skipped += position.saturating_sub(self.heard);
+        self.heard = self.heard.max(position);
+    }
+
+    /// Gives back what is heard and forgets its samples.
+    fn settle(&mut self, params: &Params, now: u64, out: &mut Out) {
+        let reached = self.heard.max(self.given_back);
+        for period in self.periods.iter_mut().skip(self.returned).take_while(|p| p.end <= reached) {
+            self.returned += 1;
+            let Some(token) = period.token.take() else { continue };
+            self.given_back = self.given_back.max(period.end);
+            self.done_at = now;
+            let ahead = params.bytes(self.given_back.saturating_sub(self.heard));
+            out.done.push(Done {
+                token,
+                outcome: Outcome::Ok,
+                latency_bytes: u32::try_from(ahead).unwrap_or(u32::MAX),
+                samples: Vec::new(),
+            });
+        }
+        while let Some(period) = self.periods.front().filter(|p| p.end <= self.heard) {
+            self.returned -= 1;
+            self.kept -= period.samples.len();
+            self.periods.pop_front();
+        }
+    }
+}
+
+/// Bytes of `period` that lie before `position`.
+fn skipped(period: &Period, position: u64, params: &Params) -> usize {
+    let start = period.end - params.frames(period.samples.len());
+    params.bytes(position.saturating_sub(start)).min(period.samples.len())
+}

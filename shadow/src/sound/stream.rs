@@ -1,0 +1,253 @@
+//! One stream: its life cycle, its parameters, and its playback or capture side. Every message of the guest is
+//! checked here before it reaches a side.
+
+use super::capture::Capture;
+use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
+use super::lifecycle::{State, Step};
+use super::params::{Direction, Params, StreamInfo};
+use super::playback::Playback;
+use super::{Command, Counts, Policy, Refusal};
+
+#[derive(Debug)]
+enum Side {
+    Playback(Playback),
+    Capture(Capture),
+}
+
+#[derive(Debug)]
+pub(super) struct Stream {
+    id: StreamId,
+    info: StreamInfo,
+    state: State,
+    params: Option<Params>,
+    epoch: Epoch,
+    side: Side,
+}
+
+impl Stream {
+    pub(super) fn new(id: StreamId, info: StreamInfo, policy: Policy) -> Self {
+        let side = match info.direction {
+            Direction::Playback => Side::Playback(Playback::new(id, policy)),
+            Direction::Capture => Side::Capture(Capture::new(id)),
+        };
+        Self { id, info, state: State::Unset, params: None, epoch: Epoch(0), side }
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        match &self.side {
+            Side::Playback(side) => side.counts,
+            Side::Capture(side) => side.counts,
+        }
+    }
+
+    pub(super) fn playback(&self) -> Option<&Playback> {
+        match &self.side {
+            Side::Playback(side) => Some(side),
+            Side::Capture(_) => None,
+        }
+    }
+
+    pub(super) fn pending_bytes(&self) -> usize {
+        match &self.side {
+            Side::Playback(side) => side.pending_bytes(),
+            Side::Capture(side) => side.pending_bytes(),
+        }
+    }
+
+    /// A control request of the guest. `live`: a driver VM listens.
+    pub(super) fn command(&mut self, command: Command, now: u64, live: bool, out: &mut Out) -> Result<(), Refusal> {
+        let stream = self.id;
+        let step = command.step();
+        let next = self.state.after(step).ok_or(Refusal::WrongState(self.state))?;
+        if let Command::SetParams(params) = command {
+            if !params.fit(&self.info) {
+                return Err(Refusal::Unsupported);
+            }
+            self.clear(Outcome::Ok, out);
+            self.params = Some(params);
+            if live {
+                out.to_card.push(ToCard::SetParams { stream, params });
+            }
+        }
+        let Some(params) = self.params else { return Err(Refusal::WrongState(self.state)) };
+        match step {
+            Step::SetParams => {}
+            Step::Prepare => self.prepare(now, live, out),
+            Step::Start => {
+                match &mut self.side {
+                    Side::Playback(side) => side.start(now, live),
+                    Side::Capture(side) => side.start(now, live),
+                }
+                if live {
+                    out.to_card.push(ToCard::Start { stream });
+                }
+            }
+            Step::Stop => {
+                match &mut self.side {
+                    Side::Playback(side) => side.stop(&params, now, out),
+                    Side::Capture(side) => side.stop(&params, now, out),
+                }
+                if live {
+                    out.to_card.push(ToCard::Stop { stream });
+                }
+            }
+            Step::Release => {
+                self.clear(Outcome::Ok, out);
+                if live {
+                    out.to_card.push(ToCard::Release { stream });
+                }
+            }
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    fn prepare(&mut self, now: u64, live: bool, out: &mut Out) {
+        self.clear(Outcome::Ok, out);
+        if live {
+            self.begin_epoch(now, out);
+        }
+    }
+
+    fn begin_epoch(&mut self, now: u64, out: &mut Out) {
+        self.epoch = Epoch(self.epoch.0.wrapping_add(1));
+        out.to_card.push(ToCard::Prepare { stream: self.id, epoch: self.epoch });
+        match &mut self.side {
+            Side::Playback(side) => side.hand_over(self.epoch),
+            Side::Capture(side) => side.hand_over(self.epoch, now),
+        }
+    }
+
+    /// Gives every message back.
+    pub(super) fn clear(&mut self, outcome: Outcome, out: &mut Out) {
+        match &mut self.side {
+            Side::Playback(side) => side.clear(outcome, out),
+            Side::Capture(side) => side.clear(outcome, out),
+        }
+    }
+
+    /// As new, but for the epoch: messages of the past must not fit.
+    pub(super) fn reset(&mut self, out: &mut Out) {
+        self.clear(Outcome::Ok, out);
+        (self.state, self.params) = (State::Unset, None);
+    }
+
+    /// Samples of the guest.
+    pub(super) fn play(&mut self, token: Token, samples: Vec<u8>, now: u64, out: &mut Out) {
+        match (self.checked(samples.len()), &mut self.side) {
+            (Some(params), Side::Playback(side)) => side.push(token, samples, &params, now, out),
+            _ => refuse(token, Outcome::BadMessage, out),
+        }
+    }
+
+    /// Room of the guest for samples.
+    pub(super) fn record(&mut self, token: Token, bytes: usize, now: u64, out: &mut Out) {
+        match (self.checked(bytes), &mut self.side) {
+            (Some(params), Side::Capture(side)) => side.push(token, bytes, &params, now, out),
+            _ => refuse(token, Outcome::BadMessage, out),
+        }
+    }
+
+    /// The parameters, if a message of `bytes` bytes may come now.
+    fn checked(&self, bytes: usize) -> Option<Params> {
+        let params = self.params.filter(|_| self.state.takes_messages())?;
+        let fits = bytes > 0
+            && bytes.is_multiple_of(params.frame_bytes() as usize)
+            && self.pending_bytes().saturating_add(bytes) <= params.buffer_bytes as usize;
+        fits.then_some(params)
+    }
+
+    pub(super) fn position(&mut self, epoch: Epoch, heard: u64, now: u64, out: &mut Out) -> Result<(), Violation> {
+        match (&mut self.side, &self.params) {
+            (Side::Playback(side), Some(params)) => side.report(epoch, heard, params, now, out),
+            _ => Err(Violation::NoSuchStream(self.id.0)),
+        }
+    }
+
+    pub(super) fn captured(&mut self, epoch: Epoch, samples: &[u8], now: u64, out: &mut Out) -> Result<(), Violation> {
+        match (&mut self.side, &self.params) {
+            (Side::Capture(side), Some(params)) => side.captured(epoch, samples, params, now, out),
+            _ => Err(Violation::NoSuchStream(self.id.0)),
+        }
+    }
+
+    pub(super) fn xrun(&mut self) {
+        match &mut self.side {
+            Side::Playback(side) => side.counts.xruns += 1,
+            Side::Capture(side) => side.counts.xruns += 1,
+        }
+    }
+
+    pub(super) fn mask(&mut self, now: u64, out: &mut Out) {
+        match (&mut self.side, &self.params) {
+            (Side::Playback(side), Some(params)) => side.mask(params, now, out),
+            (Side::Capture(side), Some(_)) => side.mask(now),
+            _ => {}
+        }
+    }
+
+    /// Brings a new driver VM to where this stream is.
+    pub(super) fn replay(&mut self, now: u64, out: &mut Out) {
+        let stream = self.id;
+        let Some(params) = self.params.filter(|_| self.state != State::Unset) else { return };
+        out.to_card.push(ToCard::SetParams { stream, params });
+        if !self.state.takes_messages() {
+            return;
+        }
+        self.advance(now, out);
+        self.begin_epoch(now, out);
+        if let Side::Playback(side) = &mut self.side {
+            side.refill(self.epoch, &params, now, out);
+        }
+        if self.state == State::Running {
+            out.to_card.push(ToCard::Start { stream });
+            if let Side::Playback(side) = &mut self.side
+                && side.is_empty()
+            {
+                // Nothing that it could report on yet.
+                side.trust_card();
+            }
+        }
+    }
+
+    /// True while a running stream waits for the new card to take over.
+    pub(super) fn waits_for_card(&self) -> bool {
+        self.state == State::Running
+            && match &self.side {
+                Side::Playback(side) => side.waits_for_card(),
+                Side::Capture(side) => side.waits_for_card(),
+            }
+    }
+
+    fn advance(&mut self, now: u64, out: &mut Out) {
+        match (&mut self.side, &self.params) {
+            (Side::Playback(side), Some(params)) => side.advance(params, now, out),
+            (Side::Capture(side), Some(params)) => side.advance(params, now, out),
+            _ => {}
+        }
+    }
+
+    pub(super) fn tick(&mut self, now: u64, out: &mut Out) -> Result<(), Violation> {
+        match (&mut self.side, &self.params) {
+            (Side::Playback(side), Some(params)) => side.tick(params, now, out),
+            (Side::Capture(side), Some(params)) => side.tick(params, now, out),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn deadline(&self) -> Option<u64> {
+        match (&self.side, &self.params) {
+            (Side::Playback(side), Some(params)) => side.deadline(params),
+            (Side::Capture(side), Some(params)) => side.deadline(params),
+            _ => None,
+        }
+    }
+}
+
+pub(super) fn refuse(token: Token, outcome: Outcome, out: &mut Out) {
+    out.done.push(Done { token, outcome, latency_bytes: 0, samples: Vec::new() });
+}
