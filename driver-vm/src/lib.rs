@@ -3,3 +3,4 @@
 
 pub mod lines;
 pub mod protocol;
+pub mod sound_protocol;
