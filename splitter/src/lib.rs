@@ -12,3 +12,4 @@ pub mod link;
 pub mod net;
 pub mod pump;
 pub mod queue;
+pub mod sound;

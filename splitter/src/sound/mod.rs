@@ -1,0 +1,236 @@
+//! The sound splitter: between a guest's sound device and the sound service of its driver VM, with a shadow beside.
+//!
+//! It masks at once when the link ends, whoever notices first, and replays as soon as the next service has reported
+//! its card; nobody needs to tell it. Time is given by the caller, who calls [`SoundSplitter::tick`] at
+//! [`SoundSplitter::deadline`], [`SoundSplitter::service`] when the link can be read or written, and takes the guest's
+//! finished messages from [`SoundSplitter::take_done`] after each call. Invariant: nothing waits for the driver VM.
+
+pub mod link;
+
+use std::os::unix::net::UnixStream;
+
+use umbra_driver_vm::sound_protocol::FromService;
+use umbra_shadow::Generation;
+use umbra_shadow::sound::{Card, Command, Counts, Done, Mode, Out, Policy, Refusal, SoundShadow, StreamId, Token};
+
+use link::{Link, LinkError};
+
+/// What the supervisor is told.
+#[derive(Debug)]
+pub enum Notice {
+    /// The driver VM of this generation plays. Since the shadow began to mask: what became of samples.
+    Live(Generation, Counts),
+    /// The link of this generation has ended; the shadow masks.
+    Lost(Generation, LinkError),
+}
+
+/// Takes notices; it must neither block nor call the splitter.
+pub type Listener = Box<dyn FnMut(Notice) + Send>;
+
+/// The splitter of one sound device.
+pub struct SoundSplitter {
+    shadow: SoundShadow,
+    link: Option<Link>,
+    /// The service has reported its card.
+    greeted: bool,
+    /// [`Notice::Live`] is owed for this generation.
+    announce: Option<Generation>,
+    /// Links that have ended; kept until the event loop has forgotten them.
+    retired: Vec<Link>,
+    done: Vec<Done>,
+    counted: Counts,
+    listener: Listener,
+}
+
+impl SoundSplitter {
+    /// For a guest that sees `card`. It masks until the first link.
+    pub fn new(card: Card, policy: Policy, listener: Listener) -> Self {
+        Self {
+            shadow: SoundShadow::new(card, policy),
+            link: None,
+            greeted: false,
+            announce: None,
+            retired: Vec::new(),
+            done: Vec::new(),
+            counted: Counts::default(),
+            listener,
+        }
+    }
+
+    /// The shadow.
+    pub fn shadow(&self) -> &SoundShadow {
+        &self.shadow
+    }
+
+    /// The link to watch, if there is one.
+    pub fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
+    }
+
+    /// Links to watch no longer; they close when dropped.
+    pub fn take_retired(&mut self) -> Vec<Link> {
+        std::mem::take(&mut self.retired)
+    }
+
+    /// The guest's messages that are done, in order.
+    pub fn take_done(&mut self) -> Vec<Done> {
+        std::mem::take(&mut self.done)
+    }
+
+    /// When [`Self::tick`] is due.
+    pub fn deadline(&self) -> Option<u64> {
+        self.shadow.deadline()
+    }
+
+    /// The link of a new driver VM; one that was there ends.
+    pub fn attach(&mut self, generation: Generation, socket: UnixStream, now: u64) {
+        if self.link.as_ref().is_some_and(|old| old.generation() >= generation) {
+            return;
+        }
+        self.retire();
+        self.guarded(now, |this, out| this.shadow.mask(now, out));
+        match Link::new(socket, generation) {
+            Ok(link) => (self.link, self.greeted) = (Some(link), false),
+            Err(error) => (self.listener)(Notice::Lost(generation, error)),
+        }
+    }
+
+    /// The driver VM of `generation` has failed, says the supervisor.
+    pub fn mask(&mut self, generation: Generation, now: u64) {
+        if self.link.as_ref().is_some_and(|link| link.generation() == generation) {
+            self.retire();
+            self.guarded(now, |this, out| this.shadow.mask(now, out));
+        }
+    }
+
+    /// There will be no further driver VM.
+    pub fn quarantine(&mut self, now: u64) {
+        self.retire();
+        self.guarded(now, |this, out| this.shadow.die(out));
+    }
+
+    /// The guest's driver has reset its device.
+    pub fn reset(&mut self, now: u64) {
+        self.done.clear();
+        self.guarded(now, |this, out| this.shadow.reset(out));
+    }
+
+    /// A control request of the guest.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn command(&mut self, stream: StreamId, command: Command, now: u64) -> Result<(), Refusal> {
+        let mut answer = Ok(());
+        self.guarded(now, |this, out| answer = this.shadow.command(stream, command, now, out));
+        answer
+    }
+
+    /// Samples of the guest.
+    pub fn play(&mut self, stream: StreamId, token: Token, samples: Vec<u8>, now: u64) {
+        self.guarded(now, |this, out| this.shadow.play(stream, token, samples, now, out));
+    }
+
+    /// Room of the guest for samples.
+    pub fn record(&mut self, stream: StreamId, token: Token, bytes: usize, now: u64) {
+        self.guarded(now, |this, out| this.shadow.record(stream, token, bytes, now, out));
+    }
+
+    /// Does what is due.
+    pub fn tick(&mut self, now: u64) {
+        let mut result = Ok(());
+        self.guarded(now, |this, out| result = this.shadow.tick(now, out));
+        if let Err(violation) = result {
+            self.lose(violation.into(), now);
+        }
+    }
+
+    /// Reads and writes the link.
+    pub fn service(&mut self, now: u64) {
+        let Some(link) = &mut self.link else { return };
+        let generation = link.generation();
+        let (messages, mut error) = link.receive();
+        for message in messages {
+            if let Err(wrong) = self.hear(generation, message, now) {
+                error = Some(wrong);
+                break;
+            }
+        }
+        match error {
+            Some(error) => self.lose(error, now),
+            None => self.guarded(now, |_, _| ()),
+        }
+    }
+
+    fn hear(&mut self, generation: Generation, message: FromService, now: u64) -> Result<(), LinkError> {
+        let mut result = Ok(());
+        match message {
+            FromService::Card(card) if !self.greeted => {
+                self.greeted = true;
+                self.guarded(now, |this, out| result = this.shadow.replay(generation, &card, now, out));
+                self.announce = Some(generation);
+            }
+            FromService::Card(_) => return Err(LinkError::Order),
+            FromService::Failed(what) => return Err(LinkError::Service(what)),
+            FromService::Stream(_) if !self.greeted => return Err(LinkError::Order),
+            FromService::Stream(message) => {
+                self.guarded(now, |this, out| result = this.shadow.from_card(generation, message, now, out));
+            }
+        }
+        Ok(result?)
+    }
+
+    /// Runs `act` and delivers what it asks for; a link that cannot take it is lost.
+    fn guarded(&mut self, now: u64, act: impl FnOnce(&mut Self, &mut Out)) {
+        let mut out = Out::default();
+        act(self, &mut out);
+        self.done.append(&mut out.done);
+        let mut result = Ok(());
+        if let Some(link) = &mut self.link {
+            result = out.to_card.iter().try_for_each(|message| link.send(message)).and_then(|()| link.flush());
+        }
+        if let Err(error) = result {
+            self.lose(error, now);
+        }
+        self.announce_live();
+    }
+
+    fn announce_live(&mut self) {
+        if let (Mode::Passive(generation), Some(owed)) = (self.shadow.mode(), self.announce)
+            && generation == owed
+        {
+            self.announce = None;
+            let (now, before) = (self.shadow.counts(), self.counted);
+            self.counted = now;
+            (self.listener)(Notice::Live(generation, since(now, before)));
+        }
+    }
+
+    fn lose(&mut self, error: LinkError, now: u64) {
+        let Some(link) = self.link.take() else { return };
+        let generation = link.generation();
+        self.retired.push(link);
+        self.announce = None;
+        let mut out = Out::default();
+        self.shadow.mask(now, &mut out);
+        self.done.append(&mut out.done);
+        (self.listener)(Notice::Lost(generation, error));
+    }
+
+    fn retire(&mut self) {
+        self.announce = None;
+        self.retired.extend(self.link.take());
+    }
+}
+
+fn since(now: Counts, before: Counts) -> Counts {
+    Counts {
+        frames_skipped: now.frames_skipped - before.frames_skipped,
+        frames_silent: now.frames_silent - before.frames_silent,
+        frames_overrun: now.frames_overrun - before.frames_overrun,
+        kept_alive: now.kept_alive - before.kept_alive,
+        xruns: now.xruns - before.xruns,
+    }
+}
+
+#[cfg(test)]
+mod tests;
