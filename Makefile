@@ -7,7 +7,7 @@ TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
-.PHONY: help build setup demo test bench shell lint toolchain
+.PHONY: help sound build setup demo test bench shell lint toolchain
 
 help:
 	@echo 'make demo     a download survives the crashes of its NIC driver (NIC=$(NIC) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
@@ -24,6 +24,14 @@ toolchain:
 build: toolchain
 	@echo '==> building Umbra (release, static)'
 	@$(CARGO) build --release --bins --quiet
+	@$(MAKE) --no-print-directory sound
+
+# The one program that is linked dynamically (driver-vm/sound/Cargo.toml says why): flags and folder of its own.
+sound: toolchain
+	@pkg-config --exists alsa || { echo '==> installing alsa-lib, with which the sound service is built'; \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends libasound2-dev pkg-config >/dev/null; }
+	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) build --release --quiet
+	@install -m 755 target/sound/$(notdir $(patsubst %/,%,$(dir $(TARGET))))/release/umbra-sound $(TARGET)/umbra-sound
 
 setup: build
 	@echo '==> setting up the bench'

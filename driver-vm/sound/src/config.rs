@@ -1,0 +1,44 @@
+//! alsa-lib's configuration: three names of our own for the one card there is, instead of the distribution's files,
+//! which take longer to read than the card takes to probe.
+
+use std::fs;
+
+use anyhow::Context;
+
+use crate::card::Found;
+
+/// Where the configuration is, for alsa-lib.
+const PATH: &str = "/run/umbra-asound.conf";
+/// Its names.
+pub const PLAYBACK: &str = "playback";
+pub const CAPTURE: &str = "capture";
+pub const CONTROL: &str = "card";
+/// Keys of dmix's and dsnoop's shared memory; any will do in a VM of our own.
+const DMIX_KEY: u32 = 0x756d_6201;
+const DSNOOP_KEY: u32 = 0x756d_6202;
+
+/// Writes it, for `guests` guests: mixed by dmix where there are several. To be called before alsa-lib is.
+pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
+    let Found { card, playback, capture } = found;
+    let mut text = format!("ctl.{CONTROL} {{ type hw card {card} }}\n");
+    for (name, device, shared) in [(PLAYBACK, playback, ("dmix", DMIX_KEY)), (CAPTURE, capture, ("dsnoop", DSNOOP_KEY))]
+    {
+        let Some(device) = device else { continue };
+        if guests <= 1 {
+            text += &format!("pcm.{name} {{ type hw card {card} device {device} }}\n");
+            continue;
+        }
+        let (kind, key) = shared;
+        text += &format!("pcm.{name}_card {{ type hw card {card} device {device} }}\n");
+        // 48 kHz is the one rate that every card has; guests convert what else they play. 100 ms of buffer in
+        // periods of 10 ms.
+        text += &format!(
+            "pcm.{name} {{ type {kind} ipc_key {key} slave {{ pcm \"{name}_card\" format S16_LE rate 48000 channels 2 \
+             period_size 480 buffer_size 4800 }} }}\n"
+        );
+    }
+    fs::write(PATH, text).with_context(|| format!("cannot write {PATH}"))?;
+    // SAFETY: there is one thread yet.
+    unsafe { std::env::set_var("ALSA_CONFIG_PATH", PATH) };
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! A stream that plays. The guest's samples wait here; the card gets as many as its buffer takes, and they are kept
+//! until they are heard, so that a stop and a start lose nothing.
+
+use std::collections::VecDeque;
+
+use alsa::pcm::{Access, HwParams, PCM, State};
+use alsa::{Direction as AlsaDirection, ValueOr};
+use anyhow::{Context, bail};
+use umbra_shadow::sound::params::MAX_BUFFER_BYTES;
+use umbra_shadow::sound::{Epoch, FromCard, HELD_MAX_BYTES, Params, StreamId};
+
+use crate::card::alsa_format;
+use crate::config::PLAYBACK;
+
+/// Periods a second that the card is asked for; the guest's own do not matter to it.
+const PERIODS_PER_SECOND: u32 = 100;
+/// Longest buffer that the card is asked for, in milliseconds: what a hiccup of the driver VM may last.
+const CARD_BUFFER_MS: u32 = 200;
+/// Most that waits: what the host may replay at once.
+const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
+
+/// Opens and sets up a PCM device for `params`.
+pub fn open(name: &str, direction: AlsaDirection, params: &Params) -> anyhow::Result<PCM> {
+    let pcm = PCM::new(name, direction, true).with_context(|| format!("cannot open {name}"))?;
+    let rate = params.rate.hz();
+    let period = alsa::pcm::Frames::from(rate.div_ceil(PERIODS_PER_SECOND));
+    let buffer = alsa::pcm::Frames::from(rate / 1000 * CARD_BUFFER_MS);
+    let set_up = || -> alsa::Result<()> {
+        let hardware = HwParams::any(&pcm)?;
+        hardware.set_access(Access::RWInterleaved)?;
+        hardware.set_format(alsa_format(params.format))?;
+        hardware.set_channels(params.channels.into())?;
+        hardware.set_rate_resample(false)?;
+        hardware.set_rate(rate, ValueOr::Nearest)?;
+        hardware.set_period_size_near(period, ValueOr::Nearest)?;
+        hardware.set_buffer_size_near(buffer)?;
+        pcm.hw_params(&hardware)?;
+        drop(hardware);
+        let software = pcm.sw_params_current()?;
+        // Started by hand.
+        software.set_start_threshold(software.get_boundary()?)?;
+        pcm.sw_params(&software)
+    };
+    set_up().with_context(|| {
+        format!("{name} does not take {rate} Hz, {:?}, {} channels", params.format, params.channels)
+    })?;
+    Ok(pcm)
+}
+
+/// A playback stream.
+pub struct Playback {
+    id: StreamId,
+    params: Option<Params>,
+    epoch: Epoch,
+    pcm: Option<PCM>,
+    running: bool,
+    /// The card ran out of samples.
+    dry: bool,
+    /// Samples not yet heard.
+    waiting: VecDeque<u8>,
+    /// Frames heard in this epoch, and frames that the card has, behind them.
+    heard: u64,
+    in_card: u64,
+    reported: u64,
+}
+
+impl Playback {
+    pub fn new(id: StreamId) -> Self {
+        Self {
+            id,
+            params: None,
+            epoch: Epoch(0),
+            pcm: None,
+            running: false,
+            dry: false,
+            waiting: VecDeque::new(),
+            heard: 0,
+            in_card: 0,
+            reported: 0,
+        }
+    }
+
+    pub fn runs(&self) -> bool {
+        self.running
+    }
+
+    pub fn set_params(&mut self, params: Params) {
+        self.release();
+        self.params = Some(params);
+    }
+
+    pub fn prepare(&mut self, epoch: Epoch) -> anyhow::Result<()> {
+        self.running = false;
+        self.epoch = epoch;
+        self.waiting.clear();
+        (self.heard, self.in_card, self.reported) = (0, 0, 0);
+        let Some(params) = &self.params else { bail!("prepare before parameters") };
+        if self.pcm.is_none() {
+            self.pcm = Some(open(PLAYBACK, AlsaDirection::Playback, params)?);
+        }
+        self.reset_card()
+    }
+
+    /// Puts the card into the state before a start.
+    fn reset_card(&mut self) -> anyhow::Result<()> {
+        let Some(pcm) = &self.pcm else { return Ok(()) };
+        if pcm.state() != State::Prepared || self.in_card > 0 {
+            pcm.drop().context("cannot stop the card")?;
+            pcm.prepare().context("cannot prepare the card")?;
+        }
+        self.in_card = 0;
+        self.dry = false;
+        Ok(())
+    }
+
+    pub fn play(&mut self, epoch: Epoch, samples: &[u8], said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+        if epoch != self.epoch {
+            return Ok(());
+        }
+        if self.waiting.len() + samples.len() > MAX_WAITING {
+            bail!("the host sends more than it may");
+        }
+        self.waiting.extend(samples);
+        if self.running && self.dry && self.heard > 0 {
+            said.push(FromCard::Xrun { stream: self.id, epoch });
+        }
+        if self.running { self.feed() } else { Ok(()) }
+    }
+
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        self.reset_card()?;
+        self.running = true;
+        self.feed()
+    }
+
+    pub fn stop(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+        self.tick(said)?;
+        self.running = false;
+        self.reset_card()
+    }
+
+    pub fn release(&mut self) {
+        self.running = false;
+        self.pcm = None;
+        self.waiting.clear();
+    }
+
+    pub fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+        if !self.running {
+            return Ok(());
+        }
+        self.look()?;
+        self.feed()?;
+        if self.heard != self.reported {
+            self.reported = self.heard;
+            said.push(FromCard::Position { stream: self.id, epoch: self.epoch, heard: self.heard });
+        }
+        Ok(())
+    }
+
+    /// Finds out how far the card is.
+    fn look(&mut self) -> anyhow::Result<()> {
+        let (Some(pcm), Some(params)) = (&self.pcm, &self.params) else { return Ok(()) };
+        if self.in_card == 0 {
+            return Ok(());
+        }
+        let left = match pcm.avail_update().and_then(|_| pcm.delay()) {
+            Ok(delay) => u64::try_from(delay).unwrap_or(0).min(self.in_card),
+            Err(error) if error.errno() == libc::EPIPE => {
+                self.dry = true;
+                0
+            }
+            Err(error) => return Err(error).context("the card does not say where it is"),
+        };
+        let heard = self.in_card - left;
+        self.heard += heard;
+        self.in_card = left;
+        self.waiting.drain(..params.bytes(heard).min(self.waiting.len()));
+        Ok(())
+    }
+
+    /// Gives the card what it takes.
+    fn feed(&mut self) -> anyhow::Result<()> {
+        let (Some(pcm), Some(params)) = (&self.pcm, &self.params) else { return Ok(()) };
+        if params.bytes(self.in_card) >= self.waiting.len() {
+            return Ok(());
+        }
+        if self.dry {
+            pcm.prepare().context("cannot prepare the card after an underrun")?;
+            self.dry = false;
+        }
+        let given = params.bytes(self.in_card);
+        let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);
+        let whole = bytes.len() - bytes.len() % frame;
+        let io = pcm.io_bytes();
+        match io.writei(&bytes[given..whole]) {
+            Ok(frames) => self.in_card += frames as u64,
+            Err(error) if error.errno() == libc::EAGAIN => {}
+            // Ran dry just now; the next look sees it.
+            Err(error) if error.errno() == libc::EPIPE => return Ok(()),
+            Err(error) => return Err(error).context("the card does not take samples"),
+        }
+        if pcm.state() == State::Prepared && self.in_card > 0 {
+            pcm.start().context("cannot start the card")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,85 @@
+//! A stream that records: what the card has goes to the host at each look.
+
+use alsa::Direction as AlsaDirection;
+use alsa::pcm::PCM;
+use anyhow::{Context, bail};
+use umbra_shadow::sound::{Epoch, FromCard, Params, StreamId};
+
+use crate::config::CAPTURE;
+use crate::playback::open;
+
+/// Most bytes taken at one look.
+const CHUNK: usize = 64 * 1024;
+
+/// A capture stream.
+pub struct Record {
+    id: StreamId,
+    params: Option<Params>,
+    epoch: Epoch,
+    pcm: Option<PCM>,
+    running: bool,
+}
+
+impl Record {
+    pub fn new(id: StreamId) -> Self {
+        Self { id, params: None, epoch: Epoch(0), pcm: None, running: false }
+    }
+
+    pub fn runs(&self) -> bool {
+        self.running
+    }
+
+    pub fn set_params(&mut self, params: Params) {
+        self.release();
+        self.params = Some(params);
+    }
+
+    pub fn prepare(&mut self, epoch: Epoch) -> anyhow::Result<()> {
+        self.running = false;
+        self.epoch = epoch;
+        let Some(params) = &self.params else { bail!("prepare before parameters") };
+        if self.pcm.is_none() {
+            self.pcm = Some(open(CAPTURE, AlsaDirection::Capture, params)?);
+        }
+        self.stop()
+    }
+
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        let Some(pcm) = &self.pcm else { bail!("start before prepare") };
+        pcm.start().context("cannot start recording")?;
+        self.running = true;
+        Ok(())
+    }
+
+    pub fn stop(&mut self) -> anyhow::Result<()> {
+        self.running = false;
+        let Some(pcm) = &self.pcm else { return Ok(()) };
+        pcm.drop().context("cannot stop recording")?;
+        pcm.prepare().context("cannot prepare recording")
+    }
+
+    pub fn release(&mut self) {
+        self.running = false;
+        self.pcm = None;
+    }
+
+    pub fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+        let (Some(pcm), Some(params), true) = (&self.pcm, &self.params, self.running) else { return Ok(()) };
+        let frame = params.frame_bytes() as usize;
+        let mut samples = vec![0; CHUNK - CHUNK % frame];
+        match pcm.io_bytes().readi(&mut samples) {
+            Ok(0) => {}
+            Ok(frames) => {
+                samples.truncate(frames * frame);
+                said.push(FromCard::Captured { stream: self.id, epoch: self.epoch, samples });
+            }
+            Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(error) if error.errno() == libc::EPIPE => {
+                said.push(FromCard::Xrun { stream: self.id, epoch: self.epoch });
+                pcm.prepare().and_then(|()| pcm.start()).context("cannot go on recording after an overrun")?;
+            }
+            Err(error) => return Err(error).context("the card does not give samples"),
+        }
+        Ok(())
+    }
+}
