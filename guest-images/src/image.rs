@@ -33,6 +33,29 @@ const MAX_FIRMWARE: usize = 256 << 20;
 /// What every driver VM needs to talk to the host and to forward frames.
 const BASE_MODULES: [&str; 7] =
     ["virtio_pci", "virtio_console", "virtio_net", "sch_ingress", "cls_matchall", "act_mirred", "bridge"];
+/// What the driver VM of a sound card needs instead: samples travel over console ports.
+const SOUND_BASE_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
+/// The core of ALSA: a driver that depends on it drives a sound card.
+const SOUND_CORE: &str = "snd";
+/// The core of HDA, and the codecs behind its controllers, which no PCI modalias names. They are loaded before the
+/// controller's driver, so that it finds them.
+const HDA_CORE: &str = "snd_hda_codec";
+const HDA_CODECS: [&str; 12] = [
+    "snd_hda_codec_generic",
+    "snd_hda_codec_realtek",
+    "snd_hda_codec_analog",
+    "snd_hda_codec_ca0110",
+    "snd_hda_codec_ca0132",
+    "snd_hda_codec_cirrus",
+    "snd_hda_codec_cmedia",
+    "snd_hda_codec_conexant",
+    "snd_hda_codec_cs8409",
+    "snd_hda_codec_hdmi",
+    "snd_hda_codec_idt",
+    "snd_hda_codec_via",
+];
+/// Where the agent looks for the sound service.
+const SOUND_SERVICE: &str = "bin/umbra-sound";
 /// Taken where the kernel has it: reports a panic to the host (`pvpanic` before Linux 5.13).
 const OPTIONAL_MODULES: [&str; 2] = ["pvpanic_mmio", "pvpanic"];
 
@@ -47,6 +70,8 @@ pub struct Recipe {
     pub devices: Vec<Device>,
     /// The agent's binary.
     pub agent: PathBuf,
+    /// The sound service's binary; needed for sound cards alone.
+    pub sound: Option<PathBuf>,
     /// Firmware folders besides the kernel's own.
     pub firmware: Vec<PathBuf>,
 }
@@ -143,6 +168,9 @@ pub enum ImageError {
         /// The kernel's release.
         release: String,
     },
+    /// A sound card without its service.
+    #[error("{0} drives a sound card, which needs the sound service: build it (`make sound`) or name it with --sound-service")]
+    NoSoundService(String),
     /// The folder is something else.
     #[error("{} exists and is no driver VM image; name another folder, or remove it", .0.display())]
     NotAnImage(PathBuf),
@@ -238,11 +266,21 @@ impl Recipe {
     fn initramfs(&self) -> Result<(Initramfs, Manifest), ImageError> {
         let tree = &self.kernel.modules;
         let drivers = self.resolve_drivers()?;
-        let mut base: Vec<&str> = BASE_MODULES.to_vec();
+        let needed = tree.load_order(&drivers)?;
+        let is_sound = needed.iter().any(|name| name == SOUND_CORE);
+        let mut base: Vec<&str> = if is_sound { SOUND_BASE_MODULES.to_vec() } else { BASE_MODULES.to_vec() };
         base.extend(OPTIONAL_MODULES.iter().filter(|name| tree.has(name)));
         let mut initramfs = Initramfs::new();
         initramfs.add_file("init", 0o755, without_symbols(files::read(&self.agent)?));
-        let driver_modules = initramfs.add_modules_to(DRIVERS_LIST, tree, &drivers)?;
+        if is_sound {
+            self.add_sound_service(&mut initramfs, &drivers)?;
+        }
+        let mut first = Vec::new();
+        if needed.iter().any(|name| name == HDA_CORE) {
+            first.extend(HDA_CODECS.iter().filter(|name| tree.has(name)).map(|name| String::from(*name)));
+        }
+        first.extend(drivers.iter().cloned());
+        let driver_modules = initramfs.add_modules_to(DRIVERS_LIST, tree, &first)?;
         let base_modules = initramfs.add_modules(tree, &base)?;
         let mut modules = driver_modules.clone();
         modules.extend(base_modules.into_iter().filter(|m| !driver_modules.contains(m)));
@@ -261,6 +299,12 @@ impl Recipe {
             initramfs: nothing_yet,
         };
         Ok((initramfs, manifest))
+    }
+
+    fn add_sound_service(&self, initramfs: &mut Initramfs, drivers: &[String]) -> Result<(), ImageError> {
+        let Some(service) = &self.sound else { return Err(ImageError::NoSoundService(drivers.join(", "))) };
+        initramfs.add_file(SOUND_SERVICE, 0o755, without_symbols(files::read(service)?));
+        Ok(initramfs.add_libraries(service)?)
     }
 
     /// Adds the firmware that the modules name; returns what was found and what was not.

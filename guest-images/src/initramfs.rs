@@ -158,6 +158,14 @@ impl Initramfs {
     /// When it cannot be read, or `ldd` cannot be run.
     pub fn add_program(&mut self, host: &Path) -> Result<(), InitramfsError> {
         self.add_host_file(host, &host.to_string_lossy())?;
+        self.add_libraries(host)
+    }
+
+    /// Adds the shared libraries that a program of this system needs, under their own paths.
+    ///
+    /// # Errors
+    /// When one cannot be read, or `ldd` cannot be run.
+    pub fn add_libraries(&mut self, host: &Path) -> Result<(), InitramfsError> {
         // `ldd` fails on a static program; then there is nothing to add.
         let libraries = output_of(host, "libraries", Command::new("ldd").arg(host))?;
         for line in libraries.lines() {

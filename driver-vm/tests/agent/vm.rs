@@ -72,6 +72,7 @@ impl DriverVm {
             drivers: vec![driver.into()],
             devices: vec![],
             agent: PathBuf::from(env!("CARGO_BIN_EXE_umbra-agent")),
+            sound: None,
             firmware: vec![],
         };
         let image = recipe.build(&dir.path().join("image"), &cache).unwrap();

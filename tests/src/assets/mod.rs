@@ -191,6 +191,7 @@ impl Assets {
             drivers: vec![driver.into()],
             devices: Vec::new(),
             agent: self.programs.join("umbra-agent"),
+            sound: None,
             firmware: Vec::new(),
         };
         let dir = self.out.join("images").join(driver);

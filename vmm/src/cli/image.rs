@@ -12,6 +12,8 @@ use umbra_guest_images::kernel::{Kernel, cached_vmlinux};
 
 /// Name of the agent's binary.
 const AGENT: &str = "umbra-agent";
+/// Name of the sound service's binary.
+const SOUND_SERVICE: &str = "umbra-sound";
 /// Where firmware is, besides the kernel's own package.
 const SYSTEM_FIRMWARE: &str = "/lib/firmware";
 
@@ -38,6 +40,9 @@ pub struct Args {
     /// The agent's binary [default: umbra-agent beside this program]
     #[arg(long, value_name = "FILE")]
     pub agent: Option<PathBuf>,
+    /// The sound service's binary, for sound cards [default: umbra-sound beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub sound_service: Option<PathBuf>,
     /// Folder with firmware files, searched before /lib/firmware; may be repeated
     #[arg(long, value_name = "DIR")]
     pub firmware: Vec<PathBuf>,
@@ -75,7 +80,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let mut firmware = args.firmware.clone();
     firmware.push(SYSTEM_FIRMWARE.into());
-    let recipe = Recipe { kernel, drivers: args.driver.clone(), devices, agent, firmware };
+    let sound = sound_service(args.sound_service.as_deref())?;
+    let recipe = Recipe { kernel, drivers: args.driver.clone(), devices, agent, sound, firmware };
     let image = recipe.build(&args.output, &cache)?;
     if args.json {
         print(&serde_json::to_string_pretty(&image.manifest)?)
@@ -123,6 +129,17 @@ fn agent(given: Option<&Path>) -> anyhow::Result<PathBuf> {
         );
     }
     Ok(beside)
+}
+
+fn sound_service(given: Option<&Path>) -> anyhow::Result<Option<PathBuf>> {
+    if let Some(path) = given {
+        if !path.is_file() {
+            bail!("there is no sound service at {}", path.display());
+        }
+        return Ok(Some(path.into()));
+    }
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    Ok(Some(program.with_file_name(SOUND_SERVICE)).filter(|beside| beside.is_file()))
 }
 
 fn source_of(packages: &[PathBuf], dir: Option<&Path>) -> String {
