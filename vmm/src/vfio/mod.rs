@@ -10,6 +10,7 @@ pub mod bars;
 pub mod bind;
 pub mod config;
 pub mod container;
+mod dma;
 pub mod device;
 pub mod error;
 pub mod events;
