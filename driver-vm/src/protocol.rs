@@ -6,6 +6,7 @@
 //! violation and count as a failure of that driver VM.
 
 use serde::{Deserialize, Serialize};
+use umbra_shadow::sound::Card;
 
 /// Name of the virtio-console port that carries this protocol.
 pub const CONTROL_PORT: &str = "org.umbra.control";
@@ -67,6 +68,12 @@ impl std::str::FromStr for Mac {
 pub enum ToAgent {
     /// Sent once after [`FromAgent::Hello`]: bring the NIC up and forward between it and the virtio-net ends.
     ConfigureNet(NetPlan),
+    /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of a sound card: start
+    /// the sound service.
+    ConfigureSound {
+        /// How many guests it serves: so many ports there are.
+        ends: u16,
+    },
     /// What one guest asked its network device to receive, whole each time.
     SetRxMode {
         /// Index of the end in [`NetPlan::ends`].
@@ -180,6 +187,15 @@ pub enum FromAgent {
         mac: Mac,
         /// MTU in force, bytes.
         mtu: u16,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The sound card has a driver, is unmuted and ready to play; sent once.
+    Sound {
+        /// Kernel driver, as `snd_hda_intel`.
+        driver: String,
+        /// What the card can do. Not checked yet.
+        card: Card,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
     },

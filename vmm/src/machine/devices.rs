@@ -13,7 +13,7 @@ use super::vm::Vm;
 use crate::pci::address::{Bdf, ParseBdfError, Slot};
 use crate::pci::bus::{self, SharedDevice};
 use crate::process::host::Host;
-use crate::process::ipc::{FromVm, NetBackend, ToVm, VmSpec};
+use crate::process::ipc::{FromVm, NetBackend, SoundBackend, ToVm, VmSpec};
 use crate::process::vm::Subscriber;
 use crate::supervisor::time::Time;
 use crate::vfio::{self, Failure, Vfio, VfioPciDevice, VmResources};
@@ -23,6 +23,7 @@ use crate::virtio::device::{self, VirtioDevice};
 use crate::virtio::net::{self, TapNet};
 use crate::virtio::pci::{self, VirtioPci};
 use crate::virtio::rng::{self, Rng};
+use crate::virtio::sound::Sound;
 use crate::virtio::split_net::SplitNet;
 use crate::virtio::vhost_user_net::{self, VhostUserNet};
 
@@ -87,6 +88,9 @@ pub fn add(
     for (index, net) in (0u16..).zip(&spec.nets) {
         adder.net(index, net)?;
     }
+    for (index, sound) in (0u16..).zip(&spec.sounds) {
+        adder.sound(index, sound)?;
+    }
     if !spec.ports.is_empty() {
         adder.virtio("console", Arc::new(Mutex::new(Console::new(&spec.ports)?)))?;
     }
@@ -128,6 +132,17 @@ impl Adder<'_> {
                 self.virtio(&name, Arc::new(Mutex::new(net)))
             }
         }
+    }
+
+    fn sound(&mut self, index: u16, backend: &SoundBackend) -> Result<(), Error> {
+        let name = format!("virtio-sound{index}");
+        let host = Arc::clone(self.host);
+        let outbox = Box::new(move |message| host.tell(&message));
+        let sound = Sound::new(index, backend.card.clone(), backend.policy, outbox);
+        let sound = sound.map_err(|source| Error::Virtio { name: name.clone(), source })?;
+        let sound = Arc::new(Mutex::new(sound));
+        self.devices.sounds.push(Arc::clone(&sound));
+        self.virtio(&name, sound)
     }
 
     fn passthrough(&mut self, functions: &[String]) -> Result<(), Error> {
@@ -177,6 +192,7 @@ impl Adder<'_> {
 #[derive(Default)]
 pub struct Devices {
     split: Vec<(u16, Arc<Mutex<SplitNet>>)>,
+    sounds: Vec<Arc<Mutex<Sound>>>,
 }
 
 impl Devices {
@@ -199,7 +215,17 @@ impl Devices {
                     let status = lock(net).status();
                     host.tell(&status);
                 }
+                for sound in &self.sounds {
+                    let status = lock(sound).status();
+                    host.tell(&status);
+                }
             }
+            ToVm::AttachSound { sound, generation } => match fds.into_iter().next() {
+                Some(fd) => self.with_sound(sound, |sound| sound.attach(generation, UnixStream::from(fd))),
+                None => tracing::error!(sound, "a link without its socket"),
+            },
+            ToVm::MaskSound { sound, generation } => self.with_sound(sound, |sound| sound.mask(generation)),
+            ToVm::QuarantineSound { sound } => self.with_sound(sound, Sound::quarantine),
             // These concern the whole VM.
             ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill => {}
         }
@@ -209,6 +235,15 @@ impl Devices {
         match self.split.iter().find(|(number, _)| *number == index) {
             Some((_, net)) => act(&mut lock(net)),
             None => tracing::error!(index, "the supervisor names a network device that is none of a driver VM's"),
+        }
+    }
+}
+
+impl Devices {
+    fn with_sound(&self, index: u16, act: impl FnOnce(&mut Sound)) {
+        match self.sounds.get(usize::from(index)) {
+            Some(sound) => act(&mut lock(sound)),
+            None => tracing::error!(index, "the supervisor names a sound device that is none"),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::Generation;
+use umbra_shadow::sound::{Card, Policy};
 
 use crate::spec::{Console, Disk, MemorySize};
 
@@ -34,6 +35,9 @@ pub struct VmSpec {
     pub disks: Vec<Disk>,
     /// Network devices.
     pub nets: Vec<NetBackend>,
+    /// Sound devices.
+    #[serde(default)]
+    pub sounds: Vec<SoundBackend>,
     /// virtio-console ports.
     pub ports: Vec<PortBackend>,
     /// PCI functions to pass through.
@@ -69,6 +73,15 @@ pub enum NetBackend {
         /// The descriptor number of the connected socket in this process.
         fd: i32,
     },
+}
+
+/// A sound device on the sound splitter; its links come by [`ToVm::AttachSound`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SoundBackend {
+    /// The card that the guest sees.
+    pub card: Card,
+    /// What becomes of playback during an outage.
+    pub policy: Policy,
 }
 
 /// What stands behind a virtio-console port.
@@ -138,7 +151,27 @@ pub enum ToVm {
         /// Index of the network device.
         net: u16,
     },
-    /// Answered by [`FromVm::NetStatus`] for each split device.
+    /// Guest: a new driver VM's link for sound device `sound`. Descriptor attached: the host's end of its console port.
+    /// The device goes live by itself once the driver VM has reported its card.
+    AttachSound {
+        /// Index of the sound device.
+        sound: u16,
+        /// Whose link.
+        generation: Generation,
+    },
+    /// Guest: the driver VM of a sound device has failed (the splitter may know already); mask.
+    MaskSound {
+        /// Index of the sound device.
+        sound: u16,
+        /// Which generation failed.
+        generation: Generation,
+    },
+    /// Guest: there will be no further driver VM for this sound device; be a dead card.
+    QuarantineSound {
+        /// Index of the sound device.
+        sound: u16,
+    },
+    /// Answered by [`FromVm::NetStatus`] and [`FromVm::SoundStatus`] for each device of a driver VM.
     QueryStatus,
 }
 
@@ -239,6 +272,54 @@ pub enum FromVm {
         /// Sums over all outages.
         masked: MaskedCounts,
     },
+    /// Guest: a sound device's streams are with the driver VM again, and move.
+    SoundLive {
+        /// Index of the sound device.
+        sound: u16,
+        /// Which generation.
+        generation: Generation,
+        /// When, ns.
+        at: u64,
+        /// Counters since it was live before.
+        masked: SoundCounts,
+    },
+    /// Guest: a sound device's link is lost or broke a rule; the splitter masks already.
+    SoundLost {
+        /// Index of the sound device.
+        sound: u16,
+        /// Whose link.
+        generation: Generation,
+        /// When, ns.
+        at: u64,
+        /// Why: `closed`, or the violation.
+        cause: String,
+    },
+    /// Answer to [`ToVm::QueryStatus`].
+    SoundStatus {
+        /// Index of the sound device.
+        sound: u16,
+        /// `passive`, `masking`, `replaying` or `quarantined`.
+        mode: String,
+        /// Bytes of samples kept for the card now.
+        kept_bytes: u64,
+        /// Sums since the start.
+        sums: SoundCounts,
+    },
+}
+
+/// What happened to samples, in frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SoundCounts {
+    /// Playback that was due while there was no card and was skipped.
+    pub frames_skipped: u64,
+    /// Silence given to capture.
+    pub frames_silent: u64,
+    /// Capture lost because the guest gave no room.
+    pub frames_overrun: u64,
+    /// Periods given back early, to keep the guest's player alive.
+    pub kept_alive: u64,
+    /// Underruns and overruns that the card reported.
+    pub xruns: u64,
 }
 
 /// What a new driver VM gets of what the shadow recorded.

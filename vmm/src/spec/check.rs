@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::HEARTBEAT_MS;
 
 use crate::pci::address::Bdf;
 
-use super::{Console, Driver, Guest, Machine, MemorySize, Net};
+use super::{Console, Driver, Guest, Machine, MemorySize, Net, Sound};
 
 /// Most vCPUs of a VM: what the MADT and the local APIC ids (8 bits, 255 is broadcast) allow with room.
 pub const MAX_CPUS: u8 = 64;
@@ -157,6 +157,9 @@ impl Machine {
             self.check_net(&place, net, uses)?;
             uses.claim(format!("the MAC address {}", net.mac_or_default(name, n)), &place.key("mac"))?;
         }
+        for (n, sound) in guest.sound.iter().enumerate() {
+            self.check_driver_name(&place.index("sound", n).key("driver"), &sound.driver)?;
+        }
         check_ports(place, guest, uses)?;
         for (n, device) in guest.passthrough.iter().enumerate() {
             check_device(&place.index("passthrough", n), device, uses)?;
@@ -191,12 +194,7 @@ impl Machine {
                 }
                 uses.claim(format!("the TAP interface {tap}"), &place)?;
             }
-            (None, Some(driver)) if !self.driver.contains_key(driver) => {
-                let hint = closest(driver, self.driver.keys()).map(|n| format!("; did you mean \"{n}\"?"));
-                let what = format!("nothing defines [driver.{driver}]{}", hint.unwrap_or_default());
-                return place.key("driver").problem(what);
-            }
-            (None, Some(_)) => {}
+            (None, Some(driver)) => self.check_driver_name(&place.key("driver"), driver)?,
         }
         if net.mtu_or_default() < MIN_MTU {
             return place.key("mtu").problem(format!("an MTU is {MIN_MTU} to 65535 bytes"));
@@ -207,6 +205,14 @@ impl Machine {
             return place.key("mac").problem(format!("{mac} is no unicast address: a device cannot have it"));
         }
         Ok(())
+    }
+
+    fn check_driver_name(&self, place: &Place, driver: &str) -> Result<(), Problem> {
+        if self.driver.contains_key(driver) {
+            return Ok(());
+        }
+        let hint = closest(driver, self.driver.keys()).map(|n| format!("; did you mean \"{n}\"?"));
+        place.problem(format!("nothing defines [driver.{driver}]{}", hint.unwrap_or_default()))
     }
 
     fn check_driver(&self, place: &Place, name: &str, driver: &Driver, uses: &mut Uses) -> Result<(), Problem> {
@@ -246,10 +252,23 @@ impl Machine {
                 ));
             }
         }
-        match mtu {
-            Some(_) => Ok(()),
-            None => place.problem(format!("no guest uses it: give one a [[guest.NAME.net]] with driver = \"{driver}\"")),
+        match (mtu, self.sounds_of(driver).next()) {
+            (Some(_), None) | (None, Some(_)) => Ok(()),
+            (Some(_), Some((name, n, _))) => Place::of("guest", name).index("sound", n).problem(format!(
+                "[driver.{driver}] serves network devices; a driver VM holds one device"
+            )),
+            (None, None) => place.problem(format!(
+                "no guest uses it: give one a [[guest.NAME.net]] or [[guest.NAME.sound]] with driver = \"{driver}\""
+            )),
         }
+    }
+
+    /// The guests' sound devices that `driver` serves, as [`Self::ends_of`].
+    pub fn sounds_of<'a>(&'a self, driver: &'a str) -> impl Iterator<Item = (&'a str, usize, &'a Sound)> {
+        self.guest.iter().flat_map(move |(name, guest)| {
+            let sounds = guest.sound.iter().enumerate().filter(move |(_, sound)| sound.driver == driver);
+            sounds.map(move |(n, sound)| (name.as_str(), n, sound))
+        })
     }
 
     /// The guests' network devices that `driver` serves: guest, index of the device in that guest, the device.

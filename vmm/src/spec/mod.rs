@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::Mac;
+use umbra_shadow::sound::Policy;
 
 /// A machine file: guests and the drivers that serve them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +58,9 @@ pub struct Guest {
     /// Network devices, in order: `[[guest.NAME.net]]`.
     #[serde(default)]
     pub net: Vec<Net>,
+    /// Sound devices, in order: `[[guest.NAME.sound]]`.
+    #[serde(default)]
+    pub sound: Vec<Sound>,
     /// Named virtio-console ports: `[[guest.NAME.port]]`.
     #[serde(default)]
     pub port: Vec<Port>,
@@ -77,6 +81,7 @@ impl Guest {
             console: Console::Off,
             disk: Vec::new(),
             net: Vec::new(),
+            sound: Vec::new(),
             port: Vec::new(),
             passthrough: Vec::new(),
         }
@@ -106,6 +111,18 @@ pub struct Net {
     pub mac: Option<Mac>,
     /// MTU in bytes, 68 to 65535; 1500 when not given.
     pub mtu: Option<u16>,
+}
+
+/// `[[guest.NAME.sound]]`: a sound card, in a driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sound {
+    /// The driver VM: the name of a `[driver.NAME]` table.
+    pub driver: String,
+    /// What becomes of playback while the driver VM is away: `"skip"` stays in real time, `"hold"` plays everything
+    /// later.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// MTU of a network device that names none, in bytes.

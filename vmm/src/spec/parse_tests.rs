@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
+use umbra_shadow::sound::Policy;
+
 use super::*;
 use crate::spec::{Disk, Driver, Guest, MemorySize, Net, Port, Restart};
 
@@ -104,6 +106,18 @@ fn a_missing_kernel_names_the_guest_s_table() {
 }
 
 #[test]
+fn a_sound_device_names_its_driver_and_policy() {
+    let text = "[guest.web]\nkernel = \"k\"\n[[guest.web.sound]]\ndriver = \"snd0\"\npolicy = \"hold\"\n\
+                [driver.snd0]\ndevice = \"0000:00:1f.3\"\nimage = \"i\"\n";
+    let machine = parse(text).unwrap();
+    assert_eq!(machine.sounds_of("snd0").map(|(g, n, s)| (g, n, s.policy)).collect::<Vec<_>>(), [("web", 0, Policy::Hold)]);
+    let machine = parse(&text.replace("policy = \"hold\"\n", "")).unwrap();
+    assert_eq!(machine.guest["web"].sound[0].policy, Policy::Skip);
+    let error = parse(&text.replace("hold", "pause")).unwrap_err();
+    assert!(error.starts_with("dir/m.toml:5: ") && error.contains("`skip`"), "{error}");
+}
+
+#[test]
 fn what_the_types_cannot_say_is_checked_with_its_line() {
     for (old, new, line, what) in [
         ("driver = \"nic0\"", "driver = \"nic1\"", 13, "nothing defines [driver.nic1]; did you mean \"nic0\"?"),
@@ -130,6 +144,8 @@ fn what_the_types_cannot_say_is_checked_with_its_line() {
         ("[driver.nic0]", "[guest.b]\nkernel = \"k\"\nconsole = \"terminal\"\n[driver.nic0]", 7, "the terminal is used"),
         ("[driver.nic0]", "[guest.b]\nkernel = \"k\"\ndisk = [{ path = \"/var/lib/debian.raw\" }]\n[driver.nic0]", 21, "shared"),
         ("[driver.nic0]", "[[guest.web.port]]\nname = \"a\"\nsocket = \"s\"\n[[guest.web.port]]\nname = \"a\"\nsocket = \"t\"\n[driver.nic0]", 23, "already"),
+        ("[driver.nic0]", "[[guest.web.sound]]\ndriver = \"snd0\"\n[driver.nic0]", 20, "nothing defines [driver.snd0]"),
+        ("[driver.nic0]", "[[guest.web.sound]]\ndriver = \"nic0\"\n[driver.nic0]", 19, "a driver VM holds one device"),
         ("[driver.nic0]", "[[guest.web.port]]\nname = \"org.umbra.x\"\nsocket = \"s\"\n[driver.nic0]", 20, "taken"),
     ] {
         let error = mistake(old, new);

@@ -3,7 +3,7 @@
 use umbra_driver_vm::protocol::{NetEnd, NetPlan, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::{EndRef, device_mac};
+use super::driver::{DeviceRef, EndRef, device_mac};
 use super::events::Event;
 use super::lifecycle::{Action, Failure, Input, Source, State};
 use super::report::{self, CrashReport};
@@ -34,9 +34,16 @@ impl Supervisor {
             Action::Configure => self.configure(n),
             Action::GoLive(end, replay) => {
                 self.drivers[n].timeline.mark(Step::GoLive, now);
-                let EndRef { guest, net, .. } = self.drivers[n].ends[end];
-                if let Some(generation) = self.drivers[n].lifecycle.generation() {
-                    self.tell_guest(guest, &ToVm::GoLive { net, generation, replay });
+                let EndRef { guest, device } = self.drivers[n].ends[end];
+                let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
+                match device {
+                    DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::GoLive { net, generation, replay }),
+                    // It goes live by itself, and may have done so already.
+                    DeviceRef::Sound(sound) => {
+                        if self.guests[guest].sounds[usize::from(sound)].live == Some(generation) {
+                            self.drive(n, Input::EndLive(end));
+                        }
+                    }
                 }
             }
             Action::Live => self.on_live(n, now),
@@ -97,12 +104,16 @@ impl Supervisor {
         let Some(life) = &mut driver.life else { return };
         let mut waiting = Vec::new();
         for (end, link) in std::mem::take(&mut life.links) {
-            let EndRef { guest, net, .. } = driver.ends[end];
+            let EndRef { guest, device } = driver.ends[end];
             if self.guests[guest].process.is_none() || !self.guests[guest].listening {
                 waiting.push((end, link));
                 continue;
             }
-            let message = ToVm::AttachLink { net, generation: life.generation };
+            let generation = life.generation;
+            let message = match device {
+                DeviceRef::Net { net, .. } => ToVm::AttachLink { net, generation },
+                DeviceRef::Sound(sound) => ToVm::AttachSound { sound, generation },
+            };
             if let Err(error) = self.guests[guest].tell(&message, Some(std::os::fd::AsFd::as_fd(&link))) {
                 self.events.warn(format!("{}: {error}", self.guests[guest].name));
             }
@@ -112,14 +123,21 @@ impl Supervisor {
 
     fn configure(&mut self, n: usize) {
         let driver = &self.drivers[n];
+        if driver.is_sound() {
+            let ends = driver.life.as_ref().map_or(0, |life| life.ends.len());
+            return self.tell_agent(n, &ToAgent::ConfigureSound { ends: u16::try_from(ends).unwrap_or(u16::MAX) });
+        }
         let Some(life) = &driver.life else { return };
         let end = |(position, end): (usize, &usize)| {
-            let EndRef { guest, net, .. } = &driver.ends[*end];
+            let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
             let net = &self.guests[*guest].nets[usize::from(*net)];
-            NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads }
+            Some(NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads })
         };
-        let ends = life.ends.iter().enumerate().map(end).collect();
-        let mtu = driver.ends.first().and_then(|end| end.mtu);
+        let ends = life.ends.iter().enumerate().filter_map(end).collect();
+        let mtu = match driver.ends.first().map(|end| end.device) {
+            Some(DeviceRef::Net { mtu, .. }) => mtu,
+            _ => None,
+        };
         self.tell_agent(n, &ToAgent::ConfigureNet(NetPlan { ends, mtu }));
     }
 
@@ -174,10 +192,17 @@ impl Supervisor {
     /// Tells the guests to mask; those whose splitter has seen it first know already.
     fn mask(&mut self, n: usize, now: Time) {
         let driver = &mut self.drivers[n];
+        if driver.is_sound() {
+            driver.silence();
+        }
         driver.told_to_mask.get_or_insert(now);
         let Some(generation) = driver.lifecycle.generation() else { return };
-        for EndRef { guest, net, .. } in driver.ends.clone() {
-            self.tell_guest(guest, &ToVm::Mask { net, generation });
+        for EndRef { guest, device } in driver.ends.clone() {
+            let message = match device {
+                DeviceRef::Net { net, .. } => ToVm::Mask { net, generation },
+                DeviceRef::Sound(sound) => ToVm::MaskSound { sound, generation },
+            };
+            self.tell_guest(guest, &message);
         }
     }
 
@@ -239,8 +264,15 @@ impl Supervisor {
         let reason = format!("{why}{last}");
         driver.reason = Some(reason.clone());
         self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason });
-        for EndRef { guest, net, .. } in driver.ends.clone() {
-            self.tell_guest(guest, &ToVm::Quarantine { net });
+        for EndRef { guest, device } in driver.ends.clone() {
+            match device {
+                DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::Quarantine { net }),
+                DeviceRef::Sound(sound) => self.tell_guest(guest, &ToVm::QuarantineSound { sound }),
+            }
+            if !self.guests[guest].has_cards() {
+                let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
+                return self.give_up(format!("{driver} never got its sound card to work, for which {guest} waits"));
+            }
         }
     }
 }

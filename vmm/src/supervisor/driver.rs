@@ -1,5 +1,6 @@
 //! A driver VM as the supervisor has it: its process and agent while it lives, its evidence when it has died.
 
+use std::fmt;
 use std::io::{self, PipeReader};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac, ToAgent};
+use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 
@@ -54,15 +56,36 @@ pub(super) enum StartError {
     Sockets(#[source] io::Error),
 }
 
-/// A guest's network device that a driver VM serves.
-#[derive(Clone, Debug)]
+/// A guest's device that a driver VM serves.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct EndRef {
     /// Index of the guest.
     pub(super) guest: usize,
-    /// Index of the network device in the guest.
-    pub(super) net: u16,
-    /// MTU, bytes; `None` where the spec names none.
-    pub(super) mtu: Option<u16>,
+    /// Which of its devices.
+    pub(super) device: DeviceRef,
+}
+
+/// A device of a guest, by its index among those of its class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DeviceRef {
+    /// A network device.
+    Net {
+        /// Its index.
+        net: u16,
+        /// MTU, bytes; `None` where the spec names none.
+        mtu: Option<u16>,
+    },
+    /// A sound device.
+    Sound(u16),
+}
+
+impl fmt::Display for DeviceRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net { net, .. } => write!(f, "net{net}"),
+            Self::Sound(sound) => write!(f, "sound{sound}"),
+        }
+    }
 }
 
 /// A driver VM.
@@ -178,11 +201,19 @@ impl DriverVm {
         self.console.begin(&name);
         let ends: Vec<End> = self.lifecycle.ends().collect();
         let mut inherited: Vec<OwnedFd> = Vec::new();
-        let (mut nets, mut links) = (Vec::new(), Vec::new());
+        let (mut nets, mut sounds, mut links) = (Vec::new(), Vec::new(), Vec::new());
         for (n, end) in ends.iter().enumerate() {
             let (front, back) = UnixStream::pair().map_err(StartError::Sockets)?;
-            let mtu = self.ends[*end].mtu.unwrap_or(spec::DEFAULT_MTU);
-            nets.push(NetBackend::VhostUser { mac: device_mac(n), mtu, fd: front.as_raw_fd() });
+            match self.ends[*end].device {
+                DeviceRef::Net { mtu, .. } => {
+                    let (mac, mtu) = (device_mac(n), mtu.unwrap_or(spec::DEFAULT_MTU));
+                    nets.push(NetBackend::VhostUser { mac, mtu, fd: front.as_raw_fd() });
+                }
+                DeviceRef::Sound(_) => {
+                    let end = PortEnd::Fd(front.as_raw_fd());
+                    sounds.push(PortBackend { name: format!("{SOUND_PORT}.{n}"), end });
+                }
+            }
             inherited.push(front.into());
             links.push((*end, back.into()));
         }
@@ -200,7 +231,8 @@ impl DriverVm {
             console: spec::Console::Terminal,
             disks: Vec::new(),
             nets,
-            ports: vec![port],
+            sounds: Vec::new(),
+            ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: vec![self.spec.device.clone()],
         };
         let process = VmProcess::spawn(program, spec, &inherited, Streams::Captured)?;
@@ -219,6 +251,18 @@ impl DriverVm {
             registers: String::new(),
         });
         Ok(())
+    }
+
+    /// True if it serves sound devices.
+    pub(super) fn is_sound(&self) -> bool {
+        self.ends.iter().any(|end| matches!(end.device, DeviceRef::Sound(_)))
+    }
+
+    /// Keeps a sound card from playing the same buffer over and over when nobody fills it any more.
+    pub(super) fn silence(&self) {
+        if let Err(error) = self.device.stop_dma() {
+            tracing::warn!(driver = self.name, %error, "cannot switch the card's bus mastering off");
+        }
     }
 
     /// Sends `message` to the agent.

@@ -58,8 +58,8 @@ pub enum Event {
     Masked {
         /// The guest.
         guest: String,
-        /// Index of the network device.
-        net: usize,
+        /// The device, as `net0` or `sound0`.
+        device: String,
         /// The driver VM.
         driver: String,
         /// The life that was lost.
@@ -217,11 +217,11 @@ impl Event {
             Self::GuestRebooted { guest } => format!("{guest}: reboots"),
             Self::GuestEnded { guest, how } => format!("{guest}: {how}"),
             Self::DriverStarting { driver, generation } => format!("{driver}: generation {generation} starts"),
-            Self::Masked { guest, net, driver, cause, .. } if cause == "closed" => {
-                format!("{guest}.net{net}: {driver} is gone; masked")
+            Self::Masked { guest, device, driver, cause, .. } if cause == "closed" => {
+                format!("{guest}.{device}: {driver} is gone; masked")
             }
-            Self::Masked { guest, net, driver, cause, .. } => {
-                format!("{guest}.net{net}: {driver} broke a rule ({cause}); masked")
+            Self::Masked { guest, device, driver, cause, .. } => {
+                format!("{guest}.{device}: {driver} broke a rule ({cause}); masked")
             }
             Self::DriverFailed { driver, generation, source: Source::Replaced, reason, .. } => {
                 format!("{driver}: generation {generation} is replaced: {reason}")

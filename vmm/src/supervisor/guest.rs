@@ -3,12 +3,16 @@
 use std::path::Path;
 
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_shadow::Generation;
+use umbra_shadow::sound::Card;
 
 use super::lifecycle::End;
 use super::status;
 use super::time::Time;
 use crate::process::channel;
-use crate::process::ipc::{FromVm, MaskedCounts, NetBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use crate::process::ipc::{
+    FromVm, MaskedCounts, NetBackend, PortBackend, PortEnd, SoundBackend, SoundCounts, ToVm, VmEnd, VmSpec,
+};
 use crate::process::spawn::{SpawnError, Streams, VmProcess};
 use crate::spec::{Console, Guest};
 
@@ -21,6 +25,7 @@ pub(super) struct GuestVm {
     pub(super) state: GuestState,
     pub(super) started: Time,
     pub(super) nets: Vec<GuestNet>,
+    pub(super) sounds: Vec<GuestSound>,
     /// How the VM ended, once its process has said so.
     pub(super) end: Option<VmEnd>,
     /// Why the process could not run the VM, once it has said so.
@@ -71,9 +76,48 @@ pub(super) struct GuestNet {
     pub(super) fresh: bool,
 }
 
+/// A sound device of a guest.
+#[derive(Debug, Default)]
+pub(super) struct GuestSound {
+    /// The driver VM that serves it, and as which of its ends.
+    pub(super) driver: Option<(usize, End)>,
+    /// The card as its first driver VM reported it; the guest's for its life.
+    pub(super) card: Option<Card>,
+    /// The generation that it is live with, or was last.
+    pub(super) live: Option<Generation>,
+    /// The last answer to `QueryStatus`.
+    pub(super) status: Option<FromVm>,
+    /// Whether that answers the last question.
+    pub(super) fresh: bool,
+}
+
+impl GuestSound {
+    fn status(&self, index: usize, driver_name: impl Fn(usize) -> String) -> status::SoundStatus {
+        let (mode, kept_bytes, sums) = match &self.status {
+            Some(FromVm::SoundStatus { mode, kept_bytes, sums, .. }) => (mode.clone(), *kept_bytes, *sums),
+            _ => ("unknown".into(), 0, SoundCounts::default()),
+        };
+        status::SoundStatus {
+            index,
+            driver: self.driver.map(|(driver, _)| driver_name(driver)),
+            card: self.card.as_ref().map(|card| card.name.clone()),
+            mode,
+            kept_bytes,
+            sums,
+        }
+    }
+}
+
 impl GuestVm {
-    /// A guest that does not run yet; `serves` says which driver VM, as which end, is behind network device `n`.
-    pub(super) fn new(name: &str, spec: Guest, serves: impl Fn(usize) -> Option<(usize, End)>) -> Self {
+    /// A guest that does not run yet; `serves` and `plays` say which driver VM, as which end, is behind network device
+    /// and sound device `n`.
+    pub(super) fn new(
+        name: &str,
+        spec: Guest,
+        serves: impl Fn(usize) -> Option<(usize, End)>,
+        plays: impl Fn(usize) -> Option<(usize, End)>,
+    ) -> Self {
+        let sounds = (0..spec.sound.len()).map(|n| GuestSound { driver: plays(n), ..GuestSound::default() }).collect();
         let nets = spec.net.iter().enumerate();
         let nets = nets.map(|(n, net)| GuestNet::new(net.mac_or_default(name, n), serves(n))).collect();
         Self {
@@ -83,6 +127,7 @@ impl GuestVm {
             state: GuestState::Starting,
             started: Time::now(),
             nets,
+            sounds,
             end: None,
             error: None,
             listening: false,
@@ -94,6 +139,9 @@ impl GuestVm {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         for net in &mut self.nets {
             *net = GuestNet::new(net.mac, net.driver);
+        }
+        for sound in &mut self.sounds {
+            (sound.live, sound.status) = (None, None);
         }
         self.end = None;
         self.error = None;
@@ -122,6 +170,22 @@ impl GuestVm {
         }
     }
 
+    /// Whether the cards of all its sound devices are known: the guest sees them from the first moment on.
+    pub(super) fn has_cards(&self) -> bool {
+        self.sounds.iter().all(|sound| sound.card.is_some())
+    }
+
+    /// The driver VMs that serve it, and as which of their ends.
+    pub(super) fn drivers(&self) -> Vec<(usize, End)> {
+        let nets = self.nets.iter().filter_map(|net| net.driver);
+        nets.chain(self.sounds.iter().filter_map(|sound| sound.driver)).collect()
+    }
+
+    fn sounds(&self) -> Vec<SoundBackend> {
+        let sounds = self.spec.sound.iter().zip(&self.sounds);
+        sounds.filter_map(|(spec, sound)| Some(SoundBackend { card: sound.card.clone()?, policy: spec.policy })).collect()
+    }
+
     fn vm_spec(&self) -> VmSpec {
         let nets = self.spec.net.iter().zip(&self.nets).map(|(spec, net)| {
             let (mac, mtu) = (net.mac, spec.mtu_or_default());
@@ -144,6 +208,7 @@ impl GuestVm {
             console: self.spec.console.clone(),
             disks: self.spec.disk.clone(),
             nets: nets.collect(),
+            sounds: self.sounds(),
             ports: self.spec.port.iter().map(port).collect(),
             passthrough: self.spec.passthrough.clone(),
         }
@@ -151,7 +216,9 @@ impl GuestVm {
 
     /// Whether all split devices have answered the last `QueryStatus`.
     pub(super) fn is_fresh(&self) -> bool {
-        self.process.is_none() || self.nets.iter().all(|net| net.fresh || net.driver.is_none())
+        self.process.is_none()
+            || (self.nets.iter().all(|net| net.fresh || net.driver.is_none())
+                && self.sounds.iter().all(|sound| sound.fresh))
     }
 
     pub(super) fn status(&self, driver_name: impl Fn(usize) -> String) -> status::GuestStatus {
@@ -163,6 +230,7 @@ impl GuestVm {
             pid: self.process.as_ref().map(VmProcess::pid),
             uptime_s: Time::now().since(self.started).as_secs_f64(),
             nets: nets.map(|(n, (spec, net))| net.status(n, spec.tap.clone(), &driver_name)).collect(),
+            sounds: self.sounds.iter().enumerate().map(|(n, sound)| sound.status(n, &driver_name)).collect(),
         }
     }
 }

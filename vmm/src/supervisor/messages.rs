@@ -3,10 +3,10 @@
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::EndRef;
+use super::driver::{DeviceRef, EndRef};
 use super::events::Event;
 use super::guest::GuestState;
-use super::lifecycle::{Carrier, Failure, Input, Source, State};
+use super::lifecycle::{Carrier, End, Failure, Input, Source, State};
 use super::lines::LineError;
 use super::report::Mask;
 use super::run::Supervisor;
@@ -58,7 +58,23 @@ impl Supervisor {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
             FromVm::LinkUp { .. } => {}
-            FromVm::LinkLost { net, generation, at, cause } => self.on_link_lost(n, net, generation, Time(at), &cause),
+            FromVm::LinkLost { net, generation, at, cause } => {
+                let served = self.served_by(n, net);
+                self.on_link_lost((n, format!("net{net}")), served, generation, Time(at), &cause);
+            }
+            FromVm::SoundLost { sound, generation, at, cause } => {
+                let served = self.played_by(n, sound);
+                self.on_link_lost((n, format!("sound{sound}")), served, generation, Time(at), &cause);
+            }
+            FromVm::SoundLive { sound, generation, at, masked } => {
+                self.on_sound_live(n, sound, generation, Time(at), masked);
+            }
+            FromVm::SoundStatus { sound, .. } => {
+                if let Some(device) = self.guests[n].sounds.get_mut(usize::from(sound)) {
+                    device.status = Some(message);
+                    device.fresh = true;
+                }
+            }
             FromVm::Live { net, generation, at, masked } => self.on_end_live(n, net, generation, Time(at), masked),
             FromVm::RxMode { net, mode } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
@@ -103,8 +119,7 @@ impl Supervisor {
             // Known before its process ends, so that driver VMs which miss its links are not taken for failed.
             self.guests[n].state = GuestState::Rebooting;
             self.events.tell(&Event::GuestRebooted { guest: self.guests[n].name.clone() });
-            let served: Vec<_> = self.guests[n].nets.iter().filter_map(|net| net.driver).collect();
-            for (driver, _) in served {
+            for (driver, _) in self.guests[n].drivers() {
                 self.drive(driver, Input::Replace(format!("{} was rebooted", self.guests[n].name)));
             }
         }
@@ -135,8 +150,7 @@ impl Supervisor {
             // A machine that does not come up whole does not come up.
             if never_ran { self.give_up(why) } else { let _ = self.failure.get_or_insert(why); }
         }
-        let served: Vec<_> = self.guests[n].nets.iter().filter_map(|net| net.driver).collect();
-        for (driver, end) in served {
+        for (driver, end) in self.guests[n].drivers() {
             self.drive(driver, Input::EndGone(end));
             if self.drivers[driver].lifecycle.ends().next().is_none() {
                 self.drive(driver, Input::Stop);
@@ -144,7 +158,7 @@ impl Supervisor {
         }
     }
 
-    fn restart_guest(&mut self, n: usize) {
+    pub(super) fn restart_guest(&mut self, n: usize) {
         if let Err(error) = self.guests[n].start(&self.program) {
             let why = format!("{}: {error}", self.guests[n].name);
             self.guests[n].state = GuestState::Failed(why.clone());
@@ -155,27 +169,34 @@ impl Supervisor {
         }
     }
 
-    fn on_link_lost(&mut self, guest: usize, net: u16, generation: Generation, at: Time, cause: &str) {
-        let Some((d, _)) = self.served_by(guest, net) else { return };
-        let (guest, net) = (self.guests[guest].name.clone(), usize::from(net));
+    fn on_link_lost(
+        &mut self,
+        (guest, device): (usize, String),
+        served: Option<(usize, End)>,
+        generation: Generation,
+        at: Time,
+        cause: &str,
+    ) {
+        let Some((d, _)) = served else { return };
+        let guest = self.guests[guest].name.clone();
         let driver = &mut self.drivers[d];
         if driver.lifecycle.generation() != Some(generation) {
             return;
         }
         self.events.tell(&Event::Masked {
             guest: guest.clone(),
-            net,
+            device: device.clone(),
             driver: driver.name.clone(),
             generation: generation.get(),
             cause: cause.into(),
         });
-        driver.masks.push(Mask { guest: guest.clone(), net, at_ns: at.0, cause: cause.into() });
+        driver.masks.push(Mask { guest: guest.clone(), device: device.clone(), at_ns: at.0, cause: cause.into() });
         if driver.life.is_none() || *driver.lifecycle.state() == State::Stopping {
             driver.timeline.mark(Step::Mask, at);
             return;
         }
         let input = if cause == CLOSED {
-            Input::Sign(Failure { source: Source::Link, what: format!("it closed its link to {guest}.net{net}"), at })
+            Input::Sign(Failure { source: Source::Link, what: format!("it closed its link to {guest}.{device}"), at })
         } else {
             Input::Failed(Failure { source: Source::Link, what: format!("it broke a rule of its link: {cause}"), at })
         };
@@ -335,6 +356,7 @@ impl Supervisor {
                 let detail = format!("{} {}", limited(&driver), limited(&interface));
                 self.stage(n, Step::Nic, "nic", now, detail);
             }
+            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, limited(&driver), &card),
             FromAgent::Forwarding { .. } => {
                 self.stage(n, Step::Forwarding, "forwarding", now, String::new());
                 self.drive(n, Input::Forwarding);
@@ -357,8 +379,8 @@ impl Supervisor {
         if matches!(driver.lifecycle.state(), State::Live { .. }) {
             let generation = driver.lifecycle.generation();
             self.events.tell(&Event::Carrier { driver: driver.name.clone(), up });
-            for EndRef { guest, net, .. } in driver.ends.clone() {
-                if let Some(generation) = generation {
+            for EndRef { guest, device } in driver.ends.clone() {
+                if let (Some(generation), DeviceRef::Net { net, .. }) = (generation, device) {
                     self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
                 }
             }
@@ -367,7 +389,7 @@ impl Supervisor {
     }
 
     /// A life of driver VM `n` got on.
-    fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
+    pub(super) fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
         let driver = &mut self.drivers[n];
         let Some(life) = &driver.life else { return };
         let generation = life.generation.get();

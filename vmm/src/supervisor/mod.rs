@@ -19,6 +19,7 @@ pub mod run;
 pub mod rundir;
 mod server;
 mod signals;
+mod sound;
 pub mod status;
 pub mod time;
 pub mod timeline;

@@ -63,8 +63,8 @@ pub struct CrashReport {
 pub struct Mask {
     /// The guest.
     pub guest: String,
-    /// Index of the network device.
-    pub net: usize,
+    /// The device, as `net0` or `sound0`.
+    pub device: String,
     /// When, `CLOCK_MONOTONIC`, ns.
     pub at_ns: u64,
     /// `closed`, or the rule that the driver VM broke.
@@ -132,7 +132,7 @@ impl fmt::Display for CrashReport {
         let MaskedCounts { logged, replayed, dropped, unknown } = self.frames;
         writeln!(f, "frames:    {logged} logged, {replayed} replayed, {dropped} dropped, {unknown} of unknown fate")?;
         for mask in &self.masks {
-            writeln!(f, "masked:    {}.net{} ({})", mask.guest, mask.net, mask.cause)?;
+            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, mask.cause)?;
         }
         writeln!(f, "\ntime line")?;
         for mark in &self.timeline {

@@ -14,7 +14,7 @@ use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
 
 use super::control::StopHow;
-use super::driver::{DriverVm, EndRef};
+use super::driver::{DeviceRef, DriverVm, EndRef};
 use super::events::{Event, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
 use super::lifecycle::{Input, State};
@@ -129,20 +129,32 @@ impl Supervisor {
         let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name);
         let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).unwrap_or_default();
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
-            let ends = machine.ends_of(name).filter_map(|(guest, net, spec)| {
-                Some(EndRef { guest: guest_index(guest), net: u16::try_from(net).ok()?, mtu: spec.mtu })
+            let nets = machine.ends_of(name).filter_map(|(guest, net, spec)| {
+                let device = DeviceRef::Net { net: u16::try_from(net).ok()?, mtu: spec.mtu };
+                Some(EndRef { guest: guest_index(guest), device })
             });
+            let sounds = machine.sounds_of(name).filter_map(|(guest, sound, _)| {
+                Some(EndRef { guest: guest_index(guest), device: DeviceRef::Sound(u16::try_from(sound).ok()?) })
+            });
+            let ends = nets.chain(sounds);
             let (device, image) = checked.drivers.remove(name)?;
             Some(DriverVm::new((name, spec.clone()), (device, image), ends.collect(), &run_dir))
         });
         let drivers: Vec<_> = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {
-            GuestVm::new(name, guest.clone(), |n| {
+            let net = |n: usize| {
                 let driver_name = guest.net.get(n)?.driver.as_deref()?;
                 let driver = driver_index(driver_name)?;
                 let end = machine.ends_of(driver_name).position(|(guest, net, _)| guest == name && net == n)?;
                 Some((driver, end))
-            })
+            };
+            let sound = |n: usize| {
+                let driver_name = &guest.sound.get(n)?.driver;
+                let driver = driver_index(driver_name)?;
+                let end = machine.sounds_of(driver_name).position(|(guest, sound, _)| guest == name && sound == n)?;
+                Some((driver, end))
+            };
+            GuestVm::new(name, guest.clone(), net, sound)
         });
         Self {
             program: PathBuf::new(),
@@ -160,7 +172,10 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<(), RunError> {
         for guest in &mut self.guests {
-            guest.start(&self.program)?;
+            // One with sound is started when its cards are known.
+            if guest.has_cards() {
+                guest.start(&self.program)?;
+            }
         }
         for driver in 0..self.drivers.len() {
             self.drive(driver, Input::Start);

@@ -135,6 +135,7 @@ impl Supervisor {
         for n in 0..self.guests.len() {
             if self.guests[n].nets.iter().any(|net| net.driver.is_some()) {
                 self.guests[n].nets.iter_mut().for_each(|net| net.fresh = false);
+                self.guests[n].sounds.iter_mut().for_each(|sound| sound.fresh = false);
                 self.tell_guest(n, &ToVm::QueryStatus);
             }
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::control::Response;
-use crate::process::ipc::MaskedCounts;
+use crate::process::ipc::{MaskedCounts, SoundCounts};
 
 /// A running machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +35,26 @@ pub struct GuestStatus {
     pub uptime_s: f64,
     /// Network devices, in order.
     pub nets: Vec<NetStatus>,
+    /// Sound devices, in order.
+    #[serde(default)]
+    pub sounds: Vec<SoundStatus>,
+}
+
+/// A guest's sound device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SoundStatus {
+    /// Index in the guest.
+    pub index: usize,
+    /// The driver VM.
+    pub driver: Option<String>,
+    /// The card, once its driver VM has reported it.
+    pub card: Option<String>,
+    /// The shadow's mode: `passive`, `masking`, `replaying`, `quarantined`; `unknown` before the guest's process has said.
+    pub mode: String,
+    /// Bytes of samples kept for the card now.
+    pub kept_bytes: u64,
+    /// Sums since the start.
+    pub sums: SoundCounts,
 }
 
 /// A guest's network device.
@@ -114,7 +134,7 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();
         if !self.guests.is_empty() {
-            let mut rows = vec![["GUEST", "STATE", "UPTIME", "NETWORK"].map(String::from)];
+            let mut rows = vec![["GUEST", "STATE", "UPTIME", "DEVICES"].map(String::from)];
             rows.extend(self.guests.iter().map(GuestStatus::row));
             parts.push(table(&rows));
         }
@@ -133,12 +153,13 @@ impl fmt::Display for Status {
 
 impl GuestStatus {
     fn row(&self) -> [String; 4] {
-        let nets: Vec<_> = self.nets.iter().map(ToString::to_string).collect();
+        let nets = self.nets.iter().map(ToString::to_string);
+        let devices: Vec<_> = nets.chain(self.sounds.iter().map(ToString::to_string)).collect();
         let state = match &self.reason {
             Some(reason) => format!("{} ({reason})", self.state),
             None => self.state.clone(),
         };
-        [self.name.clone(), state, format!("{:.0} s", self.uptime_s), nets.join(", ")]
+        [self.name.clone(), state, format!("{:.0} s", self.uptime_s), devices.join(", ")]
     }
 }
 
@@ -149,6 +170,13 @@ impl fmt::Display for NetStatus {
             (None, Some(driver)) => write!(f, "net{}: {driver} {}", self.index, self.mode),
             (None, None) => write!(f, "net{}", self.index),
         }
+    }
+}
+
+impl fmt::Display for SoundStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let driver = self.driver.as_deref().unwrap_or("-");
+        write!(f, "sound{}: {driver} {}", self.index, self.mode)
     }
 }
 
@@ -208,6 +236,7 @@ mod tests {
             pid: Some(7),
             uptime_s: 61.4,
             nets: vec![net],
+            sounds: Vec::new(),
         };
         let driver = DriverStatus {
             name: "nic0".into(),
@@ -232,7 +261,7 @@ mod tests {
     #[test]
     fn the_table_lines_up_and_says_what_no_reset_means() {
         let expected = "\
-GUEST  STATE    UPTIME  NETWORK
+GUEST  STATE    UPTIME  DEVICES
 web    running  61 s    net0: nic0 passive
 
 DRIVER VM  DEVICE        DRIVER  GENERATION  STATE  RESET  FAILURES  LAST OUTAGE  REASON

@@ -8,6 +8,7 @@ pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod sound;
 pub mod split_net;
 pub mod vhost_user_net;
 #[cfg(test)]

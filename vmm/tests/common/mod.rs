@@ -81,6 +81,7 @@ impl Files {
             console: Console::File(self.console()),
             disks: vec![],
             nets: vec![],
+            sounds: Vec::new(),
             ports: vec![],
             passthrough: vec![],
         }

@@ -13,6 +13,7 @@ use crate::modules::Loading;
 use crate::netlink::Netlink;
 use crate::network::{Network, Nic};
 use crate::port::Port;
+use crate::sound::{self, Service};
 use crate::{kernel_log, pci, system};
 
 /// How long after the plan the devices may take to appear: the slowest probes seen take about 5 s.
@@ -42,6 +43,8 @@ enum State {
     Idle,
     /// Not all devices are there yet.
     Awaited { plan: NetPlan, nic: Option<Nic>, deadline: Instant },
+    /// The sound service is at work.
+    Sound(Service),
     /// Frames are forwarded.
     Forwarding { network: Network, carrier: bool },
 }
@@ -100,6 +103,9 @@ impl Agent {
         if !self.loading.done() {
             waited.push((self.loading.descriptor(), read));
         }
+        if let State::Sound(service) = &self.state {
+            waited.push((service.descriptor(), read));
+        }
         if self.host_away {
             limit = limit.min(HOST_AWAY);
         } else {
@@ -120,7 +126,10 @@ impl Agent {
             (ToAgent::ConfigureNet(plan), State::Idle) => {
                 self.state = State::Awaited { plan, nic: None, deadline: Instant::now() + DEVICES_WITHIN };
             }
-            (ToAgent::ConfigureNet(_), _) => anyhow::bail!("the host sent a second plan"),
+            (ToAgent::ConfigureSound { ends }, State::Idle) => {
+                self.state = State::Sound(Service::start(system::generation(), ends)?);
+            }
+            (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => anyhow::bail!("the host sent a second plan"),
             (ToAgent::SetRxMode { end, mode }, State::Forwarding { network, .. }) => {
                 network.set_mode(&mut self.requests, end, mode)?;
             }
@@ -136,8 +145,8 @@ impl Agent {
                 let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
                 end.offloads = offloads;
             }
-            (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, State::Idle) => {
-                anyhow::bail!("the host sent settings before the plan")
+            (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, State::Idle | State::Sound(_)) => {
+                anyhow::bail!("the host sent settings for a network that is none")
             }
             (ToAgent::Crash { kind }, _) => crash(kind),
         }
@@ -146,6 +155,12 @@ impl Agent {
 
     /// Goes on as far as the devices that are there allow.
     fn advance(&mut self) -> anyhow::Result<()> {
+        if let State::Sound(service) = &mut self.state
+            && let Some(card) = service.card()?
+        {
+            let (driver, uptime_ms) = (sound::driver(), system::uptime_ms());
+            return self.port.send(&FromAgent::Sound { driver, card, uptime_ms });
+        }
         let State::Awaited { plan, nic, deadline } = &mut self.state else { return Ok(()) };
         if nic.is_none() {
             *nic = Nic::find(&mut self.requests, plan)?;

@@ -12,6 +12,7 @@ mod netlink;
 mod network;
 mod pci;
 mod port;
+mod sound;
 mod system;
 
 use std::process::ExitCode;

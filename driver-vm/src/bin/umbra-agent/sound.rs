@@ -1,0 +1,99 @@
+//! The sound service: a program of its own, because alsa-lib wants to be linked dynamically. The agent starts it, passes
+//! on what it says of the card, and takes its end for the driver VM's failure.
+
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use anyhow::{Context, bail};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use umbra_shadow::sound::Card;
+
+/// Where the image has it.
+const PROGRAM: &str = "/bin/umbra-sound";
+/// Longest description of a card.
+const MAX_LINE: usize = 16 * 1024;
+
+/// The running service.
+#[derive(Debug)]
+pub struct Service {
+    child: Child,
+    output: ChildStdout,
+    line: Vec<u8>,
+    described: bool,
+}
+
+impl Service {
+    /// Starts it, for `ends` guests.
+    ///
+    /// # Errors
+    /// When it is not in the image.
+    pub fn start(generation: u32, ends: u16) -> anyhow::Result<Self> {
+        let mut child = Command::new(PROGRAM)
+            .args([generation.to_string(), ends.to_string()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| {
+                format!("cannot start the sound service {PROGRAM}; is this image one for a sound card?")
+            })?;
+        let output = child.stdout.take().context("the sound service has no output")?;
+        fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
+        Ok(Self { child, output, line: Vec::new(), described: false })
+    }
+
+    /// For polling.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.output.as_fd()
+    }
+
+    /// The card, once, when the service has described it.
+    ///
+    /// # Errors
+    /// When the service has ended; the error says why.
+    pub fn card(&mut self) -> anyhow::Result<Option<Card>> {
+        let mut chunk = [0; 1024];
+        loop {
+            match self.output.read(&mut chunk) {
+                Ok(0) => return Err(self.end()),
+                Ok(length) => self.line.extend_from_slice(&chunk[..length]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error).context("cannot hear the sound service"),
+            }
+            if self.line.len() > MAX_LINE {
+                bail!("the sound service talks too much");
+            }
+        }
+        if self.described || !self.line.ends_with(b"\n") {
+            return Ok(None);
+        }
+        self.described = true;
+        let card = serde_json::from_slice(&self.line).context("the sound service does not describe its card")?;
+        self.line.clear();
+        Ok(Some(card))
+    }
+
+    /// The service has ended: why?
+    fn end(&mut self) -> anyhow::Error {
+        let mut said = String::new();
+        if let Some(errors) = &mut self.child.stderr {
+            let _ = errors.read_to_string(&mut said);
+        }
+        let status = self.child.wait().map(|status| status.to_string()).unwrap_or_default();
+        let last = said.lines().last().unwrap_or_default();
+        anyhow::anyhow!("the sound service ended ({status}): {last}")
+    }
+}
+
+/// The kernel driver of the first card.
+pub fn driver() -> String {
+    let card = fs::read_dir("/sys/class/sound")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("card")));
+    let driver = card.and_then(|card| fs::read_link(card.path().join("device/driver")).ok());
+    driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned())).unwrap_or_else(|| "unknown".into())
+}

@@ -1,0 +1,63 @@
+//! Sound: what is different from the network. A guest with sound is started when its card is known, and its device
+//! goes live by itself, as soon as the sound service has reported its card to it.
+
+use umbra_shadow::Generation;
+use umbra_shadow::sound::Card;
+
+use super::driver::DeviceRef;
+use super::guest::GuestState;
+use super::lifecycle::{Carrier, End, Input, Source};
+use super::run::Supervisor;
+use super::time::Time;
+use super::timeline::Step;
+use crate::process::ipc::SoundCounts;
+
+impl Supervisor {
+    /// The driver VM behind a guest's sound device, and as which of its ends.
+    pub(super) fn played_by(&self, guest: usize, sound: u16) -> Option<(usize, End)> {
+        self.guests[guest].sounds.get(usize::from(sound))?.driver
+    }
+
+    /// The agent of driver VM `n` says that its card is ready.
+    pub(super) fn on_sound_card(&mut self, n: usize, kernel_driver: String, card: &Card) {
+        let now = Time::now();
+        if !card.is_sane() || !self.drivers[n].is_sound() {
+            return self.fail_driver(n, Source::Agent, "it reports a sound card that cannot be".into(), now);
+        }
+        let detail = format!("{kernel_driver} {}", card.name.chars().filter(|c| !c.is_control()).collect::<String>());
+        self.drivers[n].kernel_driver = Some(kernel_driver);
+        self.stage(n, Step::Nic, "sound", now, detail);
+        self.stage(n, Step::Forwarding, "forwarding", now, String::new());
+        for end in self.drivers[n].ends.clone() {
+            let DeviceRef::Sound(sound) = end.device else { continue };
+            let guest = &mut self.guests[end.guest];
+            // The first card is the guest's for its life; later ones are compared with it by its splitter.
+            guest.sounds[usize::from(sound)].card.get_or_insert_with(|| card.clone());
+            if guest.has_cards() && guest.process.is_none() && guest.state == GuestState::Starting {
+                self.restart_guest(end.guest);
+            }
+        }
+        self.drive(n, Input::Forwarding);
+        // A sound card has no link that could be down.
+        self.drive(n, Input::Carrier(Carrier::Up));
+    }
+
+    /// A guest's sound device is live.
+    pub(super) fn on_sound_live(
+        &mut self,
+        guest: usize,
+        sound: u16,
+        generation: Generation,
+        at: Time,
+        masked: SoundCounts,
+    ) {
+        let Some((d, end)) = self.played_by(guest, sound) else { return };
+        if !self.drivers[d].is_current(generation) {
+            return;
+        }
+        tracing::debug!(driver = self.drivers[d].name, end, at = at.0, ?masked, "sound live");
+        self.guests[guest].sounds[usize::from(sound)].live = Some(generation);
+        // Before the agent's word has come, this waits for it (`Action::GoLive`).
+        self.drive(d, Input::EndLive(end));
+    }
+}
