@@ -11,3 +11,4 @@ pub mod demo;
 pub mod measure;
 pub mod peer;
 pub mod probe;
+pub mod wav;

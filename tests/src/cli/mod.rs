@@ -6,6 +6,7 @@
 mod demo;
 mod measure;
 mod run;
+mod wav;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
+    /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
+    Wav(wav::Args),
     /// Give the terminal to a shell in a fresh test host.
     Shell(run::MachineArgs),
 }
@@ -40,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),
     };
     result.unwrap_or_else(|error| {

@@ -1,0 +1,252 @@
+//! Compares a recording with its source: which pieces of the source were heard, in which order, and what was between.
+//!
+//! Pieces are found by windows of [`WINDOW`] frames that are equal sample by sample, so a changed pitch, level or
+//! format is no piece at all but unknown sound. The source should not repeat itself within a window.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use super::{Frame, Wav};
+
+/// Frames that must be equal to begin a piece: 1.3 ms at 48 kHz. Tones of a few hundred hertz do not repeat exactly
+/// within it once an encoder has been at them.
+const WINDOW: usize = 64;
+/// Windows of the source that look alike and are remembered.
+const ALIKE: usize = 64;
+/// A shorter silence is part of the music, milliseconds.
+const SILENCE_MS: usize = 10;
+/// A jump between neighbouring samples that counts as a click: a quarter of full scale.
+const CLICK: i32 = 16_384;
+
+/// A piece of the source in the recording, in frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Piece {
+    /// Where in the recording.
+    pub heard: usize,
+    /// Where in the source.
+    pub source: usize,
+    /// How long.
+    pub frames: usize,
+}
+
+/// A silence in the recording.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Silence {
+    /// When it begins, milliseconds from the start of the recording.
+    pub at_ms: f64,
+    /// How long it lasts, milliseconds.
+    pub ms: f64,
+}
+
+/// The judgement.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Analysis {
+    /// Pieces in the order of the recording.
+    pub pieces: Vec<Piece>,
+    /// Silences between the first and the last piece.
+    pub silences: Vec<Silence>,
+    /// Frames of the source between the first piece and the last that were never heard.
+    pub lost: usize,
+    /// Frames heard again.
+    pub doubled: usize,
+    /// Frames heard that are neither silence nor source.
+    pub unknown: usize,
+    /// Jumps between neighbouring frames, outside the pieces and at their edges.
+    pub clicks: usize,
+    /// Frames of the source before the first piece and behind the last.
+    pub unheard_ends: (usize, usize),
+}
+
+impl Analysis {
+    /// Judges `heard` against `source`, which have the same rate.
+    pub fn of(heard: &Wav, source: &Wav) -> Self {
+        let pieces = Index::new(&source.frames).pieces(&heard.frames);
+        let (first, last) = match (pieces.first(), pieces.last()) {
+            (Some(first), Some(last)) => (first.heard, last.heard + last.frames),
+            _ => (0, heard.frames.len()),
+        };
+        let (lost, doubled) = coverage(&pieces);
+        let (silences, silent) = silences(heard, first, last);
+        let known: usize = pieces.iter().map(|piece| piece.frames).sum();
+        let begin = pieces.iter().map(|p| p.source).min().unwrap_or(0);
+        let end = pieces.iter().map(|p| p.source + p.frames).max().unwrap_or(0);
+        Self {
+            silences,
+            lost,
+            doubled,
+            unknown: (last - first).saturating_sub(known + silent),
+            clicks: clicks(&heard.frames, &pieces),
+            unheard_ends: (begin, source.frames.len() - end),
+            pieces,
+        }
+    }
+
+    /// The longest silence and the one in the middle of their row, milliseconds.
+    pub fn silence_max_and_median(&self) -> Option<(f64, f64)> {
+        let mut lengths: Vec<f64> = self.silences.iter().map(|silence| silence.ms).collect();
+        lengths.sort_by(f64::total_cmp);
+        Some((*lengths.last()?, lengths[lengths.len() / 2]))
+    }
+}
+
+/// Where windows occur in the source.
+struct Index<'a> {
+    source: &'a [Frame],
+    places: HashMap<&'a [Frame], Vec<usize>>,
+}
+
+impl<'a> Index<'a> {
+    fn new(source: &'a [Frame]) -> Self {
+        let mut places: HashMap<&[Frame], Vec<usize>> = HashMap::new();
+        for (at, window) in source.windows(WINDOW).enumerate() {
+            let places = places.entry(window).or_default();
+            if places.len() < ALIKE {
+                places.push(at);
+            }
+        }
+        Self { source, places }
+    }
+
+    /// Walks through the recording; where a piece could continue in several places, it is the next one.
+    fn pieces(&self, heard: &[Frame]) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        let (mut at, mut expected) = (0, 0);
+        while at + WINDOW <= heard.len() {
+            let window = &heard[at..at + WINDOW];
+            let found = if is_silent(window) { None } else { self.places.get(window) };
+            let Some(source) = found.and_then(|places| nearest(places, expected)) else {
+                at += 1;
+                continue;
+            };
+            let pairs = heard[at..].iter().zip(&self.source[source..]);
+            let frames = pairs.take_while(|(heard, source)| heard == source).count();
+            pieces.push(Piece { heard: at, source, frames });
+            (at, expected) = (at + frames, source + frames);
+        }
+        pieces
+    }
+}
+
+/// The first place from `expected` on, or the last before it.
+fn nearest(places: &[usize], expected: usize) -> Option<usize> {
+    let next = places.partition_point(|place| *place < expected);
+    places.get(next).or(places.last()).copied()
+}
+
+fn is_silent(frames: &[Frame]) -> bool {
+    frames.iter().all(|frame| *frame == [0, 0])
+}
+
+/// Frames of the source, from the first to the last heard, that are in no piece, and those in more than one.
+fn coverage(pieces: &[Piece]) -> (usize, usize) {
+    let mut sorted: Vec<_> = pieces.iter().map(|p| (p.source, p.source + p.frames)).collect();
+    sorted.sort_unstable();
+    let Some(&(_, mut reached)) = sorted.first() else { return (0, 0) };
+    let (mut lost, mut doubled) = (0, 0);
+    for &(start, end) in &sorted[1..] {
+        lost += start.saturating_sub(reached);
+        doubled += reached.min(end).saturating_sub(start);
+        reached = reached.max(end);
+    }
+    (lost, doubled)
+}
+
+/// Silences from frame `first` to frame `last`, and how many frames they have together.
+fn silences(heard: &Wav, first: usize, last: usize) -> (Vec<Silence>, usize) {
+    let least = heard.rate as usize * SILENCE_MS / 1000;
+    let (mut all, mut frames, mut at) = (Vec::new(), 0, first);
+    while at < last {
+        let run = heard.frames[at..last].iter().take_while(|frame| **frame == [0, 0]).count();
+        if run >= least.max(1) {
+            all.push(Silence { at_ms: heard.seconds(at) * 1000.0, ms: heard.seconds(run) * 1000.0 });
+            frames += run;
+        }
+        at += run.max(1);
+    }
+    (all, frames)
+}
+
+fn clicks(heard: &[Frame], pieces: &[Piece]) -> usize {
+    let inside = |at: usize| {
+        let next = pieces.partition_point(|piece| piece.heard <= at);
+        next > 0 && at + 1 < pieces[next - 1].heard + pieces[next - 1].frames
+    };
+    let jump = |pair: &[Frame]| (0..2).any(|c| (i32::from(pair[0][c]) - i32::from(pair[1][c])).abs() >= CLICK);
+    heard.windows(2).enumerate().filter(|(at, pair)| jump(pair) && !inside(*at)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source() -> Wav {
+        let mut state = 1u32;
+        let mut noise = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 18) as i16 - 8192
+        };
+        Wav { rate: 48_000, frames: (0..48_000).map(|_| [noise(), noise()]).collect() }
+    }
+
+    fn heard(parts: &[&[Frame]]) -> Wav {
+        Wav { rate: 48_000, frames: parts.concat() }
+    }
+
+    #[test]
+    fn the_source_itself_is_one_piece() {
+        let source = source();
+        let analysis = Analysis::of(&heard(&[&[[0, 0]; 999], &source.frames, &[[0, 0]; 5]]), &source);
+        assert_eq!(analysis.pieces, [Piece { heard: 999, source: 0, frames: 48_000 }]);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.unknown, analysis.clicks), (0, 0, 0, 0));
+        assert!(analysis.silences.is_empty());
+        assert_eq!(analysis.unheard_ends, (0, 0));
+    }
+
+    #[test]
+    fn a_gap_in_real_time_is_a_silence_and_lost() {
+        let source = source();
+        let gap = vec![[0, 0]; 4800];
+        let analysis = Analysis::of(&heard(&[&source.frames[..20_000], &gap, &source.frames[24_800..]]), &source);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (4800, 0, 0));
+        assert_eq!(analysis.silences.len(), 1);
+        assert!((analysis.silences[0].ms - 100.0).abs() < 0.1);
+        assert_eq!(analysis.silence_max_and_median().map(|(max, _)| max.round()), Some(100.0));
+    }
+
+    #[test]
+    fn a_held_gap_loses_nothing_and_a_seam_may_double() {
+        let source = source();
+        let gap = vec![[0, 0]; 9600];
+        let analysis = Analysis::of(&heard(&[&source.frames[..20_100], &gap, &source.frames[20_000..]]), &source);
+        assert_eq!((analysis.lost, analysis.doubled), (0, 100));
+    }
+
+    #[test]
+    fn a_stutter_is_heard_again() {
+        let source = source();
+        let again = &source.frames[18_000..20_000];
+        let parts = [&source.frames[..20_000], again, again, &source.frames[24_000..]];
+        let analysis = Analysis::of(&heard(&parts), &source);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.pieces.len()), (4000, 4000, 4));
+    }
+
+    #[test]
+    fn another_level_is_unknown() {
+        let source = source();
+        let quiet: Vec<Frame> = source.frames[10_000..30_000].iter().map(|f| [f[0] / 2, f[1] / 2]).collect();
+        let parts = [&source.frames[..10_000], &quiet, &source.frames[30_000..]];
+        let analysis = Analysis::of(&heard(&parts), &source);
+        assert_eq!((analysis.lost, analysis.unknown), (20_000, 20_000));
+    }
+
+    #[test]
+    fn a_jump_outside_the_pieces_is_a_click() {
+        let source = source();
+        let spike = [[0, 0], [30_000, 0], [0, 0]];
+        let gap = vec![[0, 0]; 1000];
+        let parts = [&source.frames[..10_000], &gap, &spike, &gap, &source.frames[10_000..]];
+        let analysis = Analysis::of(&heard(&parts), &source);
+        assert_eq!((analysis.clicks, analysis.unknown), (2, 1));
+    }
+}
