@@ -2,6 +2,7 @@
 //! guest outlive the drivers of its devices. The binary is `umbra`.
 
 pub mod cli;
+pub mod doctor;
 pub mod interrupt;
 pub mod machine;
 pub mod pci;

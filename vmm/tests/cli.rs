@@ -118,3 +118,24 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
     assert!(output.status.success());
 }
+
+#[test]
+fn doctor_says_what_is_missing_and_its_status_says_whether_anything_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = umbra(dir.path(), &["doctor", "--json"]);
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let host = answer["host"].as_array().unwrap();
+    let missing: Vec<_> = host.iter().filter(|finding| finding["grade"] == "missing").collect();
+    assert_eq!(answer["missing"], missing.len());
+    assert_eq!(output.status.code(), Some(i32::from(!missing.is_empty())));
+    assert!(missing.iter().all(|finding| finding["mend"].is_string()), "{missing:#?}");
+    let kvm = host.iter().find(|finding| finding["check"] == "KVM").unwrap();
+    assert_eq!(kvm["grade"] == "missing", std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err());
+    assert!(answer["cards"].is_array());
+    let text = umbra(dir.path(), &["doctor"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.starts_with("This host\n") && text.contains("\nNetwork and sound cards\n"), "{text}");
+    let message = error(dir.path(), &["doctor", "ffff:1f:1f.7"]);
+    assert_eq!(message, "umbra: no PCI device ffff:1f:1f.7 in this host; `lspci -D` lists them");
+    assert_eq!(umbra(dir.path(), &["doctor", "eth0"]).status.code(), Some(2));
+}

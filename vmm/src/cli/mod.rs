@@ -5,6 +5,7 @@
 
 pub mod bind;
 pub mod client;
+pub mod doctor;
 pub mod image;
 pub mod run;
 pub mod vm;
@@ -32,6 +33,8 @@ enum Command {
     Crash(client::CrashArgs),
     /// End a running machine.
     Stop(client::StopArgs),
+    /// Say what this host can do, what is missing, and the command that mends it.
+    Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
     Image(image::Args),
     /// Take a PCI function from the host's driver, for a VM.
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => client::status(&args),
         Command::Crash(args) => client::crash(&args),
         Command::Stop(args) => client::stop(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Bind(args) => bind::bind(&args),
         Command::Unbind(args) => bind::unbind(&args),

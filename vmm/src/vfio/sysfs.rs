@@ -155,22 +155,22 @@ fn low_half(value: u32) -> u16 {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
 
     /// A made-up `/sys/bus/pci`.
-    pub(in crate::vfio) struct FakeBus(pub(in crate::vfio) tempfile::TempDir);
+    pub(crate) struct FakeBus(pub(crate) tempfile::TempDir);
 
     impl FakeBus {
-        pub(in crate::vfio) fn new() -> Self {
+        pub(crate) fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             fs::create_dir_all(dir.path().join("devices")).unwrap();
             Self(dir)
         }
 
-        pub(in crate::vfio) fn add(&self, bdf: &str, group: Option<u32>, driver: Option<&str>) -> HostDevice {
+        pub(crate) fn add(&self, bdf: &str, group: Option<u32>, driver: Option<&str>) -> HostDevice {
             let device = self.0.path().join("devices").join(bdf);
             fs::create_dir_all(&device).unwrap();
             fs::write(device.join("vendor"), "0x8086\n").unwrap();

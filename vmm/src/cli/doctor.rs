@@ -1,0 +1,92 @@
+//! `umbra doctor`: what this host can do, what is missing, and the command that mends it.
+
+use anyhow::bail;
+use serde::Serialize;
+
+use crate::doctor::list::{self, Card};
+use crate::doctor::{Finding, Root, Text, device, host, missing};
+use crate::pci::address::Bdf;
+use crate::supervisor::status::table;
+use crate::vfio::HostDevice;
+
+/// Arguments of `umbra doctor`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit status: 0 when nothing is missing, 1 when something is. Nothing is changed.")]
+pub struct Args {
+    /// A PCI function to look at closely, as 0000:03:00.0; without one, network and sound cards are listed.
+    device: Option<Bdf>,
+    /// Print the findings as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The whole answer.
+#[derive(Serialize)]
+struct Answer {
+    host: Vec<Finding>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<Vec<Finding>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cards: Option<Vec<Card>>,
+    missing: usize,
+}
+
+/// Looks and tells.
+///
+/// # Errors
+///
+/// Something is missing, or there is no such device.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let root = Root::default();
+    let found = args.device.map(HostDevice::find).transpose()?;
+    let host = host::findings(&root, host::Caller::this());
+    let device = found.map(|found| device::findings(&root, &found));
+    let cards = device.is_none().then(|| list::cards(&root));
+    let count = missing(&host) + device.as_deref().map_or(0, missing);
+    let answer = Answer { host, device, cards, missing: count };
+    if args.json {
+        super::print_json(&answer)?;
+    } else {
+        super::print(&answer.text(args.device))?;
+    }
+    match count {
+        0 => Ok(()),
+        1 => bail!("one thing is missing"),
+        n => bail!("{n} things are missing"),
+    }
+}
+
+impl Answer {
+    fn text(&self, bdf: Option<Bdf>) -> String {
+        let mut text = format!("This host\n{}", Text(&self.host));
+        if let (Some(findings), Some(bdf)) = (&self.device, bdf) {
+            text.push_str(&format!("\n{bdf}\n{}", Text(findings)));
+        }
+        if let Some(cards) = &self.cards {
+            text.push_str("\nNetwork and sound cards\n");
+            text.push_str(&list_of(cards));
+        }
+        text
+    }
+}
+
+fn list_of(cards: &[Card]) -> String {
+    if cards.is_empty() {
+        return "none on the PCI bus\n".into();
+    }
+    let dash = || "-".to_owned();
+    let mut rows = vec![["DEVICE", "KIND", "DRIVER", "GROUP", "RESET", "", "NAME"].map(String::from)];
+    rows.extend(cards.iter().map(|card| {
+        let resets = if card.resets.is_empty() { "none".into() } else { card.resets.join(" ") };
+        [
+            card.device.clone(),
+            card.kind.into(),
+            card.driver.clone().unwrap_or_else(dash),
+            card.group.map_or_else(dash, |group| group.to_string()),
+            resets,
+            card.next.clone(),
+            card.name.clone(),
+        ]
+    }));
+    table(&rows)
+}

@@ -1,0 +1,84 @@
+use std::fs;
+
+use super::super::Grade;
+use super::*;
+
+/// A made-up host.
+struct Tree(tempfile::TempDir);
+
+impl Tree {
+    fn new() -> Self {
+        let tree = Self(tempfile::tempdir().unwrap());
+        tree.file("proc/sys/kernel/osrelease", "6.12.1-test\n").file("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu vmx\n")
+    }
+
+    fn file(self, path: &str, text: &str) -> Self {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+        self
+    }
+
+    fn root(&self) -> Root {
+        Root::at(self.0.path().into())
+    }
+}
+
+fn text(finding: &Finding) -> String {
+    format!("{} -> {}", finding.what, finding.mend.as_deref().unwrap_or_default())
+}
+
+#[test]
+fn a_host_with_everything_misses_nothing() {
+    let tree = Tree::new()
+        .file("dev/kvm", "")
+        .file("dev/net/tun", "")
+        .file("sys/kernel/iommu_groups/0/x", "")
+        .file("sys/class/iommu/dmar0/x", "")
+        .file("sys/bus/pci/drivers/vfio-pci/x", "")
+        .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
+    let findings = findings(&tree.root(), Caller { root: true, locked: 0 });
+    assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
+    assert_eq!(iommu(&tree.root()).what, "on (Intel VT-d, 1 group)");
+}
+
+#[test]
+fn a_bare_host_is_told_each_command() {
+    let tree = Tree::new();
+    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20 });
+    let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
+    assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
+    assert!(text(of("IOMMU")).contains("`intel_iommu=on iommu=pt`"));
+    assert!(text(of("vfio-pci")).contains("CONFIG_VFIO_PCI"));
+    assert!(text(of("locked memory")).contains("8M may be locked"), "{}", text(of("locked memory")));
+    assert_eq!(of("TAP").grade, Grade::Note, "only some guests need it");
+    assert_eq!(super::super::missing(&findings), 4, "{findings:#?}");
+}
+
+#[test]
+fn kvm_in_software_is_told_from_kvm_in_hardware() {
+    let tree = Tree::new().file("dev/kvm", "").file("proc/cpuinfo", "flags : fpu\n").file("sys/module/kvm_pvm/x", "");
+    let finding = kvm(&tree.root());
+    assert_eq!(finding.grade, Grade::Note);
+    assert!(finding.what.contains("KVM in software (kvm_pvm)"), "{}", finding.what);
+    let amd = Tree::new().file("dev/kvm", "").file("proc/cpuinfo", "flags : svm\n");
+    assert!(kvm(&amd.root()).what.contains("SVM"));
+}
+
+#[test]
+fn modules_are_found_loaded_built_in_or_on_disk() {
+    let dep = "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n";
+    let tree = Tree::new().file("lib/modules/6.12.1-test/modules.dep", dep);
+    assert!(vfio_pci(&tree.root()).what.contains("`umbra bind` loads it"));
+    assert!(matches!(module(&tree.root(), "vfio"), Module::Absent), "a dependency's line is no module's own");
+    let built_in = Tree::new().file("lib/modules/6.12.1-test/modules.builtin", "kernel/drivers/net/tun.ko\n");
+    assert!(matches!(module(&built_in.root(), "tun"), Module::Loaded));
+}
+
+#[test]
+fn an_iommu_that_was_asked_for_is_the_firmware_s_to_mend() {
+    let tree = Tree::new().file("proc/cmdline", "quiet intel_iommu=on iommu=pt");
+    assert!(iommu_mend(&tree.root()).contains("asks for it already"));
+    let amd = Tree::new().file("proc/cpuinfo", "vendor_id : AuthenticAMD\n");
+    assert!(iommu_mend(&amd.root()).contains("add `iommu=pt`"));
+}
