@@ -23,8 +23,12 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
         return Finding::missing(check, format!("{what}: a bridge cannot be given to a VM"), "name the device behind it");
     }
     match list::kind(class) {
-        "network" => Finding::good(check, what),
-        kind => Finding::note(check, format!("{what}: Umbra shadows network cards; a {kind} device can only pass through whole")),
+        "network" | "sound" => Finding::good(check, what),
+        _ => Finding::note(
+            check,
+            format!("{what}: Umbra shadows network and sound cards; this one can be given to a guest (`passthrough`), whose \
+                     own driver's crash is then its own"),
+        ),
     }
 }
 
