@@ -3,6 +3,7 @@
 
 pub mod cli;
 pub mod doctor;
+pub mod history;
 pub mod interrupt;
 pub mod machine;
 pub mod pci;

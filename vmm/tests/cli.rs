@@ -88,13 +88,17 @@ fn a_file_that_is_no_kernel_ends_the_run() {
     assert!(stderr.starts_with("umbra: guest: ") && stderr.contains(kernel.to_str().unwrap()), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(!dir.path().join("guest/control.sock").exists());
+    let events = umbra(dir.path(), &["events"]);
+    let events = String::from_utf8(events.stdout).unwrap();
+    assert!(events.lines().any(|line| line.contains("\"event\":\"guest-ended\"")), "its past can still be read: {events}");
 }
 
 #[test]
 fn requests_without_a_machine_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().display();
-    for words in [&["status"][..], &["stop"], &["crash", "nic0"]] {
+    assert_eq!(error(dir.path(), &["events"]), format!("umbra: no machine is running or has run (nothing in {base})"));
+    for words in [&["status"][..], &["status", "--watch"], &["stop"], &["crash", "nic0"]] {
         assert_eq!(error(dir.path(), words), format!("umbra: no machine is running (nothing in {base})"));
     }
     let message = error(dir.path(), &["status", "--name", "web"]);

@@ -1,6 +1,6 @@
 //! `umbra status`, `umbra crash` and `umbra stop`: requests to a running machine.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 
 use crate::supervisor::control::{Request, Response, StopHow};
 use crate::supervisor::rundir;
+use crate::supervisor::status::Status;
 
 /// How long a machine may take to answer; its loop never waits for anything.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -18,6 +19,12 @@ const ANSWER: Duration = Duration::from_secs(10);
 pub struct StatusArgs {
     /// Only this guest or driver VM.
     vm: Option<String>,
+    /// Show it again and again, with the latest events below, until the machine ends.
+    #[arg(long, short)]
+    watch: bool,
+    /// Seconds between two looks with --watch.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, requires = "watch")]
+    interval: f64,
     #[command(flatten)]
     common: Common,
 }
@@ -86,12 +93,11 @@ impl From<Kind> for CrashKind {
 /// No machine answers, or it has no VM of the given name.
 pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
     let mut machine = Connection::open(&args.common)?;
-    let Response::Status(mut status) = machine.ask(&Request::Status)? else { bail!(UNEXPECTED) };
-    if let Some(vm) = &args.vm
-        && !status.retain(vm)
-    {
-        bail!("{} has no guest or driver VM named {vm}", machine.name);
+    if args.watch {
+        let period = Duration::try_from_secs_f64(args.interval).context("--interval is a number of seconds")?;
+        return super::watch::watch(&mut machine, args.vm.as_deref(), args.common.json, period);
     }
+    let status = machine.status(args.vm.as_deref())?;
     if args.common.json {
         return super::print_json(&status);
     }
@@ -134,28 +140,91 @@ pub fn stop(args: &StopArgs) -> anyhow::Result<()> {
 const UNEXPECTED: &str = "the machine gave an answer that this version does not know; is it of another version?";
 
 /// A connection to a machine.
-struct Connection {
-    name: String,
+pub(super) struct Connection {
+    pub(super) name: String,
     stream: BufReader<UnixStream>,
 }
+
+/// The machine has ended, and with it the connection.
+#[derive(Debug, thiserror::Error)]
+#[error("the machine {0} ended before it answered")]
+pub(super) struct Ended(String);
 
 impl Connection {
     fn open(common: &Common) -> anyhow::Result<Self> {
         let (name, stream) = rundir::connect(&rundir::base(), common.name.as_deref())?;
+        Self::over(name, stream)
+    }
+
+    pub(super) fn over(name: String, stream: UnixStream) -> anyhow::Result<Self> {
         stream.set_read_timeout(Some(ANSWER)).context("talk to the machine")?;
         Ok(Self { name, stream: BufReader::new(stream) })
     }
 
-    /// Sends a request and waits for its answer; an error of the machine's is an error here.
-    fn ask(&mut self, request: &Request) -> anyhow::Result<Response> {
+    /// The machine's status, or of one of its VMs alone.
+    pub(super) fn status(&mut self, vm: Option<&str>) -> anyhow::Result<Status> {
+        let Response::Status(mut status) = self.ask(&Request::Status)? else { bail!(UNEXPECTED) };
+        if let Some(vm) = vm
+            && !status.retain(vm)
+        {
+            bail!("{} has no guest or driver VM named {vm}", self.name);
+        }
+        Ok(*status)
+    }
+
+    /// Hands each event behind number `after` to `each`, as a line; with `follow` until the machine ends.
+    pub(super) fn events(
+        &mut self,
+        after: u64,
+        follow: bool,
+        mut each: impl FnMut(&str) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        self.send(&Request::Events { after, follow })?;
+        if follow {
+            self.stream.get_ref().set_read_timeout(None).context("talk to the machine")?;
+        }
+        loop {
+            match self.line() {
+                Ok(line) if line.starts_with("{\"response\"") => {
+                    return match serde_json::from_str(&line).context(UNEXPECTED)? {
+                        Response::Error { what } => bail!(what),
+                        Response::EventsEnd => Ok(()),
+                        _ => bail!(UNEXPECTED),
+                    };
+                }
+                Ok(line) => each(line.trim_end())?,
+                Err(error) if follow && error.is::<Ended>() => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn send(&mut self, request: &Request) -> anyhow::Result<()> {
         let what = || format!("talk to the machine {}", self.name);
         let request = format!("{}\n", serde_json::to_string(request).with_context(what)?);
-        self.stream.get_mut().write_all(request.as_bytes()).with_context(what)?;
-        let mut line = String::new();
-        self.stream.read_line(&mut line).with_context(what)?;
-        if line.is_empty() {
-            bail!("the machine {} ended before it answered", self.name);
+        match self.stream.get_mut().write_all(request.as_bytes()) {
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                Err(Ended(self.name.clone()).into())
+            }
+            result => result.with_context(what),
         }
+    }
+
+    fn line(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line) {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => {
+                Err(error).with_context(|| format!("talk to the machine {}", self.name))
+            }
+            Ok(n) if n > 0 => Ok(line),
+            _ => Err(Ended(self.name.clone()).into()),
+        }
+    }
+
+    /// Sends a request and waits for its answer; an error of the machine's is an error here.
+    fn ask(&mut self, request: &Request) -> anyhow::Result<Response> {
+        self.send(request)?;
+        let line = self.line()?;
         match serde_json::from_str(&line).context(UNEXPECTED)? {
             Response::Error { what } => bail!(what),
             response => Ok(response),
@@ -177,7 +246,7 @@ impl Connection {
             self.stream.get_ref().set_read_timeout(Some(left)).context("wait for the machine")?;
             match self.stream.read_line(&mut String::new()) {
                 Ok(0) => return Ok(()),
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
                 Ok(_) | Err(_) => {}
             }
         }

@@ -6,9 +6,12 @@
 pub mod bind;
 pub mod client;
 pub mod doctor;
+pub mod events;
 pub mod image;
+pub mod report;
 pub mod run;
 pub mod vm;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -29,6 +32,10 @@ enum Command {
     Run(Box<run::Args>),
     /// Show a running machine: guests, driver VMs, their state, the last outage.
     Status(client::StatusArgs),
+    /// Print a machine's events as JSON lines.
+    Events(events::Args),
+    /// Write a machine's past failures as one HTML page.
+    Report(report::Args),
     /// Make a driver VM crash for real, to see its guests survive it.
     Crash(client::CrashArgs),
     /// End a running machine.
@@ -52,6 +59,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => client::status(&args),
+        Command::Events(args) => events::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Crash(args) => client::crash(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Doctor(args) => doctor::run(&args),

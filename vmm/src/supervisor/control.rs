@@ -14,6 +14,13 @@ pub const MAX_REQUEST: usize = 4096;
 pub enum Request {
     /// Show everything. Answered by [`Response::Status`].
     Status,
+    /// Tell events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
+    Events {
+        /// Only those with a higher number.
+        after: u64,
+        /// Go on with those that are still to come, until the connection is closed.
+        follow: bool,
+    },
     /// Make a driver VM fail for real. Answered by [`Response::Crashing`].
     Crash {
         /// Which.
@@ -44,6 +51,8 @@ pub enum StopHow {
 pub enum Response {
     /// The status.
     Status(Box<Status>),
+    /// All past events have been told.
+    EventsEnd,
     /// The driver VM's agent has been told to crash.
     Crashing {
         /// The driver VM.

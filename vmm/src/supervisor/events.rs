@@ -1,12 +1,19 @@
 //! What `umbra run` tells: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
 //!
-//! `docs/recovery.md` describes the fields. An event's file that cannot be written costs a warning, never a recovery.
+//! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery. What
+//! `umbra events`, reports and metrics show comes from here alone: [`Past`] in memory, [`EventLog`] in the run directory.
+
+mod log;
+mod past;
+
+pub use log::EventLog;
+pub use past::Past;
 
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::lifecycle::Source;
 use super::time::Time;
@@ -151,7 +158,8 @@ pub enum Event {
 }
 
 /// The parts of a recovery, or of a first start, in ms.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Parts {
     /// First sign to certainty.
     pub detect_ms: Option<f64>,
@@ -209,7 +217,7 @@ impl fmt::Display for Ms {
 
 impl Event {
     /// The sentence for people; `None` for what only measures.
-    fn sentence(&self) -> Option<String> {
+    pub(crate) fn sentence(&self) -> Option<String> {
         Some(match self {
             Self::DriverStage { .. } | Self::DriverFenced { report: None, .. } => return None,
             Self::DeviceReset { error: None, .. } => return None,
@@ -272,45 +280,72 @@ pub enum Verbosity {
 pub struct Events {
     verbosity: Verbosity,
     file: Option<File>,
+    log: Option<EventLog>,
+    past: Past,
+    next: u64,
 }
 
-/// An event with its times, as the file has it.
+/// An event with its number, its times and its sentence, as lines have it.
 #[derive(Serialize)]
 struct Stamped<'a> {
+    seq: u64,
     at_ns: u64,
     time: String,
     #[serde(flatten)]
     event: &'a Event,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
 }
 
 impl Events {
     /// Sentences as `verbosity` says, and JSON lines into `file`.
     pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
-        Self { verbosity, file }
+        Self { verbosity, file, log: None, past: Past::default(), next: 1 }
+    }
+
+    /// Keeps the lines in `log` as well.
+    pub fn with_log(mut self, log: EventLog) -> Self {
+        self.log = Some(log);
+        self
     }
 
     /// Tells `event`.
     pub fn tell(&mut self, event: &Event) {
+        let text = event.sentence();
         if self.verbosity == Verbosity::Sentences
-            && let Some(sentence) = event.sentence()
+            && let Some(sentence) = &text
         {
             // Nobody is left to be told that stderr is gone.
             let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}\n").as_bytes());
         }
-        let stamped = Stamped { at_ns: Time::now().0, time: wall::now(), event };
+        let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text };
         let Ok(mut line) = serde_json::to_string(&stamped) else { return };
+        self.past.push(self.next, line.clone());
+        self.next += 1;
         line.push('\n');
         if let Some(file) = &mut self.file
             && let Err(error) = file.write_all(line.as_bytes())
         {
             self.file = None;
-            self.tell(&Event::Warning { what: format!("the events file cannot be written any more: {error}") });
+            self.warn(format!("the events file cannot be written any more: {error}"));
+        }
+        if let Some(log) = &mut self.log
+            && let Some(error) = log.write(&line)
+        {
+            let path = log.path().display();
+            let what = format!("{path} cannot be written ({error}); events wait in memory until it can");
+            self.warn(what);
         }
     }
 
     /// Tells a warning.
     pub fn warn(&mut self, what: String) {
         self.tell(&Event::Warning { what });
+    }
+
+    /// The events of late.
+    pub fn past(&self) -> &Past {
+        &self.past
     }
 }
 
@@ -351,6 +386,7 @@ mod tests {
         assert_eq!(lines[0]["event"], "carrier");
         assert_eq!(lines[0]["up"], true);
         assert!(lines[0]["at_ns"].as_u64().unwrap() > 0);
+        assert_eq!((&lines[0]["seq"], &lines[0]["text"]), (&1.into(), &"nic0: carrier".into()));
         assert_eq!(lines[1]["event"], "warning");
     }
 

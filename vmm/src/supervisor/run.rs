@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use super::control::StopHow;
 use super::driver::{DeviceRef, DriverVm, EndRef};
-use super::events::{Event, Events, Verbosity};
+use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
 use super::lifecycle::{Input, State};
 use super::preflight::{Checked, Host, PreflightError};
@@ -108,7 +108,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let checked = Checked::new(machine, &options.host)?;
     let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
-    let events = Events::new(options.verbosity, options.events);
+    let log = EventLog::new(run_dir.event_log());
+    let events = Events::new(options.verbosity, options.events).with_log(log);
     let mut supervisor = Supervisor::new(machine, checked, (run_dir, listener), signals, events);
     supervisor.program = options.program;
     supervisor.start()?;
@@ -285,6 +286,7 @@ impl Supervisor {
             }
         }
         self.answer_status(now);
+        self.clients.tell_events(self.events.past());
         if self.guests.iter().all(GuestVm::is_over) {
             self.stop_drivers();
         }

@@ -16,6 +16,9 @@ use thiserror::Error;
 /// The control socket's name in a machine's folder.
 const SOCKET: &str = "control.sock";
 
+/// The event log's name in the folder of the reports.
+pub const EVENT_LOG: &str = "events.jsonl";
+
 /// Errors of run directories.
 #[derive(Debug, Error)]
 pub enum RunDirError {
@@ -46,6 +49,12 @@ pub enum RunDirError {
     /// None at all.
     #[error("no machine is running (nothing in {})", .0.display())]
     NoneRunning(PathBuf),
+    /// Not even one that has ended.
+    #[error("no machine is running or has run (nothing in {})", .0.display())]
+    NoneKnown(PathBuf),
+    /// Which one of those that have ended?
+    #[error("several machines have run ({}); choose one with --name", .0.join(", "))]
+    AmbiguousPast(Vec<String>),
     /// Which one?
     #[error("several machines are running ({}); choose one with --name", .0.join(", "))]
     Ambiguous(Vec<String>),
@@ -106,6 +115,11 @@ impl RunDir {
         self.path.join("reports")
     }
 
+    /// The log of events, which is put aside together with the reports.
+    pub fn event_log(&self) -> PathBuf {
+        self.reports().join(EVENT_LOG)
+    }
+
     /// The console log of the driver VM `driver`.
     pub fn console_log(&self, driver: &str) -> PathBuf {
         self.path.join(format!("{driver}.console.log"))
@@ -115,6 +129,46 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         let _ = fs::remove_file(self.path.join(SOCKET));
+    }
+}
+
+/// A machine that runs or has run.
+#[derive(Debug)]
+pub struct Found {
+    /// Its name.
+    pub name: String,
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its control socket, if it runs.
+    pub stream: Option<UnixStream>,
+}
+
+/// Finds the machine `name` below `base`, running or not; without a name the only one that runs, or else the only one
+/// that has run.
+///
+/// # Errors
+///
+/// There is none, or there are several.
+pub fn find(base: &Path, name: Option<&str>) -> Result<Found, RunDirError> {
+    match connect(base, name) {
+        Ok((name, stream)) => Ok(Found { path: base.join(&name), name, stream: Some(stream) }),
+        Err(error @ RunDirError::NotRunning { .. }) => match name.filter(|name| check_name(name).is_ok()) {
+            Some(name) if base.join(name).is_dir() => {
+                Ok(Found { path: base.join(name), name: name.into(), stream: None })
+            }
+            _ => Err(error),
+        },
+        Err(RunDirError::NoneRunning(_)) => {
+            let entries = fs::read_dir(base).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir());
+            let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+            names.sort();
+            match names.as_slice() {
+                [] => Err(RunDirError::NoneKnown(base.into())),
+                [name] => Ok(Found { path: base.join(name), name: name.clone(), stream: None }),
+                _ => Err(RunDirError::AmbiguousPast(names)),
+            }
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -201,6 +255,22 @@ mod tests {
         assert_eq!(connect(base.path(), Some("b")).unwrap().0, "b");
         let error = connect(base.path(), Some("c")).unwrap_err().to_string();
         assert_eq!(error, "no machine named c is running; these are: a, b");
+    }
+
+    #[test]
+    fn a_machine_that_has_ended_is_found_for_its_past() {
+        let base = tempfile::tempdir().unwrap();
+        let none = |name| find(base.path(), name).unwrap_err().to_string();
+        assert!(none(None).starts_with("no machine is running or has run"));
+        drop(RunDir::claim(base.path(), "a").unwrap());
+        let found = find(base.path(), None).unwrap();
+        assert_eq!((found.name.as_str(), found.stream.is_none()), ("a", true));
+        drop(RunDir::claim(base.path(), "b").unwrap());
+        assert_eq!(none(None), "several machines have run (a, b); choose one with --name");
+        assert_eq!(none(Some("../a")), "no machine named ../a is running");
+        let _running = RunDir::claim(base.path(), "b").unwrap();
+        assert!(find(base.path(), None).unwrap().stream.is_some());
+        assert_eq!(find(base.path(), Some("a")).unwrap().path, base.path().join("a"));
     }
 
     #[test]

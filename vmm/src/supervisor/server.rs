@@ -10,10 +10,10 @@ use umbra_driver_vm::protocol::{CrashKind, ToAgent};
 use umbra_shadow::Generation;
 
 use super::control::{MAX_REQUEST, Request, Response, StopHow};
-use super::events::Event;
+use super::events::{Event, Past};
 use super::guest::GuestVm;
 use super::lifecycle::State;
-use super::lines::Lines;
+use super::lines::{LineError, Lines};
 use super::run::Supervisor;
 use super::status::Status;
 use super::time::Time;
@@ -24,6 +24,9 @@ const MAX_CLIENTS: usize = 16;
 
 /// How long guests may take to say how their network devices are; a guest that hangs shows what it said before.
 const STATUS_PATIENCE: Duration = Duration::from_millis(250);
+
+/// [`Response::EventsEnd`] as a line.
+const EVENTS_END: &str = r#"{"response":"events-end"}"#;
 
 /// The connected clients.
 #[derive(Debug, Default)]
@@ -37,6 +40,17 @@ struct Client {
     lines: Lines<UnixStream>,
     /// A status is owed, at the latest at this time.
     status_due: Option<Time>,
+    /// Events are owed.
+    events: Option<Owed>,
+}
+
+/// Which events a client is owed.
+#[derive(Clone, Copy, Debug)]
+struct Owed {
+    /// Those behind this number.
+    after: u64,
+    /// And those to come.
+    follow: bool,
 }
 
 impl Clients {
@@ -45,7 +59,7 @@ impl Clients {
         if self.clients.len() >= MAX_CLIENTS || stream.set_nonblocking(true).is_err() {
             return;
         }
-        let client = Client { lines: Lines::new(stream, MAX_REQUEST), status_due: None };
+        let client = Client { lines: Lines::new(stream, MAX_REQUEST), status_due: None, events: None };
         self.clients.insert(self.next_id, client);
         self.next_id += 1;
     }
@@ -61,12 +75,38 @@ impl Clients {
         self.clients.values().filter_map(|client| client.status_due).min()
     }
 
+    /// Sends each client the events it is owed, as far as it reads: one that does not holds a line, not the past.
+    pub(super) fn tell_events(&mut self, past: &Past) {
+        self.clients.retain(|_, client| client.tell_events(past).is_ok());
+    }
+
     fn answer(&mut self, id: u64, response: &Response) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         let sent = serde_json::to_string(response).is_ok_and(|line| client.lines.send(&line).is_ok());
         if !sent {
             self.clients.remove(&id);
         }
+    }
+}
+
+impl Client {
+    fn tell_events(&mut self, past: &Past) -> Result<(), LineError> {
+        while let Some(owed) = &mut self.events
+            && !self.lines.has_unsent()
+        {
+            match past.after(owed.after) {
+                Some((seq, line)) => {
+                    owed.after = seq;
+                    self.lines.send(line)?;
+                }
+                None if owed.follow => break,
+                None => {
+                    self.events = None;
+                    self.lines.send(EVENTS_END)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -92,6 +132,11 @@ impl Supervisor {
     fn on_request(&mut self, id: u64, request: Request) {
         match request {
             Request::Status => self.ask_for_status(id),
+            Request::Events { after, follow } => {
+                if let Some(client) = self.clients.clients.get_mut(&id) {
+                    client.events = Some(Owed { after, follow });
+                }
+            }
             Request::Crash { name, kind } => {
                 let response = self.crash(&name, kind).unwrap_or_else(|what| Response::Error { what });
                 self.clients.answer(id, &response);

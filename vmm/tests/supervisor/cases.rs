@@ -35,6 +35,9 @@ pub const ALL: &[Case] = cases![
     a_driver_vm_gets_its_own_descriptors_alone,
     a_client_that_says_nonsense_is_told_and_a_silent_one_disturbs_nobody,
     a_kill_ends_everything_at_once,
+    events_are_told_from_the_past_and_as_they_come,
+    a_report_shows_the_failures_of_a_machine_that_has_ended,
+    the_watch_shows_status_and_events_until_the_end,
 ];
 
 fn a_panicked_driver_vm_is_replaced_and_reported() {
@@ -229,4 +232,65 @@ fn a_kill_ends_everything_at_once() {
 fn kill(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+fn events_are_told_from_the_past_and_as_they_come() {
+    let mut machine = start("", "", "");
+    machine.wait_live(1);
+    let follower = machine.command_line(&["events", "--follow"]);
+    // One that asks for all and reads nothing disturbs nobody.
+    let mut deaf = UnixStream::connect(machine.run_dir().join("control.sock")).unwrap();
+    deaf.write_all(b"{\"request\":\"events\",\"after\":0,\"follow\":true}\n").unwrap();
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    let now = machine.command_line(&["events"]).wait_with_output().unwrap();
+    let now = String::from_utf8(now.stdout).unwrap();
+    assert!(now.contains("\"event\":\"driver-failed\"") && now.ends_with('\n'), "{now}");
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    let followed = follower.wait_with_output().unwrap();
+    assert!(followed.status.success());
+    let followed = String::from_utf8(followed.stdout).unwrap();
+    assert!(followed.starts_with(&now), "{followed}");
+    let log = fs::read_to_string(machine.run_dir().join("reports/events.jsonl")).unwrap();
+    assert_eq!(followed, log, "the log has the same lines");
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let numbers: Vec<_> = lines.iter().map(|line| line["seq"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=lines.len() as u64).collect::<Vec<_>>());
+    let live = lines.iter().filter(|line| line["event"] == "driver-live").count();
+    assert_eq!(live, 2);
+}
+
+fn the_watch_shows_status_and_events_until_the_end() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let watch = machine.command_line(&["status", "--watch", "--interval", "0.05"]);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    std::thread::sleep(Duration::from_millis(300));
+    machine.stop();
+    let output = watch.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.matches("DRIVER VM").count() > 3 && text.ends_with("m has ended\n"), "{text}");
+    assert!(text.contains("  nic0: generation 2 live after "), "{text}");
+    assert!(!text.contains('\x1b'), "no terminal, no control sequences");
+}
+
+fn a_report_shows_the_failures_of_a_machine_that_has_ended() {
+    let mut machine = start("", "garbage=2", "");
+    machine.wait_live(1);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(3);
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    let page = machine.dir.path().join("page.html");
+    let output = machine.command_line(&["report", "-o", page.to_str().unwrap()]).wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("page.html: 2 failures of m, "));
+    let page = fs::read_to_string(page).unwrap();
+    for words in ["1. nic0: kernel panic", "Kernel panic - not syncing: fake crash", "umbra crash --kind panic",
+        "generation 3 live", "<b>2</b> replayed", "reset: <b>flr</b>", "2. nic0: its agent sent what is no message"] {
+        assert!(page.contains(words), "{words}: {page}");
+    }
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -122,6 +123,13 @@ impl TestMachine {
     /// Presses the power button (or kills) without waiting for the end.
     pub fn press(&self, how: StopHow) {
         assert!(matches!(self.ask(&Request::Stop { how }), Some(Response::Stopping { .. })));
+    }
+
+    /// Starts `umbra` with `words` beside the machine.
+    pub fn command_line(&self, words: &[&str]) -> Child {
+        let mut umbra = Command::new(env!("CARGO_BIN_EXE_umbra"));
+        umbra.args(words).env("UMBRA_RUN_DIR", self.dir.path().join("run"));
+        umbra.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// Waits for the end of the run.

@@ -1,0 +1,70 @@
+//! `umbra events`: what a machine has told, as JSON lines: of one that runs, and of one that has ended.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::Context;
+use serde::Deserialize;
+
+use super::client::Connection;
+use crate::supervisor::events::EventLog;
+use crate::supervisor::rundir::{self, EVENT_LOG};
+
+/// Arguments of `umbra events`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Each line is a JSON object; docs/recovery.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'")]
+pub struct Args {
+    /// Go on with the events to come, until the machine ends.
+    #[arg(long, short)]
+    follow: bool,
+    /// The machine, where there are several.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
+/// An event's number.
+#[derive(Deserialize)]
+struct Numbered {
+    seq: u64,
+}
+
+/// Prints the past, and with `--follow` what comes.
+///
+/// # Errors
+///
+/// There is no such machine, or its events cannot be read.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let machine = rundir::find(&rundir::base(), args.name.as_deref())?;
+    let log = machine.path.join("reports").join(EVENT_LOG);
+    let mut after = 0;
+    for path in [EventLog::older(&log), log] {
+        after = after.max(print_file(&path)?);
+    }
+    let Some(stream) = machine.stream else { return Ok(()) };
+    // What the file does not have: what came since, and what waits for room on the disk.
+    Connection::over(machine.name, stream)?.events(after, args.follow, |line| print(line))
+}
+
+/// Prints the lines of `path`; returns the number of the last.
+fn print_file(path: &Path) -> anyhow::Result<u64> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        result => result.with_context(|| format!("read the events in {}", path.display()))?,
+    };
+    let mut last = 0;
+    // A line that is being written now comes from the machine itself.
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+        if let Ok(Numbered { seq }) = serde_json::from_str(line) {
+            last = seq;
+            print(line)?;
+        }
+    }
+    Ok(last)
+}
+
+fn print(line: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
