@@ -33,14 +33,17 @@ sound: toolchain
 	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) build --release --quiet
 	@install -m 755 target/sound/$(notdir $(patsubst %/,%,$(dir $(TARGET))))/release/umbra-sound $(TARGET)/umbra-sound
 
-setup: build
+browser:
+	@.ci/browser
+
+setup: build browser
 	@echo '==> setting up the bench'
 	@$(BENCH) setup
 
 demo: build
 	@$(BENCH) demo --nic $(NIC) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) $(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
 
-test: build
+test: build browser
 	@echo '==> setting up the bench'
 	@$(BENCH) setup
 	@echo '==> running all tests (release; one test machine at a time)'

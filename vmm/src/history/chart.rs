@@ -35,7 +35,7 @@ pub(super) fn distribution(history: &History) -> Option<String> {
         bins[bin] += 1;
     }
     let most = bins.iter().copied().max().unwrap_or(1).max(1);
-    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 230\" role=\"img\" aria-label=\"Distribution of {} outages\">", outages.len());
+    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 214\" role=\"img\" aria-label=\"Distribution of {} outages\">", outages.len());
     for (n, count) in bins.iter().enumerate().filter(|(_, count)| **count > 0) {
         let (height, left) = (real(*count) / real(most) * 150.0, LEFT + real(n) * step);
         let (a, b) = (edge(n, from, to, unmap), edge(n + 1, from, to, unmap));
@@ -58,7 +58,7 @@ pub(super) fn distribution(history: &History) -> Option<String> {
             out,
             "<text class=\"soft\" x=\"{:.1}\" y=\"208\" text-anchor=\"middle\">{}</text>",
             LEFT + real(n) * step,
-            duration(edge(n, from, to, unmap))
+            if n == 0 && !logarithmic { "0".into() } else { duration(edge(n, from, to, unmap)) }
         );
     }
     if let Some(median) = percentile(&outages, 50) {
@@ -88,7 +88,7 @@ pub(super) fn over_time(history: &History) -> Option<String> {
     }
     let x = |second: f64| LEFT + second / history.seconds.max(0.001) * (RIGHT - LEFT);
     let y = |ms: f64| 190.0 - ms / longest * 165.0;
-    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 230\" role=\"img\" aria-label=\"Outages over time\">");
+    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 236\" role=\"img\" aria-label=\"Outages over time\">");
     for part in [0.0, 0.5, 1.0] {
         let at = y(longest * part);
         let _ = write!(
@@ -120,8 +120,27 @@ pub(super) fn over_time(history: &History) -> Option<String> {
         let label = if part > 0.0 { duration(history.seconds * part * 1000.0) } else { "start of the machine".into() };
         let _ = write!(out, "<text class=\"soft\" x=\"{:.1}\" y=\"210\" text-anchor=\"{anchor}\">{label}</text>", x(history.seconds * part));
     }
+    legend(&mut out, history);
     out.push_str("</svg>");
     Some(out)
+}
+
+/// Whose dots have which colour, where there are several driver VMs.
+fn legend(out: &mut String, history: &History) {
+    if history.drivers.len() < 2 {
+        return;
+    }
+    for (n, driver) in history.drivers.iter().take(COLOURS).enumerate() {
+        let x = LEFT + real(n) * 150.0;
+        let more = if n + 1 == COLOURS && history.drivers.len() > COLOURS { " and others" } else { "" };
+        let _ = write!(
+            out,
+            "<circle class=\"dot c{n}\" cx=\"{:.0}\" cy=\"226\" r=\"5\"/><text x=\"{:.0}\" y=\"230\">{}{more}</text>",
+            x + 5.0,
+            x + 16.0,
+            super::page::escaped(&driver.name)
+        );
+    }
 }
 
 /// A count as a coordinate.

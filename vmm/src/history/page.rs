@@ -199,7 +199,13 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
         said.unwrap_or_default(),
         asked.unwrap_or_default()
     );
-    out.push_str(&timeline::svg(&failure.parts, failure.outage(), scale));
+    let end = match &failure.outcome {
+        Outcome::Live(..) => "live after",
+        Outcome::FailedAgain => "failed again after",
+        Outcome::Quarantined => "given up after",
+        Outcome::Open => "so far",
+    };
+    out.push_str(&timeline::svg(&failure.parts, end, failure.outage(), scale));
     figures(out, failure);
     if let Some(evidence) = &failure.evidence {
         details(out, evidence);

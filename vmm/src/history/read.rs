@@ -246,8 +246,12 @@ impl Reader {
     fn on_live(&mut self, driver: &str, generation: u32, outage_ms: Option<f64>, parts: Parts, frames: Frames) {
         if let Some(failure) = self.open(driver) {
             failure.outcome = Outcome::Live(generation, outage_ms);
+            let method = parts.reset_method.clone();
             failure.parts = parts;
             failure.frames = frames;
+            if !method.is_empty() {
+                self.driver(driver).reset = Some(method);
+            }
         } else {
             self.driver(driver).first_start.get_or_insert(parts);
         }

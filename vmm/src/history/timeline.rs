@@ -13,10 +13,10 @@ const BAR: f64 = 30.0;
 const ROOM: f64 = 7.2;
 const THINNEST: f64 = 1.5;
 
-/// Draws `parts`; `whole` is the outage in ms, where it is known: what no part explains is drawn as the rest.
+/// Draws `parts` and what came at their `end`; `whole` is the outage in ms, where it is known: what no part explains is drawn as the rest.
 ///
 /// `scale` is the time that the full width stands for, so that drawings below each other can be compared.
-pub(super) fn svg(parts: &Parts, whole: Option<f64>, scale: f64) -> String {
+pub(super) fn svg(parts: &Parts, end: &str, whole: Option<f64>, scale: f64) -> String {
     let timed = timed(parts);
     let sum: f64 = timed.iter().map(|(_, ms)| ms).sum();
     let rest = whole.map_or(0.0, |whole| whole - sum);
@@ -43,9 +43,9 @@ pub(super) fn svg(parts: &Parts, whole: Option<f64>, scale: f64) -> String {
     }
     let _ = write!(out, "<line class=\"axis\" x1=\"0\" x2=\"{WIDTH}\" y1=\"35\" y2=\"35\"/>");
     let (anchor, at) = if x > WIDTH * 0.85 { ("end", x.min(WIDTH)) } else { ("start", x + 6.0) };
-    let (y, text) = if anchor == "end" { (48.0, "live after") } else { (BAR / 2.0 + 4.0, "live after") };
+    let y = if anchor == "end" { 48.0 } else { BAR / 2.0 + 4.0 };
     let _ = write!(out, "<text x=\"0\" y=\"48\" class=\"soft\">first sign</text>");
-    let _ = write!(out, "<text x=\"{at:.1}\" y=\"{y}\" text-anchor=\"{anchor}\">{text} {}</text>", duration(total));
+    let _ = write!(out, "<text x=\"{at:.1}\" y=\"{y}\" text-anchor=\"{anchor}\">{end} {}</text>", duration(total));
     out.push_str("</svg>");
     out
 }
@@ -75,12 +75,12 @@ mod tests {
     #[test]
     fn widths_are_as_the_times_and_the_unexplained_rest_is_drawn() {
         let parts = Parts { boot_ms: Some(500.0), probe_ms: Some(250.0), ..Parts::default() };
-        let drawing = svg(&parts, Some(1000.0), 1000.0);
+        let drawing = svg(&parts, "live after", Some(1000.0), 1000.0);
         assert!(drawing.contains("class=\"p-boot\" x=\"0.00\" y=\"0\" width=\"500.00\""), "{drawing}");
         assert!(drawing.contains("class=\"p-rest\" x=\"750.00\" y=\"0\" width=\"250.00\""), "{drawing}");
         assert!(drawing.contains("live after 1.00 s"), "{drawing}");
-        let smaller = svg(&parts, Some(750.0), 1500.0);
+        let smaller = svg(&parts, "live after", Some(750.0), 1500.0);
         assert!(smaller.contains("width=\"333.33\"") && !smaller.contains("p-rest"), "{smaller}");
-        assert!(svg(&Parts::default(), None, 0.0).ends_with("</svg>"), "nothing known is no panic");
+        assert!(svg(&Parts::default(), "", None, 0.0).ends_with("</svg>"), "nothing known is no panic");
     }
 }
