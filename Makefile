@@ -3,11 +3,12 @@
 #   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
 CRASHES ?= 3
+PREFIX  ?= /usr
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
-.PHONY: help sound build setup demo test bench shell lint toolchain
+.PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install
 
 help:
 	@echo 'make demo     a download survives the crashes of its NIC driver (NIC=$(NIC) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
@@ -16,6 +17,7 @@ help:
 	@echo 'make shell    a shell in the test host (NIC=$(NIC))'
 	@echo 'make setup    fetch and build what the bench needs, no more'
 	@echo 'make build    the programs, in $(TARGET)'
+	@echo 'make install  programs, systemd unit, completions and man pages, below PREFIX ($(PREFIX)) in DESTDIR'
 	@echo 'make lint     formatting and clippy'
 
 toolchain:
@@ -56,6 +58,18 @@ bench: build
 
 shell: build
 	@$(BENCH) shell --nic $(NIC)
+
+packaging: build
+	@$(TARGET)/umbra generate target/packaging
+	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|' packaging/umbra@.service > target/packaging/umbra@.service
+
+install: packaging
+	@install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/umbra $(TARGET)/umbra-agent
+	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
+	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/packaging/man/*.1
+	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra
+	@install -D -m 644 target/packaging/completions/_umbra $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_umbra
+	@install -D -m 644 target/packaging/completions/umbra.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/umbra.fish
 
 lint: toolchain
 	@$(CARGO) fmt --all --check

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod history;
 pub mod interrupt;
 pub mod machine;
+pub mod metrics;
 pub mod pci;
 pub mod process;
 pub mod spec;

@@ -143,3 +143,24 @@ fn doctor_says_what_is_missing_and_its_status_says_whether_anything_is() {
     assert_eq!(message, "umbra: no PCI device ffff:1f:1f.7 in this host; `lspci -D` lists them");
     assert_eq!(umbra(dir.path(), &["doctor", "eth0"]).status.code(), Some(2));
 }
+
+#[test]
+fn completions_and_man_pages_are_of_the_commands_that_there_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("out");
+    let output = umbra(dir.path(), &["generate", folder.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (file, words) in [
+        ("completions/umbra.bash", "doctor"),
+        ("completions/_umbra", "--watch"),
+        ("completions/umbra.fish", "agent-hang"),
+        ("man/umbra.1", "umbra\\-doctor"),
+        ("man/umbra-run.1", "machine file"),
+        ("man/umbra-status.1", "watch"),
+    ] {
+        let text = std::fs::read_to_string(folder.join(file)).unwrap();
+        assert!(text.contains(words), "{file}: {text}");
+    }
+    assert!(!folder.join("man/umbra-vm.1").exists(), "hidden commands have no page");
+    assert!(error(dir.path(), &["generate", "/proc/none"]).contains("make the folder /proc/none/completions"));
+}

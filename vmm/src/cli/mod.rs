@@ -7,6 +7,7 @@ pub mod bind;
 pub mod client;
 pub mod doctor;
 pub mod events;
+pub mod generate;
 pub mod image;
 pub mod report;
 pub mod run;
@@ -48,6 +49,9 @@ enum Command {
     Bind(bind::BindArgs),
     /// Give a PCI function back to the host's driver.
     Unbind(bind::UnbindArgs),
+    /// Write shell completions and man pages into a folder (`make packaging`).
+    #[command(hide = true)]
+    Generate(generate::Args),
     /// Be the process of one VM (started by `umbra run`).
     #[command(hide = true)]
     Vm(vm::Args),
@@ -67,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Image(args) => image::run(&args),
         Command::Bind(args) => bind::bind(&args),
         Command::Unbind(args) => bind::unbind(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Vm(args) => vm::run(args),
     };
     match result {

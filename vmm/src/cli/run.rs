@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 
+use crate::metrics::Address;
 use crate::spec::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
 use crate::supervisor::events::Verbosity;
+use crate::supervisor::notify::Notify;
 use crate::supervisor::{self, Options, rundir};
 
 /// Arguments of `umbra run`.
@@ -31,6 +33,9 @@ pub struct Args {
     /// Write events to this file, one JSON object a line (docs/recovery.md).
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
+    /// Serve metrics there: a socket's path, or a loopback address as 127.0.0.1:9464 (docs/observe.md).
+    #[arg(long, value_name = "PLACE")]
+    metrics: Option<Address>,
     /// Check the machine's text, print the machine with its defaults, and start nothing.
     #[arg(long)]
     check: bool,
@@ -89,13 +94,14 @@ const GUEST: &str = "guest";
 ///
 /// It could not be started, or a guest ended badly.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (machine, stem) = match args.machine {
+    let (mut machine, stem) = match args.machine {
         Some(path) => {
             let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
             (Machine::read(&path)?, stem)
         }
         None => (args.guest.machine()?, GUEST.into()),
     };
+    machine.metrics = args.metrics.or(machine.metrics);
     if args.check {
         return super::print(&machine.to_string());
     }
@@ -112,6 +118,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             // The very program that runs now, even if the file has been replaced since.
             program: "/proc/self/exe".into(),
             host: supervisor::Host::default(),
+            notify: Notify::from_env(),
         },
     )?;
     Ok(())

@@ -38,7 +38,7 @@ pub(super) fn svg(parts: &Parts, end: &str, whole: Option<f64>, scale: f64) -> S
     }
     // Less than a hundredth is the time between the parts' own clocks.
     if rest > total / 100.0 {
-        segment(&mut out, (x, rest * per_ms), "rest", rest, "between the parts above");
+        segment(&mut out, (x, rest * per_ms), "rest", rest, "in none of the parts: an attempt before this one, or the time between parts");
         x += rest * per_ms;
     }
     let _ = write!(out, "<line class=\"axis\" x1=\"0\" x2=\"{WIDTH}\" y1=\"35\" y2=\"35\"/>");

@@ -72,6 +72,8 @@ impl VmProcess {
         let vm = spec.name.clone();
         let (channel, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
+        // What is told to a service manager is the supervisor's to say.
+        command.env_remove("NOTIFY_SOCKET");
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         let console = set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();

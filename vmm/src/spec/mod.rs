@@ -19,10 +19,15 @@ use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::sound::Policy;
 
+use crate::metrics::Address;
+
 /// A machine file: guests and the drivers that serve them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
+    /// Where metrics are served: a socket's path, or a loopback address with a port; nowhere if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Address>,
     /// Guests by name: `[guest.NAME]`.
     #[serde(default)]
     pub guest: BTreeMap<String, Guest>,

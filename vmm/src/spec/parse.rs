@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use toml::de::{DeTable, DeValue};
 
+use crate::metrics::Address;
+
 use super::check::closest;
 use super::{Console, Machine, Problem, Step};
 
@@ -85,6 +87,9 @@ impl Machine {
     /// Makes relative paths relative to `base`.
     fn resolve_paths(&mut self, base: &Path) {
         let resolve = |path: &mut PathBuf| *path = base.join(&*path);
+        if let Some(Address::Socket(path)) = &mut self.metrics {
+            resolve(path);
+        }
         for guest in self.guest.values_mut() {
             resolve(&mut guest.kernel);
             guest.initrd.iter_mut().for_each(resolve);

@@ -106,6 +106,16 @@ fn a_missing_kernel_names_the_guest_s_table() {
 }
 
 #[test]
+fn metrics_are_served_on_this_host_alone() {
+    let text = |place: &str| format!("metrics = \"{place}\"\n[guest.web]\nkernel = \"k\"\n");
+    let machine = parse(&text("./m.sock")).unwrap();
+    assert_eq!(machine.metrics.unwrap().to_string(), "dir/./m.sock", "relative to the file's folder");
+    let error = parse(&text("0.0.0.0:9464")).unwrap_err();
+    assert!(error.starts_with("dir/m.toml:1: ") && error.contains("is not a loopback address"), "{error}");
+    assert!(parse(&text("9464")).unwrap_err().contains("neither the path of a socket"));
+}
+
+#[test]
 fn a_sound_device_names_its_driver_and_policy() {
     let text = "[guest.web]\nkernel = \"k\"\n[[guest.web.sound]]\ndriver = \"snd0\"\npolicy = \"hold\"\n\
                 [driver.snd0]\ndevice = \"0000:00:1f.3\"\nimage = \"i\"\n";

@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use super::lifecycle::Source;
 use super::time::Time;
 use super::wall;
-use crate::process::ipc::MaskedCounts;
+use crate::metrics::Metrics;
+use crate::process::ipc::{MaskedCounts, SoundCounts};
 
 /// What happened.
 #[derive(Clone, Debug, Serialize)]
@@ -122,6 +123,19 @@ pub enum Event {
         /// What became of the frames, summed over the guests.
         frames: MaskedCounts,
     },
+    /// A guest's sound device plays again after an outage.
+    SoundLive {
+        /// The guest.
+        guest: String,
+        /// The device, as `sound0`.
+        device: String,
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// What became of the samples.
+        samples: SoundCounts,
+    },
     /// The NIC's carrier changed.
     Carrier {
         /// The driver VM.
@@ -183,21 +197,30 @@ pub struct Parts {
     pub replay_ms: Option<f64>,
 }
 
-impl fmt::Display for Parts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let reset = format!("reset {}", self.reset_method);
-        let parts = [
+impl Parts {
+    /// The parts' names and times, in the order of their happening.
+    pub fn named(&self) -> [(&'static str, Option<f64>); 9] {
+        [
             ("detect", self.detect_ms),
             ("fence", self.fence_ms),
-            (&reset, self.reset_ms),
-            ("back-off", self.back_off_ms.filter(|ms| *ms >= 1.0)),
+            ("reset", self.reset_ms),
+            ("back-off", self.back_off_ms),
             ("boot", self.boot_ms),
             ("probe", self.probe_ms),
             ("set-up", self.setup_ms),
             ("link", self.link_ms),
             ("replay", self.replay_ms),
-        ];
-        let parts = parts.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", Ms(ms))));
+        ]
+    }
+}
+
+impl fmt::Display for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = self.named().into_iter().filter(|(name, ms)| *name != "back-off" || ms.is_some_and(|ms| ms >= 1.0));
+        let parts = parts.filter_map(|(name, ms)| match name {
+            "reset" => Some(format!("reset {} {}", self.reset_method, Ms(ms?))),
+            _ => Some(format!("{name} {}", Ms(ms?))),
+        });
         f.write_str(&parts.collect::<Vec<_>>().join(", "))
     }
 }
@@ -252,6 +275,10 @@ impl Event {
                     Ms(*outage)
                 )
             }
+            Self::SoundLive { guest, device, samples, .. } => {
+                let SoundCounts { frames_skipped, frames_silent, xruns, .. } = samples;
+                format!("{guest}.{device}: plays again (samples: {frames_skipped} skipped, {frames_silent} silent; {xruns} xruns)")
+            }
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::Quarantined { driver, reason } => {
@@ -281,6 +308,7 @@ pub struct Events {
     verbosity: Verbosity,
     file: Option<File>,
     log: Option<EventLog>,
+    metrics: Option<Metrics>,
     past: Past,
     next: u64,
 }
@@ -300,7 +328,7 @@ struct Stamped<'a> {
 impl Events {
     /// Sentences as `verbosity` says, and JSON lines into `file`.
     pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
-        Self { verbosity, file, log: None, past: Past::default(), next: 1 }
+        Self { verbosity, file, log: None, metrics: None, past: Past::default(), next: 1 }
     }
 
     /// Keeps the lines in `log` as well.
@@ -309,8 +337,22 @@ impl Events {
         self
     }
 
+    /// Counts events in `metrics` as well.
+    pub fn with_metrics(mut self, metrics: Option<Metrics>) -> Self {
+        self.metrics = metrics;
+        self
+    }
+
+    /// Where events are counted, if they are.
+    pub fn metrics(&self) -> Option<&Metrics> {
+        self.metrics.as_ref()
+    }
+
     /// Tells `event`.
     pub fn tell(&mut self, event: &Event) {
+        if let Some(metrics) = &self.metrics {
+            metrics.observe(event);
+        }
         let text = event.sentence();
         if self.verbosity == Verbosity::Sentences
             && let Some(sentence) = &text

@@ -12,6 +12,7 @@ mod guest;
 pub mod lifecycle;
 pub mod lines;
 mod messages;
+pub mod notify;
 pub mod policy;
 mod preflight;
 pub mod report;

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,14 +19,19 @@ use super::driver::{DeviceRef, DriverVm, EndRef};
 use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
 use super::lifecycle::{Input, State};
+use super::notify::Notify;
 use super::preflight::{Checked, Host, PreflightError};
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
 use super::signals::{self, RestoreTerminal};
 use super::time::Time;
 use crate::machine::terminal::SavedTerminal;
+use crate::metrics::{Metrics, Server, ServerError};
 use crate::process::spawn::SpawnError;
 use crate::spec::Machine;
+
+/// How often the present state is renewed for the metrics.
+const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
 /// How a machine is run.
 #[derive(Debug)]
@@ -42,6 +48,8 @@ pub struct Options {
     pub program: PathBuf,
     /// Where the host's things are.
     pub host: Host,
+    /// The service manager, if there is one.
+    pub notify: Notify,
 }
 
 /// Why a machine did not run to a good end.
@@ -56,6 +64,9 @@ pub enum RunError {
     /// No signals.
     #[error("watch signals (signalfd)")]
     Signals(#[source] Errno),
+    /// Metrics cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] ServerError),
     /// A guest's process cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -93,6 +104,8 @@ pub(super) struct Supervisor {
     pub(super) guests: Vec<GuestVm>,
     pub(super) drivers: Vec<DriverVm>,
     pub(super) clients: Clients,
+    notify: Notify,
+    metrics_due: Time,
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
     pub(super) failure: Option<String>,
@@ -109,11 +122,19 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
     let log = EventLog::new(run_dir.event_log());
-    let events = Events::new(options.verbosity, options.events).with_log(log);
+    let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
+    // After the signals: its thread must not take them.
+    let _served = match (&machine.metrics, &metrics) {
+        (Some(address), Some(metrics)) => Some(Server::start(address, metrics.clone())?),
+        _ => None,
+    };
+    let events = Events::new(options.verbosity, options.events).with_log(log).with_metrics(metrics);
     let mut supervisor = Supervisor::new(machine, checked, (run_dir, listener), signals, events);
     supervisor.program = options.program;
+    supervisor.notify = options.notify;
     supervisor.start()?;
     let result = supervisor.run_to_the_end();
+    supervisor.notify.stopping();
     supervisor.end_processes();
     result?;
     supervisor.failure.take().map_or(Ok(()), |failure| Err(RunError::Vm(failure)))
@@ -166,6 +187,8 @@ impl Supervisor {
             signals,
             events,
             clients: Clients::default(),
+            notify: Notify::default(),
+            metrics_due: Time(0),
             stopping: None,
             failure: None,
         }
@@ -205,7 +228,8 @@ impl Supervisor {
     /// The next point in time at which something is due.
     fn deadline(&self) -> Option<Time> {
         let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());
-        drivers.chain(self.clients.deadline()).min()
+        let metrics = self.events.metrics().map(|_| self.metrics_due);
+        drivers.chain(self.clients.deadline()).chain(self.notify.deadline()).chain(metrics).min()
     }
 
     fn wait(&self) -> Result<Vec<Source>, RunError> {
@@ -287,8 +311,25 @@ impl Supervisor {
         }
         self.answer_status(now);
         self.clients.tell_events(self.events.past());
+        self.show(now);
         if self.guests.iter().all(GuestVm::is_over) {
             self.stop_drivers();
+        }
+    }
+
+    /// Shows how it stands to those who look from outside.
+    fn show(&mut self, now: Time) {
+        let mut notify = std::mem::take(&mut self.notify);
+        let ready = self.guests.iter().all(|guest| guest.state != GuestState::Starting);
+        notify.tell(now, ready, || {
+            let running = self.guests.iter().filter(|guest| guest.state == GuestState::Running).count();
+            let live = self.drivers.iter().filter(|driver| matches!(driver.lifecycle.state(), State::Live { .. })).count();
+            format!("{running} of {} guests running, {live} of {} driver VMs live", self.guests.len(), self.drivers.len())
+        });
+        self.notify = notify;
+        if let Some(metrics) = self.events.metrics().filter(|_| self.metrics_due <= now) {
+            metrics.show(self.status());
+            self.metrics_due = now + METRICS_PERIOD;
         }
     }
 
@@ -304,6 +345,7 @@ impl Supervisor {
     /// Ends the machine.
     pub(super) fn stop(&mut self, how: StopHow, who: &str) {
         self.stopping = Some(how);
+        self.notify.stopping();
         let told = match how {
             StopHow::PowerButton => format!("{who} asked the guests to power off (once more kills them)"),
             StopHow::Kill => format!("{who} asked to kill the VMs"),

@@ -200,7 +200,7 @@ impl Supervisor {
         }
     }
 
-    fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         let driver_name = |n: usize| self.drivers[n].name.clone();
         Status {
             name: self.run_dir.name().into(),

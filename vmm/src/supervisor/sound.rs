@@ -5,6 +5,7 @@ use umbra_shadow::Generation;
 use umbra_shadow::sound::Card;
 
 use super::driver::DeviceRef;
+use super::events::Event;
 use super::guest::GuestState;
 use super::lifecycle::{Carrier, End, Input, Source};
 use super::run::Supervisor;
@@ -56,6 +57,15 @@ impl Supervisor {
             return;
         }
         tracing::debug!(driver = self.drivers[d].name, end, at = at.0, ?masked, "sound live");
+        if masked != SoundCounts::default() {
+            self.events.tell(&Event::SoundLive {
+                guest: self.guests[guest].name.clone(),
+                device: format!("sound{sound}"),
+                driver: self.drivers[d].name.clone(),
+                generation: generation.get(),
+                samples: masked,
+            });
+        }
         self.guests[guest].sounds[usize::from(sound)].live = Some(generation);
         // Before the agent's word has come, this waits for it (`Action::GoLive`).
         self.drive(d, Input::EndLive(end));

@@ -35,6 +35,8 @@ pub const ALL: &[Case] = cases![
     a_driver_vm_gets_its_own_descriptors_alone,
     a_client_that_says_nonsense_is_told_and_a_silent_one_disturbs_nobody,
     a_kill_ends_everything_at_once,
+    metrics_count_failures_and_show_the_present,
+    a_service_manager_hears_of_ready_watchdog_and_stopping,
     events_are_told_from_the_past_and_as_they_come,
     a_report_shows_the_failures_of_a_machine_that_has_ended,
     the_watch_shows_status_and_events_until_the_end,
@@ -290,7 +292,48 @@ fn a_report_shows_the_failures_of_a_machine_that_has_ended() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("page.html: 2 failures of m, "));
     let page = fs::read_to_string(page).unwrap();
     for words in ["1. nic0: kernel panic", "Kernel panic - not syncing: fake crash", "umbra crash --kind panic",
-        "generation 3 live", "<b>2</b> replayed", "reset: <b>flr</b>", "2. nic0: its agent sent what is no message"] {
+        "generation 3 live", "</b> replayed, ", "reset: <b>flr</b>", "2. nic0: its agent sent what is no message"] {
         assert!(page.contains(words), "{words}: {page}");
     }
+}
+
+fn metrics_count_failures_and_show_the_present() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    // Clients that ask for nothing, and for too much, hold up nobody.
+    let socket = machine.dir.path().join("metrics.sock");
+    let _silent = UnixStream::connect(&socket).unwrap();
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    std::thread::sleep(Duration::from_millis(1200));
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    for line in [
+        "umbra_driver_failures_total{driver=\"nic0\",source=\"panic\"} 1",
+        "umbra_driver_outage_seconds_count{driver=\"nic0\"} 1",
+        "umbra_driver_frames_total{driver=\"nic0\",fate=\"replayed\"} 2",
+        "umbra_driver_generation{driver=\"nic0\"} 2",
+        "umbra_driver_state{driver=\"nic0\",state=\"live\"} 1",
+        "umbra_guest_state{guest=\"web\",state=\"running\"} 1",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}: {text}");
+    }
+    machine.stop();
+}
+
+fn a_service_manager_hears_of_ready_watchdog_and_stopping() {
+    let mut machine = start("", "", "");
+    machine.wait_live(1);
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    machine.manager.set_nonblocking(true).unwrap();
+    let (mut words, mut chunk) = (String::new(), [0; 4096]);
+    while let Ok(n) = machine.manager.recv(&mut chunk) {
+        words.push_str(std::str::from_utf8(&chunk[..n]).unwrap());
+    }
+    let at = |line: &str| words.lines().position(|have| have == line).unwrap_or_else(|| panic!("{line}: {words}"));
+    assert!(at("WATCHDOG=1") <= at("READY=1") && at("READY=1") < at("STOPPING=1"), "{words}");
+    assert!(at("STATUS=1 of 1 guests running, 1 of 1 driver VMs live") < at("STOPPING=1"));
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
@@ -14,6 +14,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::spec::Machine;
 use umbra_vmm::supervisor::control::{Request, Response, StopHow};
 use umbra_vmm::supervisor::events::Verbosity;
+use umbra_vmm::supervisor::notify::Notify;
 use umbra_vmm::supervisor::status::{DriverStatus, Status};
 use umbra_vmm::supervisor::{self, Host, Options, RunError};
 use umbra_vmm::supervisor::rundir;
@@ -27,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// A running machine with one guest `web` and one driver VM `nic0`.
 pub struct TestMachine {
     pub dir: tempfile::TempDir,
+    /// The service manager's ear.
+    pub manager: UnixDatagram,
     run: Option<JoinHandle<Result<(), RunError>>>,
 }
 
@@ -36,7 +39,7 @@ pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
     let host = make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
     let text = format!(
-        "[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
+        "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
          [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\nrestart = {{ {restart} }}\n"
     );
     let machine = Machine::parse(&text, &dir.path().join("m.toml")).unwrap();
@@ -47,9 +50,12 @@ pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
         events: Some(fs::File::create(dir.path().join("events")).unwrap()),
         program: "/proc/self/exe".into(),
         host,
+        notify: Notify::new(Some(dir.path().join("notify").into()), Some(Duration::from_millis(400))),
     };
+    // Gone with the folder; messages wait in it until a test reads them.
+    let manager = UnixDatagram::bind(dir.path().join("notify")).unwrap();
     let run = thread::spawn(move || supervisor::run(&machine, options));
-    TestMachine { dir, run: Some(run) }
+    TestMachine { dir, manager, run: Some(run) }
 }
 
 /// A sysfs with one function bound to `vfio-pci`, and an image.
