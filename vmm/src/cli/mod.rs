@@ -9,12 +9,13 @@ pub mod doctor;
 pub mod events;
 pub mod generate;
 pub mod image;
+mod logging;
 pub mod report;
 pub mod run;
 pub mod vm;
 mod watch;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -57,10 +58,22 @@ enum Command {
     Vm(vm::Args),
 }
 
+impl Command {
+    /// What the process's logs are about.
+    fn subject(&self) -> &str {
+        match self {
+            Self::Run(_) => "supervisor",
+            Self::Vm(args) => args.name.as_deref().unwrap_or("vm"),
+            _ => "umbra",
+        }
+    }
+}
+
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
-    init_logging();
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    logging::init(command.subject());
+    let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => client::status(&args),
         Command::Events(args) => events::run(&args),
@@ -94,17 +107,6 @@ fn print(text: &str) -> anyhow::Result<()> {
 /// Prints `value` on stdout as JSON.
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
     print(&serde_json::to_string_pretty(value)?)
-}
-
-/// Warnings and errors, without `vfio_ioctls`' warnings: it has one for each conventional PCI device.
-const DEFAULT_LOG: &str = "warn,vfio_ioctls=error";
-
-/// Logs go to stderr and are off below warnings; `UMBRA_LOG` takes a filter, as `debug` or `umbra_vmm::vfio=trace`.
-fn init_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("UMBRA_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
 }
 
 /// The reader of our output went away, as in `umbra status | head -1`: no error of ours.

@@ -15,12 +15,13 @@ use crate::process::ipc::{MaskedCounts, ToVm};
 impl Supervisor {
     /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
     pub(super) fn drive(&mut self, n: usize, input: Input) {
+        let _about = self.drivers[n].span().entered();
         let now = Time::now();
         let before = self.drivers[n].lifecycle.state().name();
         let actions = self.drivers[n].lifecycle.handle(now, input);
         let after = self.drivers[n].lifecycle.state().name();
         if before != after {
-            tracing::debug!(driver = self.drivers[n].name, before, after);
+            tracing::debug!(before, after, "state");
         }
         for action in actions {
             self.act(n, action, now);

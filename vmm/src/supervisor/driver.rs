@@ -190,6 +190,11 @@ impl DriverVm {
         }
     }
 
+    /// What logs are about.
+    pub(super) fn span(&self) -> tracing::Span {
+        super::run::span(&self.name, self.lifecycle.generation().map(Generation::get))
+    }
+
     /// The present life, if it is of this generation.
     pub(super) fn is_current(&self, generation: Generation) -> bool {
         self.life.as_ref().is_some_and(|life| life.generation == generation)
@@ -261,7 +266,7 @@ impl DriverVm {
     /// Keeps a sound card from playing the same buffer over and over when nobody fills it any more.
     pub(super) fn silence(&self) {
         if let Err(error) = self.device.stop_dma() {
-            tracing::warn!(driver = self.name, %error, "cannot switch the card's bus mastering off");
+            tracing::warn!(%error, "cannot switch the card's bus mastering off");
         }
     }
 

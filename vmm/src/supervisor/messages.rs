@@ -216,7 +216,7 @@ impl Supervisor {
         driver.frames.replayed += masked.replayed;
         driver.frames.dropped += masked.dropped;
         driver.frames.unknown += masked.unknown;
-        tracing::debug!(driver = driver.name, end, at = at.0, "end live");
+        tracing::debug!(end, at = at.0, "end live");
         let up = driver.lifecycle.carrier() == Carrier::Up;
         self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
         self.drive(d, Input::EndLive(end));

@@ -140,6 +140,14 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.failure.take().map_or(Ok(()), |failure| Err(RunError::Vm(failure)))
 }
 
+/// What logs are about: a VM, and its life if those are numbered.
+pub(crate) fn span(name: &str, generation: Option<u32>) -> tracing::Span {
+    match generation {
+        Some(generation) => tracing::error_span!("vm", message = %format_args!("{name}.{generation}")),
+        None => tracing::error_span!("vm", message = %name),
+    }
+}
+
 impl Supervisor {
     fn new(
         machine: &Machine,
@@ -284,7 +292,21 @@ impl Supervisor {
         watched
     }
 
+    /// What logs are about while `source` is handled.
+    fn span_of(&self, source: Source) -> tracing::Span {
+        match source {
+            Source::GuestControl(n) | Source::GuestExit(n) => span(&self.guests[n].name, None),
+            Source::DriverControl(n)
+            | Source::DriverAgent(n)
+            | Source::DriverConsole(n)
+            | Source::DriverExit(n)
+            | Source::ResetDone(n) => self.drivers[n].span(),
+            Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
+        }
+    }
+
     fn handle(&mut self, source: Source) {
+        let _about = self.span_of(source).entered();
         match source {
             Source::Signals => self.on_signal(),
             Source::GuestControl(n) => self.read_guest(n),
