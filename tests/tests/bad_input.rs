@@ -62,9 +62,7 @@ fn wrong_input() {
     let mut wrong = Vec::new();
     for (what, script, words) in CASES {
         let output = bench.run_for(&format!("{PRELUDE}\n{script}"), STEP).or_tell();
-        // An error of a VM's process is an event and, at the end, the reason: the same words, said twice.
-        let mut said: Vec<_> = output.stderr.lines().filter(|line| line.starts_with("umbra")).collect();
-        said.dedup();
+        let said: Vec<_> = output.stderr.lines().filter(|line| line.starts_with("umbra")).collect();
         let mut complain = |why: String| wrong.push(format!("{what}: {why}\n    {}{}", output.stderr, output.stdout));
         if output.ok() || output.status > 2 {
             complain(format!("ended with status {}", output.status));

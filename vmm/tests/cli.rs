@@ -87,6 +87,9 @@ fn a_file_that_is_no_kernel_ends_the_run() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("umbra: guest: ") && stderr.contains(kernel.to_str().unwrap()), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    let output = umbra(dir.path(), &["run", "--kernel", kernel.to_str().unwrap()]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), told.as_str()), (Some(1), stderr.as_str()), "as an event and not once more");
     assert!(!dir.path().join("guest/control.sock").exists());
     let events = umbra(dir.path(), &["events"]);
     let events = String::from_utf8(events.stdout).unwrap();

@@ -20,6 +20,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::supervisor::RunError;
+
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
 #[derive(Debug, Parser)]
 #[command(name = "umbra", version, about, disable_help_subcommand = true)]
@@ -90,6 +92,8 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // Once is enough.
+        Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { told: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
             // With stderr gone, the exit code has to do.
             let _ = writeln!(std::io::stderr(), "umbra: {error:#}");

@@ -53,6 +53,9 @@ pub enum Streams {
     Quiet,
 }
 
+/// Environment variable of VM processes: the number of the supervisor that started them.
+pub const SUPERVISOR: &str = "UMBRA_SUPERVISOR";
+
 /// A running VM process; killed when dropped.
 #[derive(Debug)]
 pub struct VmProcess {
@@ -73,7 +76,7 @@ impl VmProcess {
         let (channel, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
         // What is told to a service manager is the supervisor's to say.
-        command.env_remove("NOTIFY_SOCKET");
+        command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         let console = set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();

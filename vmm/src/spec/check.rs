@@ -48,6 +48,8 @@ pub struct Problem {
     pub at: Vec<Step>,
     /// What, as a sentence for the user that does not repeat the place.
     pub what: String,
+    /// The other place that it is about, from the machine's root; empty where there is none.
+    pub other: Vec<Step>,
 }
 
 impl fmt::Display for Problem {
@@ -90,13 +92,13 @@ impl Place {
     }
 
     fn problem<T>(&self, what: impl Into<String>) -> Result<T, Problem> {
-        Err(Problem { at: self.0.clone(), what: what.into() })
+        Err(Problem { at: self.0.clone(), what: what.into(), other: Vec::new() })
     }
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let problem = Problem { at: self.0.clone(), what: String::new() };
+        let problem = Problem { at: self.0.clone(), what: String::new(), other: Vec::new() };
         f.write_str(problem.to_string().trim_end_matches(": "))
     }
 }
@@ -108,7 +110,8 @@ struct Uses(BTreeMap<String, Place>);
 impl Uses {
     fn claim(&mut self, thing: String, place: &Place) -> Result<(), Problem> {
         if let Some(first) = self.0.get(&thing) {
-            return place.problem(format!("{thing} is used by {first} already"));
+            let what = format!("{thing} is used by {first} already");
+            return Err(Problem { at: place.0.clone(), what, other: first.0.clone() });
         }
         self.0.insert(thing, place.clone());
         Ok(())

@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use crate::metrics::Address;
 
 use super::check::closest;
-use super::{Console, Machine, Problem, Step};
+use super::{Console, Machine, Step};
 
 /// Largest machine file in bytes: a bound on what is read, far above any real one.
 const MAX_FILE: u64 = 1 << 20;
@@ -77,8 +77,9 @@ impl Machine {
             mistake(at, in_words(error.message()))
         })?;
         machine.check().map_err(|problem| {
-            let at = locate(text, &problem).unwrap_or(0);
-            mistake(at, problem.to_string())
+            let at = locate(text, &problem.at).unwrap_or(0);
+            let other = locate(text, &problem.other).map(|at| format!(" (line {})", line_of(text, at)));
+            mistake(at, format!("{problem}{}", other.unwrap_or_default()))
         })?;
         machine.resolve_paths(path.parent().unwrap_or(Path::new("")));
         Ok(machine)
@@ -122,10 +123,10 @@ fn in_words(message: &str) -> String {
     }
 }
 
-/// The byte at which the thing that `problem` is about starts, or the innermost table around it.
-fn locate(text: &str, problem: &Problem) -> Option<usize> {
+/// The byte at which the thing at the end of the way `steps` starts, or the innermost table around it.
+fn locate(text: &str, steps: &[Step]) -> Option<usize> {
     let root = DeTable::parse(text).ok()?;
-    let (first, rest) = problem.at.split_first()?;
+    let (first, rest) = steps.split_first()?;
     let Step::Key(first) = first else { return None };
     let (key, mut value) = root.get_ref().get_key_value(first.as_str())?;
     let mut at = key.span().start;

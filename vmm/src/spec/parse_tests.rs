@@ -106,6 +106,15 @@ fn a_missing_kernel_names_the_guest_s_table() {
 }
 
 #[test]
+fn two_drivers_of_one_device_are_refused_with_both_lines() {
+    let text = "[guest.web]\nkernel = \"k\"\nnet = [{ driver = \"a\" }, { driver = \"b\" }]\n\
+                [driver.a]\ndevice = \"0000:03:00.0\"\nimage = \"i\"\n[driver.b]\nimage = \"i\"\ndevice = \"03:00.0\"\n";
+    let error = parse(text).unwrap_err();
+    let said = "dir/m.toml:9: driver.b.device: the PCI function 0000:03:00.0 is used by driver.a.device already (line 5)";
+    assert_eq!(error, said);
+}
+
+#[test]
 fn metrics_are_served_on_this_host_alone() {
     let text = |place: &str| format!("metrics = \"{place}\"\n[guest.web]\nkernel = \"k\"\n");
     let machine = parse(&text("./m.sock")).unwrap();

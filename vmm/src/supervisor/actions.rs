@@ -249,12 +249,15 @@ impl Supervisor {
         report.masks.clone_from(&driver.masks);
         report.timeline = driver.timeline.marks();
         report.parts = driver.timeline.parts(&driver.reset_method);
-        match report.write(&dir) {
+        match self.shelf.write(&dir, report) {
             Ok(path) => driver.report_path = Some(path.display().to_string()),
             Err(error) => {
                 driver.report_path = None;
-                let what = format!("{}: no crash report in {}: {error}", driver.name, dir.display());
-                self.events.warn(what);
+                if let Some(error) = error {
+                    let (name, dir) = (&driver.name, dir.display());
+                    let what = format!("{name}: no crash report in {dir}: {error}; reports wait in memory until there is room");
+                    self.events.warn(what);
+                }
             }
         }
     }

@@ -150,6 +150,13 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// The run before was killed; this one has cleaned up after it.
+    CleanedUp {
+        /// The number of the supervisor that was killed.
+        pid: u32,
+        /// What was done.
+        done: String,
+    },
     /// Somebody asked for a crash.
     CrashRequested {
         /// The driver VM.
@@ -284,6 +291,9 @@ impl Event {
             Self::Quarantined { driver, reason } => {
                 format!("{driver}: quarantined: {reason}; its guests see link down. Restart the machine to try again")
             }
+            Self::CleanedUp { pid, done } => format!(
+                "the run before (process {pid}) was killed: {done}; its reports are kept (`umbra report --previous`)"
+            ),
             Self::CrashRequested { driver, generation, kind } => {
                 format!("{driver}: generation {generation} is told to crash ({kind})")
             }
@@ -311,6 +321,8 @@ pub struct Events {
     metrics: Option<Metrics>,
     past: Past,
     next: u64,
+    /// The ends of guests that were printed, to say none twice.
+    ends: Vec<String>,
 }
 
 /// An event with its number, its times and its sentence, as lines have it.
@@ -328,7 +340,7 @@ struct Stamped<'a> {
 impl Events {
     /// Sentences as `verbosity` says, and JSON lines into `file`.
     pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
-        Self { verbosity, file, log: None, metrics: None, past: Past::default(), next: 1 }
+        Self { verbosity, file, log: None, metrics: None, past: Past::default(), next: 1, ends: Vec::new() }
     }
 
     /// Keeps the lines in `log` as well.
@@ -359,6 +371,9 @@ impl Events {
         {
             // Nobody is left to be told that stderr is gone.
             let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}\n").as_bytes());
+            if matches!(event, Event::GuestEnded { .. }) {
+                self.ends.push(sentence.clone());
+            }
         }
         let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text };
         let Ok(mut line) = serde_json::to_string(&stamped) else { return };
@@ -383,6 +398,11 @@ impl Events {
     /// Tells a warning.
     pub fn warn(&mut self, what: String) {
         self.tell(&Event::Warning { what });
+    }
+
+    /// Whether `sentence` was printed as the end of a guest.
+    pub fn has_printed(&self, sentence: &str) -> bool {
+        self.ends.iter().any(|end| end == sentence)
     }
 
     /// The events of late.

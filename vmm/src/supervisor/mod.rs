@@ -9,6 +9,7 @@ pub mod control;
 mod driver;
 pub mod events;
 mod guest;
+mod leftover;
 pub mod lifecycle;
 pub mod lines;
 mod messages;
@@ -26,5 +27,6 @@ pub mod time;
 pub mod timeline;
 pub mod wall;
 
+pub use leftover::LeftoverError;
 pub use preflight::{Host, PreflightError};
 pub use run::{Options, RunError, run};

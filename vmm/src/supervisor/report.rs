@@ -17,6 +17,52 @@ use crate::process::ipc::MaskedCounts;
 /// Reports kept per driver VM: the run directory is mostly in memory.
 const KEEP: u32 = 32;
 
+/// Most reports that wait for room on the disk; the oldest go first.
+const WAITING: usize = 64;
+
+/// Reports that could not be written: they wait here until they can.
+#[derive(Debug, Default)]
+pub struct Shelf {
+    waiting: Vec<CrashReport>,
+}
+
+impl Shelf {
+    /// Writes `report` into `dir`, or keeps it.
+    ///
+    /// # Errors
+    ///
+    /// It has to wait; the error is there when none had to wait before, so that it is told once.
+    pub fn write(&mut self, dir: &Path, report: &CrashReport) -> Result<PathBuf, Option<io::Error>> {
+        let same = |kept: &CrashReport| kept.driver == report.driver && kept.generation == report.generation;
+        let first = self.waiting.is_empty();
+        self.waiting.retain(|kept| !same(kept));
+        match report.write(dir) {
+            Ok(path) => Ok(path),
+            Err(error) => {
+                if self.waiting.len() >= WAITING {
+                    self.waiting.remove(0);
+                }
+                self.waiting.push(report.clone());
+                Err(first.then_some(error))
+            }
+        }
+    }
+
+    /// Tries those that wait again; returns the driver VMs and the paths of those that are written now.
+    pub fn retry(&mut self, dir: &Path) -> Vec<(String, PathBuf)> {
+        let mut written = Vec::new();
+        while let Some(path) = self.waiting.first().and_then(|report| report.write(dir).ok()) {
+            written.push((self.waiting.remove(0).driver, path));
+        }
+        written
+    }
+
+    /// Whether any waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
 /// A crash report.
 #[derive(Clone, Debug, Serialize)]
 pub struct CrashReport {
@@ -197,6 +243,22 @@ mod tests {
         assert_eq!(json["source"], "panic");
         let text = fs::read_to_string(dir.path().join("nic0-gen3.txt")).unwrap();
         assert!(text.starts_with("nic0 generation 3 failed: kernel panic\n"), "{text}");
+    }
+
+    #[test]
+    fn a_report_without_room_waits_is_told_once_and_written_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("reports");
+        let mut shelf = Shelf::default();
+        assert!(matches!(shelf.write(&folder, &report(1)), Err(Some(_))));
+        assert!(matches!(shelf.write(&folder, &report(1)), Err(None)), "the same once more");
+        assert!(matches!(shelf.write(&folder, &report(2)), Err(None)));
+        assert!(shelf.retry(&folder).is_empty() && !shelf.is_empty());
+        fs::create_dir(&folder).unwrap();
+        let written = shelf.retry(&folder);
+        assert_eq!(written.len(), 2, "{written:?}");
+        assert!(shelf.is_empty() && folder.join("nic0-gen1.json").exists() && folder.join("nic0-gen2.txt").exists());
+        assert!(shelf.write(&folder, &report(3)).is_ok());
     }
 
     #[test]

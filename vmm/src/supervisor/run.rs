@@ -18,9 +18,11 @@ use super::control::StopHow;
 use super::driver::{DeviceRef, DriverVm, EndRef};
 use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
+use super::leftover::{self, LeftoverError};
 use super::lifecycle::{Input, State};
 use super::notify::Notify;
 use super::preflight::{Checked, Host, PreflightError};
+use super::report::Shelf;
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
 use super::signals::{self, RestoreTerminal};
@@ -29,6 +31,9 @@ use crate::machine::terminal::SavedTerminal;
 use crate::metrics::{Metrics, Server, ServerError};
 use crate::process::spawn::SpawnError;
 use crate::spec::Machine;
+
+/// How often crash reports that wait for room are tried.
+const RETRY_PERIOD: Duration = Duration::from_secs(1);
 
 /// How often the present state is renewed for the metrics.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
@@ -67,6 +72,9 @@ pub enum RunError {
     /// Metrics cannot be served.
     #[error(transparent)]
     Metrics(#[from] ServerError),
+    /// The run before was killed and is not gone.
+    #[error(transparent)]
+    Leftover(#[from] LeftoverError),
     /// A guest's process cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -74,8 +82,13 @@ pub enum RunError {
     #[error("wait for events (poll)")]
     Poll(#[source] Errno),
     /// A VM could not be started or a guest ended badly; the sentence names it.
-    #[error("{0}")]
-    Vm(String),
+    #[error("{what}")]
+    Vm {
+        /// The sentence.
+        what: String,
+        /// It was printed as an event already, word for word.
+        told: bool,
+    },
 }
 
 /// What the loop waits for, in the order of handling.
@@ -106,6 +119,9 @@ pub(super) struct Supervisor {
     pub(super) clients: Clients,
     notify: Notify,
     metrics_due: Time,
+    /// Crash reports that wait for room on the disk, and when they are tried again.
+    pub(super) shelf: Shelf,
+    shelf_due: Time,
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
     pub(super) failure: Option<String>,
@@ -121,6 +137,10 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let checked = Checked::new(machine, &options.host)?;
     let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
+    let left = match run_dir.left() {
+        Some(left) => Some((left.pid, leftover::clean_up(left.pid, &left.resets, &options.host.pci)?)),
+        None => None,
+    };
     let log = EventLog::new(run_dir.event_log());
     let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
     // After the signals: its thread must not take them.
@@ -128,7 +148,14 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         (Some(address), Some(metrics)) => Some(Server::start(address, metrics.clone())?),
         _ => None,
     };
-    let events = Events::new(options.verbosity, options.events).with_log(log).with_metrics(metrics);
+    let mut events = Events::new(options.verbosity, options.events).with_log(log).with_metrics(metrics);
+    let resets = leftover::reset_orders(checked.drivers.values().map(|(device, _)| device));
+    if let Err(error) = run_dir.note_resets(&resets) {
+        events.warn(format!("the run directory cannot be written: {error}"));
+    }
+    if let Some((pid, done)) = left {
+        events.tell(&Event::CleanedUp { pid, done });
+    }
     let mut supervisor = Supervisor::new(machine, checked, (run_dir, listener), signals, events);
     supervisor.program = options.program;
     supervisor.notify = options.notify;
@@ -137,7 +164,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.notify.stopping();
     supervisor.end_processes();
     result?;
-    supervisor.failure.take().map_or(Ok(()), |failure| Err(RunError::Vm(failure)))
+    supervisor.failure.take().map_or(Ok(()), |what| Err(RunError::Vm { told: supervisor.events.has_printed(&what), what }))
 }
 
 /// What logs are about: a VM, and its life if those are numbered.
@@ -197,6 +224,8 @@ impl Supervisor {
             clients: Clients::default(),
             notify: Notify::default(),
             metrics_due: Time(0),
+            shelf: Shelf::default(),
+            shelf_due: Time(0),
             stopping: None,
             failure: None,
         }
@@ -334,8 +363,23 @@ impl Supervisor {
         self.answer_status(now);
         self.clients.tell_events(self.events.past());
         self.show(now);
+        self.retry_reports(now);
         if self.guests.iter().all(GuestVm::is_over) {
             self.stop_drivers();
+        }
+    }
+
+    /// Writes crash reports that had to wait. (Heartbeats turn the loop often enough.)
+    fn retry_reports(&mut self, now: Time) {
+        if self.shelf.is_empty() || now < self.shelf_due {
+            return;
+        }
+        self.shelf_due = now + RETRY_PERIOD;
+        for (name, path) in self.shelf.retry(&self.run_dir.reports()) {
+            tracing::info!(path = %path.display(), "a crash report that waited for room is written");
+            if let Some(driver) = self.drivers.iter_mut().find(|driver| driver.name == name) {
+                driver.report_path = Some(path.display().to_string());
+            }
         }
     }
 

@@ -4,9 +4,10 @@
 //! the folder's file `lock` says that the machine runs: the kernel drops it with the process, so that nothing stale is
 //! ever mistaken for a machine.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -15,6 +16,9 @@ use thiserror::Error;
 
 /// The control socket's name in a machine's folder.
 const SOCKET: &str = "control.sock";
+
+/// The file with the kernel's orders of reset methods.
+const RESETS: &str = "reset-methods.json";
 
 /// The event log's name in the folder of the reports.
 pub const EVENT_LOG: &str = "events.jsonl";
@@ -64,12 +68,22 @@ fn others(running: &[String]) -> String {
     if running.is_empty() { String::new() } else { format!("; these are: {}", running.join(", ")) }
 }
 
+/// What the run before left, where it did not end by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// The number of its supervisor.
+    pub pid: u32,
+    /// The kernel's orders of reset methods, by device, before it reset any.
+    pub resets: BTreeMap<String, String>,
+}
+
 /// The folder of a machine that this process runs. The socket goes when it is dropped; reports and logs stay.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     name: String,
-    _lock: Flock<File>,
+    lock: Flock<File>,
+    left: Option<Left>,
 }
 
 impl RunDir {
@@ -88,9 +102,10 @@ impl RunDir {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700).create(&path).map_err(fail("make the folder", &path))?;
         let lock_path = path.join("lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
+        let lock = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&lock_path);
         let lock = Flock::lock(lock.map_err(fail("open", &lock_path))?, FlockArg::LockExclusiveNonblock)
             .map_err(|_| RunDirError::AlreadyRunning(name.into()))?;
+        let left = Left::read(&lock, &path);
         let reports = path.join("reports");
         // The evidence of the run before is kept once.
         let _ = fs::remove_dir_all(path.join("reports.old"));
@@ -102,7 +117,29 @@ impl RunDir {
         let private = fs::Permissions::from_mode(0o600);
         fs::set_permissions(&socket, private).map_err(fail("restrict", &socket))?;
         listener.set_nonblocking(true).map_err(fail("listen at", &socket))?;
-        Ok((Self { path, name: name.into(), _lock: lock }, listener))
+        let mut this = Self { path, name: name.into(), lock, left };
+        // Whoever finds a number in here, and the file not locked, knows that nobody has cleaned up.
+        this.write_pid(&std::process::id().to_string()).map_err(fail("write", &lock_path))?;
+        Ok((this, listener))
+    }
+
+    fn write_pid(&mut self, pid: &str) -> io::Result<()> {
+        self.lock.set_len(0)?;
+        self.lock.write_all_at(pid.as_bytes(), 0)
+    }
+
+    /// What the run before left, if it was killed.
+    pub fn left(&self) -> Option<&Left> {
+        self.left.as_ref()
+    }
+
+    /// Notes the kernel's orders of reset methods, for the next run if this one is killed.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn note_resets(&self, resets: &BTreeMap<String, String>) -> io::Result<()> {
+        fs::write(self.path.join(RESETS), serde_json::to_string(resets)?)
     }
 
     /// The machine's name.
@@ -128,6 +165,8 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
+        let _ = self.write_pid("");
+        let _ = fs::remove_file(self.path.join(RESETS));
         let _ = fs::remove_file(self.path.join(SOCKET));
     }
 }
@@ -169,6 +208,17 @@ pub fn find(base: &Path, name: Option<&str>) -> Result<Found, RunDirError> {
             }
         }
         Err(error) => Err(error),
+    }
+}
+
+impl Left {
+    /// What the file `lock`, which was not locked, and the folder say.
+    fn read(lock: &File, path: &Path) -> Option<Self> {
+        let mut pid = String::new();
+        lock.take(16).read_to_string(&mut pid).ok()?;
+        let pid = pid.trim().parse().ok()?;
+        let resets = fs::read(path.join(RESETS)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        Some(Self { pid, resets: resets.unwrap_or_default() })
     }
 }
 
@@ -227,7 +277,16 @@ mod tests {
         let (first, _listener) = RunDir::claim(base.path(), "m").unwrap();
         assert!(matches!(RunDir::claim(base.path(), "m"), Err(RunDirError::AlreadyRunning(name)) if name == "m"));
         drop(first);
-        RunDir::claim(base.path(), "m").unwrap();
+        let (second, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        assert_eq!(second.left(), None, "it ended by itself");
+        second.note_resets(&BTreeMap::from([("0000:01:00.0".into(), "flr".into())])).unwrap();
+        // As if it were killed.
+        std::mem::forget(second);
+        fs::remove_file(base.path().join("m/lock")).unwrap();
+        fs::write(base.path().join("m/lock"), "4242").unwrap();
+        let (third, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        let left = third.left().unwrap();
+        assert_eq!((left.pid, left.resets["0000:01:00.0"].as_str()), (4242, "flr"));
     }
 
     #[test]

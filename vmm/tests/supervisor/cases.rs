@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::control::StopHow;
 
-use crate::machine::start;
+use crate::machine::{start, start_elsewhere};
 
 type Case = (&'static str, fn());
 
@@ -37,6 +37,7 @@ pub const ALL: &[Case] = cases![
     a_kill_ends_everything_at_once,
     metrics_count_failures_and_show_the_present,
     a_service_manager_hears_of_ready_watchdog_and_stopping,
+    a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up,
     events_are_told_from_the_past_and_as_they_come,
     a_report_shows_the_failures_of_a_machine_that_has_ended,
     the_watch_shows_status_and_events_until_the_end,
@@ -190,7 +191,12 @@ fn a_full_disk_does_not_stop_recovery() {
     machine.crash(CrashKind::Panic);
     let driver = machine.wait_live(2);
     assert_eq!(driver.report, None);
-    assert!(machine.events_text().contains("no crash report in"));
+    assert_eq!(machine.events_text().matches(r#""what":"nic0: no crash report in"#).count(), 1, "told once");
+    // There is room again: nothing was lost.
+    fs::remove_file(machine.run_dir().join("reports")).unwrap();
+    fs::create_dir(machine.run_dir().join("reports")).unwrap();
+    machine.wait_for("the report", |driver| driver.report.is_some());
+    assert_eq!(machine.report(1)["outage_ms"].as_f64().map(|ms| ms > 0.0), Some(true));
     machine.stop();
 }
 
@@ -336,4 +342,37 @@ fn a_service_manager_hears_of_ready_watchdog_and_stopping() {
     let at = |line: &str| words.lines().position(|have| have == line).unwrap_or_else(|| panic!("{line}: {words}"));
     assert!(at("WATCHDOG=1") <= at("READY=1") && at("READY=1") < at("STOPPING=1"), "{words}");
     assert!(at("STATUS=1 of 1 guests running, 1 of 1 driver VMs live") < at("STOPPING=1"));
+}
+
+fn a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up() {
+    let mut machine = start_elsewhere();
+    machine.wait_live(1);
+    let pids = machine.pids();
+    assert_eq!(pids.len(), 2);
+    let supervisor = machine.kill_supervisor();
+    let until = Instant::now() + Duration::from_secs(5);
+    while pids.iter().any(|pid| is_alive(*pid)) {
+        assert!(Instant::now() < until, "VMs outlive their supervisor");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(machine.run_dir().join("control.sock").exists(), "it could not clean up itself");
+    // As if it was killed in the middle of a reset.
+    machine.write_reset_method("bus");
+    machine.start_again();
+    machine.wait_live(1);
+    let events = machine.events_text();
+    assert!(events.contains(&format!("the run before (process {supervisor}) was killed: its VMs have ended with it")), "{events}");
+    assert!(events.contains("stand as before (flr bus)"), "{events}");
+    let old = fs::read_to_string(machine.run_dir().join("reports.old/events.jsonl")).unwrap();
+    assert!(old.contains("\"event\":\"driver-live\""), "its past is kept");
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    let lock = fs::read_to_string(machine.run_dir().join("lock")).unwrap();
+    assert_eq!(lock, "", "this one ended by itself");
+}
+
+/// Whether a process is there and more than a zombie.
+fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
 }

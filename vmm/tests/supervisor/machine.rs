@@ -31,35 +31,58 @@ pub struct TestMachine {
     /// The service manager's ear.
     pub manager: UnixDatagram,
     run: Option<JoinHandle<Result<(), RunError>>>,
+    /// The supervisor, where it is a process of its own.
+    child: Option<Child>,
 }
 
 /// Starts a machine: `guest` and `driver` are the kernel command lines of the two, `restart` is the policy's TOML.
 pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
+    let mut machine = make(guest, driver, restart);
+    machine.start_again();
+    machine
+}
+
+/// Starts a machine whose supervisor is a process of its own.
+pub fn start_elsewhere() -> TestMachine {
+    let mut machine = make("", "", "");
+    let mut command = Command::new("/proc/self/exe");
+    let child = command.arg("supervise").arg(machine.dir.path()).stdin(Stdio::null()).spawn().unwrap();
+    machine.child = Some(child);
+    machine
+}
+
+/// Makes a machine and starts nothing.
+fn make(guest: &str, driver: &str, restart: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
-    let host = make_host(dir.path());
+    make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
     let text = format!(
         "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
          [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\nrestart = {{ {restart} }}\n"
     );
-    let machine = Machine::parse(&text, &dir.path().join("m.toml")).unwrap();
+    fs::write(dir.path().join("m.toml"), text).unwrap();
+    // Messages wait in it until a test reads them.
+    let manager = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    TestMachine { dir, manager, run: None, child: None }
+}
+
+/// Runs the machine in `dir` to its end.
+pub fn supervise(dir: &Path) -> Result<(), RunError> {
+    let machine = Machine::read(&dir.join("m.toml")).unwrap();
     let options = Options {
         name: "m".into(),
-        base: dir.path().join("run"),
+        base: dir.join("run"),
         verbosity: Verbosity::Quiet,
-        events: Some(fs::File::create(dir.path().join("events")).unwrap()),
+        events: Some(fs::File::create(dir.join("events")).unwrap()),
         program: "/proc/self/exe".into(),
-        host,
-        notify: Notify::new(Some(dir.path().join("notify").into()), Some(Duration::from_millis(400))),
+        host: Host { kvm: dir.join("kvm"), pci: dir.join("pci") },
+        notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
     };
-    // Gone with the folder; messages wait in it until a test reads them.
-    let manager = UnixDatagram::bind(dir.path().join("notify")).unwrap();
-    let run = thread::spawn(move || supervisor::run(&machine, options));
-    TestMachine { dir, manager, run: Some(run) }
+    supervisor::run(&machine, options)
 }
 
 /// A sysfs with one function bound to `vfio-pci`, and an image.
-fn make_host(dir: &Path) -> Host {
+fn make_host(dir: &Path) {
     let pci = dir.join("pci");
     let device = pci.join("devices").join(DEVICE);
     let group = dir.join("groups/7");
@@ -80,9 +103,7 @@ fn make_host(dir: &Path) -> Host {
     let manifest = r#"{"format":1,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
         "firmware_missing":[],"vmlinux":{"size":3,"sha256":""},"initramfs":{"size":4,"sha256":""}}"#;
     fs::write(image.join("manifest.json"), manifest).unwrap();
-    let kvm = dir.join("kvm");
-    fs::write(&kvm, "").unwrap();
-    Host { kvm, pci }
+    fs::write(dir.join("kvm"), "").unwrap();
 }
 
 impl TestMachine {
@@ -154,7 +175,25 @@ impl TestMachine {
         assert!(!self.dir.path().join("run/m/control.sock").exists());
     }
 
-    fn pids(&self) -> Vec<u32> {
+    /// Runs the machine in a thread.
+    pub fn start_again(&mut self) {
+        let dir = self.dir.path().to_owned();
+        self.run = Some(thread::spawn(move || supervise(&dir)));
+    }
+
+    /// Kills the supervisor, which is a process of its own; returns its number.
+    pub fn kill_supervisor(&mut self) -> u32 {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        child.id()
+    }
+
+    pub fn write_reset_method(&self, methods: &str) {
+        fs::write(self.dir.path().join("pci/devices").join(DEVICE).join("reset_method"), methods).unwrap();
+    }
+
+    pub fn pids(&self) -> Vec<u32> {
         let status = self.status().unwrap();
         let guests = status.guests.iter().filter_map(|guest| guest.pid);
         guests.chain(status.drivers.iter().filter_map(|driver| driver.pid)).collect()

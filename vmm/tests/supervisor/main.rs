@@ -21,6 +21,12 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == "vm") {
         return fake_vm::main(&args);
     }
+    if let [_, word, dir] = &args[..]
+        && word == "supervise"
+    {
+        machine::supervise(dir.as_ref()).unwrap();
+        return ExitCode::SUCCESS;
+    }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
     for (name, case) in cases::ALL {
