@@ -11,10 +11,10 @@ modprobe -a 9pnet_virtio 9p vfio_iommu_type1 vfio_pci tun bridge
 if grep -q svm /proc/cpuinfo; then modprobe kvm_amd; else modprobe kvm_intel; fi
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none share /share || echo "test host: no shared folder"
 # Programs run from memory: the shared folder is slow to page from.
-for program in /share/umbra /share/umbra-agent /share/umbra-probe; do [ -f $program ] && cp $program /bin/; done
+. /etc/umbra/bench.sh
+for program in umbra umbra-agent umbra-probe; do [ -f /share/$program ] && fetch /share/$program /bin/$program; done
 ip link set lo up; hostname testhost
 : > /etc/umbra/places.sh
-. /etc/umbra/bench.sh
 i=0; j=0; k=0
 for word in $(cat /proc/cmdline); do
   case $word in

@@ -97,12 +97,12 @@ impl Machine {
     /// # Errors
     /// It ended, or did not come up in time; with what it said.
     pub fn start(place: &mut Place, spec: &MachineSpec) -> Result<Self, DemoError> {
-        let (work, share) = (place.work(), place.share_inside());
+        let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
         let file = place.share().join("machine.toml");
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
         let image = &spec.image;
         place.expect(
-            &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || cp -r {share}/$f {work}/ || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
+            &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
             START_LIMIT,
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;

@@ -87,6 +87,14 @@ impl Place {
         }
     }
 
+    /// The command that copies a file or folder into [`Self::work`].
+    pub fn copy(&self) -> &'static str {
+        match self {
+            Self::Bench(_) => "fetch",
+            Self::Here(_) => "cp -r",
+        }
+    }
+
     /// The machine at the other end of the wire.
     pub fn peer(&mut self) -> &mut Peer {
         match self {

@@ -64,16 +64,16 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
 
     say("(a) the guest behind a driver VM");
     let mut running = Machine::start(&mut place, &machine)?;
-    results.paths.push(path("driver VM", &mut place, spec)?);
+    results.paths.push(path("driver VM", &mut place, spec, say)?);
     results.memory = memory::resident(&mut running, &mut place)?;
     say(&format!("    {} crashes", spec.crashes));
-    results.outage = outage::measure(&mut running, &mut place, spec.crashes)?;
+    results.outage = outage::measure(&mut running, &mut place, spec.crashes, say)?;
     running.stop(&mut place)?;
 
     say("(b) the NIC passed straight to the guest");
     let straight = MachineSpec { attach: Attach::Passthrough, ..machine.clone() };
     let running = Machine::start(&mut place, &straight)?;
-    results.paths.push(path("passthrough", &mut place, spec)?);
+    results.paths.push(path("passthrough", &mut place, spec, say)?);
     results.reinit = outage::reinit(&mut place)?;
     running.stop(&mut place)?;
 
@@ -84,20 +84,25 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
     for (name, vhost) in [("QEMU, TAP and bridge", "off"), ("QEMU, vhost-net and bridge", "on")] {
         say(&format!("(c) {name}, on the host's own driver"));
         let guest = qemu_guest::start(&mut place, &device, vhost)?;
-        results.paths.push(path(name, &mut place, spec)?);
+        results.paths.push(path(name, &mut place, spec, say)?);
         guest.stop(&mut place)?;
     }
     Ok(results)
 }
 
-fn path(name: &str, place: &mut Place, spec: &MeasureSpec) -> Result<PathFigures, DemoError> {
+fn path(name: &str, place: &mut Place, spec: &MeasureSpec, say: Say<'_>) -> Result<PathFigures, DemoError> {
     let peer = peer_address(0);
     let limit = Duration::from_secs(u64::from(spec.seconds) + 60);
     place.in_guest(GUEST, &format!("umbra-probe first-answer {peer} 30"), limit)?;
     let send: Bulk = answer(place, &format!("umbra-probe send {peer} {}", spec.seconds), limit)?;
     let receive: Bulk = answer(place, &format!("umbra-probe receive {peer} {}", spec.seconds), limit)?;
     let round_trips: RoundTrips = answer(place, &format!("umbra-probe ping {peer} {ROUND_TRIPS}"), limit)?;
-    Ok(PathFigures { name: name.into(), send_mbit_s: send.mbit_s(), receive_mbit_s: receive.mbit_s(), round_trips })
+    let (send_mbit_s, receive_mbit_s) = (send.mbit_s(), receive.mbit_s());
+    say(&format!(
+        "    sends {send_mbit_s:.0} Mbit/s, receives {receive_mbit_s:.0} Mbit/s, round trip {} us (median)",
+        round_trips.p50_us
+    ));
+    Ok(PathFigures { name: name.into(), send_mbit_s, receive_mbit_s, round_trips })
 }
 
 /// Runs a script in the guest and reads the JSON that it prints.

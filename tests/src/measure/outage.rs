@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::results::OutageFigures;
 use super::{GUEST, answer};
+use crate::assets::Say;
 use crate::demo::DemoError;
 use crate::demo::machine::Machine;
 use crate::demo::outage::longest;
@@ -19,7 +20,12 @@ const AFTERWARDS: Duration = Duration::from_millis(500);
 const RUNS: usize = 3;
 
 /// Crashes the driver VM and takes the peer's and Umbra's figures.
-pub(super) fn measure(machine: &mut Machine, place: &mut Place, crashes: u32) -> Result<Vec<OutageFigures>, DemoError> {
+pub(super) fn measure(
+    machine: &mut Machine,
+    place: &mut Place,
+    crashes: u32,
+    say: Say<'_>,
+) -> Result<Vec<OutageFigures>, DemoError> {
     let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
     place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
     let mut all = Vec::new();
@@ -36,8 +42,10 @@ pub(super) fn measure(machine: &mut Machine, place: &mut Place, crashes: u32) ->
             std::thread::sleep(Duration::from_millis(50));
             arrived.extend(place.peer().take_ticks()?);
         }
+        let peer_ms = longest(&arrived, guest_address(0, 0), begin, u64::MAX).map(|outage| outage.gap_ms);
+        say(&format!("    away for {:.0} ms, as the peer saw it", peer_ms.unwrap_or(f64::NAN)));
         all.push(OutageFigures {
-            peer_ms: longest(&arrived, guest_address(0, 0), begin, u64::MAX).map(|outage| outage.gap_ms),
+            peer_ms,
             umbra_ms: live.number("outage_ms"),
             parts: live.fields.get("parts").cloned().unwrap_or_default(),
         });

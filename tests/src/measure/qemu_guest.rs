@@ -58,9 +58,9 @@ pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<Qemu
         "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" != vfio-pci ] || unvfio {device}
          [ -e /sys/class/net/br0 ] || brctl addbr br0
          has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; ip link set $nic up; ip link set br0 up
-         mkdir -p /tmp/qemu && cp -n /share/qemu/* /tmp/qemu/; await 10 grep -q 1 /sys/class/net/$nic/carrier"
+         [ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu || exit 1; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
-    place.run(&bridge, Duration::from_secs(240))?;
+    place.run(&bridge, Duration::from_secs(120))?;
     let work = place.work();
     let run = place.start(&format!(
         "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
