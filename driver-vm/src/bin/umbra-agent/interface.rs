@@ -18,6 +18,7 @@ const IFLA_EXT_MASK: u16 = 29;
 const IFLA_PERM_ADDRESS: u16 = 54;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_GRO_MAX_SIZE: u16 = 58;
 /// Leave the counters out of the answer.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// Attributes of a bridge (`IFLA_BR_*`).
@@ -102,6 +103,15 @@ pub fn set_flags(netlink: &mut Netlink, index: Index, flags: u32, mask: u32) -> 
 pub fn set_mtu(netlink: &mut Netlink, index: Index, mtu: u32) -> Result<(), NetlinkError> {
     let request = Request::new(libc::RTM_NEWLINK, 0, &ifinfo(index, 0, 0));
     netlink.call(request.attribute(IFLA_MTU, &mtu.to_ne_bytes())).map(drop)
+}
+
+/// Bounds what the kernel merges of received frames (GRO), bytes; Linux 5.19 and later.
+///
+/// # Errors
+/// When the kernel does not know the attribute.
+pub fn set_gro_max(netlink: &mut Netlink, index: Index, bytes: u32) -> Result<(), NetlinkError> {
+    let request = Request::new(libc::RTM_NEWLINK, 0, &ifinfo(index, 0, 0));
+    netlink.call(request.attribute(IFLA_GRO_MAX_SIZE, &bytes.to_ne_bytes())).map(drop)
 }
 
 /// Makes a bridge that forwards at once, learns, and says nothing of its own.

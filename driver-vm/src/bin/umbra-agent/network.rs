@@ -20,6 +20,12 @@ const LRO: (&str, bool) = ("rx-lro", false);
 /// Drops frames with VLAN tags that the NIC was not told of.
 const VLAN_FILTER: &str = "rx-vlan-filter";
 
+/// Fragments of one packet in the kernel (`MAX_SKB_FRAGS`). Received frames merged into more become a list of packets,
+/// which virtio-net does not take: the kernel would cut them into single frames again, at a great cost.
+const MAX_FRAGMENTS: u32 = 17;
+/// The most that the kernel merges by default, bytes (`GRO_LEGACY_MAX_SIZE`).
+const GRO_DEFAULT: u32 = 65536;
+
 /// The physical NIC, up.
 #[derive(Debug)]
 pub struct Nic {
@@ -91,6 +97,8 @@ impl Nic {
         interface::set_flags(netlink, index, flags, flags)
             .with_context(|| format!("cannot bring {name} ({driver}) up"))?;
         let mtu = interface::by_index(netlink, index)?.mtu;
+        // Older kernels do not know this bound; they forward as well, but more slowly.
+        let _ = interface::set_gro_max(netlink, index, (MAX_FRAGMENTS * mtu).min(GRO_DEFAULT));
         let permanent = permanent.or(address).unwrap_or(Mac([0; 6]));
         Ok(Self { index, name, driver, permanent, mtu, own: address, tags_dropped, filter })
     }
