@@ -54,9 +54,10 @@ pub(super) fn distribution(history: &History) -> Option<String> {
     }
     let _ = write!(out, "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{RIGHT}\" y1=\"190\" y2=\"190\"/>");
     for n in (0..=BINS).step_by(BINS / 4) {
+        let anchor = if n == BINS { "end" } else { "middle" };
         let _ = write!(
             out,
-            "<text class=\"soft\" x=\"{:.1}\" y=\"208\" text-anchor=\"middle\">{}</text>",
+            "<text class=\"soft\" x=\"{:.1}\" y=\"208\" text-anchor=\"{anchor}\">{}</text>",
             LEFT + real(n) * step,
             if n == 0 && !logarithmic { "0".into() } else { duration(edge(n, from, to, unmap)) }
         );
@@ -88,7 +89,8 @@ pub(super) fn over_time(history: &History) -> Option<String> {
     }
     let x = |second: f64| LEFT + second / history.seconds.max(0.001) * (RIGHT - LEFT);
     let y = |ms: f64| 190.0 - ms / longest * 165.0;
-    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 236\" role=\"img\" aria-label=\"Outages over time\">");
+    let height = if history.drivers.len() < 2 { 216 } else { 236 };
+    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"Outages over time\">");
     for part in [0.0, 0.5, 1.0] {
         let at = y(longest * part);
         let _ = write!(

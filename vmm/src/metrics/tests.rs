@@ -38,7 +38,7 @@ fn events_are_counted() {
 #[test]
 fn the_present_state_is_shown_with_the_memory_of_each_process() {
     let metrics = Metrics::new("m");
-    let status = r#"{"name":"m","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[]}],
+    let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
         "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42}]}"#;
     let status = status.replace("PID", &std::process::id().to_string());
@@ -52,6 +52,9 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
     }
-    let resident = text.lines().find(|line| line.starts_with("umbra_process_resident_memory_bytes{process=\"web\"}")).unwrap();
+    let resident = text.lines().find(|line| line.starts_with("umbra_process_resident_memory_bytes{kind=\"guest\",name=\"web\"}")).unwrap();
+    let mut names: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' ')).collect();
+    names.sort_unstable();
+    assert!(names.windows(2).all(|pair| pair[0].0 != pair[1].0), "a name twice: {text}");
     assert!(resident.rsplit(' ').next().unwrap().parse::<u64>().unwrap() > 100_000, "{resident}");
 }

@@ -135,12 +135,9 @@ pub(super) struct Supervisor {
 pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let _terminal = RestoreTerminal(SavedTerminal::save());
     let checked = Checked::new(machine, &options.host)?;
-    let (run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
+    let (mut run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
-    let left = match run_dir.left() {
-        Some(left) => Some((left.pid, leftover::clean_up(left.pid, &left.resets, &options.host.pci)?)),
-        None => None,
-    };
+    let left = clean_up(&mut run_dir, &options.host)?;
     let log = EventLog::new(run_dir.event_log());
     let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
     // After the signals: its thread must not take them.
@@ -165,6 +162,18 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.end_processes();
     result?;
     supervisor.failure.take().map_or(Ok(()), |what| Err(RunError::Vm { told: supervisor.events.has_printed(&what), what }))
+}
+
+/// Cleans up after a run before that was killed; its supervisor's number and what was done.
+fn clean_up(run_dir: &mut RunDir, host: &Host) -> Result<Option<(u32, String)>, LeftoverError> {
+    let Some(left) = run_dir.left().cloned() else { return Ok(None) };
+    match leftover::clean_up(left.pid, &left.resets, &host.pci) {
+        Ok(done) => Ok(Some((left.pid, done))),
+        Err(error) => {
+            run_dir.leave_to_the_next();
+            Err(error)
+        }
+    }
 }
 
 /// What logs are about: a VM, and its life if those are numbered.

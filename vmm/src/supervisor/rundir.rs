@@ -84,6 +84,7 @@ pub struct RunDir {
     name: String,
     lock: Flock<File>,
     left: Option<Left>,
+    uncleaned: bool,
 }
 
 impl RunDir {
@@ -117,7 +118,7 @@ impl RunDir {
         let private = fs::Permissions::from_mode(0o600);
         fs::set_permissions(&socket, private).map_err(fail("restrict", &socket))?;
         listener.set_nonblocking(true).map_err(fail("listen at", &socket))?;
-        let mut this = Self { path, name: name.into(), lock, left };
+        let mut this = Self { path, name: name.into(), lock, left, uncleaned: false };
         // Whoever finds a number in here, and the file not locked, knows that nobody has cleaned up.
         this.write_pid(&std::process::id().to_string()).map_err(fail("write", &lock_path))?;
         Ok((this, listener))
@@ -131,6 +132,11 @@ impl RunDir {
     /// What the run before left, if it was killed.
     pub fn left(&self) -> Option<&Left> {
         self.left.as_ref()
+    }
+
+    /// What the run before left could not be cleaned up: the next start is to try again.
+    pub fn leave_to_the_next(&mut self) {
+        self.uncleaned = true;
     }
 
     /// Notes the kernel's orders of reset methods, for the next run if this one is killed.
@@ -165,9 +171,15 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
+        let _ = fs::remove_file(self.path.join(SOCKET));
+        if self.uncleaned {
+            // What was found is still to be cleaned up, by the next who tries.
+            let pid = self.left.as_ref().map_or_else(String::new, |left| left.pid.to_string());
+            let _ = self.write_pid(&pid);
+            return;
+        }
         let _ = self.write_pid("");
         let _ = fs::remove_file(self.path.join(RESETS));
-        let _ = fs::remove_file(self.path.join(SOCKET));
     }
 }
 
@@ -287,6 +299,10 @@ mod tests {
         let (third, _listener) = RunDir::claim(base.path(), "m").unwrap();
         let left = third.left().unwrap();
         assert_eq!((left.pid, left.resets["0000:01:00.0"].as_str()), (4242, "flr"));
+        let mut third = third;
+        third.leave_to_the_next();
+        drop(third);
+        assert_eq!(RunDir::claim(base.path(), "m").unwrap().0.left().map(|left| left.pid), Some(4242), "not cleaned up yet");
     }
 
     #[test]
