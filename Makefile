@@ -4,11 +4,12 @@
 NIC     ?= e1000e
 CRASHES ?= 3
 PREFIX  ?= /usr
+SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
-.PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install
+.PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install fuzz
 
 help:
 	@echo 'make demo     a download survives the crashes of its NIC driver (NIC=$(NIC) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
@@ -18,6 +19,7 @@ help:
 	@echo 'make setup    fetch and build what the bench needs, no more'
 	@echo 'make build    the programs, in $(TARGET)'
 	@echo 'make install  programs, systemd unit, completions and man pages, below PREFIX ($(PREFIX)) in DESTDIR'
+	@echo 'make fuzz     fuzz targets, SECONDS each ($(SECONDS)); TARGETS="rings messages"'
 	@echo 'make lint     formatting and clippy'
 
 toolchain:
@@ -70,6 +72,9 @@ install: packaging
 	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra
 	@install -D -m 644 target/packaging/completions/_umbra $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_umbra
 	@install -D -m 644 target/packaging/completions/umbra.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/umbra.fish
+
+fuzz: toolchain
+	@CARGO=$(CARGO) fuzz/run $(SECONDS) $(TARGETS)
 
 lint: toolchain
 	@$(CARGO) fmt --all --check

@@ -282,7 +282,9 @@ impl DriverVm {
         let (done, writer) = io::pipe()?;
         let (sender, result) = mpsc::channel();
         let device = self.device.clone();
+        let about = self.span();
         thread::Builder::new().name(format!("reset {}", self.name)).spawn(move || {
+            let _about = about.entered();
             let outcome = device.perform_reset(RESET_LIMIT).map_err(|error| format!("{:#}", anyhow::Error::new(error)));
             // Nobody waits any more when the machine has been stopped.
             let _ = sender.send(outcome);
