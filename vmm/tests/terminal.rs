@@ -29,7 +29,7 @@ struct OnTerminal {
 }
 
 impl OnTerminal {
-    fn start(code: Code) -> Self {
+    fn start(code: &Code) -> Self {
         let files = Files::new(&elf(&code.0));
         let mut spec = files.spec();
         spec.console = Console::Terminal;
@@ -104,7 +104,7 @@ fn keys_reach_the_guest_and_the_escape_leaves() {
     if !kvm() {
         return;
     }
-    let mut vm = OnTerminal::start(echo_plus_one());
+    let mut vm = OnTerminal::start(&echo_plus_one());
     vm.expect(">");
     vm.wait_until_raw();
     // Ctrl-C is the guest's, too.
@@ -119,7 +119,7 @@ fn a_flood_of_input_arrives_whole() {
     if !kvm() {
         return;
     }
-    let mut vm = OnTerminal::start(echo_plus_one());
+    let mut vm = OnTerminal::start(&echo_plus_one());
     vm.expect(">");
     vm.wait_until_raw();
     vm.ours.write_all(&[b'a'; 1000]).unwrap();
@@ -141,14 +141,14 @@ fn the_terminal_is_as_it_was_after_each_end() {
         (key_then(Code::new().raw(&[0x0f, 0x0b])), false),
     ];
     for (code, success) in ends {
-        let mut vm = OnTerminal::start(code);
+        let mut vm = OnTerminal::start(&code);
         vm.expect(">");
         vm.wait_until_raw();
         vm.ours.write_all(b"k").unwrap();
         assert_eq!(vm.ended(), success);
     }
     for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
-        let mut vm = OnTerminal::start(Code::new().print(">").spin());
+        let mut vm = OnTerminal::start(&Code::new().print(">").spin());
         vm.expect(">");
         vm.wait_until_raw();
         kill(Pid::from_raw(vm.child.id().try_into().unwrap()), signal).unwrap();

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let Some(stream) = machine.stream else { return Ok(()) };
     // What the file does not have: what came since, and what waits for room on the disk.
-    Connection::over(machine.name, stream)?.events(after, args.follow, |line| print(line))
+    Connection::over(machine.name, stream)?.events(after, args.follow, print)
 }
 
 /// Prints the lines of `path`; returns the number of the last.

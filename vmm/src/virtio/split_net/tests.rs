@@ -88,7 +88,7 @@ impl DriverVm {
         let file = std::fs::File::from(memfd_create("test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
         file.set_len(2 * SPAN).unwrap();
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
-        let range = (GuestAddress(0), 2 * SPAN as usize, Some(FileOffset::new(file, 0)));
+        let range = (GuestAddress(0), usize::try_from(2 * SPAN).unwrap(), Some(FileOffset::new(file, 0)));
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
         let mut queues = [0, 1].map(|index| DriverQueue::new(&memory, index, 64));
         for _ in 0..32 {
