@@ -22,7 +22,9 @@ fuzz_target!(|data: &[u8]| {
         assert!(length <= data.len());
         let mut again = Vec::new();
         encode_service(&message, generation, &mut again);
-        assert!(matches!(decode_service(&again, generation), Ok(Some((same, n))) if same == message && n == again.len()));
+        assert!(
+            matches!(decode_service(&again, generation), Ok(Some((same, n))) if same == message && n == again.len())
+        );
     }
     if let Ok(Some((message, length))) = decode(data, generation) {
         assert!(length <= data.len());

@@ -25,7 +25,9 @@ fn error(run_dir: &Path, words: &[&str]) -> String {
 #[test]
 fn wrong_usage_is_status_2() {
     let dir = tempfile::tempdir().unwrap();
-    for words in [&["frobnicate"][..], &["run", "--no-such-flag"], &["crash"], &["run", "m.toml", "--kernel", "k"], &["vm"]] {
+    for words in
+        [&["frobnicate"][..], &["run", "--no-such-flag"], &["crash"], &["run", "m.toml", "--kernel", "k"], &["vm"]]
+    {
         assert_eq!(umbra(dir.path(), words).status.code(), Some(2), "{words:?}");
     }
 }
@@ -93,7 +95,10 @@ fn a_file_that_is_no_kernel_ends_the_run() {
     assert!(!dir.path().join("guest/control.sock").exists());
     let events = umbra(dir.path(), &["events"]);
     let events = String::from_utf8(events.stdout).unwrap();
-    assert!(events.lines().any(|line| line.contains("\"event\":\"guest-ended\"")), "its past can still be read: {events}");
+    assert!(
+        events.lines().any(|line| line.contains("\"event\":\"guest-ended\"")),
+        "its past can still be read: {events}"
+    );
 }
 
 #[test]

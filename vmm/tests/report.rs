@@ -24,7 +24,11 @@ fn write_past(folder: &Path) {
     let mut line = |at: u64, rest: &str| {
         seq += 1;
         let (minute, second) = (at / 60_000_000_000 % 60, at / 1_000_000_000 % 60);
-        writeln!(log, "{{\"seq\":{seq},\"at_ns\":{at},\"time\":\"2026-03-01T10:{minute:02}:{second:02}.000Z\",{rest}}}").unwrap();
+        writeln!(
+            log,
+            "{{\"seq\":{seq},\"at_ns\":{at},\"time\":\"2026-03-01T10:{minute:02}:{second:02}.000Z\",{rest}}}"
+        )
+        .unwrap();
     };
     for driver in ["nic0", "snd0"] {
         line(at, &format!("\"event\":\"driver-starting\",\"driver\":\"{driver}\",\"generation\":1"));
@@ -38,20 +42,38 @@ fn write_past(folder: &Path) {
             _ => ("link", "it broke a rule of its link: descriptor 7 points outside of its memory <b>"),
         };
         let detect = if source == "heartbeat" { 3000.0 } else { 0.4 };
-        line(at, &format!("\"event\":\"masked\",\"guest\":\"web\",\"device\":\"net0\",\"driver\":\"{driver}\",\"generation\":{n},\"cause\":\"closed\""));
-        line(at, &format!("\"event\":\"driver-failed\",\"driver\":\"{driver}\",\"generation\":{n},\"source\":\"{source}\",\"reason\":\"{reason}\",\"detect_ms\":{detect}"));
+        line(
+            at,
+            &format!(
+                "\"event\":\"masked\",\"guest\":\"web\",\"device\":\"net0\",\"driver\":\"{driver}\",\"generation\":{n},\"cause\":\"closed\""
+            ),
+        );
+        line(
+            at,
+            &format!(
+                "\"event\":\"driver-failed\",\"driver\":\"{driver}\",\"generation\":{n},\"source\":\"{source}\",\"reason\":\"{reason}\",\"detect_ms\":{detect}"
+            ),
+        );
         if n == FAILURES {
-            line(at, &format!("\"event\":\"quarantined\",\"driver\":\"{driver}\",\"reason\":\"5 restarts in 60 s\",\"text\":\"{driver}: quarantined\""));
+            line(
+                at,
+                &format!(
+                    "\"event\":\"quarantined\",\"driver\":\"{driver}\",\"reason\":\"5 restarts in 60 s\",\"text\":\"{driver}: quarantined\""
+                ),
+            );
             continue;
         }
         let boot = 700 + n * 37 % 240;
         let outage = detect + 12.0 + 104.0 + f64::from(boot) + 180.0 + 22.0 + 450.0 + 3.0 + 9.0;
         let next = n + 1;
-        line(at + 1_500_000_000, &format!(
-            "\"event\":\"driver-live\",\"driver\":\"{driver}\",\"generation\":{next},\"outage_ms\":{outage},\"parts\":{{\"detect_ms\":{detect},\
+        line(
+            at + 1_500_000_000,
+            &format!(
+                "\"event\":\"driver-live\",\"driver\":\"{driver}\",\"generation\":{next},\"outage_ms\":{outage},\"parts\":{{\"detect_ms\":{detect},\
              \"fence_ms\":12.0,\"reset_ms\":104.0,\"reset_method\":\"flr\",\"back_off_ms\":0.1,\"boot_ms\":{boot},\"probe_ms\":180.0,\
              \"setup_ms\":22.0,\"link_ms\":450.0,\"replay_ms\":3.0}},\"frames\":{{\"logged\":{n},\"replayed\":{n},\"dropped\":0,\"unknown\":1}}"
-        ));
+            ),
+        );
     }
     line(at, "\"event\":\"warning\",\"what\":\"x\",\"text\":\"warning: the disk is nearly full\"");
     fs::create_dir_all(folder).unwrap();
@@ -74,7 +96,8 @@ fn browser(dir: &Path, words: &[&str], page: &Path) -> Output {
     // To files: a pipe that nobody empties would stop it.
     let (out, err) = (dir.join("stdout"), dir.join("stderr"));
     chromium.stdin(Stdio::null()).stdout(fs::File::create(&out).unwrap()).stderr(fs::File::create(&err).unwrap());
-    let mut child = chromium.spawn().expect("no Chromium: `make setup` installs it, UMBRA_SKIP_BROWSER=1 leaves this out");
+    let mut child =
+        chromium.spawn().expect("no Chromium: `make setup` installs it, UMBRA_SKIP_BROWSER=1 leaves this out");
     let until = Instant::now() + PATIENCE;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -109,7 +132,8 @@ fn the_report_is_laid_out_by_a_browser_and_runs_nothing() {
     let (_dir, dir) = place();
     let (folder, page) = (dir.join("web/reports"), dir.join("report.html"));
     write_past(&folder);
-    let output = Command::new(env!("CARGO_BIN_EXE_umbra")).arg("report").arg(&folder).arg("-o").arg(&page).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_umbra")).arg("report").arg(&folder).arg("-o").arg(&page).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains(&format!("{FAILURES} failures of web")), "{said}{}", String::from_utf8_lossy(&output.stderr));
 

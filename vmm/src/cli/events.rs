@@ -13,7 +13,9 @@ use crate::supervisor::rundir::{self, EVENT_LOG};
 
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Each line is a JSON object; docs/recovery.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'")]
+#[command(
+    after_help = "Each line is a JSON object; docs/recovery.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'"
+)]
 pub struct Args {
     /// Go on with the events to come, until the machine ends.
     #[arg(long, short)]

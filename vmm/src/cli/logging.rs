@@ -21,7 +21,12 @@ const DEFAULT: &str = "warn,vfio_ioctls=error";
 pub(super) fn init(subject: &str) {
     let filter = EnvFilter::try_from_env("UMBRA_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     let format = Lines { subject: subject.into() };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).event_format(format).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .event_format(format)
+        .init();
 }
 
 /// `2026-01-02T03:04:05.678Z  WARN nic0.3: the message field=value`.

@@ -10,7 +10,9 @@ use crate::supervisor::{rundir, wall};
 
 /// Arguments of `umbra report`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  umbra report                    umbra-report.html, of the machine that runs, or has run\n  umbra report -o - | less        to standard output\n  umbra report saved/reports      of a copied folder")]
+#[command(
+    after_help = "Examples:\n  umbra report                    umbra-report.html, of the machine that runs, or has run\n  umbra report -o - | less        to standard output\n  umbra report saved/reports      of a copied folder"
+)]
 pub struct Args {
     /// A folder of reports, in place of a machine's own.
     #[arg(value_name = "FOLDER", conflicts_with_all = ["name", "previous"])]

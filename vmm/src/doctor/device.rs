@@ -20,14 +20,20 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
     /// Class of PCI bridges, subclass 04.
     const PCI_BRIDGE: u32 = 0x06_04;
     if class >> 8 == PCI_BRIDGE {
-        return Finding::missing(check, format!("{what}: a bridge cannot be given to a VM"), "name the device behind it");
+        return Finding::missing(
+            check,
+            format!("{what}: a bridge cannot be given to a VM"),
+            "name the device behind it",
+        );
     }
     match list::kind(class) {
         "network" | "sound" => Finding::good(check, what),
         _ => Finding::note(
             check,
-            format!("{what}: Umbra shadows network and sound cards; this one can be given to a guest (`passthrough`), whose \
-                     own driver's crash is then its own"),
+            format!(
+                "{what}: Umbra shadows network and sound cards; this one can be given to a guest (`passthrough`), whose \
+                     own driver's crash is then its own"
+            ),
         ),
     }
 }

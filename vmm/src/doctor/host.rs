@@ -31,15 +31,7 @@ impl Caller {
 
 /// Looks at the host.
 pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
-    vec![
-        kernel(root),
-        kvm(root),
-        iommu(root),
-        vfio_pci(root),
-        tun(root),
-        locked_memory(caller),
-        huge_pages(root),
-    ]
+    vec![kernel(root), kvm(root), iommu(root), vfio_pci(root), tun(root), locked_memory(caller), huge_pages(root)]
 }
 
 fn kernel(root: &Root) -> Finding {
@@ -47,8 +39,10 @@ fn kernel(root: &Root) -> Finding {
     match version(&release) {
         Some(version) if version < (5, 15) => Finding::note(
             "kernel",
-            format!("{release}; before 5.15 the kernel does not say by which method it resets a device, before 6.1 it \
-                     does not back memory by huge pages on demand"),
+            format!(
+                "{release}; before 5.15 the kernel does not say by which method it resets a device, before 6.1 it \
+                     does not back memory by huge pages on demand"
+            ),
         ),
         _ => Finding::good("kernel", release),
     }
@@ -98,7 +92,9 @@ fn kvm(root: &Root) -> Finding {
                     software_kvm(root)
                 ),
             )
-            .with_mend("on hardware: switch virtualisation on in the firmware; in a VM: nested virtualisation in its host"),
+            .with_mend(
+                "on hardware: switch virtualisation on in the firmware; in a VM: nested virtualisation in its host",
+            ),
         },
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Finding::missing(
             "KVM",
@@ -116,7 +112,9 @@ fn kvm(root: &Root) -> Finding {
             };
             Finding::missing("KVM", "/dev/kvm is not there", mend)
         }
-        Err(error) => Finding::missing("KVM", format!("/dev/kvm does not open: {error}"), "`dmesg | grep -i kvm` says why"),
+        Err(error) => {
+            Finding::missing("KVM", format!("/dev/kvm does not open: {error}"), "`dmesg | grep -i kvm` says why")
+        }
     }
 }
 
@@ -133,7 +131,13 @@ fn iommu(root: &Root) -> Finding {
     if groups > 0 {
         let kind = std::fs::read_dir(root.join("sys/class/iommu")).ok().and_then(|mut entries| entries.next()?.ok());
         let kind = kind.map(|entry| entry.file_name().to_string_lossy().into_owned()).unwrap_or_default();
-        let kind = if kind.starts_with("dmar") { "Intel VT-d, " } else if kind.starts_with("ivhd") { "AMD-Vi, " } else { "" };
+        let kind = if kind.starts_with("dmar") {
+            "Intel VT-d, "
+        } else if kind.starts_with("ivhd") {
+            "AMD-Vi, "
+        } else {
+            ""
+        };
         let many = if groups == 1 { "1 group".into() } else { format!("{groups} groups") };
         return Finding::good("IOMMU", format!("on ({kind}{many})"));
     }
@@ -153,7 +157,9 @@ pub(super) fn iommu_mend(root: &Root) -> String {
             .into();
     }
     let with_grub = "`GRUB_CMDLINE_LINUX` in /etc/default/grub, then `update-grub`";
-    format!("switch VT-d or AMD-Vi on in the firmware's setup and add `{words}` to the kernel's command line ({with_grub}); reboot")
+    format!(
+        "switch VT-d or AMD-Vi on in the firmware's setup and add `{words}` to the kernel's command line ({with_grub}); reboot"
+    )
 }
 
 /// Whether a module is there.
@@ -212,8 +218,9 @@ fn tun(root: &Root) -> Finding {
             "no /dev/net/tun and no module `tun`: guests cannot have interfaces on the host (`tap = ...`); NICs in driver \
              VMs do not need it",
         ),
-        (false, _) => Finding::note("TAP", "no /dev/net/tun: needed only for guests with `tap = ...`")
-            .with_mend("`modprobe tun`"),
+        (false, _) => {
+            Finding::note("TAP", "no /dev/net/tun: needed only for guests with `tap = ...`").with_mend("`modprobe tun`")
+        }
     }
 }
 
@@ -224,12 +231,17 @@ fn locked_memory(caller: Caller) -> Finding {
     }
     match caller.locked {
         u64::MAX => Finding::good(check, "not limited"),
-        limit if limit >= LOCKED => {
-            Finding::good(check, format!("{} may be locked; each driver VM needs its memory and 16M", MemorySize(limit)))
-        }
+        limit if limit >= LOCKED => Finding::good(
+            check,
+            format!("{} may be locked; each driver VM needs its memory and 16M", MemorySize(limit)),
+        ),
         limit => Finding::missing(
             check,
-            format!("{} may be locked; a VM with a device locks all of its memory, a driver VM {}", MemorySize(limit), MemorySize(LOCKED)),
+            format!(
+                "{} may be locked; a VM with a device locks all of its memory, a driver VM {}",
+                MemorySize(limit),
+                MemorySize(LOCKED)
+            ),
             "run as root; or `LimitMEMLOCK=infinity` in the systemd unit; or `* - memlock unlimited` in \
              /etc/security/limits.conf and log in again",
         ),
@@ -239,10 +251,13 @@ fn locked_memory(caller: Caller) -> Finding {
 fn huge_pages(root: &Root) -> Finding {
     let check = "huge pages";
     match root.read("sys/kernel/mm/transparent_hugepage/shmem_enabled") {
-        None => Finding::note(check, "this kernel has no transparent huge pages: VMs run somewhat slower, nothing is lost"),
+        None => {
+            Finding::note(check, "this kernel has no transparent huge pages: VMs run somewhat slower, nothing is lost")
+        }
         Some(text) if text.contains("[deny]") => {
-            Finding::note(check, "denied for shared memory: VMs run somewhat slower, nothing is lost")
-                .with_mend("`echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled` (VMs then get them on demand)")
+            Finding::note(check, "denied for shared memory: VMs run somewhat slower, nothing is lost").with_mend(
+                "`echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled` (VMs then get them on demand)",
+            )
         }
         Some(_) => Finding::good(check, "transparent ones on demand; none need to be reserved"),
     }

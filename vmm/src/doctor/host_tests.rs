@@ -9,7 +9,8 @@ struct Tree(tempfile::TempDir);
 impl Tree {
     fn new() -> Self {
         let tree = Self(tempfile::tempdir().unwrap());
-        tree.file("proc/sys/kernel/osrelease", "6.12.1-test\n").file("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu vmx\n")
+        tree.file("proc/sys/kernel/osrelease", "6.12.1-test\n")
+            .file("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu vmx\n")
     }
 
     fn file(self, path: &str, text: &str) -> Self {

@@ -35,7 +35,10 @@ pub(super) fn distribution(history: &History) -> Option<String> {
         bins[bin] += 1;
     }
     let most = bins.iter().copied().max().unwrap_or(1).max(1);
-    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} 214\" role=\"img\" aria-label=\"Distribution of {} outages\">", outages.len());
+    let mut out = format!(
+        "<svg viewBox=\"0 0 {WIDTH} 214\" role=\"img\" aria-label=\"Distribution of {} outages\">",
+        outages.len()
+    );
     for (n, count) in bins.iter().enumerate().filter(|(_, count)| **count > 0) {
         let (height, left) = (real(*count) / real(most) * 150.0, LEFT + real(n) * step);
         let (a, b) = (edge(n, from, to, unmap), edge(n + 1, from, to, unmap));
@@ -103,7 +106,8 @@ pub(super) fn over_time(history: &History) -> Option<String> {
         );
     }
     for (n, failure) in history.failures.iter().enumerate() {
-        let colour = history.drivers.iter().position(|driver| driver.name == failure.driver).unwrap_or(0).min(COLOURS - 1);
+        let colour =
+            history.drivers.iter().position(|driver| driver.name == failure.driver).unwrap_or(0).min(COLOURS - 1);
         let at = x(failure.second);
         let _ = match failure.outage() {
             Some(ms) => write!(
@@ -120,7 +124,11 @@ pub(super) fn over_time(history: &History) -> Option<String> {
     for (n, part) in [0.0, 0.5, 1.0].into_iter().enumerate() {
         let anchor = ["start", "middle", "end"][n];
         let label = if part > 0.0 { duration(history.seconds * part * 1000.0) } else { "start of the machine".into() };
-        let _ = write!(out, "<text class=\"soft\" x=\"{:.1}\" y=\"210\" text-anchor=\"{anchor}\">{label}</text>", x(history.seconds * part));
+        let _ = write!(
+            out,
+            "<text class=\"soft\" x=\"{:.1}\" y=\"210\" text-anchor=\"{anchor}\">{label}</text>",
+            x(history.seconds * part)
+        );
     }
     legend(&mut out, history);
     out.push_str("</svg>");
@@ -169,7 +177,11 @@ mod tests {
     #[test]
     fn every_outage_is_in_a_bin_and_the_median_is_marked() {
         let chart = distribution(&with(&[100.0, 200.0, 200.0, 900.0])).unwrap();
-        let counts: usize = chart.split("<title>").skip(1).map(|title| title.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+        let counts: usize = chart
+            .split("<title>")
+            .skip(1)
+            .map(|title| title.split(' ').next().unwrap().parse::<usize>().unwrap())
+            .sum();
         assert_eq!(counts, 4, "{chart}");
         assert!(chart.contains("median 200 ms"));
         let wide = distribution(&with(&[1.0, 2.0, 60_000.0])).unwrap();

@@ -5,8 +5,8 @@
 //! and [`page`] escapes all of it. Fields of another version are left out, not an error.
 
 mod chart;
-mod parts;
 pub mod page;
+mod parts;
 mod read;
 mod timeline;
 

@@ -74,7 +74,8 @@ pub(super) fn escaped(text: &str) -> String {
 
 fn tiles(out: &mut String, history: &History) {
     let outages = history.outages();
-    let count = |wanted: fn(&Outcome) -> bool| history.failures.iter().filter(|failure| wanted(&failure.outcome)).count();
+    let count =
+        |wanted: fn(&Outcome) -> bool| history.failures.iter().filter(|failure| wanted(&failure.outcome)).count();
     let frames = history.failures.iter().fold(Frames::default(), |sum, failure| Frames {
         logged: sum.logged.saturating_add(failure.frames.logged),
         replayed: sum.replayed.saturating_add(failure.frames.replayed),
@@ -129,12 +130,16 @@ fn drivers(out: &mut String, history: &History) {
         let mut outages: Vec<_> = mine.iter().filter_map(|failure| failure.outage()).collect();
         outages.sort_by(f64::total_cmp);
         let medians = PARTS.iter().filter_map(|part| {
-            let mut times: Vec<_> = mine.iter().filter(|f| f.outage().is_some()).filter_map(|f| (part.of)(&f.parts)).collect();
+            let mut times: Vec<_> =
+                mine.iter().filter(|f| f.outage().is_some()).filter_map(|f| (part.of)(&f.parts)).collect();
             times.sort_by(f64::total_cmp);
             percentile(&times, 50).filter(|ms| *ms >= 0.05).map(|ms| format!("{} {}", part.name, duration(ms)))
         });
         let medians: Vec<_> = medians.collect();
-        let state = driver.quarantined.as_ref().map(|why| format!(" <span class=\"badge bad\" title=\"{}\">quarantined</span>", escaped(why)));
+        let state = driver
+            .quarantined
+            .as_ref()
+            .map(|why| format!(" <span class=\"badge bad\" title=\"{}\">quarantined</span>", escaped(why)));
         let text = |value: &Option<String>| value.as_deref().map_or_else(|| "\u{2013}".into(), escaped);
         let _ = writeln!(
             out,
@@ -159,9 +164,10 @@ fn failures(out: &mut String, history: &History) {
         return;
     }
     // Drawings below each other can be compared: one scale, unless one of them would dwarf the rest.
-    let totals = history.failures.iter().map(|failure| {
-        failure.outage().unwrap_or_default().max(timed(&failure.parts).iter().map(|(_, ms)| ms).sum())
-    });
+    let totals = history
+        .failures
+        .iter()
+        .map(|failure| failure.outage().unwrap_or_default().max(timed(&failure.parts).iter().map(|(_, ms)| ms).sum()));
     let mut totals: Vec<f64> = totals.collect();
     totals.sort_by(f64::total_cmp);
     let scale = percentile(&totals, 90).unwrap_or_default();
@@ -189,7 +195,10 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
         clock(&failure.time),
         failure.generation
     );
-    let asked = failure.requested.as_ref().map(|kind| format!(" It was asked for: <code>umbra crash --kind {}</code>.", escaped(kind)));
+    let asked = failure
+        .requested
+        .as_ref()
+        .map(|kind| format!(" It was asked for: <code>umbra crash --kind {}</code>.", escaped(kind)));
     let said = failure.evidence.as_ref().and_then(|evidence| evidence.kernel_says.as_deref());
     let said = said.map(|line| format!(" Its kernel said: <code>{}</code>.", escaped(line)));
     let _ = writeln!(
@@ -269,14 +278,17 @@ fn details(out: &mut String, evidence: &Evidence) {
         }
         out.push_str("</table></details>\n");
     }
-    for (title, text) in [("Registers", &evidence.registers), ("Console of the driver VM (the end)", &evidence.console_tail)] {
+    for (title, text) in
+        [("Registers", &evidence.registers), ("Console of the driver VM (the end)", &evidence.console_tail)]
+    {
         let text = tail(text.trim(), CONSOLE_BYTES);
         if !text.is_empty() {
             let _ = writeln!(out, "<details><summary>{title}</summary><pre>{}</pre></details>", escaped(text));
         }
     }
     let facts = [("kernel", &evidence.kernel), ("the process", &evidence.exit)];
-    let facts: Vec<_> = facts.iter().filter_map(|(what, value)| Some(format!("{what}: {}", escaped(value.as_deref()?)))).collect();
+    let facts: Vec<_> =
+        facts.iter().filter_map(|(what, value)| Some(format!("{what}: {}", escaped(value.as_deref()?)))).collect();
     if !facts.is_empty() {
         let _ = writeln!(out, "<div class=\"figures soft\"><span>{}</span></div>", facts.join("</span><span>"));
     }

@@ -55,8 +55,16 @@ fn nothing_comes_from_elsewhere() {
 #[test]
 fn each_failure_says_what_where_and_how_it_ended() {
     let page = page(&history(), "now");
-    for words in ["1. nic0: kernel panic", "generation 2 live", "outage <b>1.00 s</b>", "<b>12</b> replayed", "web.net0",
-        "umbra crash --kind panic", "2026-01-02 03:04:05", "class=\"badge bad\">quarantined"] {
+    for words in [
+        "1. nic0: kernel panic",
+        "generation 2 live",
+        "outage <b>1.00 s</b>",
+        "<b>12</b> replayed",
+        "web.net0",
+        "umbra crash --kind panic",
+        "2026-01-02 03:04:05",
+        "class=\"badge bad\">quarantined",
+    ] {
         assert!(page.contains(words), "{words}");
     }
     assert!(page.find("id=\"failure-2\"") < page.find("id=\"failure-1\""), "newest first");

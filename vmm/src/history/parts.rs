@@ -32,12 +32,12 @@ pub(super) const PARTS: [Part; 9] = [
     },
     Part { name: "boot", meaning: "the kernel of the next driver VM boots", of: |parts| parts.boot_ms },
     Part { name: "probe", meaning: "the driver finds and initialises the device", of: |parts| parts.probe_ms },
+    Part { name: "set-up", meaning: "addresses, filters and sizes are set as they were", of: |parts| parts.setup_ms },
     Part {
-        name: "set-up",
-        meaning: "addresses, filters and sizes are set as they were",
-        of: |parts| parts.setup_ms,
+        name: "link",
+        meaning: "the network card negotiates with the other end of its cable",
+        of: |parts| parts.link_ms,
     },
-    Part { name: "link", meaning: "the network card negotiates with the other end of its cable", of: |parts| parts.link_ms },
     Part {
         name: "replay",
         meaning: "what the guests sent in the meantime goes out, in order; then the guests are live again",
@@ -74,6 +74,9 @@ mod tests {
 
     #[test]
     fn durations_are_readable() {
-        assert_eq!([0.25, 15.6, 999.0, 1234.0, 61_000.0].map(duration), ["0.2 ms", "16 ms", "999 ms", "1.23 s", "1 min 1 s"]);
+        assert_eq!(
+            [0.25, 15.6, 999.0, 1234.0, 61_000.0].map(duration),
+            ["0.2 ms", "16 ms", "999 ms", "1.23 s", "1 min 1 s"]
+        );
     }
 }

@@ -5,7 +5,10 @@ fn history(lines: &[&str]) -> History {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join(EVENT_LOG);
     let stamped = lines.iter().enumerate().map(|(n, line)| {
-        format!("{{\"seq\":{n},\"at_ns\":{},\"time\":\"2026-01-02T03:04:0{n}.000Z\",{line}}}\n", n as u64 * 1_000_000_000)
+        format!(
+            "{{\"seq\":{n},\"at_ns\":{},\"time\":\"2026-01-02T03:04:0{n}.000Z\",{line}}}\n",
+            n as u64 * 1_000_000_000
+        )
     });
     fs::write(log, stamped.collect::<String>()).unwrap();
     fs::write(dir.path().join("nic0-gen1.json"), "{\"kernel_driver\":\"e1000e\",\"console_tail\":\"panic\"}").unwrap();
@@ -15,12 +18,15 @@ fn history(lines: &[&str]) -> History {
 const START: &str = r#""event":"driver-starting","driver":"nic0","generation":1"#;
 const LIVE1: &str = r#""event":"driver-live","driver":"nic0","generation":1,"outage_ms":null,"parts":{"boot_ms":9.0}"#;
 const ASKED: &str = r#""event":"crash-requested","driver":"nic0","generation":1,"kind":"panic""#;
-const MASKED: &str = r#""event":"masked","guest":"web","device":"net0","driver":"nic0","generation":1,"cause":"closed""#;
-const FAILED1: &str = r#""event":"driver-failed","driver":"nic0","generation":1,"source":"panic","reason":"p","detect_ms":0.5"#;
+const MASKED: &str =
+    r#""event":"masked","guest":"web","device":"net0","driver":"nic0","generation":1,"cause":"closed""#;
+const FAILED1: &str =
+    r#""event":"driver-failed","driver":"nic0","generation":1,"source":"panic","reason":"p","detect_ms":0.5"#;
 const FENCED: &str = r#""event":"driver-fenced","driver":"nic0","generation":1,"fence_ms":3.0,"report":null"#;
 const RESET: &str = r#""event":"device-reset","driver":"nic0","method":"flr","reset_ms":100.0,"error":null"#;
 const LIVE2: &str = r#""event":"driver-live","driver":"nic0","generation":2,"outage_ms":600.0,"parts":{"detect_ms":0.5,"boot_ms":400.0},"frames":{"logged":4,"replayed":3,"dropped":0,"unknown":1}"#;
-const FAILED2: &str = r#""event":"driver-failed","driver":"nic0","generation":2,"source":"heartbeat","reason":"h","detect_ms":1.0"#;
+const FAILED2: &str =
+    r#""event":"driver-failed","driver":"nic0","generation":2,"source":"heartbeat","reason":"h","detect_ms":1.0"#;
 
 #[test]
 fn a_failure_is_joined_with_what_followed_and_its_report() {

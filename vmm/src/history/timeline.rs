@@ -25,11 +25,7 @@ pub(super) fn svg(parts: &Parts, end: &str, whole: Option<f64>, scale: f64) -> S
     let mut out = String::new();
     let label: Vec<_> = timed.iter().map(|(part, ms)| format!("{} {}", part.name, duration(*ms))).collect();
     // Writing to a string cannot fail.
-    let _ = write!(
-        out,
-        "<svg viewBox=\"0 0 {WIDTH} 52\" role=\"img\" aria-label=\"{}\">",
-        label.join(", ")
-    );
+    let _ = write!(out, "<svg viewBox=\"0 0 {WIDTH} 52\" role=\"img\" aria-label=\"{}\">", label.join(", "));
     let mut x = 0.0;
     for (part, ms) in &timed {
         let width = (ms * per_ms).max(THINNEST);
@@ -38,7 +34,13 @@ pub(super) fn svg(parts: &Parts, end: &str, whole: Option<f64>, scale: f64) -> S
     }
     // Less than a hundredth is the time between the parts' own clocks.
     if rest > total / 100.0 {
-        segment(&mut out, (x, rest * per_ms), "rest", rest, "in none of the parts: an attempt before this one, or the time between parts");
+        segment(
+            &mut out,
+            (x, rest * per_ms),
+            "rest",
+            rest,
+            "in none of the parts: an attempt before this one, or the time between parts",
+        );
         x += rest * per_ms;
     }
     let _ = write!(out, "<line class=\"axis\" x1=\"0\" x2=\"{WIDTH}\" y1=\"35\" y2=\"35\"/>");
@@ -65,7 +67,11 @@ fn segment(out: &mut String, (x, width): (f64, f64), name: &str, ms: f64, meanin
         _ => return,
     };
     let class = if name == "rest" { "soft" } else { "inside" };
-    let _ = write!(out, "<text class=\"{class}\" x=\"{:.2}\" y=\"19\" text-anchor=\"middle\">{words}</text>", x + width / 2.0);
+    let _ = write!(
+        out,
+        "<text class=\"{class}\" x=\"{:.2}\" y=\"19\" text-anchor=\"middle\">{words}</text>",
+        x + width / 2.0
+    );
 }
 
 #[cfg(test)]

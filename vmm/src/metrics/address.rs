@@ -22,10 +22,14 @@ pub enum Address {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AddressError {
     /// Neither.
-    #[error("{0:?} is neither the path of a socket (with a slash) nor a loopback address with a port, as \"127.0.0.1:9464\"")]
+    #[error(
+        "{0:?} is neither the path of a socket (with a slash) nor a loopback address with a port, as \"127.0.0.1:9464\""
+    )]
     Neither(String),
     /// Others could reach it.
-    #[error("{0} is not a loopback address: metrics are for this host alone (127.0.0.1 or [::1]); let a proxy carry them on")]
+    #[error(
+        "{0} is not a loopback address: metrics are for this host alone (127.0.0.1 or [::1]); let a proxy carry them on"
+    )]
     NotLoopback(SocketAddr),
 }
 

@@ -34,8 +34,15 @@ impl Collector for Now {
         gauge(encoder, "guest_uptime", "Since the guest's VM was started", Some(&Unit::Seconds), uptime)?;
         let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
         let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
-        let resident = all.filter_map(|(kind, name, pid)| Some(([("kind", kind), ("name", name.as_str())], resident(pid?)?)));
-        gauge(encoder, "process_resident_memory", "Resident memory of the process of a VM, and of the supervisor", Some(&Unit::Bytes), resident)
+        let resident =
+            all.filter_map(|(kind, name, pid)| Some(([("kind", kind), ("name", name.as_str())], resident(pid?)?)));
+        gauge(
+            encoder,
+            "process_resident_memory",
+            "Resident memory of the process of a VM, and of the supervisor",
+            Some(&Unit::Bytes),
+            resident,
+        )
     }
 }
 

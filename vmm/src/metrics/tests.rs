@@ -16,7 +16,13 @@ fn events_are_counted() {
     let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
     metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });
     let samples = SoundCounts { frames_skipped: 480, ..SoundCounts::default() };
-    let live = Event::SoundLive { guest: "web".into(), device: "sound0".into(), driver: "snd0".into(), generation: 2, samples };
+    let live = Event::SoundLive {
+        guest: "web".into(),
+        device: "sound0".into(),
+        driver: "snd0".into(),
+        generation: 2,
+        samples,
+    };
     metrics.observe(&live);
     let text = metrics.text();
     for line in [
@@ -52,8 +58,12 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
     }
-    let resident = text.lines().find(|line| line.starts_with("umbra_process_resident_memory_bytes{kind=\"guest\",name=\"web\"}")).unwrap();
-    let mut names: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' ')).collect();
+    let resident = text
+        .lines()
+        .find(|line| line.starts_with("umbra_process_resident_memory_bytes{kind=\"guest\",name=\"web\"}"))
+        .unwrap();
+    let mut names: Vec<_> =
+        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' ')).collect();
     names.sort_unstable();
     assert!(names.windows(2).all(|pair| pair[0].0 != pair[1].0), "a name twice: {text}");
     assert!(resident.rsplit(' ').next().unwrap().parse::<u64>().unwrap() > 100_000, "{resident}");

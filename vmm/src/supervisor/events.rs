@@ -284,7 +284,9 @@ impl Event {
             }
             Self::SoundLive { guest, device, samples, .. } => {
                 let SoundCounts { frames_skipped, frames_silent, xruns, .. } = samples;
-                format!("{guest}.{device}: plays again (samples: {frames_skipped} skipped, {frames_silent} silent; {xruns} xruns)")
+                format!(
+                    "{guest}.{device}: plays again (samples: {frames_skipped} skipped, {frames_silent} silent; {xruns} xruns)"
+                )
             }
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
@@ -427,8 +429,7 @@ mod tests {
             ..Parts::default()
         };
         let frames = MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 };
-        let live =
-            Event::DriverLive { driver: "nic0".into(), generation: 2, outage_ms: Some(6214.0), parts, frames };
+        let live = Event::DriverLive { driver: "nic0".into(), generation: 2, outage_ms: Some(6214.0), parts, frames };
         assert_eq!(
             live.sentence().unwrap(),
             "nic0: generation 2 live after 6.21 s (detect 0.4 ms, reset flr 104 ms, boot 5.12 s; frames: 14 logged, \
