@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use super::parts::{PARTS, duration, timed};
+use super::parts::{PARTS, duration, time_of, timed};
 use super::{Evidence, Failure, Frames, History, Outcome, chart, percentile, timeline};
 
 /// The page's style.
@@ -110,7 +110,8 @@ fn charts(out: &mut String, history: &History) {
     }
     if !history.failures.is_empty() {
         out.push_str("<h2>The parts of a recovery</h2>\n<div class=\"card legend\">\n");
-        for part in &PARTS {
+        let took_time = |name| history.failures.iter().any(|failure| time_of(&failure.parts, name).is_some());
+        for part in PARTS.iter().filter(|part| took_time(part.name)) {
             let _ = writeln!(out, "<div><i class=\"p-{}\"></i><b>{}</b>: {}</div>", part.name, part.name, part.meaning);
         }
         out.push_str("</div>\n");
@@ -131,7 +132,7 @@ fn drivers(out: &mut String, history: &History) {
         outages.sort_by(f64::total_cmp);
         let medians = PARTS.iter().filter_map(|part| {
             let mut times: Vec<_> =
-                mine.iter().filter(|f| f.outage().is_some()).filter_map(|f| (part.of)(&f.parts)).collect();
+                mine.iter().filter(|f| f.outage().is_some()).filter_map(|f| time_of(&f.parts, part.name)).collect();
             times.sort_by(f64::total_cmp);
             percentile(&times, 50).filter(|ms| *ms >= 0.05).map(|ms| format!("{} {}", part.name, duration(ms)))
         });

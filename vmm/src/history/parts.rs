@@ -2,52 +2,42 @@
 
 use crate::supervisor::events::Parts;
 
-/// A part of every recovery.
+/// A part of a recovery.
 pub(super) struct Part {
     /// Its name, which is its CSS class as well (`p-NAME`).
     pub(super) name: &'static str,
     /// What happens in it.
     pub(super) meaning: &'static str,
-    /// Its time in ms.
-    pub(super) of: fn(&Parts) -> Option<f64>,
 }
 
-/// In the order of their happening.
-pub(super) const PARTS: [Part; 9] = [
-    Part {
-        name: "detect",
-        meaning: "from the first sign of the failure until it was certain",
-        of: |parts| parts.detect_ms,
-    },
+/// Those that are known, in the order of their happening.
+pub(super) const PARTS: [Part; 10] = [
+    Part { name: "detect", meaning: "from the first sign of the failure until it was certain" },
     Part {
         name: "fence",
         meaning: "the failed driver VM is killed; nothing of it is left that could touch the device or memory",
-        of: |parts| parts.fence_ms,
     },
-    Part { name: "reset", meaning: "the device is reset by the host's kernel", of: |parts| parts.reset_ms },
-    Part {
-        name: "back-off",
-        meaning: "a deliberate wait, after several failures in a row",
-        of: |parts| parts.back_off_ms,
-    },
-    Part { name: "boot", meaning: "the kernel of the next driver VM boots", of: |parts| parts.boot_ms },
-    Part { name: "probe", meaning: "the driver finds and initialises the device", of: |parts| parts.probe_ms },
-    Part { name: "set-up", meaning: "addresses, filters and sizes are set as they were", of: |parts| parts.setup_ms },
-    Part {
-        name: "link",
-        meaning: "the network card negotiates with the other end of its cable",
-        of: |parts| parts.link_ms,
-    },
+    Part { name: "reset", meaning: "the device is reset by the host's kernel" },
+    Part { name: "back-off", meaning: "a deliberate wait, after several failures in a row" },
+    Part { name: "boot", meaning: "the kernel of the next driver VM boots" },
+    Part { name: "plug", meaning: "the device is put into the next driver VM, which has been waiting for it" },
+    Part { name: "probe", meaning: "the driver finds and initialises the device" },
+    Part { name: "set-up", meaning: "addresses, filters and sizes are set as they were" },
+    Part { name: "link", meaning: "the network card negotiates with the other end of its cable" },
     Part {
         name: "replay",
         meaning: "what the guests sent in the meantime goes out, in order; then the guests are live again",
-        of: |parts| parts.replay_ms,
     },
 ];
 
+/// The time of the part `name` in ms.
+pub(super) fn time_of(parts: &Parts, name: &str) -> Option<f64> {
+    parts.named().into_iter().find(|(have, _)| *have == name)?.1
+}
+
 /// The parts that took time, with their time in ms.
 pub(super) fn timed(parts: &Parts) -> Vec<(&'static Part, f64)> {
-    let timed = PARTS.iter().filter_map(|part| Some((part, (part.of)(parts)?)));
+    let timed = PARTS.iter().filter_map(|part| Some((part, time_of(parts, part.name)?)));
     timed.filter(|(_, ms)| ms.is_finite() && *ms > 0.0).collect()
 }
 
@@ -70,6 +60,13 @@ mod tests {
         let parts = Parts { boot_ms: Some(5.0), detect_ms: Some(1.0), back_off_ms: Some(0.0), ..Parts::default() };
         let names: Vec<_> = timed(&parts).iter().map(|(part, _)| part.name).collect();
         assert_eq!(names, ["detect", "boot"]);
+    }
+
+    #[test]
+    fn every_part_that_is_measured_has_a_meaning() {
+        for (name, _) in Parts::default().named() {
+            assert!(PARTS.iter().any(|part| part.name == name), "{name}");
+        }
     }
 
     #[test]

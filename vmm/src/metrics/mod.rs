@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
@@ -22,7 +21,6 @@ pub use address::{Address, AddressError};
 pub use server::{Server, ServerError};
 
 use crate::supervisor::events::{Event, Parts};
-use crate::supervisor::lifecycle::Source;
 use crate::supervisor::status::Status;
 
 /// Upper bounds of the outage histogram, in seconds: from a spare that takes over at once to a cold boot under emulation.
@@ -69,7 +67,6 @@ pub struct Metrics {
     parts: Family<Part, Seconds>,
     frames: Family<Fate, Counter>,
     samples: Family<Fate, Counter>,
-    generation: Family<Driver, Gauge>,
     quarantines: Family<Driver, Counter>,
     reboots: Counter,
     warnings: Counter,
@@ -87,7 +84,6 @@ impl Metrics {
             parts: Family::default(),
             frames: Family::default(),
             samples: Family::default(),
-            generation: Family::default(),
             quarantines: Family::default(),
             reboots: Counter::default(),
             warnings: Counter::default(),
@@ -110,7 +106,6 @@ impl Metrics {
         );
         registry.register("driver_frames", "What became of frames during outages", this.frames.clone());
         registry.register("driver_samples", "What became of sound frames during outages", this.samples.clone());
-        registry.register("driver_generation", "Present or last life of a driver VM", this.generation.clone());
         registry.register("driver_quarantines", "Driver VMs that were given up", this.quarantines.clone());
         registry.register("guest_reboots", "Guests that were rebooted", this.reboots.clone());
         registry.register("warnings", "Warnings told", this.warnings.clone());
@@ -122,14 +117,13 @@ impl Metrics {
     /// Counts `event`.
     pub fn observe(&self, event: &Event) {
         match event {
-            Event::DriverStarting { driver, generation } => {
-                self.generation.get_or_create(&Driver { driver: driver.clone() }).set(i64::from(*generation));
-            }
-            // A guest that reboots takes its driver VM with it: no failure.
-            Event::DriverFailed { driver, source, .. } if *source != Source::Replaced => {
+            Event::DriverFailed { driver, source, .. } => {
                 let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
-                let cause = Cause { driver: driver.clone(), source: source.unwrap_or_default() };
-                self.failures.get_or_create(&cause).inc();
+                let source = source.unwrap_or_default();
+                // Replaced with a guest that was rebooted, or by plan: no failure.
+                if !["replaced", "planned"].contains(&source.as_str()) {
+                    self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
+                }
             }
             Event::DriverLive { driver, outage_ms: Some(outage), parts, frames, .. } => {
                 self.outage.get_or_create(&Driver { driver: driver.clone() }).observe(outage / 1000.0);

@@ -23,6 +23,8 @@ impl Collector for Now {
         let drivers = status.drivers.iter();
         let state = drivers.clone().map(|d| ([("driver", d.name.as_str()), ("state", d.state.as_str())], 1_u64));
         gauge(encoder, "driver_state", "State of a driver VM's life cycle (1: the present one)", None, state)?;
+        let life = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.generation?)));
+        gauge(encoder, "driver_generation", "Present or last life of a driver VM", None, life)?;
         let carrier = drivers.clone().map(|d| ([("driver", d.name.as_str())], u64::from(d.carrier)));
         gauge(encoder, "driver_carrier", "Whether the NIC has its link", None, carrier)?;
         let memory = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.available_memory?)));
