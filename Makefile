@@ -66,7 +66,7 @@ packaging: build
 	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|' packaging/umbra@.service > target/packaging/umbra@.service
 
 install: packaging
-	@install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/umbra $(TARGET)/umbra-agent
+	@install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/umbra $(TARGET)/umbra-agent $(TARGET)/umbra-sound
 	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/packaging/man/*.1
 	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra
