@@ -159,6 +159,42 @@ fn go_live_may_come_before_the_link_and_old_generations_are_ignored() {
 }
 
 #[test]
+fn a_link_that_waits_takes_over_when_the_serving_one_is_lost() {
+    let mut guest = Guest::new();
+    let mut first = attached(&mut guest, 1);
+    live(&mut guest, &mut first, 1);
+    let mut second = attached(&mut guest, 2);
+    second.rx.offer_all();
+    guest.tx.send(&frame(1, 100));
+    guest.turn();
+    assert_eq!(first.rx.receive_all(), [frame(1, 100)], "the first still serves");
+    // A waiting driver VM that dies is replaced, and the guest does not notice.
+    drop(second);
+    let mut third = attached(&mut guest, 3);
+    third.rx.offer_all();
+    guest.splitter.go_live(generation(3), Log::Replay);
+    assert_eq!(guest.splitter.status().mode, ModeName::Passive);
+    guest.tx.send(&frame(2, 100));
+    guest.turn();
+    assert_eq!(first.rx.receive_all(), [frame(2, 100)]);
+
+    drop(first);
+    assert!(matches!(lost(&mut guest, 1), Cause::Closed));
+    guest.tx.send(&frame(3, 100));
+    guest.turn();
+    assert_eq!(guest.splitter.status().mode, ModeName::Masking);
+    assert!(third.rx.receive_all().is_empty(), "nothing before it is told to go live");
+    let counts = live(&mut guest, &mut third, 3);
+    assert_eq!((counts.logged, counts.replayed), (1, 1));
+    guest.rx.offer_all();
+    guest.tx.send(&frame(4, 100));
+    third.tx.send(&frame(5, 100));
+    guest.turn();
+    assert_eq!(third.rx.receive_all(), [frame(3, 100), frame(4, 100)]);
+    assert_eq!(guest.rx.receive_all(), [frame(5, 100)]);
+}
+
+#[test]
 fn quarantine_shows_link_down_and_a_new_driver_vm_ends_it() {
     let mut guest = Guest::new();
     let mut vm = attached(&mut guest, 1);

@@ -8,6 +8,7 @@
 
 pub mod features;
 pub mod in_flight;
+mod next;
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,6 +24,7 @@ use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
 use crate::pump::{self, Counts, Flow, Handed, Owner, PumpError, Stop};
 use crate::queue::{RingFault, Virtqueue};
 use in_flight::InFlight;
+use next::Next;
 
 /// The guest's queues, with their indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +95,10 @@ pub struct Status {
     pub masked: MaskedCounts,
 }
 
-/// The link, as far as it has come.
+/// A link, as far as it has come.
+#[derive(Default)]
 enum LinkState {
+    #[default]
     None,
     /// Being set up; `go_live`: the supervisor has said so already.
     Connecting {
@@ -115,6 +119,16 @@ impl LinkState {
             Self::Connecting { server, .. } | Self::Up { server, .. } => Some(server.generation()),
         }
     }
+
+    fn set_call(&mut self, queue: LinkQueue, call: Option<EventFd>) {
+        if let Self::Up { link, .. } = self {
+            let queue = match queue {
+                LinkQueue::Rx => &mut link.rx,
+                LinkQueue::Tx => &mut link.tx,
+            };
+            queue.set_call(call);
+        }
+    }
 }
 
 /// The splitter of one network device.
@@ -122,6 +136,8 @@ pub struct NetSplitter {
     shadow: NetShadow,
     guest: [Option<Virtqueue>; 3],
     link: LinkState,
+    /// The link of a driver VM that waits to take over.
+    next: Next,
     events: Receiver<LinkEvent>,
     sender: Sender<LinkEvent>,
     wake: EventFd,
@@ -141,6 +157,7 @@ impl NetSplitter {
             shadow: NetShadow::new(mac, mtu),
             guest: [None, None, None],
             link: LinkState::None,
+            next: Next::default(),
             events,
             sender,
             wake: EventFd::new(EFD_NONBLOCK)?,
@@ -202,21 +219,20 @@ impl NetSplitter {
         Some(position)
     }
 
-    /// A new driver VM's connection. One of an old generation is closed.
+    /// A new driver VM's connection. One of an old generation is closed; one that comes while another serves waits
+    /// until that one is lost.
     pub fn attach(&mut self, generation: Generation, connection: UnixStream) {
-        if self.link.generation().is_some_and(|g| g >= generation) || !self.shadow.would_serve(generation) {
+        let newest = self.link.generation().max(self.next.generation());
+        if newest.is_some_and(|g| g >= generation) || !self.shadow.would_serve(generation) {
             tracing::debug!(%generation, "closed the link of an old generation");
             return;
-        }
-        if let Some(old) = self.link.generation() {
-            self.lose(old, Cause::GivenUp);
         }
         let started = self.wake.try_clone().and_then(|wake| {
             let outlet = Outlet::new(generation, self.sender.clone(), wake);
             LinkServer::start(connection, features::DRIVER_VM, outlet)
         });
         match started {
-            Ok(server) => self.link = LinkState::Connecting { server, go_live: false },
+            Ok(server) => self.connecting(server),
             Err(error) => self.lose(generation, Cause::Protocol(format!("cannot start the link: {error}"))),
         }
     }
@@ -227,6 +243,10 @@ impl NetSplitter {
         if self.link.generation() != Some(generation) || self.shadow.generation() == Some(generation) {
             return;
         }
+        self.go_live_now(generation, log);
+    }
+
+    fn go_live_now(&mut self, generation: Generation, log: Log) {
         if log == Log::Drop {
             self.shadow.drop_suspects();
         }
@@ -330,22 +350,19 @@ impl NetSplitter {
 
     fn take_events(&mut self) {
         while let Ok(LinkEvent { generation, what }) = self.events.try_recv() {
-            if self.link.generation() != Some(generation) {
-                if let What::Up(link) = what {
-                    self.retire(*link);
-                }
-                continue;
-            }
             match what {
+                _ if self.next.generation() == Some(generation) => self.next_event(what),
+                What::Up(link) if self.link.generation() != Some(generation) => self.retire(*link),
+                _ if self.link.generation() != Some(generation) => {}
                 What::Up(link) => self.link_up(generation, link),
                 What::Lost(cause) => self.lose(generation, cause),
-                What::Call(queue, call) => self.set_call(queue, call),
+                What::Call(queue, call) => self.link.set_call(queue, call),
             }
         }
     }
 
     fn link_up(&mut self, generation: Generation, link: Box<Link>) {
-        let LinkState::Connecting { server, go_live } = std::mem::replace(&mut self.link, LinkState::None) else {
+        let LinkState::Connecting { server, go_live } = std::mem::take(&mut self.link) else {
             return;
         };
         self.link = LinkState::Up { server, link, in_flight: InFlight::default() };
@@ -358,16 +375,6 @@ impl NetSplitter {
         }
     }
 
-    fn set_call(&mut self, queue: LinkQueue, call: Option<EventFd>) {
-        if let LinkState::Up { link, .. } = &mut self.link {
-            let queue = match queue {
-                LinkQueue::Rx => &mut link.rx,
-                LinkQueue::Tx => &mut link.tx,
-            };
-            queue.set_call(call);
-        }
-    }
-
     fn retire(&mut self, link: Link) {
         self.retired.extend([link.rx.into_kick(), link.tx.into_kick()]);
         self.wake_up();
@@ -376,7 +383,7 @@ impl NetSplitter {
     /// Gives the generation up and masks; told to the supervisor unless it asked for it itself.
     fn lose(&mut self, generation: Generation, cause: Cause) {
         if self.link.generation().is_some_and(|g| g <= generation)
-            && let LinkState::Up { mut link, in_flight, .. } = std::mem::replace(&mut self.link, LinkState::None)
+            && let LinkState::Up { mut link, in_flight, .. } = std::mem::take(&mut self.link)
         {
             self.shadow.settle(in_flight.count(&mut link.rx));
             self.retire(*link);
@@ -385,6 +392,7 @@ impl NetSplitter {
         if applied && !matches!(cause, Cause::GivenUp) {
             (self.listener)(Notice::LinkLost(generation, cause));
         }
+        self.promote();
         self.outward();
     }
 
