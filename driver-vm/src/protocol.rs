@@ -88,6 +88,8 @@ pub enum ToAgent {
         /// The offloads.
         offloads: Offloads,
     },
+    /// The device has been put on the PCI bus: look for it. Only to a driver VM that waited without it.
+    Rescan,
     /// Fail for real, for tests and for `umbra crash`.
     Crash {
         /// In which way.
@@ -174,6 +176,11 @@ pub enum FromAgent {
         generation: u32,
         /// Kernel release (`uname -r`).
         kernel: String,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// All modules of the image are loaded: once there is a device, its driver finds it.
+    Loaded {
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
     },

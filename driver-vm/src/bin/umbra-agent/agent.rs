@@ -84,8 +84,12 @@ impl Agent {
         if self.changes.drain() {
             self.look_at_carrier()?;
         }
+        let was_done = self.loading.done();
         for failure in self.loading.collect() {
             kernel_log::error(&failure);
+        }
+        if self.loading.done() && !was_done {
+            self.port.send(&FromAgent::Loaded { uptime_ms: system::uptime_ms() })?;
         }
         self.port.flush()?;
         self.host_away = !self.port.receive()?;
@@ -148,6 +152,7 @@ impl Agent {
             (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, State::Idle | State::Sound(_)) => {
                 anyhow::bail!("the host sent settings for a network that is none")
             }
+            (ToAgent::Rescan, _) => pci::rescan()?,
             (ToAgent::Crash { kind }, _) => crash(kind),
         }
         Ok(())

@@ -1,12 +1,29 @@
-//! The PCI functions of this VM, for the message that says why there is no NIC.
+//! The PCI functions of this VM: the search for one that came later, and the message that says why there is no NIC.
 
 use std::fs;
 use std::path::Path;
+
+use anyhow::Context;
+
+use crate::kernel_log;
 
 /// Vendor of virtio devices.
 const VIRTIO: &str = "0x1af4";
 /// Class of bridges, in the upper byte.
 const BRIDGE: &str = "0x06";
+
+/// Has the kernel look for new functions, in a thread: drivers probe in it, and that takes as long as it takes.
+///
+/// # Errors
+/// When no thread can be made.
+pub fn rescan() -> anyhow::Result<()> {
+    let scan = || {
+        if let Err(error) = fs::write("/sys/bus/pci/rescan", "1") {
+            kernel_log::error(&format!("cannot look for new PCI devices: {error}"));
+        }
+    };
+    std::thread::Builder::new().name("rescan".into()).spawn(scan).map(drop).context("cannot start a thread")
+}
 
 /// The functions that are neither virtio nor a bridge, each with its ids and driver, in a sentence's form.
 pub fn describe() -> String {
