@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use super::vm::Vm;
 use crate::pci::address::{Bdf, ParseBdfError, Slot};
-use crate::pci::bus::{self, SharedDevice};
+use crate::pci::bus;
 use crate::process::host::Host;
 use crate::process::ipc::{FromVm, NetBackend, SoundBackend, ToVm, VmSpec};
 use crate::process::vm::Subscriber;
@@ -98,7 +98,12 @@ pub fn add(
         adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
     }
     adder.virtio("virtio-rng", Arc::new(Mutex::new(Rng::new()?)))?;
-    adder.passthrough(&spec.passthrough)?;
+    if !spec.passthrough.is_empty() || spec.standby {
+        adder.devices.vfio = Some(new_vfio(vm)?);
+    }
+    for function in &spec.passthrough {
+        adder.devices.plug(vm, function, host)?;
+    }
     Ok(adder.devices)
 }
 
@@ -145,47 +150,27 @@ impl Adder<'_> {
         self.virtio(&name, sound)
     }
 
-    fn passthrough(&mut self, functions: &[String]) -> Result<(), Error> {
-        if functions.is_empty() {
-            return Ok(());
-        }
-        let vfio = Vfio::new(VmResources {
-            vm: Arc::clone(&self.vm.fd),
-            memory: self.vm.memory.clone(),
-            interrupts: Arc::clone(&self.vm.interrupts),
-            slots: Arc::clone(&self.vm.slots),
-        })?;
-        for function in functions {
-            let bdf: Bdf = function.parse()?;
-            let slot = self.slot()?;
-            let device = VfioPciDevice::open(&vfio, bdf, slot)?;
-            let host = Arc::clone(self.host);
-            let watch = device.watch(Box::new(move |bdf: Bdf, failure: Failure| {
-                let (device, what) = (bdf.to_string(), failure.to_string());
-                host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
-            }))?;
-            self.events.add_subscriber(Arc::new(Mutex::new(watch)));
-            self.on_bus(slot, Arc::new(Mutex::new(device)))?;
-        }
-        Ok(())
-    }
-
     /// Puts a virtio device on the bus and into the event loop.
     fn virtio<D: VirtioDevice + 'static>(&mut self, name: &str, device: Arc<Mutex<D>>) -> Result<(), Error> {
-        let slot = self.slot()?;
+        let slot = free_slot(self.vm)?;
         let function = VirtioPci::new(name.into(), device.clone(), self.vm.memory.clone(), &self.vm.interrupts);
         let function = function.map_err(|source| Error::Transport { name: name.into(), source })?;
         self.events.add_subscriber(device);
-        self.on_bus(slot, Arc::new(Mutex::new(function)))
+        Ok(self.vm.bus.pci.add(slot, Arc::new(Mutex::new(function)))?)
     }
+}
 
-    fn slot(&self) -> Result<Slot, Error> {
-        self.vm.bus.pci.free_slot().ok_or(Error::NoSlot)
-    }
+fn free_slot(vm: &Vm) -> Result<Slot, Error> {
+    vm.bus.pci.free_slot().ok_or(Error::NoSlot)
+}
 
-    fn on_bus(&self, slot: Slot, device: SharedDevice) -> Result<(), Error> {
-        Ok(self.vm.bus.pci.add(slot, device)?)
-    }
+fn new_vfio(vm: &Vm) -> Result<Arc<Vfio>, Error> {
+    Ok(Vfio::new(VmResources {
+        vm: Arc::clone(&vm.fd),
+        memory: vm.memory.clone(),
+        interrupts: Arc::clone(&vm.interrupts),
+        slots: Arc::clone(&vm.slots),
+    })?)
 }
 
 /// The devices that the supervisor speaks with.
@@ -193,9 +178,49 @@ impl Adder<'_> {
 pub struct Devices {
     split: Vec<(u16, Arc<Mutex<SplitNet>>)>,
     sounds: Vec<Arc<Mutex<Sound>>>,
+    /// In a VM that has, or will have, functions passed through.
+    vfio: Option<Arc<Vfio>>,
+    /// Where those functions are.
+    functions: Vec<Slot>,
+    /// What the event loop does not know yet.
+    subscribers: Vec<Subscriber>,
 }
 
 impl Devices {
+    /// Puts the host's function `function` on the bus; before the vCPUs run, or later.
+    pub fn plug(&mut self, vm: &Vm, function: &str, host: &Arc<Host>) -> Result<(), Error> {
+        let bdf: Bdf = function.parse()?;
+        let vfio = match &self.vfio {
+            Some(vfio) => vfio,
+            None => self.vfio.insert(new_vfio(vm)?),
+        };
+        let slot = free_slot(vm)?;
+        let device = VfioPciDevice::open(vfio, bdf, slot)?;
+        let host = Arc::clone(host);
+        let watch = device.watch(Box::new(move |bdf: Bdf, failure: Failure| {
+            let (device, what) = (bdf.to_string(), failure.to_string());
+            host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
+        }))?;
+        self.subscribers.push(Arc::new(Mutex::new(watch)));
+        vm.bus.pci.add(slot, Arc::new(Mutex::new(device)))?;
+        self.functions.push(slot);
+        Ok(())
+    }
+
+    /// Takes all functions off the bus and closes them, while the vCPUs run.
+    pub fn release(&mut self, vm: &Vm) {
+        for slot in self.functions.drain(..) {
+            drop(vm.bus.pci.remove(slot));
+        }
+        // The groups are free for the next VM when their container is gone.
+        self.vfio = None;
+    }
+
+    /// Subscribers that have come since the last call.
+    pub fn take_subscribers(&mut self) -> Vec<Subscriber> {
+        std::mem::take(&mut self.subscribers)
+    }
+
     /// A message of the supervisor that concerns a device.
     pub fn handle(&self, message: &ToVm, fds: Vec<OwnedFd>, host: &Host) {
         match *message {
@@ -227,7 +252,7 @@ impl Devices {
             ToVm::MaskSound { sound, generation } => self.with_sound(sound, |sound| sound.mask(generation)),
             ToVm::QuarantineSound { sound } => self.with_sound(sound, Sound::quarantine),
             // These concern the whole VM.
-            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill => {}
+            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill | ToVm::Release | ToVm::Plug { .. } => {}
         }
     }
 

@@ -85,7 +85,7 @@ impl Vm {
         let kvm = kvm::open()?;
         let fd = kvm::create_vm(&kvm, spec.cpus)?;
         let memory = memory::create(&spec.name, spec.memory.0)?;
-        if !spec.passthrough.is_empty() {
+        if !spec.passthrough.is_empty() || spec.standby {
             memory::collapse(&memory);
         }
         tracing::debug!("memory is there");

@@ -42,6 +42,9 @@ pub struct VmSpec {
     pub ports: Vec<PortBackend>,
     /// PCI functions to pass through.
     pub passthrough: Vec<String>,
+    /// A driver VM that waits for its device: [`ToVm::Plug`].
+    #[serde(default)]
+    pub standby: bool,
 }
 
 /// What stands behind a virtio-net device.
@@ -113,6 +116,13 @@ pub enum ToVm {
     PowerButton,
     /// End now.
     Kill,
+    /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].
+    Release,
+    /// Standby: put this host PCI function on the VM's bus; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
+    Plug {
+        /// Its PCI address on the host.
+        device: String,
+    },
     /// Guest: a new driver VM's link for network device `net`. Descriptor attached: the connected vhost-user socket.
     AttachLink {
         /// Index of the network device.
@@ -181,6 +191,16 @@ pub enum ToVm {
 pub enum FromVm {
     /// vCPUs run.
     Running {
+        /// When, ns.
+        at: u64,
+    },
+    /// The device of [`ToVm::Plug`] is on the VM's bus; its kernel has to look for it.
+    Plugged {
+        /// When, ns.
+        at: u64,
+    },
+    /// The device is closed, and does no DMA to this VM any more.
+    Released {
         /// When, ns.
         at: u64,
     },

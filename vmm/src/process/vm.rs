@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
@@ -161,7 +161,8 @@ fn run(spec: &VmSpec, host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, Str
     tracing::debug!("devices are there");
     let vm = Arc::new(vm);
     let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals };
-    events.add_subscriber(Arc::new(Mutex::new(control)));
+    let control = Arc::new(Mutex::new(control));
+    events.add_subscriber(control.clone());
 
     let vcpus = vm.start(spec)?;
     host.tell(&FromVm::Running { at: Time::now().0 });
@@ -175,6 +176,9 @@ fn run(spec: &VmSpec, host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, Str
     let how = loop {
         if let Some(how) = vm.end.get() {
             break how;
+        }
+        for subscriber in control.lock().unwrap_or_else(PoisonError::into_inner).devices.take_subscribers() {
+            events.add_subscriber(subscriber);
         }
         match events.run() {
             Ok(_) => {}
@@ -236,6 +240,14 @@ impl Control {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
+            ToVm::Release => {
+                self.devices.release(&self.vm);
+                self.host.tell(&FromVm::Released { at: Time::now().0 });
+            }
+            ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, &device, &self.host) {
+                Ok(()) => FromVm::Plugged { at: Time::now().0 },
+                Err(error) => FromVm::Failed { what: chain(&error) },
+            }),
             other => self.devices.handle(&other, fds, &self.host),
         }
     }

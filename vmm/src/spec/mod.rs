@@ -181,9 +181,23 @@ pub struct Driver {
     /// Added to the driver VM's kernel command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Whether the next driver VM waits booted.
+    #[serde(default)]
+    pub standby: Standby,
     /// How often it may be restarted, and what then.
     #[serde(default)]
     pub restart: Restart,
+}
+
+/// What stands ready for the failure of a driver VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standby {
+    /// The next driver VM waits booted, without the device: `standby = "warm"`. It takes as much memory as the first.
+    #[default]
+    Warm,
+    /// Nothing: the next driver VM boots after the failure: `standby = "cold"`.
+    Cold,
 }
 
 impl Driver {
@@ -195,6 +209,7 @@ impl Driver {
             memory: default_driver_memory(),
             cpus: default_cpus(),
             cmdline: String::new(),
+            standby: Standby::default(),
             restart: Restart::default(),
         }
     }

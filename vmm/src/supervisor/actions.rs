@@ -3,7 +3,7 @@
 use umbra_driver_vm::protocol::{NetEnd, NetPlan, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::{DeviceRef, EndRef, device_mac};
+use super::driver::{DeviceRef, EndRef, Role, device_mac};
 use super::events::Event;
 use super::lifecycle::{Action, Failure, Input, Source, State};
 use super::report::{self, CrashReport};
@@ -32,6 +32,9 @@ impl Supervisor {
         match action {
             Action::Reset => self.reset(n),
             Action::Spawn(generation) => self.spawn(n, generation),
+            Action::Adopt(generation) => self.adopt(n, generation),
+            Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
+            Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n),
             Action::GoLive(end, replay) => {
                 self.drivers[n].timeline.mark(Step::GoLive, now);
@@ -50,12 +53,13 @@ impl Supervisor {
             Action::Live => self.on_live(n, now),
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, failure, now),
-            Action::AskEvidence => {
-                let asked = self.drivers[n].life.as_ref().map(|life| life.process.channel().send_now(&ToVm::Kill, &[]));
-                if asked.is_none_or(|result| result.is_err()) {
+            Action::Release => {
+                let channel = self.drivers[n].life.as_ref().map(|life| life.process.channel());
+                if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
                     self.drive(n, Input::Evidence);
                 }
             }
+            Action::Bury => self.bury(n),
             Action::Kill => match &mut self.drivers[n].life {
                 Some(life) => life.process.kill(),
                 None => self.process_gone(n, "it was not started".into()),
@@ -94,19 +98,24 @@ impl Supervisor {
         driver.timeline.mark(Step::Spawn, Time::now());
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
         match driver.start(&self.program, generation) {
-            Ok(()) => self.attach_links(n),
+            Ok(()) => self.attach_links(n, Role::Serves),
             Err(error) => self.fail_driver(n, Source::Start, error.to_string(), Time::now()),
         }
     }
 
-    /// Hands the links of driver VM `n` to the guests that have a process.
-    pub(super) fn attach_links(&mut self, n: usize) {
+    /// Hands the links of the life of driver VM `n` in this role to the guests that have a process.
+    pub(super) fn attach_links(&mut self, n: usize, role: Role) {
         let driver = &mut self.drivers[n];
-        let Some(life) = &mut driver.life else { return };
+        let life = match role {
+            Role::Serves => driver.life.as_mut(),
+            Role::Waits => driver.standby.as_mut().map(|standby| &mut standby.life),
+        };
+        let Some(life) = life else { return };
         let mut waiting = Vec::new();
         for (end, link) in std::mem::take(&mut life.links) {
             let EndRef { guest, device } = driver.ends[end];
-            if self.guests[guest].process.is_none() || !self.guests[guest].listening {
+            let later = role == Role::Waits && matches!(device, DeviceRef::Sound(_));
+            if later || self.guests[guest].process.is_none() || !self.guests[guest].listening {
                 waiting.push((end, link));
                 continue;
             }
@@ -161,11 +170,12 @@ impl Supervisor {
             parts,
             frames,
         });
-        self.write_report(n);
+        self.complete_report(n);
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;
-        self.drivers[n].report = None;
+        // The last words of the failed life may still come.
+        driver.report = driver.report.take().filter(|_| driver.dying.is_some());
     }
 
     fn on_failed(&mut self, n: usize, failure: Failure, now: Time) {
@@ -223,16 +233,14 @@ impl Supervisor {
         driver.mark_fence();
         let quarantine = matches!(driver.lifecycle.state(), State::Resetting { next: None, .. });
         let Some(report) = &mut driver.report else { return };
-        report.exit.clone_from(&driver.exit);
-        report.registers.clone_from(&driver.registers);
         report.verdict = if quarantine { "quarantine" } else { "restart" };
         report.failures = driver.lifecycle.history().total();
-        report.console_tail = driver.console.tail();
-        report.kernel_says = report::kernel_says(&report.console_tail);
-        if let Some(line) = &report.kernel_says {
-            driver.reason = Some(format!("{}: {line}", report.reason));
+        if driver.dying.is_none() {
+            let (exit, registers) = (driver.exit.clone(), driver.registers.clone());
+            let tail = driver.console.tail();
+            driver.take_evidence(exit, registers, tail);
         }
-        self.write_report(n);
+        self.complete_report(n);
         let driver = &self.drivers[n];
         self.events.tell(&Event::DriverFenced {
             driver: driver.name.clone(),
@@ -242,13 +250,20 @@ impl Supervisor {
         });
     }
 
-    fn write_report(&mut self, n: usize) {
-        let dir = self.run_dir.reports();
+    /// Writes the report with the time line as far as it has come.
+    fn complete_report(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
         let Some(report) = &mut driver.report else { return };
         report.masks.clone_from(&driver.masks);
         report.timeline = driver.timeline.marks();
         report.parts = driver.timeline.parts(&driver.reset_method);
+        self.write_report(n);
+    }
+
+    pub(super) fn write_report(&mut self, n: usize) {
+        let dir = self.run_dir.reports();
+        let driver = &mut self.drivers[n];
+        let Some(report) = &mut driver.report else { return };
         match self.shelf.write(&dir, report) {
             Ok(path) => driver.report_path = Some(path.display().to_string()),
             Err(error) => {
@@ -286,6 +301,16 @@ impl super::driver::DriverVm {
     fn mark_fence(&mut self) {
         if self.timeline.at(Step::Detect).is_some() {
             self.timeline.mark(Step::Fence, self.gone);
+        }
+    }
+
+    /// What a failed life left goes into its report.
+    pub(super) fn take_evidence(&mut self, exit: String, registers: String, console_tail: String) {
+        let Some(report) = &mut self.report else { return };
+        report.kernel_says = report::kernel_says(&console_tail);
+        (report.exit, report.registers, report.console_tail) = (exit, registers, console_tail);
+        if let Some(line) = &report.kernel_says {
+            self.reason = Some(format!("{}: {line}", report.reason));
         }
     }
 

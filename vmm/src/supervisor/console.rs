@@ -25,7 +25,7 @@ const READ_AT_ONCE: usize = 64 * 1024;
 /// The captured output of one driver VM, across its lives.
 #[derive(Debug)]
 pub struct Console {
-    path: PathBuf,
+    path: Option<PathBuf>,
     file: Option<File>,
     size: u64,
     tail: VecDeque<u8>,
@@ -36,7 +36,18 @@ pub struct Console {
 impl Console {
     /// Captures into the file `path`.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, file: None, size: 0, tail: VecDeque::new(), warned: None, panicked: false }
+        Self { path: Some(path), ..Self::in_memory() }
+    }
+
+    /// Captures the tail alone.
+    pub fn in_memory() -> Self {
+        Self { path: None, file: None, size: 0, tail: VecDeque::new(), warned: None, panicked: false }
+    }
+
+    /// Begins a new life, of which `earlier` has captured what it printed so far.
+    pub fn take_over(&mut self, title: &str, mut earlier: Self) {
+        self.begin(title);
+        self.take(earlier.tail.make_contiguous());
     }
 
     /// Begins a new life: the tail is emptied and the file gets a line that says `title`.
@@ -44,6 +55,19 @@ impl Console {
         self.tail.clear();
         self.panicked = false;
         self.write_file(format!("--- {title}\n").as_bytes());
+    }
+
+    /// A console in memory that goes on with the tail of this life, while this one captures the next.
+    pub fn split_off(&mut self) -> Self {
+        Self { tail: std::mem::take(&mut self.tail), panicked: self.panicked, ..Self::in_memory() }
+    }
+
+    /// What `other` has captured since it was split off goes into the file, behind a line that says `title`.
+    pub fn append(&mut self, title: &str, other: &mut Self) {
+        let new = usize::try_from(other.size).unwrap_or(usize::MAX).min(other.tail.len());
+        let tail = other.tail.make_contiguous();
+        self.write_file(format!("--- {title}\n").as_bytes());
+        self.write_file(&tail[tail.len() - new..]);
     }
 
     /// Reads what is in `pipe`. Returns whether there may be more, now or later.
@@ -100,20 +124,21 @@ impl Console {
 
     fn write_file(&mut self, bytes: &[u8]) {
         self.size = self.size.saturating_add(bytes.len() as u64);
-        if let Err(error) = self.try_write(bytes) {
+        let Some(path) = self.path.clone() else { return };
+        if let Err(error) = self.try_write(&path, bytes) {
             self.file = None;
-            self.warned.get_or_insert(format!("the console log {} is incomplete: {error}", self.path.display()));
+            self.warned.get_or_insert(format!("the console log {} is incomplete: {error}", path.display()));
         }
     }
 
-    fn try_write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    fn try_write(&mut self, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         if self.size > MAX_FILE && self.file.take().is_some() {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
+            std::fs::rename(path, path.with_extension("log.1"))?;
             self.size = bytes.len() as u64;
         }
         let file = match &mut self.file {
             Some(file) => file,
-            None => self.file.insert(open(&self.path)?),
+            None => self.file.insert(open(path)?),
         };
         file.write_all(bytes)
     }

@@ -16,6 +16,7 @@ use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 
 use super::console::Console;
+use super::dying::Dying;
 use super::lifecycle::{Carrier, End, Lifecycle};
 use super::lines::{LineError, Lines};
 use super::policy::History;
@@ -98,6 +99,10 @@ pub(super) struct DriverVm {
     pub(super) ends: Vec<EndRef>,
     pub(super) lifecycle: Lifecycle,
     pub(super) life: Option<Life>,
+    /// The failed life, while it says its last words.
+    pub(super) dying: Option<Dying>,
+    /// The next life, while it waits.
+    pub(super) standby: Option<StandbyVm>,
     pub(super) resetting: Option<ResetJob>,
     pub(super) console: Console,
     pub(super) reset_method: String,
@@ -141,7 +146,31 @@ pub(super) struct Life {
     pub(super) ends: Vec<End>,
     /// Links for guests whose process is not there (a reboot).
     pub(super) links: Vec<(End, OwnedFd)>,
+    /// pvpanic: its kernel has said what it had to say.
+    pub(super) panicked: bool,
     pub(super) registers: String,
+}
+
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It gets the device at once.
+    Serves,
+    /// It waits for it.
+    Waits,
+}
+
+/// A life that waits, with what it prints.
+#[derive(Debug)]
+pub(super) struct StandbyVm {
+    pub(super) life: Life,
+    pub(super) console: Console,
+    pub(super) started: Time,
+    /// What its agent's hello said.
+    pub(super) kernel: Option<String>,
+    pub(super) available_memory: Option<u64>,
+    /// It was killed; its end is waited for.
+    pub(super) dropped: bool,
 }
 
 /// A reset under way in its own thread, because the kernel may take a minute over it.
@@ -163,13 +192,19 @@ impl DriverVm {
         let reset_method = device.reset().best().map_or("none", |method| method.word());
         Self {
             name: name.into(),
-            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), ends.len()),
+            lifecycle: Lifecycle::new(
+                History::new(spec.restart.clone()),
+                ends.len(),
+                spec.standby == spec::Standby::Warm,
+            ),
             spec,
             reset_method: reset_method.into(),
             device,
             image,
             ends,
             life: None,
+            dying: None,
+            standby: None,
             resetting: None,
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
@@ -200,10 +235,16 @@ impl DriverVm {
         self.life.as_ref().is_some_and(|life| life.generation == generation)
     }
 
-    /// Starts the process of `generation`.
+    /// Starts the process of `generation`, with the device.
     pub(super) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
+        self.console.begin(&format!("{}.{generation}", self.name));
+        self.life = Some(self.launch(program, generation, Role::Serves)?);
+        Ok(())
+    }
+
+    /// Starts a process of `generation`.
+    pub(super) fn launch(&self, program: &Path, generation: Generation, role: Role) -> Result<Life, StartError> {
         let name = format!("{}.{generation}", self.name);
-        self.console.begin(&name);
         let ends: Vec<End> = self.lifecycle.ends().collect();
         let mut inherited: Vec<OwnedFd> = Vec::new();
         let (mut nets, mut sounds, mut links) = (Vec::new(), Vec::new(), Vec::new());
@@ -238,14 +279,15 @@ impl DriverVm {
             nets,
             sounds: Vec::new(),
             ports: std::iter::once(port).chain(sounds).collect(),
-            passthrough: vec![self.spec.device.clone()],
+            passthrough: if role == Role::Serves { vec![self.spec.device.clone()] } else { Vec::new() },
+            standby: role == Role::Waits,
         };
         let process = VmProcess::spawn(program, spec, &inherited, Streams::Captured)?;
         if let Some(pipe) = process.console() {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
-        self.life = Some(Life {
+        Ok(Life {
             generation,
             process,
             agent: Some(Lines::new(agent, MAX_LINE)),
@@ -253,9 +295,9 @@ impl DriverVm {
             listening: true,
             ends,
             links,
+            panicked: false,
             registers: String::new(),
-        });
-        Ok(())
+        })
     }
 
     /// True if it serves sound devices.
@@ -311,6 +353,7 @@ impl DriverVm {
             last_outage_ms: self.last_outage.map(super::time::milliseconds),
             report: self.report_path.clone(),
             available_memory: self.available_memory,
+            standby: self.standby_status(),
         }
     }
 }

@@ -49,6 +49,40 @@ pub enum Event {
         /// Which life.
         generation: u32,
     },
+    /// A standby boots.
+    StandbyStarting {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+    },
+    /// A standby waits for its turn.
+    StandbyReady {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+        /// How long it took to boot, ms.
+        boot_ms: f64,
+    },
+    /// A standby died while it waited; another one is started after a delay.
+    StandbyFailed {
+        /// The driver VM.
+        driver: String,
+        /// Which life it would have been.
+        generation: u32,
+        /// Why.
+        reason: String,
+    },
+    /// A standby takes the device.
+    DriverAdopted {
+        /// The driver VM.
+        driver: String,
+        /// Which life it is now.
+        generation: u32,
+        /// How far it was: `ready` or `booting`.
+        standby: &'static str,
+    },
     /// A generation got on.
     DriverStage {
         /// The driver VM.
@@ -192,9 +226,11 @@ pub struct Parts {
     pub reset_method: String,
     /// The policy's delay.
     pub back_off_ms: Option<f64>,
-    /// Start of the process to the agent's hello.
+    /// Start of the process to the agent's hello; nothing for a standby that was ready.
     pub boot_ms: Option<f64>,
-    /// Hello to the NIC's driver bound.
+    /// The device put into a standby, after its hello.
+    pub plug_ms: Option<f64>,
+    /// Hello, or the device's arrival in a standby, to the driver bound.
     pub probe_ms: Option<f64>,
     /// NIC to forwarding.
     pub setup_ms: Option<f64>,
@@ -206,13 +242,14 @@ pub struct Parts {
 
 impl Parts {
     /// The parts' names and times, in the order of their happening.
-    pub fn named(&self) -> [(&'static str, Option<f64>); 9] {
+    pub fn named(&self) -> [(&'static str, Option<f64>); 10] {
         [
             ("detect", self.detect_ms),
             ("fence", self.fence_ms),
             ("reset", self.reset_ms),
             ("back-off", self.back_off_ms),
             ("boot", self.boot_ms),
+            ("plug", self.plug_ms),
             ("probe", self.probe_ms),
             ("set-up", self.setup_ms),
             ("link", self.link_ms),
@@ -249,12 +286,19 @@ impl Event {
     /// The sentence for people; `None` for what only measures.
     pub(crate) fn sentence(&self) -> Option<String> {
         Some(match self {
-            Self::DriverStage { .. } | Self::DriverFenced { report: None, .. } => return None,
+            Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::DriverStage { .. } => return None,
+            Self::DriverFenced { report: None, .. } => return None,
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),
             Self::GuestRebooted { guest } => format!("{guest}: reboots"),
             Self::GuestEnded { guest, how } => format!("{guest}: {how}"),
             Self::DriverStarting { driver, generation } => format!("{driver}: generation {generation} starts"),
+            Self::StandbyFailed { driver, generation, reason } => {
+                format!("{driver}: the standby (generation {generation}) failed: {reason}; another one follows")
+            }
+            Self::DriverAdopted { driver, generation, standby } => {
+                format!("{driver}: the standby takes over as generation {generation} (it was {standby})")
+            }
             Self::Masked { guest, device, driver, cause, .. } if cause == "closed" => {
                 format!("{guest}.{device}: {driver} is gone; masked")
             }

@@ -211,6 +211,7 @@ impl GuestVm {
             sounds: self.sounds(),
             ports: self.spec.port.iter().map(port).collect(),
             passthrough: self.spec.passthrough.clone(),
+            standby: false,
         }
     }
 

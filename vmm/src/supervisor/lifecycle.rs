@@ -13,9 +13,12 @@
 //!                Quarantined                     any state --stop--> Stopping --gone--> Stopped
 //! ```
 //!
-//! Invariant: at most one generation has a process. [`Action::Spawn`] comes only after the process of the
-//! generation before is gone and the device's reset has returned.
+//! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
+//!
+//! Invariant: at most one generation has the device. [`Action::Spawn`] and [`Action::Adopt`] come only after the process
+//! of the generation before has given it up, or is gone, and the device's reset has returned.
 
+mod standby;
 mod state;
 
 use std::collections::BTreeSet;
@@ -27,18 +30,17 @@ use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 
+pub use standby::Standby;
+use standby::Reserve;
 pub use state::{Action, Carrier, End, Failure, Input, Source, State};
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
 /// on its way: so long is that waited for. The guests are masked meanwhile.
 const SUSPICION: Duration = Duration::from_millis(100);
 
-/// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
-/// some ten milliseconds; where the console is slower, the evidence is cut off here.
-const LAST_WORDS: Duration = Duration::from_millis(300);
-
-/// How long a failed VM's process may take to hand over its registers before it is killed.
-const EVIDENCE: Duration = Duration::from_millis(50);
+/// How long a failed VM's process may take to give its device up before it is killed. `vfio-pci` resets the device
+/// then: a bus reset takes 100 ms and more.
+const RELEASE: Duration = Duration::from_millis(250);
 
 /// How long a NIC may take to find its link before the guest is told that there is none. Copper gigabit
 /// autonegotiation takes up to three or four seconds.
@@ -64,12 +66,19 @@ pub struct Lifecycle {
     /// The last sign of life from the agent, once it forwards.
     heard: Option<Time>,
     carrier: Carrier,
+    reserve: Reserve,
+    /// The newest number that a process has had.
+    newest: Option<Generation>,
 }
 
 impl Lifecycle {
-    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says.
-    pub fn new(history: History, ends: usize) -> Self {
+    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says, with a `warm` standby or none.
+    pub fn new(history: History, ends: usize, warm: bool) -> Self {
+        let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
+        let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
         Self {
+            reserve: Reserve::new(warm, boot, heartbeat),
+            newest: None,
             state: State::Idle,
             generation: None,
             history,
@@ -89,6 +98,11 @@ impl Lifecycle {
     /// The generation of the present life, or of the last one.
     pub fn generation(&self) -> Option<Generation> {
         self.generation
+    }
+
+    /// The standby.
+    pub fn standby(&self) -> Standby {
+        self.reserve.state()
     }
 
     /// The failures so far.
@@ -114,11 +128,11 @@ impl Lifecycle {
             | State::Booting { until }
             | State::Configuring { until }
             | State::WaitingCarrier { until } => Some(until),
-            State::Fencing { evidence, .. } => evidence,
+            State::Fencing { patience, .. } => patience,
             _ => None,
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        [state, suspicion, self.heartbeat_deadline()].into_iter().flatten().min()
+        [state, suspicion, self.heartbeat_deadline(), self.reserve.deadline()].into_iter().flatten().min()
     }
 
     fn heartbeat_deadline(&self) -> Option<Time> {
@@ -148,12 +162,55 @@ impl Lifecycle {
             Input::EndGone(end) => self.on_end_gone(now, end),
             Input::Failed(failure) => self.fail(now, failure),
             Input::Sign(failure) => self.on_sign(now, failure),
+            Input::Released => self.on_released(now),
             Input::Evidence => self.on_evidence(),
             Input::ProcessGone(how) => self.on_process_gone(now, how),
             Input::Replace(why) => self.fail(now, Failure { source: Source::Replaced, what: why, at: now }),
             Input::Tick => self.on_tick(now),
             Input::Stop => self.on_stop(),
+            Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
+                self.on_standby(now, input)
+            }
         }
+    }
+
+    fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
+        match input {
+            Input::StandbyHello => self.reserve.hello(),
+            Input::StandbyLoaded => self.reserve.ready(now),
+            Input::StandbyHeartbeat => self.reserve.heartbeat(now),
+            Input::StandbyFailed(why) if self.reserve.died(now) => return vec![Action::DropStandby(Some(why))],
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    /// Gives the standby up without a word.
+    fn drop_standby(&mut self) -> Vec<Action> {
+        if self.reserve.give_up() { vec![Action::DropStandby(None)] } else { Vec::new() }
+    }
+
+    /// The time has come for the next standby, or for the present one to be given up.
+    fn tick_standby(&mut self, now: Time) -> Vec<Action> {
+        if let Some(why) = self.reserve.overdue(now) {
+            return self.on_standby(now, Input::StandbyFailed(why));
+        }
+        match (self.reserve.state(), &self.state) {
+            (Standby::Due(at), State::Live { .. }) if at <= now => {
+                let generation = self.next_generation();
+                self.reserve.started(now, generation);
+                vec![Action::SpawnStandby(generation)]
+            }
+            // Not beside a recovery; the next life that is live asks again.
+            (Standby::Due(at), _) if at <= now => self.drop_standby(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn next_generation(&mut self) -> Generation {
+        let next = self.newest.map_or(Generation::FIRST, Generation::next);
+        self.newest = Some(next);
+        next
     }
 
     /// The guest of `end` is on again (it was rebooted); the next life serves it.
@@ -172,7 +229,7 @@ impl Lifecycle {
 
     fn on_reset_done(&mut self, now: Time) -> Vec<Action> {
         match self.state {
-            State::Resetting { next: Some(next), .. } if next <= now => self.spawn(now),
+            State::Resetting { next: Some(next), .. } if next <= now => self.begin_life(now),
             State::Resetting { next: Some(until), .. } => {
                 self.state = State::BackOff { until };
                 Vec::new()
@@ -185,15 +242,29 @@ impl Lifecycle {
         }
     }
 
-    fn spawn(&mut self, now: Time) -> Vec<Action> {
-        let generation = self.generation.map_or(Generation::FIRST, Generation::next);
-        self.generation = Some(generation);
+    /// The standby's, if there is one, even if it still boots: a new one would take longer.
+    fn begin_life(&mut self, now: Time) -> Vec<Action> {
         self.suspicion = None;
         self.heard = None;
         self.carrier = Carrier::Down;
-        let timeout = Duration::from_secs(self.history.policy().boot_timeout_s.into());
-        self.state = State::Booting { until: now + timeout };
-        vec![Action::Spawn(generation)]
+        let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
+        let adopted = self.reserve.adopt();
+        let generation = adopted.map_or_else(|| self.next_generation(), |(generation, _)| generation);
+        self.generation = Some(generation);
+        match adopted {
+            Some((_, true)) => {
+                self.state = State::Configuring { until };
+                vec![Action::Adopt(generation), Action::Configure]
+            }
+            Some((_, false)) => {
+                self.state = State::Booting { until };
+                vec![Action::Adopt(generation)]
+            }
+            None => {
+                self.state = State::Booting { until };
+                vec![Action::Spawn(generation)]
+            }
+        }
     }
 
     fn on_hello(&mut self) -> Vec<Action> {
@@ -247,13 +318,20 @@ impl Lifecycle {
         if let State::GoingLive { waiting } = &mut self.state {
             waiting.remove(&end);
         }
-        self.check_all_live(now)
+        let mut actions = self.check_all_live(now);
+        // The standby has an end for the guest that is gone.
+        actions.extend(self.drop_standby());
+        if matches!(self.state, State::Live { .. }) {
+            self.reserve.want(now);
+        }
+        actions
     }
 
     fn check_all_live(&mut self, now: Time) -> Vec<Action> {
         match &self.state {
             State::GoingLive { waiting } if waiting.is_empty() => {
                 self.state = State::Live { since: now };
+                self.reserve.want(now);
                 vec![Action::Live]
             }
             _ => Vec::new(),
@@ -264,8 +342,7 @@ impl Lifecycle {
         if !self.has_life() || self.suspicion.is_some() {
             return Vec::new();
         }
-        let patience = if failure.source == Source::Panic { LAST_WORDS } else { SUSPICION };
-        self.suspicion = Some((now + patience, failure));
+        self.suspicion = Some((now + SUSPICION, failure));
         vec![Action::Mask]
     }
 
@@ -286,21 +363,28 @@ impl Lifecycle {
             _ => None,
         };
         let source = failure.source;
-        let has_no_more_to_tell = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd | Source::Replaced);
-        let evidence = (!has_no_more_to_tell).then_some(now + EVIDENCE);
-        self.state = State::Fencing { evidence, lived, source };
-        let next = if has_no_more_to_tell { Action::Kill } else { Action::AskEvidence };
+        let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd | Source::Replaced);
+        let patience = (!over).then_some(now + RELEASE);
+        self.state = State::Fencing { patience, lived, source };
+        let next = if over { Action::Kill } else { Action::Release };
         vec![Action::Failed(failure), next]
     }
 
     fn on_evidence(&mut self) -> Vec<Action> {
         match &mut self.state {
-            State::Fencing { evidence: evidence @ Some(_), .. } => {
-                *evidence = None;
+            State::Fencing { patience: patience @ Some(_), .. } => {
+                *patience = None;
                 vec![Action::Kill]
             }
             _ => Vec::new(),
         }
+    }
+
+    fn on_released(&mut self, now: Time) -> Vec<Action> {
+        let State::Fencing { patience: Some(_), lived, source } = self.state else { return Vec::new() };
+        let mut actions = vec![Action::Bury];
+        actions.extend(self.fenced(now, lived, source));
+        actions
     }
 
     fn on_process_gone(&mut self, now: Time, how: String) -> Vec<Action> {
@@ -322,7 +406,10 @@ impl Lifecycle {
         let until = now + RESET_PATIENCE;
         if source == Source::Replaced {
             self.state = State::Resetting { until, next: Some(now) };
-            return vec![Action::Reset];
+            // The standby has a link to the life of the guest that is over.
+            let mut actions = self.drop_standby();
+            actions.push(Action::Reset);
+            return actions;
         }
         match self.history.failed(now, lived) {
             Verdict::Restart(delay) => {
@@ -333,12 +420,20 @@ impl Lifecycle {
                 self.state = State::Resetting { until, next: None };
                 let policy = self.history.policy();
                 let why = format!("more than {} failures in {} s", policy.limit, policy.interval_s);
-                vec![Action::Report, Action::Quarantine(why), Action::Reset]
+                let mut actions = vec![Action::Report, Action::Quarantine(why), Action::Reset];
+                actions.extend(self.drop_standby());
+                actions
             }
         }
     }
 
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
+        let mut actions = self.tick_standby(now);
+        actions.extend(self.tick_life(now));
+        actions
+    }
+
+    fn tick_life(&mut self, now: Time) -> Vec<Action> {
         if let Some((_, sign)) = self.suspicion.take_if(|(until, _)| *until <= now) {
             return self.fail(now, sign);
         }
@@ -355,12 +450,14 @@ impl Lifecycle {
                 self.fail(now, Failure { source: Source::BootTimeout, what, at: now })
             }
             State::WaitingCarrier { until } if until <= now => self.go_live(now),
-            State::BackOff { until } if until <= now => self.spawn(now),
-            State::Fencing { evidence: Some(until), .. } if until <= now => self.on_evidence(),
+            State::BackOff { until } if until <= now => self.begin_life(now),
+            State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(),
             State::Resetting { until, next } if until <= now => {
                 self.state = State::Quarantined;
                 let why = format!("the device's reset has not returned for {} s", RESET_PATIENCE.as_secs());
-                next.map(|_| Action::Quarantine(why)).into_iter().collect()
+                let mut actions = self.drop_standby();
+                actions.extend(next.map(|_| Action::Quarantine(why)));
+                actions
             }
             _ => Vec::new(),
         }
@@ -370,7 +467,9 @@ impl Lifecycle {
         self.suspicion = None;
         let process = self.has_life() || matches!(self.state, State::Fencing { .. } | State::Stopping);
         self.state = if process { State::Stopping } else { State::Stopped };
-        if process { vec![Action::Kill] } else { Vec::new() }
+        let mut actions = self.drop_standby();
+        actions.extend(process.then_some(Action::Kill));
+        actions
     }
 }
 

@@ -3,7 +3,7 @@
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::{DeviceRef, EndRef};
+use super::driver::{DeviceRef, EndRef, Role};
 use super::events::Event;
 use super::guest::GuestState;
 use super::lifecycle::{Carrier, End, Failure, Input, Source, State};
@@ -57,7 +57,7 @@ impl Supervisor {
             FromVm::DeviceFailed { device, what, .. } => {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
-            FromVm::LinkUp { .. } => {}
+            FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } => {}
             FromVm::LinkLost { net, generation, at, cause } => {
                 let served = self.served_by(n, net);
                 self.on_link_lost((n, format!("net{net}")), served, generation, Time(at), &cause);
@@ -165,7 +165,7 @@ impl Supervisor {
             return self.give_up(why);
         }
         for driver in 0..self.drivers.len() {
-            self.attach_links(driver);
+            self.attach_links(driver, Role::Serves);
         }
     }
 
@@ -241,7 +241,14 @@ impl Supervisor {
     fn on_driver_message(&mut self, n: usize, message: FromVm) {
         match message {
             FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
-            FromVm::Panicked { at } => self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at)),
+            FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
+            FromVm::Released { .. } => self.drive(n, Input::Released),
+            FromVm::Panicked { at } => {
+                if let Some(life) = &mut self.drivers[n].life {
+                    life.panicked = true;
+                }
+                self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at));
+            }
             FromVm::Ended { at, how, registers } => {
                 let panicked = self.drivers[n].console.has_panic();
                 let Some(life) = &mut self.drivers[n].life else { return };
@@ -286,8 +293,7 @@ impl Supervisor {
             let before = driver.console.has_panic();
             life.talking = driver.console.read(pipe);
             if driver.console.has_panic() && !before {
-                let failure = Failure { source: Source::Panic, what: "kernel panic".into(), at: Time::now() };
-                self.drive(n, Input::Sign(failure));
+                self.fail_driver(n, Source::Panic, "kernel panic".into(), Time::now());
             }
         }
     }
@@ -350,7 +356,10 @@ impl Supervisor {
                 driver.kernel = Some(limited(&kernel));
                 self.stage(n, Step::Hello, "hello", now, limited(&kernel));
                 self.drive(n, Input::Hello);
+                self.rescan(n);
             }
+            // Of interest before there is a device to wait for: in a standby.
+            FromAgent::Loaded { .. } => {}
             FromAgent::Nic { driver, interface, .. } => {
                 self.drivers[n].kernel_driver = Some(limited(&driver));
                 let detail = format!("{} {}", limited(&driver), limited(&interface));
@@ -403,6 +412,6 @@ impl Supervisor {
 }
 
 /// What a driver VM says of itself, fit to be shown: no control characters, not too long.
-fn limited(text: &str) -> String {
+pub(super) fn limited(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
 }

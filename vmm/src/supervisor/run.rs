@@ -15,6 +15,7 @@ use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
 
 use super::control::StopHow;
+use super::dying::DyingPart;
 use super::driver::{DeviceRef, DriverVm, EndRef};
 use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
@@ -25,6 +26,7 @@ use super::preflight::{Checked, Host, PreflightError};
 use super::report::Shelf;
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
+use super::standby::StandbyPart;
 use super::signals::{self, RestoreTerminal};
 use super::time::Time;
 use crate::machine::terminal::SavedTerminal;
@@ -101,6 +103,8 @@ enum Source {
     DriverConsole(usize),
     GuestExit(usize),
     DriverExit(usize),
+    Standby(usize, StandbyPart),
+    Dying(usize, DyingPart),
     ResetDone(usize),
     Listener,
     Client(u64),
@@ -267,15 +271,16 @@ impl Supervisor {
 
     /// All guests have ended, and so have the driver VMs.
     fn is_over(&self) -> bool {
-        let stopped = |driver: &DriverVm| driver.life.is_none() && *driver.lifecycle.state() == State::Stopped;
+        let stopped = |driver: &DriverVm| driver.life.is_none() && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped;
         self.guests.iter().all(GuestVm::is_over) && self.drivers.iter().all(stopped)
     }
 
     /// The next point in time at which something is due.
     fn deadline(&self) -> Option<Time> {
         let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());
+        let dying = self.drivers.iter().filter_map(DriverVm::death_due);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
-        drivers.chain(self.clients.deadline()).chain(self.notify.deadline()).chain(metrics).min()
+        drivers.chain(dying).chain(self.clients.deadline()).chain(self.notify.deadline()).chain(metrics).min()
     }
 
     fn wait(&self) -> Result<Vec<Source>, RunError> {
@@ -313,6 +318,8 @@ impl Supervisor {
             if let Some(job) = &driver.resetting {
                 watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
+            watched.extend(driver.watched_standby().map(|(part, fd, flags)| (Source::Standby(n, part), fd, flags)));
+            watched.extend(driver.watched_dying().map(|(part, fd)| (Source::Dying(n, part), fd, PollFlags::POLLIN)));
             let Some(life) = &driver.life else { continue };
             watched.push((Source::DriverExit(n), life.process.pidfd(), PollFlags::POLLIN));
             if life.listening {
@@ -353,6 +360,8 @@ impl Supervisor {
             Source::DriverConsole(n) => self.read_console(n),
             Source::GuestExit(n) => self.on_guest_exit(n),
             Source::DriverExit(n) => self.on_driver_exit(n),
+            Source::Dying(n, part) => self.on_dying(n, part),
+            Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::Listener => self.clients.accept(&self.listener),
             Source::Client(id) => self.read_client(id),
@@ -365,6 +374,7 @@ impl Supervisor {
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
             }
+            self.drivers[n].hasten_death(now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
                 self.events.warn(warning);
             }
@@ -467,7 +477,7 @@ impl Supervisor {
 
     /// Kills what still runs and waits for it, before the terminal is restored.
     fn end_processes(&mut self) {
-        self.drivers.iter_mut().for_each(|driver| driver.life = None);
+        self.drivers.iter_mut().for_each(|driver| (driver.life, driver.standby, driver.dying) = (None, None, None));
         self.guests.iter_mut().for_each(|guest| guest.process = None);
     }
 }

@@ -113,6 +113,20 @@ pub struct DriverStatus {
     pub report: Option<String>,
     /// Memory available in the driver VM, as the last heartbeat said, bytes.
     pub available_memory: Option<u64>,
+    /// The next life; `None` with `standby = "cold"`.
+    #[serde(default)]
+    pub standby: Option<StandbyStatus>,
+}
+
+/// The next life of a driver VM, that waits without the device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandbyStatus {
+    /// `none`, `due`, `booting` or `ready`.
+    pub state: String,
+    /// Its number, while there is one.
+    pub generation: Option<u32>,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
 }
 
 impl Status {
@@ -139,7 +153,7 @@ impl fmt::Display for Status {
             parts.push(table(&rows));
         }
         if !self.drivers.is_empty() {
-            let heads = ["DRIVER VM", "DEVICE", "DRIVER", "GENERATION", "STATE", "RESET", "FAILURES", "LAST OUTAGE", "REASON"];
+            let heads = ["DRIVER VM", "DEVICE", "DRIVER", "GENERATION", "STATE", "STANDBY", "RESET", "FAILURES", "LAST OUTAGE", "REASON"];
             let mut rows = vec![heads.map(String::from)];
             rows.extend(self.drivers.iter().map(DriverStatus::row));
             parts.push(table(&rows));
@@ -181,7 +195,7 @@ impl fmt::Display for SoundStatus {
 }
 
 impl DriverStatus {
-    fn row(&self) -> [String; 9] {
+    fn row(&self) -> [String; 10] {
         let dash = || "-".to_owned();
         let carrier = if self.state == "live" && !self.carrier { " (no carrier)" } else { "" };
         [
@@ -190,6 +204,7 @@ impl DriverStatus {
             self.driver.clone().unwrap_or_else(dash),
             self.generation.map_or_else(dash, |n| n.to_string()),
             format!("{}{carrier}", self.state),
+            self.standby.as_ref().map_or_else(|| "cold".into(), |standby| standby.state.clone()),
             self.reset_method.clone(),
             self.failures.to_string(),
             self.last_outage_ms.map_or_else(dash, |ms| format!("{ms:.0} ms")),
@@ -254,6 +269,7 @@ mod tests {
             last_outage_ms: Some(812.4),
             report: None,
             available_memory: None,
+            standby: Some(StandbyStatus { state: "ready".into(), generation: Some(4), pid: Some(10) }),
         };
         Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
     }
@@ -264,8 +280,8 @@ mod tests {
 GUEST  STATE    UPTIME  DEVICES
 web    running  61 s    net0: nic0 passive
 
-DRIVER VM  DEVICE        DRIVER  GENERATION  STATE  RESET  FAILURES  LAST OUTAGE  REASON
-nic0       0000:00:08.0  8139cp  3           live   none   2         812 ms       kernel panic
+DRIVER VM  DEVICE        DRIVER  GENERATION  STATE  STANDBY  RESET  FAILURES  LAST OUTAGE  REASON
+nic0       0000:00:08.0  8139cp  3           live   ready    none   2         812 ms       kernel panic
 
 nic0: it keeps its registers";
         assert_eq!(status().to_string(), expected);

@@ -24,12 +24,14 @@ pub enum Step {
     ResetStart,
     /// The reset returned.
     Reset,
-    /// The next generation's process was started.
+    /// The next generation's process was started, or the standby taken.
     Spawn,
     /// Its vCPUs ran.
     Running,
     /// Its agent said hello.
     Hello,
+    /// The standby has the device.
+    Plugged,
     /// The device has a driver.
     Nic,
     /// Frames are forwarded.
@@ -101,6 +103,8 @@ impl Timeline {
             (None, waited) => waited,
             (carrier, None) => carrier,
         };
+        let ready = self.at(Step::Hello).max(self.at(Step::Plugged));
+        let plug = self.at(Step::Plugged).zip(self.at(Step::Spawn).max(self.at(Step::Hello)));
         Parts {
             detect_ms: ms(Step::Sign, Step::Detect),
             fence_ms: ms(Step::Detect, Step::Fence),
@@ -108,7 +112,8 @@ impl Timeline {
             reset_method: reset_method.into(),
             back_off_ms: ms(Step::Reset, Step::Spawn),
             boot_ms: ms(Step::Spawn, Step::Hello),
-            probe_ms: ms(Step::Hello, Step::Nic),
+            plug_ms: plug.map(|(plugged, from)| milliseconds(plugged.since(from))),
+            probe_ms: self.at(Step::Nic).zip(ready).map(|(nic, ready)| milliseconds(nic.since(ready))),
             setup_ms: ms(Step::Nic, Step::Forwarding),
             link_ms: link,
             replay_ms: ms(Step::GoLive, Step::Live),

@@ -84,6 +84,7 @@ impl Files {
             sounds: Vec::new(),
             ports: vec![],
             passthrough: vec![],
+            standby: false,
         }
     }
 }

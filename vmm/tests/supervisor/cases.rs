@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::control::StopHow;
+use umbra_vmm::supervisor::status::DriverStatus;
 
 use crate::machine::{start, start_elsewhere};
 
@@ -20,6 +21,8 @@ macro_rules! cases {
 pub const ALL: &[Case] = cases![
     a_panicked_driver_vm_is_replaced_and_reported,
     a_killed_process_is_replaced,
+    a_standby_takes_over_and_the_next_one_follows,
+    a_standby_that_is_killed_is_replaced,
     a_hung_agent_is_replaced_after_the_heartbeat_timeout,
     a_reset_driver_vm_is_replaced_with_its_registers_kept,
     an_agent_that_talks_nonsense_is_replaced,
@@ -51,7 +54,9 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
     let driver = machine.wait_live(2);
     assert_eq!(driver.failures, 1);
     assert_eq!(driver.reset_method, "flr");
-    assert_eq!(driver.reason.unwrap(), "kernel panic: Kernel panic - not syncing: fake crash");
+    // The kernel's own words come a moment later than the recovery begins.
+    let reason = Some("kernel panic: Kernel panic - not syncing: fake crash");
+    let driver = machine.wait_for("the reason", |driver| driver.reason.as_deref() == reason);
     assert!(driver.last_outage_ms.unwrap() < 5000.0);
     assert_eq!(machine.resets(), "1");
     let report = machine.report(1);
@@ -76,6 +81,37 @@ fn a_killed_process_is_replaced() {
     assert_eq!(report["source"], "process-exit");
     assert!(report["exit"].as_str().unwrap().contains("signal 9"), "{report}");
     assert_eq!(report["masks"][0]["cause"], "closed", "the guest saw it itself");
+    machine.stop();
+}
+
+fn a_standby_takes_over_and_the_next_one_follows() {
+    let machine = start("", "", "");
+    let standby = |driver: &DriverStatus| driver.standby.clone().unwrap();
+    let ready = machine.wait_for("a standby", |driver| standby(driver).state == "ready");
+    let pid = standby(&ready).pid;
+    assert_eq!((ready.generation, standby(&ready).generation), (Some(1), Some(2)));
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_live(2);
+    assert_eq!(driver.pid, pid, "the process is that of the standby");
+    let report = machine.report(1);
+    let steps: Vec<_> = report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
+    assert!(steps.contains(&"plugged") && !steps.contains(&"running"), "{steps:?}");
+    assert_eq!(report["parts"]["boot_ms"], 0.0);
+    let next = machine.wait_for("the next", |driver| standby(driver).state == "ready");
+    assert_eq!(standby(&next).generation, Some(3));
+    machine.stop();
+}
+
+fn a_standby_that_is_killed_is_replaced() {
+    let machine = start("", "", "");
+    let standby = |driver: &DriverStatus| driver.standby.clone().unwrap();
+    let ready = machine.wait_for("a standby", |driver| standby(driver).state == "ready");
+    kill(standby(&ready).pid.unwrap());
+    let next = machine.wait_for("another", |driver| standby(driver).generation == Some(3) && standby(driver).state == "ready");
+    assert_eq!((next.state.as_str(), next.generation, next.failures), ("live", Some(1), 0));
+    assert!(machine.events_text().contains("\"standby-failed\""));
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(3);
     machine.stop();
 }
 

@@ -27,7 +27,7 @@ pub fn main(args: &[String]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();
-    if spec.passthrough.is_empty() { guest(&spec, &channel) } else { driver(&spec, channel) }
+    if spec.passthrough.is_empty() && !spec.standby { guest(&spec, &channel) } else { driver(&spec, channel) }
     ExitCode::SUCCESS
 }
 
@@ -40,13 +40,17 @@ fn open_descriptors() -> usize {
 fn guest(spec: &VmSpec, channel: &Channel) {
     let Console::File(path) = &spec.console else { return };
     let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
-    let mut link: Option<(Generation, OwnedFd)> = None;
+    // The one that serves, and those that wait behind it.
+    let mut links: Vec<(Generation, OwnedFd)> = Vec::new();
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
-        fds.extend(link.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
         poll(&mut fds, 10_000_u16).unwrap();
-        if fds.get(1).is_some_and(|fd| fd.any().unwrap()) {
-            let (generation, _) = link.take().unwrap();
+        if let Some(lost) = fds[1..].iter().position(|fd| fd.any().unwrap()) {
+            let (generation, _) = links.remove(lost);
+            if lost > 0 {
+                continue;
+            }
             let at = Time::now().0;
             channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
             continue;
@@ -58,7 +62,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
         writeln!(log, "{message:?}").unwrap();
         let at = Time::now().0;
         match message {
-            ToVm::AttachLink { generation, .. } => link = Some((generation, fds.remove(0))),
+            ToVm::AttachLink { generation, .. } => links.push((generation, fds.remove(0))),
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
             ToVm::GoLive { net, generation, .. } => {
                 let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };
@@ -72,7 +76,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             }
             ToVm::QueryStatus => {
                 let masked = MaskedCounts::default();
-                let mode = if link.is_some() { "passive" } else { "masking" }.into();
+                let mode = if !links.is_empty() { "passive" } else { "masking" }.into();
                 let status = FromVm::NetStatus { net: 0, mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
                 channel.send(&status, &[]).unwrap();
             }
@@ -103,8 +107,27 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let say = |message: FromAgent| send(&sender, &message);
     say(FromAgent::Hello { generation, kernel: "6.12-fake".into(), uptime_ms: 1 });
     let mut lines = BufReader::new(agent).lines();
+    let channel = Arc::new(channel);
+    let heartbeats = || {
+        let heart = Arc::clone(&sender);
+        thread::spawn(move || {
+            for sequence in 1.. {
+                send(&heart, &FromAgent::Heartbeat { sequence, available_memory: 1 << 20 });
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let control = Arc::clone(&channel);
+        thread::spawn(move || obey(&control));
+    };
+    if spec.standby {
+        say(FromAgent::Loaded { uptime_ms: 2 });
+        heartbeats();
+    }
     let plan = lines.next().unwrap().unwrap();
     assert!(matches!(serde_json::from_str(&plan), Ok(ToAgent::ConfigureNet(plan)) if plan.ends.len() == 1));
+    if spec.standby {
+        assert!(matches!(serde_json::from_str(&lines.next().unwrap().unwrap()), Ok(ToAgent::Rescan)));
+    }
     if told("agent-fails") {
         say(FromAgent::Failed { what: "no module named nic".into() });
         thread::sleep(Duration::from_secs(100));
@@ -123,30 +146,31 @@ fn driver(spec: &VmSpec, channel: Channel) {
     if told("flood") {
         let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);
     }
-    let heart = Arc::clone(&sender);
-    thread::spawn(move || {
-        for sequence in 1.. {
-            send(&heart, &FromAgent::Heartbeat { sequence, available_memory: 1 << 20 });
-            thread::sleep(Duration::from_millis(50));
-        }
-    });
-    let channel = Arc::new(channel);
-    let control = Arc::clone(&channel);
-    thread::spawn(move || {
-        while let Ok(Incoming::Message(message, _)) = control.receive::<ToVm>() {
-            if matches!(message, ToVm::Kill) {
-                let registers = "rip 0000".into();
-                let _ = control.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Killed, registers }, &[]);
-                std::process::exit(0);
-            }
-        }
-        std::process::exit(1);
-    });
+    if !spec.standby {
+        heartbeats();
+    }
     for line in lines {
         if let Ok(ToAgent::Crash { kind }) = serde_json::from_str(&line.unwrap()) {
             crash(kind, &sender, &channel);
         }
     }
+}
+
+/// The supervisor's messages to the process.
+fn obey(control: &Channel) {
+    while let Ok(Incoming::Message(message, _)) = control.receive::<ToVm>() {
+        match message {
+            ToVm::Kill => {
+                let registers = "rip 0000".into();
+                let _ = control.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Killed, registers }, &[]);
+                std::process::exit(0);
+            }
+            ToVm::Release => control.send(&FromVm::Released { at: Time::now().0 }, &[]).unwrap(),
+            ToVm::Plug { .. } => control.send(&FromVm::Plugged { at: Time::now().0 }, &[]).unwrap(),
+            _ => {}
+        }
+    }
+    std::process::exit(1);
 }
 
 fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {

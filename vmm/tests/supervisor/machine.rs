@@ -203,9 +203,20 @@ impl TestMachine {
         self.dir.path().join("run/m")
     }
 
+    /// The report of a generation, once its process has ended: its last words come after the recovery has begun.
     pub fn report(&self, generation: u32) -> Value {
         let path = self.run_dir().join(format!("reports/nic0-gen{generation}.json"));
-        serde_json::from_slice(&fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let text = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            // It may be written just now.
+            let report: Value = serde_json::from_slice(&text).unwrap_or_default();
+            if report["exit"].as_str().is_some_and(|exit| !exit.is_empty()) {
+                return report;
+            }
+            assert!(Instant::now() < until, "the report of generation {generation} stays incomplete: {report}");
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// What the guest's process was told.

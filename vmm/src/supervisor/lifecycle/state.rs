@@ -74,7 +74,9 @@ pub enum Input {
     Failed(Failure),
     /// A failure that may be the echo of one whose own sign is still to come.
     Sign(Failure),
-    /// The process handed over what evidence it has.
+    /// The process has given the device up.
+    Released,
+    /// The process has told all it had to tell.
     Evidence,
     /// The process is gone, and everything it held with it.
     ProcessGone(String),
@@ -84,6 +86,14 @@ pub enum Input {
     Tick,
     /// No further life; end this one.
     Stop,
+    /// The standby's agent said hello.
+    StandbyHello,
+    /// The standby has loaded its modules.
+    StandbyLoaded,
+    /// The standby's agent lives.
+    StandbyHeartbeat,
+    /// The standby has failed while it waited, and this is why.
+    StandbyFailed(String),
 }
 
 /// The physical link's state.
@@ -103,6 +113,12 @@ pub enum Action {
     Reset,
     /// Start the process of this generation, with a new link to each end.
     Spawn(Generation),
+    /// Make the standby, which is of this generation, the present life: give it the device.
+    Adopt(Generation),
+    /// Start the process of this generation without the device, as the standby.
+    SpawnStandby(Generation),
+    /// Kill the standby; it has failed, and this is why, or it is of no use any more.
+    DropStandby(Option<String>),
     /// Tell the agent what network to serve.
     Configure,
     /// Let the splitter of this end replay and go live.
@@ -113,8 +129,10 @@ pub enum Action {
     Mask,
     /// The generation has failed: tell the guests (they may know), and people.
     Failed(Failure),
-    /// Ask the process for registers; answered by [`Input::Evidence`].
-    AskEvidence,
+    /// Have the process give the device up; answered by [`Input::Released`].
+    Release,
+    /// The process without its device is no longer the present life: let it say its last words, then kill it.
+    Bury,
     /// Kill the process; answered by [`Input::ProcessGone`].
     Kill,
     /// The failed generation is fenced: keep the report.
@@ -165,10 +183,10 @@ pub enum State {
         /// Since when.
         since: Time,
     },
-    /// Failed; the process is about to be gone.
+    /// Failed; the device is about to be free.
     Fencing {
-        /// Until when it may hand over evidence; `None`: it has been killed.
-        evidence: Option<Time>,
+        /// Until when the process may give it up by itself; `None`: it has been killed.
+        patience: Option<Time>,
         /// For how long it was live.
         lived: Option<Duration>,
         /// Whether it counts.

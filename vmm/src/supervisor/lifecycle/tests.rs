@@ -19,7 +19,7 @@ fn failure(source: Source, ms: u64) -> Failure {
 }
 
 fn new(ends: usize) -> Lifecycle {
-    Lifecycle::new(History::new(Restart::default()), ends)
+    Lifecycle::new(History::new(Restart::default()), ends, false)
 }
 
 /// A driver VM in its first life, live since 10 ms.
@@ -60,20 +60,23 @@ fn the_first_life_goes_through_its_stages_to_live() {
 fn a_panic_is_fenced_reported_reset_and_restarted() {
     let mut life = live(1);
     let panic = failure(Source::Panic, 2000);
-    assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::AskEvidence]);
-    assert_eq!(life.handle(at(2001), Input::Evidence), [Action::Kill]);
-    assert_eq!(life.handle(at(2002), Input::Evidence), [], "killed once");
-    assert_eq!(life.handle(at(2003), Input::ProcessGone("killed".into())), [Action::Report, Action::Reset]);
+    assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::Release]);
+    let fenced = [Action::Bury, Action::Report, Action::Reset];
+    assert_eq!(life.handle(at(2003), Input::Released), fenced, "nobody waits for the process");
+    assert_eq!(life.handle(at(2004), Input::Released), [], "once");
     assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(2))]);
 }
 
 #[test]
-fn a_process_that_hands_over_nothing_is_killed_all_the_same() {
+fn a_process_that_does_not_give_the_device_up_is_killed() {
     let mut life = live(1);
     life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
-    assert_eq!(life.deadline(), Some(at(2050)));
-    assert_eq!(life.handle(at(2049), Input::Tick), []);
-    assert_eq!(life.handle(at(2050), Input::Tick), [Action::Kill]);
+    assert_eq!(life.deadline(), Some(at(2250)));
+    assert_eq!(life.handle(at(2249), Input::Tick), []);
+    assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
+    assert_eq!(life.handle(at(2251), Input::Evidence), [], "killed once");
+    assert_eq!(life.handle(at(2251), Input::Released), [], "too late");
+    assert_eq!(life.handle(at(2253), Input::ProcessGone("killed".into())), [Action::Report, Action::Reset]);
 }
 
 #[test]
@@ -99,15 +102,7 @@ fn a_closed_link_without_a_better_reason_is_the_failure() {
     life.handle(at(2000), Input::Sign(failure(Source::Link, 1999)));
     assert_eq!(life.handle(at(2099), Input::Tick), []);
     let actions = life.handle(at(2100), Input::Tick);
-    assert_eq!(actions, [Action::Failed(failure(Source::Link, 1999)), Action::AskEvidence]);
-}
-
-#[test]
-fn a_panic_on_the_console_may_finish_its_last_words() {
-    let mut life = live(1);
-    life.handle(at(2000), Input::Sign(failure(Source::Panic, 2000)));
-    assert_eq!(life.handle(at(2299), Input::Tick), []);
-    assert!(matches!(&life.handle(at(2300), Input::Tick)[..], [Action::Failed(_), Action::AskEvidence]));
+    assert_eq!(actions, [Action::Failed(failure(Source::Link, 1999)), Action::Release]);
 }
 
 #[test]
@@ -117,7 +112,7 @@ fn a_silent_agent_fails_after_the_heartbeat_timeout() {
     assert_eq!(life.deadline(), Some(at(4000)));
     assert_eq!(life.handle(at(3999), Input::Tick), []);
     let actions = life.handle(at(4000), Input::Tick);
-    assert!(matches!(&actions[..], [Action::Failed(f), Action::AskEvidence] if f.source == Source::Heartbeat));
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Heartbeat));
 }
 
 #[test]
@@ -167,7 +162,7 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
 
 #[test]
 fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
-    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1);
+    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1, false);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
@@ -196,12 +191,84 @@ fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
     assert_eq!(life.history().total(), 0);
 }
 
+/// Warm, live since 10 ms, its standby ready at 2 s.
+fn with_standby() -> Lifecycle {
+    let mut life = Lifecycle::new(History::new(Restart::default()), 1, true);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    assert_eq!(life.handle(at(10), Input::EndLive(0)), [Action::Live]);
+    assert_eq!(life.handle(at(1009), Input::Tick), [], "the machine is left in peace first");
+    assert_eq!(life.handle(at(1010), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    life
+}
+
+#[test]
+fn a_ready_standby_takes_over_and_the_next_one_follows() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.standby().name(), "ready");
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    let actions = life.handle(at(3100), Input::ResetDone);
+    assert_eq!(actions, [Action::Adopt(generation(2)), Action::Configure]);
+    assert_eq!((life.state().name(), life.generation()), ("configuring", Some(generation(2))));
+    life.handle(at(3200), Input::Forwarding);
+    life.handle(at(3200), Input::Carrier(Carrier::Up));
+    assert_eq!(life.standby(), Standby::Absent, "none boots beside a recovery");
+    life.handle(at(3300), Input::EndLive(0));
+    assert_eq!(life.handle(at(4300), Input::Tick), [Action::SpawnStandby(generation(3))]);
+}
+
+#[test]
+fn a_standby_that_still_boots_is_better_than_a_new_one() {
+    let mut life = with_standby();
+    life.handle(at(1500), Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(at(1600), Input::ResetDone), [Action::Adopt(generation(2))]);
+    assert_eq!(life.handle(at(1700), Input::Hello), [Action::Configure]);
+}
+
+#[test]
+fn a_standby_that_dies_is_replaced_ever_more_slowly_and_missed_by_nobody() {
+    let mut life = with_standby();
+    let mut now = at(1100);
+    for (n, seconds) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
+        let actions = life.handle(now, Input::StandbyFailed("it broke".into()));
+        assert_eq!(actions, [Action::DropStandby(Some("it broke".into()))]);
+        now = now + Duration::from_secs(seconds);
+        life.handle(now, Input::Heartbeat);
+        let next = u32::try_from(n).unwrap() + 3;
+        assert_eq!(life.handle(now, Input::Tick), [Action::SpawnStandby(generation(next))]);
+    }
+    life.handle(now, Input::StandbyFailed("it broke".into()));
+    life.handle(now, Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(now, Input::ResetDone), [Action::Spawn(generation(11))], "a cold boot");
+}
+
+#[test]
+fn a_silent_standby_is_given_up() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
+    life.handle(at(2000 + silence), Input::Heartbeat);
+    let actions = life.handle(at(2000 + silence), Input::Tick);
+    assert!(matches!(&actions[..], [Action::DropStandby(Some(why))] if why.contains("heartbeat")), "{actions:?}");
+}
+
+#[test]
+fn a_guest_that_goes_and_a_stop_take_the_standby_along() {
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(1200), Input::EndGone(0)), [Action::DropStandby(None)]);
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(None), Action::Kill]);
+}
+
 #[test]
 fn messages_of_the_dead_change_nothing() {
     let mut life = live(1);
     life.handle(at(50), Input::ProcessGone("signal 9".into()));
     let before = life.state().clone();
-    for late in [Input::Hello, Input::Forwarding, Input::Heartbeat, Input::EndLive(0), Input::Evidence, Input::Start] {
+    for late in [Input::Hello, Input::Forwarding, Input::Heartbeat, Input::EndLive(0), Input::Evidence, Input::Released, Input::Start] {
         assert_eq!(life.handle(at(60), late.clone()), [], "{late:?}");
     }
     assert_eq!(*life.state(), before);
@@ -220,22 +287,29 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (0_usize..3).prop_map(Input::EndGone),
         1 => Just(Input::Failed(failure(Source::Panic, 0))),
         1 => Just(Input::Sign(failure(Source::Link, 0))),
-        2 => Just(Input::Evidence),
+        1 => Just(Input::Evidence),
+        2 => Just(Input::Released),
         3 => Just(Input::ProcessGone("gone".into())),
         1 => Just(Input::Replace("reboot".into())),
         3 => Just(Input::Tick),
+        2 => Just(Input::StandbyHello),
+        2 => Just(Input::StandbyLoaded),
+        1 => Just(Input::StandbyHeartbeat),
+        1 => Just(Input::StandbyFailed("gone".into())),
     ]
 }
 
 proptest! {
-    /// Whatever happens in whatever order: one process at a time, generations count up by one, the reset has
+    /// Whatever happens in whatever order: one process at a time beside one standby, generations count up by one, the reset has
     /// returned before a start, nothing goes live that does not run, and nothing starts after quarantine or stop.
     #[test]
     fn any_order_of_inputs_keeps_the_invariants(
         inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
         stop_at in 0_usize..250,
+        warm in any::<bool>(),
     ) {
-        let mut life = new(3);
+        let mut life = Lifecycle::new(History::new(Restart::default()), 3, warm);
+        let mut standby = None;
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
             now += gap;
@@ -256,12 +330,28 @@ proptest! {
                         last += 1;
                         alive = true;
                     }
+                    Action::SpawnStandby(generation) => {
+                        prop_assert!(warm && alive && standby.is_none() && !over, "standby at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        standby = Some(generation);
+                    }
+                    Action::Adopt(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "adopted at {input:?}");
+                        prop_assert_eq!(standby.take(), Some(generation));
+                        alive = true;
+                    }
+                    Action::DropStandby(_) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
                     Action::Reset => {
                         prop_assert!(!alive && !resetting, "reset under a life at {input:?}");
                         resetting = true;
                     }
                     Action::Configure | Action::GoLive(..) | Action::Mask => prop_assert!(alive),
-                    Action::Kill | Action::AskEvidence => prop_assert!(alive, "kill nothing at {input:?}"),
+                    Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
+                    Action::Bury => {
+                        prop_assert!(alive, "bury nothing at {input:?}");
+                        alive = false;
+                    }
                     Action::Quarantine(_) => over = true,
                     Action::Live | Action::Failed(_) | Action::Report => {}
                 }

@@ -1,0 +1,277 @@
+//! The standby's process: started at low priority, watched while it waits, given the device when its turn comes.
+//!
+//! It has its links to the guests from the start (their splitters keep them beside the serving ones), but for sound,
+//! whose link is a plain stream that begins with its service. What it says is believed as little as what a serving
+//! driver VM says; a fault costs it its place.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::poll::PollFlags;
+use umbra_driver_vm::protocol::{FromAgent, ToAgent};
+use umbra_shadow::Generation;
+
+use super::console::Console;
+use super::driver::{DriverVm, Role, StandbyVm};
+use super::events::Event;
+use super::lifecycle::{Input, Source};
+use super::run::Supervisor;
+use super::status::StandbyStatus;
+use super::time::{Time, milliseconds};
+use super::timeline::Step;
+use crate::process::channel::Incoming;
+use crate::process::ipc::{FromVm, ToVm};
+use crate::process::spawn::describe_exit;
+
+/// How much a booting standby stands back: guests that are served go before it.
+const NICE: i32 = 10;
+
+/// What of a standby is ready to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum StandbyPart {
+    Control,
+    Agent,
+    Console,
+    Exit,
+}
+
+impl Supervisor {
+    pub(super) fn spawn_standby(&mut self, n: usize, generation: Generation) {
+        let driver = &mut self.drivers[n];
+        self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
+        match driver.launch(&self.program, generation, Role::Waits) {
+            Ok(life) => {
+                if may_renice() {
+                    renice(life.process.pid(), NICE);
+                }
+                let (console, started) = (Console::in_memory(), Time::now());
+                driver.standby = Some(StandbyVm {
+                    life,
+                    console,
+                    started,
+                    kernel: None,
+                    available_memory: None,
+                    dropped: false,
+                });
+                self.attach_links(n, Role::Waits);
+            }
+            Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),
+        }
+    }
+
+    pub(super) fn drop_standby(&mut self, n: usize, why: Option<String>) {
+        let driver = &mut self.drivers[n];
+        let mut generation = 0;
+        if let Some(standby) = &mut driver.standby {
+            generation = standby.life.generation.get();
+            // What is left of it is cleared away when its end is seen.
+            standby.life.process.kill();
+            standby.dropped = true;
+        }
+        if let Some(reason) = why {
+            self.events.tell(&Event::StandbyFailed { driver: driver.name.clone(), generation, reason });
+        }
+    }
+
+    /// The standby becomes the present life, and gets the device.
+    pub(super) fn adopt(&mut self, n: usize, generation: Generation) {
+        let now = Time::now();
+        let driver = &mut self.drivers[n];
+        let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
+            return self.fail_driver(n, Source::Start, "the standby is gone".into(), now);
+        };
+        let StandbyVm { life, console, started, kernel, .. } = standby;
+        let name = format!("{}.{generation}", driver.name);
+        driver.console.take_over(&name, console);
+        driver.timeline.mark(Step::Spawn, now);
+        let ready = kernel.is_some();
+        if ready {
+            driver.timeline.mark(Step::Hello, now);
+            driver.kernel = kernel;
+        } else {
+            renice(life.process.pid(), 0);
+        }
+        tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
+        driver.life = Some(life);
+        let standby = if ready { "ready" } else { "booting" };
+        self.events.tell(&Event::DriverAdopted { driver: driver.name.clone(), generation: generation.get(), standby });
+        self.attach_links(n, Role::Serves);
+        self.plug(n);
+    }
+
+    fn plug(&mut self, n: usize) {
+        let driver = &self.drivers[n];
+        let Some(life) = &driver.life else { return };
+        let message = ToVm::Plug { device: driver.spec.device.clone() };
+        if let Err(error) = life.process.channel().send_now(&message, &[]) {
+            self.fail_driver(n, Source::ProcessExit, format!("its process: {error}"), Time::now());
+        }
+    }
+
+    /// The device is on the bus of the adopted standby: its kernel has to look for it.
+    pub(super) fn on_plugged(&mut self, n: usize, at: Time) {
+        self.stage(n, Step::Plugged, "plugged", at, String::new());
+        self.rescan(n);
+    }
+
+    /// An agent that has not said hello yet is told when it has.
+    pub(super) fn rescan(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let (plugged, hello) = (driver.timeline.at(Step::Plugged), driver.timeline.at(Step::Hello));
+        if plugged.is_some() && hello.is_some() {
+            self.tell_agent(n, &ToAgent::Rescan);
+        }
+    }
+
+    pub(super) fn on_standby(&mut self, n: usize, part: StandbyPart) {
+        // It may have been adopted a moment ago.
+        if self.drivers[n].standby.is_none() {
+            return;
+        }
+        let failed = match part {
+            StandbyPart::Control => self.read_standby(n),
+            StandbyPart::Agent => self.read_standby_agent(n),
+            StandbyPart::Console => {
+                self.drivers[n].read_standby_console();
+                None
+            }
+            StandbyPart::Exit => self.standby_gone(n),
+        };
+        if let Some(why) = failed {
+            self.drive(n, Input::StandbyFailed(why));
+        }
+    }
+
+    fn read_standby(&mut self, n: usize) -> Option<String> {
+        let standby = self.drivers[n].standby.as_mut()?;
+        match standby.life.process.channel().try_receive::<FromVm>() {
+            Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
+            Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
+            Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),
+            Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
+            Ok(Incoming::Message(..)) => None,
+            Ok(Incoming::Closed) => {
+                standby.life.listening = false;
+                Some("its process ended".into())
+            }
+            Err(error) => Some(format!("its process: {error}")),
+        }
+    }
+
+    fn read_standby_agent(&mut self, n: usize) -> Option<String> {
+        let agent = self.drivers[n].standby.as_mut()?.life.agent.as_mut()?;
+        let flushed = agent.flush();
+        let (lines, error) = agent.receive();
+        for line in lines {
+            match serde_json::from_str::<FromAgent>(&line) {
+                Ok(message) => {
+                    if let Some(why) = self.on_standby_message(n, message) {
+                        return Some(why);
+                    }
+                }
+                Err(error) => return Some(format!("its agent sent what is no message ({error})")),
+            }
+        }
+        let error = error.or(flushed.err())?;
+        self.drivers[n].standby.as_mut()?.life.agent = None;
+        Some(format!("its agent's control stream: {error}"))
+    }
+
+    fn on_standby_message(&mut self, n: usize, message: FromAgent) -> Option<String> {
+        let driver = &mut self.drivers[n];
+        let standby = driver.standby.as_mut()?;
+        match message {
+            FromAgent::Hello { generation, kernel, .. } => {
+                if generation != standby.life.generation.get() {
+                    return Some(format!("its agent says that it is generation {generation}"));
+                }
+                standby.kernel = Some(super::messages::limited(&kernel));
+                self.drive(n, Input::StandbyHello);
+            }
+            FromAgent::Loaded { .. } => {
+                let boot_ms = milliseconds(Time::now().since(standby.started));
+                renice(standby.life.process.pid(), 0);
+                let generation = standby.life.generation.get();
+                self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+                self.drive(n, Input::StandbyLoaded);
+            }
+            FromAgent::Heartbeat { available_memory, .. } => {
+                standby.available_memory = Some(available_memory);
+                self.drive(n, Input::StandbyHeartbeat);
+            }
+            FromAgent::Failed { what } => return Some(super::messages::limited(&what)),
+            // Without a device there is nothing else to say.
+            _ => {}
+        }
+        None
+    }
+
+    /// The standby's process has ended, by itself or because it was dropped.
+    fn standby_gone(&mut self, n: usize) -> Option<String> {
+        let driver = &mut self.drivers[n];
+        let status = driver.standby.as_mut()?.life.process.ended()?;
+        driver.read_standby_console();
+        let standby = driver.standby.take()?;
+        if standby.dropped {
+            return None;
+        }
+        let title = format!("{}.{} (a standby that died)", driver.name, standby.life.generation);
+        let said = standby.console.tail();
+        tracing::warn!(driver = driver.name, said, "{title}");
+        Some(describe_exit(status))
+    }
+}
+
+impl DriverVm {
+    pub(super) fn watched_standby(&self) -> impl Iterator<Item = (StandbyPart, BorrowedFd<'_>, PollFlags)> {
+        let mut watched = Vec::new();
+        if let Some(StandbyVm { life, dropped, .. }) = &self.standby {
+            watched.push((StandbyPart::Exit, life.process.pidfd(), PollFlags::POLLIN));
+            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
+                watched.push((StandbyPart::Console, pipe.as_fd(), PollFlags::POLLIN));
+            }
+            if life.listening && !dropped {
+                watched.push((StandbyPart::Control, life.process.channel().as_fd(), PollFlags::POLLIN));
+            }
+            if let Some(agent) = life.agent.as_ref().filter(|_| !dropped) {
+                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
+                watched.push((StandbyPart::Agent, agent.stream().as_fd(), PollFlags::POLLIN | more));
+            }
+        }
+        watched.into_iter()
+    }
+
+    fn read_standby_console(&mut self) {
+        let Some(standby) = &mut self.standby else { return };
+        if let Some(pipe) = standby.life.process.console() {
+            standby.life.talking = standby.console.read(pipe);
+        }
+    }
+
+    pub(super) fn standby_status(&self) -> Option<StandbyStatus> {
+        let state = self.lifecycle.standby();
+        let warm = self.spec.standby == crate::spec::Standby::Warm;
+        warm.then(|| StandbyStatus {
+            state: state.name().into(),
+            generation: state.generation().map(Generation::get),
+            pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
+        })
+    }
+}
+
+/// Whether what was made nice can be made as before.
+fn may_renice() -> bool {
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NICE);
+    // A limit of 20 is a nice value of 0 (getrlimit(2)).
+    nix::unistd::geteuid().is_root() || limit.is_ok_and(|(soft, _)| soft >= 20)
+}
+
+/// Sets the nice value of all threads of `pid`; those that they start have it as well.
+fn renice(pid: u32, nice: i32) {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    for thread in threads.flatten() {
+        let Some(id) = thread.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // SAFETY: the call takes no pointers; a thread that has just ended is an error without consequence.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, id, nice) };
+    }
+}
