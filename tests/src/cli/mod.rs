@@ -5,6 +5,7 @@
 
 mod demo;
 mod measure;
+mod outages;
 mod run;
 mod wav;
 
@@ -30,6 +31,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
+    /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
+    Outages(outages::Args),
     /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
     Wav(wav::Args),
     /// Give the terminal to a shell in a fresh test host.
@@ -43,6 +46,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Outages(args) => outages::run(&args),
         Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),
     };

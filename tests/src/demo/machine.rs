@@ -40,6 +40,8 @@ pub struct MachineSpec {
     pub restart_limit: u32,
     /// Memory of the driver VM.
     pub driver_memory: String,
+    /// `warm` or `cold`.
+    pub standby: String,
 }
 
 impl MachineSpec {
@@ -52,6 +54,7 @@ impl MachineSpec {
             attach: Attach::DriverVm,
             restart_limit: 5,
             driver_memory: "128M".into(),
+            standby: "warm".into(),
         }
     }
 
@@ -75,9 +78,9 @@ impl MachineSpec {
             return text;
         }
         text.push_str(&format!(
-            "[driver.nic0]\ndevice = \"{}\"\nimage = \"{work}/{}\"\nmemory = \"{}\"\n\
+            "[driver.nic0]\ndevice = \"{}\"\nimage = \"{work}/{}\"\nmemory = \"{}\"\nstandby = \"{}\"\n\
              [driver.nic0.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
-            self.device, self.image, self.driver_memory, self.restart_limit
+            self.device, self.image, self.driver_memory, self.standby, self.restart_limit
         ));
         text
     }

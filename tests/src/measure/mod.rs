@@ -4,6 +4,7 @@
 
 mod memory;
 mod outage;
+pub mod outages;
 mod qemu_guest;
 mod results;
 

@@ -1,0 +1,47 @@
+//! `umbra-bench outages`.
+
+use std::process::ExitCode;
+
+use super::say;
+use crate::assets::target_dir;
+use crate::measure::outages::{self, OutagesSpec};
+
+/// Arguments of `umbra-bench outages`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The NIC model: e1000e, rtl8139, igb. May be repeated.
+    #[arg(long = "nic", value_name = "MODEL", default_value = "e1000e")]
+    nics: Vec<String>,
+    /// Crashes of each.
+    #[arg(long, default_value_t = 30)]
+    crashes: u32,
+    /// Bare re-initialisations of each.
+    #[arg(long, default_value_t = 10)]
+    reinits: u32,
+    /// `warm` or `cold`.
+    #[arg(long, default_value = "warm")]
+    standby: String,
+}
+
+/// Runs the measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut all = Vec::new();
+    for nic in &args.nics {
+        let spec = OutagesSpec {
+            nic: nic.as_str().into(),
+            crashes: args.crashes,
+            reinits: args.reinits,
+            standby: args.standby.clone(),
+        };
+        let outages = outages::run(&spec, &say)?;
+        print!("{}", outages.table());
+        all.push(outages);
+    }
+    let path = target_dir().join("bench/outages.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")?;
+    println!("written to {}", path.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,193 @@
+//! `umbra-bench outages`: many crashes of one driver VM, each outage as the guest's peer saw it and its parts, beside the
+//! bare re-initialisation of the same driver in the same run of the test host.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{GUEST, answer};
+use crate::assets::{Assets, Say};
+use crate::bench::{Bench, BenchSpec, Model};
+use crate::demo::DemoError;
+use crate::demo::machine::{Attach, Machine, MachineSpec};
+use crate::demo::outage::longest;
+use crate::demo::place::Place;
+use crate::peer::{guest_address, now_us, peer_address};
+use crate::probe::reinit::Reinit;
+
+/// Longest time for one recovery, or for a standby to be ready.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Ticks are watched for so long around an outage.
+const AROUND: Duration = Duration::from_millis(400);
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct OutagesSpec {
+    /// The NIC model.
+    pub nic: Model,
+    /// Crashes.
+    pub crashes: u32,
+    /// Bare re-initialisations.
+    pub reinits: u32,
+    /// `warm` or `cold`.
+    pub standby: String,
+}
+
+/// The parts of a recovery in Umbra's events, in order.
+const PARTS: [&str; 10] = [
+    "detect_ms", "fence_ms", "reset_ms", "back_off_ms", "boot_ms", "plug_ms", "probe_ms", "setup_ms", "link_ms", "replay_ms",
+];
+
+/// Some figures in ms.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    /// What was measured.
+    pub name: String,
+    /// How often.
+    pub runs: usize,
+    /// The middle one.
+    pub p50: f64,
+    /// 95 of 100 are at most this.
+    pub p95: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    fn of(name: &str, mut figures: Vec<f64>) -> Option<Self> {
+        figures.sort_by(f64::total_cmp);
+        let at = |percent: usize| figures.get((figures.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        Some(Self { name: name.into(), runs: figures.len(), p50: at(50)?, p95: at(95)?, max: at(100)? })
+    }
+}
+
+/// All of one NIC.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outages {
+    /// QEMU's model.
+    pub nic: String,
+    /// `warm` or `cold`.
+    pub standby: String,
+    /// The outage as the peer saw it, as Umbra counts it, its parts; the bare re-initialisation.
+    pub figures: Vec<Spread>,
+    /// The first by the last: medians.
+    pub ratio: Option<f64>,
+    /// Each recovery's parts, as Umbra told them.
+    pub each: Vec<Value>,
+}
+
+/// Takes the measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
+    let assets = Assets::prepare(say)?;
+    let image = assets.driver_image(&spec.nic)?;
+    let mut bench = BenchSpec::new("outages");
+    bench.nics = vec![spec.nic.clone()];
+    bench.capture = None;
+    bench.files = vec![image.clone()];
+    say(&format!("booting the test host with a {}", spec.nic));
+    let mut bench = Bench::boot(bench, &assets)?;
+    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
+    let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let machine = MachineSpec {
+        restart_limit: spec.crashes + 3,
+        standby: spec.standby.clone(),
+        ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
+    };
+    let mut place = Place::Bench(Box::new(bench));
+
+    say(&format!("{} crashes, {} standby", spec.crashes, spec.standby));
+    let mut running = Machine::start(&mut place, &machine)?;
+    let script = format!("umbra-probe first-answer {} 30", peer_address(0));
+    place.in_guest(GUEST, &script, Duration::from_secs(60))?;
+    let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
+    place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
+    let (mut seen, mut told, mut each) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..spec.crashes {
+        let (peer_ms, live) = crash(&mut running, &mut place, spec.standby == "warm", n)?;
+        say(&match peer_ms {
+            Some(ms) => format!("  {}: {ms:.0} ms at the peer", n + 1),
+            None => format!("  {}: the guest's ticks do not reach the peer any more", n + 1),
+        });
+        seen.extend(peer_ms);
+        told.extend(live.get("outage_ms").and_then(Value::as_f64));
+        each.push(live.get("parts").cloned().unwrap_or_default());
+    }
+    running.stop(&mut place)?;
+
+    say(&format!("{} bare re-initialisations, the NIC passed straight to the guest", spec.reinits));
+    let bare = reinits(&mut place, &machine, spec.reinits)?;
+
+    let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
+    figures.extend(Spread::of("outage as Umbra counts it", told));
+    for part in PARTS {
+        let of_each = each.iter().filter_map(|parts| parts.get(part).and_then(Value::as_f64)).collect();
+        figures.extend(Spread::of(&format!("  {}", part.trim_end_matches("_ms")), of_each));
+    }
+    figures.extend(Spread::of("bare re-initialisation", bare.iter().map(|run| run.total_ms).collect()));
+    figures.extend(Spread::of("  unbind and bind", bare.iter().map(|run| run.bind_ms).collect()));
+    let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
+    let ratio = p50("outage seen by the peer").zip(p50("bare re-initialisation")).map(|(outage, bare)| outage / bare);
+    Ok(Outages { nic: spec.nic.to_string(), standby: spec.standby.clone(), figures, ratio, each })
+}
+
+/// One crash: the gap at the peer, and the event of the next life.
+fn crash(running: &mut Machine, place: &mut Place, warm: bool, n: u32) -> Result<(Option<f64>, Value), DemoError> {
+    if warm {
+        running.await_event(LIMIT, |event| event.event == "standby-ready")?;
+    }
+    // Not always at the same distance from heartbeats and timers.
+    std::thread::sleep(AROUND + Duration::from_millis(u64::from(n % 7) * 37));
+    place.peer().take_ticks()?;
+    std::thread::sleep(AROUND);
+    let begin = now_us() - 300_000;
+    place.expect("umbra crash nic0", Duration::from_secs(20))?;
+    let live = running.await_event(LIMIT, |event| event.event == "driver-live")?;
+    let (mut arrived, start) = (Vec::new(), Instant::now());
+    while start.elapsed() < AROUND {
+        std::thread::sleep(Duration::from_millis(50));
+        arrived.extend(place.peer().take_ticks()?);
+    }
+    let gap = longest(&arrived, guest_address(0, 0), begin, u64::MAX).map(|outage| outage.gap_ms);
+    Ok((gap, Value::Object(live.fields)))
+}
+
+fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32) -> Result<Vec<Reinit>, DemoError> {
+    let straight = MachineSpec { attach: Attach::Passthrough, ..machine.clone() };
+    let running = Machine::start(place, &straight)?;
+    let script = format!("umbra-probe reinit {}/24 {}", guest_address(0, 0), peer_address(0));
+    let all = (0..runs).map(|_| answer(place, &script, Duration::from_secs(60))).collect();
+    running.stop(place)?;
+    all
+}
+
+impl Outages {
+    /// For people.
+    pub fn table(&self) -> String {
+        let head = format!("{}, {} standby", self.nic, self.standby);
+        let mut text = format!("\n{head:<30}{:>6}{:>10}{:>10}{:>10}\n", "runs", "p50 ms", "p95 ms", "max ms");
+        for Spread { name, runs, p50, p95, max } in &self.figures {
+            text.push_str(&format!("{name:<30}{runs:>6}{p50:>10.1}{p95:>10.1}{max:>10.1}\n"));
+        }
+        if let Some(ratio) = self.ratio {
+            text.push_str(&format!("{:<30}{ratio:>16.2}\n", "outage : re-initialisation"));
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_figures_that_were_measured() {
+        let spread = Spread::of("x", (1..=30).rev().map(f64::from).collect()).unwrap();
+        assert_eq!((spread.p50, spread.p95, spread.max, spread.runs), (15.0, 29.0, 30.0, 30));
+        assert_eq!(Spread::of("x", vec![7.0]).unwrap().p95, 7.0);
+        assert!(Spread::of("x", Vec::new()).is_none());
+    }
+}
