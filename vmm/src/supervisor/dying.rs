@@ -10,6 +10,7 @@ use super::console::Console;
 use super::driver::{DriverVm, Life};
 use super::lifecycle::Source;
 use super::run::Supervisor;
+use super::standby::renice;
 use super::time::Time;
 use crate::process::channel::Incoming;
 use crate::process::ipc::{FromVm, ToVm};
@@ -18,6 +19,9 @@ use crate::process::spawn::describe_exit;
 /// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
 /// some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// Its nice value.
+const LAST: i32 = 19;
 
 /// How long the process may take to hand over its registers before it is killed.
 const EVIDENCE: Duration = Duration::from_millis(50);
@@ -59,6 +63,8 @@ impl Supervisor {
         life.agent = None;
         driver.gone = now;
         driver.available_memory = None;
+        // It must not hold up the recovery.
+        renice(life.process.pid(), LAST);
         let speaks = driver.report.as_ref().is_some_and(|report| report.source == Source::Panic) && !life.panicked;
         let console = driver.console.split_off();
         let until = if speaks { now + LAST_WORDS } else { now };

@@ -267,7 +267,7 @@ fn may_renice() -> bool {
 }
 
 /// Sets the nice value of all threads of `pid`; those that they start have it as well.
-fn renice(pid: u32, nice: i32) {
+pub(super) fn renice(pid: u32, nice: i32) {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return };
     for thread in threads.flatten() {
         let Some(id) = thread.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
