@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -37,6 +38,19 @@ pub struct CrashArgs {
     /// In which way it is to fail.
     #[arg(long, value_enum, default_value_t = Kind::Panic)]
     kind: Kind,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Arguments of `umbra restart`.
+#[derive(Debug, clap::Args)]
+pub struct RestartArgs {
+    /// The driver VM.
+    driver: String,
+    /// The image to go on with: another driver, kernel or firmware. One that fails within half a minute is given up for
+    /// the old one.
+    #[arg(long, value_name = "FOLDER")]
+    image: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
 }
@@ -118,6 +132,25 @@ pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
         return super::print_json(&response);
     }
     super::print(&format!("{name}: generation {generation} is told to crash"))
+}
+
+/// Restarts a driver VM and waits until it serves again.
+///
+/// # Errors
+///
+/// No machine answers, or the new driver VM does not come up: the old image is in use then.
+pub fn restart(args: &RestartArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(&args.common)?;
+    let image = args.image.as_ref().map(std::path::absolute).transpose().context("find the image's folder")?;
+    // A boot has its own bounds, which the machine keeps.
+    machine.stream.get_ref().set_read_timeout(None).context("talk to the machine")?;
+    let response = machine.ask(&Request::Restart { name: args.driver.clone(), image })?;
+    let Response::Restarted { name, generation, outage_ms } = &response else { bail!(UNEXPECTED) };
+    if args.common.json {
+        return super::print_json(&response);
+    }
+    let masked = outage_ms.map_or_else(String::new, |ms| format!(", {ms:.0} ms masked"));
+    super::print(&format!("{name}: generation {generation} serves{masked}"))
 }
 
 /// Ends a machine and waits for the end.

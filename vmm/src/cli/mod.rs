@@ -42,6 +42,8 @@ enum Command {
     Report(report::Args),
     /// Make a driver VM crash for real, to see its guests survive it.
     Crash(client::CrashArgs),
+    /// Restart a driver VM under its running guests, from a new image if one is named.
+    Restart(client::RestartArgs),
     /// End a running machine.
     Stop(client::StopArgs),
     /// Say what this host can do, what is missing, and the command that mends it.
@@ -81,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Events(args) => events::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Crash(args) => client::crash(&args),
+        Command::Restart(args) => client::restart(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),

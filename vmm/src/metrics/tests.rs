@@ -1,4 +1,5 @@
 use super::*;
+use crate::supervisor::lifecycle::Source;
 use crate::process::ipc::{MaskedCounts, SoundCounts};
 use crate::supervisor::lifecycle::Source;
 

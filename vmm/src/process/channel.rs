@@ -127,6 +127,7 @@ impl Channel {
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
         let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+        let mut reset = false;
         let (length, truncated, fds) = loop {
             let mut iov = [IoSliceMut::new(&mut buffer)];
             match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut iov, Some(&mut control), flags) {
@@ -136,6 +137,8 @@ impl Channel {
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(Incoming::Empty),
+                // A peer that ended without reading everything; the kernel says so once, before what it had sent.
+                Err(Errno::ECONNRESET) if !reset => reset = true,
                 Err(Errno::ECONNRESET) => return Ok(Incoming::Closed),
                 Err(errno) => return Err(Error::Receive(errno)),
             }
@@ -233,6 +236,17 @@ mod tests {
         drop(theirs);
         assert!(matches!(ours.receive::<u32>().unwrap(), Incoming::Closed));
         assert!(matches!(ours.send(&1u32, &[]), Err(Error::Closed)));
+    }
+
+    #[test]
+    fn the_last_words_of_a_peer_that_did_not_listen_are_heard() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::from_fd(theirs);
+        ours.send(&1u32, &[]).unwrap();
+        theirs.send(&2u32, &[]).unwrap();
+        drop(theirs);
+        assert!(matches!(ours.try_receive::<u32>().unwrap(), Incoming::Message(2, _)));
+        assert!(matches!(ours.try_receive::<u32>().unwrap(), Incoming::Closed));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use umbra_shadow::Generation;
 use super::driver::{DeviceRef, EndRef, Role, device_mac};
 use super::events::Event;
 use super::lifecycle::{Action, Failure, Input, Source, State};
-use super::report::{self, CrashReport};
+use super::report::CrashReport;
 use super::run::Supervisor;
 use super::time::{Time, milliseconds};
 use super::timeline::{Step, Timeline};
@@ -34,6 +34,7 @@ impl Supervisor {
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
+            Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n),
             Action::GoLive(end, replay) => {
@@ -174,6 +175,8 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;
+        self.restarted(n, now);
+        let driver = &mut self.drivers[n];
         // The last words of the failed life may still come.
         driver.report = driver.report.take().filter(|_| driver.dying.is_some());
     }
@@ -189,15 +192,16 @@ impl Supervisor {
         driver.timeline.mark(Step::Sign, failure.at);
         driver.timeline.mark(Step::Detect, now);
         driver.reason = Some(failure.what.clone());
-        driver.report = (failure.source != Source::Replaced).then(|| driver.begin_report(&failure));
+        driver.report = failure.source.is_failure().then(|| driver.begin_report(&failure));
         self.events.tell(&Event::DriverFailed {
             driver: driver.name.clone(),
             generation: generation.map_or(0, Generation::get),
             source: failure.source,
-            reason: failure.what,
+            reason: failure.what.clone(),
             detect_ms: milliseconds(now.since(failure.at)),
         });
         self.mask(n, now);
+        self.judge_trial(n);
     }
 
     /// Tells the guests to mask; those whose splitter has seen it first know already.
@@ -261,18 +265,25 @@ impl Supervisor {
     }
 
     pub(super) fn write_report(&mut self, n: usize) {
+        let Some(report) = self.drivers[n].report.clone() else { return };
+        self.drivers[n].report_path = self.write(&report);
+        if let Some(dying) = &mut self.drivers[n].dying {
+            dying.report = Some(report);
+        }
+    }
+
+    /// Writes `report`; where to, if that succeeds.
+    pub(super) fn write(&mut self, report: &CrashReport) -> Option<String> {
         let dir = self.run_dir.reports();
-        let driver = &mut self.drivers[n];
-        let Some(report) = &mut driver.report else { return };
         match self.shelf.write(&dir, report) {
-            Ok(path) => driver.report_path = Some(path.display().to_string()),
+            Ok(path) => Some(path.display().to_string()),
             Err(error) => {
-                driver.report_path = None;
                 if let Some(error) = error {
-                    let (name, dir) = (&driver.name, dir.display());
+                    let (name, dir) = (&report.driver, dir.display());
                     let what = format!("{name}: no crash report in {dir}: {error}; reports wait in memory until there is room");
                     self.events.warn(what);
                 }
+                None
             }
         }
     }
@@ -307,8 +318,7 @@ impl super::driver::DriverVm {
     /// What a failed life left goes into its report.
     pub(super) fn take_evidence(&mut self, exit: String, registers: String, console_tail: String) {
         let Some(report) = &mut self.report else { return };
-        report.kernel_says = report::kernel_says(&console_tail);
-        (report.exit, report.registers, report.console_tail) = (exit, registers, console_tail);
+        report.take_evidence(exit, registers, console_tail);
         if let Some(line) = &report.kernel_says {
             self.reason = Some(format!("{}: {line}", report.reason));
         }

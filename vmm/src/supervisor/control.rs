@@ -1,5 +1,7 @@
 //! What the command line and a running machine say to each other: one JSON line each on the control socket.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::CrashKind;
 
@@ -27,6 +29,14 @@ pub enum Request {
         name: String,
         /// How.
         kind: CrashKind,
+    },
+    /// Restart a driver VM, masked, from another image if one is named. Answered by [`Response::Restarted`] when it
+    /// serves again, or by [`Response::Error`] when the old one goes on or is back.
+    Restart {
+        /// Which.
+        name: String,
+        /// The folder of the image, absolute.
+        image: Option<PathBuf>,
     },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
@@ -61,6 +71,15 @@ pub enum Response {
         generation: u32,
         /// How.
         kind: CrashKind,
+    },
+    /// The driver VM serves again.
+    Restarted {
+        /// The driver VM.
+        name: String,
+        /// Its new generation.
+        generation: u32,
+        /// From the mask to live, ms.
+        outage_ms: Option<f64>,
     },
     /// The machine is ending.
     Stopping {

@@ -20,6 +20,7 @@ use super::dying::Dying;
 use super::lifecycle::{Carrier, End, Lifecycle};
 use super::lines::{LineError, Lines};
 use super::policy::History;
+use super::restart::Trial;
 use super::report::{CrashReport, Mask};
 use super::rundir::RunDir;
 use super::status;
@@ -127,6 +128,8 @@ pub(super) struct DriverVm {
     pub(super) kernel: Option<String>,
     pub(super) kernel_driver: Option<String>,
     pub(super) available_memory: Option<u64>,
+    /// The restart under way, or on trial.
+    pub(super) trial: Option<Trial>,
     /// Whether it ever served; before that, a wrong set-up is likelier than a crash.
     pub(super) was_live: bool,
 }
@@ -221,6 +224,7 @@ impl DriverVm {
             kernel: None,
             kernel_driver: None,
             available_memory: None,
+            trial: None,
             was_live: false,
         }
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::console::Console;
 use super::driver::{DriverVm, Life};
 use super::lifecycle::Source;
+use super::report::CrashReport;
 use super::run::Supervisor;
 use super::standby::renice;
 use super::time::Time;
@@ -20,11 +21,14 @@ use crate::process::spawn::describe_exit;
 /// some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// Messages heard at a time.
+const AT_ONCE: usize = 16;
+
 /// Its nice value.
 const LAST: i32 = 19;
 
-/// How long the process may take to hand over its registers before it is killed.
-const EVIDENCE: Duration = Duration::from_millis(50);
+/// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
+const EVIDENCE: Duration = Duration::from_millis(500);
 
 /// A failed life without its device.
 #[derive(Debug)]
@@ -32,6 +36,8 @@ pub(super) struct Dying {
     life: Life,
     console: Console,
     stage: Stage,
+    /// As it was last written, for the case that the next life fails before this one is over.
+    pub(super) report: Option<CrashReport>,
 }
 
 /// How far its end is.
@@ -58,9 +64,8 @@ impl Supervisor {
     pub(super) fn bury(&mut self, n: usize) {
         let now = Time::now();
         let driver = &mut self.drivers[n];
-        let Some(mut life) = driver.life.take() else { return };
-        // The end of its agent is no news any more.
-        life.agent = None;
+        // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
+        let Some(life) = driver.life.take() else { return };
         driver.gone = now;
         driver.available_memory = None;
         // It must not hold up the recovery.
@@ -68,8 +73,9 @@ impl Supervisor {
         let speaks = driver.report.as_ref().is_some_and(|report| report.source == Source::Panic) && !life.panicked;
         let console = driver.console.split_off();
         let until = if speaks { now + LAST_WORDS } else { now };
-        // A life that failed just before and is not gone yet is killed by its drop.
-        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until) });
+        self.conclude(n, "its process was killed".into());
+        let driver = &mut self.drivers[n];
+        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), report: None });
         driver.hasten_death(now);
     }
 
@@ -82,23 +88,31 @@ impl Supervisor {
     }
 
     fn on_death(&mut self, n: usize) {
+        let ended = self.drivers[n].dying.as_mut().and_then(|dying| dying.life.process.ended());
+        if let Some(status) = ended {
+            self.conclude(n, describe_exit(status));
+        }
+    }
+
+    /// What the dying life has left goes into its report; what is left of it is killed.
+    fn conclude(&mut self, n: usize, exit: String) {
         let driver = &mut self.drivers[n];
         driver.hear_dying();
-        let Some(status) = driver.dying.as_mut().and_then(|dying| dying.life.process.ended()) else { return };
         let Some(mut dying) = driver.dying.take() else { return };
         if let Some(pipe) = dying.life.process.console() {
             dying.console.drain(pipe);
         }
         let generation = dying.life.generation.get();
         driver.console.append(&format!("{}.{generation} (its last words)", driver.name), &mut dying.console);
-        if driver.report.as_ref().is_none_or(|report| report.generation != generation) {
-            return;
-        }
-        driver.take_evidence(describe_exit(status), dying.life.registers, dying.console.tail());
-        self.write_report(n);
-        let driver = &mut self.drivers[n];
-        if driver.report.as_ref().is_some_and(|report| report.outage_ms.is_some()) {
-            driver.report = None;
+        let registers = std::mem::take(&mut dying.life.registers);
+        if driver.report.as_ref().is_some_and(|report| report.generation == generation) {
+            driver.take_evidence(exit, registers, dying.console.tail());
+            self.write_report(n);
+            let driver = &mut self.drivers[n];
+            driver.report = driver.report.take().filter(|report| report.outage_ms.is_none());
+        } else if let Some(mut report) = dying.report {
+            report.take_evidence(exit, registers, dying.console.tail());
+            self.write(&report);
         }
     }
 }
@@ -143,13 +157,19 @@ impl DriverVm {
 
     fn hear_dying(&mut self) {
         let Some(dying) = self.dying.as_mut() else { return };
-        match dying.life.process.channel().try_receive::<FromVm>() {
-            Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
-                dying.stage = Stage::Speaking(Time::now());
+        for _ in 0..AT_ONCE {
+            match dying.life.process.channel().try_receive::<FromVm>() {
+                Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
+                    dying.stage = Stage::Speaking(Time::now());
+                }
+                Ok(Incoming::Message(FromVm::Ended { registers, .. }, _)) => dying.life.registers = registers,
+                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Closed) | Err(_) => {
+                    dying.life.listening = false;
+                    return;
+                }
+                Ok(_) => {}
             }
-            Ok(Incoming::Message(FromVm::Ended { registers, .. }, _)) => dying.life.registers = registers,
-            Ok(Incoming::Closed) | Err(_) => dying.life.listening = false,
-            Ok(_) => {}
         }
     }
 

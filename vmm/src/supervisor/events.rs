@@ -83,6 +83,13 @@ pub enum Event {
         /// How far it was: `ready` or `booting`.
         standby: &'static str,
     },
+    /// A restart that was asked for did not come about; the image of before is in use.
+    RestartFailed {
+        /// The driver VM.
+        driver: String,
+        /// Why.
+        reason: String,
+    },
     /// A generation got on.
     DriverStage {
         /// The driver VM.
@@ -305,7 +312,10 @@ impl Event {
             Self::Masked { guest, device, driver, cause, .. } => {
                 format!("{guest}.{device}: {driver} broke a rule ({cause}); masked")
             }
-            Self::DriverFailed { driver, generation, source: Source::Replaced, reason, .. } => {
+            Self::RestartFailed { driver, reason } => {
+                format!("{driver}: not restarted: {reason}; it goes on with the image of before")
+            }
+            Self::DriverFailed { driver, generation, source: Source::Replaced | Source::Planned, reason, .. } => {
                 format!("{driver}: generation {generation} is replaced: {reason}")
             }
             Self::DriverFailed { driver, generation, reason, detect_ms, .. } => {

@@ -67,6 +67,8 @@ pub struct Lifecycle {
     heard: Option<Time>,
     carrier: Carrier,
     reserve: Reserve,
+    /// A restart was asked for; it waits for the standby.
+    restarting: bool,
     /// The newest number that a process has had.
     newest: Option<Generation>,
 }
@@ -79,6 +81,7 @@ impl Lifecycle {
         Self {
             reserve: Reserve::new(warm, boot, heartbeat),
             newest: None,
+            restarting: false,
             state: State::Idle,
             generation: None,
             history,
@@ -168,6 +171,8 @@ impl Lifecycle {
             Input::Replace(why) => self.fail(now, Failure { source: Source::Replaced, what: why, at: now }),
             Input::Tick => self.on_tick(now),
             Input::Stop => self.on_stop(),
+            Input::Restart { fresh } => self.on_restart(now, fresh),
+            Input::StandbyUseless => self.on_standby_useless(now),
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
@@ -177,12 +182,46 @@ impl Lifecycle {
     fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
         match input {
             Input::StandbyHello => self.reserve.hello(),
-            Input::StandbyLoaded => self.reserve.ready(now),
+            Input::StandbyLoaded => {
+                self.reserve.ready(now);
+                return self.switch_over(now);
+            }
             Input::StandbyHeartbeat => self.reserve.heartbeat(now),
-            Input::StandbyFailed(why) if self.reserve.died(now) => return vec![Action::DropStandby(Some(why))],
+            Input::StandbyFailed(why) if self.reserve.died(now) => {
+                let off = std::mem::take(&mut self.restarting).then(|| Action::RestartOff(why.clone()));
+                return std::iter::once(Action::DropStandby(Some(why))).chain(off).collect();
+            }
             _ => {}
         }
         Vec::new()
+    }
+
+    fn on_restart(&mut self, now: Time, fresh: bool) -> Vec<Action> {
+        if !matches!(self.state, State::Live { .. }) {
+            return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
+        }
+        let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
+        self.restarting = true;
+        self.reserve.want_now(now);
+        actions.extend(self.switch_over(now));
+        actions
+    }
+
+    /// Hands over to the standby if that was asked for and it is ready.
+    fn switch_over(&mut self, now: Time) -> Vec<Action> {
+        let ready = matches!(self.reserve.state(), Standby::Ready { .. });
+        if !(self.restarting && ready && matches!(self.state, State::Live { .. })) {
+            return Vec::new();
+        }
+        self.fail(now, Failure { source: Source::Planned, what: "a restart was asked for".into(), at: now })
+    }
+
+    fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {
+        let actions = self.drop_standby();
+        if matches!(self.state, State::Live { .. }) {
+            self.reserve.want(now);
+        }
+        actions
     }
 
     /// Gives the standby up without a word.
@@ -350,6 +389,7 @@ impl Lifecycle {
         if !self.has_life() {
             return Vec::new();
         }
+        self.restarting = false;
         // The time of the first sign is when the failure was noticed, whatever its reason turned out to be.
         if let Some((_, sign)) = self.suspicion.take() {
             failure.at = failure.at.min(sign.at);
@@ -410,6 +450,10 @@ impl Lifecycle {
             let mut actions = self.drop_standby();
             actions.push(Action::Reset);
             return actions;
+        }
+        if source == Source::Planned {
+            self.state = State::Resetting { until, next: Some(now) };
+            return vec![Action::Reset];
         }
         match self.history.failed(now, lived) {
             Verdict::Restart(delay) => {

@@ -18,6 +18,7 @@ pub mod notify;
 pub mod policy;
 mod preflight;
 pub mod report;
+mod restart;
 pub mod run;
 pub mod rundir;
 mod server;

@@ -131,6 +131,12 @@ pub fn kernel_says(console: &str) -> Option<String> {
 }
 
 impl CrashReport {
+    /// What the failed life has left.
+    pub(super) fn take_evidence(&mut self, exit: String, registers: String, console_tail: String) {
+        self.kernel_says = kernel_says(&console_tail);
+        (self.exit, self.registers, self.console_tail) = (exit, registers, console_tail);
+    }
+
     /// Writes both files into `dir` and forgets the oldest. Returns the path of the one for people.
     ///
     /// # Errors

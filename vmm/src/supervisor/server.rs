@@ -80,7 +80,7 @@ impl Clients {
         self.clients.retain(|_, client| client.tell_events(past).is_ok());
     }
 
-    fn answer(&mut self, id: u64, response: &Response) {
+    pub(super) fn answer(&mut self, id: u64, response: &Response) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         let sent = serde_json::to_string(response).is_ok_and(|line| client.lines.send(&line).is_ok());
         if !sent {
@@ -141,6 +141,12 @@ impl Supervisor {
                 let response = self.crash(&name, kind).unwrap_or_else(|what| Response::Error { what });
                 self.clients.answer(id, &response);
             }
+            Request::Restart { name, image } => {
+                let begun = self.driver_named(&name).and_then(|n| self.restart(n, image.as_deref(), id));
+                if let Err(what) = begun {
+                    self.clients.answer(id, &Response::Error { what });
+                }
+            }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
                 let how = if self.stopping == Some(StopHow::Kill) { StopHow::Kill } else { how };
@@ -149,14 +155,18 @@ impl Supervisor {
         }
     }
 
-    fn crash(&mut self, name: &str, kind: CrashKind) -> Result<Response, String> {
-        let Some(n) = self.drivers.iter().position(|driver| driver.name == name) else {
+    fn driver_named(&self, name: &str) -> Result<usize, String> {
+        self.drivers.iter().position(|driver| driver.name == name).ok_or_else(|| {
             let names: Vec<_> = self.drivers.iter().map(|driver| driver.name.as_str()).collect();
-            return Err(match names.len() {
+            match names.len() {
                 0 => "this machine has no driver VMs".into(),
                 _ => format!("there is no driver VM named {name}; there is {}", names.join(", ")),
-            });
-        };
+            }
+        })
+    }
+
+    fn crash(&mut self, name: &str, kind: CrashKind) -> Result<Response, String> {
+        let n = self.driver_named(name)?;
         let state = self.drivers[n].lifecycle.state();
         if !matches!(state, State::Configuring { .. } | State::WaitingCarrier { .. } | State::GoingLive { .. } | State::Live { .. })
         {

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::supervisor::control::StopHow;
+use umbra_vmm::supervisor::control::{Response, StopHow};
 use umbra_vmm::supervisor::status::DriverStatus;
 
 use crate::machine::{start, start_elsewhere};
@@ -23,6 +23,9 @@ pub const ALL: &[Case] = cases![
     a_killed_process_is_replaced,
     a_standby_takes_over_and_the_next_one_follows,
     a_standby_that_is_killed_is_replaced,
+    a_restart_is_masked_and_no_failure,
+    an_image_that_does_not_boot_changes_nothing,
+    an_image_that_fails_gives_way_to_the_old_one,
     a_hung_agent_is_replaced_after_the_heartbeat_timeout,
     a_reset_driver_vm_is_replaced_with_its_registers_kept,
     an_agent_that_talks_nonsense_is_replaced,
@@ -61,7 +64,7 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
     assert_eq!(machine.resets(), "1");
     let report = machine.report(1);
     assert_eq!((&report["source"], &report["verdict"]), (&"panic".into(), &"restart".into()));
-    assert_eq!(report["registers"], "rip 0000");
+    assert_eq!(report["registers"], "rip 0000", "{report}");
     assert!(report["console_tail"].as_str().unwrap().contains("CPU: 0 PID: 1"));
     assert_eq!(report["frames"]["replayed"], 2);
     let steps: Vec<_> = report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
@@ -112,6 +115,41 @@ fn a_standby_that_is_killed_is_replaced() {
     assert!(machine.events_text().contains("\"standby-failed\""));
     machine.crash(CrashKind::Panic);
     machine.wait_live(3);
+    machine.stop();
+}
+
+fn a_restart_is_masked_and_no_failure() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let Response::Restarted { generation, outage_ms, .. } = machine.restart(None) else { panic!("no restart") };
+    assert!(generation == 2 && outage_ms.unwrap() < 5000.0);
+    let driver = machine.wait_live(2);
+    assert_eq!(driver.failures, 0);
+    let Response::Restarted { generation, .. } = machine.restart(Some("image")) else { panic!("no upgrade") };
+    assert!(generation > 2);
+    assert!(!machine.run_dir().join("reports/nic0-gen1.json").exists(), "no crash report");
+    assert!(matches!(machine.restart(Some("nowhere")), Response::Error { what } if what.contains("nowhere")));
+    machine.stop();
+}
+
+fn an_image_that_does_not_boot_changes_nothing() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let Response::Error { what } = machine.restart(Some("image-that-does-not-boot")) else { panic!("it boots") };
+    assert!(what.contains("it has no engine") && what.contains("image of before"), "{what}");
+    let driver = machine.wait_live(1);
+    assert_eq!((driver.failures, driver.generation), (0, Some(1)));
+    assert!(!machine.events_text().contains("masked"), "the guest noticed nothing");
+    machine.wait_for("a standby of the old image", |d| d.standby.as_ref().is_some_and(|s| s.state == "ready"));
+    machine.stop();
+}
+
+fn an_image_that_fails_gives_way_to_the_old_one() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let Response::Error { what } = machine.restart(Some("image-without-the-driver")) else { panic!("it serves") };
+    assert!(what.contains("no module named nic") && what.contains("image of before"), "{what}");
+    machine.wait_for("the old image", |driver| driver.state == "live" && driver.generation > Some(2));
     machine.stop();
 }
 

@@ -22,7 +22,8 @@ pub fn main(args: &[String]) -> ExitCode {
     // SAFETY: the supervisor opened it for this process.
     let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
     let Incoming::Message(ToVm::Start(spec), _) = channel.receive().unwrap() else { return ExitCode::FAILURE };
-    if spec.cmdline.contains("fake=no-start") {
+    let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default();
+    if spec.cmdline.contains("fake=no-start") || image == "image-that-does-not-boot" {
         channel.send(&FromVm::Failed { what: "it has no engine".into() }, &[]).unwrap();
         return ExitCode::SUCCESS;
     }
@@ -128,7 +129,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     if spec.standby {
         assert!(matches!(serde_json::from_str(&lines.next().unwrap().unwrap()), Ok(ToAgent::Rescan)));
     }
-    if told("agent-fails") {
+    if told("agent-fails") || spec.kernel.parent().unwrap().ends_with("image-without-the-driver") {
         say(FromAgent::Failed { what: "no module named nic".into() });
         thread::sleep(Duration::from_secs(100));
     }

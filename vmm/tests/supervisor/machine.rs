@@ -96,14 +96,19 @@ fn make_host(dir: &Path) {
     }
     // A command register with bus mastering on.
     fs::write(device.join("config"), [0x86, 0x80, 0xd3, 0x10, 0x06, 0x00, 0, 0]).unwrap();
-    let image = dir.join("image");
-    fs::create_dir_all(&image).unwrap();
+    for name in ["image", "image-that-does-not-boot", "image-without-the-driver"] {
+        make_image(&dir.join(name));
+    }
+    fs::write(dir.join("kvm"), "").unwrap();
+}
+
+fn make_image(image: &Path) {
+    fs::create_dir_all(image).unwrap();
     fs::write(image.join("vmlinux"), "elf").unwrap();
     fs::write(image.join("initramfs.cpio"), "cpio").unwrap();
     let manifest = r#"{"format":1,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
         "firmware_missing":[],"vmlinux":{"size":3,"sha256":""},"initramfs":{"size":4,"sha256":""}}"#;
     fs::write(image.join("manifest.json"), manifest).unwrap();
-    fs::write(dir.join("kvm"), "").unwrap();
 }
 
 impl TestMachine {
@@ -145,6 +150,12 @@ impl TestMachine {
     pub fn crash(&self, kind: CrashKind) {
         let response = self.ask(&Request::Crash { name: "nic0".into(), kind });
         assert!(matches!(response, Some(Response::Crashing { .. })), "{response:?}");
+    }
+
+    /// `umbra restart`; waits for the outcome.
+    pub fn restart(&self, image: Option<&str>) -> Response {
+        let image = image.map(|name| self.dir.path().join(name));
+        self.ask(&Request::Restart { name: "nic0".into(), image }).unwrap()
     }
 
     /// Presses the power button (or kills) without waiting for the end.

@@ -121,6 +121,13 @@ impl Reserve {
         }
     }
 
+    /// One is wanted at once, whatever the configuration says.
+    pub(super) fn want_now(&mut self, now: Time) {
+        if self.state.generation().is_none() {
+            self.state = Standby::Due(now);
+        }
+    }
+
     /// Takes the standby for the next life: its number, and whether its agent has said hello.
     pub(super) fn adopt(&mut self) -> Option<(Generation, bool)> {
         let (generation, hello) = match self.state {
@@ -144,7 +151,7 @@ impl Reserve {
         }
         let delay = BACK_OFF.saturating_mul(1_u32.checked_shl(self.deaths).unwrap_or(u32::MAX)).min(BACK_OFF_MAX);
         self.deaths = self.deaths.saturating_add(1);
-        self.state = Standby::Due(now + delay);
+        self.state = if self.warm { Standby::Due(now + delay) } else { Standby::Absent };
         true
     }
 

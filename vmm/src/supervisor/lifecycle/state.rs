@@ -38,6 +38,15 @@ pub enum Source {
     Link,
     /// No failure: `umbra run` replaces the driver VM because a guest was rebooted.
     Replaced,
+    /// No failure: `umbra restart`.
+    Planned,
+}
+
+impl Source {
+    /// Whether it counts.
+    pub fn is_failure(self) -> bool {
+        !matches!(self, Self::Replaced | Self::Planned)
+    }
 }
 
 /// A failure of a driver VM.
@@ -86,6 +95,13 @@ pub enum Input {
     Tick,
     /// No further life; end this one.
     Stop,
+    /// Replace the driver VM by the next one once that waits booted; `fresh`: by one that is started from now on.
+    Restart {
+        /// The present standby is of no use.
+        fresh: bool,
+    },
+    /// The standby is of no use: another one is to be started.
+    StandbyUseless,
     /// The standby's agent said hello.
     StandbyHello,
     /// The standby has loaded its modules.
@@ -119,6 +135,8 @@ pub enum Action {
     SpawnStandby(Generation),
     /// Kill the standby; it has failed, and this is why, or it is of no use any more.
     DropStandby(Option<String>),
+    /// The restart that was asked for is off, because its driver VM did not come up: nothing has changed.
+    RestartOff(String),
     /// Tell the agent what network to serve.
     Configure,
     /// Let the splitter of this end replay and go live.

@@ -256,6 +256,32 @@ fn a_silent_standby_is_given_up() {
 }
 
 #[test]
+fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
+    let mut life = live(1);
+    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), []);
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))], "though it is cold");
+    life.handle(at(2500), Input::StandbyHello);
+    let actions = life.handle(at(2600), Input::StandbyLoaded);
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Planned), "{actions:?}");
+    assert_eq!(life.handle(at(2610), Input::Released), [Action::Bury, Action::Reset]);
+    assert_eq!(life.handle(at(2700), Input::ResetDone)[0], Action::Adopt(generation(2)));
+    assert_eq!(life.history().total(), 0);
+}
+
+#[test]
+fn a_restart_whose_driver_vm_does_not_come_up_changes_nothing() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2500), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    let why = String::from("no init");
+    let off = [Action::DropStandby(Some(why.clone())), Action::RestartOff(why.clone())];
+    assert_eq!(life.handle(at(3000), Input::StandbyFailed(why)), off);
+    assert_eq!((life.state().name(), life.generation()), ("live", Some(generation(1))));
+}
+
+#[test]
 fn a_guest_that_goes_and_a_stop_take_the_standby_along() {
     let mut life = with_standby();
     assert_eq!(life.handle(at(1200), Input::EndGone(0)), [Action::DropStandby(None)]);
@@ -292,6 +318,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         3 => Just(Input::ProcessGone("gone".into())),
         1 => Just(Input::Replace("reboot".into())),
         3 => Just(Input::Tick),
+        1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
+        1 => Just(Input::StandbyUseless),
         2 => Just(Input::StandbyHello),
         2 => Just(Input::StandbyLoaded),
         1 => Just(Input::StandbyHeartbeat),
@@ -309,11 +337,12 @@ proptest! {
         warm in any::<bool>(),
     ) {
         let mut life = Lifecycle::new(History::new(Restart::default()), 3, warm);
-        let mut standby = None;
+        let (mut standby, mut asked) = (None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
             now += gap;
             let input = if n == stop_at { Input::Stop } else { input };
+            asked |= matches!(input, Input::Restart { .. });
             // A process can only be gone, and a reset only return, if there is one.
             match input {
                 Input::ProcessGone(_) if !alive => continue,
@@ -331,7 +360,7 @@ proptest! {
                         alive = true;
                     }
                     Action::SpawnStandby(generation) => {
-                        prop_assert!(warm && alive && standby.is_none() && !over, "standby at {input:?}");
+                        prop_assert!((warm || asked) && alive && standby.is_none() && !over, "standby at {input:?}");
                         prop_assert_eq!(generation.get(), last + 1);
                         last += 1;
                         standby = Some(generation);
@@ -353,7 +382,7 @@ proptest! {
                         alive = false;
                     }
                     Action::Quarantine(_) => over = true,
-                    Action::Live | Action::Failed(_) | Action::Report => {}
+                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) => {}
                 }
             }
             over |= matches!(input, Input::Stop);
