@@ -113,6 +113,7 @@ impl CrashResult {
             named("fence_ms", "fence"),
             named("reset_ms", &format!("device reset ({method})")),
             named("boot_ms", "boot"),
+            named("plug_ms", "plug"),
             named("probe_ms", "driver's probe"),
             named("setup_ms", "set-up"),
             named("link_ms", "link"),

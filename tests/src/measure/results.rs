@@ -61,8 +61,8 @@ pub struct Results {
 }
 
 /// Names of an outage's parts in `umbra`'s events, in order.
-const PARTS: [&str; 8] =
-    ["detect_ms", "fence_ms", "reset_ms", "boot_ms", "probe_ms", "setup_ms", "link_ms", "replay_ms"];
+const PARTS: [&str; 9] =
+    ["detect_ms", "fence_ms", "reset_ms", "boot_ms", "plug_ms", "probe_ms", "setup_ms", "link_ms", "replay_ms"];
 
 impl Results {
     pub(super) fn new(nic: &Model) -> Self {

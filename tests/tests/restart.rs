@@ -1,0 +1,65 @@
+//! `umbra restart`: masked; an image that does not boot changes nothing; one without the driver gives way to the old one.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
+use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::demo::machine::{Machine, MachineSpec};
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::{guest_address, peer_address};
+
+fn guest_reaches_peer(place: &mut Place) {
+    let script = format!("umbra-probe first-answer {} 20", peer_address(0));
+    place.in_guest("web", &script, STEP).or_tell();
+}
+
+#[test]
+fn a_restart_is_masked_and_a_failed_upgrade_falls_back() {
+    scenario(restart_and_fall_back);
+}
+
+fn restart_and_fall_back() {
+    let assets = assets();
+    let (image, other) = (assets.driver_image(&"rtl8139".into()).or_tell(), assets.driver_image(&"e1000e".into()).or_tell());
+    let mut spec = BenchSpec::new("restart").nics(&["rtl8139"]);
+    spec.files = vec![image.clone(), other.clone()];
+    let mut bench = Bench::boot(spec, &assets).or_tell();
+    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", STEP).or_tell();
+    let [image, other] = [image, other].map(|image| image.file_name().unwrap().to_str().unwrap().to_owned());
+    let mut spec = MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)));
+    spec.standby = "cold".into();
+    let mut place = Place::Bench(Box::new(bench));
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    guest_reaches_peer(&mut place);
+    let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
+    let before = changes(&mut place);
+
+    say("a restart");
+    let said = place.expect("umbra restart nic0", RECOVERY).or_tell();
+    assert!(said.contains("generation 2 serves"), "{said}");
+    machine.await_event(STEP, |event| event.event == "driver-live").or_tell();
+    guest_reaches_peer(&mut place);
+
+    say("an image that does not boot");
+    let work = place.work();
+    let copy = format!(
+        "cp -r {work}/{image} {work}/broken && dd if=/dev/zero of={work}/broken/initramfs.cpio bs=64k count=1 conv=notrunc 2>&1"
+    );
+    place.expect(&copy, STEP).or_tell();
+    let refused = place.run(&format!("umbra restart nic0 --image {work}/broken 2>&1"), RECOVERY).or_tell();
+    assert!(!refused.ok() && refused.stdout.contains("goes on with the image of before"), "{}", refused.stdout);
+    machine.drain();
+    let masked = machine.seen.iter().filter(|event| event.event == "driver-failed").count();
+    assert_eq!(masked, 1, "nothing was replaced but by the restart before");
+    guest_reaches_peer(&mut place);
+
+    say("an image without the device's driver");
+    let refused = place.run(&format!("umbra restart nic0 --image /share/{other} 2>&1"), RECOVERY).or_tell();
+    assert!(!refused.ok() && refused.stdout.contains("the NIC has not appeared"), "{}", refused.stdout);
+    let live = machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
+    assert!(live.generation >= 5, "{live:?}");
+    guest_reaches_peer(&mut place);
+    assert_eq!(changes(&mut place), before, "the guest's link never went down");
+    machine.stop(&mut place).or_tell();
+}
