@@ -345,7 +345,9 @@ impl Supervisor {
             | Source::DriverAgent(n)
             | Source::DriverConsole(n)
             | Source::DriverExit(n)
-            | Source::ResetDone(n) => self.drivers[n].span(),
+            | Source::ResetDone(n)
+            | Source::Standby(n, _)
+            | Source::Dying(n, _) => self.drivers[n].span(),
             Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
         }
     }
