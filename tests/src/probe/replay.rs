@@ -25,7 +25,8 @@ pub fn kill_in_replay(events: &Path) -> Result<u32, Box<dyn Error>> {
     let mut follow = Follow::new(events.into());
     while follow.take().is_some() {}
     let stage = |event: &Event, name: &str| event.event == "driver-stage" && event.text("stage") == name;
-    await_event(&mut follow, |event| stage(event, "hello"))?;
+    // A standby that is ready has said hello long before.
+    await_event(&mut follow, |event| stage(event, "hello") || event.event == "driver-adopted")?;
     let pid = driver_pid()?;
     // With the carrier up, or with none in time, comes the replay.
     let event = await_event(&mut follow, |event| stage(event, "carrier"))?;
