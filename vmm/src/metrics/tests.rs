@@ -1,5 +1,4 @@
 use super::*;
-use crate::supervisor::lifecycle::Source;
 use crate::process::ipc::{MaskedCounts, SoundCounts};
 use crate::supervisor::lifecycle::Source;
 
