@@ -176,7 +176,9 @@ impl SoundShadow {
 
     /// Frames of a playback stream whose messages the guest has back: the position that it sees.
     pub fn given_back(&self, id: StreamId) -> Option<u64> {
-        Some(self.stream(id)?.playback()?.given_back())
+        let stream = self.stream(id)?;
+        let position = stream.playback()?.given_back();
+        Some(if stream.state().takes_messages() { position } else { 0 })
     }
 
     /// Bytes of samples kept for all playback streams.
@@ -208,8 +210,9 @@ impl SoundShadow {
 
     /// Samples that the guest wants played.
     pub fn play(&mut self, id: StreamId, token: Token, samples: Vec<u8>, now: u64, out: &mut Out) {
+        let live = self.is_live();
         match self.alive(id) {
-            Ok(stream) => stream.play(token, samples, now, out),
+            Ok(stream) => stream.play(token, samples, (now, live), out),
             Err(outcome) => refuse(token, outcome, out),
         }
     }
@@ -284,7 +287,7 @@ impl SoundShadow {
     pub fn die(&mut self, out: &mut Out) {
         self.mode = Mode::Dead;
         for stream in &mut self.streams {
-            stream.clear(Outcome::IoError, out);
+            stream.end(Outcome::IoError, out);
         }
     }
 

@@ -202,6 +202,12 @@ impl Playback {
         }
     }
 
+    /// True if the guest has every message back although the card has not played them all: it was kept waiting during
+    /// an outage and is ahead by that much. Policy `hold` plays on to their end though the guest stops and closes.
+    pub(super) fn has_tail(&self) -> bool {
+        self.policy == Policy::Hold && self.oldest().is_none() && !self.is_empty()
+    }
+
     /// True while the next card has not yet taken over from the clock.
     pub(super) fn waits_for_card(&self) -> bool {
         matches!(self.drive, Drive::Clock { .. } | Drive::Held)

@@ -21,6 +21,8 @@ pub(super) struct Stream {
     state: State,
     params: Option<Params>,
     epoch: Epoch,
+    /// The guest has stopped, and perhaps closed, the stream; the card plays what it has yet to play.
+    tail: bool,
     side: Side,
 }
 
@@ -30,7 +32,7 @@ impl Stream {
             Direction::Playback => Side::Playback(Playback::new(id, policy)),
             Direction::Capture => Side::Capture(Capture::new(id)),
         };
-        Self { id, info, state: State::Unset, params: None, epoch: Epoch(0), side }
+        Self { id, info, state: State::Unset, params: None, epoch: Epoch(0), tail: false, side }
     }
 
     pub(super) fn state(&self) -> State {
@@ -63,6 +65,11 @@ impl Stream {
         let stream = self.id;
         let step = command.step();
         let next = self.state.after(step).ok_or(Refusal::WrongState(self.state))?;
+        if self.keeps_tail(step) {
+            (self.tail, self.state) = (true, next);
+            return Ok(());
+        }
+        self.cut_tail(now, live, out);
         if let Command::SetParams(params) = command {
             if !params.fit(&self.info) {
                 return Err(Refusal::Unsupported);
@@ -106,6 +113,38 @@ impl Stream {
         Ok(())
     }
 
+    /// True if the card is to play on although the guest stops or closes the stream.
+    fn keeps_tail(&self, step: Step) -> bool {
+        match (step, &self.side) {
+            (Step::Stop, Side::Playback(side)) => side.has_tail(),
+            (Step::Release, Side::Playback(side)) => self.tail && side.has_tail(),
+            _ => false,
+        }
+    }
+
+    /// Ends a tail: the stream is then where the guest has it.
+    fn cut_tail(&mut self, now: u64, live: bool, out: &mut Out) {
+        let Some(params) = self.params.filter(|_| std::mem::take(&mut self.tail)) else { return };
+        let stream = self.id;
+        if let Side::Playback(side) = &mut self.side {
+            side.stop(&params, now, out);
+        }
+        if live {
+            out.to_card.push(ToCard::Stop { stream });
+        }
+        if !self.state.takes_messages() {
+            self.clear(Outcome::Ok, out);
+            if live {
+                out.to_card.push(ToCard::Release { stream });
+            }
+        }
+    }
+
+    /// True while samples flow: the stream runs, or plays its tail.
+    fn flows(&self) -> bool {
+        self.state == State::Running || self.tail
+    }
+
     fn prepare(&mut self, now: u64, live: bool, out: &mut Out) {
         self.clear(Outcome::Ok, out);
         if live {
@@ -122,8 +161,14 @@ impl Stream {
         }
     }
 
+    /// Gives every message back, for good.
+    pub(super) fn end(&mut self, outcome: Outcome, out: &mut Out) {
+        self.tail = false;
+        self.clear(outcome, out);
+    }
+
     /// Gives every message back.
-    pub(super) fn clear(&mut self, outcome: Outcome, out: &mut Out) {
+    fn clear(&mut self, outcome: Outcome, out: &mut Out) {
         match &mut self.side {
             Side::Playback(side) => side.clear(outcome, out),
             Side::Capture(side) => side.clear(outcome, out),
@@ -133,11 +178,14 @@ impl Stream {
     /// As new, but for the epoch: messages of the past must not fit.
     pub(super) fn reset(&mut self, out: &mut Out) {
         self.clear(Outcome::Ok, out);
-        (self.state, self.params) = (State::Unset, None);
+        (self.state, self.params, self.tail) = (State::Unset, None, false);
     }
 
-    /// Samples of the guest.
-    pub(super) fn play(&mut self, token: Token, samples: Vec<u8>, now: u64, out: &mut Out) {
+    /// Samples of the guest. `live`: a driver VM listens.
+    pub(super) fn play(&mut self, token: Token, samples: Vec<u8>, (now, live): (u64, bool), out: &mut Out) {
+        if self.state.takes_messages() {
+            self.cut_tail(now, live, out);
+        }
         match (self.checked(samples.len()), &mut self.side) {
             (Some(params), Side::Playback(side)) => side.push(token, samples, &params, now, out),
             _ => refuse(token, Outcome::BadMessage, out),
@@ -163,9 +211,13 @@ impl Stream {
 
     pub(super) fn position(&mut self, epoch: Epoch, heard: u64, now: u64, out: &mut Out) -> Result<(), Violation> {
         match (&mut self.side, &self.params) {
-            (Side::Playback(side), Some(params)) => side.report(epoch, heard, params, now, out),
-            _ => Err(Violation::NoSuchStream(self.id.0)),
+            (Side::Playback(side), Some(params)) => side.report(epoch, heard, params, now, out)?,
+            _ => return Err(Violation::NoSuchStream(self.id.0)),
         }
+        if self.tail && matches!(&self.side, Side::Playback(side) if !side.has_tail()) {
+            self.cut_tail(now, true, out);
+        }
+        Ok(())
     }
 
     pub(super) fn captured(&mut self, epoch: Epoch, samples: &[u8], now: u64, out: &mut Out) -> Result<(), Violation> {
@@ -195,7 +247,7 @@ impl Stream {
         let stream = self.id;
         let Some(params) = self.params.filter(|_| self.state != State::Unset) else { return };
         out.to_card.push(ToCard::SetParams { stream, params });
-        if !self.state.takes_messages() {
+        if !self.state.takes_messages() && !self.tail {
             return;
         }
         self.advance(now, out);
@@ -203,7 +255,7 @@ impl Stream {
         if let Side::Playback(side) = &mut self.side {
             side.refill(self.epoch, &params, now, out);
         }
-        if self.state == State::Running {
+        if self.flows() {
             out.to_card.push(ToCard::Start { stream });
             if let Side::Playback(side) = &mut self.side
                 && side.is_empty()
@@ -216,7 +268,7 @@ impl Stream {
 
     /// True while a running stream waits for the new card to take over.
     pub(super) fn waits_for_card(&self) -> bool {
-        self.state == State::Running
+        self.flows()
             && match &self.side {
                 Side::Playback(side) => side.waits_for_card(),
                 Side::Capture(side) => side.waits_for_card(),

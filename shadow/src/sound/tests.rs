@@ -362,6 +362,45 @@ fn a_held_stream_that_drains_gets_its_messages_back() {
 }
 
 #[test]
+fn what_a_held_player_left_behind_is_heard_after_the_outage() {
+    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    play_for(&mut rig, &mut source, 100);
+    rig.crash();
+    play_for(&mut rig, &mut source, 1000);
+    rig.pass(110);
+    rig.command(OUT, Command::Stop).unwrap();
+    rig.command(OUT, Command::Release).unwrap();
+    rig.boot();
+    rig.pass(2000);
+    assert_eq!(rig.shadow.kept_bytes(), 0);
+    assert!(!rig.model.as_ref().unwrap().running[&OUT.0], "the card was stopped at the end");
+    rig.crash();
+    assert!(rig.played == source.all);
+}
+
+#[test]
+fn who_plays_anew_does_not_wait_for_what_was_left_behind() {
+    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    rig.crash();
+    play_for(&mut rig, &mut source, 1000);
+    rig.pass(110);
+    rig.command(OUT, Command::Stop).unwrap();
+    rig.command(OUT, Command::Release).unwrap();
+    rig.boot();
+    rig.pass(10);
+    let mut anew = Source { next: 30_000, ..Source::default() };
+    rig.start_playback(&mut anew);
+    play_for(&mut rig, &mut anew, 100);
+    rig.crash();
+    assert!(rig.played[..960] == source.all[..960]);
+    assert!(rig.played[960..] == anew.all[..rig.played.len() - 960]);
+}
+
+#[test]
 fn held_samples_are_bounded() {
     let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
     rig.boot();
