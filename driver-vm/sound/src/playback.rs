@@ -16,6 +16,9 @@ use crate::config::PLAYBACK;
 const PERIODS_PER_SECOND: u32 = 100;
 /// Longest buffer that the card is asked for, in milliseconds: what a hiccup of the driver VM may last.
 const CARD_BUFFER_MS: u32 = 200;
+/// Periods of the card's buffer that are left empty: cards that report by whole periods are now and then ahead of
+/// themselves (AC97), and what they are about to play must not be overwritten.
+const HEADROOM_PERIODS: u64 = 2;
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
 
@@ -53,6 +56,8 @@ pub struct Playback {
     params: Option<Params>,
     epoch: Epoch,
     pcm: Option<PCM>,
+    /// Frames at the end of the card's buffer that are left empty.
+    headroom: u64,
     running: bool,
     /// The card ran out of samples.
     dry: bool,
@@ -71,6 +76,7 @@ impl Playback {
             params: None,
             epoch: Epoch(0),
             pcm: None,
+            headroom: 0,
             running: false,
             dry: false,
             waiting: VecDeque::new(),
@@ -96,7 +102,10 @@ impl Playback {
         (self.heard, self.in_card, self.reported) = (0, 0, 0);
         let Some(params) = &self.params else { bail!("prepare before parameters") };
         if self.pcm.is_none() {
-            self.pcm = Some(open(PLAYBACK, AlsaDirection::Playback, params)?);
+            let pcm = open(PLAYBACK, AlsaDirection::Playback, params)?;
+            let period = pcm.hw_params_current().and_then(|hardware| hardware.get_period_size());
+            self.headroom = HEADROOM_PERIODS * period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
+            self.pcm = Some(pcm);
         }
         self.reset_card()
     }
@@ -192,8 +201,18 @@ impl Playback {
         let given = params.bytes(self.in_card);
         let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);
         let whole = bytes.len() - bytes.len() % frame;
+        let room = match pcm.avail_update() {
+            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(self.headroom),
+            // Ran dry just now; the next look sees it.
+            Err(error) if error.errno() == libc::EPIPE => return Ok(()),
+            Err(error) => return Err(error).context("the card does not say how much it takes"),
+        };
+        let end = whole.min(given + params.bytes(room));
+        if end == given {
+            return Ok(());
+        }
         let io = pcm.io_bytes();
-        match io.writei(&bytes[given..whole]) {
+        match io.writei(&bytes[given..end]) {
             Ok(frames) => self.in_card += frames as u64,
             Err(error) if error.errno() == libc::EAGAIN => {}
             // Ran dry just now; the next look sees it.
