@@ -188,7 +188,8 @@ impl Supervisor {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
         for n in 0..self.guests.len() {
-            if self.guests[n].nets.iter().any(|net| net.driver.is_some()) {
+            let guest = &self.guests[n];
+            if guest.nets.iter().any(|net| net.driver.is_some()) || guest.sounds.iter().any(|s| s.driver.is_some()) {
                 self.guests[n].nets.iter_mut().for_each(|net| net.fresh = false);
                 self.guests[n].sounds.iter_mut().for_each(|sound| sound.fresh = false);
                 self.tell_guest(n, &ToVm::QueryStatus);
