@@ -1,7 +1,8 @@
 # Umbra's commands. `make` alone lists them.
-#   NIC=e1000e|rtl8139|igb  CRASHES=3  UMBRA_CACHE=folder for what is fetched
+#   NIC=e1000e|rtl8139|igb  SOUND=hda|es1370|ac97|none  CRASHES=3  UMBRA_CACHE=folder for what is fetched
 #   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
+SOUND   ?= none
 CRASHES ?= 3
 PREFIX  ?= /usr
 SECONDS ?= 60
@@ -12,7 +13,7 @@ CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 .PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install fuzz
 
 help:
-	@echo 'make demo     a download survives the crashes of its NIC driver (NIC=$(NIC) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
+	@echo 'make demo     a download and a song survive the crashes of their drivers (NIC=$(NIC) SOUND=$(SOUND) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
 	@echo 'make test     the whole test suite'
 	@echo 'make bench    measurements: a table and target/bench/results.json'
 	@echo 'make shell    a shell in the test host (NIC=$(NIC))'
@@ -45,7 +46,7 @@ setup: build browser
 	@$(BENCH) setup
 
 demo: build
-	@$(BENCH) demo --nic $(NIC) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) $(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
+	@$(BENCH) demo --nic $(NIC) --sound $(SOUND) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) $(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
 
 test: build browser
 	@echo '==> setting up the bench'

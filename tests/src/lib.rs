@@ -11,4 +11,5 @@ pub mod demo;
 pub mod measure;
 pub mod peer;
 pub mod probe;
+pub mod sound;
 pub mod wav;

@@ -12,12 +12,15 @@ use super::{AssetError, Say};
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/umbra-backports.sources";
 
 /// Packages that the bench needs, and the program by which each is recognised.
-const PACKAGES: [(&str, &str); 5] = [
+const PACKAGES: [(&str, &str); 8] = [
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("busybox-static", "/bin/busybox"),
     ("cpio", "/usr/bin/cpio"),
     ("binutils", "/usr/bin/strip"),
     ("iproute2", "/bin/ip"),
+    ("mpg123", "/usr/bin/mpg123"),
+    ("alsa-utils", "/usr/bin/aplay"),
+    ("lame", "/usr/bin/lame"),
 ];
 
 /// Installs what is missing.

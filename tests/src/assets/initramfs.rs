@@ -45,6 +45,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_rng",
     "virtio_console",
+    "virtio_snd",
     "e1000",
     "e1000e",
     "igb",

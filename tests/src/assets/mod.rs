@@ -5,6 +5,7 @@
 
 mod apt;
 mod initramfs;
+mod sound;
 
 use std::fs;
 use std::io;
@@ -18,6 +19,8 @@ use umbra_guest_images::initramfs::InitramfsError;
 use umbra_guest_images::kernel::{Kernel, KernelError};
 
 use crate::bench::Model;
+use crate::wav::WavError;
+pub use sound::Song;
 
 /// Names a kernel package to use instead of the distribution's newest 6.12.
 pub const KERNEL_VARIABLE: &str = "UMBRA_KERNEL_DEB";
@@ -26,7 +29,7 @@ pub const PROGRAMS_VARIABLE: &str = "UMBRA_BIN_DIR";
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const BUSYBOX: &str = "/bin/busybox";
-const PROGRAMS: [&str; 3] = ["umbra", "umbra-agent", "umbra-probe"];
+const PROGRAMS: [&str; 4] = ["umbra", "umbra-agent", "umbra-probe", "umbra-sound"];
 
 /// Tells the user what is being done.
 pub type Say<'a> = &'a dyn Fn(&str);
@@ -72,11 +75,22 @@ pub enum AssetError {
     /// QEMU is not there.
     #[error("{QEMU} cannot be run; `make setup` installs it")]
     NoQemu,
-    /// A NIC whose Linux driver is not known here.
+    /// A model whose Linux driver is not known here.
     #[error(
-        "the bench does not know which driver the NIC model {0} needs; it knows e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci"
+        "the bench does not know which driver the model {0} needs; it knows the NICs e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci and the sound cards hda, es1370, ac97"
     )]
-    UnknownNic(Model),
+    UnknownModel(Model),
+    /// A program that makes an asset.
+    #[error("{command} failed: {what}")]
+    Program {
+        /// The program with its arguments.
+        command: String,
+        /// What it said.
+        what: String,
+    },
+    /// A song that is none.
+    #[error(transparent)]
+    Wav(#[from] WavError),
     /// A file operation.
     #[error("cannot {operation} {}", path.display())]
     Io {
@@ -117,6 +131,7 @@ pub struct Assets {
     vmlinux: PathBuf,
     host_initramfs: PathBuf,
     guest_initramfs: PathBuf,
+    sound: PathBuf,
     programs: PathBuf,
     out: PathBuf,
 }
@@ -137,8 +152,9 @@ impl Assets {
         let probe = programs.join("umbra-probe");
         let recipe = initramfs::Recipe { kernel: &kernel, busybox: Path::new(BUSYBOX), probe: &probe, cache: &cache };
         let (host_initramfs, guest_initramfs) = (recipe.host()?, recipe.guest()?);
+        let sound = sound::programs(&cache)?;
         let kernel = kernel.image.clone();
-        Ok(Self { cache, package, kernel, vmlinux, host_initramfs, guest_initramfs, programs, out })
+        Ok(Self { cache, package, kernel, vmlinux, host_initramfs, guest_initramfs, sound, programs, out })
     }
 
     /// QEMU.
@@ -171,6 +187,19 @@ impl Assets {
         &self.out
     }
 
+    /// An archive for guests and test hosts that play: mpg123, alsa-utils and their libraries.
+    pub fn sound_programs(&self) -> &Path {
+        &self.sound
+    }
+
+    /// `seconds` of a song at `rate` Hz.
+    ///
+    /// # Errors
+    /// It could not be encoded.
+    pub fn song(&self, rate: u32, seconds: u32) -> Result<Song, AssetError> {
+        sound::make_song(&self.cache, rate, seconds)
+    }
+
     /// What every bench finds in its shared folder, and under which name.
     pub fn shared(&self) -> Vec<(PathBuf, &'static str)> {
         let mut all: Vec<_> = PROGRAMS.iter().map(|&name| (self.programs.join(name), name)).collect();
@@ -180,18 +209,18 @@ impl Assets {
         all
     }
 
-    /// A driver VM image for a NIC model, by its driver's name.
+    /// A driver VM image for a model of NIC or sound card, by its driver's name.
     ///
     /// # Errors
     /// The kernel has no such driver, or the agent is not built.
     pub fn driver_image(&self, model: &Model) -> Result<PathBuf, AssetError> {
-        let driver = driver_of(model).ok_or_else(|| AssetError::UnknownNic(model.clone()))?;
+        let driver = driver_of(model).ok_or_else(|| AssetError::UnknownModel(model.clone()))?;
         let recipe = Recipe {
             kernel: Kernel::from_debs(std::slice::from_ref(&self.package), &self.cache)?,
             drivers: vec![driver.into()],
             devices: Vec::new(),
             agent: self.programs.join("umbra-agent"),
-            sound: None,
+            sound: Some(self.programs.join("umbra-sound")),
             firmware: Vec::new(),
         };
         let dir = self.out.join("images").join(driver);
@@ -216,7 +245,7 @@ impl Assets {
     }
 }
 
-/// The Linux driver of a NIC model.
+/// The Linux driver of a model of NIC or sound card.
 pub fn driver_of(model: &Model) -> Option<&'static str> {
     Some(match model.name() {
         "e1000e" => "e1000e",
@@ -224,6 +253,9 @@ pub fn driver_of(model: &Model) -> Option<&'static str> {
         "rtl8139" => "8139cp",
         "pcnet" => "pcnet32",
         "virtio-net-pci" => "virtio_net",
+        "intel-hda" | "ich9-intel-hda" => "snd_hda_intel",
+        "ES1370" => "snd_ens1370",
+        "AC97" => "snd_intel8x0",
         name if name.starts_with("e1000") => "e1000",
         _ => return None,
     })

@@ -92,6 +92,8 @@ pub struct BenchSpec {
     pub nics: Vec<Model>,
     /// Sound cards, in order: `SND0`, ...
     pub sound: Vec<Model>,
+    /// Frames a second of what they play together, in `sound.wav`; what is played at another rate is resampled.
+    pub wav_rate: u32,
     /// Disks, in order: `DISK0`, ...
     pub storage: Vec<Storage>,
     /// CPUs of the test host.
@@ -119,6 +121,7 @@ impl BenchSpec {
             name: name.into(),
             nics: vec!["e1000e".into()],
             sound: Vec::new(),
+            wav_rate: 48_000,
             storage: Vec::new(),
             cpus: 2,
             memory_mib: 3072,

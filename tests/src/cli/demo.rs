@@ -20,6 +20,9 @@ pub struct Args {
     /// Size of the download, MiB.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
     mib: u64,
+    /// The sound card that a song is played on meanwhile: hda, es1370, ac97, none.
+    #[arg(long, default_value = "none", value_name = "MODEL")]
+    sound: String,
     /// Use this NIC of this machine instead of the bench.
     #[arg(long, value_name = "ADDRESS")]
     pci: Option<String>,
@@ -45,7 +48,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Some(Wire { pci: pci.clone(), guest: args.guest.clone(), peer })
         }
     };
-    let spec = DemoSpec { nic: args.nic.as_str().into(), crashes: args.crashes, bytes: args.mib << 20, hardware };
+    let sound = (hardware.is_none() && args.sound != "none").then(|| args.sound.as_str().into());
+    let spec =
+        DemoSpec { nic: args.nic.as_str().into(), crashes: args.crashes, bytes: args.mib << 20, sound, hardware };
     let dir = target_dir().join("demo");
     let result = demo::run(&spec, &dir, &|line| println!("{line}"))?;
     println!("written to {}", dir.join("result.json").display());

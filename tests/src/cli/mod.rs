@@ -7,6 +7,7 @@ mod demo;
 mod measure;
 mod outages;
 mod run;
+mod sound;
 mod wav;
 
 use std::process::ExitCode;
@@ -27,12 +28,14 @@ enum Command {
     Setup,
     /// Run a script or a command in a fresh test host; print its output, end with its status.
     Run(run::RunArgs),
-    /// Show that a download survives the crashes of its NIC driver.
+    /// Show that a download and a song survive the crashes of their drivers.
     Demo(demo::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
     /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
     Outages(outages::Args),
+    /// Measure a song through crashes of the sound driver, silences and cost; a table and JSON.
+    Sound(sound::Args),
     /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
     Wav(wav::Args),
     /// Give the terminal to a shell in a fresh test host.
@@ -47,6 +50,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Outages(args) => outages::run(&args),
+        Command::Sound(args) => sound::run(&args),
         Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),
     };

@@ -5,7 +5,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::machine::{NIC_DRIVER, SOUND_DRIVER};
 use super::result::CrashResult;
+use super::sound::SoundCrash;
 use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, describe, outage};
 use crate::peer::{Content, Tick, now_us};
 use crate::probe::client::Run;
@@ -75,8 +77,13 @@ pub(super) fn run(
         let begin_us = now_us();
         let seen = demo.machine.seen.len();
         demo.place.peer().mark_stall()?;
-        let lives = issue(demo, kind)?;
-        demo.place.peer().allow(plan.allowance(index + 1, content.bytes))?;
+        let together = demo.sound.is_some() && kind == Kind::Panic && index + 1 == plan.0.len();
+        let lives = if together { both(demo)? } else { issue(demo, kind)? };
+        // The card's crash has the first half of the next share, so that the NIC's next one hits the second under way.
+        let alone = demo.sound.is_some() && !together;
+        let next =
+            if alone { plan.threshold(index + 1, content.bytes) } else { plan.allowance(index + 1, content.bytes) };
+        demo.place.peer().allow(next)?;
         reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
         let stall = demo.place.peer().progress()?.longest_stall_ms;
         let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
@@ -88,6 +95,10 @@ pub(super) fn run(
         results.push(result);
         if lives > 1 {
             results.push(CrashResult::second_of_pair());
+        }
+        if alone {
+            sound_alone(demo)?;
+            demo.place.peer().allow(plan.allowance(index + 1, content.bytes))?;
         }
     }
     Ok(results)
@@ -130,8 +141,32 @@ fn issue(demo: &mut Demo<'_>, kind: Kind) -> Result<u32, DemoError> {
         }
         Kind::InReplay => return in_replay(demo),
     }
-    demo.machine.await_event(RECOVERY_LIMIT, |event| event.event == "driver-live")?;
+    demo.machine.await_live(NIC_DRIVER, RECOVERY_LIMIT)?;
     Ok(1)
+}
+
+/// Panics both driver VMs at once.
+fn both(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
+    demo.tell("  and of the sound card's driver VM, at the same moment");
+    let script = format!("umbra crash {NIC_DRIVER} & umbra crash {SOUND_DRIVER} && wait");
+    demo.place.expect(&script, Duration::from_secs(20))?;
+    for event in demo.machine.await_lives(&[NIC_DRIVER, SOUND_DRIVER], RECOVERY_LIMIT)? {
+        if event.text("driver") == SOUND_DRIVER {
+            demo.sound_crashes.push(SoundCrash::new(&event, true));
+        }
+    }
+    Ok(1)
+}
+
+/// Panics the sound card's driver VM, while the download is not disturbed.
+fn sound_alone(demo: &mut Demo<'_>) -> Result<(), DemoError> {
+    demo.tell("kernel panic in the sound card's driver VM, in mid-song");
+    demo.place.expect(&format!("umbra crash {SOUND_DRIVER}"), Duration::from_secs(20))?;
+    let event = demo.machine.await_live(SOUND_DRIVER, RECOVERY_LIMIT)?;
+    let crash = SoundCrash::new(&event, false);
+    demo.tell(&crash.line());
+    demo.sound_crashes.push(crash);
+    Ok(())
 }
 
 /// A panic, then `kill -9` of the next life as soon as it says that it forwards: the supervisor then has the log
@@ -140,7 +175,7 @@ fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     let events = format!("{}/events.jsonl", demo.place.share_inside());
     let mut watcher = demo.place.start(&format!("umbra-probe kill-in-replay {events}"))?;
     demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
-    let live = |demo: &mut Demo<'_>| demo.machine.await_event(RECOVERY_LIMIT, |event| event.event == "driver-live");
+    let live = |demo: &mut Demo<'_>| demo.machine.await_live(NIC_DRIVER, RECOVERY_LIMIT);
     let first = live(demo)?;
     let ended = watcher.poll(Duration::from_secs(5)).map_err(DemoError::Exec)?;
     let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or(0);

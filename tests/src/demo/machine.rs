@@ -16,6 +16,13 @@ use crate::probe::client::Run;
 /// Longest time for a first start on an emulated and loaded machine; two minutes on an idle one is unheard of.
 const START_LIMIT: Duration = Duration::from_secs(180);
 
+/// Names of the driver VMs.
+pub const NIC_DRIVER: &str = "nic0";
+/// That of the sound card.
+pub const SOUND_DRIVER: &str = "snd0";
+/// Memory of the driver VM of a sound card.
+const SOUND_MEMORY: &str = "128M";
+
 /// How the guests reach the NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -23,6 +30,19 @@ pub enum Attach {
     DriverVm,
     /// The NIC is the (only) guest's own.
     Passthrough,
+    /// There is none.
+    Without,
+}
+
+/// A sound card behind a driver VM `snd0`, which every guest has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SoundCard {
+    /// Its PCI address in the place.
+    pub device: String,
+    /// Folder name of the driver VM image in the share.
+    pub image: String,
+    /// `skip` or `hold`.
+    pub policy: String,
 }
 
 /// What the machine is made of.
@@ -36,7 +56,11 @@ pub struct MachineSpec {
     pub guests: Vec<(String, String)>,
     /// With or without a driver VM.
     pub attach: Attach,
-    /// `[driver.nic0.restart]` limit.
+    /// Sound beside the network.
+    pub sound: Option<SoundCard>,
+    /// More archives for the guests' initramfs, in the share.
+    pub archives: Vec<String>,
+    /// `[driver.*.restart]` limit.
     pub restart_limit: u32,
     /// Memory of the driver VM.
     pub driver_memory: String,
@@ -52,6 +76,8 @@ impl MachineSpec {
             image: image.into(),
             guests: vec![("web".into(), address.into())],
             attach: Attach::DriverVm,
+            sound: None,
+            archives: Vec::new(),
             restart_limit: 5,
             driver_memory: "128M".into(),
             standby: "warm".into(),
@@ -65,24 +91,46 @@ impl MachineSpec {
             let nic = match self.attach {
                 Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"nic0\"\n"),
                 Attach::Passthrough => format!("passthrough = [\"{}\"]\n", self.device),
+                Attach::Without => String::new(),
             };
+            let archives: String = self.archives.iter().map(|name| format!(", \"{work}/{name}\"")).collect();
+            let card = self.sound.as_ref().map(|card| {
+                format!("[[guest.{name}.sound]]\ndriver = \"{SOUND_DRIVER}\"\npolicy = \"{}\"\n", card.policy)
+            });
+            let sound = card.unwrap_or_default();
             text.push_str(&format!(
-                "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"]\n\
+                "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
                  cmdline = \"console=ttyS0 quiet ip4={address}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
-                 {nic}\
+                 {nic}{sound}\
                  [[guest.{name}.port]]\nname = \"umbra.bench\"\nsocket = \"{SOCKETS}/{name}.sock\"\n\n"
             ));
         }
-        if self.attach == Attach::Passthrough {
-            return text;
+        for driver in self.drivers() {
+            let (device, image, memory) = match (&self.sound, driver) {
+                (Some(card), SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
+                _ => (&self.device, &self.image, self.driver_memory.as_str()),
+            };
+            text.push_str(&format!(
+                "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
+                 standby = \"{}\"\n[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
+                self.standby, self.restart_limit
+            ));
         }
-        text.push_str(&format!(
-            "[driver.nic0]\ndevice = \"{}\"\nimage = \"{work}/{}\"\nmemory = \"{}\"\nstandby = \"{}\"\n\
-             [driver.nic0.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
-            self.device, self.image, self.driver_memory, self.standby, self.restart_limit
-        ));
         text
+    }
+
+    /// Names of the driver VMs.
+    pub fn drivers(&self) -> Vec<&'static str> {
+        let nic = (self.attach == Attach::DriverVm).then_some(NIC_DRIVER);
+        nic.into_iter().chain(self.sound.as_ref().map(|_| SOUND_DRIVER)).collect()
+    }
+
+    /// Files of the share that are read again and again.
+    fn files(&self) -> Vec<&str> {
+        let nic = (self.attach == Attach::DriverVm).then_some(self.image.as_str());
+        let sound = self.archives.iter().chain(self.sound.iter().map(|card| &card.image)).map(String::as_str);
+        ["vmlinux", "guest.cpio"].into_iter().chain(nic).chain(sound).collect()
     }
 }
 
@@ -103,20 +151,14 @@ impl Machine {
         let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
         let file = place.share().join("machine.toml");
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
-        let image = &spec.image;
+        let files = spec.files().join(" ");
         place.expect(
-            &format!("mkdir -p {work} {SOCKETS} && for f in vmlinux guest.cpio {image}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
+            &format!("mkdir -p {work} {SOCKETS} && for f in {files}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
             START_LIMIT,
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
         let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
-        if spec.attach == Attach::DriverVm {
-            let event = machine
-                .await_event(START_LIMIT, |event| ["driver-live", "quarantined"].contains(&event.event.as_str()))?;
-            if event.event == "quarantined" {
-                return Err(DemoError::Umbra { what: "the driver VM did not come up".into(), said: machine.said() });
-            }
-        }
+        machine.await_lives(&spec.drivers(), START_LIMIT)?;
         for (name, _) in &spec.guests {
             place.in_guest(name, "true", START_LIMIT)?;
         }
@@ -166,14 +208,44 @@ impl Machine {
             .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
     }
 
-    /// The driver VM's process.
+    /// The process of the NIC's driver VM.
     ///
     /// # Errors
     /// Status says of none.
     pub fn driver_pid(&mut self, place: &mut Place) -> Result<u64, DemoError> {
         let status = self.status(place)?;
-        let pid = status["drivers"][0]["pid"].as_u64();
-        pid.ok_or_else(|| DemoError::Umbra { what: "status has no process for nic0".into(), said: status.to_string() })
+        let drivers = status["drivers"].as_array().into_iter().flatten();
+        let pid = drivers.filter(|driver| driver["name"] == NIC_DRIVER).find_map(|driver| driver["pid"].as_u64());
+        let what = format!("status has no process for {NIC_DRIVER}");
+        pid.ok_or_else(|| DemoError::Umbra { what, said: status.to_string() })
+    }
+
+    /// Waits until driver VM `driver` serves, in a life not looked at yet.
+    ///
+    /// # Errors
+    /// As [`Self::await_event`], or it was given up.
+    pub fn await_live(&mut self, driver: &str, limit: Duration) -> Result<Event, DemoError> {
+        let lives = self.await_lives(&[driver], limit)?;
+        lives.into_iter().next().ok_or_else(|| DemoError::Umbra { what: "no driver VM".into(), said: self.said() })
+    }
+
+    /// Waits until all these driver VMs serve; each life's event, in the order in which they came.
+    ///
+    /// # Errors
+    /// As [`Self::await_live`].
+    pub fn await_lives(&mut self, drivers: &[&str], limit: Duration) -> Result<Vec<Event>, DemoError> {
+        let (mut awaited, mut lives) = (drivers.to_vec(), Vec::new());
+        while !awaited.is_empty() {
+            let ends = |event: &Event| ["driver-live", "quarantined"].contains(&event.event.as_str());
+            let event = self.await_event(limit, |event| ends(event) && awaited.contains(&event.text("driver")))?;
+            if event.event == "quarantined" {
+                let what = format!("the driver VM {} was given up", event.text("driver"));
+                return Err(DemoError::Umbra { what, said: self.said() });
+            }
+            awaited.retain(|driver| *driver != event.text("driver"));
+            lives.push(event);
+        }
+        Ok(lives)
     }
 
     /// Ends the machine. Its guests' init knows no power button, so they are switched off.
@@ -207,5 +279,12 @@ mod tests {
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!(machine.guest["web"].passthrough, ["0000:01:00.0"]);
         assert!(machine.driver.is_empty());
+        spec.attach = Attach::DriverVm;
+        let (device, image, policy) = ("0000:02:00.0".into(), "hda".into(), "hold".into());
+        spec.sound = Some(SoundCard { device, image, policy });
+        spec.archives = vec!["song.cpio".into()];
+        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+            .unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        assert_eq!((machine.guest["web"].sound.len(), machine.driver.len()), (1, 2));
     }
 }

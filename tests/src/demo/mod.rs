@@ -1,17 +1,18 @@
-//! The demonstration: a guest downloads a file over a NIC whose driver VM is crashed again and again, and a peer
-//! outside watches. A transcript for people, `result.json` for machines.
+//! The demonstration: a guest downloads a file over a NIC and plays a song on a sound card whose driver VMs are crashed
+//! again and again, by turns and at last together; a peer outside watches, and a recording is judged. A transcript for people, `result.json` for machines.
 //!
 //! The download is paced by progress: it is never over before the last crash, and each crash hits it under way.
 //! Everything that decides over success is measured outside the guest, or read in it before and after.
 
 mod crash;
 pub mod events;
-mod guest_log;
+pub mod guest_log;
 pub mod hardware;
 pub mod machine;
 pub mod outage;
 pub mod place;
 mod result;
+mod sound;
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -22,11 +23,15 @@ use crate::assets::{AssetError, Assets, Say};
 use crate::bench::{Bench, BenchError, BenchSpec, Model, pcap};
 use crate::peer::{Content, DEFAULT_RATE, PeerError, guest_address, peer_address};
 use crate::probe::client::ClientError;
+use crate::sound::Sound;
+use crate::sound::player::{Ended, Player};
+use crate::wav::WavError;
 use crash::{Crashes, Kind};
 use guest_log::GuestLog;
 use machine::{Machine, MachineSpec};
 use place::{Here, Place};
 pub use result::{CrashResult, DemoResult, NicResult};
+pub use sound::{SoundCrash, SoundResult};
 
 /// Why there was no demonstration. (One that failed has a [`DemoResult`] whose `ok` is false.)
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,9 @@ pub enum DemoError {
     /// The peer.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// A recording.
+    #[error(transparent)]
+    Wav(#[from] WavError),
     /// A script.
     #[error("a script could not be run")]
     Exec(#[source] ClientError),
@@ -82,12 +90,17 @@ pub struct DemoSpec {
     pub crashes: u32,
     /// Size of the download, bytes.
     pub bytes: u64,
+    /// The sound card model in the bench that plays a song meanwhile; none on real hardware.
+    pub sound: Option<Model>,
     /// Real hardware: its PCI address, and how the guest and the peer are addressed.
     pub hardware: Option<hardware::Wire>,
 }
 
 /// The guest in the demonstration.
 const GUEST: &str = "web";
+
+/// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
+const SONG_SECONDS: u32 = 20;
 
 /// Longest time for one recovery, emulated machines included.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
@@ -97,6 +110,8 @@ struct Demo<'a> {
     spec: &'a DemoSpec,
     place: Place,
     machine: Machine,
+    sound: Option<Sound>,
+    sound_crashes: Vec<SoundCrash>,
     say: Say<'a>,
     guest: Ipv4Addr,
     peer: Ipv4Addr,
@@ -111,14 +126,15 @@ pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, Demo
     std::fs::create_dir_all(dir).map_err(|e| DemoError::file("make", dir, e))?;
     let assets = Assets::prepare(say)?;
     let start = Instant::now();
-    let (mut place, machine, guest, peer, bound) = set_up(spec, &assets, dir, say)?;
-    say(&format!("starting the guest `{GUEST}` and its driver VM `nic0` (stock Debian kernels, cold boot)"));
+    let Stage { mut place, machine, guest, peer, bound, sound } = set_up(spec, &assets, dir, say)?;
+    let drivers = machine.drivers().join("` and `");
+    say(&format!("starting the guest `{GUEST}` and driver VMs `{drivers}` (stock Debian kernels, cold boot)"));
     let result = Machine::start(&mut place, &machine).and_then(|machine| {
         let guest = match guest {
             Some(guest) => guest,
             None => hardware::address_of_guest(&mut place, GUEST)?,
         };
-        Demo { spec, place, machine, say, guest, peer, start }.show()
+        Demo { spec, place, machine, sound, sound_crashes: Vec::new(), say, guest, peer, start }.show(dir)
     });
     drop(bound);
     let result = result?;
@@ -126,7 +142,14 @@ pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, Demo
     Ok(result)
 }
 
-type Stage = (Place, MachineSpec, Option<Ipv4Addr>, Ipv4Addr, Option<hardware::Bound>);
+struct Stage {
+    place: Place,
+    machine: MachineSpec,
+    guest: Option<Ipv4Addr>,
+    peer: Ipv4Addr,
+    bound: Option<hardware::Bound>,
+    sound: Option<Sound>,
+}
 
 fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<Stage, DemoError> {
     // The policy must not end the demonstration; it has scenarios of its own.
@@ -136,23 +159,39 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
         let here = Place::Here(Here::new(assets, &dir.join("here"))?);
         let image = hardware::image(&wire.pci, assets, &here.share(), say)?;
         let machine = MachineSpec { restart_limit, ..MachineSpec::one_guest(&wire.pci, &image, &wire.guest) };
-        return Ok((here, machine, wire.guest_address(), wire.peer, Some(bound)));
+        let (guest, peer) = (wire.guest_address(), wire.peer);
+        return Ok(Stage { place: here, machine, guest, peer, bound: Some(bound), sound: None });
     }
     say(&format!("building the driver VM image for {}", spec.nic));
     let image = assets.driver_image(&spec.nic)?;
     let mut bench = BenchSpec::new("demo");
     bench.nics = vec![spec.nic.clone()];
     bench.files = vec![image.clone()];
+    let seconds = SONG_SECONDS * (spec.crashes + 1);
+    let sound =
+        spec.sound.as_ref().map(|model| Sound::new(std::slice::from_ref(model), seconds, assets)).transpose()?;
+    if let Some(sound) = &sound {
+        sound.add_to(&mut bench);
+    }
     let accel = if crate::bench::has_nested_kvm() { "KVM" } else { "emulation: this machine's CPU has no VMX or SVM" };
-    say(&format!("booting the test host in QEMU with a {} ({accel})", spec.nic));
+    let devices: Vec<_> = [Some(&spec.nic), spec.sound.as_ref()].into_iter().flatten().map(Model::to_string).collect();
+    say(&format!("booting the test host in QEMU with {} ({accel})", devices.join(" and ")));
     let mut bench = Bench::boot(bench, assets)?;
     let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
     let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut place = Place::Bench(Box::new(bench));
+    let mut card = None;
+    if let Some(sound) = &sound {
+        sound.prepare(&mut place)?;
+        card = Some(sound.card(0, &mut place, "skip")?);
+    }
     let machine = MachineSpec {
         restart_limit,
+        sound: card,
+        archives: sound.as_ref().map(Sound::archives).unwrap_or_default(),
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
     };
-    Ok((Place::Bench(Box::new(bench)), machine, Some(guest_address(0, 0)), peer_address(0), None))
+    Ok(Stage { place, machine, guest: Some(guest_address(0, 0)), peer: peer_address(0), bound: None, sound })
 }
 
 impl Demo<'_> {
@@ -160,19 +199,26 @@ impl Demo<'_> {
         (self.say)(&format!("[{:6.1} s] {what}", self.start.elapsed().as_secs_f64()));
     }
 
-    fn show(mut self) -> Result<DemoResult, DemoError> {
+    fn show(mut self, dir: &Path) -> Result<DemoResult, DemoError> {
         let content = Content { bytes: self.spec.bytes };
         let before = GuestLog::read(&mut self.place, GUEST)?;
         let kernel = self.place.in_guest(GUEST, "uname -r", Duration::from_secs(20))?;
         self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
         let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
         self.place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
+        let player = self.start_player()?;
         let (crashes, fetched) = self.download(content)?;
         let progress = self.place.peer().progress()?;
+        let ended = self.await_player(player)?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
-        let Self { spec, place, machine, say, start, .. } = self;
+        let Self { spec, place, machine, sound, sound_crashes, say, start, .. } = self;
+        let wav = place.wav();
         let (wire_resets, place_kept) = end(place, machine)?;
+        let sound = match (sound, ended) {
+            (Some(sound), Some(ended)) => Some(SoundResult::judge(&sound, &ended, sound_crashes, &wav, dir)?),
+            _ => None,
+        };
         let sha256 = fetched.split_whitespace().next().unwrap_or_default().to_owned();
         let nic = NicResult {
             model: spec.hardware.as_ref().map_or_else(|| spec.nic.to_string(), |wire| wire.pci.clone()),
@@ -188,12 +234,28 @@ impl Demo<'_> {
             outage_ms: result::outages(&crashes),
             per_crash: crashes,
         };
-        let result = DemoResult::new(nic, spec.crashes, start.elapsed());
+        let result = DemoResult::new(nic, sound, spec.crashes, start.elapsed());
         for line in result.closing_lines() {
             say(&line);
         }
         drop(place_kept);
         Ok(result)
+    }
+
+    fn start_player(&mut self) -> Result<Option<Player>, DemoError> {
+        if self.sound.is_none() {
+            return Ok(None);
+        }
+        let player = Player::start(&mut self.place, GUEST)?;
+        self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
+        Ok(Some(player))
+    }
+
+    fn await_player(&mut self, player: Option<Player>) -> Result<Option<Ended>, DemoError> {
+        let Some(player) = player else { return Ok(None) };
+        self.tell("the song plays on to its end");
+        let limit = Duration::from_secs(60) + Duration::from_secs(SONG_SECONDS.into()) * (self.spec.crashes + 1);
+        player.wait(&mut self.place, limit).map(Some)
     }
 
     /// Downloads while crashing; what `sha256sum` printed in the guest.

@@ -157,6 +157,14 @@ impl Place {
         self.start(&Guest::command(name, script, limit))
     }
 
+    /// What the sound cards of a test host play.
+    pub fn wav(&self) -> PathBuf {
+        match self {
+            Self::Bench(bench) => bench.wav(),
+            Self::Here(here) => here.dir.join("sound.wav"),
+        }
+    }
+
     /// The last lines of the console, where there is one.
     pub fn tail(&self) -> String {
         match self {

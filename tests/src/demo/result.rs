@@ -9,7 +9,9 @@ use serde_json::Value;
 use super::DemoError;
 use super::crash::Kind;
 use super::events::Event;
+use super::machine::NIC_DRIVER;
 use super::outage::{Outage, median_and_max};
+use super::sound::SoundResult;
 
 /// `result.json`.
 #[derive(Clone, Debug, Serialize)]
@@ -20,6 +22,8 @@ pub struct DemoResult {
     pub seconds: f64,
     /// The NIC's part.
     pub nic: NicResult,
+    /// The sound card's part, where there is one.
+    pub sound: Option<SoundResult>,
 }
 
 /// The NIC's part of the result.
@@ -81,7 +85,9 @@ pub struct CrashResult {
 
 impl CrashResult {
     pub(super) fn new(kind: Kind, outage: Option<Outage>, tcp_stall_ms: u64, events: &[Event]) -> Self {
-        let last = |name: &str| events.iter().rev().find(|event| event.event == name);
+        // The sound card's may have crashed at the same moment.
+        let ours = |event: &&Event| event.text("driver") == NIC_DRIVER;
+        let last = |name: &str| events.iter().filter(ours).rev().find(|event| event.event == name);
         let field = |event: Option<&Event>, name: &str| {
             event.and_then(|event| event.fields.get(name)).cloned().unwrap_or(Value::Null)
         };
@@ -141,7 +147,7 @@ impl CrashResult {
 }
 
 /// A length of time for people.
-fn span(ms: f64) -> String {
+pub(super) fn span(ms: f64) -> String {
     if ms < 10.0 {
         format!("{ms:.1} ms")
     } else if ms < 1000.0 {
@@ -157,14 +163,15 @@ pub(super) fn outages(crashes: &[CrashResult]) -> Option<OutageFigures> {
 }
 
 impl DemoResult {
-    pub(super) fn new(nic: NicResult, wanted: u32, took: Duration) -> Self {
+    pub(super) fn new(nic: NicResult, sound: Option<SoundResult>, wanted: u32, took: Duration) -> Self {
         let ok = nic.sha256_ok
             && nic.connection_resets == 0
             && nic.connections == 1
             && nic.guest_log_clean
             && nic.crashes >= wanted
-            && nic.outage_ms.is_some();
-        Self { ok, seconds: took.as_secs_f64(), nic }
+            && nic.outage_ms.is_some()
+            && sound.as_ref().is_none_or(SoundResult::is_ok);
+        Self { ok, seconds: took.as_secs_f64(), nic, sound }
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<(), DemoError> {
@@ -193,6 +200,9 @@ impl DemoResult {
                 span(outage.p50),
                 span(outage.max)
             ));
+        }
+        if let Some(sound) = &self.sound {
+            lines.extend(sound.closing_lines());
         }
         lines.push(if self.ok { "The guest noticed nothing but time.".into() } else { "NOT as it should be.".into() });
         lines

@@ -1,6 +1,6 @@
 //! Compares a recording with its source: which pieces of the source were heard, in which order, and what was between.
 //!
-//! Pieces are found by windows of [`WINDOW`] frames that are equal sample by sample, so a changed pitch, level or
+//! Pieces are found by blocks of [`WINDOW`] frames that are equal sample by sample, so a changed pitch, level or
 //! format is no piece at all but unknown sound. The source should not repeat itself within a window.
 
 use std::collections::HashMap;
@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::{Frame, Wav};
 
-/// Frames that must be equal to begin a piece: 1.3 ms at 48 kHz. Tones of a few hundred hertz do not repeat exactly
-/// within it once an encoder has been at them.
+/// Frames of a block of the source, which must be equal to begin a piece: 1.3 ms at 48 kHz. Tones of a few hundred hertz
+/// do not repeat exactly within it once an encoder has been at them. What is shorter than two blocks may be missed.
 const WINDOW: usize = 64;
 /// Windows of the source that look alike and are remembered.
 const ALIKE: usize = 64;
@@ -40,7 +40,7 @@ pub struct Silence {
 }
 
 /// The judgement.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Analysis {
     /// Pieces in the order of the recording.
     pub pieces: Vec<Piece>,
@@ -90,19 +90,31 @@ impl Analysis {
     }
 }
 
-/// Where windows occur in the source.
+/// Blocks of the source by the hash of their frames. Found in a recording by a hash that rolls over it frame by
+/// frame, so that time and memory grow with the length of both and no faster.
 struct Index<'a> {
     source: &'a [Frame],
-    places: HashMap<&'a [Frame], Vec<usize>>,
+    places: HashMap<u64, Vec<usize>>,
+}
+
+/// A window's hash is a polynomial of its frames in this number, modulo 2^64.
+const BASE: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn value(frame: Frame) -> u64 {
+    u64::from(frame[0].cast_unsigned()) << 16 | u64::from(frame[1].cast_unsigned())
+}
+
+fn hash(window: &[Frame]) -> u64 {
+    window.iter().fold(0u64, |hash, frame| hash.wrapping_mul(BASE).wrapping_add(value(*frame)))
 }
 
 impl<'a> Index<'a> {
     fn new(source: &'a [Frame]) -> Self {
-        let mut places: HashMap<&[Frame], Vec<usize>> = HashMap::new();
-        for (at, window) in source.windows(WINDOW).enumerate() {
-            let places = places.entry(window).or_default();
+        let mut places: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (n, block) in source.chunks_exact(WINDOW).enumerate() {
+            let places = places.entry(hash(block)).or_default();
             if places.len() < ALIKE {
-                places.push(at);
+                places.push(n * WINDOW);
             }
         }
         Self { source, places }
@@ -110,32 +122,45 @@ impl<'a> Index<'a> {
 
     /// Walks through the recording; where a piece could continue in several places, it is the next one.
     fn pieces(&self, heard: &[Frame]) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        let (mut at, mut expected) = (0, 0);
+        // The factor of the frame that leaves a window.
+        let first = (0..WINDOW).fold(1u64, |power, _| power.wrapping_mul(BASE));
+        let mut pieces: Vec<Piece> = Vec::new();
+        let (mut at, mut begin, mut expected, mut rolling) = (0, 0, 0, None);
         while at + WINDOW <= heard.len() {
             let window = &heard[at..at + WINDOW];
-            let found = if is_silent(window) { None } else { self.places.get(window) };
-            let Some(source) = found.and_then(|places| nearest(places, expected)) else {
-                at += 1;
+            let now = rolling.take().unwrap_or_else(|| hash(window));
+            let found = if now == 0 { None } else { self.places.get(&now) };
+            if let Some(source) = found.and_then(|places| self.nearest(places, expected, window)) {
+                let piece = self.extended(heard, begin, at, source);
+                (at, expected) = (piece.heard + piece.frames, piece.source + piece.frames);
+                begin = at;
+                pieces.push(piece);
                 continue;
-            };
-            let pairs = heard[at..].iter().zip(&self.source[source..]);
-            let frames = pairs.take_while(|(heard, source)| heard == source).count();
-            pieces.push(Piece { heard: at, source, frames });
-            (at, expected) = (at + frames, source + frames);
+            }
+            let next = heard.get(at + WINDOW).map(|frame| value(*frame));
+            rolling = next.map(|next| {
+                now.wrapping_mul(BASE).wrapping_add(next).wrapping_sub(value(heard[at]).wrapping_mul(first))
+            });
+            at += 1;
         }
         pieces
     }
-}
 
-/// The first place from `expected` on, or the last before it.
-fn nearest(places: &[usize], expected: usize) -> Option<usize> {
-    let next = places.partition_point(|place| *place < expected);
-    places.get(next).or(places.last()).copied()
-}
+    /// The first place from `expected` on where `window` is, or the last before it.
+    fn nearest(&self, places: &[usize], expected: usize, window: &[Frame]) -> Option<usize> {
+        // A block that begins before `expected` may hold it.
+        let next = places.partition_point(|place| *place + WINDOW <= expected);
+        let same = |place: &&usize| self.source.get(**place..**place + WINDOW) == Some(window);
+        places[next..].iter().find(same).or_else(|| places[..next].iter().rev().find(same)).copied()
+    }
 
-fn is_silent(frames: &[Frame]) -> bool {
-    frames.iter().all(|frame| *frame == [0, 0])
+    /// The piece around the window at `at`, which is `source` in the source; it begins no earlier than `begin`.
+    fn extended(&self, heard: &[Frame], begin: usize, at: usize, source: usize) -> Piece {
+        let behind = heard[at..].iter().zip(&self.source[source..]).take_while(|(a, b)| a == b).count();
+        let before = heard[begin..at].iter().rev().zip(self.source[..source].iter().rev());
+        let before = before.take_while(|(a, b)| a == b).count();
+        Piece { heard: at - before, source: source - before, frames: before + behind }
+    }
 }
 
 /// Frames of the source, from the first to the last heard, that are in no piece, and those in more than one.

@@ -5,6 +5,7 @@
 
 pub mod analysis;
 pub mod picture;
+pub mod song;
 
 use std::path::{Path, PathBuf};
 
@@ -80,6 +81,27 @@ impl Wav {
         Err("it has no samples")
     }
 
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, path: &Path) -> std::io::Result<()> {
+        let size = u32::try_from(self.frames.len() * 4).map_err(std::io::Error::other)?;
+        let mut bytes = Vec::with_capacity(44 + self.frames.len() * 4);
+        bytes.extend_from_slice(b"RIFF");
+        bytes.extend_from_slice(&(36 + size).to_le_bytes());
+        bytes.extend_from_slice(b"WAVEfmt ");
+        // Length of the chunk, PCM, two channels; bytes a second and a frame; bits a sample.
+        bytes.extend_from_slice(&16u32.to_le_bytes());
+        bytes.extend([1u16, 2].into_iter().flat_map(u16::to_le_bytes));
+        bytes.extend([self.rate, self.rate * 4].into_iter().flat_map(u32::to_le_bytes));
+        bytes.extend([4u16, 16].into_iter().flat_map(u16::to_le_bytes));
+        bytes.extend_from_slice(b"data");
+        bytes.extend_from_slice(&size.to_le_bytes());
+        bytes.extend(self.frames.iter().flatten().flat_map(|sample| sample.to_le_bytes()));
+        std::fs::write(path, bytes)
+    }
+
     /// Seconds of `frames` frames.
     pub fn seconds(&self, frames: usize) -> f64 {
         frames as f64 / f64::from(self.rate.max(1))
@@ -113,6 +135,14 @@ mod tests {
             assert_eq!((wav.rate, wav.frames), (48_000, vec![[1, -2], [3, -4]]));
         }
         assert_eq!(Wav::parse(&file(4, &[1, -2, 3, -4])).unwrap().frames.len(), 1);
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let wav = Wav { rate: 44_100, frames: vec![[1, -2], [i16::MAX, i16::MIN]] };
+        wav.write(&dir.path().join("a")).unwrap();
+        assert_eq!(Wav::read(&dir.path().join("a")).unwrap(), wav);
     }
 
     #[test]

@@ -1,0 +1,106 @@
+//! What sound scenarios play with, from the distribution: mpg123, alsa-utils and what they need, as an archive that
+//! is put behind any initramfs; and a song, encoded by lame, with what mpg123 makes of it, to compare recordings with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use umbra_guest_images::cache::{Cache, sha256};
+use umbra_guest_images::initramfs::Initramfs;
+
+use super::AssetError;
+use crate::wav::{Wav, song::song};
+
+/// The player itself; the distribution's `mpg123` is a script that says `-o alsa`.
+const PLAYER: &str = "/usr/bin/mpg123.bin";
+/// Where that script is, and the player where it is none.
+const PLAYER_COMMAND: &str = "/usr/bin/mpg123";
+/// Other programs: `arecord` is a link to `aplay`.
+const PROGRAMS: [&str; 3] = ["/usr/bin/aplay", "/usr/bin/amixer", "/usr/bin/speaker-test"];
+/// The player's output to ALSA, below the library folder.
+const OUTPUT: &str = "mpg123/output_alsa.so";
+/// alsa-lib's configuration, but for what concerns machines of this or that make.
+const CONFIGURATION: &str = "/usr/share/alsa";
+const CONFIGURATION_PARTS: [&str; 4] = ["alsa.conf", "cards", "pcm", "ctl"];
+
+/// A song as a file to play, and as it should be heard.
+#[derive(Clone, Debug)]
+pub struct Song {
+    /// An archive with `/song.mp3`, to be put behind an initramfs.
+    pub archive: PathBuf,
+    /// What an undisturbed card plays.
+    pub reference: PathBuf,
+}
+
+/// The archive with the programs.
+pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
+    let player = if Path::new(PLAYER).exists() { PLAYER } else { PLAYER_COMMAND };
+    let mut made_of = vec![include_str!("sound.rs").to_owned()];
+    for program in PROGRAMS.iter().chain([&player]) {
+        made_of.push(cache.digest(Path::new(program))?);
+    }
+    let key = format!("sound-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
+    cache.file("initramfs", &key, || {
+        let mut archive = Initramfs::new();
+        archive.add_program(Path::new(player))?;
+        if player == PLAYER {
+            archive.add_host_file(Path::new(PLAYER_COMMAND), PLAYER_COMMAND)?;
+        }
+        for program in PROGRAMS {
+            archive.add_program(Path::new(program))?;
+        }
+        archive.add_symlink("usr/bin/arecord", "aplay");
+        // dmix, which alsa-lib puts before some cards, wants this group.
+        archive.add_file("etc/group", 0o644, "root:x:0:\naudio:x:29:\n");
+        let output = library_folder().join(OUTPUT);
+        archive.add_program(&output)?;
+        for part in CONFIGURATION_PARTS {
+            let from = Path::new(CONFIGURATION).join(part);
+            let to = from.display().to_string();
+            if from.is_dir() {
+                archive.add_host_dir(&from, &to)?;
+            } else if from.is_file() {
+                archive.add_host_file(&from, &to)?;
+            }
+        }
+        Ok(archive.to_bytes()?)
+    })
+}
+
+/// `/usr/lib` or the folder of the architecture below it.
+fn library_folder() -> PathBuf {
+    let multiarch = Path::new("/usr/lib/x86_64-linux-gnu");
+    if multiarch.join(OUTPUT).exists() { multiarch.into() } else { "/usr/lib".into() }
+}
+
+/// `seconds` of the song at `rate`.
+pub(super) fn make_song(cache: &Cache, rate: u32, seconds: u32) -> Result<Song, AssetError> {
+    let made_of = format!("{}{}", include_str!("../wav/song.rs"), include_str!("sound.rs"));
+    let key = format!("{rate}-{seconds}-{}", &sha256(made_of.as_bytes())[..16]);
+    let dir = cache.dir("songs", &key, |dir| {
+        let (plain, mp3, reference) = (dir.join("plain.wav"), dir.join("song.mp3"), dir.join("reference.wav"));
+        song(rate, seconds).write(&plain).map_err(|e| AssetError::file("write", &plain, e))?;
+        run(Command::new("lame").args(["--quiet", "-b", "128"]).arg(&plain).arg(&mp3))?;
+        run(Command::new(PLAYER_COMMAND).args(["-q", "-w"]).arg(&reference).arg(&mp3))?;
+        fs::remove_file(&plain).map_err(|e| AssetError::file("remove", &plain, e))?;
+        let mut archive = Initramfs::new();
+        archive.add_host_file(&mp3, "song.mp3")?;
+        let path = dir.join("song.cpio");
+        let bytes = archive.to_bytes()?;
+        fs::write(&path, bytes).map_err(|e| AssetError::file("write", &path, e))
+    })?;
+    let song = Song { archive: dir.join("song.cpio"), reference: dir.join("reference.wav") };
+    // A reference that is none would make every comparison fail, with a misleading story.
+    Wav::read(&song.reference)?;
+    Ok(song)
+}
+
+fn run(command: &mut Command) -> Result<(), AssetError> {
+    let failed = |command: &Command, what: String| AssetError::Program { command: format!("{command:?}"), what };
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.map_err(|error| failed(command, error.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(failed(command, String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}

@@ -1,0 +1,43 @@
+//! `umbra-bench sound`.
+
+use std::process::ExitCode;
+
+use super::say;
+use crate::assets::target_dir;
+use crate::measure::sound::{self, SoundMeasureSpec};
+
+/// Arguments of `umbra-bench sound`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The card: hda, es1370, ac97. May be repeated.
+    #[arg(long = "model", value_name = "MODEL", default_value = "hda")]
+    models: Vec<String>,
+    /// What becomes of the song during an outage.
+    #[arg(long, default_value = "skip", value_parser = ["skip", "hold"])]
+    policy: String,
+    /// Crashes in one song.
+    #[arg(long, default_value_t = 3)]
+    crashes: u32,
+    /// Seconds of undisturbed playback beside a busy guest, through the driver VM and straight; 0 for none.
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
+}
+
+/// Runs the measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut all = Vec::new();
+    for model in &args.models {
+        let (model, policy) = (model.as_str().into(), args.policy.clone());
+        let results =
+            sound::run(&SoundMeasureSpec { model, policy, crashes: args.crashes, seconds: args.seconds }, &say)?;
+        print!("{}", results.table());
+        all.push(results);
+    }
+    let path = target_dir().join("bench/sound.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")?;
+    println!("written to {}", path.display());
+    Ok(ExitCode::SUCCESS)
+}

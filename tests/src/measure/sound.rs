@@ -1,0 +1,256 @@
+//! What sound through a driver VM is like: the silence of each crash beside the bare re-initialisation of the same
+//! driver, and what undisturbed playback costs beside the card passed straight to the guest, with a busy guest.
+//! All from one boot of the test host, judged by its recording.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::assets::{Assets, Say};
+use crate::bench::{Bench, BenchSpec, Model};
+use crate::demo::DemoError;
+use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
+use crate::demo::place::Place;
+use crate::sound::player::Player;
+use crate::sound::{Sound, recording};
+use crate::wav::analysis::Analysis;
+
+const GUEST: &str = "web";
+const STEP: Duration = Duration::from_secs(60);
+/// Longest time for one recovery.
+const RECOVERY: Duration = Duration::from_secs(120);
+/// Between the recovery from a crash and the next one.
+const BETWEEN: Duration = Duration::from_secs(2);
+/// How long the processors are watched.
+const WATCH: Duration = Duration::from_secs(10);
+/// Song for each crash on an emulated machine, and at its end, seconds.
+const SONG_SECONDS: u32 = 12;
+/// A command that keeps the guest's processor busy.
+const BUSY: &str = "nice -n 5 sh -c 'while :; do :; done' </dev/null >/dev/null 2>&1 & echo";
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct SoundMeasureSpec {
+    /// The card.
+    pub model: Model,
+    /// `skip` or `hold`.
+    pub policy: String,
+    /// Crashes in one song.
+    pub crashes: u32,
+    /// Undisturbed playback beside a busy guest, seconds; none if 0.
+    pub seconds: u32,
+}
+
+/// A song through crashes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Crashed {
+    /// mpg123's exit status.
+    pub player_status: i32,
+    /// What it said.
+    pub player_said: String,
+    /// The judgement of the recording.
+    pub heard: Analysis,
+    /// Each outage as Umbra counts it, ms, and its parts.
+    pub outages: Vec<Value>,
+    /// What the shadow counted.
+    pub sums: Value,
+}
+
+/// A song undisturbed, beside a busy guest.
+#[derive(Clone, Debug, Serialize)]
+pub struct Undisturbed {
+    /// Through a driver VM, or straight.
+    pub path: &'static str,
+    /// Share of the test host's processor time that was used while the guest's own was not busy, percent.
+    pub busy_percent: f64,
+    /// The judgement of the recording.
+    pub heard: Analysis,
+    /// Underruns that the card reported.
+    pub xruns: Option<u64>,
+}
+
+/// All figures of one card.
+#[derive(Clone, Debug, Serialize)]
+pub struct SoundResults {
+    /// QEMU's model.
+    pub model: String,
+    /// `skip` or `hold`.
+    pub policy: String,
+    /// The song through crashes.
+    pub crashed: Crashed,
+    /// Silences of bare re-initialisations in the test host, ms.
+    pub reinit_ms: Vec<f64>,
+    /// Undisturbed playback.
+    pub undisturbed: Vec<Undisturbed>,
+}
+
+struct Stage<'a> {
+    place: Place,
+    sound: Sound,
+    spec: &'a SoundMeasureSpec,
+    say: Say<'a>,
+}
+
+/// Takes all measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(spec: &SoundMeasureSpec, say: Say<'_>) -> Result<SoundResults, DemoError> {
+    let assets = Assets::prepare(say)?;
+    let seconds = (SONG_SECONDS * (spec.crashes + 1)).max(spec.seconds);
+    let sound = Sound::new(std::slice::from_ref(&spec.model), seconds, &assets)?;
+    let mut bench = BenchSpec::new("measure-sound").nics(&[]);
+    sound.add_to(&mut bench);
+    say(&format!("booting the test host with {}", spec.model));
+    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets)?));
+    sound.prepare(&mut place)?;
+    let mut stage = Stage { place, sound, spec, say };
+    let (crashed, part) = stage.crashed()?;
+    let mut undisturbed = Vec::new();
+    if spec.seconds > 0 {
+        undisturbed.push(stage.undisturbed("driver VM")?);
+        undisturbed.push(stage.undisturbed("passthrough")?);
+    }
+    let reinit = stage.reinit()?;
+    let Stage { place, sound, .. } = stage;
+    let wav = place.wav();
+    if let Place::Bench(bench) = place {
+        bench.shutdown()?;
+    }
+    let judge = |part: Range<usize>| recording::judge(&wav, part, &sound.song).map(|(_, heard)| heard);
+    let undisturbed = undisturbed.into_iter().map(|(one, part)| Ok(Undisturbed { heard: judge(part)?, ..one }));
+    Ok(SoundResults {
+        model: spec.model.to_string(),
+        policy: spec.policy.clone(),
+        crashed: Crashed { heard: judge(part)?, ..crashed },
+        reinit_ms: judge(reinit)?.silences.iter().map(|silence| silence.ms).collect(),
+        undisturbed: undisturbed.collect::<Result<_, DemoError>>()?,
+    })
+}
+
+impl Stage<'_> {
+    fn frames(&self) -> Result<usize, DemoError> {
+        let wav = self.place.wav();
+        recording::frames_so_far(&wav).map_err(|e| DemoError::file("read", &wav, e))
+    }
+
+    fn crashed(&mut self) -> Result<(Crashed, Range<usize>), DemoError> {
+        (self.say)(&format!("a song through {} crashes ({})", self.spec.crashes, self.spec.policy));
+        let begin = self.frames()?;
+        let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        spec.restart_limit = self.spec.crashes + 5;
+        let mut machine = Machine::start(&mut self.place, &spec)?;
+        let player = Player::start(&mut self.place, GUEST)?;
+        let mut outages = Vec::new();
+        for _ in 0..self.spec.crashes {
+            std::thread::sleep(BETWEEN);
+            self.place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP)?;
+            let live = machine.await_live(SOUND_DRIVER, RECOVERY)?;
+            (self.say)(&format!("    served again after {:.0} ms", live.number("outage_ms").unwrap_or_default()));
+            outages.push(Value::Object(live.fields));
+        }
+        let limit = STEP + Duration::from_secs((SONG_SECONDS * (self.spec.crashes + 1)).into());
+        let ended = player.wait(&mut self.place, limit)?;
+        let sums = machine.status(&mut self.place)?["guests"][0]["sounds"][0]["sums"].take();
+        machine.stop(&mut self.place)?;
+        let (player_status, player_said) = (ended.status, ended.said);
+        let crashed = Crashed { player_status, player_said, heard: Analysis::default(), outages, sums };
+        Ok((crashed, begin..self.frames()?))
+    }
+
+    /// Plays for a while with nothing else to do, then beside a busy guest.
+    fn undisturbed(&mut self, path: &'static str) -> Result<(Undisturbed, Range<usize>), DemoError> {
+        (self.say)(&format!("{} s undisturbed, {path}", self.spec.seconds));
+        let begin = self.frames()?;
+        let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        let modules = spec.sound.as_ref().map(|card| card.image.clone()).unwrap_or_default();
+        if path == "passthrough" {
+            spec.attach = Attach::Passthrough;
+            spec.device = spec.sound.take().map(|card| card.device).unwrap_or_default();
+        }
+        let mut machine = Machine::start(&mut self.place, &spec)?;
+        if spec.sound.is_none() {
+            // The codec's driver has to be there before the controller's; cards power up muted.
+            let script = format!(
+                "rmmod {modules} 2>/dev/null; modprobe snd_hda_codec_generic; modprobe {modules}; sleep 1; for c in Master PCM Front; do amixer -q sset $c 100% unmute 2>/dev/null; done; true"
+            );
+            self.place.in_guest(GUEST, &script, STEP)?;
+        }
+        let start = Instant::now();
+        let _player = Player::start(&mut self.place, GUEST)?;
+        let before = self.busy_and_all()?;
+        std::thread::sleep(WATCH);
+        let after = self.busy_and_all()?;
+        self.place.in_guest(GUEST, BUSY, STEP)?;
+        std::thread::sleep(Duration::from_secs(self.spec.seconds.into()).saturating_sub(start.elapsed()));
+        let xruns = if spec.sound.is_some() {
+            machine.status(&mut self.place)?["guests"][0]["sounds"][0]["sums"]["xruns"].as_u64()
+        } else {
+            None
+        };
+        let end = self.frames()?;
+        machine.stop(&mut self.place)?;
+        let busy_percent = 100.0 * (after.0 - before.0) / (after.1 - before.1).max(1.0);
+        Ok((Undisturbed { path, busy_percent, heard: Analysis::default(), xruns }, begin..end))
+    }
+
+    /// Ticks of the test host's processors: those used, and all.
+    fn busy_and_all(&mut self) -> Result<(f64, f64), DemoError> {
+        let text = self.place.expect("head -n 1 /proc/stat", STEP)?;
+        let ticks: Vec<f64> = text.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
+        let (all, idle) = (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>());
+        Ok((all - idle, all))
+    }
+
+    /// The card's driver in the test host: taken off and on while it plays, the player started again at once.
+    fn reinit(&mut self) -> Result<Range<usize>, DemoError> {
+        (self.say)("bare re-initialisations, in the test host");
+        let begin = self.frames()?;
+        let script = "modprobe snd_hda_codec_generic; unvfio $SND0; d=/sys/bus/pci/devices/$SND0
+            card() { basename $(ls -d $d/sound/card*) | tr -d a-z; }; ready() { ls $d/sound/card*/pcm*p >/dev/null; }
+            play() { await 20 ready; n=$(card); for c in Master PCM Front; do amixer -q -c $n sset $c 100% unmute 2>/dev/null; done
+              mpg123 -q -k $1 -a hw:$n /tmp/song.mp3 </dev/null >/dev/null 2>&1 & p=$!; }
+            cd /tmp && cpio -idu < /share/song.cpio 2>/dev/null; drv=$(readlink -f $d/driver); play 0
+            for i in 1 2 3; do sleep 3; kill $p; echo $SND0 > $drv/unbind; echo $SND0 > $drv/bind; play $((i * 150)); done
+            sleep 3; kill $p; true";
+        self.place.expect(script, STEP)?;
+        Ok(begin..self.frames()?)
+    }
+}
+
+impl SoundResults {
+    /// For people.
+    pub fn table(&self) -> String {
+        let heard = &self.crashed.heard;
+        let list = |all: Vec<f64>| all.iter().map(|ms| format!("{ms:.0}")).collect::<Vec<_>>().join(" ");
+        let mut text = format!(
+            "\n{} ({}): {} crashes in one song; mpg123: status {}, said {:?}\n  silences (ms)                {}\n  \
+             bare re-initialisation (ms)  {}\n  samples lost {}, doubled {}, unknown {}, clicks {}, ends not heard {:?}\n",
+            self.model,
+            self.policy,
+            self.crashed.outages.len(),
+            self.crashed.player_status,
+            self.crashed.player_said,
+            list(heard.silences.iter().map(|silence| silence.ms).collect()),
+            list(self.reinit_ms.clone()),
+            heard.lost,
+            heard.doubled,
+            heard.unknown,
+            heard.clicks,
+            heard.unheard_ends,
+        );
+        for one in &self.undisturbed {
+            text.push_str(&format!(
+                "  undisturbed, {:<12} pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
+                one.path,
+                one.heard.pieces.len(),
+                one.heard.silences.len(),
+                one.xruns.map_or("-".into(), |xruns| xruns.to_string()),
+                one.busy_percent,
+            ));
+        }
+        text
+    }
+}

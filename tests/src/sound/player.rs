@@ -1,0 +1,82 @@
+//! The player in the guest: started, watched and asked how it ended, through the guest's exec server.
+
+use std::time::{Duration, Instant};
+
+use crate::demo::DemoError;
+use crate::demo::place::Place;
+
+/// Longest time for a single step on an emulated machine.
+const STEP: Duration = Duration::from_secs(60);
+/// How often a player is asked whether it has ended: each question costs the emulated machine time.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// How a player ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit status.
+    pub status: i32,
+    /// Everything it said.
+    pub said: String,
+}
+
+/// A program in a guest that plays or records.
+#[derive(Clone, Debug)]
+pub struct Player {
+    guest: String,
+    name: &'static str,
+}
+
+impl Player {
+    /// Starts mpg123 on the song and waits until the card's position moves.
+    ///
+    /// # Errors
+    /// It does not play.
+    pub fn start(place: &mut Place, guest: &str) -> Result<Self, DemoError> {
+        let player = Self::run(place, guest, "mpg123", "mpg123 -q /song.mp3")?;
+        let script = "n=0; while ! grep -q RUNNING /proc/asound/card0/pcm0p/sub0/status; do n=$((n+1)); [ $n -lt 200 ] || exit 1; usleep 50000; done";
+        if let Err(error) = place.in_guest(guest, script, STEP) {
+            let said = place.in_guest(guest, "cat /tmp/mpg123.said /proc/asound/cards; dmesg | tail -n 5", STEP);
+            return Err(DemoError::Umbra { what: format!("the player does not play: {error}"), said: said? });
+        }
+        Ok(player)
+    }
+
+    /// Starts any command, `name` for short.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn run(place: &mut Place, guest: &str, name: &'static str, command: &str) -> Result<Self, DemoError> {
+        let script = format!(
+            "rm -f /tmp/{name}.*; ({command} >/tmp/{name}.said 2>&1; echo $? >/tmp/{name}.status) </dev/null >/dev/null 2>&1 &"
+        );
+        place.in_guest(guest, &script, STEP)?;
+        Ok(Self { guest: guest.into(), name })
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn ended(&self, place: &mut Place) -> Result<Option<Ended>, DemoError> {
+        let script = format!("cat /tmp/{0}.status 2>/dev/null && cat /tmp/{0}.said || true", self.name);
+        let text = place.in_guest(&self.guest, &script, STEP)?;
+        let Some((status, said)) = text.split_once('\n') else { return Ok(None) };
+        Ok(Some(Ended { status: status.trim().parse().unwrap_or(i32::MAX), said: said.to_owned() }))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end within `limit`.
+    pub fn wait(&self, place: &mut Place, limit: Duration) -> Result<Ended, DemoError> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            if let Some(ended) = self.ended(place)? {
+                return Ok(ended);
+            }
+            std::thread::sleep(PAUSE);
+        }
+        let said = place.in_guest(&self.guest, "cat /proc/asound/card0/pcm0p/sub0/status; dmesg | tail -n 5", STEP)?;
+        Err(DemoError::Umbra { what: format!("{} did not end within {limit:?}", self.name), said })
+    }
+}
