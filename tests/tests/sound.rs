@@ -43,7 +43,7 @@ fn play(place: &mut Place, spec: &MachineSpec, records: bool) {
     let seconds = 2 * SECONDS;
     let record = format!("arecord -q -f cd -d {seconds} /tmp/recorded.wav && stat -c %s /tmp/recorded.wav");
     let recorder = records.then(|| Player::run(place, GUEST, "arecord", &record).or_tell());
-    let player = Player::start(place, GUEST).or_tell();
+    let player = Player::start(place, GUEST, "").or_tell();
     std::thread::sleep(Duration::from_secs(2));
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();

@@ -99,6 +99,10 @@ pub struct DemoSpec {
 /// The guest in the demonstration.
 const GUEST: &str = "web";
 
+/// A player's buffer of 200 ms, the default, runs out where an emulated machine stands still for as long while two driver
+/// VMs boot at once; the guest's kernel then reports `EIO`.
+const PLAYER_OPTIONS: &str = "--devbuffer 0.5";
+
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
 const SONG_SECONDS: u32 = 20;
 
@@ -246,7 +250,7 @@ impl Demo<'_> {
         if self.sound.is_none() {
             return Ok(None);
         }
-        let player = Player::start(&mut self.place, GUEST)?;
+        let player = Player::start(&mut self.place, GUEST, PLAYER_OPTIONS)?;
         self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         Ok(Some(player))
     }

@@ -142,7 +142,7 @@ impl Stage<'_> {
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
         spec.restart_limit = self.spec.crashes + 5;
         let mut machine = Machine::start(&mut self.place, &spec)?;
-        let player = Player::start(&mut self.place, GUEST)?;
+        let player = Player::start(&mut self.place, GUEST, "")?;
         let mut outages = Vec::new();
         for _ in 0..self.spec.crashes {
             std::thread::sleep(BETWEEN);
@@ -179,7 +179,7 @@ impl Stage<'_> {
             self.place.in_guest(GUEST, &script, STEP)?;
         }
         let start = Instant::now();
-        let _player = Player::start(&mut self.place, GUEST)?;
+        let _player = Player::start(&mut self.place, GUEST, "")?;
         let before = self.busy_and_all()?;
         std::thread::sleep(WATCH);
         let after = self.busy_and_all()?;

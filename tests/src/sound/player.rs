@@ -27,12 +27,12 @@ pub struct Player {
 }
 
 impl Player {
-    /// Starts mpg123 on the song and waits until the card's position moves.
+    /// Starts mpg123 with `options` on the song and waits until the card's position moves.
     ///
     /// # Errors
     /// It does not play.
-    pub fn start(place: &mut Place, guest: &str) -> Result<Self, DemoError> {
-        let player = Self::run(place, guest, "mpg123", "mpg123 -q /song.mp3")?;
+    pub fn start(place: &mut Place, guest: &str, options: &str) -> Result<Self, DemoError> {
+        let player = Self::run(place, guest, "mpg123", &format!("mpg123 -q {options} /song.mp3"))?;
         let script = "n=0; while ! grep -q RUNNING /proc/asound/card0/pcm0p/sub0/status; do n=$((n+1)); [ $n -lt 200 ] || exit 1; usleep 50000; done";
         if let Err(error) = place.in_guest(guest, script, STEP) {
             let said = place.in_guest(guest, "cat /tmp/mpg123.said /proc/asound/cards; dmesg | tail -n 5", STEP);
