@@ -164,6 +164,12 @@ pub enum CrashKind {
     AgentHang,
     /// An immediate reboot without a panic.
     Reboot,
+    /// Real-time tasks that never end take every CPU: interrupts are answered, nothing else runs.
+    Spin,
+    /// All memory is taken.
+    OutOfMemory,
+    /// The driver lets go of its device; kernel and agent live on.
+    Unbind,
 }
 
 /// Agent to host.

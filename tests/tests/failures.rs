@@ -3,15 +3,10 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
+use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
 use umbra_tests::demo::machine::Machine;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
-
-fn guest_reaches_peer(place: &mut Place) {
-    let script = format!("umbra-probe first-answer {} 20", peer_address(0));
-    place.in_guest("web", &script, STEP).or_tell();
-}
 
 fn live(machine: &mut Machine) -> u32 {
     machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell().generation

@@ -8,7 +8,7 @@ use umbra_tests::assets::Assets;
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::machine::MachineSpec;
 use umbra_tests::demo::place::Place;
-use umbra_tests::peer::guest_address;
+use umbra_tests::peer::{guest_address, peer_address};
 
 /// Long enough for any single step on an emulated machine.
 pub const STEP: Duration = Duration::from_secs(60);
@@ -80,6 +80,12 @@ impl<T, E: std::error::Error> OrTell<T> for Result<T, E> {
             Err(e) => panic!("{}", chain(&e)),
         }
     }
+}
+
+/// The guest `web` exchanges a datagram with the peer.
+pub fn guest_reaches_peer(place: &mut Place) {
+    let script = format!("umbra-probe first-answer {} 20", peer_address(0));
+    place.in_guest("web", &script, STEP).or_tell();
 }
 
 /// A test host with one NIC bound to vfio-pci, and a machine file's content for it.

@@ -88,6 +88,12 @@ enum Kind {
     AgentHang,
     /// A reboot without a panic.
     Reboot,
+    /// Real-time tasks take every CPU.
+    Spin,
+    /// All memory is taken.
+    OutOfMemory,
+    /// The driver lets go of its device.
+    Unbind,
 }
 
 impl From<Kind> for CrashKind {
@@ -96,6 +102,9 @@ impl From<Kind> for CrashKind {
             Kind::Panic => Self::Panic,
             Kind::AgentHang => Self::AgentHang,
             Kind::Reboot => Self::Reboot,
+            Kind::Spin => Self::Spin,
+            Kind::OutOfMemory => Self::OutOfMemory,
+            Kind::Unbind => Self::Unbind,
         }
     }
 }

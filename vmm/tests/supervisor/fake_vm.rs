@@ -189,6 +189,7 @@ fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
             channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
             std::process::exit(0);
         }
+        CrashKind::Spin | CrashKind::OutOfMemory | CrashKind::Unbind => unimplemented!("{kind:?} takes a kernel"),
     }
 }
 

@@ -59,8 +59,7 @@ impl Agent {
         let requests = Netlink::requests().context("cannot talk to the kernel's network")?;
         let changes = Netlink::link_changes().context("cannot hear of link changes")?;
         let (state, next_beat) = (State::Idle, Instant::now() + BEAT);
-        let mut new =
-            Self { port, host_away: false, requests, changes, loading, state, beats: 0, next_beat };
+        let mut new = Self { port, host_away: false, requests, changes, loading, state, beats: 0, next_beat };
         new.port.send(&FromAgent::Hello {
             generation: system::generation(),
             kernel: system::release(),
@@ -133,7 +132,9 @@ impl Agent {
             (ToAgent::ConfigureSound { ends }, State::Idle) => {
                 self.state = State::Sound(Service::start(system::generation(), ends)?);
             }
-            (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => anyhow::bail!("the host sent a second plan"),
+            (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => {
+                anyhow::bail!("the host sent a second plan")
+            }
             (ToAgent::SetRxMode { end, mode }, State::Forwarding { network, .. }) => {
                 network.set_mode(&mut self.requests, end, mode)?;
             }
@@ -242,10 +243,13 @@ impl Agent {
     }
 }
 
-fn crash(kind: CrashKind) -> ! {
+fn crash(kind: CrashKind) {
     match kind {
         CrashKind::Panic => system::panic(),
         CrashKind::AgentHang => system::hang(),
         CrashKind::Reboot => system::restart(),
+        CrashKind::Spin => system::spin(),
+        CrashKind::OutOfMemory => system::take_all_memory(),
+        CrashKind::Unbind => pci::unbind_all(),
     }
 }

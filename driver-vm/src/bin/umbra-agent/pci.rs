@@ -1,4 +1,5 @@
-//! The PCI functions of this VM: the search for one that came later, and the message that says why there is no NIC.
+//! The PCI functions of this VM: the search for one that came later, and the message that says why there is no NIC;
+//! and the unbinding of all, for trying what follows.
 
 use std::fs;
 use std::path::Path;
@@ -23,6 +24,15 @@ pub fn rescan() -> anyhow::Result<()> {
         }
     };
     std::thread::Builder::new().name("rescan".into()).spawn(scan).map(drop).context("cannot start a thread")
+}
+
+/// Takes the driver away from each function that is neither virtio nor a bridge, as `unbind` in sysfs does.
+pub fn unbind_all() {
+    for function in fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten() {
+        if describe_one(&function.path()).is_some() {
+            let _ = fs::write(function.path().join("driver/unbind"), function.file_name().as_encoded_bytes());
+        }
+    }
 }
 
 /// The functions that are neither virtio nor a bridge, each with its ids and driver, in a sentence's form.

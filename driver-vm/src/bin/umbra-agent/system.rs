@@ -96,6 +96,35 @@ pub fn hang() -> ! {
     }
 }
 
+/// Takes every CPU with a real-time task of the highest priority that never ends.
+pub fn spin() -> ! {
+    // By default the kernel keeps a twentieth of the time for the others.
+    let _ = fs::write("/proc/sys/kernel/sched_rt_runtime_us", "-1");
+    // From here on this thread is last to lose its CPU: it starts one for each of the others first.
+    for _ in 1..std::thread::available_parallelism().map_or(1, usize::from) {
+        std::thread::spawn(|| spin_here());
+    }
+    spin_here()
+}
+
+fn spin_here() -> ! {
+    let highest = libc::sched_param { sched_priority: 99 };
+    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const highest) };
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+/// Takes memory until there is none left, which is a kernel panic here ([`SETTINGS`]).
+pub fn take_all_memory() -> ! {
+    const PIECE: usize = 1 << 20;
+    loop {
+        // Not zeroes: those would be pages that take no memory.
+        std::mem::forget(vec![1u8; PIECE]);
+    }
+}
+
 /// Resets the VM.
 pub fn restart() -> ! {
     let Err(_) = reboot(RebootMode::RB_AUTOBOOT);

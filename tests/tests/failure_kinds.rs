@@ -1,0 +1,48 @@
+//! Failures that are no panics, each the real thing in a driver VM with a stock kernel: how each is noticed, and that the
+//! guest is served again after it.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
+use umbra_tests::demo::machine::Machine;
+
+/// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
+const FAILURES: [(&str, &str, &[&str]); 6] = [
+    ("the agent hangs, the kernel lives on", "umbra crash nic0 --kind agent-hang", &["heartbeat"]),
+    ("real-time tasks take every CPU", "umbra crash nic0 --kind spin", &["heartbeat"]),
+    ("all memory is taken", "umbra crash nic0 --kind out-of-memory", &["panic", "vm-end", "heartbeat"]),
+    ("the driver lets go of its device", "umbra crash nic0 --kind unbind", &["agent"]),
+    ("a reboot without a panic", "umbra crash nic0 --kind reboot", &["vm-end"]),
+    ("the VM's process is stopped", "kill -STOP PID", &["heartbeat"]),
+];
+
+#[test]
+fn each_kind_of_failure_is_noticed_and_outlived() {
+    scenario(outlive_each_kind);
+}
+
+fn outlive_each_kind() {
+    let (mut place, mut spec) = place_with("failure-kinds", "rtl8139");
+    spec.restart_limit = 20;
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    let link = "cat /sys/class/net/e*/carrier_changes";
+    let before = place.in_guest("web", link, STEP).or_tell();
+    for (what, cause, sources) in FAILURES {
+        let pid = machine.driver_pid(&mut place).or_tell();
+        place.expect(&cause.replace("PID", &pid.to_string()), STEP).or_tell();
+        let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();
+        let source = failed.text("source").to_owned();
+        assert!(sources.contains(&source.as_str()), "{what}: noticed by {source}: {}", failed.text("reason"));
+        let live = machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
+        let (detect, outage) = (failed.number("detect_ms"), live.number("outage_ms"));
+        say(&format!(
+            "{what}: noticed by {source} after {:.0} ms, away for {:.0} ms",
+            detect.unwrap_or(f64::NAN),
+            outage.unwrap_or(f64::NAN)
+        ));
+        guest_reaches_peer(&mut place);
+    }
+    assert_eq!(place.in_guest("web", link, STEP).or_tell(), before, "the guest's link never went down");
+    machine.stop(&mut place).or_tell();
+}
