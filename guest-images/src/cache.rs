@@ -77,11 +77,8 @@ impl Cache {
     /// When the file cannot be read.
     pub fn digest(&self, path: &Path) -> Result<String, FileError> {
         let meta = fs::metadata(path).map_err(context("read", path))?;
-        let identity =
-            format!("{} {} {} {}.{}", meta.dev(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec());
-        let memo = self.file("digests", &sha256(identity.as_bytes()), || {
-            digest_file(path).map(String::into_bytes)
-        })?;
+        let identity = format!("{} {} {} {}.{}", meta.dev(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec());
+        let memo = self.file("digests", &sha256(identity.as_bytes()), || digest_file(path).map(String::into_bytes))?;
         files::read_text(&memo)
     }
 }

@@ -64,12 +64,7 @@ pub fn extract(package: &Path, dest: &Path, wanted: impl Fn(&str) -> bool) -> Re
     Err(DebError::NoPackage(package.into()))
 }
 
-fn extract_tar(
-    data: impl Read,
-    package: &Path,
-    dest: &Path,
-    wanted: &dyn Fn(&str) -> bool,
-) -> Result<usize, DebError> {
+fn extract_tar(data: impl Read, package: &Path, dest: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<usize, DebError> {
     let damaged = |source| DebError::Damaged { package: package.into(), source };
     let mut tar = tar::Archive::new(data);
     let mut count = 0;
@@ -120,9 +115,7 @@ pub(crate) mod tests {
             _ => data,
         };
         let mut deb = ar::Builder::new(File::create(path).unwrap());
-        for (name, bytes) in
-            [("debian-binary".into(), &b"2.0\n"[..]), (format!("data.tar{compression}"), &packed)]
-        {
+        for (name, bytes) in [("debian-binary".into(), &b"2.0\n"[..]), (format!("data.tar{compression}"), &packed)] {
             deb.append(&ar::Header::new(name.into_bytes(), bytes.len() as u64), bytes).unwrap();
         }
     }

@@ -111,8 +111,7 @@ fn read_bounded(reader: impl Read, format: Format, limit: usize) -> Result<Vec<u
 }
 
 fn lz4_legacy(bytes: &[u8], limit: usize) -> Result<Vec<u8>, DecompressError> {
-    let damaged =
-        |what: String| DecompressError::Damaged { format: Format::Lz4Legacy, source: io::Error::other(what) };
+    let damaged = |what: String| DecompressError::Damaged { format: Format::Lz4Legacy, source: io::Error::other(what) };
     let mut rest = bytes;
     let mut out = Vec::new();
     while let Some((word, tail)) = rest.split_first_chunk::<4>() {
@@ -123,8 +122,7 @@ fn lz4_legacy(bytes: &[u8], limit: usize) -> Result<Vec<u8>, DecompressError> {
         let length = u32::from_le_bytes(*word) as usize;
         let block = rest.get(..length).ok_or_else(|| damaged(format!("a block of {length} bytes is cut short")))?;
         rest = &rest[length..];
-        let unpacked =
-            lz4_flex::block::decompress(block, LZ4_LEGACY_BLOCK).map_err(|e| damaged(e.to_string()))?;
+        let unpacked = lz4_flex::block::decompress(block, LZ4_LEGACY_BLOCK).map_err(|e| damaged(e.to_string()))?;
         out.extend_from_slice(&unpacked);
         if out.len() > limit {
             return Err(DecompressError::TooLarge { limit });
@@ -168,10 +166,7 @@ mod tests {
         let data = vec![0u8; 1 << 20];
         let xz = liblzma::encode_all(&data[..], 1).unwrap();
         for packed in [gzip(&data), xz, zstd::encode_all(&data[..], 1).unwrap(), lz4(&data)] {
-            assert!(matches!(
-                decompress_any(packed, data.len() - 1),
-                Err(DecompressError::TooLarge { .. })
-            ));
+            assert!(matches!(decompress_any(packed, data.len() - 1), Err(DecompressError::TooLarge { .. })));
         }
     }
 

@@ -30,9 +30,7 @@ pub(crate) fn is_elf(file: &[u8]) -> bool {
 
 /// Whether the file has the form of an unpacked x86-64 kernel: a 64-bit executable at a fixed address.
 pub(crate) fn is_kernel(file: &[u8]) -> bool {
-    file.starts_with(MAGIC_64_LE)
-        && u16_at(file, E_TYPE) == Some(ET_EXEC)
-        && u16_at(file, E_MACHINE) == Some(EM_X86_64)
+    file.starts_with(MAGIC_64_LE) && u16_at(file, E_TYPE) == Some(ET_EXEC) && u16_at(file, E_MACHINE) == Some(EM_X86_64)
 }
 
 /// The contents of the section `name`.

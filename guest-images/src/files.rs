@@ -78,10 +78,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 ///
 /// # Errors
 /// When filling or renaming fails; what was at `path` is then untouched.
-pub fn replace_dir<E: From<FileError>>(
-    path: &Path,
-    fill: impl FnOnce(&Path) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn replace_dir<E: From<FileError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let parent = parent_of(path);
     make_dir(parent)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -130,10 +127,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("image");
         for content in ["one", "two"] {
-            replace_dir(&place, |new| {
-                fs::write(new.join(content), content).map_err(context("write", new))
-            })
-            .unwrap();
+            replace_dir(&place, |new| fs::write(new.join(content), content).map_err(context("write", new))).unwrap();
             assert_eq!(names(&place), [content]);
         }
         assert_eq!(names(dir.path()), ["image"]);

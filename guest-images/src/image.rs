@@ -169,7 +169,9 @@ pub enum ImageError {
         release: String,
     },
     /// A sound card without its service.
-    #[error("{0} drives a sound card, which needs the sound service: build it (`make sound`) or name it with --sound-service")]
+    #[error(
+        "{0} drives a sound card, which needs the sound service: build it (`make sound`) or name it with --sound-service"
+    )]
     NoSoundService(String),
     /// The folder is something else.
     #[error("{} exists and is no driver VM image; name another folder, or remove it", .0.display())]
@@ -195,8 +197,7 @@ impl Image {
             return Err(broken("there is no such folder".into()));
         }
         let text = fs::read(dir.join(MANIFEST)).map_err(|e| broken(format!("{MANIFEST}: {e}")))?;
-        let manifest: Manifest =
-            serde_json::from_slice(&text).map_err(|e| broken(format!("{MANIFEST}: {e}")))?;
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| broken(format!("{MANIFEST}: {e}")))?;
         if manifest.format != FORMAT {
             return Err(broken(format!("it has format {}, this program needs {FORMAT}", manifest.format)));
         }

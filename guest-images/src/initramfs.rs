@@ -280,12 +280,8 @@ mod tests {
 
     /// Unpacks with the system's cpio and returns the listing.
     fn list(archive: &Path) -> String {
-        let output = Command::new("cpio")
-            .args(["-tv", "--quiet", "-F"])
-            .arg(archive)
-            .env("TZ", "UTC")
-            .output()
-            .unwrap();
+        let output =
+            Command::new("cpio").args(["-tv", "--quiet", "-F"]).arg(archive).env("TZ", "UTC").output().unwrap();
         assert!(output.status.success());
         String::from_utf8(output.stdout).unwrap()
     }

@@ -173,8 +173,7 @@ pub fn cached_vmlinux(image: &Path, cache: &Cache) -> Result<PathBuf, KernelErro
     let key = cache.digest(image)?;
     cache.file("vmlinux", &key, || {
         let bytes = files::read(image)?;
-        let vmlinux = vmlinux::unpack(&bytes)
-            .map_err(|source| KernelError::Vmlinux { path: image.into(), source })?;
+        let vmlinux = vmlinux::unpack(&bytes).map_err(|source| KernelError::Vmlinux { path: image.into(), source })?;
         Ok(vmlinux.into_owned())
     })
 }

@@ -21,7 +21,8 @@ fn a_restart_is_masked_and_a_failed_upgrade_falls_back() {
 
 fn restart_and_fall_back() {
     let assets = assets();
-    let (image, other) = (assets.driver_image(&"rtl8139".into()).or_tell(), assets.driver_image(&"e1000e".into()).or_tell());
+    let (image, other) =
+        (assets.driver_image(&"rtl8139".into()).or_tell(), assets.driver_image(&"e1000e".into()).or_tell());
     let mut spec = BenchSpec::new("restart").nics(&["rtl8139"]);
     spec.files = vec![image.clone(), other.clone()];
     let mut bench = Bench::boot(spec, &assets).or_tell();

@@ -111,9 +111,7 @@ impl Interrupts {
     /// Binds `trigger` to the level-triggered `gsi`; KVM signals `resample` at the guest's EOI
     /// (`KVM_IRQFD_FLAG_RESAMPLE`).
     pub fn bind_intx(&self, gsi: u32, trigger: &EventFd, resample: &EventFd) -> Result<(), Error> {
-        self.vm
-            .register_irqfd_with_resample(trigger, resample, gsi)
-            .map_err(|source| Error::Irqfd { gsi, source })
+        self.vm.register_irqfd_with_resample(trigger, resample, gsi).map_err(|source| Error::Irqfd { gsi, source })
     }
 
     /// Undoes [`Self::bind_intx`].

@@ -136,10 +136,7 @@ fn the_terminal_is_as_it_was_after_each_end() {
         let wait = [0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 1, 0x74, 0xf6];
         Code(Code::new().print(">").raw(&wait).0.into_iter().chain(end.0).collect())
     };
-    let ends = [
-        (key_then(Code::new().out8(0xcf9, 6).spin()), true),
-        (key_then(Code::new().raw(&[0x0f, 0x0b])), false),
-    ];
+    let ends = [(key_then(Code::new().out8(0xcf9, 6).spin()), true), (key_then(Code::new().raw(&[0x0f, 0x0b])), false)];
     for (code, success) in ends {
         let mut vm = OnTerminal::start(&code);
         vm.expect(">");

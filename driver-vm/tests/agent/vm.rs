@@ -220,15 +220,19 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
     assert!(std::fs::metadata(dir.join("control")).unwrap().file_type().is_socket());
     let place = dir.display();
     let netdev = |name: &str| {
-        format!("dgram,id={name},local.type=unix,local.path={place}/{name}.vm,remote.type=unix,remote.path={place}/{name}.host")
+        format!(
+            "dgram,id={name},local.type=unix,local.path={place}/{name}.vm,remote.type=unix,remote.path={place}/{name}.host"
+        )
     };
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "112M", "-nodefaults", "-display", "none"])
         .args(["-no-reboot", "-device", "pvpanic", "-device", "virtio-serial-pci"])
         .args(["-append", "console=ttyS0 panic=-1 umbra.generation=3"])
-        .arg("-kernel").arg(&image.vmlinux)
-        .arg("-initrd").arg(&image.initramfs)
+        .arg("-kernel")
+        .arg(&image.vmlinux)
+        .arg("-initrd")
+        .arg(&image.initramfs)
         .args(["-serial", &format!("file:{place}/console")])
         .args(["-chardev", &format!("socket,id=control,path={place}/control")])
         .args(["-device", "virtserialport,chardev=control,name=org.umbra.control"])

@@ -29,8 +29,14 @@ fn recipe(dir: &Path) -> (Recipe, Cache) {
     let cache = Cache::at(dir.join("cache"));
     let kernel = Kernel::from_dir(&root, &cache).unwrap();
     let device = Device { name: "0000:01:00.0".into(), modalias: NIC.replace('*', "0") };
-    let recipe =
-        Recipe { kernel, drivers: vec![], devices: vec![device], agent: dir.join("agent"), sound: None, firmware: vec![] };
+    let recipe = Recipe {
+        kernel,
+        drivers: vec![],
+        devices: vec![device],
+        agent: dir.join("agent"),
+        sound: None,
+        firmware: vec![],
+    };
     (recipe, cache)
 }
 

@@ -105,11 +105,8 @@ fn from_modules<'a>(dir: &Path, paths: impl Iterator<Item = &'a Path>) -> Result
             });
         }
     });
-    let mut found: Vec<_> = found
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-        .into_iter()
-        .collect::<Result<_, _>>()?;
+    let mut found: Vec<_> =
+        found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_iter().collect::<Result<_, _>>()?;
     // `updates/` comes last and so wins over `kernel/`, as with depmod.
     found.sort_by_key(|(_, module)| (module.path.starts_with("updates"), module.path.clone()));
     Ok(found.into_iter().collect())

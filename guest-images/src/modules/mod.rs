@@ -117,9 +117,10 @@ impl ModuleTree {
 
     /// The drivers whose aliases match a device's modalias; several may, and the kernel tries each.
     pub fn drivers_for(&self, modalias: &str) -> Vec<DriverName> {
-        let modules = self.index.iter().filter(|(_, module)| {
-            module.aliases.iter().any(|alias| pattern::matches(alias, modalias))
-        });
+        let modules = self
+            .index
+            .iter()
+            .filter(|(_, module)| module.aliases.iter().any(|alias| pattern::matches(alias, modalias)));
         let builtin = self.builtin_aliases.iter().filter(|(alias, _)| pattern::matches(alias, modalias));
         let mut found: Vec<_> = modules
             .map(|(name, _)| DriverName { name: name.clone(), builtin: false })

@@ -29,8 +29,13 @@ fn tree(dir: &Path) -> PathBuf {
         (
             "kernel/net/nic.ko",
             ".xz",
-            &["alias=pci:v00008086d000010D3sv*sd*bc*sc*i*", "depends=phy-lib", "softdep=pre: realtek gone post: late",
-              "firmware=nic/a.bin", "firmware=nic/b.bin"],
+            &[
+                "alias=pci:v00008086d000010D3sv*sd*bc*sc*i*",
+                "depends=phy-lib",
+                "softdep=pre: realtek gone post: late",
+                "firmware=nic/a.bin",
+                "firmware=nic/b.bin",
+            ],
         ),
         ("kernel/net/phy-lib.ko", ".zst", &["depends=fixed"]),
         ("kernel/net/realtek.ko", ".gz", &["depends=phy-lib"]),
@@ -43,7 +48,8 @@ fn tree(dir: &Path) -> PathBuf {
         fs::write(path, packed(extension, &module(info))).unwrap();
     }
     fs::write(tree.join("modules.builtin"), "kernel/drivers/fixed.ko\nkernel/drivers/virtio-pci.ko\n").unwrap();
-    fs::write(tree.join("modules.builtin.modinfo"), b"virtio_pci.alias=pci:v00001AF4d*sv*\0fixed.license=GPL\0").unwrap();
+    fs::write(tree.join("modules.builtin.modinfo"), b"virtio_pci.alias=pci:v00001AF4d*sv*\0fixed.license=GPL\0")
+        .unwrap();
     fs::write(tree.join("modules.order"), "").unwrap();
     tree
 }

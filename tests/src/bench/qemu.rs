@@ -80,7 +80,8 @@ impl Slots {
         }
         let slot = self.root_port;
         self.root_port += 1;
-        let port = format!("pcie-root-port,id=rp{slot},slot={slot},chassis={slot},bus=pcie.0,addr={slot:#x},{PORT_SPEED}");
+        let port =
+            format!("pcie-root-port,id=rp{slot},slot={slot},chassis={slot},bus=pcie.0,addr={slot:#x},{PORT_SPEED}");
         self.add(&["-device", &port]);
         self.cmdline.push_str(&format!(" umbra.{kind}=rp:{slot:02x}"));
         format!("bus=rp{slot}")

@@ -36,7 +36,16 @@ pub struct OutagesSpec {
 
 /// The parts of a recovery in Umbra's events, in order.
 const PARTS: [&str; 10] = [
-    "detect_ms", "fence_ms", "reset_ms", "back_off_ms", "boot_ms", "plug_ms", "probe_ms", "setup_ms", "link_ms", "replay_ms",
+    "detect_ms",
+    "fence_ms",
+    "reset_ms",
+    "back_off_ms",
+    "boot_ms",
+    "plug_ms",
+    "probe_ms",
+    "setup_ms",
+    "link_ms",
+    "replay_ms",
 ];
 
 /// Some figures in ms.

@@ -105,9 +105,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.check {
         return super::print(&machine.to_string());
     }
-    let events = args.events.map(|path| {
-        File::create(&path).with_context(|| format!("make the events file {}", path.display()))
-    });
+    let events =
+        args.events.map(|path| File::create(&path).with_context(|| format!("make the events file {}", path.display())));
     supervisor::run(
         &machine,
         Options {
@@ -178,7 +177,8 @@ mod tests {
 
     #[test]
     fn flags_describe_the_same_machine_as_a_file() {
-        let words = "--kernel /k --initrd /i --disk /d --tap tap0 --memory 1G --cpus 2 --nic 0000:03:00.0 --image /e1000e";
+        let words =
+            "--kernel /k --initrd /i --disk /d --tap tap0 --memory 1G --cpus 2 --nic 0000:03:00.0 --image /e1000e";
         let file = "[guest.guest]\nkernel = \"/k\"\ninitrd = [\"/i\"]\nmemory = \"1G\"\ncpus = 2\nconsole = \"terminal\"\n\
                     disk = [{ path = \"/d\" }]\nnet = [{ tap = \"tap0\" }, { driver = \"nic0\" }]\n\
                     [driver.nic0]\ndevice = \"0000:03:00.0\"\nimage = \"/e1000e\"\n";

@@ -38,7 +38,9 @@ pub enum Error {
     #[error("the ACPI tables need {0} bytes, more than the {room} there are", room = layout::ACPI_TABLES_SIZE)]
     TooLarge(usize),
     /// Guest memory ends below.
-    #[error("write the ACPI tables to guest memory: the VM's memory is too small; raise `memory` to 1 MiB at the least")]
+    #[error(
+        "write the ACPI tables to guest memory: the VM's memory is too small; raise `memory` to 1 MiB at the least"
+    )]
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
@@ -161,7 +163,8 @@ struct LocalNmi {
 /// A MADT by hand on top of the crate's entries, since the crate leaves out the header's flags.
 fn madt(cpus: u8) -> Raw {
     let crate_madt = || {
-        let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(layout::LAPIC_BASE));
+        let mut madt =
+            MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(layout::LAPIC_BASE));
         for id in 0..cpus {
             madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
         }

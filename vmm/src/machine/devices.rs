@@ -78,12 +78,7 @@ pub enum Error {
 }
 
 /// Makes the devices of `spec` and puts them on the bus and into the event loop.
-pub fn add(
-    vm: &Vm,
-    spec: &VmSpec,
-    host: &Arc<Host>,
-    events: &mut EventManager<Subscriber>,
-) -> Result<Devices, Error> {
+pub fn add(vm: &Vm, spec: &VmSpec, host: &Arc<Host>, events: &mut EventManager<Subscriber>) -> Result<Devices, Error> {
     let mut adder = Adder { vm, host, events, devices: Devices::default() };
     for (index, net) in (0u16..).zip(&spec.nets) {
         adder.net(index, net)?;

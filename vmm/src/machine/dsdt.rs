@@ -51,9 +51,9 @@ fn pci_root(platform: &Platform) -> Vec<u8> {
     let config = IO::new(layout::PCI_CONFIG_ADDRESS, layout::PCI_CONFIG_ADDRESS, 1, 8);
     let ports = AddressSpace::new_io(layout::PCI_IO_START, layout::PCI_IO_LAST, None);
     let memory32 = AddressSpace::new_memory(uncached, true, first32, last32, None);
-    let memory64 = platform
-        .mmio64_end
-        .map(|end| AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, layout::PCI_MMIO64_START, end - 1, None));
+    let memory64 = platform.mmio64_end.map(|end| {
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, layout::PCI_MMIO64_START, end - 1, None)
+    });
     let mut windows: Vec<&dyn Aml> = vec![&buses, &config, &ports, &memory32];
     windows.extend(memory64.as_ref().map(|window| window as &dyn Aml));
     bytes(&Device::new(

@@ -133,9 +133,7 @@ fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: `aligned` and the `length` bytes from there lie inside of the area that was just reserved and
     // that nobody else knows of; what is left of it stays reserved and costs nothing.
-    let mapped = unsafe {
-        libc::mmap(aligned, length, access, shared | libc::MAP_NORESERVE, file.as_raw_fd(), offset)
-    };
+    let mapped = unsafe { libc::mmap(aligned, length, access, shared | libc::MAP_NORESERVE, file.as_raw_fd(), offset) };
     if mapped == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -217,7 +215,13 @@ impl MemorySlots {
     /// # Safety
     /// The memory at `host` must stay mapped until the returned slot is dropped, and nothing in this process
     /// may assume that it does not change.
-    pub unsafe fn map(self: &Arc<Self>, address: u64, host: u64, size: u64, access: Access) -> Result<MemorySlot, Error> {
+    pub unsafe fn map(
+        self: &Arc<Self>,
+        address: u64,
+        host: u64,
+        size: u64,
+        access: Access,
+    ) -> Result<MemorySlot, Error> {
         let flags = match access {
             Access::ReadWrite => 0,
             Access::ReadOnly => KVM_MEM_READONLY,
@@ -292,7 +296,10 @@ mod tests {
     #[test]
     fn memory_stays_below_the_64_bit_pci_window() {
         let error = create("test", LIMIT + PAGE).unwrap_err();
-        assert_eq!(error.to_string(), "guest memory of 255 GiB: 255 GiB are the most there is room for; lower `memory`");
+        assert_eq!(
+            error.to_string(),
+            "guest memory of 255 GiB: 255 GiB are the most there is room for; lower `memory`"
+        );
         let memory = create("test", LIMIT).unwrap();
         assert_eq!(memory.last_addr().0 + 1, layout::PCI_MMIO64_START);
     }

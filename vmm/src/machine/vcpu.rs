@@ -185,12 +185,20 @@ impl Runner {
         let (Ok(r), Ok(s)) = (self.vcpu.get_regs(), self.vcpu.get_sregs()) else {
             return writeln!(text, "  registers cannot be read");
         };
-        writeln!(text, "  rip {:016x}  rflags {:08x}  cs {:04x}  ss {:04x}", r.rip, r.rflags, s.cs.selector, s.ss.selector)?;
+        writeln!(
+            text,
+            "  rip {:016x}  rflags {:08x}  cs {:04x}  ss {:04x}",
+            r.rip, r.rflags, s.cs.selector, s.ss.selector
+        )?;
         writeln!(text, "  rax {:016x}  rbx {:016x}  rcx {:016x}  rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx)?;
         writeln!(text, "  rsi {:016x}  rdi {:016x}  rbp {:016x}  rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp)?;
         writeln!(text, "  r8  {:016x}  r9  {:016x}  r10 {:016x}  r11 {:016x}", r.r8, r.r9, r.r10, r.r11)?;
         writeln!(text, "  r12 {:016x}  r13 {:016x}  r14 {:016x}  r15 {:016x}", r.r12, r.r13, r.r14, r.r15)?;
-        writeln!(text, "  cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}  efer {:x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer)?;
+        writeln!(
+            text,
+            "  cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}  efer {:x}",
+            s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+        )?;
         writeln!(text, "  gs base {:016x}  gdt {:016x}  idt {:016x}", s.gs.base, s.gdt.base, s.idt.base)?;
         match self.code(s.cs.base.wrapping_add(r.rip)) {
             Some(code) => writeln!(text, "  code {}", code.map(|byte| format!("{byte:02x}")).join(" ")),

@@ -78,7 +78,8 @@ impl VmProcess {
         // What is told to a service manager is the supervisor's to say.
         command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
-        let console = set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
+        let console =
+            set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();
         let parent = std::process::id();
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls

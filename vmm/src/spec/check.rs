@@ -257,9 +257,9 @@ impl Machine {
         }
         match (mtu, self.sounds_of(driver).next()) {
             (Some(_), None) | (None, Some(_)) => Ok(()),
-            (Some(_), Some((name, n, _))) => Place::of("guest", name).index("sound", n).problem(format!(
-                "[driver.{driver}] serves network devices; a driver VM holds one device"
-            )),
+            (Some(_), Some((name, n, _))) => Place::of("guest", name)
+                .index("sound", n)
+                .problem(format!("[driver.{driver}] serves network devices; a driver VM holds one device")),
             (None, None) => place.problem(format!(
                 "no guest uses it: give one a [[guest.NAME.net]] or [[guest.NAME.sound]] with driver = \"{driver}\""
             )),
@@ -278,7 +278,8 @@ impl Machine {
     pub fn ends_of<'a>(&'a self, driver: &'a str) -> impl Iterator<Item = (&'a str, usize, &'a Net)> {
         self.guest.iter().flat_map(move |(name, guest)| {
             let nets = guest.net.iter().enumerate();
-            nets.filter(move |(_, net)| net.driver.as_deref() == Some(driver)).map(move |(n, net)| (name.as_str(), n, net))
+            nets.filter(move |(_, net)| net.driver.as_deref() == Some(driver))
+                .map(move |(n, net)| (name.as_str(), n, net))
         })
     }
 }

@@ -60,8 +60,10 @@ impl Machine {
             return Err(SpecError::NotText { path: path.into(), what });
         }
         let bytes = std::fs::read(path).map_err(fail)?;
-        let text = String::from_utf8(bytes)
-            .map_err(|_| SpecError::NotText { path: path.into(), what: "is no UTF-8 text, so no machine file".into() })?;
+        let text = String::from_utf8(bytes).map_err(|_| SpecError::NotText {
+            path: path.into(),
+            what: "is no UTF-8 text, so no machine file".into(),
+        })?;
         Self::parse(&text, path)
     }
 
@@ -135,9 +137,7 @@ fn locate(text: &str, steps: &[Step]) -> Option<usize> {
             (Step::Key(key), DeValue::Table(table)) => {
                 table.get_key_value(key.as_str()).map(|(key, value)| (key.span().start, value))
             }
-            (Step::Index(index), DeValue::Array(array)) => {
-                array.get(*index).map(|value| (value.span().start, value))
-            }
+            (Step::Index(index), DeValue::Array(array)) => array.get(*index).map(|value| (value.span().start, value)),
             _ => None,
         };
         let Some(next) = next else { break };

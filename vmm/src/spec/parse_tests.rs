@@ -110,7 +110,8 @@ fn two_drivers_of_one_device_are_refused_with_both_lines() {
     let text = "[guest.web]\nkernel = \"k\"\nnet = [{ driver = \"a\" }, { driver = \"b\" }]\n\
                 [driver.a]\ndevice = \"0000:03:00.0\"\nimage = \"i\"\n[driver.b]\nimage = \"i\"\ndevice = \"03:00.0\"\n";
     let error = parse(text).unwrap_err();
-    let said = "dir/m.toml:9: driver.b.device: the PCI function 0000:03:00.0 is used by driver.a.device already (line 5)";
+    let said =
+        "dir/m.toml:9: driver.b.device: the PCI function 0000:03:00.0 is used by driver.a.device already (line 5)";
     assert_eq!(error, said);
 }
 
@@ -129,7 +130,10 @@ fn a_sound_device_names_its_driver_and_policy() {
     let text = "[guest.web]\nkernel = \"k\"\n[[guest.web.sound]]\ndriver = \"snd0\"\npolicy = \"hold\"\n\
                 [driver.snd0]\ndevice = \"0000:00:1f.3\"\nimage = \"i\"\n";
     let machine = parse(text).unwrap();
-    assert_eq!(machine.sounds_of("snd0").map(|(g, n, s)| (g, n, s.policy)).collect::<Vec<_>>(), [("web", 0, Policy::Hold)]);
+    assert_eq!(
+        machine.sounds_of("snd0").map(|(g, n, s)| (g, n, s.policy)).collect::<Vec<_>>(),
+        [("web", 0, Policy::Hold)]
+    );
     let machine = parse(&text.replace("policy = \"hold\"\n", "")).unwrap();
     assert_eq!(machine.guest["web"].sound[0].policy, Policy::Skip);
     let error = parse(&text.replace("hold", "pause")).unwrap_err();
@@ -160,9 +164,24 @@ fn what_the_types_cannot_say_is_checked_with_its_line() {
         ("limit = 20", "heartbeat_timeout_ms = 300", 22, "allow at least twice"),
         ("limit = 20", "backoff_max_ms = 1", 22, "less than `backoff_ms`"),
         ("[driver.nic0]", "[guest.\"a b\"]\nkernel = \"k\"\n[driver.nic0]", 19, "letters, digits"),
-        ("[driver.nic0]", "[guest.b]\nkernel = \"k\"\nconsole = \"terminal\"\n[driver.nic0]", 7, "the terminal is used"),
-        ("[driver.nic0]", "[guest.b]\nkernel = \"k\"\ndisk = [{ path = \"/var/lib/debian.raw\" }]\n[driver.nic0]", 21, "shared"),
-        ("[driver.nic0]", "[[guest.web.port]]\nname = \"a\"\nsocket = \"s\"\n[[guest.web.port]]\nname = \"a\"\nsocket = \"t\"\n[driver.nic0]", 23, "already"),
+        (
+            "[driver.nic0]",
+            "[guest.b]\nkernel = \"k\"\nconsole = \"terminal\"\n[driver.nic0]",
+            7,
+            "the terminal is used",
+        ),
+        (
+            "[driver.nic0]",
+            "[guest.b]\nkernel = \"k\"\ndisk = [{ path = \"/var/lib/debian.raw\" }]\n[driver.nic0]",
+            21,
+            "shared",
+        ),
+        (
+            "[driver.nic0]",
+            "[[guest.web.port]]\nname = \"a\"\nsocket = \"s\"\n[[guest.web.port]]\nname = \"a\"\nsocket = \"t\"\n[driver.nic0]",
+            23,
+            "already",
+        ),
         ("[driver.nic0]", "[[guest.web.sound]]\ndriver = \"snd0\"\n[driver.nic0]", 20, "nothing defines [driver.snd0]"),
         ("[driver.nic0]", "[[guest.web.sound]]\ndriver = \"nic0\"\n[driver.nic0]", 19, "a driver VM holds one device"),
         ("[driver.nic0]", "[[guest.web.port]]\nname = \"org.umbra.x\"\nsocket = \"s\"\n[driver.nic0]", 20, "taken"),

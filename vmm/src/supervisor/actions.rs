@@ -280,7 +280,9 @@ impl Supervisor {
             Err(error) => {
                 if let Some(error) = error {
                     let (name, dir) = (&report.driver, dir.display());
-                    let what = format!("{name}: no crash report in {dir}: {error}; reports wait in memory until there is room");
+                    let what = format!(
+                        "{name}: no crash report in {dir}: {error}; reports wait in memory until there is room"
+                    );
                     self.events.warn(what);
                 }
                 None

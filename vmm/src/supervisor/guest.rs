@@ -183,7 +183,9 @@ impl GuestVm {
 
     fn sounds(&self) -> Vec<SoundBackend> {
         let sounds = self.spec.sound.iter().zip(&self.sounds);
-        sounds.filter_map(|(spec, sound)| Some(SoundBackend { card: sound.card.clone()?, policy: spec.policy })).collect()
+        sounds
+            .filter_map(|(spec, sound)| Some(SoundBackend { card: sound.card.clone()?, policy: spec.policy }))
+            .collect()
     }
 
     fn vm_spec(&self) -> VmSpec {

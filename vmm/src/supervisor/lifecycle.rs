@@ -30,8 +30,8 @@ use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 
-pub use standby::Standby;
 use standby::Reserve;
+pub use standby::Standby;
 pub use state::{Action, Carrier, End, Failure, Input, Source, State};
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is

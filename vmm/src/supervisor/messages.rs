@@ -148,7 +148,11 @@ impl Supervisor {
         if let Some(why) = failure {
             let why = format!("{}: {why}", self.guests[n].name);
             // A machine that does not come up whole does not come up.
-            if never_ran { self.give_up(why) } else { let _ = self.failure.get_or_insert(why); }
+            if never_ran {
+                self.give_up(why)
+            } else {
+                let _ = self.failure.get_or_insert(why);
+            }
         }
         for (driver, end) in self.guests[n].drivers() {
             self.drive(driver, Input::EndGone(end));

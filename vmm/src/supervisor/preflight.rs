@@ -104,8 +104,8 @@ impl Checked {
         }
         let mut drivers = BTreeMap::new();
         for (name, driver) in &machine.driver {
-            let image = Image::open(&driver.image)
-                .map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
+            let image =
+                Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
             let device = check_device(name, &driver.device, host)?;
             check_locked_memory(name, driver.memory)?;
             drivers.insert(name.clone(), (device, image));

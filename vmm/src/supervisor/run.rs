@@ -15,8 +15,8 @@ use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
 
 use super::control::StopHow;
-use super::dying::DyingPart;
 use super::driver::{DeviceRef, DriverVm, EndRef};
+use super::dying::DyingPart;
 use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
 use super::leftover::{self, LeftoverError};
@@ -26,8 +26,8 @@ use super::preflight::{Checked, Host, PreflightError};
 use super::report::Shelf;
 use super::rundir::{RunDir, RunDirError};
 use super::server::Clients;
-use super::standby::StandbyPart;
 use super::signals::{self, RestoreTerminal};
+use super::standby::StandbyPart;
 use super::time::Time;
 use crate::machine::terminal::SavedTerminal;
 use crate::metrics::{Metrics, Server, ServerError};
@@ -165,7 +165,10 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.notify.stopping();
     supervisor.end_processes();
     result?;
-    supervisor.failure.take().map_or(Ok(()), |what| Err(RunError::Vm { told: supervisor.events.has_printed(&what), what }))
+    supervisor
+        .failure
+        .take()
+        .map_or(Ok(()), |what| Err(RunError::Vm { told: supervisor.events.has_printed(&what), what }))
 }
 
 /// Cleans up after a run before that was killed; its supervisor's number and what was done.
@@ -271,7 +274,9 @@ impl Supervisor {
 
     /// All guests have ended, and so have the driver VMs.
     fn is_over(&self) -> bool {
-        let stopped = |driver: &DriverVm| driver.life.is_none() && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped;
+        let stopped = |driver: &DriverVm| {
+            driver.life.is_none() && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
+        };
         self.guests.iter().all(GuestVm::is_over) && self.drivers.iter().all(stopped)
     }
 
@@ -410,8 +415,13 @@ impl Supervisor {
         let ready = self.guests.iter().all(|guest| guest.state != GuestState::Starting);
         notify.tell(now, ready, || {
             let running = self.guests.iter().filter(|guest| guest.state == GuestState::Running).count();
-            let live = self.drivers.iter().filter(|driver| matches!(driver.lifecycle.state(), State::Live { .. })).count();
-            format!("{running} of {} guests running, {live} of {} driver VMs live", self.guests.len(), self.drivers.len())
+            let live =
+                self.drivers.iter().filter(|driver| matches!(driver.lifecycle.state(), State::Live { .. })).count();
+            format!(
+                "{running} of {} guests running, {live} of {} driver VMs live",
+                self.guests.len(),
+                self.drivers.len()
+            )
         });
         self.notify = notify;
         if let Some(metrics) = self.events.metrics().filter(|_| self.metrics_due <= now) {

@@ -302,7 +302,11 @@ mod tests {
         let mut third = third;
         third.leave_to_the_next();
         drop(third);
-        assert_eq!(RunDir::claim(base.path(), "m").unwrap().0.left().map(|left| left.pid), Some(4242), "not cleaned up yet");
+        assert_eq!(
+            RunDir::claim(base.path(), "m").unwrap().0.left().map(|left| left.pid),
+            Some(4242),
+            "not cleaned up yet"
+        );
     }
 
     #[test]

@@ -168,8 +168,10 @@ impl Supervisor {
     fn crash(&mut self, name: &str, kind: CrashKind) -> Result<Response, String> {
         let n = self.driver_named(name)?;
         let state = self.drivers[n].lifecycle.state();
-        if !matches!(state, State::Configuring { .. } | State::WaitingCarrier { .. } | State::GoingLive { .. } | State::Live { .. })
-        {
+        if !matches!(
+            state,
+            State::Configuring { .. } | State::WaitingCarrier { .. } | State::GoingLive { .. } | State::Live { .. }
+        ) {
             return Err(format!("{name} has no agent that could be told to crash: its state is {}", state.name()));
         }
         let generation = self.drivers[n].lifecycle.generation().map_or(0, Generation::get);

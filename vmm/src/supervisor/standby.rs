@@ -45,14 +45,8 @@ impl Supervisor {
                     renice(life.process.pid(), NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
-                driver.standby = Some(StandbyVm {
-                    life,
-                    console,
-                    started,
-                    kernel: None,
-                    available_memory: None,
-                    dropped: false,
-                });
+                driver.standby =
+                    Some(StandbyVm { life, console, started, kernel: None, available_memory: None, dropped: false });
                 self.attach_links(n, Role::Waits);
             }
             Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),

@@ -153,7 +153,18 @@ impl fmt::Display for Status {
             parts.push(table(&rows));
         }
         if !self.drivers.is_empty() {
-            let heads = ["DRIVER VM", "DEVICE", "DRIVER", "GENERATION", "STATE", "STANDBY", "RESET", "FAILURES", "LAST OUTAGE", "REASON"];
+            let heads = [
+                "DRIVER VM",
+                "DEVICE",
+                "DRIVER",
+                "GENERATION",
+                "STATE",
+                "STANDBY",
+                "RESET",
+                "FAILURES",
+                "LAST OUTAGE",
+                "REASON",
+            ];
             let mut rows = vec![heads.map(String::from)];
             rows.extend(self.drivers.iter().map(DriverStatus::row));
             parts.push(table(&rows));

@@ -90,7 +90,12 @@ impl Timeline {
         let mut steps = self.0.clone();
         steps.sort_by_key(|(step, at)| (*at, *step));
         let first = steps.first().map_or(Time(0), |(_, at)| *at);
-        let mark = |(step, at): (Step, Time)| Mark { step, at_ns: at.0, ms: milliseconds(at.since(first)), time: wall::of(at) };
+        let mark = |(step, at): (Step, Time)| Mark {
+            step,
+            at_ns: at.0,
+            ms: milliseconds(at.since(first)),
+            time: wall::of(at),
+        };
         steps.into_iter().map(mark).collect()
     }
 

@@ -4,17 +4,17 @@ pub mod block;
 pub mod console;
 pub mod device;
 pub mod events;
+#[cfg(test)]
+mod hostile_tests;
 pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod sound;
 pub mod split_net;
-pub mod vhost_user_net;
-#[cfg(test)]
-mod hostile_tests;
 #[cfg(test)]
 mod testing;
+pub mod vhost_user_net;
 
 /// Reads `data` from a device's configuration at byte `offset`; bytes past its end read as 0.
 fn read_config(config: &[u8], offset: u32, data: &mut [u8]) {

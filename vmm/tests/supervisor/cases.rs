@@ -1,8 +1,8 @@
 //! The cases: start a machine, break something, expect.
 
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
@@ -67,8 +67,21 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
     assert_eq!(report["registers"], "rip 0000", "{report}");
     assert!(report["console_tail"].as_str().unwrap().contains("CPU: 0 PID: 1"));
     assert_eq!(report["frames"]["replayed"], 2);
-    let steps: Vec<_> = report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
-    let order = ["detect", "fence", "reset-start", "reset", "spawn", "running", "hello", "nic", "forwarding", "go-live", "live"];
+    let steps: Vec<_> =
+        report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
+    let order = [
+        "detect",
+        "fence",
+        "reset-start",
+        "reset",
+        "spawn",
+        "running",
+        "hello",
+        "nic",
+        "forwarding",
+        "go-live",
+        "live",
+    ];
     let found: Vec<_> = steps.iter().filter(|step| order.contains(step)).collect();
     assert_eq!(found, order.iter().collect::<Vec<_>>(), "{steps:?}");
     assert!(report["outage_ms"].as_f64().unwrap() > 0.0);
@@ -97,7 +110,8 @@ fn a_standby_takes_over_and_the_next_one_follows() {
     let driver = machine.wait_live(2);
     assert_eq!(driver.pid, pid, "the process is that of the standby");
     let report = machine.report(1);
-    let steps: Vec<_> = report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
+    let steps: Vec<_> =
+        report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
     assert!(steps.contains(&"plugged") && !steps.contains(&"running"), "{steps:?}");
     assert_eq!(report["parts"]["boot_ms"], 0.0);
     let next = machine.wait_for("the next", |driver| standby(driver).state == "ready");
@@ -110,7 +124,8 @@ fn a_standby_that_is_killed_is_replaced() {
     let standby = |driver: &DriverStatus| driver.standby.clone().unwrap();
     let ready = machine.wait_for("a standby", |driver| standby(driver).state == "ready");
     kill(standby(&ready).pid.unwrap());
-    let next = machine.wait_for("another", |driver| standby(driver).generation == Some(3) && standby(driver).state == "ready");
+    let next =
+        machine.wait_for("another", |driver| standby(driver).generation == Some(3) && standby(driver).state == "ready");
     assert_eq!((next.state.as_str(), next.generation, next.failures), ("live", Some(1), 0));
     assert!(machine.events_text().contains("\"standby-failed\""));
     machine.crash(CrashKind::Panic);
@@ -216,7 +231,8 @@ fn a_death_during_replay_drops_the_suspect_log() {
 }
 
 fn past_the_limit_the_driver_is_quarantined_and_the_guest_lives_on() {
-    let machine = start("", "die-after-forwarding=1 die-after-forwarding=2 die-after-forwarding=3", "limit = 2, backoff_ms = 10");
+    let machine =
+        start("", "die-after-forwarding=1 die-after-forwarding=2 die-after-forwarding=3", "limit = 2, backoff_ms = 10");
     let driver = machine.wait_for("quarantine", |driver| driver.state == "quarantined");
     assert!(driver.reason.unwrap().starts_with("more than 2 failures in 60 s"));
     assert_eq!((driver.generation, driver.failures, driver.pid), (Some(3), 3, None));
@@ -371,8 +387,15 @@ fn a_report_shows_the_failures_of_a_machine_that_has_ended() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8(output.stdout).unwrap().contains("page.html: 2 failures of m, "));
     let page = fs::read_to_string(page).unwrap();
-    for words in ["1. nic0: kernel panic", "Kernel panic - not syncing: fake crash", "umbra crash --kind panic",
-        "generation 3 live", "</b> replayed, ", "reset: <b>flr</b>", "2. nic0: its agent sent what is no message"] {
+    for words in [
+        "1. nic0: kernel panic",
+        "Kernel panic - not syncing: fake crash",
+        "umbra crash --kind panic",
+        "generation 3 live",
+        "</b> replayed, ",
+        "reset: <b>flr</b>",
+        "2. nic0: its agent sent what is no message",
+    ] {
         assert!(page.contains(words), "{words}: {page}");
     }
 }
@@ -435,7 +458,10 @@ fn a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up() {
     machine.start_again();
     machine.wait_live(1);
     let events = machine.events_text();
-    assert!(events.contains(&format!("the run before (process {supervisor}) was killed: its VMs have ended with it")), "{events}");
+    assert!(
+        events.contains(&format!("the run before (process {supervisor}) was killed: its VMs have ended with it")),
+        "{events}"
+    );
     assert!(events.contains("stand as before (flr bus)"), "{events}");
     let old = fs::read_to_string(machine.run_dir().join("reports.old/events.jsonl")).unwrap();
     assert!(old.contains("\"event\":\"driver-live\""), "its past is kept");

@@ -28,7 +28,11 @@ pub fn main(args: &[String]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();
-    if spec.passthrough.is_empty() && !spec.standby { guest(&spec, &channel) } else { driver(&spec, channel) }
+    if spec.passthrough.is_empty() && !spec.standby {
+        guest(&spec, &channel)
+    } else {
+        driver(&spec, channel)
+    }
     ExitCode::SUCCESS
 }
 

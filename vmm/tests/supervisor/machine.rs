@@ -15,9 +15,9 @@ use umbra_vmm::spec::Machine;
 use umbra_vmm::supervisor::control::{Request, Response, StopHow};
 use umbra_vmm::supervisor::events::Verbosity;
 use umbra_vmm::supervisor::notify::Notify;
+use umbra_vmm::supervisor::rundir;
 use umbra_vmm::supervisor::status::{DriverStatus, Status};
 use umbra_vmm::supervisor::{self, Host, Options, RunError};
-use umbra_vmm::supervisor::rundir;
 
 /// The device of the driver VM.
 const DEVICE: &str = "0000:03:00.0";

@@ -34,8 +34,7 @@ impl Filter {
     /// VLAN tags unless it is promiscuous, and cannot be told otherwise.
     pub fn of(mode: &RxMode, own: Option<Mac>, tags_dropped: bool) -> Self {
         let wants_tags = mode.vlans.as_ref().is_none_or(|vlans| vlans.iter().any(|&vlan| vlan != 0));
-        let promiscuous =
-            mode.promiscuous || mode.unicast.len() > MAX_ADDRESSES || (wants_tags && tags_dropped);
+        let promiscuous = mode.promiscuous || mode.unicast.len() > MAX_ADDRESSES || (wants_tags && tags_dropped);
         let all_multicast = mode.all_multicast || mode.multicast.len() > MAX_ADDRESSES;
         let unicast = mode.unicast.iter().filter(|mac| !promiscuous && Some(**mac) != own);
         let multicast = mode.multicast.iter().filter(|_| !promiscuous && !all_multicast);

@@ -19,7 +19,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
-        eprintln!("umbra-agent is the first process of a driver VM; `umbra image` puts it there, `umbra run` starts it");
+        eprintln!(
+            "umbra-agent is the first process of a driver VM; `umbra image` puts it there, `umbra run` starts it"
+        );
         return ExitCode::FAILURE;
     }
     let error = match start() {

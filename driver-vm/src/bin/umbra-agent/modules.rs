@@ -30,7 +30,10 @@ impl Loading {
     /// When no event descriptor or thread can be made.
     pub fn start() -> anyhow::Result<Self> {
         let (sender, results) = channel();
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("cannot make an event descriptor")?);
+        let wake = Arc::new(
+            EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+                .context("cannot make an event descriptor")?,
+        );
         for list in LISTS {
             let (sender, wake) = (sender.clone(), Arc::clone(&wake));
             std::thread::Builder::new()

@@ -250,8 +250,7 @@ mod tests {
 
     #[test]
     fn nested_attributes_have_their_whole_length() {
-        let mut request =
-            Request::new(libc::RTM_NEWLINK, 0, &[0; 16]).text(3, "br0").nest(18).text(1, "bridge").end();
+        let mut request = Request::new(libc::RTM_NEWLINK, 0, &[0; 16]).text(3, "br0").nest(18).text(1, "bridge").end();
         request.finish(7);
         let (sequence, message) = messages(&request.bytes).next().unwrap();
         assert_eq!((sequence, message.kind), (7, libc::RTM_NEWLINK));

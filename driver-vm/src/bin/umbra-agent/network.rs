@@ -73,12 +73,7 @@ impl Nic {
         Ok(None)
     }
 
-    fn set_up(
-        netlink: &mut Netlink,
-        found: Interface,
-        driver: String,
-        plan: &NetPlan,
-    ) -> anyhow::Result<Self> {
+    fn set_up(netlink: &mut Netlink, found: Interface, driver: String, plan: &NetPlan) -> anyhow::Result<Self> {
         let Interface { index, name, address, permanent, .. } = found;
         if let Some(mtu) = plan.mtu {
             interface::set_mtu(netlink, index, mtu.into())
@@ -203,7 +198,5 @@ fn set_offloads(name: &str, offloads: Offloads) -> anyhow::Result<()> {
         ("tx-tcp-segmentation", offloads.checksum && offloads.tso4),
         ("tx-tcp6-segmentation", offloads.checksum && offloads.tso6),
     ];
-    Features::of(name)
-        .and_then(|of| of.set(&features))
-        .with_context(|| format!("cannot set the offloads of {name}"))
+    Features::of(name).and_then(|of| of.set(&features)).with_context(|| format!("cannot set the offloads of {name}"))
 }

@@ -119,9 +119,9 @@ fn would_block(error: &io::Error) -> bool {
 
 fn find() -> Option<PathBuf> {
     let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
-    let port = ports.flatten().find(|port| {
-        fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == CONTROL_PORT)
-    })?;
+    let port = ports
+        .flatten()
+        .find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == CONTROL_PORT))?;
     let device = PathBuf::from("/dev").join(port.file_name());
     device.exists().then_some(device)
 }

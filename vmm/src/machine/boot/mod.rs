@@ -329,7 +329,12 @@ mod tests {
         image
     }
 
-    fn load_with(size: u64, kernel: &Path, initrds: &[PathBuf], cmdline: &str) -> (GuestMemoryMmap, Result<Entry, Error>) {
+    fn load_with(
+        size: u64,
+        kernel: &Path,
+        initrds: &[PathBuf],
+        cmdline: &str,
+    ) -> (GuestMemoryMmap, Result<Entry, Error>) {
         let memory = memory::create("test", size).unwrap();
         let entry = load(&memory, kernel, initrds, cmdline, layout::ACPI_TABLES);
         (memory, entry)

@@ -294,7 +294,15 @@ fn messages_of_the_dead_change_nothing() {
     let mut life = live(1);
     life.handle(at(50), Input::ProcessGone("signal 9".into()));
     let before = life.state().clone();
-    for late in [Input::Hello, Input::Forwarding, Input::Heartbeat, Input::EndLive(0), Input::Evidence, Input::Released, Input::Start] {
+    for late in [
+        Input::Hello,
+        Input::Forwarding,
+        Input::Heartbeat,
+        Input::EndLive(0),
+        Input::Evidence,
+        Input::Released,
+        Input::Start,
+    ] {
         assert_eq!(life.handle(at(60), late.clone()), [], "{late:?}");
     }
     assert_eq!(*life.state(), before);
