@@ -4,6 +4,7 @@
 //! Says what it installs before it does so.
 
 mod apt;
+mod emulator;
 mod initramfs;
 mod sound;
 
@@ -18,7 +19,7 @@ use umbra_guest_images::image::{Image, ImageError, Recipe};
 use umbra_guest_images::initramfs::InitramfsError;
 use umbra_guest_images::kernel::{Kernel, KernelError};
 
-use crate::bench::Model;
+use crate::bench::{Model, has_nested_kvm};
 use crate::wav::WavError;
 pub use sound::Song;
 
@@ -126,6 +127,7 @@ impl AssetError {
 #[derive(Debug)]
 pub struct Assets {
     cache: Cache,
+    qemu: PathBuf,
     package: PathBuf,
     kernel: PathBuf,
     vmlinux: PathBuf,
@@ -144,6 +146,8 @@ impl Assets {
     pub fn prepare(say: Say<'_>) -> Result<Self, AssetError> {
         apt::install_missing(say)?;
         let cache = Cache::of_user();
+        let installed = PathBuf::from(QEMU);
+        let qemu = if has_nested_kvm() { installed } else { emulator::mended(&installed, &cache)? };
         let out = target_dir().join("bench");
         let programs = strip_programs(&out.join("programs"))?;
         let package = kernel_package(say)?;
@@ -154,12 +158,12 @@ impl Assets {
         let (host_initramfs, guest_initramfs) = (recipe.host()?, recipe.guest()?);
         let sound = sound::programs(&cache)?;
         let kernel = kernel.image.clone();
-        Ok(Self { cache, package, kernel, vmlinux, host_initramfs, guest_initramfs, sound, programs, out })
+        Ok(Self { cache, qemu, package, kernel, vmlinux, host_initramfs, guest_initramfs, sound, programs, out })
     }
 
-    /// QEMU.
+    /// QEMU, mended where it emulates.
     pub fn qemu(&self) -> &Path {
-        Path::new(QEMU)
+        &self.qemu
     }
 
     /// The kernel of the test host: a bzImage.

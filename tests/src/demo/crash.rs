@@ -2,11 +2,12 @@
 //!
 //! With 20 or more, one hits the replay of the crash before it, and two are `kill -9`. A crash is issued when the
 //! download is half way through its share of the file, which waits at the share's end until the guest is served again.
+//! Before the next one the download trickles on until a standby is ready, as it mostly is when a driver crashes.
 
 use std::time::{Duration, Instant};
 
 use super::machine::{NIC_DRIVER, SOUND_DRIVER};
-use super::result::CrashResult;
+use super::result::{CrashResult, span};
 use super::sound::SoundCrash;
 use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, describe, outage};
 use crate::peer::{Content, Tick, now_us};
@@ -23,6 +24,9 @@ pub(super) enum Kind {
     /// A panic, and `kill -9` of the next life while it gets the logged frames.
     InReplay,
 }
+
+/// What the download gets every 20 ms while a standby boots, bytes.
+const TRICKLE: u64 = 2 << 10;
 
 /// From this many crashes on there are other kinds than panics.
 const MIXED_FROM: u32 = 20;
@@ -71,6 +75,14 @@ pub(super) fn run(
     let mut ticks = Vec::new();
     let mut results = Vec::new();
     for (index, &kind) in plan.0.iter().enumerate() {
+        let before = index.checked_sub(1).map_or(0, |before| plan.allowance(before, content.bytes));
+        let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
+        await_standbys(demo, &mut pace, get)?;
+        if demo.sound.is_some() && index > 0 {
+            sound_alone(demo)?;
+            await_standbys(demo, &mut pace, get)?;
+        }
+        demo.place.peer().allow(plan.allowance(index, content.bytes))?;
         reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
         let number = results.len() + 1;
         demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, describe(kind)));
@@ -79,11 +91,6 @@ pub(super) fn run(
         demo.place.peer().mark_stall()?;
         let together = demo.sound.is_some() && kind == Kind::Panic && index + 1 == plan.0.len();
         let lives = if together { both(demo)? } else { issue(demo, kind)? };
-        // The card's crash has the first half of the next share, so that the NIC's next one hits the second under way.
-        let alone = demo.sound.is_some() && !together;
-        let next =
-            if alone { plan.threshold(index + 1, content.bytes) } else { plan.allowance(index + 1, content.bytes) };
-        demo.place.peer().allow(next)?;
         reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
         let stall = demo.place.peer().progress()?.longest_stall_ms;
         let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
@@ -96,12 +103,34 @@ pub(super) fn run(
         if lives > 1 {
             results.push(CrashResult::second_of_pair());
         }
-        if alone {
-            sound_alone(demo)?;
-            demo.place.peer().allow(plan.allowance(index + 1, content.bytes))?;
-        }
     }
     Ok(results)
+}
+
+/// How far the download may trickle on, bytes.
+struct Pace {
+    at: u64,
+    most: u64,
+}
+
+/// Waits until each driver VM has a standby again; says how long they booted.
+fn await_standbys(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result<(), DemoError> {
+    let start = Instant::now();
+    let drivers = if demo.sound.is_some() { vec![NIC_DRIVER, SOUND_DRIVER] } else { vec![NIC_DRIVER] };
+    loop {
+        let ready: Option<Vec<f64>> = drivers.iter().map(|driver| demo.machine.standby_ready(driver)).collect();
+        if let Some(boots) = ready {
+            let boots: Vec<_> = boots.into_iter().map(span).collect();
+            demo.tell(&format!("the next driver VM stands by, booted in {}", boots.join(" and ")));
+            return Ok(());
+        }
+        if start.elapsed() > RECOVERY_LIMIT || get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)? {
+            let what = "there is no standby after the recovery".to_owned();
+            return Err(DemoError::Umbra { what, said: demo.machine.said() });
+        }
+        pace.at = (pace.at + TRICKLE).min(pace.most);
+        demo.place.peer().allow(pace.at)?;
+    }
 }
 
 /// Waits until the guest has acknowledged `bytes` of the download, collecting ticks.
@@ -117,8 +146,9 @@ fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) 
         let ended = get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
         if ended || start.elapsed() > RECOVERY_LIMIT {
             let what = if ended { "the download ended early" } else { "the download does not go on" };
+            let tick = ticks.last().map_or(0, |tick| now_us().saturating_sub(tick.arrived_us) / 1000);
             let said = format!(
-                "{}{}{progress:?}\n{}\n{}",
+                "{}{}{progress:?}, the last tick {tick} ms ago\n{}\n{}",
                 get.output().stdout,
                 get.output().stderr,
                 demo.machine.said(),

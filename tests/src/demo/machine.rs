@@ -186,6 +186,17 @@ impl Machine {
         Err(DemoError::Umbra { what: format!("nothing of the kind happened within {limit:?}"), said: self.said() })
     }
 
+    /// How long the boot of the standby of `driver` took, ms, if there is one and it is ready.
+    pub fn standby_ready(&mut self, driver: &str) -> Option<f64> {
+        self.drain();
+        let news = |event: &&Event| {
+            ["standby-starting", "standby-ready", "standby-failed", "driver-failed"].contains(&event.event.as_str())
+                && event.text("driver") == driver
+        };
+        let last = self.seen.iter().rev().find(news)?;
+        (last.event == "standby-ready").then(|| last.number("boot_ms")).flatten()
+    }
+
     /// Takes the events that are there.
     pub fn drain(&mut self) {
         while let Some(event) = self.events.take() {

@@ -267,7 +267,7 @@ impl Demo<'_> {
         let plan = Crashes::plan(self.spec.crashes);
         let mib = content.bytes >> 20;
         self.tell(&format!("the guest downloads {mib} MiB from {} by TCP and sends a UDP tick every 10 ms", self.peer));
-        self.place.peer().offer(content.bytes, DEFAULT_RATE, plan.allowance(0, content.bytes))?;
+        self.place.peer().offer(content.bytes, DEFAULT_RATE, 0)?;
         let url = format!("http://{}:{}/file", self.peer, crate::peer::ports::HTTP);
         let limit = Duration::from_secs(120) + RECOVERY_LIMIT * self.spec.crashes;
         let mut get =
