@@ -74,8 +74,7 @@ fn place(program: &[u8]) -> Option<usize> {
 /// Where in the function's code the store is.
 fn store_in(code: &[u8]) -> Option<usize> {
     let fits = |(byte, wanted): (&u8, Option<u8>)| wanted.is_none_or(|wanted| wanted == *byte);
-    let mut places =
-        code.windows(STORES.len()).enumerate().filter(|(_, window)| window.iter().zip(STORES).all(fits));
+    let mut places = code.windows(STORES.len()).enumerate().filter(|(_, window)| window.iter().zip(STORES).all(fits));
     let (at, _) = places.next()?;
     places.next().is_none().then_some(at)
 }
@@ -86,8 +85,8 @@ mod tests {
 
     /// As in Debian's QEMU 10.0.2.
     const CODE: [u8; 29] = [
-        0x90, 0x89, 0xb3, 0x10, 0xd7, 0xff, 0xff, 0xc7, 0x83, 0xe4, 0x33, 0, 0, 0, 0, 0, 0, 0x48, 0xc7, 0x83, 0xe8, 0x33, 0, 0,
-        0xff, 0xff, 0xff, 0xff, 0x90,
+        0x90, 0x89, 0xb3, 0x10, 0xd7, 0xff, 0xff, 0xc7, 0x83, 0xe4, 0x33, 0, 0, 0, 0, 0, 0, 0x48, 0xc7, 0x83, 0xe8,
+        0x33, 0, 0, 0xff, 0xff, 0xff, 0xff, 0x90,
     ];
 
     #[test]
