@@ -6,6 +6,7 @@
 //! most; after the switch to a new driver VM the log goes first. Calls never wait and do bounded work; what is left
 //! over is done at the next turn of the loop ([`NetSplitter::wake`]).
 
+mod announce;
 pub mod features;
 pub mod in_flight;
 mod next;
@@ -49,6 +50,8 @@ pub enum Source {
     Guest(GuestQueue),
     /// The driver VM.
     Link(LinkQueue),
+    /// The driver VM that waits armed, or did when this was watched.
+    Spare,
 }
 
 /// What the splitter has to say; it is said in the caller's context, which must not call back.
@@ -56,10 +59,13 @@ pub enum Source {
 pub enum Notice {
     /// The link is set up.
     LinkUp(Generation),
-    /// The link is lost; masking has begun.
+    /// The link is lost; masking has begun, or, where it was an armed one that waited, nothing has changed.
     LinkLost(Generation, Cause),
     /// The log is replayed and frames flow; counters of the outage.
     Live(Generation, MaskedCounts),
+    /// The armed link of this generation is on the same network as the serving one: it has brought in a frame that the
+    /// guest sent there.
+    SameNetwork(Generation),
     /// The receive mode has changed.
     RxMode(RxFilter),
     /// The guest's driver takes these offloads.
@@ -138,6 +144,8 @@ pub struct NetSplitter {
     link: LinkState,
     /// The link of a driver VM that waits to take over.
     next: Next,
+    /// The generation whose going live the network is told of.
+    announce: Option<Generation>,
     events: Receiver<LinkEvent>,
     sender: Sender<LinkEvent>,
     wake: EventFd,
@@ -158,6 +166,7 @@ impl NetSplitter {
             guest: [None, None, None],
             link: LinkState::None,
             next: Next::default(),
+            announce: None,
             events,
             sender,
             wake: EventFd::new(EFD_NONBLOCK)?,
@@ -187,7 +196,8 @@ impl NetSplitter {
             LinkState::Up { link, .. } => vec![(LinkQueue::Rx, link.rx.kick()), (LinkQueue::Tx, link.tx.kick())],
             _ => Vec::new(),
         };
-        guest.chain(link.into_iter().map(|(name, kick)| (Source::Link(name), kick)))
+        let link = link.into_iter().map(|(name, kick)| (Source::Link(name), kick));
+        guest.chain(link).chain(self.next.armed_link().map(|link| (Source::Spare, link.tx.kick())))
     }
 
     /// Kicks that are no longer to be watched. They stay open until this is called.
@@ -279,6 +289,7 @@ impl NetSplitter {
     /// No further driver VM for now: link down; what the guest sends is discarded.
     pub fn quarantine(&mut self) {
         let was_up = self.shadow.link_up();
+        self.next.disarm();
         if let Some(generation) = self.link.generation() {
             self.lose(generation, Cause::GivenUp);
         }
@@ -323,6 +334,11 @@ impl NetSplitter {
                 self.replay();
                 self.outward();
             }
+            Source::Spare => {
+                self.discard();
+                // It may serve by now.
+                self.inward();
+            }
         }
     }
 
@@ -335,6 +351,7 @@ impl NetSplitter {
         self.replay();
         self.outward();
         self.inward();
+        self.discard();
     }
 
     fn wake_up(&self) {
@@ -388,11 +405,12 @@ impl NetSplitter {
             self.shadow.settle(in_flight.count(&mut link.rx));
             self.retire(*link);
         }
+        let served = self.shadow.mode() == ModeName::Passive;
         let applied = self.shadow.apply(Event::Lost(generation));
         if applied && !matches!(cause, Cause::GivenUp) {
             (self.listener)(Notice::LinkLost(generation, cause));
         }
-        self.promote();
+        self.promote(served && applied);
         self.outward();
     }
 
@@ -400,6 +418,10 @@ impl NetSplitter {
     fn replay(&mut self) {
         if self.shadow.verdict() != Verdict::Hold {
             return;
+        }
+        if self.announce.is_some() && self.announce == self.link.generation() {
+            self.announce = None;
+            self.announce_here();
         }
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let outcome = replay_log(&mut self.shadow, link, in_flight, &mut self.outward);

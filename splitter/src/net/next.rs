@@ -1,24 +1,95 @@
 //! The link of the driver VM that waits to take over: set up ahead, while another generation serves.
 //!
-//! Invariants: it carries nothing before it is promoted; it is promoted only when the serving link is lost; its own
-//! loss changes nothing for the guest.
+//! Invariants: nothing is sent through it before it is promoted, and what it brings in before is discarded; it is
+//! promoted only when the serving link is lost; its own loss changes nothing for the guest. One that is *armed* (its
+//! driver VM has a device of its own and forwards: a hot spare) goes live by itself when it is promoted.
 
 use umbra_shadow::Generation;
+use umbra_shadow::net::ModeName;
 
-use super::{InFlight, LinkState, NetSplitter, Notice};
-use crate::link::{Cause, LinkServer, What};
+use super::announce::announcement;
+use super::{InFlight, LinkState, NetSplitter, Notice, features, outward_flow};
+use crate::header::{HEADER_LEN, Offloads};
+use crate::link::{Cause, Link, LinkServer, What};
+use crate::pump::{self, Counts, Handed, Owner, PumpError, Stop};
 
 /// The waiting link.
 #[derive(Default)]
-pub(super) struct Next(LinkState);
+pub(super) struct Next {
+    link: LinkState,
+    armed: bool,
+    /// It has brought in a frame that the guest had sent through the serving one: both are on one network.
+    proven: bool,
+}
 
 impl Next {
     pub(super) fn generation(&self) -> Option<Generation> {
-        self.0.generation()
+        self.link.generation()
+    }
+
+    /// The link whose frames are to be discarded.
+    pub(super) fn armed_link(&self) -> Option<&Link> {
+        match &self.link {
+            LinkState::Up { link, .. } if self.armed => Some(link),
+            _ => None,
+        }
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.armed = false;
     }
 }
 
 impl NetSplitter {
+    /// The waiting driver VM of `generation` forwards and has its carrier (`armed`), or has not any more. Armed, its
+    /// link goes live by itself when the serving one is lost. Said again of one that is armed, it is a question: whether
+    /// both are on one network; answered by [`Notice::SameNetwork`] if they are.
+    pub fn arm(&mut self, generation: Generation, armed: bool) {
+        self.take_events();
+        if self.next.generation() == Some(generation) {
+            self.next.armed = armed;
+            // Its kick is to be watched.
+            self.wake_up();
+            self.discard();
+            if armed && !self.next.proven && self.shadow.mode() == ModeName::Passive {
+                // A broadcast with the guest's address, from where that address is: it does no harm, and comes back
+                // through the waiting link if that hears the same network.
+                self.announce_here();
+            }
+        } else if armed && self.link.generation() != Some(generation) {
+            (self.listener)(Notice::LinkLost(generation, Cause::Closed));
+        }
+    }
+
+    /// The driver VM of `generation` has another device than the one before: the network is told when it goes live, or
+    /// now.
+    pub fn announce(&mut self, generation: Generation) {
+        self.take_events();
+        if self.link.generation() == Some(generation) && self.shadow.mode() == ModeName::Passive {
+            self.announce_here();
+        } else {
+            self.announce = Some(generation);
+        }
+    }
+
+    /// Sends the announcement of each of the guest's addresses through the link, if it has room.
+    pub(super) fn announce_here(&mut self) {
+        let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
+        let flow = outward_flow(Offloads::all(), link.features);
+        let generation = link.generation;
+        let mut outcome = Ok(Handed::Yes);
+        for mac in self.shadow.filter().unicast() {
+            outcome = pump::hand(&mut link.rx, &flow, &announcement(mac), in_flight);
+            if !matches!(outcome, Ok(Handed::Yes)) {
+                break;
+            }
+        }
+        let told = link.rx.notify().map_err(|fault| PumpError { owner: Owner::DriverVm, fault: fault.into() });
+        if let Err(error) = outcome.and(told) {
+            self.lose(generation, error.into());
+        }
+    }
+
     /// A link begins: the one that serves, or the one that waits behind it.
     pub(super) fn connecting(&mut self, server: LinkServer) {
         let new = LinkState::Connecting { server, go_live: false };
@@ -29,42 +100,81 @@ impl NetSplitter {
             }
             self.link = new;
         } else {
-            let old = std::mem::replace(&mut self.next.0, new);
-            self.forget(old);
+            let old = std::mem::replace(&mut self.next, Next { link: new, ..Next::default() });
+            self.forget(old.link);
         }
     }
 
     /// News of the waiting link.
     pub(super) fn next_event(&mut self, what: What) {
-        match (what, std::mem::take(&mut self.next.0)) {
+        match (what, std::mem::take(&mut self.next.link)) {
             (What::Up(link), LinkState::Connecting { server, .. }) => {
                 let generation = server.generation();
-                self.next.0 = LinkState::Up { server, link, in_flight: InFlight::default() };
+                self.next.link = LinkState::Up { server, link, in_flight: InFlight::default() };
                 (self.listener)(Notice::LinkUp(generation));
+                self.discard();
             }
             (What::Call(queue, call), mut next) => {
                 next.set_call(queue, call);
-                self.next.0 = next;
+                self.next.link = next;
             }
             (What::Lost(cause), next) => {
-                tracing::debug!(?cause, "the waiting link is lost");
-                self.forget(next);
+                self.next.link = next;
+                self.lose_next(cause);
             }
             (What::Up(link), next) => {
                 self.retire(*link);
-                self.next.0 = next;
+                self.next.link = next;
             }
         }
     }
 
-    /// The serving link is lost: the waiting one takes its place, and masks until it is told to go live.
-    pub(super) fn promote(&mut self) {
+    /// The waiting link is lost. Of an armed one the supervisor has to know, because it counts on it.
+    fn lose_next(&mut self, cause: Cause) {
+        tracing::debug!(?cause, "the waiting link is lost");
+        let next = std::mem::take(&mut self.next);
+        if let Some(generation) = next.generation().filter(|_| next.armed) {
+            (self.listener)(Notice::LinkLost(generation, cause));
+        }
+        self.forget(next.link);
+    }
+
+    /// What an armed link brings in before it serves came to the guest through the serving one, or was not for it.
+    pub(super) fn discard(&mut self) {
+        let Next { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
+        let own = if *proven { Vec::new() } else { self.shadow.filter().unicast() };
+        let mut seen = false;
+        let from_guest = |frame: Vec<u8>| {
+            let source = frame.get(HEADER_LEN + 6..HEADER_LEN + 12);
+            seen |= own.iter().any(|mac| source == Some(&mac[..]));
+        };
+        let (generation, offloads) = (link.generation, features::transmit(link.features));
+        let outcome = pump::drain(&mut link.tx, offloads, &mut Counts::default(), from_guest);
+        if seen {
+            *proven = true;
+            (self.listener)(Notice::SameNetwork(generation));
+        }
+        match outcome {
+            Ok(Stop::Budget) => self.wake_up(),
+            Ok(Stop::SourceEmpty | Stop::TargetFull) => {}
+            Err(fault) => self.lose_next(PumpError { owner: Owner::DriverVm, fault: fault.into() }.into()),
+        }
+    }
+
+    /// The serving link is lost: the waiting one takes its place. It masks until it is told to go live, unless it is
+    /// armed and the lost one has `served`: a log that somebody died of is the supervisor's to judge.
+    pub(super) fn promote(&mut self, served: bool) {
         if self.link.generation().is_some() {
             return;
         }
-        self.link = std::mem::take(&mut self.next.0);
-        if self.link.generation().is_some() {
-            self.wake_up();
+        self.discard();
+        let Next { link, armed, .. } = std::mem::take(&mut self.next);
+        self.link = link;
+        let Some(generation) = self.link.generation() else { return };
+        self.wake_up();
+        if armed && served {
+            self.announce = Some(generation);
+            self.go_live_now(generation, super::Log::Replay);
         }
     }
 
