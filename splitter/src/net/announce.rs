@@ -36,7 +36,10 @@ mod tests {
         let (header, frame) = frame.split_at(HEADER_LEN);
         assert!(header.iter().all(|byte| *byte == 0));
         assert_eq!(frame.len(), 60);
-        assert_eq!((&frame[..6], &frame[6..12], &frame[12..14]), (&[0xff; 6][..], &[2, 0, 0, 0, 0, 7][..], &[0x80, 0x35][..]));
+        assert_eq!(
+            (&frame[..6], &frame[6..12], &frame[12..14]),
+            (&[0xff; 6][..], &[2, 0, 0, 0, 0, 7][..], &[0x80, 0x35][..])
+        );
         assert_eq!((frame[21], &frame[22..28], &frame[32..38]), (3, &[2, 0, 0, 0, 0, 7][..], &[2, 0, 0, 0, 0, 7][..]));
     }
 }

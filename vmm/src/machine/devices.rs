@@ -226,7 +226,10 @@ impl Devices {
                 };
                 self.with(net, |net| net.attach_link(generation, UnixStream::from(fd)));
             }
-            ToVm::GoLive { net, generation, replay } => self.with(net, |net| net.go_live(generation, replay)),
+            ToVm::GoLive { net, generation, replay, announce } => {
+                self.with(net, |net| net.go_live(generation, replay, announce));
+            }
+            ToVm::Arm { net, generation, armed } => self.with(net, |net| net.arm(generation, armed)),
             ToVm::Mask { net, generation } => self.with(net, |net| net.mask(generation)),
             ToVm::Carrier { net, generation, up } => self.with(net, |net| net.carrier(generation, up)),
             ToVm::Quarantine { net } => self.with(net, SplitNet::quarantine),

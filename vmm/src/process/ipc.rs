@@ -139,6 +139,20 @@ pub enum ToVm {
         /// What it gets of what was recorded.
         #[serde(default)]
         replay: Replay,
+        /// Its device is another one than before: the network is told where the guest is now.
+        #[serde(default)]
+        announce: bool,
+    },
+    /// Guest: the waiting driver VM is a spare that forwards (`armed`), or does not any more. Armed, it goes live by itself
+    /// when the serving one is lost. Said again, it is the question whether both are on one network, answered by
+    /// [`FromVm::SameNetwork`] if they are.
+    Arm {
+        /// Index of the network device.
+        net: u16,
+        /// Which generation waits.
+        generation: Generation,
+        /// Whether it forwards, with a carrier.
+        armed: bool,
     },
     /// Guest: the driver VM has failed (the splitter may know already); mask.
     Mask {
@@ -241,7 +255,8 @@ pub enum FromVm {
         /// When, ns.
         at: u64,
     },
-    /// Guest: the link is lost or broke a rule; the splitter masks already.
+    /// Guest: the link is lost or broke a rule; the splitter masks already, or an armed spare serves. The link may be that
+    /// of an armed spare itself, which the guest does not notice.
     LinkLost {
         /// Index of the network device.
         net: u16,
@@ -262,6 +277,13 @@ pub enum FromVm {
         at: u64,
         /// Counters since the shadow started masking.
         masked: MaskedCounts,
+    },
+    /// Guest: the armed spare has brought in a frame that the guest sent through the serving driver VM.
+    SameNetwork {
+        /// Index of the network device.
+        net: u16,
+        /// The spare.
+        generation: Generation,
     },
     /// Guest: its driver set the receive mode.
     RxMode {

@@ -223,6 +223,12 @@ impl Machine {
             return place.problem(format!("a guest is named {name} too; `umbra status {name}` could mean either"));
         }
         check_device(&place.key("device"), &driver.device, uses)?;
+        if let Some(spare) = &driver.spare {
+            check_device(&place.key("spare"), spare, uses)?;
+            if self.sounds_of(name).next().is_some() {
+                return place.key("spare").problem("a sound card has no spare: only a NIC can have one");
+            }
+        }
         check_path(&place.key("image"), &driver.image)?;
         check_cpus(place, driver.cpus)?;
         check_memory(place, driver.memory)?;

@@ -170,6 +170,10 @@ pub struct Port {
 pub struct Driver {
     /// The PCI function, as `0000:03:00.0`, bound to `vfio-pci`.
     pub device: String,
+    /// A second NIC on the same network, bound to `vfio-pci` as well: live in a driver VM of its own, it takes over when
+    /// the first fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spare: Option<String>,
     /// The driver VM image that `umbra image` made.
     pub image: PathBuf,
     /// Memory of the driver VM.
@@ -205,6 +209,7 @@ impl Driver {
     pub fn new(device: String, image: PathBuf) -> Self {
         Self {
             device,
+            spare: None,
             image,
             memory: default_driver_memory(),
             cpus: default_cpus(),

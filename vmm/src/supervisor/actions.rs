@@ -3,7 +3,7 @@
 use umbra_driver_vm::protocol::{NetEnd, NetPlan, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::{DeviceRef, EndRef, Role, device_mac};
+use super::driver::{DeviceRef, DriverVm, EndRef, Life, Role, device_mac};
 use super::events::Event;
 use super::lifecycle::{Action, Failure, Input, Source, State};
 use super::report::CrashReport;
@@ -34,6 +34,11 @@ impl Supervisor {
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
+            Action::TakeOver(generation) => self.take_over(n, generation),
+            Action::ConfigureSpare => self.configure_spare(n),
+            Action::Arm(up) => self.arm(n, up),
+            Action::ResetSpare => self.reset_spare(n),
+            Action::ReportFenced => self.report_retired(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n),
@@ -41,8 +46,11 @@ impl Supervisor {
                 self.drivers[n].timeline.mark(Step::GoLive, now);
                 let EndRef { guest, device } = self.drivers[n].ends[end];
                 let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
+                let announce = self.drivers[n].has_moved();
                 match device {
-                    DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::GoLive { net, generation, replay }),
+                    DeviceRef::Net { net, .. } => {
+                        self.tell_guest(guest, &ToVm::GoLive { net, generation, replay, announce });
+                    }
                     // It goes live by itself, and may have done so already.
                     DeviceRef::Sound(sound) => {
                         if self.guests[guest].sounds[usize::from(sound)].live == Some(generation) {
@@ -90,13 +98,15 @@ impl Supervisor {
         };
         driver.reset_method.clone_from(&method);
         let reset_ms = driver.timeline.between(Step::ResetStart, Step::Reset).map_or(0.0, milliseconds);
-        self.events.tell(&Event::DeviceReset { driver: driver.name.clone(), method, reset_ms, error });
+        let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        self.events.tell(&Event::DeviceReset { driver: name, device, method, reset_ms, error });
         self.drive(n, Input::ResetDone);
     }
 
     fn spawn(&mut self, n: usize, generation: Generation) {
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Step::Spawn, Time::now());
+        driver.present = Some(generation);
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
         match driver.start(&self.program, generation) {
             Ok(()) => self.attach_links(n, Role::Serves),
@@ -109,7 +119,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let life = match role {
             Role::Serves => driver.life.as_mut(),
-            Role::Waits => driver.standby.as_mut().map(|standby| &mut standby.life),
+            Role::Waits | Role::Spare => driver.standby.as_mut().map(|standby| &mut standby.life),
         };
         let Some(life) = life else { return };
         let mut waiting = Vec::new();
@@ -134,11 +144,17 @@ impl Supervisor {
 
     fn configure(&mut self, n: usize) {
         let driver = &self.drivers[n];
-        if driver.is_sound() {
-            let ends = driver.life.as_ref().map_or(0, |life| life.ends.len());
-            return self.tell_agent(n, &ToAgent::ConfigureSound { ends: u16::try_from(ends).unwrap_or(u16::MAX) });
-        }
         let Some(life) = &driver.life else { return };
+        if driver.is_sound() {
+            let ends = u16::try_from(life.ends.len()).unwrap_or(u16::MAX);
+            return self.tell_agent(n, &ToAgent::ConfigureSound { ends });
+        }
+        let plan = self.net_plan(driver, life);
+        self.tell_agent(n, &ToAgent::ConfigureNet(plan));
+    }
+
+    /// What the guests of `driver` have asked for so far, for its life `life`.
+    pub(super) fn net_plan(&self, driver: &DriverVm, life: &Life) -> NetPlan {
         let end = |(position, end): (usize, &usize)| {
             let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
             let net = &self.guests[*guest].nets[usize::from(*net)];
@@ -149,12 +165,13 @@ impl Supervisor {
             Some(DeviceRef::Net { mtu, .. }) => mtu,
             _ => None,
         };
-        self.tell_agent(n, &ToAgent::ConfigureNet(NetPlan { ends, mtu }));
+        NetPlan { ends, mtu }
     }
 
     fn on_live(&mut self, n: usize, now: Time) {
         let driver = &mut self.drivers[n];
-        driver.timeline.mark(Step::Live, now);
+        // A splitter that went over to a spare did so some time ago.
+        driver.timeline.mark(Step::Live, driver.live_at.take().unwrap_or(now));
         driver.was_live = true;
         let outage = driver.timeline.outage();
         driver.last_outage = outage.or(driver.last_outage);
@@ -162,6 +179,8 @@ impl Supervisor {
         let frames = std::mem::take(&mut driver.frames);
         if let Some(report) = &mut driver.report {
             report.outage_ms = outage.map(milliseconds);
+            report.parts = parts.clone();
+            report.masks.clone_from(&driver.masks);
             report.frames = frames;
         }
         self.events.tell(&Event::DriverLive {
@@ -175,6 +194,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;
+        driver.has_settled();
         self.restarted(n, now);
         let driver = &mut self.drivers[n];
         // The last words of the failed life may still come.
@@ -182,8 +202,10 @@ impl Supervisor {
     }
 
     fn on_failed(&mut self, n: usize, failure: Failure, now: Time) {
+        // First of all: with a spare that is all that the guests wait for.
+        self.mask(n, now);
         let driver = &mut self.drivers[n];
-        let generation = driver.lifecycle.generation();
+        let generation = driver.present;
         let masked = driver.outage_start(now);
         driver.timeline = Timeline::default();
         if let Some(masked) = masked {
@@ -200,7 +222,6 @@ impl Supervisor {
             reason: failure.what.clone(),
             detect_ms: milliseconds(now.since(failure.at)),
         });
-        self.mask(n, now);
         self.judge_trial(n);
     }
 
@@ -211,7 +232,7 @@ impl Supervisor {
             driver.silence();
         }
         driver.told_to_mask.get_or_insert(now);
-        let Some(generation) = driver.lifecycle.generation() else { return };
+        let Some(generation) = driver.present else { return };
         for EndRef { guest, device } in driver.ends.clone() {
             let message = match device {
                 DeviceRef::Net { net, .. } => ToVm::Mask { net, generation },
@@ -255,12 +276,15 @@ impl Supervisor {
     }
 
     /// Writes the report with the time line as far as it has come.
-    fn complete_report(&mut self, n: usize) {
+    pub(super) fn complete_report(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
         let Some(report) = &mut driver.report else { return };
-        report.masks.clone_from(&driver.masks);
         report.timeline = driver.timeline.marks();
-        report.parts = driver.timeline.parts(&driver.reset_method);
+        // What comes after the outage (the fence of a life whose place a spare has taken) is no part of it.
+        if report.outage_ms.is_none() {
+            report.masks.clone_from(&driver.masks);
+            report.parts = driver.timeline.parts(&driver.reset_method);
+        }
         self.write_report(n);
     }
 
@@ -343,8 +367,8 @@ impl super::driver::DriverVm {
     fn begin_report(&self, failure: &Failure) -> CrashReport {
         CrashReport {
             driver: self.name.clone(),
-            generation: self.lifecycle.generation().map_or(0, Generation::get),
-            device: self.spec.device.clone(),
+            generation: self.present.map_or(0, Generation::get),
+            device: self.device.bdf().to_string(),
             kernel_driver: self.kernel_driver.clone(),
             kernel: self.kernel.clone(),
             source: failure.source,

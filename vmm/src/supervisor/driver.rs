@@ -17,12 +17,13 @@ use umbra_shadow::Generation;
 
 use super::console::Console;
 use super::dying::Dying;
-use super::lifecycle::{Carrier, End, Lifecycle};
+use super::lifecycle::{Ahead, Carrier, End, Lifecycle};
 use super::lines::{LineError, Lines};
 use super::policy::History;
 use super::report::{CrashReport, Mask};
 use super::restart::Trial;
 use super::rundir::RunDir;
+use super::spare::Spare;
 use super::status;
 use super::time::Time;
 use super::timeline::Timeline;
@@ -95,7 +96,12 @@ impl fmt::Display for DeviceRef {
 pub(super) struct DriverVm {
     pub(super) name: String,
     pub(super) spec: Driver,
+    /// The device of the present life.
     pub(super) device: HostDevice,
+    /// The other device, where there is one.
+    pub(super) spare: Option<Spare>,
+    /// The generation that is, or was last, the present life.
+    pub(super) present: Option<Generation>,
     pub(super) image: Image,
     pub(super) ends: Vec<EndRef>,
     pub(super) lifecycle: Lifecycle,
@@ -113,6 +119,8 @@ pub(super) struct DriverVm {
     pub(super) masks: Vec<Mask>,
     /// When the guests were first told to mask in the present outage.
     pub(super) told_to_mask: Option<Time>,
+    /// When the last of the guests that are live in the present outage went so.
+    pub(super) live_at: Option<Time>,
     /// When the last process was gone.
     pub(super) gone: Time,
     /// The frames of the present outage.
@@ -161,6 +169,8 @@ pub(super) enum Role {
     Serves,
     /// It waits for it.
     Waits,
+    /// It waits with the spare's device.
+    Spare,
 }
 
 /// A life that waits, with what it prints.
@@ -171,7 +181,11 @@ pub(super) struct StandbyVm {
     pub(super) started: Time,
     /// What its agent's hello said.
     pub(super) kernel: Option<String>,
+    /// The kernel driver of a spare's device.
+    pub(super) kernel_driver: Option<String>,
     pub(super) available_memory: Option<u64>,
+    /// It has been ready.
+    pub(super) told: bool,
     /// It was killed; its end is waited for.
     pub(super) dropped: bool,
 }
@@ -188,18 +202,22 @@ pub(super) struct ResetJob {
 impl DriverVm {
     pub(super) fn new(
         (name, spec): (&str, Driver),
-        (device, image): (HostDevice, Image),
+        (device, spare, image): (HostDevice, Option<HostDevice>, Image),
         ends: Vec<EndRef>,
         run_dir: &RunDir,
     ) -> Self {
         let reset_method = device.reset().best().map_or("none", |method| method.word());
+        let ahead = match (&spare, spec.standby) {
+            (Some(_), _) => Ahead::Spare,
+            (None, spec::Standby::Warm) => Ahead::Warm,
+            (None, spec::Standby::Cold) => Ahead::Nothing,
+        };
         Self {
             name: name.into(),
-            lifecycle: Lifecycle::new(
-                History::new(spec.restart.clone()),
-                ends.len(),
-                spec.standby == spec::Standby::Warm,
-            ),
+            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), ends.len(), ahead),
+            spare: spare.map(Spare::new),
+            present: None,
+            live_at: None,
             spec,
             reset_method: reset_method.into(),
             device,
@@ -239,6 +257,11 @@ impl DriverVm {
         self.life.as_ref().is_some_and(|life| life.generation == generation)
     }
 
+    /// Whether `generation` is that of the spare that waits.
+    pub(super) fn is_spare(&self, generation: Generation) -> bool {
+        self.spare.is_some() && self.lifecycle.standby().generation() == Some(generation)
+    }
+
     /// Starts the process of `generation`, with the device.
     pub(super) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
         self.console.begin(&format!("{}.{generation}", self.name));
@@ -267,6 +290,11 @@ impl DriverVm {
             inherited.push(front.into());
             links.push((*end, back.into()));
         }
+        let device = match role {
+            Role::Serves => Some(&self.device),
+            Role::Spare => self.spare.as_ref().map(|spare| &spare.device),
+            Role::Waits => None,
+        };
         let (agent, theirs) = UnixStream::pair().map_err(StartError::Sockets)?;
         agent.set_nonblocking(true).map_err(StartError::Sockets)?;
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
@@ -283,7 +311,7 @@ impl DriverVm {
             nets,
             sounds: Vec::new(),
             ports: std::iter::once(port).chain(sounds).collect(),
-            passthrough: if role == Role::Serves { vec![self.spec.device.clone()] } else { Vec::new() },
+            passthrough: device.into_iter().map(|device| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
         };
         let process = VmProcess::spawn(program, spec, &inherited, Streams::Captured)?;
@@ -325,9 +353,14 @@ impl DriverVm {
 
     /// Begins to reset the device.
     pub(super) fn start_reset(&mut self) -> io::Result<()> {
+        self.resetting = Some(self.begin_reset(self.device.clone())?);
+        Ok(())
+    }
+
+    /// Begins to reset `device`.
+    pub(super) fn begin_reset(&self, device: HostDevice) -> io::Result<ResetJob> {
         let (done, writer) = io::pipe()?;
         let (sender, result) = mpsc::channel();
-        let device = self.device.clone();
         let about = self.span();
         thread::Builder::new().name(format!("reset {}", self.name)).spawn(move || {
             let _about = about.entered();
@@ -336,14 +369,13 @@ impl DriverVm {
             let _ = sender.send(outcome);
             drop(writer);
         })?;
-        self.resetting = Some(ResetJob { done, result });
-        Ok(())
+        Ok(ResetJob { done, result })
     }
 
     pub(super) fn status(&self) -> status::DriverStatus {
         status::DriverStatus {
             name: self.name.clone(),
-            device: self.spec.device.clone(),
+            device: self.device.bdf().to_string(),
             driver: self.kernel_driver.clone(),
             kernel: self.kernel.clone(),
             generation: self.lifecycle.generation().map(Generation::get),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::console::Console;
 use super::driver::{DriverVm, Life};
-use super::lifecycle::Source;
+use super::lifecycle::{Input, Source};
 use super::report::CrashReport;
 use super::run::Supervisor;
 use super::standby::renice;
@@ -30,12 +30,18 @@ const LAST: i32 = 19;
 /// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
 const EVIDENCE: Duration = Duration::from_millis(500);
 
+/// How long it may take to give its device up, where a spare has taken its place. Longer than a fence that a recovery waits
+/// for: nobody does here.
+const RELEASE: Duration = Duration::from_secs(1);
+
 /// A failed life without its device.
 #[derive(Debug)]
 pub(super) struct Dying {
     life: Life,
     console: Console,
     stage: Stage,
+    /// Until when it may have its device: it does not hold up a recovery that goes on with another one.
+    pub(super) holds: Option<Time>,
     /// As it was last written, for the case that the next life fails before this one is over.
     pub(super) report: Option<CrashReport>,
 }
@@ -63,6 +69,11 @@ impl Supervisor {
     /// The present life of driver VM `n` has no device any more.
     pub(super) fn bury(&mut self, n: usize) {
         let now = Time::now();
+        self.lay_down(n, now);
+        self.drivers[n].hasten_death(now);
+    }
+
+    fn lay_down(&mut self, n: usize, now: Time) {
         let driver = &mut self.drivers[n];
         // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
         let Some(life) = driver.life.take() else { return };
@@ -75,13 +86,26 @@ impl Supervisor {
         let until = if speaks { now + LAST_WORDS } else { now };
         self.conclude(n, "its process was killed".into());
         let driver = &mut self.drivers[n];
-        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), report: None });
+        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), holds: None, report: None });
+    }
+
+    /// The present life of driver VM `n` is to give its device up; nothing waits for it.
+    pub(super) fn retire(&mut self, n: usize, now: Time) {
+        self.lay_down(n, now);
+        let driver = &mut self.drivers[n];
+        let Some(dying) = &mut driver.dying else { return };
+        let asked = dying.life.process.channel().send_now(&ToVm::Release, &[]);
+        dying.holds = Some(if asked.is_ok() { now + RELEASE } else { now });
         driver.hasten_death(now);
     }
 
     pub(super) fn on_dying(&mut self, n: usize, part: DyingPart) {
         match part {
-            DyingPart::Control => self.drivers[n].hear_dying(),
+            DyingPart::Control => {
+                if self.drivers[n].hear_dying() {
+                    self.drive(n, Input::SpareFenced);
+                }
+            }
             DyingPart::Console => self.drivers[n].read_dying_console(),
             DyingPart::Exit => self.on_death(n),
         }
@@ -97,7 +121,7 @@ impl Supervisor {
     /// What the dying life has left goes into its report; what is left of it is killed.
     fn conclude(&mut self, n: usize, exit: String) {
         let driver = &mut self.drivers[n];
-        driver.hear_dying();
+        let released = driver.hear_dying();
         let Some(mut dying) = driver.dying.take() else { return };
         if let Some(pipe) = dying.life.process.console() {
             dying.console.drain(pipe);
@@ -105,14 +129,24 @@ impl Supervisor {
         let generation = dying.life.generation.get();
         driver.console.append(&format!("{}.{generation} (its last words)", driver.name), &mut dying.console);
         let registers = std::mem::take(&mut dying.life.registers);
+        let held = released || dying.holds.is_some();
+        drop(dying.life);
         if driver.report.as_ref().is_some_and(|report| report.generation == generation) {
             driver.take_evidence(exit, registers, dying.console.tail());
             self.write_report(n);
+            if held {
+                self.drive(n, Input::SpareFenced);
+            }
             let driver = &mut self.drivers[n];
             driver.report = driver.report.take().filter(|report| report.outage_ms.is_none());
         } else if let Some(mut report) = dying.report {
             report.take_evidence(exit, registers, dying.console.tail());
             self.write(&report);
+            if held {
+                self.drive(n, Input::SpareFenced);
+            }
+        } else if held {
+            self.drive(n, Input::SpareFenced);
         }
     }
 }
@@ -134,14 +168,19 @@ impl DriverVm {
 
     /// When [`Self::hasten_death`] has something to do.
     pub(super) fn death_due(&self) -> Option<Time> {
-        match self.dying.as_ref()?.stage {
-            Stage::Speaking(until) | Stage::Asked(until) => Some(until),
+        let dying = self.dying.as_ref()?;
+        match dying.stage {
+            Stage::Speaking(until) | Stage::Asked(until) => Some(dying.holds.map_or(until, |holds| holds.min(until))),
             Stage::Killed => None,
         }
     }
 
     pub(super) fn hasten_death(&mut self, now: Time) {
         let Some(dying) = self.dying.as_mut() else { return };
+        if dying.holds.is_some_and(|until| until <= now) && dying.stage != Stage::Killed {
+            dying.life.process.kill();
+            dying.stage = Stage::Killed;
+        }
         match dying.stage {
             Stage::Speaking(until) if until <= now => {
                 let asked = dying.life.process.channel().send_now(&ToVm::Kill, &[]);
@@ -155,22 +194,26 @@ impl DriverVm {
         }
     }
 
-    fn hear_dying(&mut self) {
-        let Some(dying) = self.dying.as_mut() else { return };
+    /// Returns whether it has just given up the device that it still held.
+    fn hear_dying(&mut self) -> bool {
+        let Some(dying) = self.dying.as_mut() else { return false };
+        let mut released = false;
         for _ in 0..AT_ONCE {
             match dying.life.process.channel().try_receive::<FromVm>() {
                 Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
                     dying.stage = Stage::Speaking(Time::now());
                 }
                 Ok(Incoming::Message(FromVm::Ended { registers, .. }, _)) => dying.life.registers = registers,
-                Ok(Incoming::Empty) => return,
+                Ok(Incoming::Message(FromVm::Released { .. }, _)) => released |= dying.holds.take().is_some(),
+                Ok(Incoming::Empty) => break,
                 Ok(Incoming::Closed) | Err(_) => {
                     dying.life.listening = false;
-                    return;
+                    break;
                 }
                 Ok(_) => {}
             }
         }
+        released
     }
 
     fn read_dying_console(&mut self) {

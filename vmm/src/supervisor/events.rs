@@ -74,14 +74,25 @@ pub enum Event {
         /// Why.
         reason: String,
     },
-    /// A standby takes the device.
+    /// A standby takes the device, or a spare takes over with its own.
     DriverAdopted {
         /// The driver VM.
         driver: String,
         /// Which life it is now.
         generation: u32,
-        /// How far it was: `ready` or `booting`.
+        /// The device that serves from now on.
+        device: String,
+        /// How far it was: `ready` or `booting`; a spare `armed` or `booting`.
         standby: &'static str,
+    },
+    /// The carrier of a waiting spare's NIC changed: with one it takes over at once, without it does not.
+    SpareCarrier {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+        /// Link up.
+        up: bool,
     },
     /// A restart that was asked for did not come about; the image of before is in use.
     RestartFailed {
@@ -144,6 +155,8 @@ pub enum Event {
     DeviceReset {
         /// The driver VM.
         driver: String,
+        /// The device.
+        device: String,
         /// The method, or `none`.
         method: String,
         /// How long it took, ms.
@@ -303,7 +316,12 @@ impl Event {
             Self::StandbyFailed { driver, generation, reason } => {
                 format!("{driver}: the standby (generation {generation}) failed: {reason}; another one follows")
             }
-            Self::DriverAdopted { driver, generation, standby } => {
+            Self::DriverAdopted { driver, generation, device, standby: standby @ "armed" } => {
+                format!("{driver}: the spare {device} takes over as generation {generation} (it was {standby})")
+            }
+            Self::SpareCarrier { driver, up: true, .. } => format!("{driver}: the spare has a carrier"),
+            Self::SpareCarrier { driver, up: false, .. } => format!("{driver}: the spare has no carrier"),
+            Self::DriverAdopted { driver, generation, standby, .. } => {
                 format!("{driver}: the standby takes over as generation {generation} (it was {standby})")
             }
             Self::Masked { guest, device, driver, cause, .. } if cause == "closed" => {

@@ -15,13 +15,18 @@
 //!
 //! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
 //!
-//! Invariant: at most one generation has the device. [`Action::Spawn`] and [`Action::Adopt`] come only after the process
-//! of the generation before has given it up, or is gone, and the device's reset has returned.
+//! With a hot spare, a failure leads straight from any state with a life to the one that the spare has reached; fence and
+//! reset of the failed life's device follow beside it (`spare`).
+//!
+//! Invariant: at most one generation has a device. [`Action::Spawn`], [`Action::Adopt`] and a spare's
+//! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
+//! device's reset has returned.
 
+mod spare;
 mod standby;
 mod state;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use umbra_shadow::Generation;
@@ -30,8 +35,8 @@ use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 
-use standby::Reserve;
-pub use standby::Standby;
+pub use standby::{Ahead, Standby};
+use standby::{Reserve, Stage};
 pub use state::{Action, Carrier, End, Failure, Input, Source, State};
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
@@ -71,16 +76,19 @@ pub struct Lifecycle {
     restarting: bool,
     /// The newest number that a process has had.
     newest: Option<Generation>,
+    /// The ends that have gone live by themselves, and with which generation.
+    ahead: BTreeMap<End, Generation>,
 }
 
 impl Lifecycle {
-    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says, with a `warm` standby or none.
-    pub fn new(history: History, ends: usize, warm: bool) -> Self {
+    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says, with what is `ahead`.
+    pub fn new(history: History, ends: usize, ahead: Ahead) -> Self {
         let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
         Self {
-            reserve: Reserve::new(warm, boot, heartbeat),
+            reserve: Reserve::new(ahead, boot, heartbeat),
             newest: None,
+            ahead: BTreeMap::new(),
             restarting: false,
             state: State::Idle,
             generation: None,
@@ -176,12 +184,21 @@ impl Lifecycle {
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
+            Input::SpareForwarding
+            | Input::SpareCarrier(_)
+            | Input::SpareLive(_)
+            | Input::SpareFenced
+            | Input::SpareResetDone => self.on_spare(now, input),
         }
     }
 
     fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
         match input {
-            Input::StandbyHello => self.reserve.hello(),
+            Input::StandbyHello => {
+                if self.reserve.hello() {
+                    return vec![Action::ConfigureSpare];
+                }
+            }
             Input::StandbyLoaded => {
                 self.reserve.ready(now);
                 return self.switch_over(now);
@@ -209,7 +226,7 @@ impl Lifecycle {
 
     /// Hands over to the standby if that was asked for and it is ready.
     fn switch_over(&mut self, now: Time) -> Vec<Action> {
-        let ready = matches!(self.reserve.state(), Standby::Ready { .. });
+        let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
         if !(self.restarting && ready && matches!(self.state, State::Live { .. })) {
             return Vec::new();
         }
@@ -235,6 +252,10 @@ impl Lifecycle {
             return self.on_standby(now, Input::StandbyFailed(why));
         }
         match (self.reserve.state(), &self.state) {
+            (Standby::Due(at), State::Live { .. }) if at <= now && self.reserve.is_spare() => {
+                self.reserve.resetting();
+                vec![Action::ResetSpare]
+            }
             (Standby::Due(at), State::Live { .. }) if at <= now => {
                 let generation = self.next_generation();
                 self.reserve.started(now, generation);
@@ -287,17 +308,18 @@ impl Lifecycle {
         self.heard = None;
         self.carrier = Carrier::Down;
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
-        let adopted = self.reserve.adopt();
+        // A spare has another device: it has been taken at the failure, or there was none.
+        let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
         let generation = adopted.map_or_else(|| self.next_generation(), |(generation, _)| generation);
         self.generation = Some(generation);
         match adopted {
-            Some((_, true)) => {
-                self.state = State::Configuring { until };
-                vec![Action::Adopt(generation), Action::Configure]
-            }
-            Some((_, false)) => {
+            Some((_, Stage::Booting)) => {
                 self.state = State::Booting { until };
                 vec![Action::Adopt(generation)]
+            }
+            Some(_) => {
+                self.state = State::Configuring { until };
+                vec![Action::Adopt(generation), Action::Configure]
             }
             None => {
                 self.state = State::Booting { until };
@@ -328,7 +350,9 @@ impl Lifecycle {
     }
 
     fn go_live(&mut self, now: Time) -> Vec<Action> {
-        self.state = State::GoingLive { waiting: self.ends.clone() };
+        let ahead = std::mem::take(&mut self.ahead);
+        let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
+        self.state = State::GoingLive { waiting: self.ends.iter().copied().filter(|end| !is_ahead(end)).collect() };
         let scope = |end| if self.suspects.contains(end) { Replay::ConfigurationOnly } else { Replay::Everything };
         let mut actions: Vec<_> = self.ends.iter().map(|end| Action::GoLive(*end, scope(end))).collect();
         actions.extend(self.check_all_live(now));
@@ -343,10 +367,19 @@ impl Lifecycle {
     }
 
     fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
-        if let State::GoingLive { waiting } = &mut self.state
-            && waiting.remove(&end)
-        {
-            self.suspects.remove(&end);
+        match &mut self.state {
+            State::GoingLive { waiting } => {
+                if waiting.remove(&end) {
+                    self.suspects.remove(&end);
+                }
+            }
+            // It was armed in the eyes of the splitter, and the supervisor has not got so far.
+            State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
+                if self.reserve.is_spare() =>
+            {
+                self.ahead.extend(self.generation.map(|generation| (end, generation)));
+            }
+            _ => {}
         }
         self.check_all_live(now)
     }
@@ -354,6 +387,7 @@ impl Lifecycle {
     fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
         self.ends.remove(&end);
         self.suspects.remove(&end);
+        self.ahead.remove(&end);
         if let State::GoingLive { waiting } = &mut self.state {
             waiting.remove(&end);
         }
@@ -403,6 +437,11 @@ impl Lifecycle {
             _ => None,
         };
         let source = failure.source;
+        if source != Source::Replaced
+            && let Some(actions) = self.take_over(now, &failure, lived)
+        {
+            return actions;
+        }
         let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd | Source::Replaced);
         let patience = (!over).then_some(now + RELEASE);
         self.state = State::Fencing { patience, lived, source };
@@ -517,5 +556,7 @@ impl Lifecycle {
     }
 }
 
+#[cfg(test)]
+mod spare_tests;
 #[cfg(test)]
 mod tests;

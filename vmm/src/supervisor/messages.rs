@@ -76,10 +76,15 @@ impl Supervisor {
                 }
             }
             FromVm::Live { net, generation, at, masked } => self.on_end_live(n, net, generation, Time(at), masked),
+            FromVm::SameNetwork { net, generation } => {
+                if let Some((driver, _)) = self.served_by(n, net) {
+                    self.on_same_network(driver, generation);
+                }
+            }
             FromVm::RxMode { net, mode } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
                     device.mode = mode.clone();
-                    self.pass_on(n, net, |end| ToAgent::SetRxMode { end, mode });
+                    self.pass_on(n, net, |end| ToAgent::SetRxMode { end, mode: mode.clone() });
                 }
             }
             FromVm::Offloads { net, offloads } => {
@@ -98,13 +103,21 @@ impl Supervisor {
     }
 
     /// Passes what a guest asked of its network device on to the agent, if that has its configuration already.
-    fn pass_on(&mut self, guest: usize, net: u16, message: impl FnOnce(u16) -> ToAgent) {
+    fn pass_on(&mut self, guest: usize, net: u16, message: impl Fn(u16) -> ToAgent) {
         let Some((driver, end)) = self.served_by(guest, net) else { return };
         let vm = &self.drivers[driver];
         let configured = !matches!(vm.lifecycle.state(), State::Booting { .. });
         let position = vm.life.as_ref().and_then(|life| life.ends.iter().position(|have| *have == end));
-        if let Some(position) = position.and_then(|n| u16::try_from(n).ok()).filter(|_| configured) {
+        let position = position.and_then(|n| u16::try_from(n).ok()).filter(|_| configured);
+        // A spare has its own, once its agent has said hello.
+        let spare = vm.standby.as_ref().filter(|spare| vm.spare.is_some() && spare.kernel.is_some() && !spare.dropped);
+        let there = spare.and_then(|spare| spare.life.ends.iter().position(|have| *have == end));
+        let there = there.and_then(|n| u16::try_from(n).ok());
+        if let Some(position) = position {
             self.tell_agent(driver, &message(position));
+        }
+        if let Some(position) = there {
+            self.tell_spare(driver, &message(position));
         }
     }
 
@@ -184,7 +197,12 @@ impl Supervisor {
         let Some((d, _)) = served else { return };
         let guest = self.guests[guest].name.clone();
         let driver = &mut self.drivers[d];
-        if driver.lifecycle.generation() != Some(generation) {
+        if driver.is_spare(generation) {
+            let why = format!("its link to {guest}.{device}: {cause}");
+            return self.drive(d, Input::StandbyFailed(why));
+        }
+        let retired = driver.has_retired(generation);
+        if driver.lifecycle.generation() != Some(generation) && !retired {
             return;
         }
         self.events.tell(&Event::Masked {
@@ -195,7 +213,7 @@ impl Supervisor {
             cause: cause.into(),
         });
         driver.masks.push(Mask { guest: guest.clone(), device: device.clone(), at_ns: at.0, cause: cause.into() });
-        if driver.life.is_none() || *driver.lifecycle.state() == State::Stopping {
+        if driver.life.is_none() || retired || *driver.lifecycle.state() == State::Stopping {
             driver.timeline.mark(Step::Mask, at);
             return;
         }
@@ -213,14 +231,19 @@ impl Supervisor {
     fn on_end_live(&mut self, guest: usize, net: u16, generation: Generation, at: Time, masked: MaskedCounts) {
         let Some((d, end)) = self.served_by(guest, net) else { return };
         let driver = &mut self.drivers[d];
-        if !driver.is_current(generation) {
+        let by_itself = driver.is_spare(generation);
+        if !by_itself && !driver.is_current(generation) {
             return;
         }
+        driver.live_at = driver.live_at.max(Some(at));
         driver.frames.logged += masked.logged;
         driver.frames.replayed += masked.replayed;
         driver.frames.dropped += masked.dropped;
         driver.frames.unknown += masked.unknown;
-        tracing::debug!(end, at = at.0, "end live");
+        tracing::debug!(end, at = at.0, by_itself, "end live");
+        if by_itself {
+            return self.drive(d, Input::SpareLive(end));
+        }
         let up = driver.lifecycle.carrier() == Carrier::Up;
         self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
         self.drive(d, Input::EndLive(end));
@@ -317,7 +340,12 @@ impl Supervisor {
         let Some(agent) = self.drivers[n].life.as_mut().and_then(|life| life.agent.as_mut()) else { return };
         let flushed = agent.flush();
         let (lines, error) = agent.receive();
+        let present = self.drivers[n].present;
         for line in lines {
+            if self.drivers[n].present != present {
+                // A spare has taken its place: what it has to say does not count any more.
+                return;
+            }
             match serde_json::from_str::<FromAgent>(&line) {
                 Ok(message) => self.on_agent_message(n, message),
                 Err(error) => {
@@ -326,7 +354,7 @@ impl Supervisor {
                 }
             }
         }
-        if let Some(error) = error.or(flushed.err()) {
+        if let Some(error) = error.or(flushed.err()).filter(|_| self.drivers[n].present == present) {
             self.lose_agent(n, &error);
         }
     }

@@ -24,6 +24,7 @@ pub mod rundir;
 mod server;
 mod signals;
 mod sound;
+mod spare;
 mod standby;
 pub mod status;
 pub mod time;

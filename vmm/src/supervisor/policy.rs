@@ -53,13 +53,20 @@ impl History {
     pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> Verdict {
         self.total = self.total.saturating_add(1);
         self.in_a_row = if lived.is_some_and(|d| d >= STABLE) { 1 } else { self.in_a_row.saturating_add(1) };
-        let window = Duration::from_secs(self.policy.interval_s.into());
-        self.recent.retain(|at| now.since(*at) < window);
-        if self.recent.len() >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX) {
+        if self.is_exhausted(now) {
             return Verdict::Quarantine;
         }
+        let window = Duration::from_secs(self.policy.interval_s.into());
+        self.recent.retain(|at| now.since(*at) < window);
         self.recent.push_back(now);
         Verdict::Restart(self.back_off())
+    }
+
+    /// Whether a failure at `now` would be one too many.
+    pub fn is_exhausted(&self, now: Time) -> bool {
+        let window = Duration::from_secs(self.policy.interval_s.into());
+        let recent = self.recent.iter().filter(|at| now.since(**at) < window).count();
+        recent >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX)
     }
 
     /// Nothing before the second failure in a row, then `backoff_ms` and twice as much each time.

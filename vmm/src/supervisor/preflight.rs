@@ -93,6 +93,8 @@ pub enum PreflightError {
 pub(super) struct Checked {
     /// Device and image of each driver VM.
     pub(super) drivers: BTreeMap<String, (HostDevice, Image)>,
+    /// The spare device of each driver VM that has one.
+    pub(super) spares: BTreeMap<String, HostDevice>,
 }
 
 impl Checked {
@@ -102,15 +104,18 @@ impl Checked {
         for (name, guest) in &machine.guest {
             check_guest(name, guest, host)?;
         }
-        let mut drivers = BTreeMap::new();
+        let (mut drivers, mut spares) = (BTreeMap::new(), BTreeMap::new());
         for (name, driver) in &machine.driver {
             let image =
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
             let device = check_device(name, &driver.device, host)?;
+            if let Some(spare) = &driver.spare {
+                spares.insert(name.clone(), check_device(&format!("{name}, its spare"), spare, host)?);
+            }
             check_locked_memory(name, driver.memory)?;
             drivers.insert(name.clone(), (device, image));
         }
-        Ok(Self { drivers })
+        Ok(Self { drivers, spares })
     }
 }
 

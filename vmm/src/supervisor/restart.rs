@@ -62,7 +62,7 @@ impl Supervisor {
     pub(super) fn judge_trial(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
         let Some(trial) = &driver.trial else { return };
-        if driver.lifecycle.generation() == trial.from {
+        if driver.present == trial.from {
             return;
         }
         if trial.live.is_some_and(|since| Time::now().since(since) >= TRIAL) {

@@ -106,6 +106,7 @@ enum Source {
     Standby(usize, StandbyPart),
     Dying(usize, DyingPart),
     ResetDone(usize),
+    SpareResetDone(usize),
     Listener,
     Client(u64),
 }
@@ -150,7 +151,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         _ => None,
     };
     let mut events = Events::new(options.verbosity, options.events).with_log(log).with_metrics(metrics);
-    let resets = leftover::reset_orders(checked.drivers.values().map(|(device, _)| device));
+    let devices = checked.drivers.values().map(|(device, _)| device).chain(checked.spares.values());
+    let resets = leftover::reset_orders(devices);
     if let Err(error) = run_dir.note_resets(&resets) {
         events.warn(format!("the run directory cannot be written: {error}"));
     }
@@ -211,7 +213,8 @@ impl Supervisor {
             });
             let ends = nets.chain(sounds);
             let (device, image) = checked.drivers.remove(name)?;
-            Some(DriverVm::new((name, spec.clone()), (device, image), ends.collect(), &run_dir))
+            let spare = checked.spares.remove(name);
+            Some(DriverVm::new((name, spec.clone()), (device, spare, image), ends.collect(), &run_dir))
         });
         let drivers: Vec<_> = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {
@@ -284,6 +287,8 @@ impl Supervisor {
     fn deadline(&self) -> Option<Time> {
         let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());
         let dying = self.drivers.iter().filter_map(DriverVm::death_due);
+        let questions = self.drivers.iter().filter_map(DriverVm::question_due);
+        let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
         drivers.chain(dying).chain(self.clients.deadline()).chain(self.notify.deadline()).chain(metrics).min()
     }
@@ -323,6 +328,9 @@ impl Supervisor {
             if let Some(job) = &driver.resetting {
                 watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
+            if let Some(job) = driver.spare.as_ref().and_then(|spare| spare.resetting.as_ref()) {
+                watched.push((Source::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
+            }
             watched.extend(driver.watched_standby().map(|(part, fd, flags)| (Source::Standby(n, part), fd, flags)));
             watched.extend(driver.watched_dying().map(|(part, fd)| (Source::Dying(n, part), fd, PollFlags::POLLIN)));
             let Some(life) = &driver.life else { continue };
@@ -351,6 +359,7 @@ impl Supervisor {
             | Source::DriverConsole(n)
             | Source::DriverExit(n)
             | Source::ResetDone(n)
+            | Source::SpareResetDone(n)
             | Source::Standby(n, _)
             | Source::Dying(n, _) => self.drivers[n].span(),
             Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
@@ -370,6 +379,7 @@ impl Supervisor {
             Source::Dying(n, part) => self.on_dying(n, part),
             Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
+            Source::SpareResetDone(n) => self.on_spare_reset_done(n),
             Source::Listener => self.clients.accept(&self.listener),
             Source::Client(id) => self.read_client(id),
         }
@@ -382,6 +392,7 @@ impl Supervisor {
                 self.drive(n, Input::Tick);
             }
             self.drivers[n].hasten_death(now);
+            self.ask_about_network(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
                 self.events.warn(warning);
             }

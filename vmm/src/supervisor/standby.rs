@@ -14,7 +14,7 @@ use umbra_shadow::Generation;
 use super::console::Console;
 use super::driver::{DriverVm, Role, StandbyVm};
 use super::events::Event;
-use super::lifecycle::{Input, Source};
+use super::lifecycle::{Carrier, Input, Source};
 use super::run::Supervisor;
 use super::status::StandbyStatus;
 use super::time::{Time, milliseconds};
@@ -39,15 +39,24 @@ impl Supervisor {
     pub(super) fn spawn_standby(&mut self, n: usize, generation: Generation) {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
-        match driver.launch(&self.program, generation, Role::Waits) {
+        let role = if driver.spare.is_some() { Role::Spare } else { Role::Waits };
+        match driver.launch(&self.program, generation, role) {
             Ok(life) => {
                 if may_renice() {
                     renice(life.process.pid(), NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
-                driver.standby =
-                    Some(StandbyVm { life, console, started, kernel: None, available_memory: None, dropped: false });
-                self.attach_links(n, Role::Waits);
+                driver.standby = Some(StandbyVm {
+                    life,
+                    console,
+                    started,
+                    kernel: None,
+                    kernel_driver: None,
+                    available_memory: None,
+                    told: false,
+                    dropped: false,
+                });
+                self.attach_links(n, role);
             }
             Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),
         }
@@ -64,6 +73,9 @@ impl Supervisor {
         }
         if let Some(reason) = why {
             self.events.tell(&Event::StandbyFailed { driver: driver.name.clone(), generation, reason });
+        }
+        if self.drivers[n].standby.is_none() {
+            self.drive(n, Input::SpareFenced);
         }
     }
 
@@ -87,8 +99,10 @@ impl Supervisor {
         }
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
         driver.life = Some(life);
+        driver.present = Some(generation);
         let standby = if ready { "ready" } else { "booting" };
-        self.events.tell(&Event::DriverAdopted { driver: driver.name.clone(), generation: generation.get(), standby });
+        let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
         self.attach_links(n, Role::Serves);
         self.plug(n);
     }
@@ -96,7 +110,7 @@ impl Supervisor {
     fn plug(&mut self, n: usize) {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
-        let message = ToVm::Plug { device: driver.spec.device.clone() };
+        let message = ToVm::Plug { device: driver.device.bdf().to_string() };
         if let Err(error) = life.process.channel().send_now(&message, &[]) {
             self.fail_driver(n, Source::ProcessExit, format!("its process: {error}"), Time::now());
         }
@@ -182,12 +196,17 @@ impl Supervisor {
                 standby.kernel = Some(super::messages::limited(&kernel));
                 self.drive(n, Input::StandbyHello);
             }
-            FromAgent::Loaded { .. } => {
-                let boot_ms = milliseconds(Time::now().since(standby.started));
-                renice(standby.life.process.pid(), 0);
-                let generation = standby.life.generation.get();
-                self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+            // A spare is ready when it forwards.
+            FromAgent::Loaded { .. } if driver.spare.is_none() => {
+                self.standby_ready(n);
                 self.drive(n, Input::StandbyLoaded);
+            }
+            FromAgent::Nic { driver: name, .. } if driver.spare.is_some() => {
+                standby.kernel_driver = Some(super::messages::limited(&name));
+            }
+            FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
+            FromAgent::Carrier { up, .. } => {
+                self.drive(n, Input::SpareCarrier(if up { Carrier::Up } else { Carrier::Down }));
             }
             FromAgent::Heartbeat { available_memory, .. } => {
                 standby.available_memory = Some(available_memory);
@@ -200,6 +219,15 @@ impl Supervisor {
         None
     }
 
+    pub(super) fn standby_ready(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(standby) = driver.standby.as_mut() else { return };
+        standby.told = true;
+        renice(standby.life.process.pid(), 0);
+        let (generation, boot_ms) = (standby.life.generation.get(), milliseconds(Time::now().since(standby.started)));
+        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+    }
+
     /// The standby's process has ended, by itself or because it was dropped.
     fn standby_gone(&mut self, n: usize) -> Option<String> {
         let driver = &mut self.drivers[n];
@@ -207,6 +235,8 @@ impl Supervisor {
         driver.read_standby_console();
         let standby = driver.standby.take()?;
         if standby.dropped {
+            drop(standby);
+            self.drive(n, Input::SpareFenced);
             return None;
         }
         let title = format!("{}.{} (a standby that died)", driver.name, standby.life.generation);
@@ -244,9 +274,11 @@ impl DriverVm {
 
     pub(super) fn standby_status(&self) -> Option<StandbyStatus> {
         let state = self.lifecycle.standby();
-        let warm = self.spec.standby == crate::spec::Standby::Warm;
-        warm.then(|| StandbyStatus {
+        let ahead = self.spare.is_some() || self.spec.standby == crate::spec::Standby::Warm;
+        ahead.then(|| StandbyStatus {
             state: state.name().into(),
+            device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
+            network: self.spare.as_ref().map(|spare| spare.network().into()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
         })

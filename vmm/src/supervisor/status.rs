@@ -121,8 +121,15 @@ pub struct DriverStatus {
 /// The next life of a driver VM, that waits without the device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StandbyStatus {
-    /// `none`, `due`, `booting` or `ready`.
+    /// `none`, `due`, `booting` or `ready`; of a spare `none`, `due`, `recovering` (its device is given up and reset),
+    /// `booting`, `no-carrier` or `armed`.
     pub state: String,
+    /// The device of a spare; `None` for a standby without one.
+    #[serde(default)]
+    pub device: Option<String>,
+    /// Whether a spare is on the guests' network: `same`, `unknown`, or `silent` (it has heard nothing of it).
+    #[serde(default)]
+    pub network: Option<String>,
     /// Its number, while there is one.
     pub generation: Option<u32>,
     /// Its process, while there is one.
@@ -205,6 +212,16 @@ impl fmt::Display for SoundStatus {
     }
 }
 
+impl StandbyStatus {
+    fn cell(&self) -> String {
+        let other = self.network.as_deref().filter(|network| *network == "silent").map(|_| ", other network?");
+        match &self.device {
+            Some(device) => format!("spare {device} {}{}", self.state, other.unwrap_or_default()),
+            None => self.state.clone(),
+        }
+    }
+}
+
 impl DriverStatus {
     fn row(&self) -> [String; 10] {
         let dash = || "-".to_owned();
@@ -215,7 +232,7 @@ impl DriverStatus {
             self.driver.clone().unwrap_or_else(dash),
             self.generation.map_or_else(dash, |n| n.to_string()),
             format!("{}{carrier}", self.state),
-            self.standby.as_ref().map_or_else(|| "cold".into(), |standby| standby.state.clone()),
+            self.standby.as_ref().map_or_else(|| "cold".into(), StandbyStatus::cell),
             self.reset_method.clone(),
             self.failures.to_string(),
             self.last_outage_ms.map_or_else(dash, |ms| format!("{ms:.0} ms")),
@@ -280,7 +297,13 @@ mod tests {
             last_outage_ms: Some(812.4),
             report: None,
             available_memory: None,
-            standby: Some(StandbyStatus { state: "ready".into(), generation: Some(4), pid: Some(10) }),
+            standby: Some(StandbyStatus {
+                state: "ready".into(),
+                device: None,
+                network: None,
+                generation: Some(4),
+                pid: Some(10),
+            }),
         };
         Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
     }
@@ -296,6 +319,16 @@ nic0       0000:00:08.0  8139cp  3           live   ready    none   2         81
 
 nic0: it keeps its registers";
         assert_eq!(status().to_string(), expected);
+    }
+
+    #[test]
+    fn a_spare_is_shown_with_its_device_and_what_is_known_of_its_network() {
+        let mut spare = status().drivers.remove(0).standby.unwrap();
+        spare.device = Some("0000:04:00.0".into());
+        (spare.state, spare.network) = ("armed".into(), Some("same".into()));
+        assert_eq!(spare.cell(), "spare 0000:04:00.0 armed");
+        spare.network = Some("silent".into());
+        assert_eq!(spare.cell(), "spare 0000:04:00.0 armed, other network?");
     }
 
     #[test]

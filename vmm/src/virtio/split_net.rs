@@ -64,12 +64,20 @@ impl SplitNet {
     }
 
     /// [`ToVm::GoLive`](crate::process::ipc::ToVm::GoLive).
-    pub fn go_live(&mut self, generation: Generation, replay: Replay) {
+    pub fn go_live(&mut self, generation: Generation, replay: Replay, announce: bool) {
+        if announce {
+            self.splitter.announce(generation);
+        }
         let log = match replay {
             Replay::Everything => Log::Replay,
             Replay::ConfigurationOnly => Log::Drop,
         };
         self.splitter.go_live(generation, log);
+    }
+
+    /// [`ToVm::Arm`](crate::process::ipc::ToVm::Arm).
+    pub fn arm(&mut self, generation: Generation, armed: bool) {
+        self.splitter.arm(generation, armed);
     }
 
     /// [`ToVm::Mask`](crate::process::ipc::ToVm::Mask).
@@ -143,6 +151,7 @@ fn listener(index: u16, config_call: ConfigCall, mut outbox: Outbox) -> impl FnM
             Notice::LinkUp(generation) => FromVm::LinkUp { net, generation, at },
             Notice::LinkLost(generation, cause) => FromVm::LinkLost { net, generation, at, cause: chain(&cause) },
             Notice::Live(generation, masked) => FromVm::Live { net, generation, at, masked: counts(masked) },
+            Notice::SameNetwork(generation) => FromVm::SameNetwork { net, generation },
             Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
             Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
             Notice::Config => {

@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::control::{Response, StopHow};
 use umbra_vmm::supervisor::status::DriverStatus;
 
-use crate::machine::{start, start_elsewhere};
+use crate::machine::{DEVICE, SPARE, TestMachine, start, start_elsewhere, start_with_spare};
 
 type Case = (&'static str, fn());
 
@@ -23,6 +23,11 @@ pub const ALL: &[Case] = cases![
     a_killed_process_is_replaced,
     a_standby_takes_over_and_the_next_one_follows,
     a_standby_that_is_killed_is_replaced,
+    a_spare_takes_over_and_the_devices_change_places,
+    a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason,
+    a_spare_that_is_killed_is_replaced,
+    a_failure_of_both_is_survived,
+    a_restart_goes_over_to_the_spare,
     a_restart_is_masked_and_no_failure,
     an_image_that_does_not_boot_changes_nothing,
     an_image_that_fails_gives_way_to_the_old_one,
@@ -85,6 +90,91 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
     let found: Vec<_> = steps.iter().filter(|step| order.contains(step)).collect();
     assert_eq!(found, order.iter().collect::<Vec<_>>(), "{steps:?}");
     assert!(report["outage_ms"].as_f64().unwrap() > 0.0);
+    machine.stop();
+}
+
+/// The spare of `driver`: its state, device, generation.
+fn spare(driver: &DriverStatus) -> (String, String, u32) {
+    let standby = driver.standby.clone().unwrap();
+    (standby.state, standby.device.unwrap(), standby.generation.unwrap_or_default())
+}
+
+fn wait_armed(machine: &TestMachine, serving: u32, device: &str, next: u32) -> DriverStatus {
+    let armed = ("armed".to_owned(), device.to_owned(), next);
+    machine.wait_for("an armed spare", |driver| driver.generation == Some(serving) && spare(driver) == armed)
+}
+
+fn a_spare_takes_over_and_the_devices_change_places() {
+    let machine = start_with_spare("");
+    let driver = wait_armed(&machine, 1, SPARE, 2);
+    assert_eq!((driver.device.as_str(), machine.resets_of(SPARE).as_str()), (DEVICE, "1"));
+    machine.wait_for("the network", |driver| driver.standby.clone().unwrap().network.as_deref() == Some("same"));
+    let pid = driver.standby.unwrap().pid;
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_live(2);
+    assert_eq!((driver.pid, driver.device.as_str(), driver.failures), (pid, SPARE, 1));
+    assert!(driver.last_outage_ms.unwrap() < 1000.0);
+    let log = machine.guest_log();
+    assert!(log.contains("replay: Everything, announce: true"), "{log}");
+    let report = machine.report(1);
+    assert_eq!((&report["source"], &report["device"]), (&"panic".into(), &DEVICE.into()));
+    assert_eq!(report["registers"], "rip 0000", "{report}");
+    assert!(report["console_tail"].as_str().unwrap().contains("CPU: 0 PID: 1"));
+    assert!(report["parts"]["reset_ms"].is_null() && report["outage_ms"].as_f64().is_some(), "{report}");
+
+    // The failed device recovers behind it, and is the spare then.
+    let driver = wait_armed(&machine, 2, DEVICE, 3);
+    assert_eq!((machine.resets(), machine.resets_of(SPARE)), ("1".into(), "1".into()), "written over, not appended");
+    assert!(driver.standby.unwrap().pid != pid);
+    machine.crash(CrashKind::Reboot);
+    let driver = machine.wait_live(3);
+    assert_eq!((driver.device.as_str(), driver.failures), (DEVICE, 2));
+    wait_armed(&machine, 3, SPARE, 4);
+    machine.stop();
+}
+
+fn a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason() {
+    let machine = start_with_spare("");
+    kill(wait_armed(&machine, 1, SPARE, 2).pid.unwrap());
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!((&report["source"], &report["masks"][0]["cause"]), (&"process-exit".into(), &"closed".into()));
+    assert!(report["exit"].as_str().unwrap().contains("signal 9"), "{report}");
+    let steps: Vec<_> =
+        report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
+    assert!(steps.contains(&"live") && steps.contains(&"fence"), "{steps:?}");
+    machine.stop();
+}
+
+fn a_spare_that_is_killed_is_replaced() {
+    let machine = start_with_spare("");
+    kill(wait_armed(&machine, 1, SPARE, 2).standby.unwrap().pid.unwrap());
+    let driver = wait_armed(&machine, 1, SPARE, 3);
+    assert_eq!((driver.state.as_str(), driver.failures, driver.last_outage_ms), ("live", 0, None));
+    assert!(!machine.events_text().contains("masked"), "no guest is told");
+    machine.stop();
+}
+
+fn a_failure_of_both_is_survived() {
+    let machine = start_with_spare("");
+    let driver = wait_armed(&machine, 1, SPARE, 2);
+    kill(driver.standby.unwrap().pid.unwrap());
+    kill(driver.pid.unwrap());
+    let driver = machine.wait_for("a life", |driver| driver.state == "live" && driver.generation > Some(1));
+    let (device, generation) = (if driver.device == DEVICE { SPARE } else { DEVICE }, driver.generation.unwrap());
+    machine.wait_for("a spare", |driver| {
+        driver.generation == Some(generation) && spare(driver).0 == "armed" && spare(driver).1 == device
+    });
+    machine.stop();
+}
+
+fn a_restart_goes_over_to_the_spare() {
+    let machine = start_with_spare("");
+    wait_armed(&machine, 1, SPARE, 2);
+    let Response::Restarted { generation, .. } = machine.restart(None) else { panic!("not restarted") };
+    assert_eq!(generation, 2);
+    assert_eq!(machine.wait_live(2).failures, 0);
+    wait_armed(&machine, 2, DEVICE, 3);
     machine.stop();
 }
 

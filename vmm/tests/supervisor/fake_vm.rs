@@ -47,6 +47,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
     // The one that serves, and those that wait behind it.
     let mut links: Vec<(Generation, OwnedFd)> = Vec::new();
+    let (mut armed, mut live) = (None, None);
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
         fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
@@ -58,6 +59,11 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             }
             let at = Time::now().0;
             channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
+            if let Some((generation, _)) = links.first().filter(|(next, _)| armed == Some(*next)) {
+                live = armed.take();
+                let (masked, generation) = (MaskedCounts::default(), *generation);
+                channel.send(&FromVm::Live { net: 0, generation, at, masked }, &[]).unwrap();
+            }
             continue;
         }
         if !fds[0].any().unwrap() {
@@ -68,6 +74,13 @@ fn guest(spec: &VmSpec, channel: &Channel) {
         let at = Time::now().0;
         match message {
             ToVm::AttachLink { generation, .. } => links.push((generation, fds.remove(0))),
+            ToVm::Arm { generation, armed: on, .. } => {
+                armed = on.then_some(generation);
+                if on && !spec.cmdline.contains("other-network") {
+                    channel.send(&FromVm::SameNetwork { net: 0, generation }, &[]).unwrap();
+                }
+            }
+            ToVm::GoLive { generation, .. } if live == Some(generation) => {}
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
             ToVm::GoLive { net, generation, .. } => {
                 let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };

@@ -20,7 +20,10 @@ use umbra_vmm::supervisor::status::{DriverStatus, Status};
 use umbra_vmm::supervisor::{self, Host, Options, RunError};
 
 /// The device of the driver VM.
-const DEVICE: &str = "0000:03:00.0";
+pub const DEVICE: &str = "0000:03:00.0";
+
+/// Its spare.
+pub const SPARE: &str = "0000:04:00.0";
 
 /// How long anything may take to come about.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -37,7 +40,14 @@ pub struct TestMachine {
 
 /// Starts a machine: `guest` and `driver` are the kernel command lines of the two, `restart` is the policy's TOML.
 pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
-    let mut machine = make(guest, driver, restart);
+    let mut machine = make(guest, driver, &format!("restart = {{ {restart} }}"));
+    machine.start_again();
+    machine
+}
+
+/// Starts a machine whose driver VM has a spare.
+pub fn start_with_spare(driver: &str) -> TestMachine {
+    let mut machine = make("", driver, &format!("spare = \"{SPARE}\"\n"));
     machine.start_again();
     machine
 }
@@ -52,13 +62,13 @@ pub fn start_elsewhere() -> TestMachine {
 }
 
 /// Makes a machine and starts nothing.
-fn make(guest: &str, driver: &str, restart: &str) -> TestMachine {
+fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
     make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
     let text = format!(
         "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
-         [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\nrestart = {{ {restart} }}\n"
+         [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\n{more}\n"
     );
     fs::write(dir.path().join("m.toml"), text).unwrap();
     // Messages wait in it until a test reads them.
@@ -81,21 +91,23 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
     supervisor::run(&machine, options)
 }
 
-/// A sysfs with one function bound to `vfio-pci`, and an image.
+/// A sysfs with two functions bound to `vfio-pci`, and an image.
 fn make_host(dir: &Path) {
     let pci = dir.join("pci");
-    let device = pci.join("devices").join(DEVICE);
-    let group = dir.join("groups/7");
-    fs::create_dir_all(&device).unwrap();
-    fs::create_dir_all(group.join("devices").join(DEVICE)).unwrap();
-    symlink(&group, device.join("iommu_group")).unwrap();
     fs::create_dir_all(pci.join("drivers/vfio-pci")).unwrap();
-    symlink(pci.join("drivers/vfio-pci"), device.join("driver")).unwrap();
-    for (name, text) in [("vendor", "0x8086"), ("device", "0x10d3"), ("reset", ""), ("reset_method", "flr bus")] {
-        fs::write(device.join(name), text).unwrap();
+    for (name, group) in [(DEVICE, "groups/7"), (SPARE, "groups/8")] {
+        let device = pci.join("devices").join(name);
+        let group = dir.join(group);
+        fs::create_dir_all(&device).unwrap();
+        fs::create_dir_all(group.join("devices").join(name)).unwrap();
+        symlink(&group, device.join("iommu_group")).unwrap();
+        symlink(pci.join("drivers/vfio-pci"), device.join("driver")).unwrap();
+        for (name, text) in [("vendor", "0x8086"), ("device", "0x10d3"), ("reset", ""), ("reset_method", "flr bus")] {
+            fs::write(device.join(name), text).unwrap();
+        }
+        // A command register with bus mastering on.
+        fs::write(device.join("config"), [0x86, 0x80, 0xd3, 0x10, 0x06, 0x00, 0, 0]).unwrap();
     }
-    // A command register with bus mastering on.
-    fs::write(device.join("config"), [0x86, 0x80, 0xd3, 0x10, 0x06, 0x00, 0, 0]).unwrap();
     for name in ["image", "image-that-does-not-boot", "image-without-the-driver"] {
         make_image(&dir.join(name));
     }
@@ -241,7 +253,12 @@ impl TestMachine {
 
     /// What was written to the device's `reset`.
     pub fn resets(&self) -> String {
-        fs::read_to_string(self.dir.path().join("pci/devices").join(DEVICE).join("reset")).unwrap()
+        self.resets_of(DEVICE)
+    }
+
+    /// What was written to the `reset` of `device`.
+    pub fn resets_of(&self, device: &str) -> String {
+        fs::read_to_string(self.dir.path().join("pci/devices").join(device).join("reset")).unwrap()
     }
 
     /// The device's command register.

@@ -110,6 +110,16 @@ pub enum Input {
     StandbyHeartbeat,
     /// The standby has failed while it waited, and this is why.
     StandbyFailed(String),
+    /// The spare forwards.
+    SpareForwarding,
+    /// The carrier of the spare's NIC.
+    SpareCarrier(Carrier),
+    /// The splitter of this end has gone over to the spare by itself.
+    SpareLive(End),
+    /// The process that held the spare's device has given it up, or is gone.
+    SpareFenced,
+    /// The reset of the spare's device has returned, well or not.
+    SpareResetDone,
 }
 
 /// The physical link's state.
@@ -131,9 +141,18 @@ pub enum Action {
     Spawn(Generation),
     /// Make the standby, which is of this generation, the present life: give it the device.
     Adopt(Generation),
-    /// Start the process of this generation without the device, as the standby.
+    /// Start the process of this generation as the standby: without the device, or, as a spare, with that of the spare.
     SpawnStandby(Generation),
-    /// Kill the standby; it has failed, and this is why, or it is of no use any more.
+    /// Make the spare, which is of this generation, the present life as it is, and its device the serving one; have the
+    /// present life give the other device up; answered by [`Input::SpareFenced`].
+    TakeOver(Generation),
+    /// Tell the spare's agent what network to serve.
+    ConfigureSpare,
+    /// Tell the guests that the spare can take over at any moment, or no more.
+    Arm(bool),
+    /// Reset the spare's device; answered by [`Input::SpareResetDone`].
+    ResetSpare,
+    /// Kill the standby (where it is a spare, its end is answered by [`Input::SpareFenced`]); it has failed, and this is why, or it is of no use any more.
     DropStandby(Option<String>),
     /// The restart that was asked for is off, because its driver VM did not come up: nothing has changed.
     RestartOff(String),
@@ -155,6 +174,8 @@ pub enum Action {
     Kill,
     /// The failed generation is fenced: keep the report.
     Report,
+    /// The life that has failed, and whose place the spare has taken, is fenced: complete its report.
+    ReportFenced,
     /// There will be no further generation, and this is why: tell the guests.
     Quarantine(String),
 }

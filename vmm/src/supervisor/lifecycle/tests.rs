@@ -19,7 +19,7 @@ fn failure(source: Source, ms: u64) -> Failure {
 }
 
 fn new(ends: usize) -> Lifecycle {
-    Lifecycle::new(History::new(Restart::default()), ends, false)
+    Lifecycle::new(History::new(Restart::default()), ends, Ahead::Nothing)
 }
 
 /// A driver VM in its first life, live since 10 ms.
@@ -162,7 +162,7 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
 
 #[test]
 fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
-    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1, false);
+    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1, Ahead::Nothing);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
@@ -193,7 +193,7 @@ fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
 
 /// Warm, live since 10 ms, its standby ready at 2 s.
 fn with_standby() -> Lifecycle {
-    let mut life = Lifecycle::new(History::new(Restart::default()), 1, true);
+    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     assert_eq!(life.handle(at(10), Input::EndLive(0)), [Action::Live]);
@@ -344,7 +344,7 @@ proptest! {
         stop_at in 0_usize..250,
         warm in any::<bool>(),
     ) {
-        let mut life = Lifecycle::new(History::new(Restart::default()), 3, warm);
+        let mut life = Lifecycle::new(History::new(Restart::default()), 3, if warm { Ahead::Warm } else { Ahead::Nothing });
         let (mut standby, mut asked) = (None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
@@ -391,6 +391,7 @@ proptest! {
                     }
                     Action::Quarantine(_) => over = true,
                     Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) => {}
+                    other => prop_assert!(false, "{other:?} without a spare"),
                 }
             }
             over |= matches!(input, Input::Stop);

@@ -111,7 +111,7 @@ impl DriverVm {
 }
 
 fn go_live(guest: &mut Guest, generation: Generation) -> MaskedCounts {
-    guest.device().go_live(generation, Replay::Everything);
+    guest.device().go_live(generation, Replay::Everything, false);
     guest.wait(|message| match message {
         FromVm::Live { generation: g, masked, .. } => (g == generation).then_some(masked),
         _ => None,

@@ -1,0 +1,87 @@
+//! The hot spare: the standby with a device of its own, which takes over as it is. Pure, a part of the life cycle.
+//!
+//! Invariants: it takes over only if the policy allows another restart; the life that has failed is fenced and its device
+//! reset before the next spare starts there; a spare that fails changes nothing for the guests.
+
+use std::time::Duration;
+
+use super::standby::Stage;
+use super::{Action, CARRIER_PATIENCE, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
+
+impl Lifecycle {
+    pub(super) fn on_spare(&mut self, now: Time, input: Input) -> Vec<Action> {
+        match input {
+            Input::SpareForwarding => {
+                self.reserve.forwarding(now);
+                Vec::new()
+            }
+            Input::SpareCarrier(carrier) => self.on_spare_carrier(now, carrier == Carrier::Up),
+            Input::SpareLive(end) => {
+                // The failure of the serving life that it follows from comes, or its better reason is waited for.
+                self.ahead.extend(self.reserve.state().generation().map(|generation| (end, generation)));
+                Vec::new()
+            }
+            Input::SpareFenced => {
+                let report = self.reserve.fenced();
+                if report { vec![Action::ReportFenced] } else { Vec::new() }
+            }
+            Input::SpareResetDone if self.reserve.reset_done() => self.spawn_spare(now),
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_spare_carrier(&mut self, now: Time, up: bool) -> Vec<Action> {
+        if !self.reserve.carrier(up) {
+            return Vec::new();
+        }
+        let mut actions = vec![Action::Arm(up)];
+        actions.extend(self.switch_over(now));
+        actions
+    }
+
+    fn spawn_spare(&mut self, now: Time) -> Vec<Action> {
+        if !matches!(self.state, State::Live { .. }) {
+            // Not beside a recovery; the next life that is live asks again.
+            return Vec::new();
+        }
+        let generation = self.next_generation();
+        self.reserve.started(now, generation);
+        vec![Action::SpawnStandby(generation)]
+    }
+
+    /// The serving life has failed after it `lived` so long: the spare takes over as far as it has come, even if it still
+    /// boots, because its device needs neither fence nor reset. `None`: there is no spare, or no restart is allowed.
+    pub(super) fn take_over(&mut self, now: Time, failure: &Failure, lived: Option<Duration>) -> Option<Vec<Action>> {
+        let counts = failure.source != Source::Planned;
+        if !self.reserve.is_spare() || (counts && self.history.is_exhausted(now)) {
+            return None;
+        }
+        let (generation, stage) = self.reserve.adopt(now)?;
+        if counts {
+            // Not delayed: its guests may be with the spare already.
+            self.history.failed(now, lived);
+        }
+        self.generation = Some(generation);
+        let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
+        (self.heard, self.carrier) = (None, Carrier::Down);
+        let mut actions = vec![Action::Failed(failure.clone()), Action::TakeOver(generation)];
+        match stage {
+            Stage::Booting => self.state = State::Booting { until },
+            Stage::Hello => self.state = State::Configuring { until },
+            Stage::Forwarding(heard, armed) => {
+                self.heard = Some(heard);
+                self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
+                if armed {
+                    self.carrier = Carrier::Up;
+                    actions.extend(self.go_live(now));
+                }
+            }
+        }
+        Some(actions)
+    }
+
+    /// Whether the standby is a spare that takes over by itself.
+    pub fn is_armed(&self) -> bool {
+        matches!(self.reserve.state(), Standby::Hot { armed: true, .. })
+    }
+}
