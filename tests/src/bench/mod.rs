@@ -59,7 +59,7 @@ impl Bench {
             spec.cpus = 1;
         }
         let dir = files::fresh(assets.out(), &spec)?;
-        let mut peer = Peer::start(&assets.probe(), spec.nics.len())?;
+        let mut peer = Peer::start(&assets.probe(), spec.nics.len(), spec.one_wire)?;
         let taps = peer.take_taps();
         files::fill_share(&dir.join("share"), assets, &spec)?;
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;

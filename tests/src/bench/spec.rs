@@ -90,6 +90,8 @@ pub struct BenchSpec {
     pub name: String,
     /// NICs, in order: `NIC0`, `NIC1`, ... in scripts.
     pub nics: Vec<Model>,
+    /// All NICs are on the network of the first; else each has its own.
+    pub one_wire: bool,
     /// Sound cards, in order: `SND0`, ...
     pub sound: Vec<Model>,
     /// Frames a second of what they play together, in `sound.wav`; what is played at another rate is resampled.
@@ -120,6 +122,7 @@ impl BenchSpec {
         Self {
             name: name.into(),
             nics: vec!["e1000e".into()],
+            one_wire: false,
             sound: Vec::new(),
             wav_rate: 48_000,
             storage: Vec::new(),

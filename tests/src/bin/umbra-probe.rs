@@ -15,7 +15,7 @@ use umbra_tests::probe::wire::{PORT_NAME, Reply};
 use umbra_tests::probe::{client::Client, net, port, reinit, replay, serve};
 
 const USAGE: &str =
-    "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS | send ADDRESS SECONDS
+    "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-in-replay EVENTS | reinit ADDRESS/LENGTH PEER";
 
@@ -37,13 +37,14 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
         ["serve", name] => serve::serve(port::open(name, Duration::from_secs(10))?)?,
         ["exec", socket, script] => return exec(socket, script, Duration::from_secs(600)),
         ["exec", socket, script, limit] => return exec(socket, script, seconds(limit)?),
-        ["peer", nics] => {
+        ["peer", nics, ref wires @ ..] => {
             let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned()?;
             let control = UnixStream::from(stdin);
             let nics = if nics == "here" { None } else { Some(nics.parse()?) };
-            umbra_tests::peer::main(&control, nics)?;
+            umbra_tests::peer::main(&control, nics, wires == [umbra_tests::peer::ONE_WIRE])?;
         }
-        ["tick", peer] => net::tick(peer.parse()?)?,
+        ["tick", peer] => net::tick(peer.parse()?, net::TICK_EVERY)?,
+        ["tick", peer, every] => net::tick(peer.parse()?, Duration::from_millis(every.parse()?))?,
         ["send", peer, length] => print(&net::send(peer.parse()?, seconds(length)?)?)?,
         ["receive", peer, length] => print(&net::receive(peer.parse()?, seconds(length)?)?)?,
         ["ping", peer, count] => print(&net::ping(peer.parse()?, count.parse()?)?)?,

@@ -50,6 +50,8 @@ pub struct SoundCard {
 pub struct MachineSpec {
     /// The NIC's PCI address in the place.
     pub device: String,
+    /// A second NIC on the same network, the spare.
+    pub spare: Option<String>,
     /// Folder name of the driver VM image in the share.
     pub image: String,
     /// Guests: name and address with prefix length; `dhcp` asks for one.
@@ -73,6 +75,7 @@ impl MachineSpec {
     pub fn one_guest(device: &str, image: &str, address: &str) -> Self {
         Self {
             device: device.into(),
+            spare: None,
             image: image.into(),
             guests: vec![("web".into(), address.into())],
             attach: Attach::DriverVm,
@@ -111,9 +114,11 @@ impl MachineSpec {
                 (Some(card), SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
                 _ => (&self.device, &self.image, self.driver_memory.as_str()),
             };
+            let spare = self.spare.as_ref().filter(|_| driver == NIC_DRIVER);
+            let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\n[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
+                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
                 self.standby, self.restart_limit
             ));
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-use super::{Progress, Reply, Request, Tick};
+use super::{ONE_WIRE, Progress, Reply, Request, Tick};
 use crate::probe::wire::{Lines, write_line};
 
 /// NICs a bench can have: as many TAP descriptors as one message is made to carry.
@@ -49,12 +49,14 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Starts `probe peer` with one TAP interface for each NIC.
+    /// Starts `probe peer` with one TAP interface for each NIC, each on a network of its own or all on one.
     ///
     /// # Errors
     /// No namespace or no TAP: the sentence says what to do.
-    pub fn start(probe: &Path, nics: usize) -> Result<Self, PeerError> {
-        Self::spawn(probe, &nics.min(MAX_NICS).to_string(), nics)
+    pub fn start(probe: &Path, nics: usize, one_wire: bool) -> Result<Self, PeerError> {
+        let number = nics.min(MAX_NICS).to_string();
+        let wires: &[&str] = if one_wire { &[ONE_WIRE] } else { &[] };
+        Self::spawn(probe, &[&[number.as_str()], wires].concat(), nics)
     }
 
     /// Starts `probe peer` in this machine's own network.
@@ -62,15 +64,15 @@ impl Peer {
     /// # Errors
     /// A port of [`super::ports`] is in use.
     pub fn here(probe: &Path) -> Result<Self, PeerError> {
-        Self::spawn(probe, "here", 0)
+        Self::spawn(probe, &["here"], 0)
     }
 
-    fn spawn(probe: &Path, network: &str, nics: usize) -> Result<Self, PeerError> {
+    fn spawn(probe: &Path, network: &[&str], nics: usize) -> Result<Self, PeerError> {
         let failed = |source| PeerError::Start { program: probe.display().to_string(), source };
         let (control, theirs) = UnixStream::pair().map_err(PeerError::Talk)?;
         control.set_read_timeout(Some(Duration::from_secs(20))).map_err(PeerError::Talk)?;
         let mut command = Command::new(probe);
-        command.args(["peer", network]).stdin(OwnedFd::from(theirs));
+        command.arg("peer").args(network).stdin(OwnedFd::from(theirs));
         // SAFETY: prctl is async-signal-safe and touches no memory of this process.
         unsafe {
             command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));

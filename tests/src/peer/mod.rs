@@ -3,7 +3,8 @@
 //!
 //! A child process holds the namespace (`umbra-probe peer`), so that neither root nor the caller's network is
 //! touched. It hands the TAP descriptors to the bench, which gives them to QEMU: QEMU itself needs no namespace.
-//! NIC `n` has the network 10.77.n.0/24; the peer is .1, guests are .2 and up.
+//! NIC `n` has the network 10.77.n.0/24; the peer is .1, guests are .2 and up. Or all NICs are on the network of NIC 0,
+//! behind a bridge, which learns addresses as a switch does.
 
 mod bulk;
 mod download;
@@ -34,6 +35,9 @@ pub mod ports {
     /// TCP: sends for as many milliseconds as the first four bytes say.
     pub const SOURCE: u16 = 7003;
 }
+
+/// The argument of `umbra-probe peer` that puts all NICs on one network.
+pub const ONE_WIRE: &str = "one-wire";
 
 /// The peer's address on the network of NIC `nic`.
 pub fn peer_address(nic: usize) -> Ipv4Addr {

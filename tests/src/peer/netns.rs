@@ -13,6 +13,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::peer_address;
 
+/// The bridge of NICs on one network, and the calls that make it (linux/sockios.h).
+const BRIDGE: &str = "wire";
+const SIOCBRADDBR: libc::Ioctl = 0x89a0;
+const SIOCBRADDIF: libc::Ioctl = 0x89a2;
+
 /// Enters a new network namespace; when not root, a user namespace first.
 ///
 /// # Errors
@@ -40,7 +45,7 @@ pub(super) fn enter() -> Result<(), String> {
     up("lo").map_err(|e| format!("cannot bring up lo in the bench's namespace: {e}"))
 }
 
-/// Makes the TAP interface for NIC `nic` with the peer's address, up.
+/// Makes the TAP interface for NIC `nic`, without an address.
 ///
 /// # Errors
 /// A sentence for the user.
@@ -59,10 +64,48 @@ pub(super) fn tap(nic: usize) -> Result<File, String> {
     if done < 0 {
         return Err(format!("cannot make TAP interface {name}: {}", io::Error::last_os_error()));
     }
-    // A peer that solicits routers would put frames on the wire that no test asked for.
-    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-    address(&name, peer_address(nic)).and_then(|()| up(&name)).map_err(|e| format!("cannot set up {name}: {e}"))?;
+    without_ipv6(&name);
+    up(&name).map_err(|e| format!("cannot set up {name}: {e}"))?;
     Ok(file)
+}
+
+/// A peer that solicits routers would put frames on the wire that no test asked for.
+fn without_ipv6(name: &str) {
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+}
+
+/// Gives the interface of NIC `nic` the peer's address on its network.
+///
+/// # Errors
+/// A sentence for the user.
+pub(super) fn address_of(nic: usize) -> Result<(), String> {
+    let name = format!("nic{nic}");
+    address(&name, peer_address(nic)).map_err(|e| format!("cannot set up {name}: {e}"))
+}
+
+/// Joins the interfaces of `nics` NICs by a bridge, which has the peer's address on the network of the first.
+///
+/// # Errors
+/// A sentence for the user.
+pub(super) fn bridge(nics: usize) -> Result<(), String> {
+    let make = || -> io::Result<()> {
+        let name = CString::new(BRIDGE)?;
+        let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        // SAFETY: SIOCBRADDBR reads a string that ends with NUL and outlives the call.
+        if unsafe { libc::ioctl(any.as_raw_fd(), SIOCBRADDBR, name.as_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for nic in 0..nics {
+            let port = nix::net::if_::if_nametoindex(format!("nic{nic}").as_str())?;
+            let mut request = request(BRIDGE);
+            request.ifr_ifru.ifru_ifindex = i32::try_from(port).map_err(io::Error::other)?;
+            control(&mut request, SIOCBRADDIF)?;
+        }
+        without_ipv6(BRIDGE);
+        address(BRIDGE, peer_address(0))?;
+        up(BRIDGE)
+    };
+    make().map_err(|e| format!("cannot make a bridge in the bench's namespace: {e} (modprobe bridge)"))
 }
 
 fn request(name: &str) -> libc::ifreq {

@@ -17,8 +17,8 @@ use crate::probe::wire::{Lines, write_line};
 ///
 /// # Errors
 /// What the socket says; failures to set up go to the bench as [`Reply::Failed`].
-pub fn main(control: &UnixStream, nics: Option<usize>) -> io::Result<()> {
-    let (download, recorded) = match set_up(control, nics) {
+pub fn main(control: &UnixStream, nics: Option<usize>, one_wire: bool) -> io::Result<()> {
+    let (download, recorded) = match set_up(control, nics, one_wire) {
         Ok(services) => services,
         Err(what) => return write_line(control, &Reply::Failed { what }),
     };
@@ -37,11 +37,16 @@ pub fn main(control: &UnixStream, nics: Option<usize>) -> io::Result<()> {
     }
 }
 
-fn set_up(control: &UnixStream, nics: Option<usize>) -> Result<(Download, Ticks), String> {
+fn set_up(control: &UnixStream, nics: Option<usize>, one_wire: bool) -> Result<(Download, Ticks), String> {
     if nics.is_some() {
         netns::enter()?;
     }
     let taps = (0..nics.unwrap_or(0)).map(netns::tap).collect::<Result<Vec<_>, _>>()?;
+    if one_wire {
+        netns::bridge(taps.len())?;
+    } else {
+        (0..taps.len()).try_for_each(netns::address_of)?;
+    }
     let services = (|| {
         bulk::serve()?;
         ticks::echo()?;

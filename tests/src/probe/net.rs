@@ -51,11 +51,11 @@ pub struct RoundTrips {
     pub p99_us: u64,
 }
 
-/// Sends a tick every [`TICK_EVERY`] to the peer until killed; errors of single sends are what is being measured.
+/// Sends a tick `every` so long to the peer until killed; errors of single sends are what is being measured.
 ///
 /// # Errors
 /// No socket.
-pub fn tick(peer: Ipv4Addr) -> io::Result<()> {
+pub fn tick(peer: Ipv4Addr, every: Duration) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let to = SocketAddr::from((peer, ports::TICKS));
     let start = Instant::now();
@@ -65,7 +65,7 @@ pub fn tick(peer: Ipv4Addr) -> io::Result<()> {
         if now < due {
             thread::sleep(due - now);
         }
-        due += TICK_EVERY;
+        due += every;
         let sent_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let mut datagram = [0; TICK_LEN];
         datagram[..4].copy_from_slice(&TICK_MAGIC);
