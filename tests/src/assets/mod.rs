@@ -218,16 +218,26 @@ impl Assets {
     /// # Errors
     /// The kernel has no such driver, or the agent is not built.
     pub fn driver_image(&self, model: &Model) -> Result<PathBuf, AssetError> {
-        let driver = driver_of(model).ok_or_else(|| AssetError::UnknownModel(model.clone()))?;
+        self.image_for(std::slice::from_ref(model))
+    }
+
+    /// As [`Self::driver_image`], with the drivers of all these models.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn image_for(&self, models: &[Model]) -> Result<PathBuf, AssetError> {
+        let driver = |model: &Model| driver_of(model).ok_or_else(|| AssetError::UnknownModel(model.clone()));
+        let mut drivers = models.iter().map(driver).collect::<Result<Vec<_>, _>>()?;
+        drivers.dedup();
         let recipe = Recipe {
             kernel: Kernel::from_debs(std::slice::from_ref(&self.package), &self.cache)?,
-            drivers: vec![driver.into()],
+            drivers: drivers.iter().map(|&driver| driver.into()).collect(),
             devices: Vec::new(),
             agent: self.programs.join("umbra-agent"),
             sound: Some(self.programs.join("umbra-sound")),
             firmware: Vec::new(),
         };
-        let dir = self.out.join("images").join(driver);
+        let dir = self.out.join("images").join(drivers.join("+"));
         recipe.build(&dir, &self.cache).map(|_: Image| dir).map_err(Into::into)
     }
 

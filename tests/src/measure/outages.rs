@@ -21,6 +21,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Ticks are watched for so long around an outage.
 const AROUND: Duration = Duration::from_millis(400);
 
+/// Ticks for outages of a few milliseconds: as often as the timers of an emulated test host go.
+const FINE_TICK_MS: &str = "4";
+
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct OutagesSpec {
@@ -32,6 +35,17 @@ pub struct OutagesSpec {
     pub reinits: u32,
     /// `warm` or `cold`.
     pub standby: String,
+    /// The model of the hot spare, if there is one.
+    pub spare: Option<Model>,
+}
+
+impl OutagesSpec {
+    fn ahead(&self) -> String {
+        match &self.spare {
+            Some(spare) => format!("hot spare {spare}"),
+            None => format!("{} standby", self.standby),
+        }
+    }
 }
 
 /// The parts of a recovery in Umbra's events, in order.
@@ -76,9 +90,10 @@ impl Spread {
 pub struct Outages {
     /// QEMU's model.
     pub nic: String,
-    /// `warm` or `cold`.
-    pub standby: String,
-    /// The outage as the peer saw it, as Umbra counts it, its parts; the bare re-initialisation.
+    /// What stood ready: `warm standby`, `hot spare igb`.
+    pub ahead: String,
+    /// The outage as the peer saw it, as Umbra counts it, its parts; the longest silence of the same ticks in as long a time
+    /// without a crash; the bare re-initialisation.
     pub figures: Vec<Spread>,
     /// The first by the last: medians.
     pub ratio: Option<f64>,
@@ -92,31 +107,22 @@ pub struct Outages {
 /// One could not be made.
 pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let assets = Assets::prepare(say)?;
-    let image = assets.driver_image(&spec.nic)?;
-    let mut bench = BenchSpec::new("outages");
-    bench.nics = vec![spec.nic.clone()];
-    bench.capture = None;
-    bench.files = vec![image.clone()];
     say(&format!("booting the test host with a {}", spec.nic));
-    let mut bench = Bench::boot(bench, &assets)?;
-    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
-    let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let machine = MachineSpec {
-        restart_limit: spec.crashes + 3,
-        standby: spec.standby.clone(),
-        ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
-    };
-    let mut place = Place::Bench(Box::new(bench));
+    let (mut place, machine) = place(&assets, "outages", &spec.nic, spec.spare.as_ref())?;
+    let machine = MachineSpec { restart_limit: spec.crashes + 3, standby: spec.standby.clone(), ..machine };
 
-    say(&format!("{} crashes, {} standby", spec.crashes, spec.standby));
+    say(&format!("{} crashes, {}", spec.crashes, spec.ahead()));
     let mut running = Machine::start(&mut place, &machine)?;
     let script = format!("umbra-probe first-answer {} 30", peer_address(0));
     place.in_guest(GUEST, &script, Duration::from_secs(60))?;
-    let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
+    let every = if spec.spare.is_some() { FINE_TICK_MS } else { "10" };
+    let ticks = format!("umbra-probe tick {} {every} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
     place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-    let (mut seen, mut told, mut each) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut seen, mut quiet, mut told, mut each) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let waits = spec.spare.is_some() || spec.standby == "warm";
     for n in 0..spec.crashes {
-        let (peer_ms, live) = crash(&mut running, &mut place, spec.standby == "warm", n)?;
+        let (without, peer_ms, live) = crash(&mut running, &mut place, waits, n)?;
+        quiet.extend(without);
         say(&match peer_ms {
             Some(ms) => format!("  {}: {ms:.0} ms at the peer", n + 1),
             None => format!("  {}: the guest's ticks do not reach the peer any more", n + 1),
@@ -127,30 +133,55 @@ pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     }
     running.stop(&mut place)?;
 
+    if spec.spare.is_some() {
+        return Ok(Outages::new(spec, (seen, quiet, told), each, &[]));
+    }
     say(&format!("{} bare re-initialisations, the NIC passed straight to the guest", spec.reinits));
     let bare = reinits(&mut place, &machine, spec.reinits)?;
-
-    let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
-    figures.extend(Spread::of("outage as Umbra counts it", told));
-    for part in PARTS {
-        let of_each = each.iter().filter_map(|parts| parts.get(part).and_then(Value::as_f64)).collect();
-        figures.extend(Spread::of(&format!("  {}", part.trim_end_matches("_ms")), of_each));
-    }
-    figures.extend(Spread::of("bare re-initialisation", bare.iter().map(|run| run.total_ms).collect()));
-    figures.extend(Spread::of("  unbind and bind", bare.iter().map(|run| run.bind_ms).collect()));
-    let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
-    let ratio = p50("outage seen by the peer").zip(p50("bare re-initialisation")).map(|(outage, bare)| outage / bare);
-    Ok(Outages { nic: spec.nic.to_string(), standby: spec.standby.clone(), figures, ratio, each })
+    Ok(Outages::new(spec, (seen, quiet, told), each, &bare))
 }
 
-/// One crash: the gap at the peer, and the event of the next life.
-fn crash(running: &mut Machine, place: &mut Place, warm: bool, n: u32) -> Result<(Option<f64>, Value), DemoError> {
-    if warm {
+/// A test host with a NIC, and perhaps a spare on the same network, and a machine that uses them.
+///
+/// # Errors
+/// The test host does not come up.
+pub fn place(
+    assets: &Assets,
+    name: &str,
+    nic: &Model,
+    spare: Option<&Model>,
+) -> Result<(Place, MachineSpec), DemoError> {
+    let mut bench = BenchSpec::new(name);
+    bench.nics = std::iter::once(nic).chain(spare).cloned().collect();
+    bench.one_wire = spare.is_some();
+    bench.capture = None;
+    let image = assets.image_for(&bench.nics)?;
+    bench.files = vec![image.clone()];
+    let mut bench = Bench::boot(bench, assets)?;
+    let mut bind = |nic: &str| bench.expect(&format!("vfio ${nic} && printf %s ${nic}"), Duration::from_secs(30));
+    let device = bind("NIC0")?;
+    let spare = spare.map(|_| bind("NIC1")).transpose()?;
+    let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let machine = MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)));
+    Ok((Place::Bench(Box::new(bench)), MachineSpec { spare, ..machine }))
+}
+
+/// One crash: the longest gap at the peer just before it and around it, and the event of the next life.
+fn crash(
+    running: &mut Machine,
+    place: &mut Place,
+    waits: bool,
+    n: u32,
+) -> Result<(Option<f64>, Option<f64>, Value), DemoError> {
+    if waits {
         running.await_event(LIMIT, |event| event.event == "standby-ready")?;
     }
     // Not always at the same distance from heartbeats and timers.
     std::thread::sleep(AROUND + Duration::from_millis(u64::from(n % 7) * 37));
     place.peer().take_ticks()?;
+    std::thread::sleep(2 * AROUND);
+    let before = place.peer().take_ticks()?;
+    let quiet = longest(&before, guest_address(0, 0), 0, u64::MAX).map(|outage| outage.gap_ms);
     std::thread::sleep(AROUND);
     let begin = now_us() - 300_000;
     place.expect("umbra crash nic0", Duration::from_secs(20))?;
@@ -161,7 +192,7 @@ fn crash(running: &mut Machine, place: &mut Place, warm: bool, n: u32) -> Result
         arrived.extend(place.peer().take_ticks()?);
     }
     let gap = longest(&arrived, guest_address(0, 0), begin, u64::MAX).map(|outage| outage.gap_ms);
-    Ok((gap, Value::Object(live.fields)))
+    Ok((quiet, gap, Value::Object(live.fields)))
 }
 
 fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32) -> Result<Vec<Reinit>, DemoError> {
@@ -174,9 +205,30 @@ fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32) -> Result<Vec<Re
 }
 
 impl Outages {
+    fn new(
+        spec: &OutagesSpec,
+        (seen, quiet, told): (Vec<f64>, Vec<f64>, Vec<f64>),
+        each: Vec<Value>,
+        bare: &[Reinit],
+    ) -> Self {
+        let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
+        figures.extend(Spread::of("longest silence without crash", quiet));
+        figures.extend(Spread::of("outage as Umbra counts it", told));
+        for part in PARTS {
+            let of_each = each.iter().filter_map(|parts| parts.get(part).and_then(Value::as_f64)).collect();
+            figures.extend(Spread::of(&format!("  {}", part.trim_end_matches("_ms")), of_each));
+        }
+        figures.extend(Spread::of("bare re-initialisation", bare.iter().map(|run| run.total_ms).collect()));
+        figures.extend(Spread::of("  unbind and bind", bare.iter().map(|run| run.bind_ms).collect()));
+        let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
+        let ratio = p50("outage seen by the peer").zip(p50("bare re-initialisation"));
+        let ratio = ratio.map(|(outage, bare)| outage / bare);
+        Self { nic: spec.nic.to_string(), ahead: spec.ahead(), figures, ratio, each }
+    }
+
     /// For people.
     pub fn table(&self) -> String {
-        let head = format!("{}, {} standby", self.nic, self.standby);
+        let head = format!("{}, {}", self.nic, self.ahead);
         let mut text = format!("\n{head:<30}{:>6}{:>10}{:>10}{:>10}\n", "runs", "p50 ms", "p95 ms", "max ms");
         for Spread { name, runs, p50, p95, max } in &self.figures {
             text.push_str(&format!("{name:<30}{runs:>6}{p50:>10.1}{p95:>10.1}{max:>10.1}\n"));

@@ -1,0 +1,105 @@
+//! The hot spare: a download goes on while the driver VMs of two NICs on one network crash in turns; a spare that dies is
+//! missed by nobody. The gaps that the peer saw are told, not judged: the test host is emulated.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
+use serde_json::Value;
+use umbra_tests::demo::guest_log::GuestLog;
+use umbra_tests::demo::machine::{Machine, MachineSpec};
+use umbra_tests::demo::outage::longest;
+use umbra_tests::demo::place::Place;
+use umbra_tests::measure::outages;
+use umbra_tests::peer::{Content, guest_address, now_us, peer_address, ports};
+
+/// Bytes of the download for each crash, and how fast they come.
+const SHARE: u64 = 1 << 20;
+const RATE: u64 = 512 << 10;
+
+fn standby(machine: &mut Machine, place: &mut Place) -> Value {
+    machine.status(place).or_tell()["drivers"][0]["standby"].clone()
+}
+
+/// Waits until the spare is armed and is known to be on the network of the serving NIC; its device and process.
+fn armed(machine: &mut Machine, place: &mut Place) -> (String, u64) {
+    machine.await_event(RECOVERY, |event| event.event == "standby-ready").or_tell();
+    let start = Instant::now();
+    loop {
+        let spare = standby(machine, place);
+        if spare["state"] == "armed" && spare["network"] == "same" {
+            return (spare["device"].as_str().unwrap().into(), spare["pid"].as_u64().unwrap());
+        }
+        assert!(start.elapsed() < STEP, "{spare}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Waits until the guest has `bytes` of the download.
+fn reach(place: &mut Place, bytes: u64) {
+    let start = Instant::now();
+    while place.peer().progress().or_tell().acknowledged < bytes {
+        assert!(start.elapsed() < STEP, "the download stands: {:?}", place.peer().progress().or_tell());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_spare_takes_over_and_its_own_death_is_missed_by_nobody() {
+    scenario(|| crashes_in_turns("e1000e", "igb"));
+}
+
+fn crashes_in_turns(nic: &str, spare: &str) {
+    let (mut place, spec) = outages::place(&assets(), "spare", &nic.into(), Some(&spare.into())).or_tell();
+    let (first, second) = (spec.device.clone(), spec.spare.clone().unwrap());
+    let mut machine = Machine::start(&mut place, &MachineSpec { restart_limit: 20, ..spec }).or_tell();
+    guest_reaches_peer(&mut place);
+    let before = GuestLog::read(&mut place, "web").or_tell();
+    let (peer, guest) = (peer_address(0), guest_address(0, 0));
+    place.in_guest("web", &format!("umbra-probe tick {peer} 4 </dev/null >/dev/null 2>&1 & echo"), STEP).or_tell();
+    let ways = ["umbra crash nic0", "kill -9 $SERVING", "umbra crash nic0"];
+    let content = Content { bytes: SHARE * (ways.len() as u64 + 1) };
+    place.peer().offer(content.bytes, RATE, 0).or_tell();
+    let url = format!("http://{peer}:{}/file", ports::HTTP);
+    let fetch = format!("set -o pipefail; wget -q -O - {url} | sha256sum");
+    let mut get = place.start_in_guest("web", &fetch, 5 * RECOVERY).or_tell();
+
+    for (n, way) in (0..).zip(ways) {
+        let (device, _) = armed(&mut machine, &mut place);
+        assert_eq!(device, if n % 2 == 0 { second.as_str() } else { first.as_str() });
+        let serving = machine.driver_pid(&mut place).or_tell();
+        place.peer().allow(SHARE * (n + 1)).or_tell();
+        reach(&mut place, SHARE * n + SHARE / 3);
+        place.peer().take_ticks().or_tell();
+        let begin = now_us();
+        place.expect(&way.replace("$SERVING", &serving.to_string()), STEP).or_tell();
+        let adopted = machine.await_event(RECOVERY, |event| event.event == "driver-adopted").or_tell();
+        assert_eq!((adopted.text("standby"), adopted.text("device")), ("armed", device.as_str()));
+        let live = machine.await_live("nic0", RECOVERY).or_tell();
+        let outage = live.number("outage_ms").unwrap();
+        assert!(outage < 3000.0, "{live:?}");
+        reach(&mut place, SHARE * (n + 1) - 1);
+        let ticks = place.peer().take_ticks().or_tell();
+        let gap = longest(&ticks, guest, begin - 500_000, now_us()).map(|outage| outage.gap_ms);
+        say(&format!("{way}: {outage:.1} ms as Umbra counts it, longest silence of ticks at the peer {gap:.1?} ms"));
+    }
+
+    say("the spare itself is killed");
+    let (_, pid) = armed(&mut machine, &mut place);
+    place.expect(&format!("kill -9 {pid}"), STEP).or_tell();
+    machine.await_event(STEP, |event| event.event == "standby-failed").or_tell();
+    place.peer().allow(content.bytes).or_tell();
+    armed(&mut machine, &mut place);
+    assert!(get.poll(RECOVERY).or_tell(), "the download does not end");
+    let sum = get.output().stdout.split_whitespace().next().unwrap_or_default().to_owned();
+    assert_eq!(sum, content.sha256(), "{}", get.output().stderr);
+    let progress = place.peer().progress().or_tell();
+    assert_eq!((progress.connections, progress.resets), (1, 0));
+    let noticed = GuestLog::read(&mut place, "web").or_tell().since(&before);
+    assert!(noticed.is_clean(), "{noticed:?}");
+    machine.stop(&mut place).or_tell();
+    let left = place.run("pidof umbra", STEP).or_tell();
+    assert!(!left.ok(), "processes are left: {}", left.stdout);
+}
