@@ -116,6 +116,27 @@ fn two_drivers_of_one_device_are_refused_with_both_lines() {
 }
 
 #[test]
+fn a_spare_is_a_second_nic_of_nobody_else() {
+    let text = |ends: &str, spare: &str| {
+        format!(
+            "[guest.web]\nkernel = \"k\"\n{ends}\n[driver.a]\ndevice = \"0000:03:00.0\"\nimage = \"i\"\nspare = \"{spare}\"\n"
+        )
+    };
+    let net = "net = [{ driver = \"a\" }]";
+    let machine = parse(&text(net, "04:00.0")).unwrap();
+    assert_eq!(machine.driver["a"].spare.as_deref(), Some("04:00.0"));
+    let said =
+        "dir/m.toml:7: driver.a.spare: the PCI function 0000:03:00.0 is used by driver.a.device already (line 5)";
+    assert_eq!(parse(&text(net, "0000:03:00.0")).unwrap_err(), said);
+    let two = "net = [{ driver = \"a\" }, { driver = \"b\" }]";
+    let other = "[driver.b]\ndevice = \"0000:04:00.0\"\nimage = \"i\"\n";
+    let error = parse(&(text(two, "0000:04:00.0") + other)).unwrap_err();
+    assert!(error.contains("driver.b.device: the PCI function 0000:04:00.0 is used by driver.a.spare"), "{error}");
+    let error = parse(&text("sound = [{ driver = \"a\" }]", "0000:04:00.0")).unwrap_err();
+    assert!(error.starts_with("dir/m.toml:7: driver.a.spare: a sound card has no spare"), "{error}");
+}
+
+#[test]
 fn metrics_are_served_on_this_host_alone() {
     let text = |place: &str| format!("metrics = \"{place}\"\n[guest.web]\nkernel = \"k\"\n");
     let machine = parse(&text("./m.sock")).unwrap();

@@ -61,7 +61,7 @@ impl Supervisor {
             }
             Action::Live => self.on_live(n, now),
             Action::Mask => self.mask(n, now),
-            Action::Failed(failure) => self.on_failed(n, failure, now),
+            Action::Failed(failure) => self.on_failed(n, &failure, now),
             Action::Release => {
                 let channel = self.drivers[n].life.as_ref().map(|life| life.process.channel());
                 if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
@@ -201,7 +201,7 @@ impl Supervisor {
         driver.report = driver.report.take().filter(|_| driver.dying.is_some());
     }
 
-    fn on_failed(&mut self, n: usize, failure: Failure, now: Time) {
+    fn on_failed(&mut self, n: usize, failure: &Failure, now: Time) {
         // First of all: with a spare that is all that the guests wait for.
         self.mask(n, now);
         let driver = &mut self.drivers[n];
@@ -214,7 +214,7 @@ impl Supervisor {
         driver.timeline.mark(Step::Sign, failure.at);
         driver.timeline.mark(Step::Detect, now);
         driver.reason = Some(failure.what.clone());
-        driver.report = failure.source.is_failure().then(|| driver.begin_report(&failure));
+        driver.report = failure.source.is_failure().then(|| driver.begin_report(failure));
         self.events.tell(&Event::DriverFailed {
             driver: driver.name.clone(),
             generation: generation.map_or(0, Generation::get),

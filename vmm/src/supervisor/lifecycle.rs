@@ -188,17 +188,13 @@ impl Lifecycle {
             | Input::SpareCarrier(_)
             | Input::SpareLive(_)
             | Input::SpareFenced
-            | Input::SpareResetDone => self.on_spare(now, input),
+            | Input::SpareResetDone => self.on_spare(now, &input),
         }
     }
 
     fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
         match input {
-            Input::StandbyHello => {
-                if self.reserve.hello() {
-                    return vec![Action::ConfigureSpare];
-                }
-            }
+            Input::StandbyHello if self.reserve.hello() => return vec![Action::ConfigureSpare],
             Input::StandbyLoaded => {
                 self.reserve.ready(now);
                 return self.switch_over(now);
@@ -369,9 +365,7 @@ impl Lifecycle {
     fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
         match &mut self.state {
             State::GoingLive { waiting } => {
-                if waiting.remove(&end) {
-                    self.suspects.remove(&end);
-                }
+                let _ = waiting.remove(&end) && self.suspects.remove(&end);
             }
             // It was armed in the eyes of the splitter, and the supervisor has not got so far.
             State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }

@@ -9,8 +9,8 @@ use super::standby::Stage;
 use super::{Action, CARRIER_PATIENCE, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
 
 impl Lifecycle {
-    pub(super) fn on_spare(&mut self, now: Time, input: Input) -> Vec<Action> {
-        match input {
+    pub(super) fn on_spare(&mut self, now: Time, input: &Input) -> Vec<Action> {
+        match *input {
             Input::SpareForwarding => {
                 self.reserve.forwarding(now);
                 Vec::new()
