@@ -16,6 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 
 use super::channel::{self, Channel, Incoming};
+use super::first_closed::twin;
 use super::host::Host;
 use super::ipc::{FromVm, ToVm, VmEnd, VmSpec};
 use crate::machine::devices::{self, Devices};
@@ -93,7 +94,8 @@ pub fn main(source: Source) -> Result<(), Error> {
     let signals = block_signals(&source)?;
     let (spec, host) = match source {
         Source::Control(fd) => {
-            let channel = Channel::from_fd(fd);
+            // The supervisor notices by it that this process is gone.
+            let channel = Channel::from_fd(twin(&fd).unwrap_or(fd));
             let spec = receive_spec(&channel)?;
             (spec, Arc::new(Host::Supervisor(channel)))
         }

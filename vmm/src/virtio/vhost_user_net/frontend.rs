@@ -13,6 +13,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 
+use crate::process::first_closed::twin;
 use crate::virtio::device::QueueResources;
 
 /// Longest wait for the answers of one step. The back-end's thread answers at once, but its process may be
@@ -89,7 +90,7 @@ impl Connection {
     pub(super) fn open(socket: UnixStream, queues: u64) -> Result<Self, Error> {
         socket.set_nonblocking(false).map_err(Error::Socket)?;
         let _deadline = Deadline::start(&socket)?;
-        let mut frontend = Frontend::from_stream(socket.try_clone().map_err(Error::Socket)?, queues);
+        let mut frontend = Frontend::from_stream(twin(&socket).map_err(Error::Socket)?.into(), queues);
         frontend.set_owner().or_else(at("SET_OWNER"))?;
         let features = frontend.get_features().or_else(at("GET_FEATURES"))?;
         if features & PROTOCOL_FEATURES == 0 {

@@ -16,6 +16,8 @@ use vmm_sys_util::epoll::EventSet;
 use self::frontend::Connection;
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events;
+use crate::process::first_closed::twin;
+
 use super::net::config::{F_MAC, F_MTU, NetConfig};
 
 pub use self::frontend::Error as LinkError;
@@ -55,7 +57,9 @@ impl VhostUserNet {
     /// back-end's.
     pub fn new(mac: Mac, mtu: u16, socket: UnixStream) -> Result<Self, Error> {
         let open = || {
-            let watched = socket.try_clone().map_err(LinkError::Socket)?;
+            let twin = || twin(&socket).map(UnixStream::from).map_err(LinkError::Socket);
+            // The guest notices by it that this process is gone.
+            let (socket, watched) = (twin()?, twin()?);
             Ok((Connection::open(socket, QUEUE_SIZES.len() as u64)?, watched))
         };
         let (connection, watched) = open().map_err(|source| Error { mac, source })?;
