@@ -16,8 +16,18 @@ const TAIL: usize = 64 * 1024;
 /// The file is renamed to `*.log.1` at this size, which bounds the two to twice as much.
 const MAX_FILE: u64 = 4 << 20;
 
-/// How Linux begins to say that it dies; the stack follows, and pvpanic only behind that.
-const PANIC: &[u8] = b"Kernel panic - not syncing";
+/// How Linux begins to say that it dies; registers and stack follow, and pvpanic only behind that. A driver VM's kernel is
+/// told to panic on every oops: what begins one is as certain as the panic itself, and thousands of characters earlier.
+const PANICS: [&[u8]; 5] = [
+    b"Kernel panic - not syncing",
+    b"BUG: unable to handle",
+    b"BUG: kernel NULL pointer dereference",
+    b"kernel BUG at ",
+    b"Oops: ",
+];
+
+/// The longest of them.
+const LONGEST_PANIC: usize = 36;
 
 /// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
 const READ_AT_ONCE: usize = 64 * 1024;
@@ -115,9 +125,10 @@ impl Console {
         let excess = self.tail.len().saturating_sub(TAIL);
         self.tail.drain(..excess);
         if !self.panicked {
-            let new = (bytes.len() + PANIC.len()).min(self.tail.len());
+            let new = (bytes.len() + LONGEST_PANIC).min(self.tail.len());
             let end = self.tail.make_contiguous();
-            self.panicked = end[end.len() - new..].windows(PANIC.len()).any(|window| window == PANIC);
+            let end = &end[end.len() - new..];
+            self.panicked = PANICS.iter().any(|sign| end.windows(sign.len()).any(|window| window == *sign));
         }
         self.write_file(bytes);
     }
@@ -176,14 +187,20 @@ mod tests {
     #[test]
     fn a_panic_is_seen_however_it_is_cut() {
         let mut console = Console::new("/dev/null".into());
-        for cut in 0..PANIC.len() {
-            console.begin("a life");
-            console.take(b"[ 1.0] ");
-            console.take(&PANIC[..cut]);
-            assert!(!console.has_panic(), "{cut}");
-            console.take(&PANIC[cut..]);
-            assert!(console.has_panic(), "{cut}");
+        for panic in PANICS {
+            assert!(panic.len() <= LONGEST_PANIC);
+            for cut in 0..panic.len() {
+                console.begin("a life");
+                console.take(b"[ 1.0] ");
+                console.take(&panic[..cut]);
+                assert!(!console.has_panic(), "{cut}");
+                console.take(&panic[cut..]);
+                assert!(console.has_panic(), "{cut}");
+            }
         }
+        console.begin("a life that goes on");
+        console.take(b"[ 1.0] BUG: sleeping function called from invalid context at mm/page_alloc.c\n");
+        assert!(!console.has_panic(), "a warning");
         console.begin("the next life");
         console.take(b": sysrq");
         assert!(!console.has_panic());
