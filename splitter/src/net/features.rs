@@ -34,7 +34,8 @@ const COMMON: u64 = bits(&[
 ]);
 
 /// Offered to the guest (`VIRTIO_F_VERSION_1` is the transport's). Not `GUEST_ANNOUNCE`: a new driver VM has the same
-/// address at the same port of the same switch, and the guest is to notice nothing.
+/// address, mostly at the same port of the same switch; where it is another port the splitter announces the guest itself, which
+/// is to notice nothing.
 pub const GUEST: u64 = COMMON
     | bits(&[
         VIRTIO_NET_F_MAC,

@@ -73,6 +73,21 @@ pub enum PreflightError {
         /// What is wrong.
         source: vfio::Error,
     },
+    /// Two processes cannot open one group.
+    #[error(
+        "{driver}: its device {device} and its spare {spare} are both in IOMMU group {group}, which one driver VM alone can \
+         have: take a spare in another group (`umbra doctor` lists them)"
+    )]
+    SharedGroup {
+        /// The driver VM.
+        driver: String,
+        /// Its device.
+        device: Bdf,
+        /// Its spare.
+        spare: Bdf,
+        /// Their group.
+        group: u32,
+    },
     /// Passed-through devices need all of the VM's memory locked.
     #[error(
         "{user} needs {needed} of locked memory for its device, the limit is {limit}: raise it (`ulimit -l`, \
@@ -110,7 +125,9 @@ impl Checked {
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
             let device = check_device(name, &driver.device, host)?;
             if let Some(spare) = &driver.spare {
-                spares.insert(name.clone(), check_device(&format!("{name}, its spare"), spare, host)?);
+                let spare = check_device(&format!("{name}, its spare"), spare, host)?;
+                check_groups(name, &device, &spare)?;
+                spares.insert(name.clone(), spare);
             }
             check_locked_memory(name, driver.memory)?;
             drivers.insert(name.clone(), (device, image));
@@ -156,6 +173,15 @@ fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, Pr
     let bdf: Bdf = address.parse()?;
     let ready = HostDevice::find_below(&host.pci, bdf).and_then(|device| device.check_ready().map(|()| device));
     ready.map_err(|source| PreflightError::Device { user: user.into(), source })
+}
+
+fn check_groups(driver: &str, device: &HostDevice, spare: &HostDevice) -> Result<(), PreflightError> {
+    match device.group().filter(|group| spare.group() == Some(*group)) {
+        Some(group) => {
+            Err(PreflightError::SharedGroup { driver: driver.into(), device: device.bdf(), spare: spare.bdf(), group })
+        }
+        None => Ok(()),
+    }
 }
 
 /// The kernel counts a VM's pinned memory against the limit, unless the process may lock as it likes.

@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::control::{Response, StopHow};
 use umbra_vmm::supervisor::status::DriverStatus;
 
-use crate::machine::{DEVICE, SPARE, TestMachine, start, start_elsewhere, start_with_spare};
+use crate::machine::{DEVICE, SPARE, TestMachine, make_with_spare, start, start_elsewhere, start_with_spare};
 
 type Case = (&'static str, fn());
 
@@ -27,6 +27,7 @@ pub const ALL: &[Case] = cases![
     a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason,
     a_spare_that_is_killed_is_replaced,
     a_failure_of_both_is_survived,
+    a_spare_in_the_device_s_own_group_is_refused,
     a_restart_goes_over_to_the_spare,
     a_restart_is_masked_and_no_failure,
     an_image_that_does_not_boot_changes_nothing,
@@ -166,6 +167,16 @@ fn a_failure_of_both_is_survived() {
         driver.generation == Some(generation) && spare(driver).0 == "armed" && spare(driver).1 == device
     });
     machine.stop();
+}
+
+fn a_spare_in_the_device_s_own_group_is_refused() {
+    let mut machine = make_with_spare("");
+    let link = machine.dir.path().join("pci/devices").join(SPARE).join("iommu_group");
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(machine.dir.path().join("groups/7"), &link).unwrap();
+    machine.start_again();
+    let error = machine.wait().unwrap_err().to_string();
+    assert!(error.contains("its spare 0000:04:00.0 are both in IOMMU group 7"), "{error}");
 }
 
 fn a_restart_goes_over_to_the_spare() {

@@ -47,9 +47,14 @@ pub fn start(guest: &str, driver: &str, restart: &str) -> TestMachine {
 
 /// Starts a machine whose driver VM has a spare.
 pub fn start_with_spare(driver: &str) -> TestMachine {
-    let mut machine = make("", driver, &format!("spare = \"{SPARE}\"\n"));
+    let mut machine = make_with_spare(driver);
     machine.start_again();
     machine
+}
+
+/// Makes a machine whose driver VM has a spare, and starts nothing.
+pub fn make_with_spare(driver: &str) -> TestMachine {
+    make("", driver, &format!("spare = \"{SPARE}\"\n"))
 }
 
 /// Starts a machine whose supervisor is a process of its own.
