@@ -54,6 +54,13 @@ fn outlive_kills_until_quarantine() {
     assert!(status.contains("quarantined"), "{status}");
     let down = "n=0; while grep -q 1 /sys/class/net/e*/carrier 2>/dev/null; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 50000; done; dmesg | tail -n 3";
     place.in_guest("web", down, STEP).or_tell();
+
+    say("the quarantine is ended");
+    let serves = place.expect("umbra resume nic0", RECOVERY).or_tell();
+    assert!(serves.contains("serves"), "{serves}");
+    let again = place.run("umbra resume nic0", STEP).or_tell();
+    assert!(!again.ok() && again.stderr.contains("not quarantined"), "{again:?}");
+    guest_reaches_peer(&mut place);
     machine.stop(&mut place).or_tell();
     let left = place.run("pidof umbra", STEP).or_tell();
     assert!(!left.ok(), "processes are left: {}", left.stdout);

@@ -268,13 +268,14 @@ impl SoundShadow {
     /// # Errors
     /// When its card cannot do what the guest was offered; the shadow goes on masking.
     pub fn replay(&mut self, generation: Generation, card: &Card, now: u64, out: &mut Out) -> Result<(), Violation> {
-        if self.mode == Mode::Dead {
-            return Ok(());
-        }
         if !card.covers(&self.card) {
             return Err(Violation::OtherCard(card.name.clone()));
         }
         self.mask(now, out);
+        if self.mode == Mode::Dead {
+            // The guest has got everything back; it starts over.
+            self.streams.iter_mut().for_each(|stream| stream.reset(out));
+        }
         self.mode = Mode::Replaying(generation);
         for stream in &mut self.streams {
             stream.replay(now, out);
@@ -283,7 +284,7 @@ impl SoundShadow {
         Ok(())
     }
 
-    /// There will be no card again: give everything back and refuse what comes.
+    /// There will be no card until further notice ([`Self::replay`]): give everything back and refuse what comes.
     pub fn die(&mut self, out: &mut Out) {
         self.mode = Mode::Dead;
         for stream in &mut self.streams {

@@ -504,6 +504,19 @@ fn a_dead_card_gives_everything_back_and_refuses() {
 }
 
 #[test]
+fn a_dead_card_that_comes_back_starts_over() {
+    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    rig.crash();
+    rig.with(|s, _, out| s.die(out));
+    rig.boot();
+    assert!(matches!(rig.shadow.mode(), Mode::Passive(_)), "nothing is left to be replayed");
+    assert_eq!(rig.command(OUT, Command::Start), Err(Refusal::WrongState(State::Unset)), "the guest has to set it up again");
+    rig.start_playback(&mut source);
+}
+
+#[test]
 fn another_card_is_refused_unless_it_does_as_much() {
     let mut shadow = SoundShadow::new(card(), Policy::Skip);
     let mut other = card();

@@ -25,6 +25,8 @@ pub use sound::Song;
 
 /// Names a kernel package to use instead of the distribution's newest 6.12.
 pub const KERNEL_VARIABLE: &str = "UMBRA_KERNEL_DEB";
+/// Names another QEMU than the installed one; it is run as it is.
+pub const QEMU_VARIABLE: &str = "UMBRA_QEMU";
 /// Names the folder with `umbra`, `umbra-agent` and `umbra-probe` when it is not that of the running program.
 pub const PROGRAMS_VARIABLE: &str = "UMBRA_BIN_DIR";
 
@@ -146,8 +148,11 @@ impl Assets {
     pub fn prepare(say: Say<'_>) -> Result<Self, AssetError> {
         apt::install_missing(say)?;
         let cache = Cache::of_user();
-        let installed = PathBuf::from(QEMU);
-        let qemu = if has_nested_kvm() { installed } else { emulator::mended(&installed, &cache)? };
+        let qemu = match std::env::var_os(QEMU_VARIABLE) {
+            Some(named) => named.into(),
+            None if has_nested_kvm() => QEMU.into(),
+            None => emulator::mended(Path::new(QEMU), &cache)?,
+        };
         let out = target_dir().join("bench");
         let programs = strip_programs(&out.join("programs"))?;
         let package = kernel_package(say)?;

@@ -34,7 +34,7 @@ pub struct MachineArgs {
     /// A file or folder to copy to /share in the test host. May be repeated.
     #[arg(long = "file", value_name = "PATH")]
     files: Vec<PathBuf>,
-    /// Also build the driver VM image for each NIC and put it at /share/images/DRIVER.
+    /// Also build the driver VM image for each NIC and put it at /share/DRIVER.
     #[arg(long)]
     images: bool,
     /// Names the folder with logs and captures: target/bench/NAME.

@@ -28,6 +28,9 @@ pub(super) enum Kind {
 /// What the download gets every 20 ms while a standby boots, bytes.
 const TRICKLE: u64 = 2 << 10;
 
+/// Shares are whole blocks: the server hands out multiples of 8 bytes but for the file's end.
+const BLOCK: u64 = 4096;
+
 /// From this many crashes on there are other kinds than panics.
 const MIXED_FROM: u32 = 20;
 
@@ -48,10 +51,12 @@ impl Crashes {
         Self(kinds)
     }
 
+    /// So many halves of a crash's share of the file, bytes.
     fn share(&self, halves: u64, bytes: u64) -> u64 {
         // In 128 bits: the product does not fit otherwise.
         let all = 2 * (self.0.len() as u128 + 1);
-        u64::try_from(u128::from(bytes) * u128::from(halves) / all).unwrap_or(bytes)
+        let share = u64::try_from(u128::from(bytes) * u128::from(halves) / all).unwrap_or(bytes);
+        share / BLOCK * BLOCK
     }
 
     /// How far the download may go before crash `index` is survived.
@@ -91,7 +96,7 @@ pub(super) fn run(
         demo.place.peer().mark_stall()?;
         let together = demo.sound.is_some() && kind == Kind::Panic && index + 1 == plan.0.len();
         let lives = if together { both(demo)? } else { issue(demo, kind)? };
-        reach(demo, plan.allowance(index, content.bytes).saturating_sub(1), get, &mut ticks)?;
+        reach(demo, plan.allowance(index, content.bytes), get, &mut ticks)?;
         let stall = demo.place.peer().progress()?.longest_stall_ms;
         let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
         demo.machine.drain();

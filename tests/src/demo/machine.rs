@@ -202,6 +202,17 @@ impl Machine {
         (last.event == "standby-ready").then(|| last.number("boot_ms")).flatten()
     }
 
+    /// Waits until the standby of `driver` is ready.
+    ///
+    /// # Errors
+    /// It is not within `limit`, or `umbra run` ended.
+    pub fn await_standby(&mut self, driver: &str, limit: Duration) -> Result<(), DemoError> {
+        if self.standby_ready(driver).is_none() {
+            self.await_event(limit, |event| event.event == "standby-ready" && event.text("driver") == driver)?;
+        }
+        Ok(())
+    }
+
     /// Takes the events that are there.
     pub fn drain(&mut self) {
         while let Some(event) = self.events.take() {

@@ -24,7 +24,7 @@ use crate::bench::{Bench, BenchError, BenchSpec, Model, pcap};
 use crate::peer::{Content, DEFAULT_RATE, PeerError, guest_address, peer_address};
 use crate::probe::client::ClientError;
 use crate::sound::Sound;
-use crate::sound::player::{Ended, Player};
+use crate::sound::player::{Ended, PATIENT, Player};
 use crate::wav::WavError;
 use crash::{Crashes, Kind};
 use guest_log::GuestLog;
@@ -98,10 +98,6 @@ pub struct DemoSpec {
 
 /// The guest in the demonstration.
 const GUEST: &str = "web";
-
-/// A player's buffer of 200 ms, the default, runs out where an emulated machine stands still for as long while two driver
-/// VMs boot at once; the guest's kernel then reports `EIO`.
-const PLAYER_OPTIONS: &str = "--devbuffer 0.5";
 
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
 const SONG_SECONDS: u32 = 20;
@@ -250,7 +246,7 @@ impl Demo<'_> {
         if self.sound.is_none() {
             return Ok(None);
         }
-        let player = Player::start(&mut self.place, GUEST, PLAYER_OPTIONS)?;
+        let player = Player::start(&mut self.place, GUEST, PATIENT)?;
         self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         Ok(Some(player))
     }

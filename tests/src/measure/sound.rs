@@ -13,7 +13,7 @@ use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
 use crate::demo::place::Place;
-use crate::sound::player::Player;
+use crate::sound::player::{PATIENT, Player};
 use crate::sound::{Sound, recording};
 use crate::wav::analysis::Analysis;
 
@@ -21,12 +21,12 @@ const GUEST: &str = "web";
 const STEP: Duration = Duration::from_secs(60);
 /// Longest time for one recovery.
 const RECOVERY: Duration = Duration::from_secs(120);
-/// Between the recovery from a crash and the next one.
+/// Between the moment that the next standby is ready and the next crash.
 const BETWEEN: Duration = Duration::from_secs(2);
 /// How long the processors are watched.
 const WATCH: Duration = Duration::from_secs(10);
 /// Song for each crash on an emulated machine, and at its end, seconds.
-const SONG_SECONDS: u32 = 12;
+const SONG_SECONDS: u32 = 24;
 /// A command that keeps the guest's processor busy.
 const BUSY: &str = "nice -n 5 sh -c 'while :; do :; done' </dev/null >/dev/null 2>&1 & echo";
 
@@ -142,9 +142,10 @@ impl Stage<'_> {
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
         spec.restart_limit = self.spec.crashes + 5;
         let mut machine = Machine::start(&mut self.place, &spec)?;
-        let player = Player::start(&mut self.place, GUEST, "")?;
+        let player = Player::start(&mut self.place, GUEST, PATIENT)?;
         let mut outages = Vec::new();
         for _ in 0..self.spec.crashes {
+            machine.await_standby(SOUND_DRIVER, RECOVERY)?;
             std::thread::sleep(BETWEEN);
             self.place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP)?;
             let live = machine.await_live(SOUND_DRIVER, RECOVERY)?;
@@ -179,7 +180,7 @@ impl Stage<'_> {
             self.place.in_guest(GUEST, &script, STEP)?;
         }
         let start = Instant::now();
-        let _player = Player::start(&mut self.place, GUEST, "")?;
+        let _player = Player::start(&mut self.place, GUEST, PATIENT)?;
         let before = self.busy_and_all()?;
         std::thread::sleep(WATCH);
         let after = self.busy_and_all()?;

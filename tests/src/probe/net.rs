@@ -129,6 +129,9 @@ pub fn drain(stream: &mut TcpStream) -> io::Result<Bulk> {
     Ok(Bulk { bytes, seconds })
 }
 
+/// So many pings in a row without an answer are no bad luck.
+const MOST_LOST: u32 = 10;
+
 /// Sends `count` datagrams to the peer's echo, one after the other.
 ///
 /// # Errors
@@ -137,8 +140,11 @@ pub fn ping(peer: Ipv4Addr, count: u32) -> io::Result<RoundTrips> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.connect((peer, ports::ECHO))?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-    let mut times = Vec::new();
+    let (mut times, mut answered) = (Vec::new(), 0);
     for n in 0..count {
+        if n - answered > MOST_LOST {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{MOST_LOST} pings to {peer} without an answer")));
+        }
         let start = Instant::now();
         let mut datagram = [0; 64];
         datagram[..4].copy_from_slice(&n.to_le_bytes());
@@ -146,6 +152,7 @@ pub fn ping(peer: Ipv4Addr, count: u32) -> io::Result<RoundTrips> {
         let mut answer = [0; 64];
         while let Ok(len) = socket.recv(&mut answer) {
             if len >= 4 && answer[..4] == n.to_le_bytes() {
+                answered = n;
                 times.push(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
                 break;
             }

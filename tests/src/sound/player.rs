@@ -10,6 +10,10 @@ const STEP: Duration = Duration::from_secs(60);
 /// How often a player is asked whether it has ended: each question costs the emulated machine time.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// mpg123's option for an emulated machine: its buffer of 200 ms, the default, runs out where the machine stands still for
+/// as long, as while two driver VMs boot at once; the guest's kernel then reports `EIO`.
+pub const PATIENT: &str = "--devbuffer 0.5";
+
 /// How a player ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {

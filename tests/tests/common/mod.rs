@@ -29,7 +29,7 @@ pub fn skipped() -> bool {
 
 /// Attempts on an emulated machine: its clocks are as late as this machine is loaded, and a QEMU that is not mended
 /// delivers interrupts twice (docs/bench.md).
-const ATTEMPTS: u32 = 2;
+const ATTEMPTS: u32 = 3;
 
 /// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown and the
 /// scenario run again, [`ATTEMPTS`] times in all; on real KVM the first failure counts.

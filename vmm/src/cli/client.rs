@@ -1,4 +1,4 @@
-//! `umbra status`, `umbra crash` and `umbra stop`: requests to a running machine.
+//! `umbra status`, `crash`, `restart`, `resume` and `stop`: requests to a running machine.
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
@@ -51,6 +51,15 @@ pub struct RestartArgs {
     /// the old one.
     #[arg(long, value_name = "FOLDER")]
     image: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Arguments of `umbra resume`.
+#[derive(Debug, clap::Args)]
+pub struct ResumeArgs {
+    /// The driver VM.
+    driver: String,
     #[command(flatten)]
     common: Common,
 }
@@ -149,16 +158,30 @@ pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
 ///
 /// No machine answers, or the new driver VM does not come up: the old image is in use then.
 pub fn restart(args: &RestartArgs) -> anyhow::Result<()> {
-    let mut machine = Connection::open(&args.common)?;
     let image = args.image.as_ref().map(std::path::absolute).transpose().context("find the image's folder")?;
+    await_life(&args.common, &Request::Restart { name: args.driver.clone(), image }, "masked")
+}
+
+/// Ends a quarantine and waits until the driver VM serves again.
+///
+/// # Errors
+///
+/// No machine answers, or the driver VM is not quarantined, or fails again.
+pub fn resume(args: &ResumeArgs) -> anyhow::Result<()> {
+    await_life(&args.common, &Request::Resume { name: args.driver.clone() }, "away")
+}
+
+/// Sends `request` and waits for the driver VM's next life, which its guests were without for a time (`how`).
+fn await_life(common: &Common, request: &Request, how: &str) -> anyhow::Result<()> {
+    let mut machine = Connection::open(common)?;
     // A boot has its own bounds, which the machine keeps.
     machine.stream.get_ref().set_read_timeout(None).context("talk to the machine")?;
-    let response = machine.ask(&Request::Restart { name: args.driver.clone(), image })?;
+    let response = machine.ask(request)?;
     let Response::Restarted { name, generation, outage_ms } = &response else { bail!(UNEXPECTED) };
-    if args.common.json {
+    if common.json {
         return super::print_json(&response);
     }
-    let masked = outage_ms.map_or_else(String::new, |ms| format!(", {ms:.0} ms masked"));
+    let masked = outage_ms.map_or_else(String::new, |ms| format!(", {ms:.0} ms {how}"));
     super::print(&format!("{name}: generation {generation} serves{masked}"))
 }
 

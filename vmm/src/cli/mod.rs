@@ -44,6 +44,8 @@ enum Command {
     Crash(client::CrashArgs),
     /// Restart a driver VM under its running guests, from a new image if one is named.
     Restart(client::RestartArgs),
+    /// Try a quarantined driver VM again.
+    Resume(client::ResumeArgs),
     /// End a running machine.
     Stop(client::StopArgs),
     /// Say what this host can do, what is missing, and the command that mends it.
@@ -84,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Report(args) => report::run(&args),
         Command::Crash(args) => client::crash(&args),
         Command::Restart(args) => client::restart(&args),
+        Command::Resume(args) => client::resume(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),

@@ -38,6 +38,11 @@ pub enum Request {
         /// The folder of the image, absolute.
         image: Option<PathBuf>,
     },
+    /// End the quarantine of a driver VM. Answered as [`Request::Restart`].
+    Resume {
+        /// Which.
+        name: String,
+    },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
         /// How.

@@ -204,6 +204,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// Someone asked for the end of a quarantine.
+    Resumed {
+        /// The driver VM.
+        driver: String,
+    },
     /// The run before was killed; this one has cleaned up after it.
     CleanedUp {
         /// The number of the supervisor that was killed.
@@ -363,8 +368,9 @@ impl Event {
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::Quarantined { driver, reason } => {
-                format!("{driver}: quarantined: {reason}; its guests see link down. Restart the machine to try again")
+                format!("{driver}: quarantined: {reason}; its guests see link down. `umbra resume {driver}` tries again")
             }
+            Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
             Self::CleanedUp { pid, done } => format!(
                 "the run before (process {pid}) was killed: {done}; its reports are kept (`umbra report --previous`)"
             ),

@@ -10,7 +10,7 @@
 //!                   Fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -   v
 //!                     |        (of any state with a life)                        failure : Live
 //!                     v restart limit reached
-//!                Quarantined                     any state --stop--> Stopping --gone--> Stopped
+//!                Quarantined --resume--> Resetting        any state --stop--> Stopping --gone--> Stopped
 //! ```
 //!
 //! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
@@ -181,6 +181,7 @@ impl Lifecycle {
             Input::Stop => self.on_stop(),
             Input::Restart { fresh } => self.on_restart(now, fresh),
             Input::StandbyUseless => self.on_standby_useless(now),
+            Input::Resume => self.on_resume(now),
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
@@ -279,6 +280,16 @@ impl Lifecycle {
         if self.state != State::Idle {
             return Vec::new();
         }
+        self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
+        vec![Action::Reset]
+    }
+
+    fn on_resume(&mut self, now: Time) -> Vec<Action> {
+        if self.state != State::Quarantined {
+            return Vec::new();
+        }
+        self.history.forgive();
+        self.suspects.clear();
         self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
         vec![Action::Reset]
     }

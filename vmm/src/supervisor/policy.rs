@@ -69,6 +69,12 @@ impl History {
         recent >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX)
     }
 
+    /// What was does not count any more; only [`Self::total`] remembers.
+    pub fn forgive(&mut self) {
+        self.recent.clear();
+        self.in_a_row = 0;
+    }
+
     /// Nothing before the second failure in a row, then `backoff_ms` and twice as much each time.
     fn back_off(&self) -> Duration {
         let Some(doublings) = self.in_a_row.checked_sub(2) else { return Duration::ZERO };
@@ -116,6 +122,16 @@ mod tests {
         let ms = |n| Verdict::Restart(Duration::from_millis(n));
         assert_eq!(delays, [ms(0), ms(100), ms(200), ms(400), ms(500), ms(500)]);
         assert_eq!(history.failed(at(9), LIVED), ms(0), "a stable life ends the row");
+    }
+
+    #[test]
+    fn what_is_forgiven_counts_no_more() {
+        let mut history = History::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
+        assert_eq!(history.failed(at(0), None), Verdict::Restart(Duration::ZERO));
+        assert_eq!(history.failed(at(1), None), Verdict::Quarantine);
+        history.forgive();
+        assert_eq!(history.failed(at(2), None), Verdict::Restart(Duration::ZERO));
+        assert_eq!(history.total(), 3);
     }
 
     #[test]

@@ -52,6 +52,23 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Tries driver VM `n`, which is quarantined, again for `client`.
+    pub(super) fn resume(&mut self, n: usize, client: u64) -> Result<(), String> {
+        let driver = &mut self.drivers[n];
+        let state = driver.lifecycle.state();
+        if *state != State::Quarantined {
+            return Err(format!("{} is not quarantined: it is {}", driver.name, state.name()));
+        }
+        if driver.resetting.is_some() {
+            return Err(format!("{}: the reset of {} still hangs in the kernel", driver.name, driver.spec.device));
+        }
+        driver.trial =
+            Some(Trial { from: driver.lifecycle.generation(), before: None, client: Some(client), live: None });
+        self.events.tell(&Event::Resumed { driver: driver.name.clone() });
+        self.drive(n, Input::Resume);
+        Ok(())
+    }
+
     /// The next driver VM did not come up: the serving one goes on.
     pub(super) fn restart_off(&mut self, n: usize, why: &str) {
         let what = format!("the new driver VM did not come up: {why}");
@@ -106,7 +123,8 @@ impl Supervisor {
         }
         if let Some(client) = client {
             let name = &self.drivers[n].name;
-            let what = format!("{name}: {why}; it goes on with the image of before");
+            let next = if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
+            let what = format!("{name}: {why}; {next}");
             self.clients.answer(client, &Response::Error { what });
         }
         changed

@@ -147,6 +147,12 @@ impl Supervisor {
                     self.clients.answer(id, &Response::Error { what });
                 }
             }
+            Request::Resume { name } => {
+                let begun = self.driver_named(&name).and_then(|n| self.resume(n, id));
+                if let Err(what) = begun {
+                    self.clients.answer(id, &Response::Error { what });
+                }
+            }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
                 let how = if self.stopping == Some(StopHow::Kill) { StopHow::Kill } else { how };

@@ -102,6 +102,8 @@ pub enum Input {
     },
     /// The standby is of no use: another one is to be started.
     StandbyUseless,
+    /// A quarantine is to end: it is tried again, as if nothing had happened before.
+    Resume,
     /// The standby's agent said hello.
     StandbyHello,
     /// The standby has loaded its modules.
@@ -176,7 +178,7 @@ pub enum Action {
     Report,
     /// The life that has failed, and whose place the spare has taken, is fenced: complete its report.
     ReportFenced,
-    /// There will be no further generation, and this is why: tell the guests.
+    /// There will be no further generation unless someone resumes it, and this is why: tell the guests.
     Quarantine(String),
 }
 

@@ -172,6 +172,28 @@ fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
 }
 
 #[test]
+fn a_quarantine_that_is_ended_begins_anew() {
+    let mut life = Lifecycle::new(History::new(Restart { limit: 1, ..Restart::default() }), 1, false);
+    life.handle(at(0), Input::Start);
+    assert_eq!(life.handle(at(1), Input::Resume), [], "it is not quarantined");
+    bring_up(&mut life, at(1));
+    for _ in 0..2 {
+        life.handle(at(5), Input::ProcessGone("signal 9".into()));
+        life.handle(at(5), Input::ResetDone);
+        life.handle(at(5), Input::Hello);
+        life.handle(at(5), Input::Forwarding);
+        life.handle(at(5), Input::Carrier(Carrier::Up));
+        life.handle(at(5), Input::EndLive(0));
+    }
+    assert_eq!(*life.state(), State::Quarantined);
+    assert_eq!(life.handle(at(60), Input::Resume), [Action::Reset]);
+    assert_eq!(life.handle(at(61), Input::ResetDone), [Action::Spawn(generation(3))]);
+    life.handle(at(62), Input::ProcessGone("signal 9".into()));
+    let again = matches!(life.state(), State::Resetting { next: Some(_), .. });
+    assert!(again, "what was before the quarantine does not count: {:?}", life.state());
+}
+
+#[test]
 fn a_reset_that_hangs_ends_in_quarantine() {
     let mut life = new(1);
     life.handle(at(0), Input::Start);
@@ -328,6 +350,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         3 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),
+        1 => Just(Input::Resume),
         2 => Just(Input::StandbyHello),
         2 => Just(Input::StandbyLoaded),
         1 => Just(Input::StandbyHeartbeat),
@@ -359,6 +382,7 @@ proptest! {
                 Input::ResetDone => resetting = false,
                 _ => {}
             }
+            over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
             for action in life.handle(at(now), input.clone()) {
                 match action {
                     Action::Spawn(generation) => {
