@@ -15,7 +15,7 @@ use crate::assets::{Assets, Say};
 use crate::bench::guest::Guest;
 use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
-use crate::demo::machine::{Attach, Machine, MachineSpec};
+use crate::demo::machine::{Attach, Machine, MachineSpec, NIC_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
 use crate::probe::net::{Bulk, RoundTrips};
@@ -36,6 +36,11 @@ pub struct MeasureSpec {
 
 /// Round trips that are measured on each path.
 const ROUND_TRIPS: u32 = 300;
+
+/// How often the path through the driver VM is measured until nothing fails meanwhile.
+const ATTEMPTS: u32 = 3;
+/// Longest time for a standby to be ready.
+const STANDBY: Duration = Duration::from_secs(120);
 
 /// The guest's name on every path.
 const GUEST: &str = "web";
@@ -66,7 +71,7 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
 
     say("(a) the guest behind a driver VM");
     let mut running = Machine::start(&mut place, &machine)?;
-    results.paths.push(path("driver VM", &mut place, spec, say)?);
+    results.paths.push(through_driver_vm(&mut running, &mut place, spec, say)?);
     results.memory = memory::resident(&mut running, &mut place)?;
     say(&format!("    {} crashes", spec.crashes));
     results.outage = outage::measure(&mut running, &mut place, spec.crashes, say)?;
@@ -90,6 +95,27 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
         guest.stop(&mut place)?;
     }
     Ok(results)
+}
+
+/// The path through the driver VM, with nothing failing meanwhile: else it is measured again.
+fn through_driver_vm(
+    running: &mut Machine,
+    place: &mut Place,
+    spec: &MeasureSpec,
+    say: Say<'_>,
+) -> Result<PathFigures, DemoError> {
+    for _ in 1..ATTEMPTS {
+        running.await_standby(NIC_DRIVER, STANDBY)?;
+        let before = running.seen.len();
+        let figures = path("driver VM", place, spec, say)?;
+        running.drain();
+        let Some(failed) = running.seen[before..].iter().find(|event| event.event == "driver-failed") else {
+            return Ok(figures);
+        };
+        say(&format!("    the driver VM failed meanwhile ({}); measured again", failed.text("reason")));
+    }
+    running.await_standby(NIC_DRIVER, STANDBY)?;
+    path("driver VM", place, spec, say)
 }
 
 fn path(name: &str, place: &mut Place, spec: &MeasureSpec, say: Say<'_>) -> Result<PathFigures, DemoError> {

@@ -6,7 +6,7 @@ use super::results::OutageFigures;
 use super::{GUEST, answer};
 use crate::assets::Say;
 use crate::demo::DemoError;
-use crate::demo::machine::Machine;
+use crate::demo::machine::{Machine, NIC_DRIVER};
 use crate::demo::outage::longest;
 use crate::demo::place::Place;
 use crate::peer::{guest_address, now_us, peer_address};
@@ -30,7 +30,7 @@ pub(super) fn measure(
     place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
     let mut all = Vec::new();
     for _ in 0..crashes {
-        std::thread::sleep(Duration::from_secs(1));
+        machine.await_standby(NIC_DRIVER, LIMIT)?;
         place.peer().take_ticks()?;
         std::thread::sleep(AFTERWARDS);
         let begin = now_us() - 400_000;
