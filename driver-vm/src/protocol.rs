@@ -170,6 +170,8 @@ pub enum CrashKind {
     OutOfMemory,
     /// The driver lets go of its device; kernel and agent live on.
     Unbind,
+    /// The virtio-net ends take no frames any more; kernel, agent and NIC live on.
+    Stall,
 }
 
 /// Agent to host.

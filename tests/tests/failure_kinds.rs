@@ -6,13 +6,15 @@ mod common;
 
 use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
 use umbra_tests::demo::machine::Machine;
+use umbra_tests::peer::peer_address;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
-const FAILURES: [(&str, &str, &[&str]); 6] = [
+const FAILURES: [(&str, &str, &[&str]); 7] = [
     ("the agent hangs, the kernel lives on", "umbra crash nic0 --kind agent-hang", &["heartbeat"]),
     ("real-time tasks take every CPU", "umbra crash nic0 --kind spin", &["heartbeat"]),
     ("all memory is taken", "umbra crash nic0 --kind out-of-memory", &["panic", "vm-end", "heartbeat"]),
     ("the driver lets go of its device", "umbra crash nic0 --kind unbind", &["agent"]),
+    ("the guests' frames are taken no more", "umbra crash nic0 --kind stall", &["link"]),
     // A kernel that shuts down stops its network device first.
     ("a reboot without a panic", "umbra crash nic0 --kind reboot", &["vm-end", "link"]),
     ("the VM's process is stopped", "kill -STOP PID", &["heartbeat"]),
@@ -29,6 +31,9 @@ fn outlive_each_kind() {
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     let link = "cat /sys/class/net/e*/carrier_changes";
     let before = place.in_guest("web", link, STEP).or_tell();
+    // Some failures show only where there is traffic.
+    let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
+    place.in_guest("web", &ticks, STEP).or_tell();
     for (what, cause, sources) in FAILURES {
         let pid = machine.driver_pid(&mut place).or_tell();
         place.expect(&cause.replace("PID", &pid.to_string()), STEP).or_tell();

@@ -79,6 +79,9 @@ pub enum Cause {
     /// The data path found a violation.
     #[error(transparent)]
     Data(#[from] crate::pump::PumpError),
+    /// Frames wait, and it offers no buffers for them.
+    #[error("the driver VM has taken no frame for {} s, though frames wait", .0.as_secs())]
+    Stalled(std::time::Duration),
     /// The supervisor gave the generation up, or attached the next one.
     #[error("given up")]
     GivenUp,

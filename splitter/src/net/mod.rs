@@ -10,6 +10,7 @@ mod announce;
 pub mod features;
 pub mod in_flight;
 mod next;
+pub mod stall;
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -154,6 +155,8 @@ pub struct NetSplitter {
     listener: Listener,
     outward: Counts,
     inward: Counts,
+    /// Of what goes out.
+    progress: stall::Progress,
     broken: bool,
 }
 
@@ -174,6 +177,7 @@ impl NetSplitter {
             listener,
             outward: Counts::default(),
             inward: Counts::default(),
+            progress: stall::Progress::default(),
             broken: false,
         })
     }
@@ -308,6 +312,23 @@ impl NetSplitter {
         self.broken = false;
     }
 
+    /// Whether frames wait for the driver VM: [`Self::check_progress`] is to be called every [`stall::LOOK_EVERY`].
+    pub fn waits_for_driver_vm(&self) -> bool {
+        self.progress.is_waiting()
+    }
+
+    /// Gives a driver VM up that has taken no frame for 4 s though some wait.
+    pub fn check_progress(&mut self) {
+        // What came meanwhile is no stall.
+        self.replay();
+        self.outward();
+        if self.progress.look(self.outward.frames)
+            && let Some(generation) = self.link.generation()
+        {
+            self.lose(generation, Cause::Stalled(stall::STALLED_FOR));
+        }
+    }
+
     /// State for users.
     pub fn status(&self) -> Status {
         Status {
@@ -426,6 +447,7 @@ impl NetSplitter {
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let outcome = replay_log(&mut self.shadow, link, in_flight, &mut self.outward);
         let generation = link.generation;
+        self.progress.note(matches!(outcome, Ok(false)));
         match outcome {
             Ok(true) => {
                 if self.shadow.apply(Event::Drained) {
@@ -459,6 +481,7 @@ impl NetSplitter {
             (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, drop).map_err(guests_fault),
             (Verdict::Hold | Verdict::Pass, _) => return,
         };
+        self.progress.note(matches!(outcome, Ok(Stop::TargetFull)));
         self.after(outcome, GuestQueue::Tx);
     }
 

@@ -103,6 +103,8 @@ enum Kind {
     OutOfMemory,
     /// The driver lets go of its device.
     Unbind,
+    /// No more frames are taken from the guests; all else lives on.
+    Stall,
 }
 
 impl From<Kind> for CrashKind {
@@ -114,6 +116,7 @@ impl From<Kind> for CrashKind {
             Kind::Spin => Self::Spin,
             Kind::OutOfMemory => Self::OutOfMemory,
             Kind::Unbind => Self::Unbind,
+            Kind::Stall => Self::Stall,
         }
     }
 }

@@ -4,17 +4,18 @@
 //! Queue 0 receives, 1 transmits, 2 is the control queue (virtio 1.2, section 5.1.2). Invariant: the device is reset
 //! by the guest's driver alone; nothing that happens to a driver VM shows in it but the link status of a quarantine.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::Generation;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::header::Offloads as FrameOffloads;
-use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features};
+use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
 use umbra_splitter::queue::Virtqueue;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
@@ -44,6 +45,9 @@ pub struct SplitNet {
     config_call: ConfigCall,
     /// Kicks in the event loop.
     watched: Vec<(RawFd, Source)>,
+    /// Runs while frames wait for the driver VM.
+    looks: TimerFd,
+    looking: bool,
 }
 
 impl SplitNet {
@@ -55,7 +59,12 @@ impl SplitNet {
             operation: "cannot make the network splitter".into(),
             source: source.into(),
         })?;
-        Ok(Self { index, splitter, config_call, watched: Vec::new() })
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|source| Error::Backend {
+            operation: "cannot make a timer for the network splitter".into(),
+            source: Box::new(source),
+        })?;
+        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false })
     }
 
     /// [`ToVm::AttachLink`](crate::process::ipc::ToVm::AttachLink).
@@ -118,6 +127,24 @@ impl SplitNet {
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
         config[10..].copy_from_slice(&shadow.mtu().to_le_bytes());
         config
+    }
+
+    /// Starts or stops the timer that looks for a driver VM that takes nothing.
+    fn look_if_needed(&mut self) {
+        let needed = self.splitter.waits_for_driver_vm();
+        if needed == self.looking {
+            return;
+        }
+        let set = if needed {
+            let every = Expiration::Interval(stall::LOOK_EVERY.into());
+            self.looks.set(every, TimerSetTimeFlags::empty())
+        } else {
+            self.looks.unset()
+        };
+        match set {
+            Ok(()) => self.looking = needed,
+            Err(error) => tracing::warn!(%error, "cannot watch for frames that make no progress"),
+        }
     }
 
     /// Brings the event loop's set of kicks up to date.
@@ -260,6 +287,9 @@ impl MutEventSubscriber for SplitNet {
         if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
             tracing::error!(?error, "cannot watch the network splitter");
         }
+        if let Err(error) = ops.add(Events::new_raw(self.looks.as_fd().as_raw_fd(), EventSet::IN)) {
+            tracing::error!(?error, "cannot watch for frames that make no progress");
+        }
         self.watch(ops);
     }
 
@@ -271,7 +301,12 @@ impl MutEventSubscriber for SplitNet {
             self.watch(ops);
         } else if let Some((_, source)) = self.watched.iter().find(|(watched, _)| *watched == fd) {
             self.splitter.kicked(*source);
+        } else if fd == self.looks.as_fd().as_raw_fd() {
+            // Nothing to read if it was switched off a moment ago.
+            let _ = self.looks.wait();
+            self.splitter.check_progress();
         }
+        self.look_if_needed();
     }
 }
 

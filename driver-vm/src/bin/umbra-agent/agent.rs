@@ -154,6 +154,9 @@ impl Agent {
                 anyhow::bail!("the host sent settings for a network that is none")
             }
             (ToAgent::Rescan, _) => pci::rescan()?,
+            (ToAgent::Crash { kind: CrashKind::Stall }, State::Forwarding { network, .. }) => {
+                network.stall(&mut self.requests)?;
+            }
             (ToAgent::Crash { kind }, _) => crash(kind),
         }
         Ok(())
@@ -251,5 +254,7 @@ fn crash(kind: CrashKind) {
         CrashKind::Spin => system::spin(),
         CrashKind::OutOfMemory => system::take_all_memory(),
         CrashKind::Unbind => pci::unbind_all(),
+        // There is no forwarding to stall.
+        CrashKind::Stall => {}
     }
 }

@@ -100,6 +100,18 @@ impl Nic {
 }
 
 impl Network {
+    /// Switches the ends off, so that nobody takes the guests' frames: a failure to be noticed by the host.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn stall(&self, netlink: &mut Netlink) -> anyhow::Result<()> {
+        for end in &self.ends {
+            interface::set_flags(netlink, end.index, 0, IFF_UP)
+                .with_context(|| format!("cannot switch {} off", end.name))?;
+        }
+        Ok(())
+    }
+
     /// Joins the NIC with the ends of the plan, or gives the NIC back when not all of them are there and up yet.
     ///
     /// # Errors

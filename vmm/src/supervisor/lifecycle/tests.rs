@@ -173,7 +173,7 @@ fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
 
 #[test]
 fn a_quarantine_that_is_ended_begins_anew() {
-    let mut life = Lifecycle::new(History::new(Restart { limit: 1, ..Restart::default() }), 1, false);
+    let mut life = Lifecycle::new(History::new(Restart { limit: 1, ..Restart::default() }), 1, Ahead::Nothing);
     life.handle(at(0), Input::Start);
     assert_eq!(life.handle(at(1), Input::Resume), [], "it is not quarantined");
     bring_up(&mut life, at(1));

@@ -1,0 +1,81 @@
+//! Frames that make no progress: a driver VM that offers no buffers while the guest's frames wait for them.
+//!
+//! Its kernel may be alive, and its agent with it, while its network device stands still. A NIC that is merely slow does
+//! not look like this: the driver VM's queueing discipline drops what the NIC cannot take.
+
+use std::time::Duration;
+
+/// How often it is looked while frames wait.
+pub const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// So many looks in a row without a frame taken are a stall: 4 s, more than the heartbeat's time-out by default, so that a
+/// driver VM that gets no processor time is noticed as what it is.
+const LOOKS: u32 = 8;
+
+/// So long has nothing moved when a stall is told.
+pub(super) const STALLED_FOR: Duration = LOOK_EVERY.saturating_mul(LOOKS);
+
+/// Watches one direction.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Frames wait for buffers.
+    waiting: bool,
+    /// The count of frames when it last moved.
+    frames: u64,
+    looks: u32,
+}
+
+impl Progress {
+    /// How the last attempt to hand frames over ended.
+    pub(super) fn note(&mut self, waiting: bool) {
+        self.waiting = waiting;
+        if !waiting {
+            self.looks = 0;
+        }
+    }
+
+    /// Whether it has to be looked at all.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting
+    }
+
+    /// A look, when `frames` have been handed over so far. True: stalled; begins anew.
+    pub(super) fn look(&mut self, frames: u64) -> bool {
+        if !self.waiting || frames != self.frames {
+            (self.frames, self.looks) = (frames, 0);
+            return false;
+        }
+        self.looks += 1;
+        let stalled = self.looks >= LOOKS;
+        if stalled {
+            *self = Self { frames, ..Self::default() };
+        }
+        stalled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_frames_that_wait_in_vain_are_a_stall() {
+        let mut progress = Progress::default();
+        assert!((0..100).all(|_| !progress.look(7)), "nothing waits");
+        progress.note(true);
+        assert!((0..100).all(|n| !progress.look(8 + n)), "each look sees another count");
+        let looks = (0..).position(|_| progress.look(107)).unwrap();
+        assert_eq!(looks + 1, LOOKS as usize);
+        assert!(!progress.look(107), "told once");
+    }
+
+    #[test]
+    fn buffers_that_come_in_between_begin_it_anew() {
+        let mut progress = Progress::default();
+        for _ in 0..10 {
+            progress.note(true);
+            assert!((1..LOOKS).all(|_| !progress.look(0)));
+            progress.note(false);
+        }
+    }
+}
