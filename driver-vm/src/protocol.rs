@@ -170,7 +170,7 @@ pub enum CrashKind {
     OutOfMemory,
     /// The driver lets go of its device; kernel and agent live on.
     Unbind,
-    /// The virtio-net ends take no frames any more; kernel, agent and NIC live on.
+    /// Frames or samples of the guests are taken no more; kernel and agent live on.
     Stall,
 }
 

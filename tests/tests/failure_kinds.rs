@@ -9,11 +9,17 @@ use umbra_tests::demo::machine::Machine;
 use umbra_tests::peer::peer_address;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
-const FAILURES: [(&str, &str, &[&str]); 7] = [
+const FAILURES: [(&str, &str, &[&str]); 8] = [
     ("the agent hangs, the kernel lives on", "umbra crash nic0 --kind agent-hang", &["heartbeat"]),
     ("real-time tasks take every CPU", "umbra crash nic0 --kind spin", &["heartbeat"]),
     ("all memory is taken", "umbra crash nic0 --kind out-of-memory", &["panic", "vm-end", "heartbeat"]),
     ("the driver lets go of its device", "umbra crash nic0 --kind unbind", &["agent"]),
+    // The device's command register, written behind its driver's back.
+    (
+        "the device is switched off",
+        "printf '\\0\\0' | dd of=/sys/bus/pci/devices/$NIC0/config bs=1 seek=4 conv=notrunc 2>/dev/null",
+        &["device"],
+    ),
     ("the guests' frames are taken no more", "umbra crash nic0 --kind stall", &["link"]),
     // A kernel that shuts down stops its network device first.
     ("a reboot without a panic", "umbra crash nic0 --kind reboot", &["vm-end", "link"]),

@@ -512,7 +512,11 @@ fn a_dead_card_that_comes_back_starts_over() {
     rig.with(|s, _, out| s.die(out));
     rig.boot();
     assert!(matches!(rig.shadow.mode(), Mode::Passive(_)), "nothing is left to be replayed");
-    assert_eq!(rig.command(OUT, Command::Start), Err(Refusal::WrongState(State::Unset)), "the guest has to set it up again");
+    assert_eq!(
+        rig.command(OUT, Command::Start),
+        Err(Refusal::WrongState(State::Unset)),
+        "the guest has to set it up again"
+    );
     rig.start_playback(&mut source);
 }
 

@@ -143,7 +143,10 @@ pub fn ping(peer: Ipv4Addr, count: u32) -> io::Result<RoundTrips> {
     let (mut times, mut answered) = (Vec::new(), 0);
     for n in 0..count {
         if n - answered > MOST_LOST {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{MOST_LOST} pings to {peer} without an answer")));
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("{MOST_LOST} pings to {peer} without an answer"),
+            ));
         }
         let start = Instant::now();
         let mut datagram = [0; 64];

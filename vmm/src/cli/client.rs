@@ -103,7 +103,7 @@ enum Kind {
     OutOfMemory,
     /// The driver lets go of its device.
     Unbind,
-    /// No more frames are taken from the guests; all else lives on.
+    /// Frames or samples of the guests are taken no more; all else lives on.
     Stall,
 }
 

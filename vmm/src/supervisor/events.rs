@@ -368,7 +368,9 @@ impl Event {
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::Quarantined { driver, reason } => {
-                format!("{driver}: quarantined: {reason}; its guests see link down. `umbra resume {driver}` tries again")
+                format!(
+                    "{driver}: quarantined: {reason}; its guests see link down. `umbra resume {driver}` tries again"
+                )
             }
             Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
             Self::CleanedUp { pid, done } => format!(

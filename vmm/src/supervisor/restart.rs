@@ -123,7 +123,8 @@ impl Supervisor {
         }
         if let Some(client) = client {
             let name = &self.drivers[n].name;
-            let next = if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
+            let next =
+                if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
             let what = format!("{name}: {why}; {next}");
             self.clients.answer(client, &Response::Error { what });
         }

@@ -37,7 +37,7 @@ pub struct VfioPciDevice {
     config: Config,
     interrupts: DeviceInterrupts,
     bars: Vec<BarState>,
-    host: HostFunction,
+    host: Arc<HostFunction>,
     vfio: Arc<Vfio>,
 }
 
@@ -46,7 +46,7 @@ impl VfioPciDevice {
     pub fn open(vfio: &Arc<Vfio>, bdf: Bdf, slot: Slot) -> Result<Self, Error> {
         let host_device = HostDevice::find(bdf)?;
         let vanished = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::EventFd { bdf, source })?;
-        let host = HostFunction::new(bdf, vfio.open(&host_device)?, vanished);
+        let host = Arc::new(HostFunction::new(bdf, vfio.open(&host_device)?, vanished));
         let gsi = (host.irq_count(Index::Intx) > 0).then(|| Interrupts::intx_gsi(slot.get()));
         // From here on its drop gives everything back, however far the set-up came.
         let mut this = Self {
@@ -62,7 +62,7 @@ impl VfioPciDevice {
     }
 
     fn set_up(&mut self, gsi: Option<u32>) -> Result<(), Error> {
-        let (host, bdf, interrupts) = (&self.host, self.host.bdf(), self.vfio.interrupts());
+        let (host, bdf, interrupts) = (&*self.host, self.host.bdf(), self.vfio.interrupts());
         let capabilities = Capabilities::scan(host);
         let msix = config::msix_layout(host, &capabilities)?;
         let emulated: Vec<Emulated> = msix.iter().flat_map(MsixLayout::emulated).collect();
@@ -142,14 +142,14 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
-        self.config.read(&self.host, offset, data);
+        self.config.read(&*self.host, offset, data);
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
         if self.config.may_stop_decoding(offset, data) {
             self.leave_vm();
         }
-        let effects = self.config.write(&self.host, offset, data);
+        let effects = self.config.write(&*self.host, offset, data);
         if effects.interrupts {
             self.update_interrupts();
         }
@@ -191,7 +191,7 @@ impl PciDevice for VfioPciDevice {
     fn reset(&mut self) {
         self.quiesce();
         self.host.device().reset();
-        self.config.reset(&self.host);
+        self.config.reset(&*self.host);
         self.update_interrupts();
     }
 }

@@ -1,15 +1,18 @@
 //! Bad news about a passed-through function: the device reports an error, the host wants it back, or it is
 //! gone. Whoever runs the VM decides what to do.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::Error;
 use super::irq::Index;
-use super::region::HostFunction;
+use super::region::{HostFunction, Presence};
 use crate::pci::address::Bdf;
 
 /// What happened to a function.
@@ -21,6 +24,8 @@ pub enum Failure {
     RemovalRequested,
     /// It does not answer any more.
     Vanished,
+    /// Something else than its driver has switched it off or reset it.
+    SwitchedOff,
 }
 
 impl std::fmt::Display for Failure {
@@ -29,8 +34,18 @@ impl std::fmt::Display for Failure {
             Self::DeviceError => "the device reported an uncorrectable error",
             Self::RemovalRequested => "the host wants the device back",
             Self::Vanished => "the device does not answer any more",
+            Self::SwitchedOff => "the device was switched off or reset by something else than its driver",
         })
     }
+}
+
+/// How often the function's command register is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+fn timer() -> nix::Result<TimerFd> {
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+    timer.set(Expiration::Interval(LOOK_EVERY.into()), TimerSetTimeFlags::empty())?;
+    Ok(timer)
 }
 
 /// Tells a callback about each failure of one function. Subscribe it to the VM's event loop.
@@ -39,16 +54,23 @@ pub struct FailureWatch {
     error: EventFd,
     request: EventFd,
     vanished: EventFd,
+    /// Looked at from time to time. A reference would keep the device open.
+    host: Weak<HostFunction>,
+    looks: TimerFd,
+    /// How it was at the last look.
+    last: Presence,
     tell: Box<dyn FnMut(Bdf, Failure) + Send>,
 }
 
 impl FailureWatch {
-    pub(super) fn new(host: &HostFunction, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<Self, Error> {
+    pub(super) fn new(host: &Arc<HostFunction>, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<Self, Error> {
         let bdf = host.bdf();
         let failed = |source| Error::EventFd { bdf, source };
         let event = || EventFd::new(EFD_NONBLOCK).map_err(failed);
         let vanished = host.vanished().try_clone().map_err(failed)?;
-        let this = Self { bdf, error: event()?, request: event()?, vanished, tell };
+        let looks = timer().map_err(|errno| failed(errno.into()))?;
+        let (last, weak) = (Presence::Present, Arc::downgrade(host));
+        let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, tell };
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.
             if host.irq_count(index) > 0 {
@@ -60,6 +82,25 @@ impl FailureWatch {
             }
         }
         Ok(this)
+    }
+
+    /// The same bad news twice in a row counts: in between a driver may be about to switch something.
+    fn look(&mut self) {
+        // Nothing to read would be a look too many.
+        let _ = self.looks.wait();
+        let Some(host) = self.host.upgrade() else { return };
+        let now = host.look();
+        let failure = match now {
+            Presence::Present => None,
+            Presence::SwitchedOff => Some(Failure::SwitchedOff),
+            Presence::Absent => Some(Failure::Vanished),
+        };
+        if let Some(failure) = failure.filter(|_| now == self.last) {
+            // Once is enough.
+            let _ = self.looks.unset();
+            (self.tell)(self.bdf, failure);
+        }
+        self.last = now;
     }
 
     fn sources(&self) -> [(&EventFd, Failure); 3] {
@@ -78,9 +119,15 @@ impl MutEventSubscriber for FailureWatch {
                 tracing::error!("{}: watch for failures: {error:?}", self.bdf);
             }
         }
+        if let Err(error) = ops.add(Events::new_raw(self.looks.as_fd().as_raw_fd(), EventSet::IN)) {
+            tracing::error!("{}: watch for failures: {error:?}", self.bdf);
+        }
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if events.fd() == self.looks.as_fd().as_raw_fd() {
+            return self.look();
+        }
         let found = self.sources().into_iter().find(|(event, _)| event.as_raw_fd() == events.fd());
         let Some((event, failure)) = found else { return };
         // The kernel repeats a removal request while the device is open: each is one event.

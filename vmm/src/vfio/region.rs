@@ -4,7 +4,7 @@
 //! first access that fails because the device is gone signals [`HostFunction::vanished`].
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{
@@ -14,8 +14,10 @@ use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bars::RegionInfo;
+use super::config::COMMAND;
 use super::error::Error;
 use crate::pci::address::Bdf;
+use crate::pci::config::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY};
 
 /// Vendor ID that no device has: what reads of an absent device return.
 const NO_VENDOR: u16 = 0xFFFF;
@@ -55,12 +57,37 @@ pub struct HostFunction {
     device: VfioDevice,
     vanished: EventFd,
     told: AtomicBool,
+    /// What was last written to the command register.
+    command: AtomicU16,
+}
+
+/// How a function is found when it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// As it should be.
+    Present,
+    /// What its driver has switched on is off: something else has reset it or switched it off.
+    SwitchedOff,
+    /// It does not answer.
+    Absent,
+}
+
+/// Judges the command register as it reads (`now`) against what was last written to it.
+fn judge(now: u16, written: u16) -> Presence {
+    const SWITCHES: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER;
+    if now == NO_VENDOR {
+        Presence::Absent
+    } else if written & !now & SWITCHES != 0 {
+        Presence::SwitchedOff
+    } else {
+        Presence::Present
+    }
 }
 
 impl HostFunction {
     /// Wraps an opened device; `vanished` is signalled when it is gone.
     pub fn new(bdf: Bdf, device: VfioDevice, vanished: EventFd) -> Self {
-        Self { bdf, device, vanished, told: AtomicBool::new(false) }
+        Self { bdf, device, vanished, told: AtomicBool::new(false), command: AtomicU16::new(0) }
     }
 
     /// The address.
@@ -71,6 +98,21 @@ impl HostFunction {
     /// The device.
     pub fn device(&self) -> &VfioDevice {
         &self.device
+    }
+
+    /// Looks whether the function is there and as its driver wants it.
+    pub fn look(&self) -> Presence {
+        judge(self.config16(COMMAND), self.command.load(Ordering::Relaxed))
+    }
+
+    fn note_command(&self, offset: u16, data: &[u8]) {
+        let mut command = self.command.load(Ordering::Relaxed).to_le_bytes();
+        for (&byte, at) in data.iter().zip(offset..) {
+            if let Some(place) = at.checked_sub(COMMAND).and_then(|i| command.get_mut(usize::from(i))) {
+                *place = byte;
+            }
+        }
+        self.command.store(u16::from_le_bytes(command), Ordering::Relaxed);
     }
 
     /// Signalled once, when the device is found to be gone.
@@ -169,7 +211,23 @@ impl HostConfig for HostFunction {
 
     fn write_config(&self, offset: u16, data: &[u8]) {
         if u64::from(offset) < self.device.get_region_size(VFIO_PCI_CONFIG_REGION_INDEX) {
+            self.note_command(offset, data);
             self.write(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), data);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_register_tells_how_a_function_is() {
+        assert_eq!(judge(0x0007, 0x0007), Presence::Present);
+        assert_eq!(judge(0x0407, 0x0006), Presence::Present, "more than was asked for");
+        assert_eq!(judge(0x0000, 0x0000), Presence::Present, "its driver has not switched anything on");
+        assert_eq!(judge(0x0000, 0x0406), Presence::SwitchedOff);
+        assert_eq!(judge(0x0003, 0x0007), Presence::SwitchedOff, "without bus mastering");
+        assert_eq!(judge(0xFFFF, 0x0007), Presence::Absent);
     }
 }

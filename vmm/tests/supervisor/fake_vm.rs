@@ -206,7 +206,9 @@ fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
             channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
             std::process::exit(0);
         }
-        CrashKind::Spin | CrashKind::OutOfMemory | CrashKind::Unbind => unimplemented!("{kind:?} takes a kernel"),
+        CrashKind::Spin | CrashKind::OutOfMemory | CrashKind::Unbind | CrashKind::Stall => {
+            unimplemented!("{kind:?} takes a kernel")
+        }
     }
 }
 

@@ -157,6 +157,7 @@ impl Agent {
             (ToAgent::Crash { kind: CrashKind::Stall }, State::Forwarding { network, .. }) => {
                 network.stall(&mut self.requests)?;
             }
+            (ToAgent::Crash { kind: CrashKind::Stall }, State::Sound(service)) => service.stall()?,
             (ToAgent::Crash { kind }, _) => crash(kind),
         }
         Ok(())

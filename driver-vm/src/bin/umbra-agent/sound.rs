@@ -8,6 +8,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use umbra_shadow::sound::Card;
 
 /// Where the image has it.
@@ -41,6 +43,15 @@ impl Service {
         let output = child.stdout.take().context("the sound service has no output")?;
         fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
         Ok(Self { child, output, line: Vec::new(), described: false })
+    }
+
+    /// Stops it where it is, so that nobody feeds the card: a failure to be noticed by the host.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn stall(&self) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
+        kill(pid, Signal::SIGSTOP).context("cannot stop the sound service")
     }
 
     /// For polling.

@@ -24,7 +24,7 @@ pub enum Source {
     ProcessExit,
     /// The VM could not be started.
     Start,
-    /// VFIO reported an error of the device, or a storm of interrupts.
+    /// VFIO reported an error of the device, or it was found switched off.
     Device,
     /// The agent reported it.
     Agent,
