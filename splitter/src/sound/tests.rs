@@ -1,3 +1,5 @@
+//! The sound splitter against a service that the test plays itself.
+
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
 

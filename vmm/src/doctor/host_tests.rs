@@ -1,3 +1,5 @@
+//! What is found on hosts that are made of files in a folder.
+
 use std::fs;
 
 use super::super::Grade;

@@ -1,3 +1,5 @@
+//! The report's page, as text; a browser looks at it in `vmm/tests`.
+
 use super::super::{Driver, Mark};
 use super::*;
 use crate::supervisor::events::Parts;

@@ -1,3 +1,5 @@
+//! Histories out of event logs.
+
 use super::super::Outcome;
 use super::*;
 

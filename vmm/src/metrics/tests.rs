@@ -1,3 +1,5 @@
+//! Metrics out of events and status.
+
 use super::*;
 use crate::process::ipc::{MaskedCounts, SoundCounts};
 use crate::supervisor::lifecycle::Source;

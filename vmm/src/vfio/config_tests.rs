@@ -1,3 +1,5 @@
+//! Configuration space of a device that is a table in memory.
+
 use std::cell::RefCell;
 
 use proptest::prelude::*;
