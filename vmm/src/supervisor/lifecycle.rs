@@ -74,6 +74,8 @@ pub struct Lifecycle {
     reserve: Reserve,
     /// A restart was asked for; it waits for the standby.
     restarting: bool,
+    /// The device's reset has not returned within its time, nor since.
+    reset_hangs: bool,
     /// The newest number that a process has had.
     newest: Option<Generation>,
     /// The ends that have gone live by themselves, and with which generation.
@@ -88,6 +90,7 @@ impl Lifecycle {
         Self {
             reserve: Reserve::new(ahead, boot, heartbeat),
             newest: None,
+            reset_hangs: false,
             ahead: BTreeMap::new(),
             restarting: false,
             state: State::Idle,
@@ -285,7 +288,8 @@ impl Lifecycle {
     }
 
     fn on_resume(&mut self, now: Time) -> Vec<Action> {
-        if self.state != State::Quarantined {
+        // A second reset beside one that hangs would help nobody.
+        if self.state != State::Quarantined || self.reset_hangs {
             return Vec::new();
         }
         self.history.forgive();
@@ -295,6 +299,7 @@ impl Lifecycle {
     }
 
     fn on_reset_done(&mut self, now: Time) -> Vec<Action> {
+        self.reset_hangs = false;
         match self.state {
             State::Resetting { next: Some(next), .. } if next <= now => self.begin_life(now),
             State::Resetting { next: Some(until), .. } => {
@@ -542,6 +547,7 @@ impl Lifecycle {
             State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(),
             State::Resetting { until, next } if until <= now => {
                 self.state = State::Quarantined;
+                self.reset_hangs = true;
                 let why = format!("the device's reset has not returned for {} s", RESET_PATIENCE.as_secs());
                 let mut actions = self.drop_standby();
                 actions.extend(next.map(|_| Action::Quarantine(why)));

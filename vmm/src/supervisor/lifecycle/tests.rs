@@ -199,7 +199,9 @@ fn a_reset_that_hangs_ends_in_quarantine() {
     life.handle(at(0), Input::Start);
     let actions = life.handle(at(0) + RESET_PATIENCE, Input::Tick);
     assert!(matches!(&actions[..], [Action::Quarantine(_)]));
+    assert_eq!(life.handle(at(80_000), Input::Resume), [], "a second reset would run beside it");
     assert_eq!(life.handle(at(90_000), Input::ResetDone), [], "too late");
+    assert_eq!(life.handle(at(95_000), Input::Resume), [Action::Reset]);
 }
 
 #[test]
