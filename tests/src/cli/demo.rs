@@ -1,17 +1,12 @@
 //! `umbra-bench demo`.
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 
 use crate::assets::target_dir;
-use crate::bench::has_nested_kvm;
-use crate::demo::{self, DemoError, DemoResult, DemoSpec, hardware::Wire};
-
-/// Attempts in an emulated test host.
-const ATTEMPTS: u32 = 3;
+use crate::demo::{self, DemoSpec, attempts, hardware::Wire};
 
 /// Arguments of `umbra-bench demo`.
 #[derive(Clone, Debug, clap::Args)]
@@ -57,26 +52,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let spec =
         DemoSpec { nic: args.nic.as_str().into(), crashes: args.crashes, bytes: args.mib << 20, sound, hardware };
     let dir = target_dir().join("demo");
-    let result = attempt(&spec, &dir)?;
+    let say = |line: &str| println!("{line}");
+    let run = || demo::run(&spec, &dir, &say);
+    let result = if spec.hardware.is_some() { run() } else { attempts::in_test_host(&say, run) }?;
     println!("written to {}", dir.join("result.json").display());
     Ok(if result.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Runs the demo; where the test host is emulated, again after a run that did not come to its end: the emulation itself
-/// fails now and then (docs/bench.md). A result that is not as it should be is a result.
-fn attempt(spec: &DemoSpec, dir: &Path) -> Result<DemoResult, DemoError> {
-    let emulated = spec.hardware.is_none() && !has_nested_kvm();
-    let attempts = if emulated { ATTEMPTS } else { 1 };
-    for attempt in 1..attempts {
-        match demo::run(spec, dir, &|line| println!("{line}")) {
-            Err(error @ (DemoError::Umbra { .. } | DemoError::Exec(_) | DemoError::Bench(_))) => {
-                println!("{:#}", anyhow::Error::new(error));
-                println!("attempt {attempt} of {attempts} in an emulated test host did not come to its end; once more");
-            }
-            result => return result,
-        }
-    }
-    demo::run(spec, dir, &|line| println!("{line}"))
 }
 
 /// The address that this machine would speak from to the world. Nothing is sent.

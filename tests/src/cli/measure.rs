@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::say;
 use crate::assets::target_dir;
+use crate::demo::attempts;
 use crate::measure::{self, MeasureSpec};
 
 /// Arguments of `umbra-bench measure`.
@@ -36,7 +37,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             crashes: args.crashes,
             smallest: args.smallest,
         };
-        let results = measure::run(&spec, &say)?;
+        let results = attempts::in_test_host(&say, || measure::run(&spec, &say))?;
         print!("{}", results.table());
         all.push(results);
     }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::say;
 use crate::assets::target_dir;
+use crate::demo::attempts;
 use crate::measure::sound::{self, SoundMeasureSpec};
 
 /// Arguments of `umbra-bench sound`.
@@ -31,8 +32,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut all = Vec::new();
     for model in &args.models {
         let (model, policy) = (model.as_str().into(), args.policy.clone());
-        let results =
-            sound::run(&SoundMeasureSpec { model, policy, crashes: args.crashes, seconds: args.seconds }, &say)?;
+        let spec = SoundMeasureSpec { model, policy, crashes: args.crashes, seconds: args.seconds };
+        let results = attempts::in_test_host(&say, || sound::run(&spec, &say))?;
         print!("{}", results.table());
         all.push(results);
     }

@@ -4,6 +4,7 @@
 //! The download is paced by progress: it is never over before the last crash, and each crash hits it under way.
 //! Everything that decides over success is measured outside the guest, or read in it before and after.
 
+pub mod attempts;
 mod crash;
 pub mod events;
 pub mod guest_log;
@@ -76,6 +77,12 @@ pub enum DemoError {
 }
 
 impl DemoError {
+    /// The test host or the guest in it did not answer, or not as it should: on an emulated machine perhaps for no fault of
+    /// Umbra's.
+    pub fn may_be_emulation(&self) -> bool {
+        matches!(self, Self::Umbra { .. } | Self::Exec(_) | Self::Bench(_))
+    }
+
     pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
         Self::File { operation, path: path.into(), source }
     }

@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::{GUEST, answer};
 use crate::assets::{Assets, Say};
 use crate::bench::{Bench, BenchSpec, Model};
-use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, MachineSpec};
 use crate::demo::outage::longest;
 use crate::demo::place::Place;
+use crate::demo::{DemoError, attempts};
 use crate::peer::{guest_address, now_us, peer_address};
 use crate::probe::reinit::Reinit;
 
@@ -104,15 +104,52 @@ pub struct Outages {
     pub each: Vec<Value>,
 }
 
-/// Takes the measurements.
+/// What one or several boots of the test host have shown.
+#[derive(Default)]
+struct Taken {
+    /// Gaps at the peer, ms.
+    seen: Vec<f64>,
+    /// The longest in as long a time without a crash, ms.
+    quiet: Vec<f64>,
+    /// Outages as Umbra counts them, ms.
+    told: Vec<f64>,
+    /// Their parts.
+    each: Vec<Value>,
+    bare: Vec<Reinit>,
+    /// Crashes at the last failure of a test host.
+    counted: usize,
+}
+
+/// Takes the measurements. An emulated test host that fails midway is booted again, and what it has shown is kept.
 ///
 /// # Errors
 /// One could not be made.
 pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let assets = Assets::prepare(say)?;
+    let mut taken = Taken::default();
+    let mut barren = 0;
+    while let Err(error) = boot(spec, &assets, &mut taken, say) {
+        let crashes = taken.each.len();
+        barren = if crashes > taken.counted { 0 } else { barren + 1 };
+        taken.counted = crashes;
+        if !error.may_be_emulation() || barren >= attempts::allowed() || attempts::allowed() == 1 {
+            return Err(error);
+        }
+        say(&format!("{:#}", anyhow::Error::new(error)));
+        say(&format!("the emulated test host failed after {crashes} crashes; another goes on"));
+    }
+    Ok(Outages::new(spec, taken))
+}
+
+/// One boot of the test host: bare re-initialisations, then the crashes that are left.
+fn boot(spec: &OutagesSpec, assets: &Assets, taken: &mut Taken, say: Say<'_>) -> Result<(), DemoError> {
     say(&format!("booting the test host with a {}", spec.nic));
-    let (mut place, machine) = place(&assets, ("outages", None), &spec.nic, spec.spare.as_ref())?;
+    let (mut place, machine) = place(assets, ("outages", None), &spec.nic, spec.spare.as_ref())?;
     let machine = MachineSpec { restart_limit: spec.crashes + 3, standby: spec.standby.clone(), ..machine };
+    if spec.spare.is_none() && spec.reinits > 0 {
+        say(&format!("{} bare re-initialisations, the NIC passed straight to the guest", spec.reinits));
+        reinits(&mut place, &machine, spec.reinits, &mut taken.bare)?;
+    }
 
     say(&format!("{} crashes, {}", spec.crashes, spec.ahead()));
     let mut running = Machine::start(&mut place, &machine)?;
@@ -121,27 +158,19 @@ pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let every = if spec.spare.is_some() { FINE_TICK_MS } else { "10" };
     let ticks = format!("umbra-probe tick {} {every} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
     place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-    let (mut seen, mut quiet, mut told, mut each) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let waits = spec.spare.is_some() || spec.standby == "warm";
-    for n in 0..spec.crashes {
+    for n in taken.each.len()..spec.crashes as usize {
         let (without, peer_ms, live) = crash(&mut running, &mut place, (waits, spec.kill), n)?;
-        quiet.extend(without);
         say(&match peer_ms {
             Some(ms) => format!("  {}: {ms:.0} ms at the peer", n + 1),
             None => format!("  {}: the guest's ticks do not reach the peer any more", n + 1),
         });
-        seen.extend(peer_ms);
-        told.extend(live.get("outage_ms").and_then(Value::as_f64));
-        each.push(live.get("parts").cloned().unwrap_or_default());
+        taken.quiet.extend(without);
+        taken.seen.extend(peer_ms);
+        taken.told.extend(live.get("outage_ms").and_then(Value::as_f64));
+        taken.each.push(live.get("parts").cloned().unwrap_or_default());
     }
-    running.stop(&mut place)?;
-
-    if spec.spare.is_some() {
-        return Ok(Outages::new(spec, (seen, quiet, told), each, &[]));
-    }
-    say(&format!("{} bare re-initialisations, the NIC passed straight to the guest", spec.reinits));
-    let bare = reinits(&mut place, &machine, spec.reinits)?;
-    Ok(Outages::new(spec, (seen, quiet, told), each, &bare))
+    running.stop(&mut place)
 }
 
 /// A test host with a NIC, and perhaps a spare on the same network, and a machine that uses them; with captures of so many
@@ -175,14 +204,14 @@ fn crash(
     running: &mut Machine,
     place: &mut Place,
     (waits, kill): (bool, bool),
-    n: u32,
+    n: usize,
 ) -> Result<(Option<f64>, Option<f64>, Value), DemoError> {
     if waits {
         running.await_event(LIMIT, |event| event.event == "standby-ready")?;
     }
     let how = if kill { format!("kill -9 {}", running.driver_pid(place)?) } else { "umbra crash nic0".into() };
     // Not always at the same distance from heartbeats and timers.
-    std::thread::sleep(AROUND + Duration::from_millis(u64::from(n % 7) * 37));
+    std::thread::sleep(AROUND + Duration::from_millis((n % 7) as u64 * 37));
     place.peer().take_ticks()?;
     std::thread::sleep(2 * AROUND);
     let before = place.peer().take_ticks()?;
@@ -200,22 +229,19 @@ fn crash(
     Ok((quiet, gap, Value::Object(live.fields)))
 }
 
-fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32) -> Result<Vec<Reinit>, DemoError> {
+fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32, taken: &mut Vec<Reinit>) -> Result<(), DemoError> {
     let straight = MachineSpec { attach: Attach::Passthrough, ..machine.clone() };
     let running = Machine::start(place, &straight)?;
     let script = format!("umbra-probe reinit {}/24 {}", guest_address(0, 0), peer_address(0));
-    let all = (0..runs).map(|_| answer(place, &script, Duration::from_secs(60))).collect();
-    running.stop(place)?;
-    all
+    for _ in 0..runs {
+        taken.push(answer(place, &script, Duration::from_secs(60))?);
+    }
+    running.stop(place)
 }
 
 impl Outages {
-    fn new(
-        spec: &OutagesSpec,
-        (seen, quiet, told): (Vec<f64>, Vec<f64>, Vec<f64>),
-        each: Vec<Value>,
-        bare: &[Reinit],
-    ) -> Self {
+    fn new(spec: &OutagesSpec, taken: Taken) -> Self {
+        let Taken { seen, quiet, told, each, bare, .. } = taken;
         let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
         figures.extend(Spread::of("longest silence without crash", quiet));
         figures.extend(Spread::of("outage as Umbra counts it", told));

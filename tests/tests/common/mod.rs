@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use umbra_tests::assets::Assets;
 use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::demo::attempts;
 use umbra_tests::demo::machine::MachineSpec;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::{guest_address, peer_address};
@@ -27,17 +28,13 @@ pub fn skipped() -> bool {
     skip
 }
 
-/// Attempts on an emulated machine: its clocks are as late as this machine is loaded, and a QEMU that is not mended
-/// delivers interrupts twice (docs/bench.md).
-const ATTEMPTS: u32 = 3;
-
 /// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown and the
-/// scenario run again, [`ATTEMPTS`] times in all; on real KVM the first failure counts.
+/// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts.
 pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
     if skipped() {
         return;
     }
-    let attempts = if umbra_tests::bench::has_nested_kvm() { 1 } else { ATTEMPTS };
+    let attempts = attempts::allowed();
     for attempt in 1..attempts {
         if std::panic::catch_unwind(&run).is_ok() {
             return;

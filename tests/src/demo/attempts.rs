@@ -1,0 +1,34 @@
+//! Work in a test host that may have to be begun again: an emulated one fails by itself now and then (docs/bench.md).
+
+use super::DemoError;
+use crate::assets::Say;
+use crate::bench::has_nested_kvm;
+
+/// Attempts on an emulated machine; with real KVM the first failure counts.
+pub const ATTEMPTS: u32 = 3;
+
+/// How often work is begun on this machine.
+pub fn allowed() -> u32 {
+    if has_nested_kvm() { 1 } else { ATTEMPTS }
+}
+
+/// Does `work`; where the test host is emulated, shows a failure that may be the emulation's and does it again,
+/// [`ATTEMPTS`] times in all. A result that is not as it should be is a result.
+///
+/// # Errors
+/// Those of the last attempt, or one that another attempt would not change.
+pub fn in_test_host<T>(say: Say<'_>, mut work: impl FnMut() -> Result<T, DemoError>) -> Result<T, DemoError> {
+    let attempts = allowed();
+    for attempt in 1..attempts {
+        match work() {
+            Err(error) if error.may_be_emulation() => {
+                say(&format!("{:#}", anyhow::Error::new(error)));
+                say(&format!(
+                    "attempt {attempt} of {attempts} in an emulated test host did not come to its end; once more"
+                ));
+            }
+            result => return result,
+        }
+    }
+    work()
+}
