@@ -1,5 +1,5 @@
 //! Sound: a guest's player outlives a crash of its sound driver on every kind of card, and with policy `hold` the
-//! recording has every sample of the song.
+//! recording has every sample of the song. Two guests on one card are mixed, before and after a crash.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -13,6 +13,7 @@ use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
 use umbra_tests::sound::player::Player;
 use umbra_tests::sound::{RATE, Sound, recording};
+use umbra_tests::wav::{Wav, tone};
 
 const GUEST: &str = "web";
 /// A card of the bench.
@@ -79,7 +80,7 @@ fn hold_on_every_card() {
     let wav = bench.wav();
     bench.shutdown().or_tell();
     for (Case { model, exact, .. }, part) in CARDS.iter().zip(begins.windows(2)) {
-        let (_, heard) = recording::judge(&wav, part[0]..part[1], &sound.song).or_tell();
+        let heard = recording::judge(&wav, part[0]..part[1], &sound.song).or_tell().analysis;
         say(&format!("{model}: {}", serde_json::to_string(&heard).unwrap()));
         assert!(!heard.silences.is_empty(), "{model}: no crash is heard");
         if *exact {
@@ -89,6 +90,63 @@ fn hold_on_every_card() {
             assert!(heard.doubled <= DOUBLED_AT_MOST, "{model}: {} frames were heard twice", heard.doubled);
         }
     }
+}
+
+/// The second guest, and what each plays, Hz.
+const OTHER: &str = "mail";
+const TONES: [(&str, f64); 2] = [(GUEST, 440.0), (OTHER, 1000.0)];
+/// Far less than speaker-test's level, far more than what the other tone leaves at this one's frequency.
+const AUDIBLE: f64 = 500.0;
+/// So much of the recording is looked at.
+const WINDOW: Duration = Duration::from_secs(2);
+
+fn mix_two_guests() {
+    let assets = assets();
+    let sound = Sound::new(&["hda".into()], 1, &assets).or_tell();
+    let mut bench = BenchSpec::new("mixing").nics(&[]);
+    sound.add_to(&mut bench);
+    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
+    sound.prepare(&mut place).or_tell();
+    let mut spec = sound.machine(0, &mut place, "skip").or_tell();
+    spec.guests.push((OTHER.into(), String::new()));
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    machine.await_standby(SOUND_DRIVER, RECOVERY).or_tell();
+    let players = TONES.map(|(guest, hz)| {
+        let play = format!("speaker-test -t sine -f {hz} -c 2 -r 48000 -l 4");
+        Player::run(&mut place, guest, "speaker-test", &play).or_tell()
+    });
+    let mut windows = Vec::new();
+    let mut listen = |place: &Place| {
+        std::thread::sleep(WINDOW / 2);
+        let begin = recording::frames_so_far(&place.wav()).unwrap();
+        std::thread::sleep(WINDOW);
+        windows.push(begin..recording::frames_so_far(&place.wav()).unwrap());
+    };
+    listen(&place);
+    place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
+    machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
+    listen(&place);
+    for player in players {
+        let ended = player.wait(&mut place, RECOVERY).or_tell();
+        assert_eq!(ended.status, 0, "{}", ended.said);
+    }
+    machine.stop(&mut place).or_tell();
+    let Place::Bench(bench) = place else { unreachable!("it is one") };
+    let wav = bench.wav();
+    bench.shutdown().or_tell();
+    let heard = Wav::read(&wav).or_tell();
+    for (window, when) in windows.into_iter().zip(["before", "after"]) {
+        let levels = TONES.map(|(_, hz)| tone::amplitude(&heard.frames[window.clone()], heard.rate, hz));
+        say(&format!("{when} the crash: {levels:.0?}"));
+        assert!(levels.iter().all(|level| *level > AUDIBLE), "{when} the crash: {levels:?}");
+        let neither = tone::amplitude(&heard.frames[window], heard.rate, 700.0);
+        assert!(neither < AUDIBLE, "{when} the crash, noise: {neither}");
+    }
+}
+
+#[test]
+fn two_guests_are_mixed_on_one_card_through_a_crash() {
+    scenario(mix_two_guests);
 }
 
 #[test]

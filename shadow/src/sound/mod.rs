@@ -41,6 +41,15 @@ fn keep_alive_ns(params: &Params) -> u64 {
     params.buffer_nanos().max(PATIENCE_MIN_NS) / 10 * 7
 }
 
+/// Cards report every few milliseconds: one that does not move for so long, and for a quarter of the buffer, ...
+const STANDSTILL_MIN_NS: u64 = 20_000_000;
+
+/// ... and for one and a half periods, stands still.
+fn standstill_ns(params: &Params) -> u64 {
+    let periods = params.nanos(params.period_frames()) / 2 * 3;
+    periods.max(params.buffer_nanos() / 4).max(STANDSTILL_MIN_NS)
+}
+
 /// What becomes of playback during an outage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]

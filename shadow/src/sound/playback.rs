@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
 use super::params::Params;
-use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, keep_alive_ns};
+use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, keep_alive_ns, standstill_ns};
 
 /// Most samples kept for the card although the guest has their messages back, in bytes: 20 s of CD sound. Past it
 /// a held stream stands still, and its player gets what a stuck card gives.
@@ -295,10 +295,19 @@ impl Playback {
         others.into_iter().chain([clock]).flatten().min()
     }
 
-    /// When a period is to be given back although it was not heard.
+    /// When a period is to be given back although it was not heard: early where the card stands still, so that there is
+    /// time left if this process comes late as well; else only when the guest has waited long.
     fn keep_alive_at(&self, params: &Params) -> Option<u64> {
-        let moves = matches!(self.drive, Drive::Card | Drive::Held);
-        (moves && self.may_give_back(params)).then(|| self.done_at.saturating_add(keep_alive_ns(params)))
+        let waited = self.done_at.saturating_add(keep_alive_ns(params));
+        let at = match self.drive {
+            Drive::Held => waited,
+            Drive::Card if self.handed.is_some_and(|handed| handed.heard > 0) => {
+                waited.min(self.done_at.max(self.moved_at).saturating_add(standstill_ns(params)))
+            }
+            Drive::Card => waited,
+            Drive::Halted | Drive::Clock { .. } => return None,
+        };
+        self.may_give_back(params).then_some(at)
     }
 
     /// When a held stream, whose guest did not refill after it got a message back, is taken to be draining: a

@@ -447,10 +447,14 @@ fn a_stuck_card_is_a_violation_but_the_guest_does_not_notice() {
     rig.boot();
     rig.start_playback(&mut source);
     play_for(&mut rig, &mut source, 100);
-    let mut waited = 0;
+    let (mut waited, mut still, mut before) = (0, 0, rig.shadow.given_back(OUT));
     let violation = loop {
         rig.now += MS;
         waited += 1;
+        let now = rig.shadow.given_back(OUT);
+        still = if now == before { still + 1 } else { 0 };
+        before = now;
+        assert!(still <= 20, "the guest waits {still} ms, half its buffer, where nothing moves");
         if let Err(violation) = rig.with(|s, now, out| s.tick(now, out)) {
             break violation;
         }

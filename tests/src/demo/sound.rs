@@ -9,8 +9,9 @@ use super::DemoError;
 use super::events::Event;
 use super::outage::median_and_max;
 use super::result::{OutageFigures, span};
+use crate::sound::Sound;
 use crate::sound::player::Ended;
-use crate::sound::{Sound, recording};
+use crate::sound::recording::{self, Judged};
 use crate::wav::picture;
 
 /// One crash of the sound card's driver VM.
@@ -72,7 +73,7 @@ impl SoundResult {
         wav: &Path,
         dir: &Path,
     ) -> Result<Self, DemoError> {
-        let (heard, analysis) = recording::judge(wav, 0..usize::MAX, &sound.song)?;
+        let Judged { heard, analysis, .. } = recording::judge(wav, 0..usize::MAX, &sound.song)?;
         let model = sound.models.iter().map(ToString::to_string).collect::<String>();
         let title = format!("{model} through {} crashes of its driver", per_crash.len());
         let svg = dir.join("sound.svg");

@@ -81,7 +81,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    fn of(name: &str, mut figures: Vec<f64>) -> Option<Self> {
+    pub(super) fn of(name: &str, mut figures: Vec<f64>) -> Option<Self> {
         figures.sort_by(f64::total_cmp);
         let at = |percent: usize| figures.get((figures.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         Some(Self { name: name.into(), runs: figures.len(), p50: at(50)?, p95: at(95)?, max: at(100)? })

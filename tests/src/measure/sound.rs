@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::outages::Spread;
 use crate::assets::{Assets, Say};
 use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
 use crate::demo::place::Place;
+use crate::sound::Sound;
 use crate::sound::player::{PATIENT, Player};
-use crate::sound::{Sound, recording};
+use crate::sound::recording::{self, Judged};
 use crate::wav::analysis::Analysis;
 
 const GUEST: &str = "web";
@@ -23,6 +25,8 @@ const STEP: Duration = Duration::from_secs(60);
 const RECOVERY: Duration = Duration::from_secs(120);
 /// Between the moment that the next standby is ready and the next crash.
 const BETWEEN: Duration = Duration::from_secs(2);
+/// How often the guest is asked how far its player is.
+const READINGS: u32 = 15;
 /// How long the processors are watched.
 const WATCH: Duration = Duration::from_secs(10);
 /// Song for each crash on an emulated machine, and at its end, seconds.
@@ -65,6 +69,11 @@ pub struct Undisturbed {
     pub path: &'static str,
     /// Share of the test host's processor time that was used while the guest's own was not busy, percent.
     pub busy_percent: f64,
+    /// From the moment that the player's sample is in its buffer until it is in the recording; the buffer, which the player
+    /// keeps full, is part of it. Exact to some 20 ms: that is how the recording is written.
+    pub latency_ms: Option<Spread>,
+    /// By how much that is longer than the delay that the guest's kernel tells its players.
+    pub unknown_ms: Option<Spread>,
     /// The judgement of the recording.
     pub heard: Analysis,
     /// Underruns that the card reported.
@@ -84,6 +93,39 @@ pub struct SoundResults {
     pub reinit_ms: Vec<f64>,
     /// Undisturbed playback.
     pub undisturbed: Vec<Undisturbed>,
+}
+
+/// What the guest's kernel said of its stream, and where the recording was.
+struct Reading {
+    /// Frames of the recording.
+    at: usize,
+    /// Frames that the player has written.
+    written: usize,
+    /// Frames that, as the guest knows, are written and not heard.
+    delay: usize,
+}
+
+impl Reading {
+    fn of(at: usize, status: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim_start_matches([' ', ':']).trim().parse().ok()
+        };
+        Some(Self { at, written: field("appl_ptr")?, delay: field("delay")? })
+    }
+
+    /// Latency, and by how much it is longer than the guest knows, ms.
+    fn latency_ms(&self, judged: &Judged) -> Option<(f64, f64)> {
+        let latency = judged.heard.seconds(self.written.checked_sub(judged.source_at(self.at)?)?) * 1000.0;
+        Some((latency, latency - judged.heard.seconds(self.delay) * 1000.0))
+    }
+}
+
+/// Undisturbed playback, not yet judged.
+struct Played {
+    one: Undisturbed,
+    part: Range<usize>,
+    readings: Vec<Reading>,
 }
 
 struct Stage<'a> {
@@ -119,13 +161,19 @@ pub fn run(spec: &SoundMeasureSpec, say: Say<'_>) -> Result<SoundResults, DemoEr
     if let Place::Bench(bench) = place {
         bench.shutdown()?;
     }
-    let judge = |part: Range<usize>| recording::judge(&wav, part, &sound.song).map(|(_, heard)| heard);
-    let undisturbed = undisturbed.into_iter().map(|(one, part)| Ok(Undisturbed { heard: judge(part)?, ..one }));
+    let judge = |part: Range<usize>| recording::judge(&wav, part, &sound.song);
+    let undisturbed = undisturbed.into_iter().map(|Played { one, part, readings }| {
+        let judged = judge(part)?;
+        let (latency, unknown) = readings.iter().filter_map(|reading| reading.latency_ms(&judged)).unzip();
+        let latency_ms = Spread::of("latency", latency);
+        let unknown_ms = Spread::of("of it unknown to the guest", unknown);
+        Ok(Undisturbed { latency_ms, unknown_ms, heard: judged.analysis, ..one })
+    });
     Ok(SoundResults {
         model: spec.model.to_string(),
         policy: spec.policy.clone(),
-        crashed: Crashed { heard: judge(part)?, ..crashed },
-        reinit_ms: judge(reinit)?.silences.iter().map(|silence| silence.ms).collect(),
+        crashed: Crashed { heard: judge(part)?.analysis, ..crashed },
+        reinit_ms: judge(reinit)?.analysis.silences.iter().map(|silence| silence.ms).collect(),
         undisturbed: undisturbed.collect::<Result<_, DemoError>>()?,
     })
 }
@@ -162,7 +210,7 @@ impl Stage<'_> {
     }
 
     /// Plays for a while with nothing else to do, then beside a busy guest.
-    fn undisturbed(&mut self, path: &'static str) -> Result<(Undisturbed, Range<usize>), DemoError> {
+    fn undisturbed(&mut self, path: &'static str) -> Result<Played, DemoError> {
         (self.say)(&format!("{} s undisturbed, {path}", self.spec.seconds));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
@@ -184,6 +232,10 @@ impl Stage<'_> {
         let before = self.busy_and_all()?;
         std::thread::sleep(WATCH);
         let after = self.busy_and_all()?;
+        let mut readings = Vec::new();
+        for _ in 0..READINGS {
+            readings.extend(self.reading()?);
+        }
         self.place.in_guest(GUEST, BUSY, STEP)?;
         std::thread::sleep(Duration::from_secs(self.spec.seconds.into()).saturating_sub(start.elapsed()));
         let xruns = if spec.sound.is_some() {
@@ -194,7 +246,17 @@ impl Stage<'_> {
         let end = self.frames()?;
         machine.stop(&mut self.place)?;
         let busy_percent = 100.0 * (after.0 - before.0) / (after.1 - before.1).max(1.0);
-        Ok((Undisturbed { path, busy_percent, heard: Analysis::default(), xruns }, begin..end))
+        let one =
+            Undisturbed { path, busy_percent, latency_ms: None, unknown_ms: None, heard: Analysis::default(), xruns };
+        Ok(Played { one, part: begin..end, readings })
+    }
+
+    /// The middle of the time that the question took is taken for the moment of the answer.
+    fn reading(&mut self) -> Result<Option<Reading>, DemoError> {
+        let before = self.frames()?;
+        let status = self.place.in_guest(GUEST, "cat /proc/asound/card0/pcm0p/sub0/status", STEP)?;
+        let after = self.frames()?;
+        Ok(Reading::of(before.midpoint(after), &status))
     }
 
     /// Ticks of the test host's processors: those used, and all.
@@ -224,6 +286,8 @@ impl Stage<'_> {
 impl SoundResults {
     /// For people.
     pub fn table(&self) -> String {
+        let spread =
+            |ms: Option<&Spread>| ms.map_or("-".into(), |ms| format!("{:.0} ms, at most {:.0}", ms.p50, ms.max));
         let heard = &self.crashed.heard;
         let list = |all: Vec<f64>| all.iter().map(|ms| format!("{ms:.0}")).collect::<Vec<_>>().join(" ");
         let mut text = format!(
@@ -244,8 +308,10 @@ impl SoundResults {
         );
         for one in &self.undisturbed {
             text.push_str(&format!(
-                "  undisturbed, {:<12} pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
+                "  undisturbed, {:<12} latency {} (unknown to the guest: {}), pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
                 one.path,
+                spread(one.latency_ms.as_ref()),
+                spread(one.unknown_ms.as_ref()),
                 one.heard.pieces.len(),
                 one.heard.silences.len(),
                 one.xruns.map_or("-".into(), |xruns| xruns.to_string()),

@@ -21,11 +21,32 @@ pub fn frames_so_far(wav: &Path) -> std::io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX) / 4)
 }
 
-/// Reads the recording `wav` of a `song`, of it the frames `part`; the piece with the song in it, and the judgement of that part.
+/// The part of a recording that has the song in it.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    /// The part.
+    pub heard: Wav,
+    /// Where it begins in the recording, frames.
+    pub begin: usize,
+    /// The judgement of it.
+    pub analysis: Analysis,
+}
+
+impl Judged {
+    /// The frame of the song that is heard at frame `at` of the recording.
+    pub fn source_at(&self, at: usize) -> Option<usize> {
+        let at = at.checked_sub(self.begin)?;
+        let piece =
+            self.analysis.pieces.iter().find(|piece| (piece.heard..piece.heard + piece.frames).contains(&at))?;
+        Some(piece.source + at - piece.heard)
+    }
+}
+
+/// Reads the recording `wav` of a `song`, of it the frames `part`, and judges the piece with the song in it.
 ///
 /// # Errors
 /// A file cannot be read.
-pub fn judge(wav: &Path, part: Range<usize>, song: &Song) -> Result<(Wav, Analysis), WavError> {
+pub fn judge(wav: &Path, part: Range<usize>, song: &Song) -> Result<Judged, WavError> {
     let (mut heard, source) = (Wav::read(wav)?, Wav::read(&song.reference)?);
     heard.frames.truncate(part.end);
     heard.frames.drain(..part.start.min(heard.frames.len()));
@@ -34,7 +55,8 @@ pub fn judge(wav: &Path, part: Range<usize>, song: &Song) -> Result<(Wav, Analys
     let last = heard.frames.iter().rposition(loud).unwrap_or(0);
     let margin = heard.rate as usize * MARGIN;
     heard.frames.truncate(last + margin);
-    heard.frames.drain(..first.saturating_sub(margin));
+    let before = first.saturating_sub(margin);
+    heard.frames.drain(..before);
     let analysis = Analysis::of(&heard, &source);
-    Ok((heard, analysis))
+    Ok(Judged { heard, begin: part.start + before, analysis })
 }

@@ -6,6 +6,7 @@
 pub mod analysis;
 pub mod picture;
 pub mod song;
+pub mod tone;
 
 use std::path::{Path, PathBuf};
 

@@ -134,6 +134,18 @@ impl Lifecycle {
         self.ends.iter().copied()
     }
 
+    /// Whether a standby boots.
+    pub fn standby_boots(&self) -> bool {
+        matches!(self.reserve.state(), Standby::Booting { .. })
+    }
+
+    /// The standby of another driver boots: one that is due waits for its turn, unless somebody waits for it.
+    pub fn wait_turn(&mut self, now: Time) {
+        if !self.restarting {
+            self.reserve.wait_turn(now);
+        }
+    }
+
     /// When [`Input::Tick`] is due.
     pub fn deadline(&self) -> Option<Time> {
         let state = match self.state {

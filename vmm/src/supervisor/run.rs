@@ -388,6 +388,9 @@ impl Supervisor {
     fn tick(&mut self) {
         let now = Time::now();
         for n in 0..self.drivers.len() {
+            if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
+                self.drivers[n].lifecycle.wait_turn(now);
+            }
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
             }

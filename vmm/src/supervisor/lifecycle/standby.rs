@@ -21,6 +21,12 @@ use crate::supervisor::time::Time;
 /// After a recovery the machine is left in peace for so long before the next standby boots.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Standbys of several drivers boot one after the other, so that a common failure does not cost the machine two boots at
+/// once: one that is due looks again so often whether it is its turn,
+const TURN: Duration = Duration::from_millis(250);
+/// and waits no longer than this.
+const TURN_MAX: Duration = Duration::from_secs(15);
+
 /// Delay before a standby that died is replaced; doubled with each death in a row up to [`BACK_OFF_MAX`].
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
@@ -128,6 +134,8 @@ pub(super) struct Reserve {
     state: Standby,
     /// Deaths since one was last adopted.
     deaths: u32,
+    /// Since when one that is due waits for its turn.
+    waits_since: Option<Time>,
     boot_patience: Duration,
     heartbeat_patience: Duration,
 }
@@ -136,7 +144,8 @@ impl Reserve {
     pub(super) fn new(ahead: Ahead, boot_timeout: Duration, heartbeat_timeout: Duration) -> Self {
         // A spare may have to serve at any moment.
         let heartbeat_patience = heartbeat_timeout * if ahead == Ahead::Spare { 1 } else { PATIENCE };
-        Self { ahead, state: Standby::Absent, deaths: 0, boot_patience: boot_timeout * PATIENCE, heartbeat_patience }
+        let boot_patience = boot_timeout * PATIENCE;
+        Self { ahead, state: Standby::Absent, deaths: 0, waits_since: None, boot_patience, heartbeat_patience }
     }
 
     pub(super) fn state(&self) -> Standby {
@@ -162,7 +171,18 @@ impl Reserve {
         self.state = Standby::Resetting { wanted: true };
     }
 
+    /// Another standby of the machine boots: one that is due waits for its turn.
+    pub(super) fn wait_turn(&mut self, now: Time) {
+        if let Standby::Due(at) = &mut self.state
+            && *at <= now
+            && now.since(*self.waits_since.get_or_insert(now)) < TURN_MAX
+        {
+            *at = now + TURN;
+        }
+    }
+
     pub(super) fn started(&mut self, now: Time, generation: Generation) {
+        self.waits_since = None;
         self.state = Standby::Booting { generation, hello: false, until: now + self.boot_patience };
     }
 
@@ -236,6 +256,7 @@ impl Reserve {
     /// No standby any more, and none due. Whether there was one.
     pub(super) fn give_up(&mut self) -> bool {
         let was = self.state.generation().is_some();
+        self.waits_since = None;
         self.state = match self.state {
             Standby::Fencing { served, .. } => Standby::Fencing { next: None, served },
             Standby::Resetting { .. } => Standby::Resetting { wanted: false },

@@ -227,6 +227,26 @@ fn with_standby() -> Lifecycle {
 }
 
 #[test]
+fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
+    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(10), Input::EndLive(0));
+    life.wait_turn(at(500));
+    assert_eq!(life.standby(), Standby::Due(at(1010)), "it is not due yet");
+    let mut now = 1010;
+    life.wait_turn(at(now));
+    while life.handle(at(now), Input::Tick).is_empty() {
+        now += 250;
+        assert!(now < 30_000, "it waits for ever");
+        life.handle(at(now), Input::Heartbeat);
+        life.wait_turn(at(now));
+    }
+    assert!((15_000..16_500).contains(&now), "{now}");
+    assert!(life.standby_boots());
+}
+
+#[test]
 fn a_ready_standby_takes_over_and_the_next_one_follows() {
     let mut life = with_standby();
     life.handle(at(2000), Input::StandbyHello);
