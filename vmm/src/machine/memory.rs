@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -26,6 +27,8 @@ use super::layout;
 const PAGE: u64 = 4096;
 /// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
 const HUGE_PAGE: usize = 2 << 20;
+/// Longest time for one huge page: a millisecond is usual, and players have buffers for some hundreds.
+const COLLAPSE_MAX: Duration = Duration::from_millis(50);
 
 /// Most RAM: what lies below the 64-bit PCI window, less the hole below 4 GiB.
 const LIMIT: u64 = layout::PCI_MMIO64_START - layout::HIGH_RAM_START + layout::LOW_RAM_LIMIT;
@@ -141,21 +144,41 @@ fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
 }
 
 /// Backs all of `memory`, which must be fresh, with huge pages now, where the kernel can (Linux 6.1). For memory
-/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots.
-pub fn collapse(memory: &GuestMemoryMmap) {
+/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots. One page at a time,
+/// with a `pause` after each, and no more once one took [`COLLAPSE_MAX`]: the kernel then compacts its memory for it, is not
+/// preempted meanwhile, and what has to be punctual on the same processor, as a player in a guest, is late by as much.
+pub fn collapse(memory: &GuestMemoryMmap, pause: Duration) {
     for region in memory.iter() {
-        // The kernel collapses only where there is a page already. The memory holds zeros, and still does then.
         for offset in (0..region.len()).step_by(HUGE_PAGE) {
-            let touched = region.write_obj(0u8, MemoryRegionAddress(offset));
-            debug_assert!(touched.is_ok(), "the offset is inside of the region");
+            let start = Instant::now();
+            if let Err(error) = collapse_one(region, MemoryRegionAddress(offset)) {
+                tracing::debug!(%error, "back guest memory with a huge page");
+                if error.raw_os_error() == Some(libc::EINVAL) {
+                    // An older kernel, or no huge pages at all.
+                    return;
+                }
+            }
+            if start.elapsed() > COLLAPSE_MAX {
+                tracing::debug!(offset, "memory is fragmented: the rest is backed with small pages");
+                return;
+            }
+            if !pause.is_zero() {
+                std::thread::sleep(pause);
+            }
         }
-        let Ok(host) = region.get_host_address(MemoryRegionAddress(0)) else { continue };
-        let length = usize::try_from(region.len()).unwrap_or(0);
-        // SAFETY: the range is a mapping of this process that stays; its contents do not change.
-        if unsafe { libc::madvise(host.cast(), length, libc::MADV_COLLAPSE) } != 0 {
-            let error = io::Error::last_os_error();
-            tracing::debug!(%error, "back guest memory with huge pages");
-        }
+    }
+}
+
+/// Backs the [`HUGE_PAGE`] bytes of `region` from `at`, or what is left there, with one huge page.
+fn collapse_one(region: &GuestRegionMmap, at: MemoryRegionAddress) -> io::Result<()> {
+    // The kernel collapses only where there is a page already. The memory holds zeros, and still does then.
+    region.write_obj(0u8, at).map_err(io::Error::other)?;
+    let host = region.get_host_address(at).map_err(io::Error::other)?;
+    let left = usize::try_from(region.len() - at.0).unwrap_or(HUGE_PAGE);
+    // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
+    match unsafe { libc::madvise(host.cast(), left.min(HUGE_PAGE), libc::MADV_COLLAPSE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
