@@ -2,7 +2,7 @@
 #   NIC=e1000e|rtl8139|igb  SOUND=hda|es1370|ac97|none  CRASHES=3  UMBRA_CACHE=folder for what is fetched
 #   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
-SOUND   ?= none
+SOUND   ?= hda
 CRASHES ?= 3
 PREFIX  ?= /usr
 SECONDS ?= 60

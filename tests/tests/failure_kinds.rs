@@ -5,7 +5,7 @@
 mod common;
 
 use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
-use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
 use umbra_tests::peer::peer_address;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
@@ -41,7 +41,7 @@ fn outlive_each_kind() {
     let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
     place.in_guest("web", &ticks, STEP).or_tell();
     for (what, cause, sources) in FAILURES {
-        let pid = machine.driver_pid(&mut place).or_tell();
+        let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
         place.expect(&cause.replace("PID", &pid.to_string()), STEP).or_tell();
         let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();
         let source = failed.text("source").to_owned();

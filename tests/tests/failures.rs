@@ -4,7 +4,7 @@
 mod common;
 
 use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
-use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
 
@@ -27,7 +27,7 @@ fn outlive_kills_until_quarantine() {
     let before = changes(&mut place);
 
     say("kill -9 of the driver VM's process");
-    let pid = machine.driver_pid(&mut place).or_tell();
+    let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
     place.expect(&format!("kill -9 {pid}"), STEP).or_tell();
     assert_eq!(live(&mut machine), 2);
     guest_reaches_peer(&mut place);

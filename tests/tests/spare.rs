@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
 use serde_json::Value;
 use umbra_tests::demo::guest_log::GuestLog;
-use umbra_tests::demo::machine::{Machine, MachineSpec};
+use umbra_tests::demo::machine::{Machine, MachineSpec, NIC_DRIVER};
 use umbra_tests::demo::outage::longest;
 use umbra_tests::demo::place::Place;
 use umbra_tests::measure::outages;
@@ -91,7 +91,7 @@ fn crashes_in_turns(nic: &str, spare: &str) {
         // In turns, unless a driver VM has failed by itself on a machine as loaded as this one may be.
         let pair = BTreeSet::from([device.clone(), serving_device(&mut machine, &mut place)]);
         assert_eq!(pair, both);
-        let serving = machine.driver_pid(&mut place).or_tell();
+        let serving = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
         place.peer().allow(SHARE * (n + 1)).or_tell();
         reach(&mut machine, &mut place, SHARE * n + SHARE / 3);
         place.peer().take_ticks().or_tell();

@@ -14,14 +14,15 @@ pub struct Args {
     /// The NIC model in the bench: e1000e, rtl8139, igb, e1000.
     #[arg(long, default_value = "e1000e", value_name = "MODEL")]
     nic: String,
-    /// How often the driver VM is crashed; from 20 on with kill -9 and a crash during replay.
+    /// How often each driver VM is crashed; from 20 on with kill -9 and a crash during replay, from 40 on by all kinds of
+    /// failures in turn.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=200))]
     crashes: u32,
     /// Size of the download, MiB.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
     mib: u64,
-    /// The sound card that a song is played on meanwhile: hda, es1370, ac97, none.
-    #[arg(long, default_value = "none", value_name = "MODEL")]
+    /// The sound card that a song is played on meanwhile: hda, es1370, ac97, none. Not with --pci.
+    #[arg(long, default_value = "hda", value_name = "MODEL")]
     sound: String,
     /// Use this NIC of this machine instead of the bench.
     #[arg(long, value_name = "ADDRESS")]

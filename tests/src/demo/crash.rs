@@ -1,6 +1,7 @@
 //! The crashes of a demonstration: which kind comes when, and what is seen of each.
 //!
-//! With 20 or more, one hits the replay of the crash before it, and two are `kill -9`. A crash is issued when the
+//! With 20 or more, one hits the replay of the crash before it, and two are `kill -9`; from 40 on, failures of all kinds
+//! take turns, on the sound card too. A crash is issued when the
 //! download is half way through its share of the file, which waits at the share's end until the guest is served again.
 //! Before the next one the download trickles on until a standby is ready, as it mostly is when a driver crashes.
 
@@ -9,11 +10,11 @@ use std::time::{Duration, Instant};
 use super::machine::{NIC_DRIVER, SOUND_DRIVER};
 use super::result::{CrashResult, span};
 use super::sound::SoundCrash;
-use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, describe, outage};
+use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, outage};
 use crate::peer::{Content, Tick, now_us};
 use crate::probe::client::Run;
 
-/// How a driver VM is crashed.
+/// How a driver VM is made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
@@ -23,6 +24,49 @@ pub(super) enum Kind {
     Kill,
     /// A panic, and `kill -9` of the next life while it gets the logged frames.
     InReplay,
+    /// `SIGSTOP` of its process.
+    Stop,
+    /// The agent hangs.
+    AgentHang,
+    /// Real-time tasks take every CPU.
+    Spin,
+    /// All memory is taken.
+    OutOfMemory,
+    /// Frames or samples are taken no more.
+    Stall,
+    /// A reboot without a panic.
+    Reboot,
+}
+
+impl Kind {
+    /// For the transcript.
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Panic => "kernel panic in the driver VM",
+            Self::Kill => "kill -9 of the driver VM's process",
+            Self::InReplay => "kill -9 while the log is being replayed",
+            Self::Stop => "SIGSTOP of the driver VM's process",
+            Self::AgentHang => "the driver VM's agent hangs",
+            Self::Spin => "real-time tasks take every CPU of the driver VM",
+            Self::OutOfMemory => "all memory of the driver VM is taken",
+            Self::Stall => "the driver VM lives and takes nothing more",
+            Self::Reboot => "the driver VM reboots by itself",
+        }
+    }
+
+    /// Makes `driver`, whose process is `pid`, fail.
+    fn command(self, driver: &str, pid: u64) -> String {
+        match self {
+            Self::Panic | Self::InReplay => format!("umbra crash {driver}"),
+            Self::Kill => format!("kill -9 {pid}"),
+            Self::Stop => format!("kill -STOP {pid}"),
+            Self::AgentHang => format!("umbra crash {driver} --kind agent-hang"),
+            Self::Spin => format!("umbra crash {driver} --kind spin"),
+            Self::OutOfMemory => format!("umbra crash {driver} --kind out-of-memory"),
+            Self::Stall => format!("umbra crash {driver} --kind stall"),
+            Self::Reboot => format!("umbra crash {driver} --kind reboot"),
+        }
+    }
 }
 
 /// What the download gets every 20 ms while a standby boots, bytes.
@@ -33,6 +77,10 @@ const BLOCK: u64 = 4096;
 
 /// From this many crashes on there are other kinds than panics.
 const MIXED_FROM: u32 = 20;
+/// From this many on, these take turns.
+const ALL_FROM: u32 = 40;
+const ALL: [Kind; 8] =
+    [Kind::Panic, Kind::Kill, Kind::Stop, Kind::Stall, Kind::Spin, Kind::Reboot, Kind::OutOfMemory, Kind::AgentHang];
 
 /// The kinds in order.
 #[derive(Clone, Debug)]
@@ -42,6 +90,9 @@ impl Crashes {
     /// `count` crashes; one [`Kind::InReplay`] counts as two.
     pub(super) fn plan(count: u32) -> Self {
         let mut kinds = vec![Kind::Panic; count as usize];
+        if count >= ALL_FROM {
+            kinds = ALL.into_iter().cycle().take(count as usize).collect();
+        }
         if count >= MIXED_FROM {
             kinds.pop();
             kinds[4] = Kind::Kill;
@@ -49,6 +100,11 @@ impl Crashes {
             kinds[14] = Kind::Kill;
         }
         Self(kinds)
+    }
+
+    /// How the sound card's driver VM fails before crash `index`: out of step with the NIC's.
+    fn of_sound(&self, index: usize) -> Kind {
+        if self.0.len() + 1 >= ALL_FROM as usize { ALL[(index + 3) % ALL.len()] } else { Kind::Panic }
     }
 
     /// So many halves of a crash's share of the file, bytes.
@@ -84,17 +140,17 @@ pub(super) fn run(
         let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
         await_standbys(demo, &mut pace, get)?;
         if demo.sound.is_some() && index > 0 {
-            sound_alone(demo)?;
+            sound_alone(demo, plan.of_sound(index))?;
             await_standbys(demo, &mut pace, get)?;
         }
         demo.place.peer().allow(plan.allowance(index, content.bytes))?;
         reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
         let number = results.len() + 1;
-        demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, describe(kind)));
+        demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, kind.describe()));
         let begin_us = now_us();
         let seen = demo.machine.seen.len();
         demo.place.peer().mark_stall()?;
-        let together = demo.sound.is_some() && kind == Kind::Panic && index + 1 == plan.0.len();
+        let together = demo.sound.is_some() && kind != Kind::InReplay && index + 1 == plan.0.len();
         let lives = if together { both(demo)? } else { issue(demo, kind)? };
         reach(demo, plan.allowance(index, content.bytes), get, &mut ticks)?;
         let stall = demo.place.peer().progress()?.longest_stall_ms;
@@ -164,18 +220,17 @@ fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) 
     }
 }
 
+fn fail(demo: &mut Demo<'_>, driver: &str, kind: Kind) -> Result<(), DemoError> {
+    let pid = demo.machine.driver_pid(&mut demo.place, driver)?;
+    demo.place.expect(&kind.command(driver, pid), Duration::from_secs(20)).map(drop)
+}
+
 /// Crashes the driver VM and waits until the next life is live; how many lives it cost.
 fn issue(demo: &mut Demo<'_>, kind: Kind) -> Result<u32, DemoError> {
-    match kind {
-        Kind::Panic => {
-            demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
-        }
-        Kind::Kill => {
-            let pid = demo.machine.driver_pid(&mut demo.place)?;
-            demo.place.expect(&format!("kill -9 {pid}"), Duration::from_secs(20))?;
-        }
-        Kind::InReplay => return in_replay(demo),
+    if kind == Kind::InReplay {
+        return in_replay(demo);
     }
+    fail(demo, NIC_DRIVER, kind)?;
     demo.machine.await_live(NIC_DRIVER, RECOVERY_LIMIT)?;
     Ok(1)
 }
@@ -193,10 +248,10 @@ fn both(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     Ok(1)
 }
 
-/// Panics the sound card's driver VM, while the download is not disturbed.
-fn sound_alone(demo: &mut Demo<'_>) -> Result<(), DemoError> {
-    demo.tell("kernel panic in the sound card's driver VM, in mid-song");
-    demo.place.expect(&format!("umbra crash {SOUND_DRIVER}"), Duration::from_secs(20))?;
+/// Crashes the sound card's driver VM, while the download is not disturbed.
+fn sound_alone(demo: &mut Demo<'_>, kind: Kind) -> Result<(), DemoError> {
+    demo.tell(&format!("the sound card, in mid-song: {}", kind.describe()));
+    fail(demo, SOUND_DRIVER, kind)?;
     let event = demo.machine.await_live(SOUND_DRIVER, RECOVERY_LIMIT)?;
     let crash = SoundCrash::new(&event, false);
     demo.tell(&crash.line());

@@ -235,15 +235,15 @@ impl Machine {
             .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
     }
 
-    /// The process of the NIC's driver VM.
+    /// The process of driver VM `name`.
     ///
     /// # Errors
     /// Status says of none.
-    pub fn driver_pid(&mut self, place: &mut Place) -> Result<u64, DemoError> {
+    pub fn driver_pid(&mut self, place: &mut Place, name: &str) -> Result<u64, DemoError> {
         let status = self.status(place)?;
         let drivers = status["drivers"].as_array().into_iter().flatten();
-        let pid = drivers.filter(|driver| driver["name"] == NIC_DRIVER).find_map(|driver| driver["pid"].as_u64());
-        let what = format!("status has no process for {NIC_DRIVER}");
+        let pid = drivers.filter(|driver| driver["name"] == name).find_map(|driver| driver["pid"].as_u64());
+        let what = format!("status has no process for {name}");
         pid.ok_or_else(|| DemoError::Umbra { what, said: status.to_string() })
     }
 

@@ -27,7 +27,7 @@ use crate::probe::client::ClientError;
 use crate::sound::Sound;
 use crate::sound::player::{Ended, PATIENT, Player};
 use crate::wav::WavError;
-use crash::{Crashes, Kind};
+use crash::Crashes;
 use guest_log::GuestLog;
 use machine::{Machine, MachineSpec};
 use place::{Here, Place};
@@ -295,14 +295,5 @@ fn end(mut place: Place, machine: Machine) -> Result<(u32, Option<Place>), DemoE
             Ok((u32::try_from(resets.len()).unwrap_or(u32::MAX), None))
         }
         here @ Place::Here(_) => Ok((0, Some(here))),
-    }
-}
-
-/// What kind of crash comes when, for the transcript.
-fn describe(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Panic => "kernel panic in the driver VM",
-        Kind::Kill => "kill -9 of the driver VM's process",
-        Kind::InReplay => "kill -9 while the log is being replayed",
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{GUEST, answer};
 use crate::assets::{Assets, Say};
 use crate::bench::{Bench, BenchSpec, Model};
-use crate::demo::machine::{Attach, Machine, MachineSpec};
+use crate::demo::machine::{Attach, Machine, MachineSpec, NIC_DRIVER};
 use crate::demo::outage::longest;
 use crate::demo::place::Place;
 use crate::demo::{DemoError, attempts};
@@ -85,6 +85,26 @@ impl Spread {
         figures.sort_by(f64::total_cmp);
         let at = |percent: usize| figures.get((figures.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         Some(Self { name: name.into(), runs: figures.len(), p50: at(50)?, p95: at(95)?, max: at(100)? })
+    }
+
+    /// Of each part of recoveries.
+    pub(super) fn of_parts(each: &[Value]) -> Vec<Self> {
+        let part = |part: &&str| {
+            let of_each = each.iter().filter_map(|parts| parts.get(part).and_then(Value::as_f64)).collect();
+            Self::of(&format!("  {}", part.trim_end_matches("_ms")), of_each)
+        };
+        PARTS.iter().filter_map(part).collect()
+    }
+
+    /// The heading of a table of them.
+    pub(super) fn heading(what: &str) -> String {
+        format!("\n{what:<30}{:>6}{:>10}{:>10}{:>10}\n", "runs", "p50 ms", "p95 ms", "max ms")
+    }
+
+    /// A line of it.
+    pub(super) fn line(&self) -> String {
+        let Self { name, runs, p50, p95, max } = self;
+        format!("{name:<30}{runs:>6}{p50:>10.1}{p95:>10.1}{max:>10.1}\n")
     }
 }
 
@@ -209,7 +229,8 @@ fn crash(
     if waits {
         running.await_event(LIMIT, |event| event.event == "standby-ready")?;
     }
-    let how = if kill { format!("kill -9 {}", running.driver_pid(place)?) } else { "umbra crash nic0".into() };
+    let how =
+        if kill { format!("kill -9 {}", running.driver_pid(place, NIC_DRIVER)?) } else { "umbra crash nic0".into() };
     // Not always at the same distance from heartbeats and timers.
     std::thread::sleep(AROUND + Duration::from_millis((n % 7) as u64 * 37));
     place.peer().take_ticks()?;
@@ -245,10 +266,7 @@ impl Outages {
         let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
         figures.extend(Spread::of("longest silence without crash", quiet));
         figures.extend(Spread::of("outage as Umbra counts it", told));
-        for part in PARTS {
-            let of_each = each.iter().filter_map(|parts| parts.get(part).and_then(Value::as_f64)).collect();
-            figures.extend(Spread::of(&format!("  {}", part.trim_end_matches("_ms")), of_each));
-        }
+        figures.extend(Spread::of_parts(&each));
         figures.extend(Spread::of("bare re-initialisation", bare.iter().map(|run| run.total_ms).collect()));
         figures.extend(Spread::of("  unbind and bind", bare.iter().map(|run| run.bind_ms).collect()));
         let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
@@ -260,10 +278,8 @@ impl Outages {
     /// For people.
     pub fn table(&self) -> String {
         let head = format!("{}, {}", self.nic, self.ahead);
-        let mut text = format!("\n{head:<30}{:>6}{:>10}{:>10}{:>10}\n", "runs", "p50 ms", "p95 ms", "max ms");
-        for Spread { name, runs, p50, p95, max } in &self.figures {
-            text.push_str(&format!("{name:<30}{runs:>6}{p50:>10.1}{p95:>10.1}{max:>10.1}\n"));
-        }
+        let mut text = Spread::heading(&head);
+        text.extend(self.figures.iter().map(Spread::line));
         if let Some(ratio) = self.ratio {
             text.push_str(&format!("{:<30}{ratio:>16.2}\n", "outage : re-initialisation"));
         }

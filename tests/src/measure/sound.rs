@@ -288,24 +288,26 @@ impl SoundResults {
     pub fn table(&self) -> String {
         let spread =
             |ms: Option<&Spread>| ms.map_or("-".into(), |ms| format!("{:.0} ms, at most {:.0}", ms.p50, ms.max));
-        let heard = &self.crashed.heard;
-        let list = |all: Vec<f64>| all.iter().map(|ms| format!("{ms:.0}")).collect::<Vec<_>>().join(" ");
-        let mut text = format!(
-            "\n{} ({}): {} crashes in one song; mpg123: status {}, said {:?}\n  silences (ms)                {}\n  \
-             bare re-initialisation (ms)  {}\n  samples lost {}, doubled {}, unknown {}, clicks {}, ends not heard {:?}\n",
-            self.model,
-            self.policy,
-            self.crashed.outages.len(),
-            self.crashed.player_status,
-            self.crashed.player_said,
-            list(heard.silences.iter().map(|silence| silence.ms).collect()),
-            list(self.reinit_ms.clone()),
+        let Crashed { player_status, player_said, heard, outages, .. } = &self.crashed;
+        let silences: Vec<f64> = heard.silences.iter().map(|silence| silence.ms).collect();
+        let told = outages.iter().filter_map(|live| live.get("outage_ms").and_then(Value::as_f64)).collect();
+        let parts: Vec<Value> = outages.iter().filter_map(|live| live.get("parts").cloned()).collect();
+        let mut figures: Vec<_> = Spread::of("silence in the recording", silences).into_iter().collect();
+        figures.extend(Spread::of("outage as Umbra counts it", told));
+        figures.extend(Spread::of_parts(&parts));
+        figures.extend(Spread::of("bare re-initialisation", self.reinit_ms.clone()));
+        let mut text = Spread::heading(&format!("{}, policy {}", self.model, self.policy));
+        text.extend(figures.iter().map(Spread::line));
+        text.push_str(&format!(
+            "{} crashes in one song; mpg123: status {player_status}, said {player_said:?}\n  \
+             samples lost {}, doubled {}, unknown {}, clicks {}, ends not heard {:?}\n",
+            outages.len(),
             heard.lost,
             heard.doubled,
             heard.unknown,
             heard.clicks,
             heard.unheard_ends,
-        );
+        ));
         for one in &self.undisturbed {
             text.push_str(&format!(
                 "  undisturbed, {:<12} latency {} (unknown to the guest: {}), pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
