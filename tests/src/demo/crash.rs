@@ -78,7 +78,7 @@ const BLOCK: u64 = 4096;
 /// From this many crashes on there are other kinds than panics.
 const MIXED_FROM: u32 = 20;
 /// From this many on, these take turns.
-const ALL_FROM: u32 = 40;
+pub(super) const ALL_FROM: u32 = 40;
 const ALL: [Kind; 8] =
     [Kind::Panic, Kind::Kill, Kind::Stop, Kind::Stall, Kind::Spin, Kind::Reboot, Kind::OutOfMemory, Kind::AgentHang];
 

@@ -103,11 +103,20 @@ pub struct DemoSpec {
     pub hardware: Option<hardware::Wire>,
 }
 
+impl DemoSpec {
+    fn song_seconds(&self) -> u32 {
+        let each = if self.crashes < crash::ALL_FROM { SONG_SECONDS } else { LONG_SONG_SECONDS };
+        each * (self.crashes + 1)
+    }
+}
+
 /// The guest in the demonstration.
 const GUEST: &str = "web";
 
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
 const SONG_SECONDS: u32 = 20;
+/// The same where there are failures that take seconds to notice.
+const LONG_SONG_SECONDS: u32 = 30;
 
 /// Longest time for one recovery, emulated machines included.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
@@ -174,7 +183,7 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
     let mut bench = BenchSpec::new("demo");
     bench.nics = vec![spec.nic.clone()];
     bench.files = vec![image.clone()];
-    let seconds = SONG_SECONDS * (spec.crashes + 1);
+    let seconds = spec.song_seconds();
     let sound =
         spec.sound.as_ref().map(|model| Sound::new(std::slice::from_ref(model), seconds, assets)).transpose()?;
     if let Some(sound) = &sound {
@@ -261,7 +270,7 @@ impl Demo<'_> {
     fn await_player(&mut self, player: Option<Player>) -> Result<Option<Ended>, DemoError> {
         let Some(player) = player else { return Ok(None) };
         self.tell("the song plays on to its end");
-        let limit = Duration::from_secs(60) + Duration::from_secs(SONG_SECONDS.into()) * (self.spec.crashes + 1);
+        let limit = Duration::from_secs(u64::from(self.spec.song_seconds()) + 60);
         player.wait(&mut self.place, limit).map(Some)
     }
 
