@@ -13,6 +13,8 @@ const PATH: &str = "/run/umbra-asound.conf";
 pub const PLAYBACK: &str = "playback";
 pub const CAPTURE: &str = "capture";
 pub const CONTROL: &str = "card";
+/// Where dmix and dsnoop keep their socket: compiled into alsa-lib. The image has no such folder.
+const SOCKETS: &str = "/tmp";
 /// Keys of dmix's and dsnoop's shared memory; any will do in a VM of our own.
 const DMIX_KEY: u32 = 0x756d_6201;
 const DSNOOP_KEY: u32 = 0x756d_6202;
@@ -36,6 +38,9 @@ pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
             "pcm.{name} {{ type {kind} ipc_key {key} slave {{ pcm \"{name}_card\" format S16_LE rate 48000 channels 2 \
              period_size 480 buffer_size 4800 }} }}\n"
         );
+    }
+    if guests > 1 {
+        fs::create_dir_all(SOCKETS).with_context(|| format!("cannot make {SOCKETS}"))?;
     }
     fs::write(PATH, text).with_context(|| format!("cannot write {PATH}"))?;
     // SAFETY: there is one thread yet.
