@@ -13,8 +13,8 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::supervisor::wall;
 
-/// Warnings and errors, without `vfio_ioctls`' warnings: it has one for each conventional PCI device.
-const DEFAULT: &str = "warn,vfio_ioctls=error";
+/// Warnings and errors.
+const DEFAULT: &str = "warn";
 
 /// Starts logging; lines that are about no VM are about `subject`. `UMBRA_LOG` takes a filter, as `debug` or
 /// `umbra_vmm::vfio=trace`.

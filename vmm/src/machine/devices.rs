@@ -11,12 +11,12 @@ use thiserror::Error;
 
 use super::vm::Vm;
 use crate::pci::address::{Bdf, ParseBdfError, Slot};
-use crate::pci::bus;
+use crate::pci::bus::{self, SharedDevice};
 use crate::process::host::Host;
 use crate::process::ipc::{FromVm, NetBackend, SoundBackend, ToVm, VmSpec};
 use crate::process::vm::Subscriber;
 use crate::supervisor::time::Time;
-use crate::vfio::{self, Failure, Vfio, VfioPciDevice, VmResources};
+use crate::vfio::{self, DeviceFiles, Failure, Vfio, VfioPciDevice, VmResources};
 use crate::virtio::block::{self, Block};
 use crate::virtio::console::{self, Console};
 use crate::virtio::device::{self, VirtioDevice};
@@ -77,8 +77,14 @@ pub enum Error {
     Bdf(#[from] ParseBdfError),
 }
 
-/// Makes the devices of `spec` and puts them on the bus and into the event loop.
-pub fn add(vm: &Vm, spec: &VmSpec, host: &Arc<Host>, events: &mut EventManager<Subscriber>) -> Result<Devices, Error> {
+/// Makes the devices of `spec` and puts them on the bus and into the event loop. `files` are those of the function to pass
+/// through, if it is open already.
+pub fn add(
+    vm: &Vm,
+    (spec, mut files): (&VmSpec, Vec<OwnedFd>),
+    host: &Arc<Host>,
+    events: &mut EventManager<Subscriber>,
+) -> Result<Devices, Error> {
     let mut adder = Adder { vm, host, events, devices: Devices::default() };
     for (index, net) in (0u16..).zip(&spec.nets) {
         adder.net(index, net)?;
@@ -97,7 +103,7 @@ pub fn add(vm: &Vm, spec: &VmSpec, host: &Arc<Host>, events: &mut EventManager<S
         adder.devices.vfio = Some(new_vfio(vm)?);
     }
     for function in &spec.passthrough {
-        adder.devices.plug(vm, function, host)?;
+        adder.devices.plug(vm, (function, std::mem::take(&mut files)), host)?;
     }
     Ok(adder.devices)
 }
@@ -175,39 +181,44 @@ pub struct Devices {
     sounds: Vec<Arc<Mutex<Sound>>>,
     /// In a VM that has, or will have, functions passed through.
     vfio: Option<Arc<Vfio>>,
-    /// Where those functions are.
-    functions: Vec<Slot>,
+    /// Those functions, and where they are.
+    functions: Vec<(Slot, Arc<Mutex<VfioPciDevice>>)>,
     /// What the event loop does not know yet.
     subscribers: Vec<Subscriber>,
 }
 
 impl Devices {
-    /// Puts the host's function `function` on the bus; before the vCPUs run, or later.
-    pub fn plug(&mut self, vm: &Vm, function: &str, host: &Arc<Host>) -> Result<(), Error> {
+    /// Puts the host's function `function` on the bus; before the vCPUs run, or later. Without its `files` it is opened.
+    pub fn plug(&mut self, vm: &Vm, (function, files): (&str, Vec<OwnedFd>), host: &Arc<Host>) -> Result<(), Error> {
         let bdf: Bdf = function.parse()?;
         let vfio = match &self.vfio {
             Some(vfio) => vfio,
             None => self.vfio.insert(new_vfio(vm)?),
         };
         let slot = free_slot(vm)?;
-        let device = VfioPciDevice::open(vfio, bdf, slot)?;
+        let device = match DeviceFiles::received(bdf, files) {
+            Some(files) => VfioPciDevice::from_files(vfio, files, slot)?,
+            None => VfioPciDevice::open(vfio, bdf, slot)?,
+        };
         let host = Arc::clone(host);
         let watch = device.watch(Box::new(move |bdf: Bdf, failure: Failure| {
             let (device, what) = (bdf.to_string(), failure.to_string());
             host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
         }))?;
         self.subscribers.push(Arc::new(Mutex::new(watch)));
-        vm.bus.pci.add(slot, Arc::new(Mutex::new(device)))?;
-        self.functions.push(slot);
+        let device = Arc::new(Mutex::new(device));
+        vm.bus.pci.add(slot, Arc::clone(&device) as SharedDevice)?;
+        self.functions.push((slot, device));
         Ok(())
     }
 
-    /// Takes all functions off the bus and closes them, while the vCPUs run.
+    /// Takes all functions off the bus and gives them up, while the vCPUs run.
     pub fn release(&mut self, vm: &Vm) {
-        for slot in self.functions.drain(..) {
+        for (slot, device) in self.functions.drain(..) {
             drop(vm.bus.pci.remove(slot));
+            // A vCPU may have a reference for a moment longer.
+            lock(&device).give_up();
         }
-        // The groups are free for the next VM when their container is gone.
         self.vfio = None;
     }
 

@@ -110,7 +110,8 @@ pub enum PortEnd {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ToVm {
-    /// First message: the VM to be.
+    /// First message: the VM to be. Descriptors attached for a driver VM with a device: its container, group and device
+    /// (VFIO), open; without them a VM opens what is passed through to it.
     Start(Box<VmSpec>),
     /// Press the power button (ACPI).
     PowerButton,
@@ -119,6 +120,7 @@ pub enum ToVm {
     /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].
     Release,
     /// Standby: put this host PCI function on the VM's bus; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
+    /// Descriptors attached: its container, group and device, open.
     Plug {
         /// Its PCI address on the host.
         device: String,
@@ -213,7 +215,7 @@ pub enum FromVm {
         /// When, ns.
         at: u64,
     },
-    /// The device is closed, and does no DMA to this VM any more.
+    /// The device is out of the VM: no mapping, descriptor or interrupt of it is left in this process.
     Released {
         /// When, ns.
         at: u64,

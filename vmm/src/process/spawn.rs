@@ -66,12 +66,18 @@ pub struct VmProcess {
 }
 
 impl VmProcess {
-    /// Starts `program` as the process of `spec`, which gets `inherited` under the same numbers.
+    /// Starts `program` as the process of `spec`, which gets `inherited` under the same numbers, and `files`, those of its
+    /// device, with its spec.
     ///
     /// # Errors
     ///
     /// The process cannot be started. One that cannot start its VM says so on its channel.
-    pub fn spawn(program: &Path, spec: VmSpec, inherited: &[OwnedFd], streams: Streams) -> Result<Self, SpawnError> {
+    pub fn spawn(
+        program: &Path,
+        spec: VmSpec,
+        (inherited, files): (&[OwnedFd], &[BorrowedFd<'_>]),
+        streams: Streams,
+    ) -> Result<Self, SpawnError> {
         let vm = spec.name.clone();
         let (channel, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
@@ -90,7 +96,7 @@ impl VmProcess {
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
         let process = Self { child, pidfd, channel, console };
-        process.channel.send(&ToVm::Start(Box::new(spec)), &[])?;
+        process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
     }
 

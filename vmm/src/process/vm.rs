@@ -92,16 +92,16 @@ pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 /// Runs one VM to its end. An error that a supervisor was told of is not returned.
 pub fn main(source: Source) -> Result<(), Error> {
     let signals = block_signals(&source)?;
-    let (spec, host) = match source {
+    let (spec, files, host) = match source {
         Source::Control(fd) => {
             // The supervisor notices by it that this process is gone.
             let channel = Channel::from_fd(twin(&fd).unwrap_or(fd));
-            let spec = receive_spec(&channel)?;
-            (spec, Arc::new(Host::Supervisor(channel)))
+            let (spec, files) = receive_spec(&channel)?;
+            (spec, files, Arc::new(Host::Supervisor(channel)))
         }
-        Source::File(path) => (Box::new(read_spec(path)?), Arc::new(Host::Log)),
+        Source::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
     };
-    let result = run(&spec, &host, signals);
+    let result = run((&spec, files), &host, signals);
     match (&*host, result) {
         (Host::Supervisor(_), Err(error)) => {
             host.tell(&FromVm::Failed { what: chain(&error) });
@@ -142,9 +142,10 @@ fn block_signals(source: &Source) -> Result<SignalFd, Error> {
         .map_err(Error::system("watch signals (signalfd)"))
 }
 
-fn receive_spec(channel: &Channel) -> Result<Box<VmSpec>, Error> {
+/// The spec, and the files of its device.
+fn receive_spec(channel: &Channel) -> Result<(Box<VmSpec>, Vec<OwnedFd>), Error> {
     match channel.receive().map_err(Error::Control)? {
-        Incoming::Message(ToVm::Start(spec), _) => Ok(spec),
+        Incoming::Message(ToVm::Start(spec), files) => Ok((spec, files)),
         _ => Err(Error::NoSpec),
     }
 }
@@ -155,11 +156,11 @@ fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
 }
 
 /// Builds and runs the VM; returns how it ended and its vCPUs' registers.
-fn run(spec: &VmSpec, host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
+fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
     die_with_supervisor(spec, host)?;
     let vm = Vm::new(spec)?;
     let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
-    let devices = devices::add(&vm, spec, host, &mut events)?;
+    let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
     let vm = Arc::new(vm);
     let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals };
@@ -246,7 +247,7 @@ impl Control {
                 self.devices.release(&self.vm);
                 self.host.tell(&FromVm::Released { at: Time::now().0 });
             }
-            ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, &device, &self.host) {
+            ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {
                 Ok(()) => FromVm::Plugged { at: Time::now().0 },
                 Err(error) => FromVm::Failed { what: chain(&error) },
             }),

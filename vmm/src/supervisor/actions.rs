@@ -26,6 +26,10 @@ impl Supervisor {
         for action in actions {
             self.act(n, action, now);
         }
+        let driver = &mut self.drivers[n];
+        if matches!(driver.lifecycle.state(), State::Quarantined | State::Stopped) {
+            driver.close_files();
+        }
     }
 
     fn act(&mut self, n: usize, action: Action, now: Time) {
@@ -67,10 +71,14 @@ impl Supervisor {
                 if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
                     self.drive(n, Input::Evidence);
                 }
+                self.drivers[n].holder.fence();
             }
             Action::Bury => self.bury(n),
             Action::Kill => match &mut self.drivers[n].life {
-                Some(life) => life.process.kill(),
+                Some(life) => {
+                    life.process.kill();
+                    self.drivers[n].holder.fence();
+                }
                 None => self.process_gone(n, "it was not started".into()),
             },
             Action::Report => self.report(n),
@@ -80,18 +88,23 @@ impl Supervisor {
 
     fn reset(&mut self, n: usize) {
         self.drivers[n].mark_fence();
-        self.drivers[n].timeline.mark(Step::ResetStart, Time::now());
-        if let Err(error) = self.drivers[n].start_reset() {
-            self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
-            self.drive(n, Input::ResetDone);
+        let driver = &mut self.drivers[n];
+        driver.timeline.mark(Step::ResetStart, Time::now());
+        match driver.holder.begin_reset(driver.device.clone(), driver.span()) {
+            Ok(job) => driver.resetting = Some(job),
+            Err(error) => {
+                self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
+                self.drive(n, Input::ResetDone);
+            }
         }
     }
 
     pub(super) fn on_reset_done(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
         let Some(job) = driver.resetting.take() else { return };
-        let outcome = job.result.try_recv().unwrap_or_else(|_| Err("the thread that did it ended".into()));
+        let outcome = driver.holder.end_reset(&job);
         driver.timeline.mark(Step::Reset, Time::now());
+        let Some(outcome) = outcome else { return self.drive(n, Input::ResetDone) };
         let (method, error) = match outcome {
             Ok(done) => (done.method.map_or("none", |method| method.word()).to_owned(), None),
             Err(error) => (driver.reset_method.clone(), Some(error)),
@@ -214,6 +227,9 @@ impl Supervisor {
         driver.timeline.mark(Step::Sign, failure.at);
         driver.timeline.mark(Step::Detect, now);
         driver.reason = Some(failure.what.clone());
+        if failure.source == Source::Device {
+            driver.holder.doubt();
+        }
         driver.report = failure.source.is_failure().then(|| driver.begin_report(failure));
         self.events.tell(&Event::DriverFailed {
             driver: driver.name.clone(),

@@ -1,12 +1,10 @@
 //! A driver VM as the supervisor has it: its process and agent while it lives, its evidence when it has died.
 
 use std::fmt;
-use std::io::{self, PipeReader};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -17,6 +15,7 @@ use umbra_shadow::Generation;
 
 use super::console::Console;
 use super::dying::Dying;
+use super::holder::{Holder, Open, ResetJob};
 use super::lifecycle::{Ahead, Carrier, End, Lifecycle};
 use super::lines::{LineError, Lines};
 use super::policy::History;
@@ -30,7 +29,7 @@ use super::timeline::Timeline;
 use crate::process::ipc::{MaskedCounts, NetBackend, PortBackend, PortEnd, VmSpec};
 use crate::process::spawn::{SpawnError, Streams, VmProcess};
 use crate::spec::{self, Driver};
-use crate::vfio::reset::ResetDone;
+use crate::vfio::DeviceFiles;
 use crate::vfio::sysfs::HostDevice;
 
 /// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
@@ -42,9 +41,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=
                        mitigations=off kfence.sample_interval=0 audit=0 apparmor=0 initcall_blacklist=jent_mod_init,\
                        crypto_kdf108_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init";
 
-/// How long the thread that resets a device waits for the kernel.
-const RESET_LIMIT: Duration = Duration::from_secs(70);
-
 /// Largest console pipe; what a VM prints between two turns of the loop fits in.
 const CONSOLE_PIPE: i32 = 256 * 1024;
 
@@ -54,6 +50,9 @@ pub(super) enum StartError {
     /// The process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// Its device cannot be opened.
+    #[error("{0}")]
+    Device(String),
     /// Socket pairs for links and agent.
     #[error("make socket pairs for a driver VM")]
     Sockets(#[source] io::Error),
@@ -98,6 +97,8 @@ pub(super) struct DriverVm {
     pub(super) spec: Driver,
     /// The device of the present life.
     pub(super) device: HostDevice,
+    /// Its files.
+    pub(super) holder: Holder,
     /// The other device, where there is one.
     pub(super) spare: Option<Spare>,
     /// The generation that is, or was last, the present life.
@@ -190,19 +191,10 @@ pub(super) struct StandbyVm {
     pub(super) dropped: bool,
 }
 
-/// A reset under way in its own thread, because the kernel may take a minute over it.
-#[derive(Debug)]
-pub(super) struct ResetJob {
-    /// Ends when the reset has returned.
-    pub(super) done: PipeReader,
-    /// What it did.
-    pub(super) result: Receiver<Result<ResetDone, String>>,
-}
-
 impl DriverVm {
     pub(super) fn new(
         (name, spec): (&str, Driver),
-        (device, spare, image): (HostDevice, Option<HostDevice>, Image),
+        (device, spare, open, image): (HostDevice, Option<HostDevice>, Open, Image),
         ends: Vec<EndRef>,
         run_dir: &RunDir,
     ) -> Self {
@@ -215,7 +207,8 @@ impl DriverVm {
         Self {
             name: name.into(),
             lifecycle: Lifecycle::new(History::new(spec.restart.clone()), ends.len(), ahead),
-            spare: spare.map(Spare::new),
+            spare: spare.map(|device| Spare::new(device, open)),
+            holder: Holder::new(open),
             present: None,
             live_at: None,
             spec,
@@ -291,10 +284,12 @@ impl DriverVm {
             links.push((*end, back.into()));
         }
         let device = match role {
-            Role::Serves => Some(&self.device),
-            Role::Spare => self.spare.as_ref().map(|spare| &spare.device),
+            Role::Serves => Some((&self.device, &self.holder)),
+            Role::Spare => self.spare.as_ref().map(|spare| (&spare.device, &spare.holder)),
             Role::Waits => None,
         };
+        let files = device.map(|(_, holder)| holder.files()).transpose().map_err(StartError::Device)?;
+        let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
         let (agent, theirs) = UnixStream::pair().map_err(StartError::Sockets)?;
         agent.set_nonblocking(true).map_err(StartError::Sockets)?;
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
@@ -311,10 +306,10 @@ impl DriverVm {
             nets,
             sounds: Vec::new(),
             ports: std::iter::once(port).chain(sounds).collect(),
-            passthrough: device.into_iter().map(|device| device.bdf().to_string()).collect(),
+            passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
         };
-        let process = VmProcess::spawn(program, spec, &inherited, Streams::Captured)?;
+        let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
         if let Some(pipe) = process.console() {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
@@ -351,25 +346,12 @@ impl DriverVm {
         agent.send(&line)
     }
 
-    /// Begins to reset the device.
-    pub(super) fn start_reset(&mut self) -> io::Result<()> {
-        self.resetting = Some(self.begin_reset(self.device.clone())?);
-        Ok(())
-    }
-
-    /// Begins to reset `device`.
-    pub(super) fn begin_reset(&self, device: HostDevice) -> io::Result<ResetJob> {
-        let (done, writer) = io::pipe()?;
-        let (sender, result) = mpsc::channel();
-        let about = self.span();
-        thread::Builder::new().name(format!("reset {}", self.name)).spawn(move || {
-            let _about = about.entered();
-            let outcome = device.perform_reset(RESET_LIMIT).map_err(|error| format!("{:#}", anyhow::Error::new(error)));
-            // Nobody waits any more when the machine has been stopped.
-            let _ = sender.send(outcome);
-            drop(writer);
-        })?;
-        Ok(ResetJob { done, result })
+    /// Closes the files of its devices: there is no life that could need them.
+    pub(super) fn close_files(&mut self) {
+        self.holder.close();
+        if let Some(spare) = &mut self.spare {
+            spare.holder.close();
+        }
     }
 
     pub(super) fn status(&self) -> status::DriverStatus {

@@ -147,7 +147,7 @@ impl GuestVm {
         self.error = None;
         self.state = GuestState::Starting;
         self.started = Time::now();
-        self.process = Some(VmProcess::spawn(program, self.vm_spec(), &[], streams)?);
+        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
         self.listening = true;
         Ok(())
     }

@@ -10,6 +10,7 @@ mod driver;
 mod dying;
 pub mod events;
 mod guest;
+mod holder;
 mod leftover;
 pub mod lifecycle;
 pub mod lines;
@@ -31,6 +32,7 @@ pub mod time;
 pub mod timeline;
 pub mod wall;
 
+pub use holder::Open;
 pub use leftover::LeftoverError;
 pub use preflight::{Host, PreflightError};
 pub use run::{Options, RunError, run};

@@ -10,10 +10,11 @@ use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use umbra_guest_images::image::{Image, ImageError};
 
+use super::holder::Open;
 use crate::pci::address::{Bdf, ParseBdfError};
 use crate::spec::{Guest, Machine, MemorySize};
-use crate::vfio;
 use crate::vfio::sysfs::HostDevice;
+use crate::vfio::{self, DeviceFiles};
 
 /// Where the host's things are.
 #[derive(Clone, Debug)]
@@ -22,11 +23,13 @@ pub struct Host {
     pub kvm: PathBuf,
     /// The PCI bus in sysfs.
     pub pci: PathBuf,
+    /// How a function is opened.
+    pub open: Open,
 }
 
 impl Default for Host {
     fn default() -> Self {
-        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into() }
+        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into(), open: DeviceFiles::open }
     }
 }
 

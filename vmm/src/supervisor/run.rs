@@ -19,6 +19,7 @@ use super::driver::{DeviceRef, DriverVm, EndRef};
 use super::dying::DyingPart;
 use super::events::{Event, EventLog, Events, Verbosity};
 use super::guest::{GuestState, GuestVm};
+use super::holder::Open;
 use super::leftover::{self, LeftoverError};
 use super::lifecycle::{Input, State};
 use super::notify::Notify;
@@ -159,7 +160,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     if let Some((pid, done)) = left {
         events.tell(&Event::CleanedUp { pid, done });
     }
-    let mut supervisor = Supervisor::new(machine, checked, (run_dir, listener), signals, events);
+    let mut supervisor = Supervisor::new(machine, checked, options.host.open, (run_dir, listener), signals, events);
     supervisor.program = options.program;
     supervisor.notify = options.notify;
     supervisor.start()?;
@@ -197,6 +198,7 @@ impl Supervisor {
     fn new(
         machine: &Machine,
         mut checked: Checked,
+        open: Open,
         (run_dir, listener): (RunDir, UnixListener),
         signals: SignalFd,
         events: Events,
@@ -214,7 +216,7 @@ impl Supervisor {
             let ends = nets.chain(sounds);
             let (device, image) = checked.drivers.remove(name)?;
             let spare = checked.spares.remove(name);
-            Some(DriverVm::new((name, spec.clone()), (device, spare, image), ends.collect(), &run_dir))
+            Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends.collect(), &run_dir))
         });
         let drivers: Vec<_> = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {

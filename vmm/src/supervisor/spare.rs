@@ -9,8 +9,9 @@ use std::time::Duration;
 use umbra_driver_vm::protocol::ToAgent;
 use umbra_shadow::Generation;
 
-use super::driver::{DeviceRef, DriverVm, EndRef, ResetJob, Role, StandbyVm};
+use super::driver::{DeviceRef, DriverVm, EndRef, Role, StandbyVm};
 use super::events::Event;
+use super::holder::{Holder, Open, ResetJob};
 use super::lifecycle::{Input, Source};
 use super::run::Supervisor;
 use super::time::{Time, milliseconds};
@@ -38,6 +39,8 @@ enum Network {
 #[derive(Debug)]
 pub(super) struct Spare {
     pub(super) device: HostDevice,
+    /// Its files.
+    pub(super) holder: Holder,
     reset_method: String,
     pub(super) resetting: Option<ResetJob>,
     reset_start: Time,
@@ -49,9 +52,17 @@ pub(super) struct Spare {
 }
 
 impl Spare {
-    pub(super) fn new(device: HostDevice) -> Self {
-        let reset_method = device.reset().best().map_or("none", |method| method.word()).into();
-        Self { device, reset_method, resetting: None, reset_start: Time(0), network: None, retired: None, moved: false }
+    pub(super) fn new(device: HostDevice, open: Open) -> Self {
+        Self {
+            reset_method: device.reset().best().map_or("none", |method| method.word()).into(),
+            device,
+            holder: Holder::new(open),
+            resetting: None,
+            reset_start: Time(0),
+            network: None,
+            retired: None,
+            moved: false,
+        }
     }
 
     /// One word for `umbra status`: whether it is on the network of the serving device.
@@ -67,13 +78,10 @@ impl Spare {
 impl Supervisor {
     pub(super) fn reset_spare(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
-        let Some(device) = driver.spare.as_ref().map(|spare| spare.device.clone()) else { return };
-        match driver.begin_reset(device) {
-            Ok(job) => {
-                if let Some(spare) = &mut driver.spare {
-                    (spare.resetting, spare.reset_start) = (Some(job), Time::now());
-                }
-            }
+        let about = driver.span();
+        let Some(spare) = &mut driver.spare else { return };
+        match spare.holder.begin_reset(spare.device.clone(), about) {
+            Ok(job) => (spare.resetting, spare.reset_start) = (Some(job), Time::now()),
             Err(error) => {
                 self.events.warn(format!("{}: the spare device is not reset: {error}", self.drivers[n].name));
                 self.drive(n, Input::SpareResetDone);
@@ -85,7 +93,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(spare) = driver.spare.as_mut() else { return };
         let Some(job) = spare.resetting.take() else { return };
-        let outcome = job.result.try_recv().unwrap_or_else(|_| Err("the thread that did it ended".into()));
+        let Some(outcome) = spare.holder.end_reset(&job) else { return self.drive(n, Input::SpareResetDone) };
         let (method, error) = match outcome {
             Ok(done) => (done.method.map_or("none", |method| method.word()).to_owned(), None),
             Err(error) => (spare.reset_method.clone(), Some(error)),
@@ -235,6 +243,9 @@ impl DriverVm {
     fn change_places(&mut self, failed: Option<Generation>) {
         let Some(spare) = &mut self.spare else { return };
         std::mem::swap(&mut self.device, &mut spare.device);
+        std::mem::swap(&mut self.holder, &mut spare.holder);
+        // At once, whatever the failed life does about it.
+        spare.holder.fence();
         std::mem::swap(&mut self.reset_method, &mut spare.reset_method);
         (spare.network, spare.retired) = (None, failed);
         spare.moved = !spare.moved;

@@ -70,6 +70,9 @@ impl Supervisor {
             // What is left of it is cleared away when its end is seen.
             standby.life.process.kill();
             standby.dropped = true;
+            if let Some(spare) = &mut driver.spare {
+                spare.holder.fence();
+            }
         }
         if let Some(reason) = why {
             self.events.tell(&Event::StandbyFailed { driver: driver.name.clone(), generation, reason });
@@ -111,7 +114,11 @@ impl Supervisor {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };
-        if let Err(error) = life.process.channel().send_now(&message, &[]) {
+        let files = match driver.holder.files() {
+            Ok(files) => files.to_send(),
+            Err(why) => return self.fail_driver(n, Source::Start, why, Time::now()),
+        };
+        if let Err(error) = life.process.channel().send_now(&message, &files) {
             self.fail_driver(n, Source::ProcessExit, format!("its process: {error}"), Time::now());
         }
     }
@@ -156,6 +163,12 @@ impl Supervisor {
             Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
             Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
             Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),
+            Ok(Incoming::Message(FromVm::DeviceFailed { device, what, .. }, _)) => {
+                if let Some(spare) = &mut self.drivers[n].spare {
+                    spare.holder.doubt();
+                }
+                Some(format!("device {device}: {what}"))
+            }
             Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
             Ok(Incoming::Message(..)) => None,
             Ok(Incoming::Closed) => {

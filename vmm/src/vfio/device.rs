@@ -1,7 +1,8 @@
 //! A host PCI function as a device of a VM.
 //!
-//! The invariant: when it goes (VM reset, drop), interrupts are switched off, then bus mastering is cleared,
-//! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA.
+//! The invariant: when it goes (VM reset, given up), interrupts are switched off, then bus mastering is cleared,
+//! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA. Once given up, nothing here reaches the
+//! function any more, because another VM may have it.
 
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use super::config::{self, COMMAND, Capabilities, Config};
 use super::container::Vfio;
 use super::error::Error;
 use super::events::{Failure, FailureWatch};
+use super::files::DeviceFiles;
 use super::interrupts::DeviceInterrupts;
 use super::irq::Index;
 use super::mapping::BarMapping;
@@ -39,14 +41,22 @@ pub struct VfioPciDevice {
     bars: Vec<BarState>,
     host: Arc<HostFunction>,
     vfio: Arc<Vfio>,
+    given_up: bool,
 }
 
 impl VfioPciDevice {
     /// Opens the function for `slot` of the VM's bus. The host's kernel resets it, if it can.
     pub fn open(vfio: &Arc<Vfio>, bdf: Bdf, slot: Slot) -> Result<Self, Error> {
-        let host_device = HostDevice::find(bdf)?;
+        let files = vfio.open(&HostDevice::find(bdf)?)?;
+        Self::from_files(vfio, files, slot)
+    }
+
+    /// Takes a function that is open already for `slot` of the VM's bus. Whoever opened it has reset it.
+    pub fn from_files(vfio: &Arc<Vfio>, files: DeviceFiles, slot: Slot) -> Result<Self, Error> {
+        let bdf = files.bdf();
         let vanished = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::EventFd { bdf, source })?;
-        let host = Arc::new(HostFunction::new(bdf, vfio.open(&host_device)?, vanished));
+        let host = Arc::new(HostFunction::new(files, vanished)?);
+        vfio.join(host.files())?;
         let gsi = (host.irq_count(Index::Intx) > 0).then(|| Interrupts::intx_gsi(slot.get()));
         // From here on its drop gives everything back, however far the set-up came.
         let mut this = Self {
@@ -56,6 +66,7 @@ impl VfioPciDevice {
             bars: Vec::new(),
             host,
             vfio: Arc::clone(vfio),
+            given_up: false,
         };
         this.set_up(gsi)?;
         Ok(this)
@@ -96,6 +107,17 @@ impl VfioPciDevice {
         self.host.bdf()
     }
 
+    /// Gives the function up for good. A vCPU that is about to access it finds a device that is gone.
+    pub fn give_up(&mut self) {
+        if std::mem::replace(&mut self.given_up, true) {
+            return;
+        }
+        self.quiesce();
+        self.bars.clear();
+        self.vfio.release(self.host.files());
+        self.host.give_up();
+    }
+
     fn find_bar(&mut self, bar: BarIndex) -> Option<&mut BarState> {
         self.bars.iter_mut().find(|state| state.plan.bar.index == bar)
     }
@@ -126,7 +148,7 @@ impl VfioPciDevice {
 
 fn map_bar(vfio: &Arc<Vfio>, host: &HostFunction, plan: BarPlan) -> Result<BarState, Error> {
     let bar = plan.bar.index.0;
-    let offset = host.device().get_region_offset(u32::from(bar));
+    let offset = host.region_offset(u32::from(bar));
     let mapping = (!plan.mapped.is_empty()).then(|| BarMapping::new(vfio.slots(), host.fd(), offset, &plan.mapped));
     let mapping = mapping.transpose().map_err(|source| Error::MapBar { bdf: host.bdf(), bar, source })?;
     Ok(BarState { plan, mapping })
@@ -146,6 +168,9 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        if self.given_up {
+            return Vec::new();
+        }
         if self.config.may_stop_decoding(offset, data) {
             self.leave_vm();
         }
@@ -189,8 +214,13 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn reset(&mut self) {
+        if self.given_up {
+            return;
+        }
         self.quiesce();
-        self.host.device().reset();
+        if let Err(error) = self.host.reset() {
+            tracing::warn!("{}: reset: {error}", self.name);
+        }
         self.config.reset(&*self.host);
         self.update_interrupts();
     }
@@ -198,8 +228,7 @@ impl PciDevice for VfioPciDevice {
 
 impl Drop for VfioPciDevice {
     fn drop(&mut self) {
-        self.quiesce();
-        self.vfio.release();
+        self.give_up();
     }
 }
 

@@ -128,7 +128,7 @@ pub enum Error {
         bdf: Bdf,
         /// Why not.
         #[source]
-        source: vfio_ioctls::VfioError,
+        source: std::io::Error,
     },
     /// KVM refused an operation.
     #[error("{operation}")]

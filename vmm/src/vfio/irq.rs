@@ -1,7 +1,6 @@
 //! `VFIO_DEVICE_SET_IRQS`: which eventfd the host's kernel signals for which interrupt of a function.
-//!
-//! The crate's own wrapper loses the error number, and takes "so many vectors would be available" for success.
 
+use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::AsRawFd;
@@ -18,6 +17,9 @@ use super::region::HostFunction;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 10)`.
 const VFIO_DEVICE_SET_IRQS: libc::c_ulong = nix::request_code_none!(VFIO_TYPE, VFIO_BASE + 10);
+
+/// The action that connects interrupts with eventfds, or switches them off.
+pub(super) const TRIGGER: u32 = VFIO_IRQ_SET_ACTION_TRIGGER;
 
 /// A kind of interrupt of a VFIO PCI function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,39 +51,40 @@ impl Index {
 impl HostFunction {
     /// How many interrupts of this kind the function has.
     pub fn irq_count(&self, index: Index) -> u32 {
-        self.device().get_irq_info(index.number()).map_or(0, |info| info.count)
+        self.irqs(index.number())
     }
 
     /// Switches the kind on: interrupt `n` signals `events[n]`.
     pub fn irq_enable(&self, index: Index, events: &[&EventFd]) -> io::Result<()> {
-        self.set_irqs(index, VFIO_IRQ_SET_ACTION_TRIGGER, events)
+        set(self.file(), index, TRIGGER, events)
     }
 
     /// Switches the kind off.
     pub fn irq_disable(&self, index: Index) -> io::Result<()> {
-        self.set_irqs(index, VFIO_IRQ_SET_ACTION_TRIGGER, &[])
+        set(self.file(), index, TRIGGER, &[])
     }
 
     /// A signal on `event` unmasks `INTx#`, which the kernel masks with each interrupt.
     pub fn intx_unmask_by(&self, event: &EventFd) -> io::Result<()> {
-        self.set_irqs(Index::Intx, VFIO_IRQ_SET_ACTION_UNMASK, &[event])
+        set(self.file(), Index::Intx, VFIO_IRQ_SET_ACTION_UNMASK, &[event])
     }
+}
 
-    fn set_irqs(&self, index: Index, action: u32, events: &[&EventFd]) -> io::Result<()> {
-        let data = if events.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let count = u32::try_from(events.len()).map_err(invalid)?;
-        let bytes = u32::try_from(size_of::<vfio_irq_set>() + events.len() * size_of::<i32>()).map_err(invalid)?;
-        // The header (argsz, flags, index, start, count) and one descriptor each: all 32 bits wide.
-        let mut request: Vec<u32> = vec![bytes, data | action, index.number(), 0, count];
-        request.extend(events.iter().map(|event| event.as_raw_fd().cast_unsigned()));
-        // SAFETY: the request is a `vfio_irq_set` of `argsz` bytes, aligned to its widest field; the kernel only
-        // reads it.
-        let result = unsafe { ioctl_with_ptr(&self.fd(), VFIO_DEVICE_SET_IRQS, request.as_ptr()) };
-        match result {
-            0 => Ok(()),
-            n if n < 0 => Err(io::Error::last_os_error()),
-            n => Err(io::Error::other(format!("the host has {n} of {count} interrupt vectors left for it"))),
-        }
+/// Does `action` with the kind `index`: interrupt `n` has to do with `events[n]`; without events, with all of the kind.
+pub(super) fn set(device: &File, index: Index, action: u32, events: &[&EventFd]) -> io::Result<()> {
+    let data = if events.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let count = u32::try_from(events.len()).map_err(invalid)?;
+    let bytes = u32::try_from(size_of::<vfio_irq_set>() + events.len() * size_of::<i32>()).map_err(invalid)?;
+    // The header (argsz, flags, index, start, count) and one descriptor each: all 32 bits wide.
+    let mut request: Vec<u32> = vec![bytes, data | action, index.number(), 0, count];
+    request.extend(events.iter().map(|event| event.as_raw_fd().cast_unsigned()));
+    // SAFETY: the request is a `vfio_irq_set` of `argsz` bytes, aligned to its widest field; the kernel only
+    // reads it.
+    let result = unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS, request.as_ptr()) };
+    match result {
+        0 => Ok(()),
+        n if n < 0 => Err(io::Error::last_os_error()),
+        n => Err(io::Error::other(format!("the host has {n} of {count} interrupt vectors left for it"))),
     }
 }

@@ -1,7 +1,8 @@
 //! Passing host PCI functions through to a VM (VFIO, <https://docs.kernel.org/driver-api/vfio.html>).
 //!
-//! Two halves. What the host knows about a function, bound or not: [`sysfs`], [`bind`], [`reset`]. A function
-//! inside a VM: one [`Vfio`] a VM (container, DMA mappings), one [`VfioPciDevice`] a function.
+//! Three parts. What the host knows about a function, bound or not: [`sysfs`], [`bind`], [`reset`]. The files of an open
+//! one, which may outlive the VM that has it: [`files`]. A function inside a VM: one [`Vfio`] a VM (DMA mappings), one
+//! [`VfioPciDevice`] a function.
 //!
 //! The invariant: a function can do DMA only while the memory of its VM is mapped for it; bus mastering is
 //! cleared before anything is unmapped. No device model is known here.
@@ -14,6 +15,8 @@ pub mod device;
 mod dma;
 pub mod error;
 pub mod events;
+pub mod files;
+mod info;
 pub mod interrupts;
 pub mod intx;
 pub mod irq;
@@ -28,4 +31,5 @@ pub use container::{Vfio, VmResources};
 pub use device::VfioPciDevice;
 pub use error::Error;
 pub use events::{Failure, FailureWatch};
+pub use files::DeviceFiles;
 pub use sysfs::HostDevice;

@@ -1,21 +1,27 @@
 //! An open VFIO function: its regions read and written, with a device that vanished noticed.
 //!
 //! Reads of a device that is gone or switched off return all ones, as on a real bus; writes are lost. The
-//! first access that fails because the device is gone signals [`HostFunction::vanished`].
+//! first access that fails because the device is gone signals [`HostFunction::vanished`]. One that the VM has given up
+//! ([`HostFunction::give_up`]) is not reached any more, whoever still has a reference: another VM may have it.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_BASE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE,
 };
-use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl;
 
 use super::bars::RegionInfo;
 use super::config::COMMAND;
 use super::error::Error;
+use super::files::{DeviceFiles, done};
+use super::info::{self, Info, Region};
 use crate::pci::address::Bdf;
 use crate::pci::config::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY};
 
@@ -54,9 +60,12 @@ pub trait HostConfig {
 /// An open function.
 pub struct HostFunction {
     bdf: Bdf,
-    device: VfioDevice,
+    files: DeviceFiles,
+    info: Info,
     vanished: EventFd,
     told: AtomicBool,
+    /// The VM has it no more.
+    given_up: AtomicBool,
     /// What was last written to the command register.
     command: AtomicU16,
 }
@@ -86,8 +95,12 @@ fn judge(now: u16, written: u16) -> Presence {
 
 impl HostFunction {
     /// Wraps an opened device; `vanished` is signalled when it is gone.
-    pub fn new(bdf: Bdf, device: VfioDevice, vanished: EventFd) -> Self {
-        Self { bdf, device, vanished, told: AtomicBool::new(false), command: AtomicU16::new(0) }
+    pub fn new(files: DeviceFiles, vanished: EventFd) -> Result<Self, Error> {
+        let bdf = files.bdf();
+        let read = info::read(files.device());
+        let info = read.map_err(|source| Error::Vfio { operation: "ask about the open device", bdf, source })?;
+        let (told, given_up, command) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU16::new(0));
+        Ok(Self { bdf, files, info, vanished, told, given_up, command })
     }
 
     /// The address.
@@ -95,9 +108,44 @@ impl HostFunction {
         self.bdf
     }
 
-    /// The device.
-    pub fn device(&self) -> &VfioDevice {
-        &self.device
+    /// Its files.
+    pub(super) fn files(&self) -> &DeviceFiles {
+        &self.files
+    }
+
+    /// The device file.
+    pub(super) fn file(&self) -> &File {
+        self.files.device()
+    }
+
+    /// From now on nothing here reaches the function.
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// How many interrupts there are of VFIO's kind `index`.
+    pub(super) fn irqs(&self, index: u32) -> u32 {
+        usize::try_from(index).ok().and_then(|index| self.info.irqs.get(index)).copied().unwrap_or(0)
+    }
+
+    /// Where region `index` begins in the device file.
+    pub(super) fn region_offset(&self, index: u32) -> u64 {
+        self.described(index).map_or(0, |region| region.offset)
+    }
+
+    /// Resets the function, if the kernel can.
+    pub(super) fn reset(&self) -> io::Result<()> {
+        /// `_IO(VFIO_TYPE, VFIO_BASE + 11)`.
+        const VFIO_DEVICE_RESET: libc::c_ulong = nix::request_code_none!(VFIO_TYPE, VFIO_BASE + 11);
+        if !self.info.resettable {
+            return Ok(());
+        }
+        // SAFETY: the request takes no argument.
+        done(unsafe { ioctl(self.file(), VFIO_DEVICE_RESET) })
+    }
+
+    fn described(&self, index: u32) -> Option<&Region> {
+        self.info.regions.get(usize::try_from(index).ok()?)
     }
 
     /// Looks whether the function is there and as its driver wants it.
@@ -122,18 +170,12 @@ impl HostFunction {
 
     /// What VFIO says about region `index`; an empty one for those that are not there.
     pub fn region(&self, index: u32) -> RegionInfo {
-        let flags = self.device.get_region_flags(index);
-        let readable = flags & (VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE) != 0;
-        let sparse = self.device.get_region_caps(index).into_iter().find_map(|capability| match capability {
-            VfioRegionInfoCap::SparseMmap(areas) => {
-                Some(areas.areas.iter().map(|a| a.offset..a.offset.saturating_add(a.size)).collect())
-            }
-            _ => None,
-        });
+        let Some(region) = self.described(index) else { return RegionInfo::default() };
+        let readable = region.flags & (VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE) != 0;
         RegionInfo {
-            size: if readable { self.device.get_region_size(index) } else { 0 },
-            mappable: flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
-            sparse,
+            size: if readable { region.size } else { 0 },
+            mappable: region.flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
+            sparse: region.sparse.clone(),
         }
     }
 
@@ -157,7 +199,7 @@ impl HostFunction {
         let at = self.position(region, offset, data.len()).map_err(failed)?;
         match pread(self.fd(), data, at) {
             Ok(n) if n == data.len() => Ok(()),
-            Ok(_) => Err(failed(std::io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => Err(failed(io::ErrorKind::UnexpectedEof.into())),
             Err(errno) => Err(failed(errno.into())),
         }
     }
@@ -167,21 +209,28 @@ impl HostFunction {
         let at = self.position(region, offset, data.len()).map_err(failed)?;
         match pwrite(self.fd(), data, at) {
             Ok(n) if n == data.len() => Ok(()),
-            Ok(_) => Err(failed(std::io::ErrorKind::WriteZero.into())),
+            Ok(_) => Err(failed(io::ErrorKind::WriteZero.into())),
             Err(errno) => Err(failed(errno.into())),
         }
     }
 
     /// The position in the device file, if the access lies within the region.
-    fn position(&self, region: u32, offset: u64, length: usize) -> std::io::Result<i64> {
-        let end = offset.checked_add(length as u64).filter(|&end| end <= self.device.get_region_size(region));
-        let start = end.and_then(|_| self.device.get_region_offset(region).checked_add(offset));
-        start.and_then(|s| i64::try_from(s).ok()).ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
+    fn position(&self, region: u32, offset: u64, length: usize) -> io::Result<i64> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let region = self.described(region).ok_or(io::ErrorKind::InvalidInput)?;
+        let end = offset.checked_add(length as u64).filter(|&end| end <= region.size);
+        let start = end.and_then(|_| region.offset.checked_add(offset));
+        start.and_then(|s| i64::try_from(s).ok()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// An access failed: a device that was only switched off (no memory decoding) still has its vendor ID.
     fn failed(&self, error: &Error) {
         tracing::debug!("{}: {error}", self.bdf);
+        if self.given_up.load(Ordering::Relaxed) {
+            return;
+        }
         let mut vendor = [0xFF; 2];
         let known = self.try_read(VFIO_PCI_CONFIG_REGION_INDEX, 0, &mut vendor).is_ok();
         if known && u16::from_le_bytes(vendor) != NO_VENDOR || self.told.swap(true, Ordering::Relaxed) {
@@ -192,17 +241,20 @@ impl HostFunction {
         let _ = self.vanished.write(1);
     }
 
-    /// The device file.
+    /// The device file, to be mapped.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: `self.device` owns the descriptor and is not dropped while `self` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
+        self.file().as_fd()
+    }
+
+    fn config_size(&self) -> u64 {
+        self.described(VFIO_PCI_CONFIG_REGION_INDEX).map_or(0, |region| region.size)
     }
 }
 
 impl HostConfig for HostFunction {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
         // Behind the end: a conventional device has 256 bytes, and no device answers there.
-        if u64::from(offset) >= self.device.get_region_size(VFIO_PCI_CONFIG_REGION_INDEX) {
+        if u64::from(offset) >= self.config_size() {
             data.fill(0xFF);
         } else {
             self.read(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), data);
@@ -210,7 +262,7 @@ impl HostConfig for HostFunction {
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {
-        if u64::from(offset) < self.device.get_region_size(VFIO_PCI_CONFIG_REGION_INDEX) {
+        if u64::from(offset) < self.config_size() {
             self.note_command(offset, data);
             self.write(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), data);
         }

@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::control::{Response, StopHow};
 use umbra_vmm::supervisor::status::DriverStatus;
 
-use crate::machine::{DEVICE, SPARE, TestMachine, make_with_spare, start, start_elsewhere, start_with_spare};
+use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
 
 type Case = (&'static str, fn());
 
@@ -42,6 +42,7 @@ pub const ALL: &[Case] = cases![
     a_rebooted_guest_gets_a_new_driver_vm_that_is_no_failure,
     a_killed_guest_ends_the_run_with_its_name,
     a_driver_vm_that_cannot_start_ends_the_run,
+    a_device_that_cannot_be_opened_ends_the_run,
     an_agent_that_cannot_work_at_first_ends_the_run,
     a_full_disk_does_not_stop_recovery,
     a_driver_vm_gets_its_own_descriptors_alone,
@@ -366,6 +367,15 @@ fn a_killed_guest_ends_the_run_with_its_name() {
 fn a_driver_vm_that_cannot_start_ends_the_run() {
     let mut machine = start("", "fake=no-start", "");
     assert_eq!(machine.wait().unwrap_err().to_string(), "nic0: it has no engine");
+}
+
+fn a_device_that_cannot_be_opened_ends_the_run() {
+    let mut machine = make("", "", "");
+    fs::write(machine.dir.path().join("pci/devices").join(DEVICE).join("unbound"), "").unwrap();
+    machine.start_again();
+    let message = machine.wait().unwrap_err().to_string();
+    assert!(message.starts_with("nic0: 0000:03:00.0 is bound to no driver"), "{message}");
+    assert_eq!(machine.resets(), "", "what cannot be opened is not reset");
 }
 
 fn an_agent_that_cannot_work_at_first_ends_the_run() {

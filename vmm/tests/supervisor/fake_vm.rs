@@ -21,7 +21,9 @@ pub fn main(args: &[String]) -> ExitCode {
     let fd = args.iter().skip_while(|word| *word != "--control").nth(1).unwrap().parse().unwrap();
     // SAFETY: the supervisor opened it for this process.
     let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
-    let Incoming::Message(ToVm::Start(spec), _) = channel.receive().unwrap() else { return ExitCode::FAILURE };
+    let Incoming::Message(ToVm::Start(spec), files) = channel.receive().unwrap() else { return ExitCode::FAILURE };
+    assert_eq!(files.len(), 3 * spec.passthrough.len(), "container, group, device");
+    drop(files);
     let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default();
     if spec.cmdline.contains("fake=no-start") || image == "image-that-does-not-boot" {
         channel.send(&FromVm::Failed { what: "it has no engine".into() }, &[]).unwrap();
@@ -176,7 +178,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
 
 /// The supervisor's messages to the process.
 fn obey(control: &Channel) {
-    while let Ok(Incoming::Message(message, _)) = control.receive::<ToVm>() {
+    while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
             ToVm::Kill => {
                 let registers = "rip 0000".into();
@@ -184,7 +186,10 @@ fn obey(control: &Channel) {
                 std::process::exit(0);
             }
             ToVm::Release => control.send(&FromVm::Released { at: Time::now().0 }, &[]).unwrap(),
-            ToVm::Plug { .. } => control.send(&FromVm::Plugged { at: Time::now().0 }, &[]).unwrap(),
+            ToVm::Plug { .. } => {
+                assert_eq!(files.len(), 3, "container, group, device");
+                control.send(&FromVm::Plugged { at: Time::now().0 }, &[]).unwrap();
+            }
             _ => {}
         }
     }

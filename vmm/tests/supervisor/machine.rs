@@ -18,6 +18,7 @@ use umbra_vmm::supervisor::notify::Notify;
 use umbra_vmm::supervisor::rundir;
 use umbra_vmm::supervisor::status::{DriverStatus, Status};
 use umbra_vmm::supervisor::{self, Host, Options, RunError};
+use umbra_vmm::vfio::{self, DeviceFiles, HostDevice};
 
 /// The device of the driver VM.
 pub const DEVICE: &str = "0000:03:00.0";
@@ -67,7 +68,7 @@ pub fn start_elsewhere() -> TestMachine {
 }
 
 /// Makes a machine and starts nothing.
-fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
+pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
     make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
@@ -90,10 +91,19 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         verbosity: Verbosity::Quiet,
         events: Some(fs::File::create(dir.join("events")).unwrap()),
         program: "/proc/self/exe".into(),
-        host: Host { kvm: dir.join("kvm"), pci: dir.join("pci") },
+        host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
     };
     supervisor::run(&machine, options)
+}
+
+/// Files that know no request of VFIO. A device whose `unbound` is there cannot be opened.
+fn open(device: &HostDevice) -> Result<DeviceFiles, vfio::Error> {
+    if device.directory().join("unbound").exists() {
+        return Err(vfio::Error::NoDriver { bdf: device.bdf() });
+    }
+    let null = || fs::File::open("/dev/null").unwrap().into();
+    Ok(DeviceFiles::received(device.bdf(), vec![null(), null(), null()]).unwrap())
 }
 
 /// A sysfs with two functions bound to `vfio-pci`, and an image.

@@ -1,0 +1,143 @@
+//! Keeps the VFIO files of a driver VM's device over the deaths of its driver VMs: each life gets duplicates. So the device
+//! is neither closed nor opened between two lives, which would cost a reset each, but fenced and reset once.
+//!
+//! Invariant: the files that a life gets are those of a device that was fenced and reset after the life before was gone.
+//! All that may take its time (fence, reset, opening, closing) is done in threads, one after the other.
+
+use std::io::{self, PipeReader};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tracing::Span;
+
+use crate::vfio::files::DeviceFiles;
+use crate::vfio::reset::ResetDone;
+use crate::vfio::sysfs::HostDevice;
+use crate::vfio::{self};
+
+/// How a function's files are opened.
+pub type Open = fn(&HostDevice) -> Result<DeviceFiles, vfio::Error>;
+
+/// How long the thread that resets a device waits for the kernel.
+const RESET_LIMIT: Duration = Duration::from_secs(70);
+
+/// The files of one device.
+#[derive(Debug)]
+pub(super) struct Holder {
+    open: Open,
+    files: Result<Arc<DeviceFiles>, String>,
+    /// The device is in a state that nobody knows, or the host wants it back: the files are to be closed.
+    doubtful: bool,
+    /// The thread that is still at work on the files.
+    busy: Option<JoinHandle<()>>,
+}
+
+/// A reset under way in its own thread, because the kernel may take a minute over it.
+#[derive(Debug)]
+pub(super) struct ResetJob {
+    /// Ends when the reset has returned.
+    pub(super) done: PipeReader,
+    result: Receiver<Outcome>,
+}
+
+/// What a reset left.
+#[derive(Debug)]
+struct Outcome {
+    files: Result<Arc<DeviceFiles>, String>,
+    /// `None`: the device could not be opened, and was not touched.
+    reset: Option<Result<ResetDone, String>>,
+}
+
+impl Holder {
+    pub(super) fn new(open: Open) -> Self {
+        Self { open, files: Err("its device is not open".into()), doubtful: false, busy: None }
+    }
+
+    /// The files, for a life; or why there are none.
+    pub(super) fn files(&self) -> Result<&DeviceFiles, String> {
+        self.files.as_deref().map_err(Clone::clone)
+    }
+
+    /// Takes the device from its life at once, whatever that does.
+    pub(super) fn fence(&mut self) {
+        if let Ok(files) = &self.files {
+            let files = Arc::clone(files);
+            self.work("fence", move || {
+                files.fence();
+            });
+        }
+    }
+
+    /// What the device does is not known: it is closed and opened again before its next life.
+    pub(super) fn doubt(&mut self) {
+        self.doubtful = true;
+    }
+
+    /// Closes the files, if they are open.
+    pub(super) fn close(&mut self) {
+        if let Ok(files) = std::mem::replace(&mut self.files, Err("its device is closed".into())) {
+            self.work("close", move || drop(files));
+        }
+    }
+
+    /// Does `work` on the files after what is still being done on them.
+    fn work(&mut self, what: &str, work: impl FnOnce() + Send + 'static) {
+        let before = self.busy.take();
+        let then = move || {
+            wait(before);
+            work();
+        };
+        // Without a thread the files are closed here.
+        self.busy = thread::Builder::new().name(what.into()).spawn(then).ok();
+    }
+
+    /// Begins to reset `device`, which no life has any more: fenced first, and opened if it is not.
+    pub(super) fn begin_reset(&mut self, device: HostDevice, about: Span) -> io::Result<ResetJob> {
+        let (done, writer) = io::pipe()?;
+        let (sender, result) = mpsc::channel();
+        let files = std::mem::replace(&mut self.files, Err("its device is being reset".into()));
+        let doubtful = std::mem::take(&mut self.doubtful);
+        let (before, open) = (self.busy.take(), self.open);
+        thread::Builder::new().name(format!("reset {}", device.bdf())).spawn(move || {
+            let _about = about.entered();
+            wait(before);
+            // Nobody waits any more when the machine has been stopped.
+            let _ = sender.send(reset(&device, files.ok().filter(|_| !doubtful), open));
+            drop(writer);
+        })?;
+        Ok(ResetJob { done, result })
+    }
+
+    /// The reset has returned: what it did; `None` if the device could not be opened, which its next life will say.
+    pub(super) fn end_reset(&mut self, job: &ResetJob) -> Option<Result<ResetDone, String>> {
+        let ended = || String::from("the thread that did it ended");
+        let lost = |_| Outcome { files: Err(ended()), reset: Some(Err(ended())) };
+        let Outcome { files, reset } = job.result.try_recv().unwrap_or_else(lost);
+        self.files = files;
+        reset
+    }
+}
+
+fn wait(thread: Option<JoinHandle<()>>) {
+    // One that has panicked has said so.
+    let _ = thread.map(JoinHandle::join);
+}
+
+/// Fences and resets `device`; opens it where it is not open, or cannot be fenced in any other way than by closing it.
+fn reset(device: &HostDevice, files: Option<Arc<DeviceFiles>>, open: Open) -> Outcome {
+    let files = match files {
+        Some(files) if files.fence() => Ok(files),
+        files => {
+            drop(files);
+            open(device).map(Arc::new).map_err(in_words)
+        }
+    };
+    let reset = files.is_ok().then(|| device.perform_reset(RESET_LIMIT).map_err(in_words));
+    Outcome { files, reset }
+}
+
+fn in_words(error: vfio::Error) -> String {
+    format!("{:#}", anyhow::Error::new(error))
+}
