@@ -1,8 +1,9 @@
 //! Descriptors that are the first to be closed when the process is killed.
 //!
 //! Linux closes the files of a process that ends from the highest number to the lowest (`task_work_run` takes the last
-//! one that was added first), and `vfio-pci` resets the device when it is closed, which takes 100 ms and more. What
-//! others notice the death by has to go before that. Where a kernel does it otherwise nothing is lost but that time.
+//! one that was added first). Those of KVM take their time, and `vfio-pci` resets a device that nobody else holds when it is
+//! closed, which takes 100 ms and more. What others notice the death by has to go before that. Where a kernel does it
+//! otherwise nothing is lost but that time.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 

@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use tracing::Span;
 
+use crate::vfio;
 use crate::vfio::files::DeviceFiles;
 use crate::vfio::reset::ResetDone;
 use crate::vfio::sysfs::HostDevice;
-use crate::vfio::{self};
 
 /// How a function's files are opened.
 pub type Open = fn(&HostDevice) -> Result<DeviceFiles, vfio::Error>;

@@ -43,8 +43,8 @@ pub use state::{Action, Carrier, End, Failure, Input, Source, State};
 /// on its way: so long is that waited for. The guests are masked meanwhile.
 const SUSPICION: Duration = Duration::from_millis(100);
 
-/// How long a failed VM's process may take to give its device up before it is killed. `vfio-pci` resets the device
-/// then: a bus reset takes 100 ms and more.
+/// How long a failed VM's process may take to give its device up before it is killed. Milliseconds will do, but its
+/// vCPUs may keep the machine busy.
 const RELEASE: Duration = Duration::from_millis(250);
 
 /// How long a NIC may take to find its link before the guest is told that there is none. Copper gigabit

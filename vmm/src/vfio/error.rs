@@ -87,7 +87,10 @@ pub enum Error {
         others: Vec<(Bdf, String)>,
     },
     /// The group device is open elsewhere.
-    #[error("{bdf} is in use: another process has IOMMU group {group} open (`fuser -v /dev/vfio/{group}` names it)")]
+    #[error(
+        "{bdf} is in use: IOMMU group {group} is open already, and one VM alone can have it (`fuser -v /dev/vfio/{group}` \
+         names the processes)"
+    )]
     GroupBusy {
         /// The function.
         bdf: Bdf,

@@ -1,8 +1,8 @@
 //! Resetting a PCI function between two lives of its driver, through sysfs (`reset_method`, `reset`).
 //!
 //! The invariant: bus mastering is cleared first, so that a device without any reset at least stops its DMA
-//! until the next driver switches it on. `vfio-pci` resets by the same methods itself whenever its device
-//! file is opened and after it is closed.
+//! until the next driver switches it on. `vfio-pci` resets by the same methods itself when its device
+//! file is opened and after it is closed for good.
 //!
 //! The kernel prefers `pm` to `bus`. Here it is the other way: many devices keep their rings through D3hot, and such
 //! a one writes into its next driver VM at addresses of its last life. The kernel offers `bus` only where nothing else
@@ -140,7 +140,7 @@ pub struct ResetDone {
 }
 
 impl HostDevice {
-    /// Stops the function's DMA, then resets it by the best method there is. No VM may have it open.
+    /// Stops the function's DMA, then resets it by the best method there is. It may be open, but no VM may have it.
     ///
     /// The kernel waits up to a minute for a device that does not come back; after `limit` this gives up and
     /// leaves a thread behind that waits on.
