@@ -181,8 +181,8 @@ pub struct Devices {
     sounds: Vec<Arc<Mutex<Sound>>>,
     /// In a VM that has, or will have, functions passed through.
     vfio: Option<Arc<Vfio>>,
-    /// Those functions, and where they are.
-    functions: Vec<(Slot, Arc<Mutex<VfioPciDevice>>)>,
+    /// Those functions.
+    functions: Vec<Arc<Mutex<VfioPciDevice>>>,
     /// What the event loop does not know yet.
     subscribers: Vec<Subscriber>,
 }
@@ -208,15 +208,13 @@ impl Devices {
         self.subscribers.push(Arc::new(Mutex::new(watch)));
         let device = Arc::new(Mutex::new(device));
         vm.bus.pci.add(slot, Arc::clone(&device) as SharedDevice)?;
-        self.functions.push((slot, device));
+        self.functions.push(device);
         Ok(())
     }
 
-    /// Takes all functions off the bus and gives them up, while the vCPUs run.
-    pub fn release(&mut self, vm: &Vm) {
-        for (slot, device) in self.functions.drain(..) {
-            drop(vm.bus.pci.remove(slot));
-            // A vCPU may have a reference for a moment longer.
+    /// Gives all functions up, while the vCPUs run.
+    pub fn release(&mut self) {
+        for device in self.functions.drain(..) {
             lock(&device).give_up();
         }
         self.vfio = None;

@@ -210,21 +210,6 @@ impl PciBus {
         Ok(())
     }
 
-    /// Takes the device out of `slot` and stops decoding its BARs.
-    pub fn remove(&self, slot: Slot) -> Option<SharedDevice> {
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let Added { device, assigned } = slots[usize::from(slot.get())].take()?;
-        drop(slots);
-        let mut guard = lock(&device);
-        let mut firmware = lock(&self.firmware);
-        for &(bar, address) in &assigned {
-            self.decode(slot, &mut *guard, BarChange { bar, base: None });
-            firmware.give_back(bar, address);
-        }
-        drop(guard);
-        Some(device)
-    }
-
     /// All devices back to their state after power-on, with the addresses that they got first.
     pub fn reset(&self) {
         *lock(&self.config_address) = 0;

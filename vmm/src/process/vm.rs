@@ -244,7 +244,7 @@ impl Control {
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
             ToVm::Release => {
-                self.devices.release(&self.vm);
+                self.devices.release();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });
             }
             ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {

@@ -1,10 +1,11 @@
 //! A host PCI function as a device of a VM.
 //!
 //! The invariant: when it goes (VM reset, given up), interrupts are switched off, then bus mastering is cleared,
-//! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA. Once given up, nothing here reaches the
-//! function any more, because another VM may have it.
+//! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA. Once given up, nothing in this process
+//! reaches the function any more, because another VM may have it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -39,10 +40,14 @@ pub struct VfioPciDevice {
     config: Config,
     interrupts: DeviceInterrupts,
     bars: Vec<BarState>,
-    host: Arc<HostFunction>,
+    bdf: Bdf,
+    /// `None`: given up.
+    host: Option<Arc<HostFunction>>,
     vfio: Arc<Vfio>,
-    given_up: bool,
 }
+
+/// What reads of a device that is not there return.
+const ABSENT: u8 = 0xFF;
 
 impl VfioPciDevice {
     /// Opens the function for `slot` of the VM's bus. The host's kernel resets it, if it can.
@@ -64,16 +69,16 @@ impl VfioPciDevice {
             config: Config::new(&Capabilities::default(), &[], None),
             interrupts: DeviceInterrupts::new(vfio.interrupts(), gsi),
             bars: Vec::new(),
-            host,
+            bdf,
+            host: Some(Arc::clone(&host)),
             vfio: Arc::clone(vfio),
-            given_up: false,
         };
-        this.set_up(gsi)?;
+        this.set_up(&host, gsi)?;
         Ok(this)
     }
 
-    fn set_up(&mut self, gsi: Option<u32>) -> Result<(), Error> {
-        let (host, bdf, interrupts) = (&*self.host, self.host.bdf(), self.vfio.interrupts());
+    fn set_up(&mut self, host: &HostFunction, gsi: Option<u32>) -> Result<(), Error> {
+        let (bdf, interrupts) = (self.bdf, self.vfio.interrupts());
         let capabilities = Capabilities::scan(host);
         let msix = config::msix_layout(host, &capabilities)?;
         let emulated: Vec<Emulated> = msix.iter().flat_map(MsixLayout::emulated).collect();
@@ -94,28 +99,38 @@ impl VfioPciDevice {
             self.bars.push(map_bar(&self.vfio, host, plan)?);
         }
         self.config = config;
-        self.interrupts.update(&self.host, &self.config)
+        self.interrupts.update(host, &self.config)
     }
 
     /// Watches the function for failures; add the result to the VM's event loop. `tell` is called there.
     pub fn watch(&self, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<FailureWatch, Error> {
-        FailureWatch::new(&self.host, tell)
+        let given_up = || Error::Malformed { bdf: self.bdf, what: "it was given up".into() };
+        FailureWatch::new(self.host.as_ref().ok_or_else(given_up)?, tell)
     }
 
     /// The host's address of the function.
     pub fn bdf(&self) -> Bdf {
-        self.host.bdf()
+        self.bdf
     }
 
-    /// Gives the function up for good. A vCPU that is about to access it finds a device that is gone.
+    /// Gives the function up for good: afterwards this process has neither mappings nor descriptors of it. On the VM's bus
+    /// there is a device that does not answer.
     pub fn give_up(&mut self) {
-        if std::mem::replace(&mut self.given_up, true) {
-            return;
+        let Some(host) = self.host.take() else { return };
+        let start = Instant::now();
+        self.stop(&host);
+        let stopped = start.elapsed();
+        for mapping in self.bars.iter_mut().filter_map(|state| state.mapping.as_mut()) {
+            if let Err(error) = mapping.leave_device() {
+                // As long as it runs, the VM has the registers: whoever waits for the device kills it.
+                tracing::error!("{}: take the registers from the VM: {error}", self.name);
+                std::process::abort();
+            }
         }
-        self.quiesce();
-        self.bars.clear();
-        self.vfio.release(self.host.files());
-        self.host.give_up();
+        let left = start.elapsed();
+        self.vfio.release(host.files());
+        drop(host);
+        tracing::debug!(?stopped, ?left, "{}: given up in {:?}", self.name, start.elapsed());
     }
 
     fn find_bar(&mut self, bar: BarIndex) -> Option<&mut BarState> {
@@ -130,16 +145,15 @@ impl VfioPciDevice {
         }
     }
 
-    /// Interrupts off, DMA off, BARs out of the VM: in this order.
-    fn quiesce(&mut self) {
-        self.interrupts.off(&self.host);
-        let command = self.host.config16(COMMAND);
-        self.host.write_config(COMMAND, &(command & !COMMAND_BUS_MASTER).to_le_bytes());
-        self.leave_vm();
+    /// Interrupts off, then DMA off.
+    fn stop(&mut self, host: &HostFunction) {
+        self.interrupts.off(host);
+        let command = host.config16(COMMAND);
+        host.write_config(COMMAND, &(command & !COMMAND_BUS_MASTER).to_le_bytes());
     }
 
-    fn update_interrupts(&mut self) {
-        if let Err(error) = self.interrupts.update(&self.host, &self.config) {
+    fn update_interrupts(&mut self, host: &HostFunction) {
+        if let Err(error) = self.interrupts.update(host, &self.config) {
             // The driver will see a device without interrupts and give up; the VM goes on.
             tracing::error!("{}: {}", self.name, chain(&error));
         }
@@ -164,19 +178,20 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
-        self.config.read(&*self.host, offset, data);
+        match &self.host {
+            Some(host) => self.config.read(&**host, offset, data),
+            None => data.fill(ABSENT),
+        }
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
-        if self.given_up {
-            return Vec::new();
-        }
+        let Some(host) = self.host.clone() else { return Vec::new() };
         if self.config.may_stop_decoding(offset, data) {
             self.leave_vm();
         }
-        let effects = self.config.write(&*self.host, offset, data);
+        let effects = self.config.write(&*host, offset, data);
         if effects.interrupts {
-            self.update_interrupts();
+            self.update_interrupts(&host);
         }
         effects.bars
     }
@@ -190,7 +205,10 @@ impl PciDevice for VfioPciDevice {
                 return msix.pba_read(at, data);
             }
         }
-        self.host.read(u32::from(bar.0), offset, data);
+        match &self.host {
+            Some(host) => host.read(u32::from(bar.0), offset, data),
+            None => data.fill(ABSENT),
+        }
     }
 
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
@@ -202,7 +220,9 @@ impl PciDevice for VfioPciDevice {
                 return;
             }
         }
-        self.host.write(u32::from(bar.0), offset, data);
+        if let Some(host) = &self.host {
+            host.write(u32::from(bar.0), offset, data);
+        }
     }
 
     fn bar_moved(&mut self, bar: BarIndex, base: Option<u64>) {
@@ -214,15 +234,14 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn reset(&mut self) {
-        if self.given_up {
-            return;
-        }
-        self.quiesce();
-        if let Err(error) = self.host.reset() {
+        let Some(host) = self.host.clone() else { return };
+        self.stop(&host);
+        self.leave_vm();
+        if let Err(error) = host.reset() {
             tracing::warn!("{}: reset: {error}", self.name);
         }
-        self.config.reset(&*self.host);
-        self.update_interrupts();
+        self.config.reset(&*host);
+        self.update_interrupts(&host);
     }
 }
 

@@ -1,7 +1,8 @@
 //! Parts of a BAR mapped into this process and, while the BAR decodes, into the VM as KVM memory slots.
 //!
 //! The invariant: a slot exists only while its pages are mapped here; dropping a mapping removes the slots
-//! first.
+//! first. A function that is given up leaves memory in the place of its registers: KVM drops what it has of them when they
+//! are unmapped here, without the grace periods that the removal of each slot would wait for.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -9,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::machine::memory::{Access, Error, MemorySlot, MemorySlots};
 
@@ -63,6 +64,19 @@ impl BarMapping {
             this.areas.push(Area { offset: part.start, length, address });
         }
         Ok(this)
+    }
+
+    /// Takes the registers out of this process and the VM, at once; where they were there is memory. After an error some may
+    /// still be there.
+    pub fn leave_device(&mut self) -> std::io::Result<()> {
+        for area in &self.areas {
+            let at = NonZeroUsize::new(area.address.as_ptr() as usize);
+            let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_FIXED);
+            let flags = flags | MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+            // SAFETY: it replaces a mapping of this length that `self` owns and that nothing but the VM accesses.
+            unsafe { mmap_anonymous(at, area.length, access, flags) }?;
+        }
+        Ok(())
     }
 
     /// Shows the BAR to the VM at `base`; `None`: nowhere. After an error it is shown in part or not at all.

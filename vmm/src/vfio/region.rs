@@ -1,8 +1,7 @@
 //! An open VFIO function: its regions read and written, with a device that vanished noticed.
 //!
 //! Reads of a device that is gone or switched off return all ones, as on a real bus; writes are lost. The
-//! first access that fails because the device is gone signals [`HostFunction::vanished`]. One that the VM has given up
-//! ([`HostFunction::give_up`]) is not reached any more, whoever still has a reference: another VM may have it.
+//! first access that fails because the device is gone signals [`HostFunction::vanished`].
 
 use std::fs::File;
 use std::io;
@@ -64,8 +63,6 @@ pub struct HostFunction {
     info: Info,
     vanished: EventFd,
     told: AtomicBool,
-    /// The VM has it no more.
-    given_up: AtomicBool,
     /// What was last written to the command register.
     command: AtomicU16,
 }
@@ -99,8 +96,7 @@ impl HostFunction {
         let bdf = files.bdf();
         let read = info::read(files.device());
         let info = read.map_err(|source| Error::Vfio { operation: "ask about the open device", bdf, source })?;
-        let (told, given_up, command) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU16::new(0));
-        Ok(Self { bdf, files, info, vanished, told, given_up, command })
+        Ok(Self { bdf, files, info, vanished, told: AtomicBool::new(false), command: AtomicU16::new(0) })
     }
 
     /// The address.
@@ -116,11 +112,6 @@ impl HostFunction {
     /// The device file.
     pub(super) fn file(&self) -> &File {
         self.files.device()
-    }
-
-    /// From now on nothing here reaches the function.
-    pub(super) fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
     }
 
     /// How many interrupts there are of VFIO's kind `index`.
@@ -216,9 +207,6 @@ impl HostFunction {
 
     /// The position in the device file, if the access lies within the region.
     fn position(&self, region: u32, offset: u64, length: usize) -> io::Result<i64> {
-        if self.given_up.load(Ordering::Relaxed) {
-            return Err(io::ErrorKind::NotConnected.into());
-        }
         let region = self.described(region).ok_or(io::ErrorKind::InvalidInput)?;
         let end = offset.checked_add(length as u64).filter(|&end| end <= region.size);
         let start = end.and_then(|_| region.offset.checked_add(offset));
@@ -228,9 +216,6 @@ impl HostFunction {
     /// An access failed: a device that was only switched off (no memory decoding) still has its vendor ID.
     fn failed(&self, error: &Error) {
         tracing::debug!("{}: {error}", self.bdf);
-        if self.given_up.load(Ordering::Relaxed) {
-            return;
-        }
         let mut vendor = [0xFF; 2];
         let known = self.try_read(VFIO_PCI_CONFIG_REGION_INDEX, 0, &mut vendor).is_ok();
         if known && u16::from_le_bytes(vendor) != NO_VENDOR || self.told.swap(true, Ordering::Relaxed) {
