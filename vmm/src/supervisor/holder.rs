@@ -141,3 +141,66 @@ fn reset(device: &HostDevice, files: Option<Arc<DeviceFiles>>, open: Open) -> Ou
 fn in_words(error: vfio::Error) -> String {
     format!("{:#}", anyhow::Error::new(error))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs::{self, File};
+    use std::io::Read;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::vfio::sysfs::tests::FakeBus;
+
+    static OPENED: AtomicUsize = AtomicUsize::new(0);
+
+    /// Files that know no request of VFIO, so that no fence is certain.
+    fn open(device: &HostDevice) -> Result<DeviceFiles, vfio::Error> {
+        if !device.is_bound_to_vfio() {
+            return Err(vfio::Error::NoDriver { bdf: device.bdf() });
+        }
+        OPENED.fetch_add(1, Ordering::Relaxed);
+        let null = || File::open("/dev/null").unwrap().into();
+        Ok(DeviceFiles::received(device.bdf(), vec![null(), null(), null()]).unwrap())
+    }
+
+    fn device(bus: &FakeBus, bdf: &str, driver: Option<&str>) -> HostDevice {
+        let device = bus.add(bdf, Some(1), driver);
+        fs::write(device.directory().join("config"), [0; 256]).unwrap();
+        fs::write(device.directory().join("reset_method"), "flr\n").unwrap();
+        fs::write(device.directory().join("reset"), "").unwrap();
+        device
+    }
+
+    fn reset(holder: &mut Holder, device: &HostDevice) -> Option<Result<ResetDone, String>> {
+        let mut job = holder.begin_reset(device.clone(), Span::none()).unwrap();
+        assert!(holder.files().is_err(), "nobody gets them meanwhile");
+        job.done.read_to_end(&mut Vec::new()).unwrap();
+        holder.end_reset(&job)
+    }
+
+    #[test]
+    fn files_are_opened_before_the_reset_and_again_where_a_fence_is_not_certain() {
+        let bus = FakeBus::new();
+        let nic = device(&bus, "0000:01:00.0", Some("vfio-pci"));
+        let mut holder = Holder::new(open);
+        assert!(holder.files().is_err());
+        assert!(reset(&mut holder, &nic).unwrap().is_ok());
+        assert_eq!(holder.files().unwrap().bdf(), nic.bdf());
+        holder.fence();
+        assert!(reset(&mut holder, &nic).unwrap().is_ok());
+        assert_eq!(OPENED.load(Ordering::Relaxed), 2);
+        holder.close();
+        assert_eq!(holder.files().unwrap_err(), "its device is closed");
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_opened_is_not_reset_and_says_why() {
+        let bus = FakeBus::new();
+        let nic = device(&bus, "0000:01:00.0", None);
+        let mut holder = Holder::new(open);
+        assert!(reset(&mut holder, &nic).is_none());
+        assert!(holder.files().unwrap_err().contains("0000:01:00.0 is bound to no driver"));
+        assert_eq!(fs::read_to_string(nic.directory().join("reset")).unwrap(), "");
+    }
+}
