@@ -222,6 +222,11 @@ impl Supervisor {
     /// The life that has failed has no device any more: its report gets that.
     pub(super) fn report_retired(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
+        if let Some(spare) = &mut driver.spare {
+            // Not before: it would take the CPU from those who go over to the other device, and can wait, because this one
+            // reaches nothing but the memory of the life that is gone.
+            spare.holder.fence();
+        }
         let retired = driver.spare.as_mut().and_then(|spare| spare.retired.take()).map(Generation::get);
         let Some(report) = driver.report.as_mut().filter(|report| Some(report.generation) == retired) else { return };
         let generation = report.generation;
@@ -244,8 +249,6 @@ impl DriverVm {
         let Some(spare) = &mut self.spare else { return };
         std::mem::swap(&mut self.device, &mut spare.device);
         std::mem::swap(&mut self.holder, &mut spare.holder);
-        // At once, whatever the failed life does about it.
-        spare.holder.fence();
         std::mem::swap(&mut self.reset_method, &mut spare.reset_method);
         (spare.network, spare.retired) = (None, failed);
         spare.moved = !spare.moved;
