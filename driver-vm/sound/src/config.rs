@@ -19,6 +19,18 @@ const SOCKETS: &str = "/tmp";
 const DMIX_KEY: u32 = 0x756d_6201;
 const DSNOOP_KEY: u32 = 0x756d_6202;
 
+/// The name under which dmix and dsnoop open the card's timer, which wakes them.
+const TIMER: &str = "timer.hw {
+  @args [ CLASS SCLASS CARD DEV SUBDEV ]
+  @args.CLASS { type integer }
+  @args.SCLASS { type integer }
+  @args.CARD { type integer }
+  @args.DEV { type integer }
+  @args.SUBDEV { type integer }
+  type hw class $CLASS sclass $SCLASS card $CARD device $DEV subdevice $SUBDEV
+}
+";
+
 /// Writes it, for `guests` guests: mixed by dmix where there are several. To be called before alsa-lib is.
 pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
     let Found { card, playback, capture } = found;
@@ -40,6 +52,7 @@ pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
         );
     }
     if guests > 1 {
+        text += TIMER;
         fs::create_dir_all(SOCKETS).with_context(|| format!("cannot make {SOCKETS}"))?;
     }
     fs::write(PATH, text).with_context(|| format!("cannot write {PATH}"))?;
