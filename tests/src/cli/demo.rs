@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let dir = target_dir().join("demo");
     let say = |line: &str| println!("{line}");
     let run = || demo::run(&spec, &dir, &say);
-    let result = if spec.hardware.is_some() { run() } else { attempts::in_test_host(&say, run) }?;
+    let result = if spec.hardware.is_some() { run() } else { attempts::in_test_host(&say, |result| result.ok, run) }?;
     println!("written to {}", dir.join("result.json").display());
     Ok(if result.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

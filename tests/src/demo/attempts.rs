@@ -12,23 +12,27 @@ pub fn allowed() -> u32 {
     if has_nested_kvm() { 1 } else { ATTEMPTS }
 }
 
-/// Does `work`; where the test host is emulated, shows a failure that may be the emulation's and does it again,
-/// [`ATTEMPTS`] times in all. A result that is not as it should be is a result.
+/// Does `work`; where the test host is emulated, shows a failure that may be the emulation's, or a result that is not
+/// `good`, and does it again, [`ATTEMPTS`] times in all.
 ///
 /// # Errors
 /// Those of the last attempt, or one that another attempt would not change.
-pub fn in_test_host<T>(say: Say<'_>, mut work: impl FnMut() -> Result<T, DemoError>) -> Result<T, DemoError> {
+pub fn in_test_host<T>(
+    say: Say<'_>,
+    good: impl Fn(&T) -> bool,
+    mut work: impl FnMut() -> Result<T, DemoError>,
+) -> Result<T, DemoError> {
     let attempts = allowed();
     for attempt in 1..attempts {
-        match work() {
+        let what = match work() {
+            Ok(result) if !good(&result) => "is not as it should be",
             Err(error) if error.may_be_emulation() => {
                 say(&format!("{:#}", anyhow::Error::new(error)));
-                say(&format!(
-                    "attempt {attempt} of {attempts} in an emulated test host did not come to its end; once more"
-                ));
+                "did not come to its end"
             }
             result => return result,
-        }
+        };
+        say(&format!("attempt {attempt} of {attempts} in an emulated test host {what}; once more"));
     }
     work()
 }

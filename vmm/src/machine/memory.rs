@@ -27,8 +27,8 @@ use super::layout;
 const PAGE: u64 = 4096;
 /// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
 const HUGE_PAGE: usize = 2 << 20;
-/// Longest time for one huge page: a millisecond is usual, and players have buffers for some hundreds.
-const COLLAPSE_MAX: Duration = Duration::from_millis(50);
+/// A huge page that takes longer has cost others their punctuality.
+const SLOW_PAGE: Duration = Duration::from_millis(20);
 
 /// Most RAM: what lies below the 64-bit PCI window, less the hole below 4 GiB.
 const LIMIT: u64 = layout::PCI_MMIO64_START - layout::HIGH_RAM_START + layout::LOW_RAM_LIMIT;
@@ -144,10 +144,11 @@ fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
 }
 
 /// Backs all of `memory`, which must be fresh, with huge pages now, where the kernel can (Linux 6.1). For memory
-/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots. One page at a time,
-/// with a `pause` after each, and no more once one took [`COLLAPSE_MAX`]: the kernel then compacts its memory for it, is not
-/// preempted meanwhile, and what has to be punctual on the same processor, as a player in a guest, is late by as much.
-pub fn collapse(memory: &GuestMemoryMmap, pause: Duration) {
+/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots. One page at a time:
+/// the kernel is not preempted while it makes one, which takes long where it has to compact its memory first, and what has
+/// to be punctual on the same processor, as a player in a guest, is late by as much. `gently` it rests after each page for as
+/// long as that took, and after a slow one for three times as long.
+pub fn collapse(memory: &GuestMemoryMmap, gently: bool) {
     for region in memory.iter() {
         for offset in (0..region.len()).step_by(HUGE_PAGE) {
             let start = Instant::now();
@@ -158,12 +159,9 @@ pub fn collapse(memory: &GuestMemoryMmap, pause: Duration) {
                     return;
                 }
             }
-            if start.elapsed() > COLLAPSE_MAX {
-                tracing::debug!(offset, "memory is fragmented: the rest is backed with small pages");
-                return;
-            }
-            if !pause.is_zero() {
-                std::thread::sleep(pause);
+            let took = start.elapsed();
+            if gently {
+                std::thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
             }
         }
     }

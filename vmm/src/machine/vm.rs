@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
@@ -20,9 +19,6 @@ use super::{boot, cpuid, kvm, layout};
 use crate::interrupt::{self, Interrupts};
 use crate::pci::bus::{PciBus, Windows};
 use crate::process::ipc::VmSpec;
-
-/// A standby has time: others run between its huge pages.
-const STANDBY_PAUSE: Duration = Duration::from_millis(2);
 
 /// Errors of building a VM.
 #[derive(Debug, Error)]
@@ -90,7 +86,8 @@ impl Vm {
         let fd = kvm::create_vm(&kvm, spec.cpus)?;
         let memory = memory::create(&spec.name, spec.memory.0)?;
         if !spec.passthrough.is_empty() || spec.standby {
-            memory::collapse(&memory, if spec.standby { STANDBY_PAUSE } else { Duration::ZERO });
+            // A standby has time.
+            memory::collapse(&memory, spec.standby);
         }
         tracing::debug!("memory is there");
         let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
