@@ -114,9 +114,9 @@ impl DemoSpec {
 const GUEST: &str = "web";
 
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
-const SONG_SECONDS: u32 = 20;
+const SONG_SECONDS: u32 = 30;
 /// The same where there are failures that take seconds to notice.
-const LONG_SONG_SECONDS: u32 = 30;
+const LONG_SONG_SECONDS: u32 = 40;
 
 /// Longest time for one recovery, emulated machines included.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(120);

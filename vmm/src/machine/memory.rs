@@ -28,7 +28,7 @@ const PAGE: u64 = 4096;
 /// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
 const HUGE_PAGE: usize = 2 << 20;
 /// A huge page that takes longer has cost others their punctuality.
-const SLOW_PAGE: Duration = Duration::from_millis(20);
+const SLOW_PAGE: Duration = Duration::from_millis(50);
 
 /// Most RAM: what lies below the 64-bit PCI window, less the hole below 4 GiB.
 const LIMIT: u64 = layout::PCI_MMIO64_START - layout::HIGH_RAM_START + layout::LOW_RAM_LIMIT;
