@@ -136,8 +136,6 @@ struct Taken {
     /// Their parts.
     each: Vec<Value>,
     bare: Vec<Reinit>,
-    /// Crashes at the last failure of a test host.
-    counted: usize,
 }
 
 /// Takes the measurements. An emulated test host that fails midway is booted again, and what it has shown is kept.
@@ -148,17 +146,17 @@ pub fn run(spec: &OutagesSpec, say: Say<'_>) -> Result<Outages, DemoError> {
     let assets = Assets::prepare(say)?;
     let mut taken = Taken::default();
     let mut barren = 0;
-    while let Err(error) = boot(spec, &assets, &mut taken, say) {
+    loop {
+        let before = taken.each.len();
+        let Err(error) = boot(spec, &assets, &mut taken, say) else { return Ok(Outages::new(spec, taken)) };
         let crashes = taken.each.len();
-        barren = if crashes > taken.counted { 0 } else { barren + 1 };
-        taken.counted = crashes;
+        barren = if crashes > before { 0 } else { barren + 1 };
         if !error.may_be_emulation() || barren >= attempts::allowed() || attempts::allowed() == 1 {
             return Err(error);
         }
         say(&format!("{:#}", anyhow::Error::new(error)));
         say(&format!("the emulated test host failed after {crashes} crashes; another goes on"));
     }
-    Ok(Outages::new(spec, taken))
 }
 
 /// One boot of the test host: bare re-initialisations, then the crashes that are left.
@@ -262,7 +260,7 @@ fn reinits(place: &mut Place, machine: &MachineSpec, runs: u32, taken: &mut Vec<
 
 impl Outages {
     fn new(spec: &OutagesSpec, taken: Taken) -> Self {
-        let Taken { seen, quiet, told, each, bare, .. } = taken;
+        let Taken { seen, quiet, told, each, bare } = taken;
         let mut figures: Vec<_> = Spread::of("outage seen by the peer", seen).into_iter().collect();
         figures.extend(Spread::of("longest silence without crash", quiet));
         figures.extend(Spread::of("outage as Umbra counts it", told));
