@@ -50,7 +50,7 @@ pub struct Analysis {
     pub lost: usize,
     /// Frames heard again.
     pub doubled: usize,
-    /// Frames heard that are neither silence nor source.
+    /// Frames heard between the first and the last piece that are neither zero nor source.
     pub unknown: usize,
     /// Jumps between neighbouring frames, outside the pieces and at their edges.
     pub clicks: usize,
@@ -67,15 +67,13 @@ impl Analysis {
             _ => (0, heard.frames.len()),
         };
         let (lost, doubled) = coverage(&pieces);
-        let (silences, silent) = silences(heard, first, last);
-        let known: usize = pieces.iter().map(|piece| piece.frames).sum();
         let begin = pieces.iter().map(|p| p.source).min().unwrap_or(0);
         let end = pieces.iter().map(|p| p.source + p.frames).max().unwrap_or(0);
         Self {
-            silences,
+            silences: silences(heard, first, last),
             lost,
             doubled,
-            unknown: (last - first).saturating_sub(known + silent),
+            unknown: unknown(&heard.frames, &pieces),
             clicks: clicks(&heard.frames, &pieces),
             unheard_ends: (begin, source.frames.len() - end),
             pieces,
@@ -177,19 +175,24 @@ fn coverage(pieces: &[Piece]) -> (usize, usize) {
     (lost, doubled)
 }
 
-/// Silences from frame `first` to frame `last`, and how many frames they have together.
-fn silences(heard: &Wav, first: usize, last: usize) -> (Vec<Silence>, usize) {
+/// Frames between the pieces that are not zero.
+fn unknown(heard: &[Frame], pieces: &[Piece]) -> usize {
+    let between = |pair: &[Piece]| &heard[pair[0].heard + pair[0].frames..pair[1].heard];
+    pieces.windows(2).flat_map(between).filter(|frame| **frame != [0, 0]).count()
+}
+
+/// Silences from frame `first` to frame `last`.
+fn silences(heard: &Wav, first: usize, last: usize) -> Vec<Silence> {
     let least = heard.rate as usize * SILENCE_MS / 1000;
-    let (mut all, mut frames, mut at) = (Vec::new(), 0, first);
+    let (mut all, mut at) = (Vec::new(), first);
     while at < last {
         let run = heard.frames[at..last].iter().take_while(|frame| **frame == [0, 0]).count();
         if run >= least.max(1) {
             all.push(Silence { at_ms: heard.seconds(at) * 1000.0, ms: heard.seconds(run) * 1000.0 });
-            frames += run;
         }
         at += run.max(1);
     }
-    (all, frames)
+    all
 }
 
 fn clicks(heard: &[Frame], pieces: &[Piece]) -> usize {
@@ -254,6 +257,15 @@ mod tests {
         let parts = [&source.frames[..20_000], again, again, &source.frames[24_000..]];
         let analysis = Analysis::of(&heard(&parts), &source);
         assert_eq!((analysis.lost, analysis.doubled, analysis.pieces.len()), (4000, 4000, 4));
+    }
+
+    #[test]
+    fn a_card_that_ran_dry_for_a_moment_is_no_unknown_sound() {
+        let source = source();
+        let parts = [&source.frames[..20_000], &source.frames[11_000..11_124], &[[0, 0]; 317], &source.frames[20_000..]];
+        let analysis = Analysis::of(&heard(&parts), &source);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (0, 124, 0));
+        assert!(analysis.silences.is_empty());
     }
 
     #[test]
