@@ -7,6 +7,7 @@ mod demo;
 mod measure;
 mod outages;
 mod run;
+mod soak;
 mod sound;
 mod wav;
 
@@ -36,6 +37,8 @@ enum Command {
     Outages(outages::Args),
     /// Measure a song through crashes of the sound driver, silences and cost; a table and JSON.
     Sound(sound::Args),
+    /// Load network and sound fully with nothing failing; every failure that Umbra sees is a false alarm.
+    Soak(soak::Args),
     /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
     Wav(wav::Args),
     /// Give the terminal to a shell in a fresh test host.
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Measure(args) => measure::run(&args),
         Command::Outages(args) => outages::run(&args),
         Command::Sound(args) => sound::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),
     };

@@ -7,6 +7,7 @@ mod outage;
 pub mod outages;
 mod qemu_guest;
 mod results;
+pub mod soak;
 pub mod sound;
 
 use std::time::Duration;

@@ -262,7 +262,8 @@ mod tests {
     #[test]
     fn a_card_that_ran_dry_for_a_moment_is_no_unknown_sound() {
         let source = source();
-        let parts = [&source.frames[..20_000], &source.frames[11_000..11_124], &[[0, 0]; 317], &source.frames[20_000..]];
+        let parts =
+            [&source.frames[..20_000], &source.frames[11_000..11_124], &[[0, 0]; 317], &source.frames[20_000..]];
         let analysis = Analysis::of(&heard(&parts), &source);
         assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (0, 124, 0));
         assert!(analysis.silences.is_empty());
