@@ -75,6 +75,16 @@ fn write_past(folder: &Path) {
             ),
         );
     }
+    let moved = |n: u64| if (80..130).contains(&n) { 0 } else { 40 + n * 7 % 23 };
+    let steps = serde_json::json!({"step_ms": 25, "before_ms": 2000, "out": (0..210).map(moved).collect::<Vec<_>>(),
+        "into": (0..210).map(|n| 2 * moved(n)).collect::<Vec<_>>()});
+    line(
+        at,
+        &format!(
+            "\"event\":\"pace\",\"guest\":\"web\",\"device\":\"net0\",\"driver\":\"nic0\",\"generation\":{},\"steps\":{steps}",
+            FAILURES - 1
+        ),
+    );
     line(at, "\"event\":\"warning\",\"what\":\"x\",\"text\":\"warning: the disk is nearly full\"");
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("events.jsonl"), log).unwrap();
@@ -143,7 +153,7 @@ fn the_report_is_laid_out_by_a_browser_and_runs_nothing() {
     assert!(output.status.success() && dom.contains("</html>"), "{dom}\n{errors}");
     assert!(dom.contains("<title>web: failures and recoveries</title>"), "a script changed the title: {dom}");
     assert_eq!(dom.matches("id=\"failure-").count(), FAILURES as usize);
-    assert_eq!(dom.matches("<svg").count(), FAILURES as usize + 2, "a time line each, and two charts");
+    assert_eq!(dom.matches("<svg").count(), FAILURES as usize + 3, "a time line each, two charts, and one pace");
     assert!(!dom.contains("<script") && !dom.contains("<img"), "a console became markup: {dom}");
     assert!(!errors.contains("CONSOLE"), "the browser complains: {errors}");
 

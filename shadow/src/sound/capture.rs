@@ -39,6 +39,8 @@ pub(super) struct Capture {
     done_at: u64,
     moved_at: u64,
     pub(super) counts: Counts,
+    /// Frames that cards have recorded, ever.
+    pub(super) recorded: u64,
 }
 
 impl Capture {
@@ -53,6 +55,7 @@ impl Capture {
             done_at: 0,
             moved_at: 0,
             counts: Counts::default(),
+            recorded: 0,
         }
     }
 
@@ -121,6 +124,7 @@ impl Capture {
         self.advance(params, now, out);
         self.source = Source::Card;
         (self.heard_of, self.moved_at) = (true, now);
+        self.recorded += params.frames(samples.len());
         self.fill(samples, params, now, out);
         Ok(())
     }

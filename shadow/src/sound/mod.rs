@@ -134,6 +134,15 @@ pub struct Counts {
     pub xruns: u64,
 }
 
+/// What cards have done, in frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Reported as heard.
+    pub played: u64,
+    /// Recorded.
+    pub recorded: u64,
+}
+
 impl std::ops::Add for Counts {
     type Output = Self;
 
@@ -198,6 +207,14 @@ impl SoundShadow {
     /// Bytes of all messages that the guest waits for.
     pub fn pending_bytes(&self) -> usize {
         self.streams.iter().map(Stream::pending_bytes).sum()
+    }
+
+    /// What the cards of all generations have played and recorded, summed over all streams.
+    pub fn moved(&self) -> Moved {
+        self.streams.iter().map(Stream::moved).fold(Moved::default(), |sum, one| Moved {
+            played: sum.played + one.played,
+            recorded: sum.recorded + one.recorded,
+        })
     }
 
     /// Sums over all streams.

@@ -70,6 +70,8 @@ pub(super) struct Playback {
     /// When the card last moved, or was last given a reason to.
     moved_at: u64,
     pub(super) counts: Counts,
+    /// Frames that cards have reported as heard, ever.
+    pub(super) played: u64,
 }
 
 impl Playback {
@@ -89,6 +91,7 @@ impl Playback {
             pushed_at: 0,
             moved_at: 0,
             counts: Counts::default(),
+            played: 0,
         }
     }
 
@@ -245,6 +248,7 @@ impl Playback {
         if heard == handed.heard {
             return Ok(());
         }
+        self.played += heard - handed.heard;
         handed.heard = heard;
         let position = handed.base + heard;
         self.moved_at = now;

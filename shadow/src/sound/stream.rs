@@ -6,7 +6,7 @@ use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violat
 use super::lifecycle::{State, Step};
 use super::params::{Direction, Params, StreamInfo};
 use super::playback::Playback;
-use super::{Command, Counts, Policy, Refusal};
+use super::{Command, Counts, Moved, Policy, Refusal};
 
 #[derive(Debug)]
 enum Side {
@@ -37,6 +37,13 @@ impl Stream {
 
     pub(super) fn state(&self) -> State {
         self.state
+    }
+
+    pub(super) fn moved(&self) -> Moved {
+        match &self.side {
+            Side::Playback(side) => Moved { played: side.played, recorded: 0 },
+            Side::Capture(side) => Moved { played: 0, recorded: side.recorded },
+        }
     }
 
     pub(super) fn counts(&self) -> Counts {

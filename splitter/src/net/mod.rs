@@ -340,6 +340,11 @@ impl NetSplitter {
         }
     }
 
+    /// Whose driver VM takes and brings frames now.
+    pub fn serving(&self) -> Option<Generation> {
+        self.link.generation().filter(|_| self.shadow.mode() == ModeName::Passive)
+    }
+
     /// What was moved or dropped: from the guest, and to it.
     pub fn counts(&self) -> (Counts, Counts) {
         (self.outward, self.inward)

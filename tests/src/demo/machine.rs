@@ -64,6 +64,8 @@ pub struct MachineSpec {
     pub archives: Vec<String>,
     /// `[driver.*.restart]` limit.
     pub restart_limit: u32,
+    /// `[driver.*.restart]` interrupts_per_s.
+    pub interrupts_per_s: u32,
     /// Memory of the driver VM.
     pub driver_memory: String,
     /// `warm` or `cold`.
@@ -82,6 +84,7 @@ impl MachineSpec {
             sound: None,
             archives: Vec::new(),
             restart_limit: 5,
+            interrupts_per_s: 200_000,
             driver_memory: "128M".into(),
             standby: "warm".into(),
         }
@@ -118,8 +121,9 @@ impl MachineSpec {
             let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n",
-                self.standby, self.restart_limit
+                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n\
+                 interrupts_per_s = {}\n",
+                self.standby, self.restart_limit, self.interrupts_per_s
             ));
         }
         text

@@ -10,4 +10,5 @@ pub mod port;
 pub mod reinit;
 pub mod replay;
 pub mod serve;
+pub mod storm;
 pub mod wire;

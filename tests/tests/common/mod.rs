@@ -86,9 +86,13 @@ pub fn guest_reaches_peer(place: &mut Place) {
 
 /// A test host with one NIC bound to vfio-pci, and a machine file's content for it.
 pub fn place_with(name: &str, nic: &str) -> (Place, MachineSpec) {
+    place_in(BenchSpec::new(name).nics(&[nic]))
+}
+
+/// As [`place_with`], in a test host like this, with its first NIC.
+pub fn place_in(mut spec: BenchSpec) -> (Place, MachineSpec) {
     let assets = assets();
-    let image = assets.driver_image(&nic.into()).or_tell();
-    let mut spec = BenchSpec::new(name).nics(&[nic]);
+    let image = assets.driver_image(&spec.nics[0]).or_tell();
     spec.files = vec![image.clone()];
     let mut bench = Bench::boot(spec, &assets).or_tell();
     let device = bench.expect("vfio $NIC0 && printf %s $NIC0", STEP).or_tell();

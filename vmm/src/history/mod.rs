@@ -5,6 +5,7 @@
 //! and [`page`] escapes all of it. Fields of another version are left out, not an error.
 
 mod chart;
+mod pace;
 pub mod page;
 mod parts;
 mod read;
@@ -12,6 +13,7 @@ mod timeline;
 
 pub use read::{ReadError, folder, read};
 
+use crate::process::ipc::PaceSteps;
 use crate::supervisor::events::Parts;
 
 /// A machine's past.
@@ -77,6 +79,8 @@ pub struct Failure {
     pub frames: Frames,
     /// Guests' devices that were answered by the shadow: `web.net0`.
     pub masked: Vec<String>,
+    /// How much the guests' devices moved around the outage: `web.net0`.
+    pub paces: Vec<(String, PaceSteps)>,
     /// What a crash report adds.
     pub evidence: Option<Evidence>,
 }

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use super::parts::{PARTS, duration, time_of, timed};
-use super::{Evidence, Failure, Frames, History, Outcome, chart, percentile, timeline};
+use super::{Evidence, Failure, Frames, History, Outcome, chart, pace, percentile, timeline};
 
 /// The page's style.
 const STYLE: &str = include_str!("page.css");
@@ -217,6 +217,9 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
     };
     out.push_str(&timeline::svg(&failure.parts, end, failure.outage(), scale));
     figures(out, failure);
+    for (device, steps) in &failure.paces {
+        out.push_str(&pace::svg(device, steps, failure.outage()));
+    }
     if let Some(evidence) = &failure.evidence {
         details(out, evidence);
     }

@@ -2,6 +2,7 @@
 
 use super::super::{Driver, Mark};
 use super::*;
+use crate::process::ipc::PaceSteps;
 use crate::supervisor::events::Parts;
 
 fn failure(outcome: Outcome) -> Failure {
@@ -17,6 +18,7 @@ fn failure(outcome: Outcome) -> Failure {
         parts: Parts { detect_ms: Some(0.4), boot_ms: Some(900.0), ..Parts::default() },
         frames: Frames { logged: 14, replayed: 12, dropped: 0, unknown: 2 },
         masked: vec!["web.net0".into()],
+        paces: vec![("web.net0".into(), PaceSteps { step_ms: 25, before_ms: 0, out: vec![0, 2], into: vec![1, 1] })],
         evidence: Some(Evidence {
             kernel_says: Some("Kernel panic - not syncing: <oops>".into()),
             console_tail: "</pre><script>alert(1)</script>\u{1b}[31m".into(),
@@ -62,7 +64,7 @@ fn each_failure_says_what_where_and_how_it_ended() {
         "generation 2 live",
         "outage <b>1.00 s</b>",
         "<b>12</b> replayed",
-        "web.net0",
+        "web.net0: frames sent (above) and received (below)",
         "umbra crash --kind panic",
         "2026-01-02 03:04:05",
         "class=\"badge bad\">quarantined",

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::{Driver, Evidence, Failure, Frames, History, Outcome};
+use crate::process::ipc::PaceSteps;
 use crate::supervisor::events::{EventLog, Parts};
 use crate::supervisor::rundir::EVENT_LOG;
 
@@ -81,6 +82,13 @@ enum Seen {
         parts: Parts,
         #[serde(default)]
         frames: Frames,
+    },
+    Pace {
+        guest: String,
+        device: String,
+        driver: String,
+        generation: u32,
+        steps: PaceSteps,
     },
     DriverStarting {
         driver: String,
@@ -186,6 +194,14 @@ impl Reader {
             }
             Seen::DriverLive { driver, generation, outage_ms, parts, frames } => {
                 self.on_live(&driver, generation, outage_ms, parts, frames);
+            }
+            Seen::Pace { guest, device, driver, generation, steps } => {
+                let recovered = |failure: &&mut Failure| {
+                    failure.driver == driver && matches!(failure.outcome, Outcome::Live(life, _) if life == generation)
+                };
+                if let Some(failure) = self.history.failures.iter_mut().rev().find(recovered) {
+                    failure.paces.push((format!("{guest}.{device}"), steps));
+                }
             }
             Seen::Quarantined { driver, reason } => {
                 self.driver(&driver).quarantined = Some(reason);

@@ -44,6 +44,18 @@ fn a_failure_is_joined_with_what_followed_and_its_report() {
 }
 
 #[test]
+fn the_pace_belongs_to_the_failure_that_this_life_ended() {
+    let pace = r#""event":"pace","guest":"web","device":"net0","driver":"nic0","generation":2,"steps":{"step_ms":25,"before_ms":2000,"out":[3],"into":[4]}"#;
+    let history = history(&[START, LIVE1, FAILED1, LIVE2, FAILED2, pace]);
+    let paces: Vec<_> = history.failures.iter().map(|failure| &failure.paces[..]).collect();
+    let [[(device, steps)], []] = paces[..] else { panic!("{paces:?}") };
+    assert_eq!(
+        (device.as_str(), steps.before_ms, &steps.out[..], &steps.into[..]),
+        ("web.net0", 2000, &[3][..], &[4][..])
+    );
+}
+
+#[test]
 fn a_failure_before_live_and_one_without_an_end_are_told_apart() {
     let again = history(&[START, LIVE1, FAILED1, FENCED, RESET, FAILED2]);
     let outcomes: Vec<_> = again.failures.iter().map(|failure| failure.outcome.clone()).collect();

@@ -86,6 +86,7 @@ pub fn add(
     events: &mut EventManager<Subscriber>,
 ) -> Result<Devices, Error> {
     let mut adder = Adder { vm, host, events, devices: Devices::default() };
+    adder.devices.interrupt_limit = spec.interrupt_limit;
     for (index, net) in (0u16..).zip(&spec.nets) {
         adder.net(index, net)?;
     }
@@ -122,7 +123,7 @@ impl Adder<'_> {
         match backend {
             NetBackend::Split { mac, mtu } => {
                 let host = Arc::clone(self.host);
-                let outbox = Box::new(move |message| host.tell(&message));
+                let outbox = Arc::new(move |message| host.tell(&message));
                 let net = SplitNet::new(index, *mac, *mtu, outbox).map_err(failed)?;
                 let net = Arc::new(Mutex::new(net));
                 self.devices.split.push((index, Arc::clone(&net)));
@@ -143,7 +144,7 @@ impl Adder<'_> {
     fn sound(&mut self, index: u16, backend: &SoundBackend) -> Result<(), Error> {
         let name = format!("virtio-sound{index}");
         let host = Arc::clone(self.host);
-        let outbox = Box::new(move |message| host.tell(&message));
+        let outbox = Arc::new(move |message| host.tell(&message));
         let sound = Sound::new(index, backend.card.clone(), backend.policy, outbox);
         let sound = sound.map_err(|source| Error::Virtio { name: name.clone(), source })?;
         let sound = Arc::new(Mutex::new(sound));
@@ -183,6 +184,8 @@ pub struct Devices {
     vfio: Option<Arc<Vfio>>,
     /// Those functions.
     functions: Vec<Arc<Mutex<VfioPciDevice>>>,
+    /// Interrupts a second that each of them may make; 0: any number.
+    interrupt_limit: u32,
     /// What the event loop does not know yet.
     subscribers: Vec<Subscriber>,
 }
@@ -201,10 +204,13 @@ impl Devices {
             None => VfioPciDevice::open(vfio, bdf, slot)?,
         };
         let host = Arc::clone(host);
-        let watch = device.watch(Box::new(move |bdf: Bdf, failure: Failure| {
-            let (device, what) = (bdf.to_string(), failure.to_string());
-            host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
-        }))?;
+        let watch = device.watch(
+            self.interrupt_limit,
+            Box::new(move |bdf: Bdf, failure: Failure| {
+                let (device, what) = (bdf.to_string(), failure.to_string());
+                host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
+            }),
+        )?;
         self.subscribers.push(Arc::new(Mutex::new(watch)));
         let device = Arc::new(Mutex::new(device));
         vm.bus.pci.add(slot, Arc::clone(&device) as SharedDevice)?;

@@ -45,6 +45,9 @@ pub struct VmSpec {
     /// A driver VM that waits for its device: [`ToVm::Plug`].
     #[serde(default)]
     pub standby: bool,
+    /// A passed-through function, one interrupt of which comes more often a second, has failed; 0: it never has for that.
+    #[serde(default)]
+    pub interrupt_limit: u32,
 }
 
 /// What stands behind a virtio-net device.
@@ -287,6 +290,15 @@ pub enum FromVm {
         /// The spare.
         generation: Generation,
     },
+    /// Guest: two seconds after an outage of a device of a driver VM, how much it moved around it.
+    Pace {
+        /// The device.
+        device: DeviceIndex,
+        /// Which generation serves now.
+        generation: Generation,
+        /// How much.
+        steps: PaceSteps,
+    },
     /// Guest: its driver set the receive mode.
     RxMode {
         /// Index of the network device.
@@ -349,6 +361,29 @@ pub enum FromVm {
         /// Sums since the start.
         sums: SoundCounts,
     },
+}
+
+/// A device of a guest that a driver VM serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceIndex {
+    /// Network device of this index.
+    Net(u16),
+    /// Sound device of this index.
+    Sound(u16),
+}
+
+/// How much a device moved around an outage.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PaceSteps {
+    /// Length of each step, ms.
+    pub step_ms: u64,
+    /// From the begin of the first step to the loss of the driver VM, ms.
+    pub before_ms: u64,
+    /// Frames from the guest to the driver VM in each step; of a sound device, frames that the card played.
+    pub out: Vec<u64>,
+    /// Frames to the guest in each step.
+    pub into: Vec<u64>,
 }
 
 /// What happened to samples, in frames.

@@ -236,6 +236,8 @@ pub struct Restart {
     pub boot_timeout_s: u32,
     /// Missing heartbeats for this many milliseconds are a failure.
     pub heartbeat_timeout_ms: u32,
+    /// A device, one interrupt of which comes more often a second for two seconds, has failed; 0: it never has for that.
+    pub interrupts_per_s: u32,
 }
 
 impl Default for Restart {
@@ -247,6 +249,7 @@ impl Default for Restart {
             backoff_max_ms: 10_000,
             boot_timeout_s: 60,
             heartbeat_timeout_ms: 3_000,
+            interrupts_per_s: 200_000,
         }
     }
 }

@@ -16,18 +16,29 @@ const TAIL: usize = 64 * 1024;
 /// The file is renamed to `*.log.1` at this size, which bounds the two to twice as much.
 const MAX_FILE: u64 = 4 << 20;
 
-/// How Linux begins to say that it dies; registers and stack follow, and pvpanic only behind that. A driver VM's kernel is
-/// told to panic on every oops: what begins one is as certain as the panic itself, and thousands of characters earlier.
-const PANICS: [&[u8]; 5] = [
-    b"Kernel panic - not syncing",
-    b"BUG: unable to handle",
-    b"BUG: kernel NULL pointer dereference",
-    b"kernel BUG at ",
-    b"Oops: ",
+/// What a kernel says that cannot serve any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fatal {
+    /// It panics.
+    Panic,
+    /// It has switched an interrupt off for good, because it came 100,000 times and no driver knew of it
+    /// (`kernel/irq/spurious.c`).
+    DeadInterrupt,
+}
+
+/// How Linux begins to say so. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver VM's
+/// kernel is told to panic on every oops: what begins one is as certain as the panic itself, and thousands of characters earlier.
+const SIGNS: [(&[u8], Fatal); 6] = [
+    (b"Kernel panic - not syncing", Fatal::Panic),
+    (b"BUG: unable to handle", Fatal::Panic),
+    (b"BUG: kernel NULL pointer dereference", Fatal::Panic),
+    (b"kernel BUG at ", Fatal::Panic),
+    (b"Oops: ", Fatal::Panic),
+    (b": nobody cared (try booting with", Fatal::DeadInterrupt),
 ];
 
 /// The longest of them.
-const LONGEST_PANIC: usize = 36;
+const LONGEST_SIGN: usize = 36;
 
 /// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
 const READ_AT_ONCE: usize = 64 * 1024;
@@ -40,7 +51,7 @@ pub struct Console {
     size: u64,
     tail: VecDeque<u8>,
     warned: Option<String>,
-    panicked: bool,
+    fatal: Option<Fatal>,
 }
 
 impl Console {
@@ -51,7 +62,7 @@ impl Console {
 
     /// Captures the tail alone.
     pub fn in_memory() -> Self {
-        Self { path: None, file: None, size: 0, tail: VecDeque::new(), warned: None, panicked: false }
+        Self { path: None, file: None, size: 0, tail: VecDeque::new(), warned: None, fatal: None }
     }
 
     /// Begins a new life, of which `earlier` has captured what it printed so far.
@@ -63,13 +74,13 @@ impl Console {
     /// Begins a new life: the tail is emptied and the file gets a line that says `title`.
     pub fn begin(&mut self, title: &str) {
         self.tail.clear();
-        self.panicked = false;
+        self.fatal = None;
         self.write_file(format!("--- {title}\n").as_bytes());
     }
 
     /// A console in memory that goes on with the tail of this life, while this one captures the next.
     pub fn split_off(&mut self) -> Self {
-        Self { tail: std::mem::take(&mut self.tail), panicked: self.panicked, ..Self::in_memory() }
+        Self { tail: std::mem::take(&mut self.tail), fatal: self.fatal, ..Self::in_memory() }
     }
 
     /// What `other` has captured since it was split off goes into the file, behind a line that says `title`.
@@ -110,9 +121,9 @@ impl Console {
         String::from_utf8_lossy(&[a, b].concat()).replace('\r', "")
     }
 
-    /// Whether the kernel has begun to say that it panics, in this life.
-    pub fn has_panic(&self) -> bool {
-        self.panicked
+    /// What the kernel has begun to say of its end, in this life.
+    pub fn fatal(&self) -> Option<Fatal> {
+        self.fatal
     }
 
     /// A problem with the file that nobody has been told of yet.
@@ -124,11 +135,12 @@ impl Console {
         self.tail.extend(bytes);
         let excess = self.tail.len().saturating_sub(TAIL);
         self.tail.drain(..excess);
-        if !self.panicked {
-            let new = (bytes.len() + LONGEST_PANIC).min(self.tail.len());
+        if self.fatal.is_none() {
+            let new = (bytes.len() + LONGEST_SIGN).min(self.tail.len());
             let end = self.tail.make_contiguous();
             let end = &end[end.len() - new..];
-            self.panicked = PANICS.iter().any(|sign| end.windows(sign.len()).any(|window| window == *sign));
+            let said = |(sign, _): &&(&[u8], Fatal)| end.windows(sign.len()).any(|window| window == *sign);
+            self.fatal = SIGNS.iter().find(said).map(|(_, fatal)| *fatal);
         }
         self.write_file(bytes);
     }
@@ -185,25 +197,25 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_seen_however_it_is_cut() {
+    fn a_fatal_line_is_seen_however_it_is_cut() {
         let mut console = Console::new("/dev/null".into());
-        for panic in PANICS {
-            assert!(panic.len() <= LONGEST_PANIC);
-            for cut in 0..panic.len() {
+        for (sign, fatal) in SIGNS {
+            assert!(sign.len() <= LONGEST_SIGN);
+            for cut in 0..sign.len() {
                 console.begin("a life");
                 console.take(b"[ 1.0] ");
-                console.take(&panic[..cut]);
-                assert!(!console.has_panic(), "{cut}");
-                console.take(&panic[cut..]);
-                assert!(console.has_panic(), "{cut}");
+                console.take(&sign[..cut]);
+                assert_eq!(console.fatal(), None, "{cut}");
+                console.take(&sign[cut..]);
+                assert_eq!(console.fatal(), Some(fatal), "{cut}");
             }
         }
         console.begin("a life that goes on");
         console.take(b"[ 1.0] BUG: sleeping function called from invalid context at mm/page_alloc.c\n");
-        assert!(!console.has_panic(), "a warning");
+        assert_eq!(console.fatal(), None, "a warning");
         console.begin("the next life");
         console.take(b": sysrq");
-        assert!(!console.has_panic());
+        assert_eq!(console.fatal(), None);
     }
 
     #[test]

@@ -308,6 +308,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
+            interrupt_limit: self.spec.restart.interrupts_per_s,
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
         if let Some(pipe) = process.console() {

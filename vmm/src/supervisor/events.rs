@@ -19,7 +19,7 @@ use super::lifecycle::Source;
 use super::time::Time;
 use super::wall;
 use crate::metrics::Metrics;
-use crate::process::ipc::{MaskedCounts, SoundCounts};
+use crate::process::ipc::{MaskedCounts, PaceSteps, SoundCounts};
 
 /// What happened.
 #[derive(Clone, Debug, Serialize)]
@@ -190,6 +190,19 @@ pub enum Event {
         /// What became of the samples.
         samples: SoundCounts,
     },
+    /// How much a guest's device moved around an outage, two seconds after it.
+    Pace {
+        /// The guest.
+        guest: String,
+        /// The device, as `net0` or `sound0`.
+        device: String,
+        /// The driver VM.
+        driver: String,
+        /// The life that serves now.
+        generation: u32,
+        /// How much.
+        steps: PaceSteps,
+    },
     /// The NIC's carrier changed.
     Carrier {
         /// The driver VM.
@@ -312,6 +325,7 @@ impl Event {
     pub(crate) fn sentence(&self) -> Option<String> {
         Some(match self {
             Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::DriverStage { .. } => return None,
+            Self::Pace { .. } => return None,
             Self::DriverFenced { report: None, .. } => return None,
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),

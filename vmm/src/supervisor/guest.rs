@@ -214,6 +214,8 @@ impl GuestVm {
             ports: self.spec.port.iter().map(port).collect(),
             passthrough: self.spec.passthrough.clone(),
             standby: false,
+            // Nobody would restart a guest for it.
+            interrupt_limit: 0,
         }
     }
 

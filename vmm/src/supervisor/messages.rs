@@ -3,6 +3,7 @@
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
+use super::console::Fatal;
 use super::driver::{DeviceRef, EndRef, Role};
 use super::events::Event;
 use super::guest::GuestState;
@@ -13,7 +14,7 @@ use super::run::Supervisor;
 use super::time::{Time, milliseconds};
 use super::timeline::Step;
 use crate::process::channel::Incoming;
-use crate::process::ipc::{FromVm, MaskedCounts, ToVm, VmEnd};
+use crate::process::ipc::{DeviceIndex, FromVm, MaskedCounts, PaceSteps, ToVm, VmEnd};
 use crate::process::spawn::describe_exit;
 
 /// Messages handled at a turn of the loop for one process: one that floods must not starve the rest.
@@ -81,6 +82,7 @@ impl Supervisor {
                     self.on_same_network(driver, generation);
                 }
             }
+            FromVm::Pace { device, generation, steps } => self.on_pace(n, device, generation, steps),
             FromVm::RxMode { net, mode } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
                     device.mode = mode.clone();
@@ -100,6 +102,21 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    fn on_pace(&mut self, guest: usize, device: DeviceIndex, generation: Generation, steps: PaceSteps) {
+        let (served, device) = match device {
+            DeviceIndex::Net(net) => (self.served_by(guest, net), format!("net{net}")),
+            DeviceIndex::Sound(sound) => (self.played_by(guest, sound), format!("sound{sound}")),
+        };
+        let Some((driver, _)) = served else { return };
+        self.events.tell(&Event::Pace {
+            guest: self.guests[guest].name.clone(),
+            device,
+            driver: self.drivers[driver].name.clone(),
+            generation: generation.get(),
+            steps,
+        });
     }
 
     /// Passes what a guest asked of its network device on to the agent, if that has its configuration already.
@@ -277,7 +294,7 @@ impl Supervisor {
                 self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at));
             }
             FromVm::Ended { at, how, registers } => {
-                let panicked = self.drivers[n].console.has_panic();
+                let panicked = self.drivers[n].console.fatal() == Some(Fatal::Panic);
                 let Some(life) = &mut self.drivers[n].life else { return };
                 life.registers = registers;
                 let what = match how {
@@ -317,11 +334,16 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(life) = &mut driver.life else { return };
         if let Some(pipe) = life.process.console() {
-            let before = driver.console.has_panic();
+            let before = driver.console.fatal();
             life.talking = driver.console.read(pipe);
-            if driver.console.has_panic() && !before {
-                self.fail_driver(n, Source::Panic, "kernel panic".into(), Time::now());
-            }
+            let (source, what) = match driver.console.fatal().filter(|_| before.is_none()) {
+                Some(Fatal::Panic) => (Source::Panic, "kernel panic"),
+                Some(Fatal::DeadInterrupt) => {
+                    (Source::Device, "its kernel switched an interrupt off that nobody handled")
+                }
+                None => return,
+            };
+            self.fail_driver(n, source, what.into(), Time::now());
         }
     }
 

@@ -119,8 +119,15 @@ pub struct Mask {
 
 /// The line in which a Linux console says why it died, without its time stamp.
 pub fn kernel_says(console: &str) -> Option<String> {
-    const SIGNS: [&str; 6] =
-        ["Kernel panic - not syncing:", "BUG:", "Oops:", "general protection fault", "watchdog:", "invalid opcode:"];
+    const SIGNS: [&str; 7] = [
+        "Kernel panic - not syncing:",
+        "BUG:",
+        "Oops:",
+        "general protection fault",
+        "watchdog:",
+        "invalid opcode:",
+        ": nobody cared",
+    ];
     let panic = console.lines().find(|line| line.contains(SIGNS[0]));
     let line = panic.or_else(|| console.lines().find(|line| SIGNS.iter().any(|sign| line.contains(sign))))?;
     let line = match line.split_once("] ") {

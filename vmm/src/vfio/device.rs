@@ -102,10 +102,15 @@ impl VfioPciDevice {
         self.interrupts.update(host, &self.config)
     }
 
-    /// Watches the function for failures; add the result to the VM's event loop. `tell` is called there.
-    pub fn watch(&self, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<FailureWatch, Error> {
+    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (0: they are
+    /// not); add the result to the VM's event loop. `tell` is called there.
+    pub fn watch(
+        &self,
+        interrupt_limit: u32,
+        tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+    ) -> Result<FailureWatch, Error> {
         let given_up = || Error::Malformed { bdf: self.bdf, what: "it was given up".into() };
-        FailureWatch::new(self.host.as_ref().ok_or_else(given_up)?, tell)
+        FailureWatch::new(self.host.as_ref().ok_or_else(given_up)?, interrupt_limit, tell)
     }
 
     /// The host's address of the function.

@@ -1,9 +1,9 @@
-//! Bad news about a passed-through function: the device reports an error, the host wants it back, or it is
-//! gone. Whoever runs the VM decides what to do.
+//! Bad news about a passed-through function: the device reports an error, interrupts without end, the host wants it
+//! back, or it is gone. Whoever runs the VM decides what to do.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -13,6 +13,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::error::Error;
 use super::irq::Index;
 use super::region::{HostFunction, Presence};
+use super::storm::StormWatch;
+use super::sysfs::HostDevice;
 use crate::pci::address::Bdf;
 
 /// What happened to a function.
@@ -26,20 +28,23 @@ pub enum Failure {
     Vanished,
     /// Something else than its driver has switched it off or reset it.
     SwitchedOff,
+    /// It interrupts so many times a second, more than it may.
+    InterruptStorm(u32),
 }
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::DeviceError => "the device reported an uncorrectable error",
-            Self::RemovalRequested => "the host wants the device back",
-            Self::Vanished => "the device does not answer any more",
-            Self::SwitchedOff => "the device was switched off or reset by something else than its driver",
-        })
+        match self {
+            Self::DeviceError => f.write_str("the device reported an uncorrectable error"),
+            Self::RemovalRequested => f.write_str("the host wants the device back"),
+            Self::Vanished => f.write_str("the device does not answer any more"),
+            Self::SwitchedOff => f.write_str("the device was switched off or reset by something else than its driver"),
+            Self::InterruptStorm(rate) => write!(f, "interrupt storm: the device interrupts {rate} times a second"),
+        }
     }
 }
 
-/// How often the function's command register is looked at.
+/// How often the function's command register is looked at, and its interrupts are counted.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn timer() -> nix::Result<TimerFd> {
@@ -59,18 +64,26 @@ pub struct FailureWatch {
     looks: TimerFd,
     /// How it was at the last look.
     last: Presence,
+    storm: Option<StormWatch>,
     tell: Box<dyn FnMut(Bdf, Failure) + Send>,
 }
 
 impl FailureWatch {
-    pub(super) fn new(host: &Arc<HostFunction>, tell: Box<dyn FnMut(Bdf, Failure) + Send>) -> Result<Self, Error> {
+    /// More than `interrupt_limit` interrupts a second are a failure; 0: any number is fine.
+    pub(super) fn new(
+        host: &Arc<HostFunction>,
+        interrupt_limit: u32,
+        tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+    ) -> Result<Self, Error> {
         let bdf = host.bdf();
         let failed = |source| Error::EventFd { bdf, source };
         let event = || EventFd::new(EFD_NONBLOCK).map_err(failed);
         let vanished = host.vanished().try_clone().map_err(failed)?;
         let looks = timer().map_err(|errno| failed(errno.into()))?;
         let (last, weak) = (Presence::Present, Arc::downgrade(host));
-        let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, tell };
+        let storm = (interrupt_limit > 0).then(|| HostDevice::find(bdf)).transpose()?;
+        let storm = storm.map(|device| StormWatch::new(device.directory(), interrupt_limit));
+        let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, storm, tell };
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.
             if host.irq_count(index) > 0 {
@@ -95,7 +108,9 @@ impl FailureWatch {
             Presence::SwitchedOff => Some(Failure::SwitchedOff),
             Presence::Absent => Some(Failure::Vanished),
         };
-        if let Some(failure) = failure.filter(|_| now == self.last) {
+        let failure = failure.filter(|_| now == self.last);
+        let storm = self.storm.as_mut().and_then(|storm| storm.look(Instant::now()));
+        if let Some(failure) = failure.or(storm.map(Failure::InterruptStorm)) {
             // Once is enough.
             let _ = self.looks.unset();
             (self.tell)(self.bdf, failure);

@@ -25,6 +25,7 @@ pub mod msi;
 pub mod msix;
 pub mod region;
 pub mod reset;
+mod storm;
 pub mod sysfs;
 
 pub use container::{Vfio, VmResources};

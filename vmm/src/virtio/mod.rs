@@ -7,6 +7,7 @@ pub mod events;
 #[cfg(test)]
 mod hostile_tests;
 pub mod net;
+pub mod pace;
 pub mod pci;
 pub mod queue;
 pub mod rng;
@@ -15,6 +16,9 @@ pub mod split_net;
 #[cfg(test)]
 mod testing;
 pub mod vhost_user_net;
+
+/// Takes a device's messages for the supervisor, in the device's lock; it must not block or call the device.
+pub type Outbox = std::sync::Arc<dyn Fn(crate::process::ipc::FromVm) + Send + Sync>;
 
 /// Reads `data` from a device's configuration at byte `offset`; bytes past its end read as 0.
 fn read_config(config: &[u8], offset: u32, data: &mut [u8]) {

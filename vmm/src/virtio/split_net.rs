@@ -20,8 +20,10 @@ use umbra_splitter::queue::Virtqueue;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Outbox;
 use super::device::{Error, QueueResources, QueueState, VirtioDevice};
-use crate::process::ipc::{FromVm, MaskedCounts, Replay};
+use super::pace::{Moved, Pace};
+use crate::process::ipc::{DeviceIndex, FromVm, MaskedCounts, Replay};
 
 /// Device ID of a network device.
 const DEVICE_ID: u16 = 1;
@@ -31,9 +33,6 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
-
-/// Takes messages for the supervisor, in the device's lock; it must not block or call the device.
-pub type Outbox = Box<dyn FnMut(FromVm) + Send>;
 
 /// The eventfd of configuration changes, shared with the splitter's listener.
 type ConfigCall = Arc<Mutex<Option<EventFd>>>;
@@ -48,23 +47,27 @@ pub struct SplitNet {
     /// Runs while frames wait for the driver VM.
     looks: TimerFd,
     looking: bool,
+    pace: Pace,
+    outbox: Outbox,
 }
 
 impl SplitNet {
     /// Network device `index` of its guest.
     pub fn new(index: u16, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
         let config_call = ConfigCall::default();
-        let listener = listener(index, Arc::clone(&config_call), outbox);
+        let listener = listener(index, Arc::clone(&config_call), Arc::clone(&outbox));
         let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
             operation: "cannot make the network splitter".into(),
             source: source.into(),
         })?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|source| Error::Backend {
+        let failed = |source| Error::Backend {
             operation: "cannot make a timer for the network splitter".into(),
             source: Box::new(source),
-        })?;
-        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false })
+        };
+        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()))?;
+        let pace = Pace::new().map_err(failed)?;
+        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
     }
 
     /// [`ToVm::AttachLink`](crate::process::ipc::ToVm::AttachLink).
@@ -82,6 +85,7 @@ impl SplitNet {
             Replay::ConfigurationOnly => Log::Drop,
         };
         self.splitter.go_live(generation, log);
+        self.note_pace();
     }
 
     /// [`ToVm::Arm`](crate::process::ipc::ToVm::Arm).
@@ -92,6 +96,7 @@ impl SplitNet {
     /// [`ToVm::Mask`](crate::process::ipc::ToVm::Mask).
     pub fn mask(&mut self, generation: Generation) {
         self.splitter.mask(generation);
+        self.note_pace();
     }
 
     /// [`ToVm::Carrier`](crate::process::ipc::ToVm::Carrier).
@@ -127,6 +132,19 @@ impl SplitNet {
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
         config[10..].copy_from_slice(&shadow.mtu().to_le_bytes());
         config
+    }
+
+    fn note_pace(&mut self) {
+        let (outward, inward) = self.splitter.counts();
+        let moved = Moved { out: outward.frames, into: inward.frames };
+        self.pace.note(now(), moved, self.splitter.serving());
+    }
+
+    /// Tells what moved around an outage.
+    fn tell_pace(&mut self) {
+        if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.splitter.serving()) {
+            (self.outbox)(FromVm::Pace { device: DeviceIndex::Net(self.index), generation, steps });
+        }
     }
 
     /// Starts or stops the timer that looks for a driver VM that takes nothing.
@@ -171,7 +189,7 @@ impl SplitNet {
     }
 }
 
-fn listener(index: u16, config_call: ConfigCall, mut outbox: Outbox) -> impl FnMut(Notice) + Send {
+fn listener(index: u16, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(Notice) + Send {
     move |notice| {
         let (net, at) = (index, now());
         outbox(match notice {
@@ -287,8 +305,12 @@ impl MutEventSubscriber for SplitNet {
         if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
             tracing::error!(?error, "cannot watch the network splitter");
         }
-        if let Err(error) = ops.add(Events::new_raw(self.looks.as_fd().as_raw_fd(), EventSet::IN)) {
-            tracing::error!(?error, "cannot watch for frames that make no progress");
+        for (timer, what) in
+            [(self.looks.as_fd(), "frames that make no progress"), (self.pace.timer(), "the pace of frames")]
+        {
+            if let Err(error) = ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN)) {
+                tracing::error!(?error, "cannot watch for {what}");
+            }
         }
         self.watch(ops);
     }
@@ -305,7 +327,10 @@ impl MutEventSubscriber for SplitNet {
             // Nothing to read if it was switched off a moment ago.
             let _ = self.looks.wait();
             self.splitter.check_progress();
+        } else if fd == self.pace.timer().as_raw_fd() {
+            self.tell_pace();
         }
+        self.note_pace();
         self.look_if_needed();
     }
 }

@@ -12,6 +12,7 @@ mod tests;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -28,8 +29,9 @@ use self::queues::{Message, Queues};
 use self::request::{Request, describe};
 use super::device::{Error, QueueResources, QueueState, VirtioDevice};
 use super::events::{FIRST_DEVICE_TAG, QueueEvents, Wake};
-use super::queue;
-use crate::process::ipc::{FromVm, SoundCounts};
+use super::pace::{Moved, Pace};
+use super::{Outbox, queue};
+use crate::process::ipc::{DeviceIndex, FromVm, SoundCounts};
 use crate::supervisor::time::Time;
 
 /// Device ID of a sound device.
@@ -55,9 +57,7 @@ const CONFIG_BYTES: usize = 12;
 const WAKE: u32 = FIRST_DEVICE_TAG;
 const TIMER: u32 = FIRST_DEVICE_TAG + 1;
 const LINK: u32 = FIRST_DEVICE_TAG + 2;
-
-/// Takes messages for the supervisor, in the device's lock; it must not block or call the device.
-pub type Outbox = Box<dyn FnMut(FromVm) + Send>;
+const PACE: u32 = FIRST_DEVICE_TAG + 3;
 
 /// The sound device of a guest.
 pub struct Sound {
@@ -74,6 +74,8 @@ pub struct Sound {
     watched: Option<(RawFd, EventSet)>,
     broken: bool,
     config_call: Option<EventFd>,
+    pace: Pace,
+    outbox: Outbox,
 }
 
 impl Sound {
@@ -81,12 +83,13 @@ impl Sound {
     ///
     /// # Errors
     /// When the host has no more descriptors.
-    pub fn new(index: u16, card: Card, policy: Policy, mut outbox: Outbox) -> Result<Self, Error> {
+    pub fn new(index: u16, card: Card, policy: Policy, outbox: Outbox) -> Result<Self, Error> {
         let failed = |source: std::io::Error| Error::Backend {
             operation: format!("cannot make sound device {index}"),
             source: source.into(),
         };
-        let listener = Box::new(move |notice| outbox(message(index, notice)));
+        let notices = Arc::clone(&outbox);
+        let listener = Box::new(move |notice| notices(message(index, notice)));
         Ok(Self {
             index,
             splitter: SoundSplitter::new(card, policy, listener),
@@ -99,6 +102,8 @@ impl Sound {
             watched: None,
             broken: false,
             config_call: None,
+            pace: Pace::new().map_err(failed)?,
+            outbox,
         })
     }
 
@@ -187,13 +192,31 @@ impl Sound {
             Wake::Device(WAKE) => {
                 let _ = self.wake.read();
             }
+            Wake::Device(PACE) => self.tell_pace(),
             Wake::Device(_) => self.splitter.service(now()),
         }
         if self.splitter.deadline().is_some_and(|at| at <= now()) {
             self.splitter.tick(now());
         }
+        self.note_pace();
         self.give_back()?;
         self.queues.notify()
+    }
+
+    fn serving(&self) -> Option<Generation> {
+        if let Mode::Passive(generation) = self.splitter.shadow().mode() { Some(generation) } else { None }
+    }
+
+    fn note_pace(&mut self) {
+        let moved = self.splitter.shadow().moved();
+        self.pace.note(now(), Moved { out: moved.played, into: moved.recorded }, self.serving());
+    }
+
+    /// Tells what moved around an outage.
+    fn tell_pace(&mut self) {
+        if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.serving()) {
+            (self.outbox)(FromVm::Pace { device: DeviceIndex::Sound(self.index), generation, steps });
+        }
     }
 
     /// Sets the timer to the splitter's next deadline.
@@ -320,6 +343,7 @@ impl MutEventSubscriber for Sound {
         self.events.init(ops);
         super::events::add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
         super::events::add(ops, Events::with_data(&self.timer.as_fd(), TIMER, EventSet::IN));
+        super::events::add(ops, Events::with_data(&self.pace.timer(), PACE, EventSet::IN));
         self.watch(ops);
         self.set_timer();
     }

@@ -40,7 +40,7 @@ impl Rig {
     fn new() -> Self {
         let told = Arc::<Mutex<Vec<FromVm>>>::default();
         let into = Arc::clone(&told);
-        let outbox = Box::new(move |message| into.lock().unwrap().push(message));
+        let outbox = Arc::new(move |message| into.lock().unwrap().push(message));
         let device = Arc::new(Mutex::new(Sound::new(0, card(), Policy::Skip, outbox).unwrap()));
         let events = Loop::new(&device);
         let memory = memory(4);

@@ -25,7 +25,7 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         let (sender, messages) = channel();
-        let outbox = Box::new(move |message| sender.send(message).unwrap_or(()));
+        let outbox = Arc::new(move |message| sender.send(message).unwrap_or(()));
         let device = Arc::new(Mutex::new(SplitNet::new(0, MAC, 1500, outbox).unwrap()));
         let events = Loop::new(&device);
         let memory = memory(3);
