@@ -1,5 +1,6 @@
 //! The hot spare: a download goes on while the driver VMs of two NICs on one network crash in turns; a spare that dies is
-//! missed by nobody. The gaps that the peer saw are told, not judged: the test host is emulated.
+//! missed by nobody; one on another network is told of. The gaps that the peer saw are told, not judged: the test host is
+//! emulated.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
 use serde_json::Value;
+use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, NIC_DRIVER};
 use umbra_tests::demo::outage::longest;
@@ -126,4 +128,33 @@ fn crashes_in_turns(nic: &str, spare: &str) {
     machine.stop(&mut place).or_tell();
     let left = place.run("pidof umbra", STEP).or_tell();
     assert!(!left.ok(), "processes are left: {}", left.stdout);
+}
+
+/// Questions that are asked before a network counts as silent, one a second (docs/recovery.md), and some time.
+const SILENT: Duration = Duration::from_secs(90);
+
+#[test]
+fn a_spare_on_another_network_is_told_of() {
+    scenario(hear_nothing);
+}
+
+fn hear_nothing() {
+    let assets = assets();
+    let nics = ["rtl8139".into(), "rtl8139".into()];
+    let image = assets.image_for(&nics).or_tell();
+    let mut spec = BenchSpec::new("other-network").nics(&["rtl8139", "rtl8139"]);
+    spec.files = vec![image.clone()];
+    let mut bench = Bench::boot(spec, &assets).or_tell();
+    let mut bind = |nic: &str| bench.expect(&format!("vfio ${nic} && printf %s ${nic}"), STEP).or_tell();
+    let (device, other) = (bind("NIC0"), bind("NIC1"));
+    let mut place = Place::Bench(Box::new(bench));
+    let image = image.file_name().unwrap().to_str().unwrap();
+    let machine = MachineSpec::one_guest(&device, image, &format!("{}/24", guest_address(0, 0)));
+    let mut machine = Machine::start(&mut place, &MachineSpec { spare: Some(other), ..machine }).or_tell();
+    machine.await_event(RECOVERY, |event| event.event == "standby-ready").or_tell();
+    let warned = machine.await_event(SILENT, |event| event.event == "warning").or_tell();
+    say(warned.text("text"));
+    assert_eq!(standby(&mut machine, &mut place)["network"], "silent", "{warned:?}");
+    guest_reaches_peer(&mut place);
+    machine.stop(&mut place).or_tell();
 }

@@ -22,6 +22,7 @@ const HOST_MODULES: &[&str] = &[
     "bridge",
     "veth",
     "vhost_net",
+    "aer_inject",
     "e1000",
     "e1000e",
     "igb",
