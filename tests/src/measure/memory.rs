@@ -21,7 +21,9 @@ pub(super) fn resident(machine: &mut Machine, place: &mut Place) -> Result<Vec<M
     let mut processes = vec![("supervisor".to_owned(), status["pid"].as_u64())];
     for (kind, list) in [("guest", "guests"), ("driver VM", "drivers")] {
         for vm in status[list].as_array().into_iter().flatten() {
-            processes.push((format!("{kind} {}", vm["name"].as_str().unwrap_or_default()), vm["pid"].as_u64()));
+            let name = vm["name"].as_str().unwrap_or_default();
+            processes.push((format!("{kind} {name}"), vm["pid"].as_u64()));
+            processes.push((format!("standby of {name}"), vm["standby"]["pid"].as_u64()));
         }
     }
     let mut all = Vec::new();
