@@ -227,6 +227,10 @@ impl NetSplitter {
     /// touched any more.
     pub fn stop_queue(&mut self, name: GuestQueue) -> Option<(u16, u16)> {
         let queue = self.guest[name as usize].take()?;
+        if name == GuestQueue::Tx && self.shadow.verdict() != Verdict::Hold {
+            // The frames that waited in it are gone; those of the log wait on.
+            self.progress.note(false);
+        }
         let position = queue.position();
         self.retired.push(queue.into_kick());
         self.wake_up();
@@ -430,6 +434,8 @@ impl NetSplitter {
         {
             self.shadow.settle(in_flight.count(&mut link.rx));
             self.retire(*link);
+            // Nothing waits for this driver VM any more.
+            self.progress.note(false);
         }
         let served = self.shadow.mode() == ModeName::Passive;
         let applied = self.shadow.apply(Event::Lost(generation));

@@ -8,7 +8,7 @@ use std::time::Duration;
 /// How often it is looked while frames wait.
 pub const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// So many looks in a row without a frame taken are a stall: 4 s, more than the heartbeat's time-out by default, so that a
+/// So many looks in a row without a frame taken, after the first, are a stall: 4 s at least, more than the heartbeat's time-out by default, so that a
 /// driver VM that gets no processor time is noticed as what it is.
 const LOOKS: u32 = 8;
 
@@ -20,8 +20,8 @@ pub(super) const STALLED_FOR: Duration = LOOK_EVERY.saturating_mul(LOOKS);
 pub(super) struct Progress {
     /// Frames wait for buffers.
     waiting: bool,
-    /// The count of frames when it last moved.
-    frames: u64,
+    /// The count of frames at the last look, if one has been since they wait.
+    frames: Option<u64>,
     looks: u32,
 }
 
@@ -30,7 +30,7 @@ impl Progress {
     pub(super) fn note(&mut self, waiting: bool) {
         self.waiting = waiting;
         if !waiting {
-            self.looks = 0;
+            (self.frames, self.looks) = (None, 0);
         }
     }
 
@@ -41,14 +41,14 @@ impl Progress {
 
     /// A look, when `frames` have been handed over so far. True: stalled; begins anew.
     pub(super) fn look(&mut self, frames: u64) -> bool {
-        if !self.waiting || frames != self.frames {
-            (self.frames, self.looks) = (frames, 0);
+        if !self.waiting || self.frames != Some(frames) {
+            (self.frames, self.looks) = (Some(frames).filter(|_| self.waiting), 0);
             return false;
         }
         self.looks += 1;
         let stalled = self.looks >= LOOKS;
         if stalled {
-            *self = Self { frames, ..Self::default() };
+            *self = Self::default();
         }
         stalled
     }
@@ -74,7 +74,7 @@ mod tests {
         let mut progress = Progress::default();
         for _ in 0..10 {
             progress.note(true);
-            assert!((1..LOOKS).all(|_| !progress.look(0)));
+            assert!((0..LOOKS).all(|_| !progress.look(0)), "the first look may come at once: it only counts");
             progress.note(false);
         }
     }
