@@ -175,6 +175,37 @@ fn the_supervisor_hears_when_an_armed_link_is_lost_and_the_guest_does_not() {
 }
 
 #[test]
+fn a_waiting_link_that_is_lost_is_told_and_told_again_when_it_is_to_go_live() {
+    let (mut guest, mut first, second) = served_with_another_waiting();
+    drop(second);
+    assert!(matches!(guest.notice(), Notice::LinkLost(g, Cause::Closed) if g == generation(2)));
+    guest.tx.send(&frame(1, 100));
+    guest.turn();
+    assert_eq!(first.rx.receive_all(), [frame(1, 100)], "the guest notices nothing");
+    guest.splitter.mask(generation(1));
+    guest.splitter.go_live(generation(2), Log::Replay);
+    let told = notices(&guest);
+    assert!(matches!(told[..], [Notice::LinkLost(g, Cause::Closed)] if g == generation(2)), "{told:?}");
+    // Of one that was given up there is nothing to tell.
+    guest.splitter.go_live(generation(1), Log::Replay);
+    guest.splitter.mask(generation(2));
+    guest.splitter.go_live(generation(2), Log::Replay);
+    assert!(notices(&guest).is_empty());
+    let mut third = attached(&mut guest, 3);
+    third.rx.offer_all();
+    guest.splitter.go_live(generation(3), Log::Replay);
+    assert_eq!(guest.splitter.status().mode, ModeName::Passive);
+}
+
+#[test]
+fn one_that_waits_is_not_missing_when_it_is_told_to_go_live_too_early() {
+    let (mut guest, _first, _second) = served_with_another_waiting();
+    guest.splitter.go_live(generation(2), Log::Replay);
+    assert!(notices(&guest).is_empty());
+    assert_eq!(guest.splitter.serving(), Some(generation(1)));
+}
+
+#[test]
 fn an_armed_link_that_breaks_a_rule_is_lost_alone() {
     let (mut guest, _first, second) = armed();
     let mut second = second;

@@ -60,7 +60,7 @@ pub enum Source {
 pub enum Notice {
     /// The link is set up.
     LinkUp(Generation),
-    /// The link is lost; masking has begun, or, where it was an armed one that waited, nothing has changed.
+    /// The link is lost; masking has begun, or, where it was one that waited, nothing has changed.
     LinkLost(Generation, Cause),
     /// The log is replayed and frames flow; counters of the outage.
     Live(Generation, MaskedCounts),
@@ -255,13 +255,23 @@ impl NetSplitter {
         }
     }
 
-    /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then.
+    /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then. Where the
+    /// link is gone (it was lost while it waited) the answer is [`Notice::LinkLost`].
     pub fn go_live(&mut self, generation: Generation, log: Log) {
         self.take_events();
-        if self.link.generation() != Some(generation) || self.shadow.generation() == Some(generation) {
-            return;
+        if self.link.generation() == Some(generation) {
+            if self.shadow.generation() != Some(generation) {
+                self.go_live_now(generation, log);
+            }
+        } else if self.is_missing(generation) {
+            (self.listener)(Notice::LinkLost(generation, Cause::Closed));
         }
-        self.go_live_now(generation, log);
+    }
+
+    /// Whether a driver VM of this generation could serve, but has no link.
+    fn is_missing(&self, generation: Generation) -> bool {
+        let newest = self.link.generation().max(self.next.generation());
+        newest.is_none_or(|newest| newest < generation) && self.shadow.would_serve(generation)
     }
 
     fn go_live_now(&mut self, generation: Generation, log: Log) {

@@ -129,11 +129,11 @@ impl NetSplitter {
         }
     }
 
-    /// The waiting link is lost. Of an armed one the supervisor has to know, because it counts on it.
+    /// The waiting link is lost. The supervisor has to know, because it counts on it.
     fn lose_next(&mut self, cause: Cause) {
         tracing::debug!(?cause, "the waiting link is lost");
         let next = std::mem::take(&mut self.next);
-        if let Some(generation) = next.generation().filter(|_| next.armed) {
+        if let Some(generation) = next.generation() {
             (self.listener)(Notice::LinkLost(generation, cause));
         }
         self.forget(next.link);
