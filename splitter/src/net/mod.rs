@@ -251,7 +251,7 @@ impl NetSplitter {
         });
         match started {
             Ok(server) => self.connecting(server),
-            Err(error) => self.lose(generation, Cause::Protocol(format!("cannot start the link: {error}"))),
+            Err(error) => self.lose_new(generation, Cause::Protocol(format!("cannot start the link: {error}"))),
         }
     }
 

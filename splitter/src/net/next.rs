@@ -105,6 +105,15 @@ impl NetSplitter {
         }
     }
 
+    /// The link of `generation` cannot begin: one that there is goes on.
+    pub(super) fn lose_new(&mut self, generation: Generation, cause: Cause) {
+        if self.link.generation().is_some() {
+            (self.listener)(Notice::LinkLost(generation, cause));
+        } else {
+            self.lose(generation, cause);
+        }
+    }
+
     /// News of the waiting link.
     pub(super) fn next_event(&mut self, what: What) {
         match (what, std::mem::take(&mut self.next.link)) {
