@@ -242,3 +242,31 @@ fn a_carrier_reported_before_going_live_is_shown_when_live() {
     assert!(!shadow.carrier(generation(1), false), "generation 1 is over");
     assert!(shadow.link_up());
 }
+
+#[test]
+fn a_recovery_without_carrier_does_not_flap_the_guests_link() {
+    let mut shadow = shadow();
+    shadow.apply(Event::GoLive(generation(1)));
+    shadow.apply(Event::Drained);
+    assert!(shadow.carrier(generation(1), false));
+    // Told while masking, before it goes live.
+    shadow.apply(Event::Lost(generation(1)));
+    shadow.carrier(generation(2), false);
+    shadow.apply(Event::GoLive(generation(2)));
+    assert!(!shadow.link_up());
+    shadow.apply(Event::Drained);
+    // Told while another serves, as of one that waits; the last word counts.
+    shadow.carrier(generation(3), true);
+    shadow.carrier(generation(3), false);
+    shadow.apply(Event::Lost(generation(2)));
+    shadow.apply(Event::GoLive(generation(3)));
+    assert!(!shadow.link_up());
+    // What was told of another generation does not count, and is not lost.
+    shadow.apply(Event::Lost(generation(3)));
+    shadow.carrier(generation(5), false);
+    shadow.apply(Event::GoLive(generation(4)));
+    assert!(shadow.link_up());
+    shadow.apply(Event::Lost(generation(4)));
+    shadow.apply(Event::GoLive(generation(5)));
+    assert!(!shadow.link_up());
+}

@@ -211,6 +211,23 @@ fn quarantine_shows_link_down_and_a_new_driver_vm_ends_it() {
 }
 
 #[test]
+#[test]
+fn a_recovery_without_carrier_tells_the_guest_nothing() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    guest.splitter.carrier(generation(1), false);
+    assert!(matches!(guest.notice(), Notice::Config));
+    guest.splitter.mask(generation(1));
+    let mut vm = attached(&mut guest, 2);
+    vm.rx.offer_all();
+    guest.splitter.carrier(generation(2), false);
+    guest.splitter.go_live(generation(2), Log::Replay);
+    let told: Vec<Notice> = guest.notices.try_iter().collect();
+    assert!(matches!(told[..], [Notice::Live(..)]), "{told:?}");
+    assert!(!guest.splitter.shadow().link_up());
+}
+
 fn a_violation_ends_the_link_and_leaves_the_guest_alone() {
     let mut guest = Guest::new();
     let mut vm = attached(&mut guest, 1);

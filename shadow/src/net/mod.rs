@@ -108,7 +108,7 @@ pub struct NetShadow {
     barred: Option<Generation>,
     /// The carrier as the guest sees it.
     link_up: bool,
-    /// The carrier as a generation reports it that is not live yet.
+    /// The carrier as a generation reports it that is not live yet; the last report counts.
     next_carrier: Option<(Generation, bool)>,
     features: u64,
     mtu: u16,
@@ -140,7 +140,8 @@ impl NetShadow {
         let next = match (self.mode, event) {
             (_, Event::GoLive(g) | Event::Lost(g)) if self.is_barred(g) => return false,
             (Mode::Masking | Mode::Quarantined, Event::GoLive(generation)) => {
-                self.link_up = self.next_carrier.take().is_none_or(|(g, up)| g != generation || up);
+                self.link_up = self.next_carrier.is_none_or(|(g, up)| g != generation || up);
+                self.next_carrier = self.next_carrier.filter(|(g, _)| *g > generation);
                 Mode::Replaying { generation, in_flight: 0 }
             }
             (Mode::Replaying { generation, in_flight }, Event::Drained) if self.log.is_empty() => {
@@ -271,19 +272,20 @@ impl NetShadow {
         dropped
     }
 
-    /// The carrier that the NIC of `generation` reports. Only the live generation's is shown to the guest; one that
-    /// is not live yet is kept until it is. Returns true if what the guest sees has changed.
+    /// The carrier that the NIC of `generation` reports. Only the live generation's is shown to the guest; that of one
+    /// that is not live yet, whether another is or none, is kept until it is. Returns true if what the guest sees has
+    /// changed.
     pub fn carrier(&mut self, generation: Generation, up: bool) -> bool {
         if self.is_barred(generation) {
             return false;
         }
         match self.mode {
-            Mode::Passive { generation: live, .. } | Mode::Replaying { generation: live, .. } => {
+            Mode::Passive { generation: live, .. } | Mode::Replaying { generation: live, .. } if generation <= live => {
                 let changed = generation == live && self.link_up != up;
                 self.link_up ^= changed;
                 changed
             }
-            Mode::Masking | Mode::Quarantined => {
+            _ => {
                 self.next_carrier = Some((generation, up));
                 false
             }
