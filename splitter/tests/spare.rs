@@ -67,6 +67,20 @@ fn an_armed_link_goes_live_in_the_same_call_and_tells_the_network_first() {
 }
 
 #[test]
+fn an_announcement_that_is_lost_is_no_frame_of_the_guest() {
+    let (mut guest, mut first, _second) = served_with_another_waiting();
+    (0..3).for_each(|n| guest.tx.send(&frame(n, 100)));
+    guest.turn();
+    assert_eq!(first.rx.receive_all().len(), 3);
+    first.rx.offer_all();
+    // The question about the network goes out, and dies with the driver VM.
+    guest.splitter.arm(generation(2), true);
+    guest.splitter.mask(generation(1));
+    let told = notices(&guest);
+    assert!(matches!(told[..], [Notice::Live(_, counts)] if counts == MaskedCounts::default()), "{told:?}");
+}
+
+#[test]
 fn an_armed_link_takes_over_from_one_that_closes_or_breaks_a_rule() {
     for breaks in [false, true] {
         let (mut guest, mut first, mut second) = armed();

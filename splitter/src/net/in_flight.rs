@@ -49,15 +49,35 @@ impl InFlight {
         }
         count
     }
+
+    /// Records frames that are the splitter's own: their buffers are known, but they do not count.
+    pub fn uncounted(&mut self) -> Uncounted<'_> {
+        Uncounted(self)
+    }
+
+    /// Records a frame's buffers, the first with `mark`.
+    #[inline]
+    fn record(&mut self, used: u16, heads: impl Iterator<Item = u16>, mut mark: u16) {
+        let mut at = used;
+        for head in heads {
+            self.heads[usize::from(at) % SIZE] = head | mark;
+            (at, mark) = (at.wrapping_add(1), 0);
+        }
+    }
 }
 
 impl Tap for InFlight {
     #[inline]
     fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>) {
-        let (mut at, mut mark) = (used, FIRST);
-        for head in heads {
-            self.heads[usize::from(at) % SIZE] = head | mark;
-            (at, mark) = (at.wrapping_add(1), 0);
-        }
+        self.record(used, heads, FIRST);
+    }
+}
+
+/// See [`InFlight::uncounted`].
+pub struct Uncounted<'a>(&'a mut InFlight);
+
+impl Tap for Uncounted<'_> {
+    fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>) {
+        self.0.record(used, heads, 0);
     }
 }
