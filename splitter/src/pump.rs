@@ -6,6 +6,7 @@
 //! counted if the guest wrote it (its own loss), and is a [`Fault`] if the driver VM did (it counts as failed).
 
 use thiserror::Error;
+use umbra_shadow::net::rx_mode::Mac;
 
 use crate::copy::{copy, gather, scatter};
 use crate::header::{HEADER_LEN, Header, Malformed, Offloads};
@@ -14,6 +15,9 @@ use crate::queue::{Chain, ChainFault, Ring, RingFault, Virtqueue};
 /// Descriptors and frames that one call may visit before other work of the event loop gets its turn. A 64 KiB frame
 /// costs about 20: some 400 of them, or 2,000 small frames, a millisecond or two.
 pub const BUDGET: usize = 8192;
+
+/// Bytes of a frame that is drained which cost as much as a descriptor: copying 2 KiB takes longer than reading one.
+const BYTES_PER_WORK: usize = 2048;
 
 /// Whose end a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,14 +208,38 @@ fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
     ring.available()
 }
 
-/// Takes frames out of `source` into `keep` (checked header first) until it is empty or the budget is spent.
+/// A checked frame where its owner has put it. Its bytes may change at any time.
+pub struct InPlace<'a, 'm> {
+    header: Header,
+    chain: &'a Chain<'m>,
+    len: usize,
+}
+
+impl InPlace<'_, '_> {
+    /// The source address of its Ethernet header.
+    pub fn source_address(&self) -> Mac {
+        let mut mac = Mac::default();
+        gather(self.chain.readable(), HEADER_LEN + mac.len(), &mut mac);
+        mac
+    }
+
+    /// A copy, checked header first.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut frame = vec![0; HEADER_LEN + self.len];
+        frame[..HEADER_LEN].copy_from_slice(&self.header.to_bytes(1));
+        gather(self.chain.readable(), HEADER_LEN, &mut frame[HEADER_LEN..]);
+        frame
+    }
+}
+
+/// Takes frames out of `source` and shows each to `see` until it is empty or the budget is spent.
 pub fn drain(
     source: &mut Virtqueue,
     negotiated: Offloads,
     counts: &mut Counts,
-    mut keep: impl FnMut(Vec<u8>),
+    mut see: impl FnMut(&InPlace<'_, '_>),
 ) -> Result<Stop, RingFault> {
-    let stop = drain_frames(source, negotiated, counts, &mut keep);
+    let stop = drain_frames(source, negotiated, counts, &mut see);
     let told = source.notify();
     let stop = stop?;
     told.map(|()| stop)
@@ -221,7 +249,7 @@ fn drain_frames(
     source: &mut Virtqueue,
     negotiated: Offloads,
     counts: &mut Counts,
-    keep: &mut impl FnMut(Vec<u8>),
+    see: &mut impl FnMut(&InPlace<'_, '_>),
 ) -> Result<Stop, RingFault> {
     let mut from = source.open()?;
     let mut chain = Chain::default();
@@ -236,10 +264,8 @@ fn drain_frames(
         work += 1 + chain.cost;
         match read {
             Ok((header, len)) => {
-                let mut frame = vec![0; HEADER_LEN + len];
-                frame[..HEADER_LEN].copy_from_slice(&header.to_bytes(1));
-                gather(chain.readable(), HEADER_LEN, &mut frame[HEADER_LEN..]);
-                keep(frame);
+                work += len / BYTES_PER_WORK;
+                see(&InPlace { header, chain: &chain, len });
             }
             Err(fault) => {
                 tracing::debug!(%fault, "dropped a malformed frame of the guest");

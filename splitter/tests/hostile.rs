@@ -13,7 +13,7 @@ use common::{Driver, RINGS_LEN, Rx, Tx, WRITE, frame, memory};
 use proptest::prelude::*;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::control::{self, Command};
-use umbra_splitter::header::{MAX_FRAME, MIN_FRAME, Offloads};
+use umbra_splitter::header::{HEADER_LEN, MAX_FRAME, MIN_FRAME, Offloads};
 use umbra_splitter::net::in_flight::InFlight;
 use umbra_splitter::pump::{self, Counts, Flow, Owner, Stop};
 use umbra_splitter::queue::Virtqueue;
@@ -168,7 +168,7 @@ proptest! {
         wreck.write(&mut driver);
         let mut counts = Counts::default();
         let mut kept = Vec::new();
-        let outcome = pump::drain(&mut driver.device(), Offloads::all(), &mut counts, |frame| kept.push(frame));
+        let outcome = pump::drain(&mut driver.device(), Offloads::all(), &mut counts, |frame| kept.push(frame.to_vec()));
         prop_assert!(kept.len() <= usize::from(SIZE));
         prop_assert!(kept.iter().all(|f| f.len() <= 12 + MAX_FRAME));
         prop_assert!(outcome.is_err() || kept.len() as u64 + counts.malformed == u64::from(driver.avail_idx));
@@ -226,6 +226,23 @@ fn the_most_expensive_rings_cost_a_bounded_time() {
     assert_eq!(stop, Stop::Budget);
     assert_eq!(counts.frames, 1, "one frame costs the whole budget here");
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+/// One descriptor for each of the longest frames: what they cost is their bytes.
+#[test]
+fn frames_that_are_drained_cost_what_their_bytes_do() {
+    const LARGE: u16 = 1024;
+    let hostile = memory(1 << 20);
+    let mut driver = Driver::new(&hostile, BASE, LARGE, true);
+    for _ in 0..LARGE {
+        driver.offer(&[(DATA, u32::try_from(HEADER_LEN + MAX_FRAME).unwrap(), 0)]);
+    }
+    let mut bytes = 0;
+    let mut source = driver.device();
+    let mut counts = Counts::default();
+    let stop = pump::drain(&mut source, Offloads::all(), &mut counts, |frame| bytes += frame.to_vec().len()).unwrap();
+    assert_eq!(stop, Stop::Budget);
+    assert!((8 << 20..20 << 20).contains(&bytes), "{bytes} bytes in one call");
 }
 
 /// The owner rewrites its ring while it is being read: what was checked is what is used.

@@ -496,10 +496,10 @@ impl NetSplitter {
                 outcome
             }
             (Verdict::Log, _) => pump::drain(queue, negotiated, counts, |frame| {
-                shadow.log(frame);
+                shadow.log(frame.to_vec());
             })
             .map_err(guests_fault),
-            (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, drop).map_err(guests_fault),
+            (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, |_| {}).map_err(guests_fault),
             (Verdict::Hold | Verdict::Pass, _) => return,
         };
         self.progress.note(matches!(outcome, Ok(Stop::TargetFull)));

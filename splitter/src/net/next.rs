@@ -9,9 +9,9 @@ use umbra_shadow::net::ModeName;
 
 use super::announce::announcement;
 use super::{InFlight, LinkState, NetSplitter, Notice, features, outward_flow};
-use crate::header::{HEADER_LEN, Offloads};
+use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkServer, What};
-use crate::pump::{self, Counts, Handed, Owner, PumpError, Stop};
+use crate::pump::{self, Counts, Handed, InPlace, Owner, PumpError, Stop};
 
 /// The waiting link.
 #[derive(Default)]
@@ -154,10 +154,7 @@ impl NetSplitter {
         let Next { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
         let own = if *proven { Vec::new() } else { self.shadow.filter().unicast() };
         let mut seen = false;
-        let from_guest = |frame: Vec<u8>| {
-            let source = frame.get(HEADER_LEN + 6..HEADER_LEN + 12);
-            seen |= own.iter().any(|mac| source == Some(&mac[..]));
-        };
+        let from_guest = |frame: &InPlace<'_, '_>| seen |= !own.is_empty() && own.contains(&frame.source_address());
         let (generation, offloads) = (link.generation, features::transmit(link.features));
         let outcome = pump::drain(&mut link.tx, offloads, &mut Counts::default(), from_guest);
         if seen {
