@@ -9,8 +9,8 @@ use crate::queue::{Chain, RingFault, Virtqueue};
 /// Longest command read: both address tables with 2,700 entries each, far more than is kept of them.
 const MAX_COMMAND: usize = 32 * 1024;
 
-/// Commands handled in one call, as many as a queue can hold.
-const MAX_COMMANDS: usize = 64;
+/// Commands handled in one call, as many as a queue holds that a driver does not refill meanwhile.
+pub const MAX_COMMANDS: usize = 64;
 
 const OK: u8 = 0;
 const ERR: u8 = 1;
@@ -81,21 +81,32 @@ fn is_unicast(mac: &Mac) -> bool {
     mac[0] & 1 == 0 && *mac != [0; 6]
 }
 
-/// Answers the commands that wait. Returns true if the record changed.
-pub fn serve(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<bool, RingFault> {
+/// What came of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// The record is another.
+    pub changed: bool,
+    /// More commands wait, for which no kick will come: call again.
+    pub more: bool,
+}
+
+/// Answers the commands that wait, at most [`MAX_COMMANDS`].
+pub fn serve(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<Served, RingFault> {
     let before = filter.clone();
     let served = serve_commands(queue, filter);
     let told = queue.notify();
-    served.and(told)?;
-    Ok(*filter != before)
+    let more = served?;
+    told?;
+    Ok(Served { changed: *filter != before, more })
 }
 
-fn serve_commands(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<(), RingFault> {
+/// True: more wait.
+fn serve_commands(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<bool, RingFault> {
     let mut ring = queue.open()?;
     let mut chain = Chain::default();
     for _ in 0..MAX_COMMANDS {
         if ring.available()? == 0 && !ring.listen(0)? {
-            return Ok(());
+            return Ok(false);
         }
         let head = ring.head(0)?;
         let answered = match ring.walk(head, &mut chain) {
@@ -105,8 +116,8 @@ fn serve_commands(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<(), Ri
         ring.take(1);
         ring.complete(head, answered)?;
     }
-    // More than any driver sends at once: the rest waits for the next kick, which it asks for.
-    ring.listen(0).map(drop)
+    // More than any driver sends at once: what came meanwhile has had its kick.
+    ring.listen(0)
 }
 
 /// Carries one command out and writes its acknowledgement; returns the bytes written.

@@ -6,12 +6,13 @@ mod common;
 use std::io::Write;
 
 use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation};
-use common::{frame, memfd, number};
+use common::{Driver, RINGS_LEN, WRITE, frame, memfd, number};
 use nix::fcntl::SealFlag;
 use std::os::fd::AsRawFd;
 use umbra_shadow::net::{MaskedCounts, ModeName};
+use umbra_splitter::control::MAX_COMMANDS;
 use umbra_splitter::link::Cause;
-use umbra_splitter::net::{Log, Notice, features};
+use umbra_splitter::net::{GuestQueue, Log, Notice, Source, features};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -211,7 +212,6 @@ fn quarantine_shows_link_down_and_a_new_driver_vm_ends_it() {
 }
 
 #[test]
-#[test]
 fn a_recovery_without_carrier_tells_the_guest_nothing() {
     let mut guest = Guest::new();
     let mut vm = attached(&mut guest, 1);
@@ -228,6 +228,7 @@ fn a_recovery_without_carrier_tells_the_guest_nothing() {
     assert!(!guest.splitter.shadow().link_up());
 }
 
+#[test]
 fn a_violation_ends_the_link_and_leaves_the_guest_alone() {
     let mut guest = Guest::new();
     let mut vm = attached(&mut guest, 1);
@@ -274,6 +275,23 @@ fn control_commands_are_recorded() {
     assert_eq!(filter.unicast(), [[2, 1, 1, 1, 1, 1], [2, 0, 0, 0, 0, 9]]);
     assert_eq!(filter.multicast(), [[1; 6], [3; 6]]);
     assert_eq!(filter.vlans(), Some(vec![5]));
+}
+
+#[test]
+fn commands_past_what_one_call_answers_are_not_forgotten() {
+    let mut guest = Guest::new();
+    guest.control = Driver::new(&guest.tx.driver.memory, 0x1000 + 2 * RINGS_LEN, 256, true);
+    guest.splitter.start_queue(GuestQueue::Control, guest.control.device());
+    guest.turn();
+    let commands = MAX_COMMANDS + 20;
+    for _ in 0..commands {
+        guest.control.offer(&[(0x10, 3, 0), (0x20, 1, WRITE)]);
+    }
+    guest.splitter.kicked(Source::Guest(GuestQueue::Control));
+    assert!(guest.splitter.wake().read().is_ok(), "no further kick comes");
+    guest.turn();
+    assert_eq!(std::iter::from_fn(|| guest.control.take_used()).count(), commands);
+    assert!(guest.splitter.wake().read().is_err());
 }
 
 #[test]

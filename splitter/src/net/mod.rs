@@ -20,7 +20,7 @@ use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::control;
+use crate::control::{self, Served};
 use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
 use crate::pump::{self, Counts, Flow, Handed, Owner, PumpError, Stop};
@@ -526,8 +526,14 @@ impl NetSplitter {
     fn control(&mut self) {
         let Some(queue) = &mut self.guest[GuestQueue::Control as usize] else { return };
         match control::serve(queue, self.shadow.filter_mut()) {
-            Ok(false) => {}
-            Ok(true) => (self.listener)(Notice::RxMode(self.shadow.filter().clone())),
+            Ok(Served { changed, more }) => {
+                if changed {
+                    (self.listener)(Notice::RxMode(self.shadow.filter().clone()));
+                }
+                if more {
+                    self.wake_up();
+                }
+            }
             Err(fault) => self.break_queue(GuestQueue::Control, &fault),
         }
     }
