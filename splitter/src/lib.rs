@@ -9,6 +9,7 @@ pub mod control;
 pub mod copy;
 pub mod header;
 pub mod link;
+pub mod log_limit;
 pub mod net;
 pub mod pump;
 pub mod queue;

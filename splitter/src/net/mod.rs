@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::control::{self, Served};
 use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
+use crate::log_limit::LogLimit;
 use crate::pump::{self, Counts, Flow, Handed, Owner, PumpError, Stop};
 use crate::queue::{RingFault, Virtqueue};
 use in_flight::InFlight;
@@ -158,6 +159,7 @@ pub struct NetSplitter {
     /// Of what goes out.
     progress: stall::Progress,
     broken: bool,
+    log: LogLimit,
 }
 
 impl NetSplitter {
@@ -179,6 +181,7 @@ impl NetSplitter {
             inward: Counts::default(),
             progress: stall::Progress::default(),
             broken: false,
+            log: LogLimit::default(),
         })
     }
 
@@ -555,7 +558,7 @@ impl NetSplitter {
     /// The guest broke its own ring: the queue stands still until its driver resets the device.
     fn break_queue(&mut self, name: GuestQueue, fault: &dyn std::error::Error) {
         let why = fault.source().map(|s| format!(": {s}")).unwrap_or_default();
-        tracing::warn!("the guest broke its network queue {name:?}: {fault}{why}");
+        self.log.warn(format_args!("the guest broke its network queue {name:?}: {fault}{why}"));
         self.stop_queue(name);
         self.broken = true;
         (self.listener)(Notice::Config);

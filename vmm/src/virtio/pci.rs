@@ -8,6 +8,7 @@ mod registers;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
+use umbra_splitter::log_limit::LogLimit;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -120,6 +121,8 @@ pub struct VirtioPci {
     queues: Vec<Kick>,
     /// Signalled where the driver wants no interrupt; nobody listens.
     silent: EventFd,
+    /// Of what the driver does wrong.
+    log: LogLimit,
 }
 
 /// A queue's kick.
@@ -178,6 +181,7 @@ impl VirtioPci {
             msix,
             queues,
             silent: EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?,
+            log: LogLimit::default(),
         })
     }
 
@@ -230,7 +234,7 @@ impl VirtioPci {
     fn start_or_fail(&mut self, index: u16, state: Option<QueueState>) {
         let Some(registers) = self.common.queue(index) else { return };
         if let Err(error) = self.start_queue(index, registers, state) {
-            tracing::warn!("{}: queue {index}: {}", self.name, chain(&error));
+            self.log.warn(format_args!("{}: queue {index}: {}", self.name, chain(&error)));
             self.fail();
         }
     }

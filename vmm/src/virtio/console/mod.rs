@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -79,6 +80,7 @@ pub struct Console {
     driver_ready: bool,
     broken: bool,
     config_call: Option<EventFd>,
+    log: LogLimit,
 }
 
 /// The stream that the event loop watches for a port.
@@ -103,6 +105,7 @@ impl Console {
             driver_ready: false,
             broken: false,
             config_call: None,
+            log: LogLimit::default(),
         })
     }
 
@@ -207,7 +210,7 @@ impl Console {
         }
         // Twice: the first round may have announced a port, whose data can flow now.
         if let Err(error) = self.served(role).and_then(|()| self.served(role)) {
-            tracing::warn!("console: the driver broke a rule of its queues: {error}");
+            self.log.warn(format_args!("console: the driver broke a rule of its queues: {error}"));
             self.broken = true;
             if let Some(call) = &self.config_call {
                 // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.

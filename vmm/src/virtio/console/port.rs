@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
 use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 
 use crate::process::ipc::{PortBackend, PortEnd};
@@ -88,6 +89,8 @@ pub(super) struct Port {
     to_host: Vec<u8>,
     /// The pump to the host stopped for fairness alone.
     more: bool,
+    /// Of what the guest does wrong.
+    log: LogLimit,
 }
 
 impl Port {
@@ -101,7 +104,8 @@ impl Port {
             }
         };
         let (ready, open, announced) = (false, false, false);
-        Ok(Self { name, end, stream, gone: Vec::new(), ready, open, announced, to_host: Vec::new(), more: false })
+        let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
+        Ok(Self { name, end, stream, gone, ready, open, announced, to_host, more: false, log })
     }
 
     /// The guest's side starts anew; the host's end stays connected.
@@ -217,9 +221,11 @@ impl Port {
                 }
                 Ok(()) => {
                     let length = chain.readable_len();
-                    tracing::warn!("console port {}: a request of {length} bytes is dropped", self.name);
+                    self.log.warn(format_args!("console port {}: a request of {length} bytes is dropped", self.name));
                 }
-                Err(fault) => tracing::warn!("console port {}: a request is dropped: {fault}", self.name),
+                Err(fault) => {
+                    self.log.warn(format_args!("console port {}: a request is dropped: {fault}", self.name));
+                }
             }
             ring.take(1);
             ring.complete(head, 0)?;

@@ -13,6 +13,7 @@ use thiserror::Error;
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::control;
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::net::features;
 use umbra_splitter::queue::Virtqueue;
 use vmm_sys_util::epoll::EventSet;
@@ -64,6 +65,7 @@ pub struct TapNet {
     gone: bool,
     broken: bool,
     config_call: Option<EventFd>,
+    log: LogLimit,
 }
 
 impl TapNet {
@@ -85,6 +87,7 @@ impl TapNet {
             gone: false,
             broken: false,
             config_call: None,
+            log: LogLimit::default(),
         })
     }
 
@@ -134,7 +137,7 @@ impl TapNet {
     }
 
     fn fail(&mut self, fault: &umbra_splitter::queue::RingFault, ops: &mut EventOps) {
-        tracing::warn!("network device: the driver broke a rule of its queues: {fault}");
+        self.log.warn(format_args!("network device: the driver broke a rule of its queues: {fault}"));
         self.broken = true;
         self.watch(false, ops);
         if let Some(call) = &self.config_call {

@@ -4,6 +4,7 @@
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
 use umbra_splitter::copy::scatter;
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -33,12 +34,14 @@ pub struct Rng {
     events: QueueEvents,
     broken: bool,
     config_call: Option<EventFd>,
+    log: LogLimit,
 }
 
 impl Rng {
     /// An entropy device.
     pub fn new() -> Result<Self, Error> {
-        Ok(Self { queue: None, events: QueueEvents::new(QUEUE_SIZES.len())?, broken: false, config_call: None })
+        let (events, log) = (QueueEvents::new(QUEUE_SIZES.len())?, LogLimit::default());
+        Ok(Self { queue: None, events, broken: false, config_call: None, log })
     }
 }
 
@@ -87,7 +90,7 @@ impl MutEventSubscriber for Rng {
                 continue;
             };
             if let Err(fault) = serve(queue) {
-                tracing::warn!("entropy device: the driver broke a rule of its queue: {fault}");
+                self.log.warn(format_args!("entropy device: the driver broke a rule of its queue: {fault}"));
                 self.broken = true;
                 if let Some(call) = &self.config_call {
                     // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
