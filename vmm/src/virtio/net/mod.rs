@@ -57,7 +57,7 @@ pub struct TapNet {
     queues: [Option<Virtqueue>; QUEUE_SIZES.len()],
     events: QueueEvents,
     receiver: Receiver,
-    /// Signalled by the device itself when frames to send are left for the next turn.
+    /// Signalled by the device itself when frames to send or commands are left for the next turn.
     again: EventFd,
     /// The event loop watches the interface.
     watched: bool,
@@ -94,9 +94,12 @@ impl TapNet {
     fn served(&mut self, queue: u16) -> Result<(), frames::Error> {
         let tap = self.tap.file().as_raw_fd();
         let Some(Some(active)) = self.queues.get_mut(usize::from(queue)) else { return Ok(()) };
-        if queue == CONTROL {
-            control::serve(active, &mut self.filter)?;
-        } else if queue == TRANSMIT && frames::transmit(tap, active)? == End::Budget {
+        let more = match queue {
+            CONTROL => control::serve(active, &mut self.filter)?.more,
+            TRANSMIT => frames::transmit(tap, active)? == End::Budget,
+            _ => false,
+        };
+        if more {
             // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
             let _ = self.again.write(1);
         }
@@ -111,15 +114,15 @@ impl TapNet {
     }
 
     fn serve(&mut self, wake: Wake, ops: &mut EventOps) {
+        if wake == Wake::Device(TAG_AGAIN) {
+            // Empty already is fine. Left full it would wake the loop without end.
+            let _ = self.again.read();
+        }
         if self.broken {
             return;
         }
         let done = match wake {
-            Wake::Device(TAG_AGAIN) => {
-                // Empty already is fine.
-                let _ = self.again.read();
-                self.served(TRANSMIT)
-            }
+            Wake::Device(TAG_AGAIN) => self.served(TRANSMIT).and_then(|()| self.served(CONTROL)),
             Wake::Started(RECEIVE) | Wake::Kicked(RECEIVE) | Wake::Device(_) => {
                 self.received().map(|more| self.watch(more, ops))
             }

@@ -173,6 +173,36 @@ fn commands_are_acknowledged_and_the_address_changes() {
 }
 
 #[test]
+fn work_left_over_by_a_ring_that_breaks_then_does_not_spin() {
+    let mut guest = Guest::new(0);
+    guest.queues[1].break_ring();
+    guest.queues[1].kick();
+    guest.events.run();
+    assert!(guest.device.lock().unwrap().needs_reset());
+    guest.device.lock().unwrap().again.write(1).unwrap();
+    // Fails if it never comes to rest.
+    guest.events.run();
+}
+
+#[test]
+fn more_commands_than_a_call_answers_are_all_answered() {
+    let mut guest = Guest::new(0);
+    let queue = DriverQueue::new(&memory(1), 0, 256);
+    let mut device = guest.device.lock().unwrap();
+    device.stop_queue(CONTROL);
+    device.start_queue(CONTROL, queue.resources(), None).unwrap();
+    drop(device);
+    guest.events.run();
+    guest.queues[2] = queue;
+    for _ in 0..control::MAX_COMMANDS + 20 {
+        guest.queues[2].add(&[&[0, 0, 1]], &[1]);
+    }
+    guest.queues[2].kick();
+    guest.events.run();
+    assert_eq!(guest.queues[2].used().len(), control::MAX_COMMANDS + 20);
+}
+
+#[test]
 fn bad_buffers_are_given_back_and_a_bad_ring_asks_for_a_reset() {
     let mut guest = Guest::new(MERGEABLE);
     guest.queues[0].descriptor(u64::MAX - 5, 100, 2);
