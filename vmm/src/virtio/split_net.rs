@@ -86,17 +86,20 @@ impl SplitNet {
         };
         self.splitter.go_live(generation, log);
         self.note_pace();
+        self.look_if_needed();
     }
 
     /// [`ToVm::Arm`](crate::process::ipc::ToVm::Arm).
     pub fn arm(&mut self, generation: Generation, armed: bool) {
         self.splitter.arm(generation, armed);
+        self.look_if_needed();
     }
 
     /// [`ToVm::Mask`](crate::process::ipc::ToVm::Mask).
     pub fn mask(&mut self, generation: Generation) {
         self.splitter.mask(generation);
         self.note_pace();
+        self.look_if_needed();
     }
 
     /// [`ToVm::Carrier`](crate::process::ipc::ToVm::Carrier).
@@ -147,21 +150,29 @@ impl SplitNet {
         }
     }
 
-    /// Starts or stops the timer that looks for a driver VM that takes nothing.
+    /// Starts the timer that looks for a driver VM that takes nothing. Only [`Self::look`] stops it: a queue that is
+    /// full and empty in turns costs no system call each time.
     fn look_if_needed(&mut self) {
-        let needed = self.splitter.waits_for_driver_vm();
-        if needed == self.looking {
+        if self.looking || !self.splitter.waits_for_driver_vm() {
             return;
         }
-        let set = if needed {
-            let every = Expiration::Interval(stall::LOOK_EVERY.into());
-            self.looks.set(every, TimerSetTimeFlags::empty())
-        } else {
-            self.looks.unset()
-        };
-        match set {
-            Ok(()) => self.looking = needed,
+        let every = Expiration::Interval(stall::LOOK_EVERY.into());
+        match self.looks.set(every, TimerSetTimeFlags::empty()) {
+            Ok(()) => self.looking = true,
             Err(error) => tracing::warn!(%error, "cannot watch for frames that make no progress"),
+        }
+    }
+
+    /// The timer has fired.
+    fn look(&mut self) {
+        // Nothing to read if it was switched off a moment ago.
+        let _ = self.looks.wait();
+        self.splitter.check_progress();
+        if !self.splitter.waits_for_driver_vm() {
+            match self.looks.unset() {
+                Ok(()) => self.looking = false,
+                Err(error) => tracing::warn!(%error, "cannot stop watching for frames that make no progress"),
+            }
         }
     }
 
@@ -324,9 +335,7 @@ impl MutEventSubscriber for SplitNet {
         } else if let Some((_, source)) = self.watched.iter().find(|(watched, _)| *watched == fd) {
             self.splitter.kicked(*source);
         } else if fd == self.looks.as_fd().as_raw_fd() {
-            // Nothing to read if it was switched off a moment ago.
-            let _ = self.looks.wait();
-            self.splitter.check_progress();
+            self.look();
         } else if fd == self.pace.timer().as_raw_fd() {
             self.tell_pace();
         }

@@ -65,6 +65,15 @@ impl Guest {
         panic!("no such message");
     }
 
+    /// Runs the loop for `time`.
+    fn run_for(&mut self, time: Duration) {
+        let until = std::time::Instant::now() + time;
+        while std::time::Instant::now() < until {
+            self.events.run();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn status(&self) -> [u8; 2] {
         let mut status = [0; 2];
         self.device().config_read(6, &mut status);
@@ -223,6 +232,32 @@ fn a_broken_ring_of_the_guest_asks_for_a_reset() {
     }
     guest.device().reset();
     assert!(!guest.device().needs_reset());
+}
+
+#[test]
+fn the_timer_for_stalls_runs_from_the_first_frame_that_waits_to_a_look_without_one() {
+    let mut guest = Guest::new();
+    // Each takes 30 buffers, of which there are 32.
+    (0..2).for_each(|n| guest.send(&[n; 60_000]));
+    let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    assert!(!guest.device().looking);
+    guest.device().go_live(Generation::FIRST, Replay::Everything, false);
+    assert!(guest.device().looking, "a log that waits is watched from the call on");
+    for _ in 0..32 {
+        vm.queues[0].add(&[], &[2048]);
+    }
+    vm.queues[0].kick();
+    guest.events.run();
+    assert!(!guest.device().splitter.waits_for_driver_vm());
+    assert!(guest.device().looking, "what flows costs no call to stop it");
+    guest.run_for(stall::LOOK_EVERY + Duration::from_millis(200));
+    assert!(!guest.device().looking);
+    // And again.
+    guest.send(&[2; 60_000]);
+    assert!(guest.device().looking);
+    guest.device().mask(Generation::FIRST);
+    guest.run_for(stall::LOOK_EVERY + Duration::from_millis(200));
+    assert!(!guest.device().looking);
 }
 
 /// An announcement of the guest's address, as a driver VM gets it.
