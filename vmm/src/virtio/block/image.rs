@@ -180,6 +180,20 @@ pub(super) fn rest<'m>(slices: &[VolatileSlice<'m>], mut skip: usize) -> io::Res
     Ok(left)
 }
 
+/// The first `length` bytes of `slices`, or all.
+pub(super) fn first<'m>(slices: &[VolatileSlice<'m>], mut length: usize) -> io::Result<Vec<VolatileSlice<'m>>> {
+    let mut kept = Vec::with_capacity(slices.len());
+    for slice in slices {
+        let taken = length.min(slice.len());
+        if taken == 0 {
+            break;
+        }
+        length -= taken;
+        kept.push(slice.subslice(0, taken).map_err(io::Error::other)?);
+    }
+    Ok(kept)
+}
+
 fn once(file: &File, position: u64, slices: &[VolatileSlice<'_>], call: Call) -> io::Result<usize> {
     let guards: Vec<_> = slices.iter().take(MAX_VECTORS).map(VolatileSlice::ptr_guard_mut).collect();
     let vectors: Vec<_> =

@@ -1,19 +1,23 @@
 //! A block device on a raw file or a block device of the host (virtio 1.2, section 5.2). Invariant: a request
 //! touches the disk only after its header was read once and checked against the disk's size; a failure is the
-//! guest's `VIRTIO_BLK_S_IOERR` and nobody else's. Requests run one after the other in the event loop.
+//! guest's `VIRTIO_BLK_S_IOERR` and nobody else's. Requests run one after the other in the event loop, a large one in
+//! parts ([`turn`]).
 
 pub mod image;
 pub mod request;
+mod turn;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::image::{Image, rest};
+use self::image::Image;
 use self::request::{HEADER_SIZE, ID_SIZE, Limits, Request, Status};
+use self::turn::{Moved, Turn};
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use super::{queue, read_config};
@@ -57,11 +61,14 @@ pub struct Block {
     image: Image,
     id: [u8; ID_SIZE],
     queue: Option<Virtqueue>,
+    /// Bytes moved so far of the request at the head of the queue.
+    moved: u64,
     events: QueueEvents,
     /// Signalled by the device itself when requests are left for the next turn.
     again: EventFd,
     broken: bool,
     config_call: Option<EventFd>,
+    log: LogLimit,
 }
 
 /// Whether requests may be left.
@@ -79,17 +86,20 @@ impl Block {
         id.iter_mut().zip(format!("umbra-disk{index}").bytes()).for_each(|(to, from)| *to = from);
         let again = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
         let events = QueueEvents::new(QUEUE_SIZES.len()).map_err(Error::EventFd)?;
-        Ok(Self { image, id, queue: None, events, again, broken: false, config_call: None })
+        let log = LogLimit::default();
+        Ok(Self { image, id, queue: None, moved: 0, events, again, broken: false, config_call: None, log })
     }
 
     fn serve(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|_| !self.broken) else { return };
-        let served = serve(&self.image, &self.id, queue);
+        let mut turn = Turn::new(self.moved);
+        let served = Server { image: &self.image, id: &self.id, log: &mut self.log }.serve(queue, &mut turn);
+        self.moved = turn.moved();
         match served.and_then(|end| queue.notify().map(|()| end)) {
             Ok(End::Idle) => {}
             Ok(End::Budget) => signal(&self.again),
             Err(fault) => {
-                tracing::warn!("disk: the driver broke a rule of its queue: {fault}");
+                self.log.warn(format_args!("disk: the driver broke a rule of its queue: {fault}"));
                 self.broken = true;
                 self.config_call.iter().for_each(signal);
             }
@@ -102,74 +112,92 @@ fn signal(event: &EventFd) {
     let _ = event.write(1);
 }
 
-fn serve(image: &Image, id: &[u8], queue: &mut Virtqueue) -> Result<End, RingFault> {
-    let mut ring = queue.open()?;
-    let mut chain = Chain::default();
-    for _ in 0..BUDGET {
-        if ring.available()? == 0 && !ring.listen(0)? {
-            return Ok(End::Idle);
+/// What serving takes beside the queue.
+struct Server<'a> {
+    image: &'a Image,
+    id: &'a [u8],
+    log: &'a mut LogLimit,
+}
+
+/// What came of a request.
+enum Answer {
+    /// It is answered, with so many bytes written.
+    Whole(u32),
+    /// The turn is over first.
+    Part,
+}
+
+impl Server<'_> {
+    fn serve(&mut self, queue: &mut Virtqueue, turn: &mut Turn) -> Result<End, RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
+        for _ in 0..BUDGET {
+            if ring.available()? == 0 && !ring.listen(0)? {
+                return Ok(End::Idle);
+            }
+            if turn.is_over() {
+                return Ok(End::Budget);
+            }
+            let head = ring.head(0)?;
+            let answer = match ring.walk(head, &mut chain) {
+                Ok(()) => self.answer(&chain, turn),
+                Err(fault) => {
+                    tracing::debug!("disk: a request is given back: {fault}");
+                    Answer::Whole(0)
+                }
+            };
+            let Answer::Whole(written) = answer else { return Ok(End::Budget) };
+            turn.next_request();
+            ring.take(1);
+            ring.complete(head, written)?;
         }
-        let head = ring.head(0)?;
-        let written = match ring.walk(head, &mut chain) {
-            Ok(()) => answer(image, id, &chain),
-            Err(fault) => {
-                tracing::debug!("disk: a request is given back: {fault}");
-                0
+        Ok(End::Budget)
+    }
+
+    /// Carries a request out and writes its status.
+    fn answer(&mut self, chain: &Chain<'_>, turn: &mut Turn) -> Answer {
+        // The status is the last byte that the device writes; without room for it nothing can be said.
+        let Some(incoming) = chain.writable_len().checked_sub(1) else { return Answer::Whole(0) };
+        let mut header = [0; HEADER_SIZE];
+        let (status, data) = if gather(chain.readable(), 0, &mut header) < HEADER_SIZE {
+            (Status::IoError, 0)
+        } else {
+            match self.carry_out(chain, header, incoming, turn) {
+                Ok((_, Moved::Part)) => return Answer::Part,
+                Ok((data, Moved::All)) => (Status::Ok, data),
+                Err(status) => (status, 0),
             }
         };
-        ring.take(1);
-        ring.complete(head, written)?;
+        scatter(&[status as u8], chain.writable(), incoming);
+        Answer::Whole(u32::try_from(data + 1).unwrap_or(u32::MAX))
     }
-    Ok(End::Budget)
-}
 
-/// Carries a request out and writes its status; returns the bytes written.
-fn answer(image: &Image, id: &[u8], chain: &Chain<'_>) -> u32 {
-    // The status is the last byte that the device writes; without room for it nothing can be said.
-    let Some(incoming) = chain.writable_len().checked_sub(1) else { return 0 };
-    let mut header = [0; HEADER_SIZE];
-    let (status, data) = if gather(chain.readable(), 0, &mut header) < HEADER_SIZE {
-        (Status::IoError, 0)
-    } else {
-        match carry_out(image, id, chain, header, incoming) {
-            Ok(data) => (Status::Ok, data),
-            Err(status) => (status, 0),
-        }
-    };
-    scatter(&[status as u8], chain.writable(), incoming);
-    u32::try_from(data + 1).unwrap_or(u32::MAX)
-}
-
-/// Carries a request out; returns the bytes of data for the guest.
-fn carry_out(
-    image: &Image,
-    id: &[u8],
-    chain: &Chain<'_>,
-    header: [u8; HEADER_SIZE],
-    incoming: usize,
-) -> Result<usize, Status> {
-    let outgoing = chain.readable_len() - HEADER_SIZE;
-    let limits = Limits { sectors: image.sectors(), read_only: image.read_only() };
-    let request = Request::parse(header, incoming as u64, outgoing as u64, limits)?;
-    let failed = |error| {
-        tracing::warn!("disk: {request:?}: {error}");
-        Status::IoError
-    };
-    match request {
-        Request::Read(position) => {
-            let mut slices = chain.writable().to_vec();
-            // The status byte ends the last slice, which no check has found empty.
-            if let Some(last) = slices.pop().filter(|last| last.len() > 1) {
-                slices.push(last.subslice(0, last.len() - 1).map_err(|_| Status::IoError)?);
-            }
-            image.read(position, &slices).map_err(failed).map(|()| incoming)
-        }
-        Request::Write(position) => {
-            let slices = rest(chain.readable(), HEADER_SIZE).map_err(failed)?;
-            image.write(position, &slices).map_err(failed).map(|()| 0)
-        }
-        Request::Flush => image.flush().map_err(failed).map(|()| 0),
-        Request::GetId => Ok(scatter(id, chain.writable(), 0)),
+    /// Carries a request out, or a part; returns the bytes of data for the guest.
+    fn carry_out(
+        &mut self,
+        chain: &Chain<'_>,
+        header: [u8; HEADER_SIZE],
+        incoming: usize,
+        turn: &mut Turn,
+    ) -> Result<(usize, Moved), Status> {
+        let Self { image, id, log } = self;
+        let outgoing = chain.readable_len() - HEADER_SIZE;
+        let limits = Limits { sectors: image.sectors(), read_only: image.read_only() };
+        let request = Request::parse(header, incoming as u64, outgoing as u64, limits)?;
+        let done = match request {
+            Request::Read(position) => turn
+                .step(chain.writable(), 0, incoming, |at, slices| image.read(position + at, slices))
+                .map(|moved| (incoming, moved)),
+            Request::Write(position) => turn
+                .step(chain.readable(), HEADER_SIZE, outgoing, |at, slices| image.write(position + at, slices))
+                .map(|moved| (0, moved)),
+            Request::Flush => image.flush().map(|()| (0, Moved::All)),
+            Request::GetId => Ok((scatter(id, chain.writable(), 0), Moved::All)),
+        };
+        done.map_err(|error| {
+            log.warn(format_args!("disk: {request:?}: {error}"));
+            Status::IoError
+        })
     }
 }
 
@@ -229,7 +257,7 @@ impl VirtioDevice for Block {
             return Err(device::Error::NoSuchQueue(index));
         }
         let (queue, kick) = queue::start(index, resources, state)?;
-        self.queue = Some(queue);
+        (self.queue, self.moved) = (Some(queue), 0);
         self.events.start(index, kick);
         Ok(())
     }

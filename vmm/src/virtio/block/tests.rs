@@ -136,6 +136,66 @@ fn more_requests_than_a_turn_allows_are_all_served() {
 }
 
 #[test]
+fn a_large_request_takes_turns_and_comes_whole() {
+    const LENGTH: u32 = 4 * turn::BYTES as u32 + 512;
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(6 << 20).unwrap();
+    let mut block = Block::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    let data: Vec<u8> = (0..LENGTH).map(|i| (i % 251) as u8).collect();
+    let write = queue.add(&[&header(OUT, 1), &data[..9], &data[9..]], &[1]);
+    let read = queue.add(&[&header(IN, 1)], &[77, LENGTH - 77 + 1]);
+    for served in 1..=4 {
+        block.serve();
+        assert_eq!((queue.used().len(), block.moved), (0, served * turn::BYTES as u64), "others get their turn");
+    }
+    block.serve();
+    assert_eq!(queue.used(), [(write, 1)]);
+    assert_eq!(std::fs::read(&path).unwrap()[512..512 + LENGTH as usize], data);
+    // The rest of that turn was the next request's.
+    assert_eq!(block.moved, turn::BYTES as u64 - 512);
+    (0..4).for_each(|_| block.serve());
+    assert_eq!(queue.used(), [(read, LENGTH + 1)]);
+    let got = [queue.buffer(read + 1, 77), queue.buffer(read + 2, LENGTH - 77 + 1)].concat();
+    assert_eq!((&got[..LENGTH as usize], got[LENGTH as usize]), (&data[..], 0));
+}
+
+#[test]
+fn a_driver_that_changes_a_request_between_its_turns_gets_the_last_one_checked() {
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    let mut block = Block::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    queue.add(&[&header(OUT, 0), &vec![7; 2 * turn::BYTES]], &[1]);
+    block.serve();
+    assert_eq!((queue.used().len(), block.moved), (0, turn::BYTES as u64));
+    // Past the disk's end now.
+    queue.overwrite(&[], &[], 0, &header(OUT, 4 << 11));
+    block.serve();
+    assert_eq!((queue.used().len(), block.moved, queue.buffer(2, 1)), (1, 0, vec![1]));
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 << 20);
+}
+
+#[test]
+fn a_request_that_is_stopped_in_the_midst_begins_anew() {
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    let mut block = Block::new(&Disk { path, read_only: true }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    queue.add(&[&header(IN, 0)], &[2 * turn::BYTES as u32, 1]);
+    block.serve();
+    let state = block.stop_queue(0);
+    assert_eq!(state, Some(QueueState { next_avail: 0, next_used: 0 }));
+    block.start_queue(0, queue.resources(), state).unwrap();
+    assert_eq!(block.moved, 0);
+    (0..2).for_each(|_| block.serve());
+    assert_eq!(queue.used(), [(0, 2 * turn::BYTES as u32 + 1)]);
+}
+
+#[test]
 fn two_writers_are_refused_and_readers_may_share() {
     let (_folder, path) = image(512);
     let disk = |read_only| Disk { path: path.clone(), read_only };
