@@ -3,6 +3,7 @@
 
 mod cmos;
 mod power;
+mod pvpanic;
 mod serial;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,13 +16,12 @@ pub use serial::{Error as SerialError, SerialLine};
 
 use cmos::Cmos;
 use power::{Action, PowerManagement};
+use pvpanic::Pvpanic;
 
 use super::end::End;
 use super::layout;
 use crate::process::ipc::VmEnd;
 
-/// pvpanic: the guest has panicked, and the OS tells it before it reboots or stops.
-const PANICKED: u8 = 1;
 /// Command of the keyboard controller that pulses the CPU's reset line.
 const I8042_RESET: u8 = 0xfe;
 /// Reset control register: reset the CPU.
@@ -34,13 +34,13 @@ pub struct Legacy {
     serial: Arc<Mutex<SerialLine>>,
     power: Mutex<PowerManagement>,
     cmos: Mutex<Cmos>,
-    panicked: EventFd,
+    pvpanic: Pvpanic,
 }
 
 impl Legacy {
-    /// The devices of `vm`. `panicked` is signalled when the guest says that it has panicked.
+    /// The devices of `vm`. `panicked` is signalled when the guest says for the first time that it has panicked.
     pub fn new(vm: Arc<VmFd>, end: Arc<End>, serial: Arc<Mutex<SerialLine>>, panicked: EventFd) -> Self {
-        Self { vm, end, serial, power: Mutex::default(), cmos: Mutex::default(), panicked }
+        Self { vm, end, serial, power: Mutex::default(), cmos: Mutex::default(), pvpanic: Pvpanic::new(panicked) }
     }
 
     /// Reads a port; false if it is none of these devices'.
@@ -54,7 +54,7 @@ impl Legacy {
         match port {
             layout::COM1..=layout::COM1_LAST => one(data, lock(&self.serial).read(port - layout::COM1)),
             layout::PM1A_EVENT..=layout::PM1A_LAST => lock(&self.power).read(port - layout::PM1A_EVENT, data),
-            layout::PVPANIC => one(data, PANICKED),
+            layout::PVPANIC => one(data, self.pvpanic.read()),
             layout::CMOS_INDEX | layout::CMOS_DATA => one(data, lock(&self.cmos).read(port)),
             // Keyboard controller: nothing received, ready for commands.
             layout::I8042_DATA | layout::I8042_COMMAND => one(data, 0),
@@ -70,11 +70,11 @@ impl Legacy {
         match port {
             layout::COM1..=layout::COM1_LAST => lock(&self.serial).write(port - layout::COM1, first),
             layout::PM1A_EVENT..=layout::PM1A_LAST => self.power(|power| power.write(port - layout::PM1A_EVENT, data)),
-            layout::PVPANIC if first & PANICKED != 0 => signal(&self.panicked, "pvpanic"),
+            layout::PVPANIC => self.pvpanic.write(first),
             layout::CMOS_INDEX | layout::CMOS_DATA => lock(&self.cmos).write(port, first),
             layout::I8042_COMMAND if first == I8042_RESET => self.end.set(VmEnd::Reset),
             layout::RESET_CONTROL if data.len() == 1 && first & RESET_CPU != 0 => self.end.set(VmEnd::Reset),
-            layout::PVPANIC | layout::I8042_DATA | layout::I8042_COMMAND => {}
+            layout::I8042_DATA | layout::I8042_COMMAND => {}
             layout::RESET_CONTROL if data.len() == 1 => {}
             _ => return false,
         }
@@ -108,10 +108,4 @@ impl Legacy {
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn signal(event: &EventFd, what: &str) {
-    if let Err(error) = event.write(1) {
-        tracing::warn!(%error, what, "signal an event");
-    }
 }
