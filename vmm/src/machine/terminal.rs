@@ -4,7 +4,7 @@
 //! supervisor, which saved the state with [`SavedTerminal`] before, does it then.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -101,8 +101,22 @@ impl Keys {
     }
 }
 
+/// Whether the event loop watches the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watch {
+    On,
+    /// The guest has to read what it has first. A pipe that its writer has closed is always ready: only an input that is
+    /// not watched lets the loop rest.
+    NoRoom,
+    /// At its end.
+    Ended,
+}
+
 /// Reads standard input for the guest's serial line.
 pub struct TerminalInput {
+    /// Standard input, under a number of its own.
+    input: OwnedFd,
+    watch: Watch,
     serial: Arc<Mutex<SerialLine>>,
     end: Arc<End>,
     keys: Keys,
@@ -112,32 +126,45 @@ pub struct TerminalInput {
 impl TerminalInput {
     /// Input for `serial`; the escape ends the VM by `end`.
     pub fn new(serial: Arc<Mutex<SerialLine>>, end: Arc<End>) -> nix::Result<Self> {
-        Ok(Self { serial, end, keys: Keys::Plain, _raw: RawMode::enter()? })
+        Ok(Self::on(nix::unistd::dup(io::stdin())?, serial, end, RawMode::enter()?))
+    }
+
+    fn on(input: OwnedFd, serial: Arc<Mutex<SerialLine>>, end: Arc<End>, raw: RawMode) -> Self {
+        Self { input, watch: Watch::Ended, serial, end, keys: Keys::Plain, _raw: raw }
     }
 
     fn serial(&self) -> MutexGuard<'_, SerialLine> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn listen(ops: &mut EventOps, to: EventSet) {
-        let stdin = Events::new(&io::stdin(), to);
-        if let Err(error) = ops.modify(stdin) {
-            tracing::warn!(%error, "listen to standard input");
+    fn listen(&mut self, ops: &mut EventOps) {
+        match ops.add(Events::new(&self.input, EventSet::IN)) {
+            Ok(()) => self.watch = Watch::On,
+            // A regular file or /dev/null cannot be polled: there is no input then.
+            Err(error) => {
+                tracing::debug!(%error, "listen to standard input");
+                self.watch = Watch::Ended;
+            }
         }
+    }
+
+    fn ignore(&mut self, ops: &mut EventOps, from_now: Watch) {
+        if let Err(error) = ops.remove(Events::empty(&self.input)) {
+            tracing::warn!(%error, "stop listening to standard input");
+        }
+        self.watch = from_now;
     }
 
     fn read(&mut self, ops: &mut EventOps) {
         // One byte less than fits: an escaped key may become two.
         let room = self.serial().room().saturating_sub(1);
         if room == 0 {
-            // Wait until the guest has read what it has.
-            Self::listen(ops, EventSet::empty());
-            return;
+            return self.ignore(ops, Watch::NoRoom);
         }
         let mut buffer = [0; 64];
         let take = room.min(buffer.len());
-        match nix::unistd::read(io::stdin(), &mut buffer[..take]) {
-            Ok(0) => drop(ops.remove(Events::empty(&io::stdin()))),
+        match nix::unistd::read(&self.input, &mut buffer[..take]) {
+            Ok(0) => self.ignore(ops, Watch::Ended),
             Ok(length) => match self.keys.take(&buffer[..length]) {
                 Meaning::Input(input) => self.serial().input(&input),
                 Meaning::Leave => self.end.set(VmEnd::Killed),
@@ -145,7 +172,7 @@ impl TerminalInput {
             Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => {}
             Err(error) => {
                 tracing::warn!(%error, "read standard input");
-                drop(ops.remove(Events::empty(&io::stdin())));
+                self.ignore(ops, Watch::Ended);
             }
         }
     }
@@ -153,9 +180,8 @@ impl TerminalInput {
 
 impl MutEventSubscriber for TerminalInput {
     fn init(&mut self, ops: &mut EventOps) {
-        // A regular file or /dev/null cannot be polled: there is no input then.
-        if let Err(error) = ops.add(Events::new(&io::stdin(), EventSet::IN)) {
-            tracing::debug!(%error, "listen to standard input");
+        self.listen(ops);
+        if self.watch == Watch::Ended {
             return;
         }
         let serial = self.serial();
@@ -165,19 +191,57 @@ impl MutEventSubscriber for TerminalInput {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.fd() == io::stdin().as_raw_fd() {
+        if events.fd() == self.input.as_raw_fd() {
             self.read(ops);
         } else {
             // The counter only wakes us.
             let _ = self.serial().drained().read();
-            Self::listen(ops, EventSet::IN);
+            if self.watch == Watch::NoRoom {
+                self.listen(ops);
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use event_manager::{EventManager, SubscriberOps};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
     use super::*;
+    use crate::spec::Console;
+
+    /// Turns of the loop until it rests.
+    fn run(events: &mut EventManager<Arc<Mutex<TerminalInput>>>) -> usize {
+        (0..1000).take_while(|_| events.run_with_timeout(1).unwrap() > 0).count()
+    }
+
+    #[test]
+    fn a_pipe_that_is_at_its_end_waits_for_a_guest_that_does_not_read() {
+        let serial = SerialLine::new(&Console::Off, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
+        let serial = Arc::new(Mutex::new(serial));
+        let (reader, mut writer) = io::pipe().unwrap();
+        let raw = RawMode(SavedTerminal(None));
+        let input = TerminalInput::on(reader.into(), Arc::clone(&serial), Arc::new(End::new().unwrap()), raw);
+        let input = Arc::new(Mutex::new(input));
+        let mut events = EventManager::new().unwrap();
+        events.add_subscriber(Arc::clone(&input));
+        let text: Vec<u8> = (0..150).collect();
+        writer.write_all(&text).unwrap();
+        drop(writer);
+        let mut got = Vec::new();
+        for _ in 0..10 {
+            assert!(run(&mut events) < 100, "the loop spins");
+            let mut serial = serial.lock().unwrap();
+            while serial.read(5) & 1 != 0 {
+                got.push(serial.read(0));
+            }
+        }
+        assert_eq!(got, text);
+        assert_eq!(input.lock().unwrap().watch, Watch::Ended);
+    }
 
     #[test]
     fn the_escape_leaves_and_other_keys_pass() {

@@ -90,7 +90,7 @@ impl SerialLine {
         }
     }
 
-    pub(super) fn read(&mut self, offset: u16) -> u8 {
+    pub(in crate::machine) fn read(&mut self, offset: u16) -> u8 {
         u8::try_from(offset).map_or(0xff, |offset| self.uart.read(offset))
     }
 
