@@ -82,7 +82,7 @@ impl FailureWatch {
         let looks = timer().map_err(|errno| failed(errno.into()))?;
         let (last, weak) = (Presence::Present, Arc::downgrade(host));
         let storm = (interrupt_limit > 0).then(|| HostDevice::find(bdf)).transpose()?;
-        let storm = storm.map(|device| StormWatch::new(device.directory(), interrupt_limit));
+        let storm = storm.map(|device| StormWatch::new(bdf, device.directory(), interrupt_limit));
         let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, storm, tell };
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.

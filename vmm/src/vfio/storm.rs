@@ -10,6 +10,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::pci::address::Bdf;
+
 /// Where the kernel tells of each interrupt.
 const COUNTERS: &str = "/sys/kernel/irq";
 
@@ -18,6 +20,8 @@ const COUNTERS: &str = "/sys/kernel/irq";
 pub(super) struct StormWatch {
     /// `/sys/bus/pci/devices/BDF`.
     device: PathBuf,
+    /// How the kernel's VFIO names the function as the user of an interrupt: `vfio-msix[0](0000:03:00.0)`.
+    user: String,
     counters: PathBuf,
     /// More a second of one interrupt are too many.
     limit: u32,
@@ -27,9 +31,9 @@ pub(super) struct StormWatch {
 }
 
 impl StormWatch {
-    /// For the function in `device`; `limit` is per second.
-    pub(super) fn new(device: PathBuf, limit: u32) -> Self {
-        Self { device, counters: COUNTERS.into(), limit, last: None, over: false }
+    /// For the function `bdf`, which is in `device`; `limit` is per second.
+    pub(super) fn new(bdf: Bdf, device: PathBuf, limit: u32) -> Self {
+        Self { device, user: format!("({bdf})"), counters: COUNTERS.into(), limit, last: None, over: false }
     }
 
     /// To be called about every second. Returns how often one came per second, if that was too often twice in a row.
@@ -52,9 +56,9 @@ impl StormWatch {
 
     fn count(&self, irq: u32) -> Option<u32> {
         let directory = self.counters.join(irq.to_string());
-        // A line that others share says nothing about this one.
+        // A line that others share says nothing about this one, and one that only another uses is not its own.
         let users = fs::read_to_string(directory.join("actions")).ok()?;
-        if users.trim().is_empty() || users.contains(',') {
+        if !users.contains(&self.user) || users.contains(',') {
             return None;
         }
         sum(&fs::read_to_string(directory.join("per_cpu_count")).ok()?)
@@ -111,13 +115,14 @@ mod tests {
         }
 
         fn watch(&self, limit: u32) -> StormWatch {
-            let mut watch = StormWatch::new(self.0.path().join("device"), limit);
+            let mut watch = StormWatch::new(BDF.parse().unwrap(), self.0.path().join("device"), limit);
             watch.counters = self.0.path().join("irq");
             watch
         }
     }
 
     const SECOND: Duration = Duration::from_secs(1);
+    const BDF: &str = "0000:03:00.0";
 
     #[test]
     fn too_many_twice_in_a_row_are_a_storm() {
@@ -159,6 +164,16 @@ mod tests {
     }
 
     #[test]
+    fn a_line_whose_only_user_is_another_driver_does_not_count() {
+        let (host, start) = (Host::new(), Instant::now());
+        let mut watch = host.watch(10);
+        for (second, users) in (0..).zip(["ahci", "ahci", "vfio-intx(0000:03:00.1)", "vfio-intx(0000:03:00.1)"]) {
+            host.count(11, users, &format!("{},0", second * 1000));
+            assert_eq!(watch.look(start + second * SECOND), None, "{users}");
+        }
+    }
+
+    #[test]
     fn counters_that_begin_anew_or_wrap_are_no_storm() {
         let before = BTreeMap::from([(30, 5_000_000), (31, 7)]);
         assert_eq!(grown(&before, &BTreeMap::from([(30, 12), (31, 9), (32, 4_000_000_000)])), 2);
@@ -168,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_gone_does_not_count() {
-        let mut watch = StormWatch::new("/no/such/device".into(), 0);
+        let mut watch = StormWatch::new(BDF.parse().unwrap(), "/no/such/device".into(), 0);
         let start = Instant::now();
         assert_eq!((0..3).find_map(|second| watch.look(start + second * SECOND)), None);
     }
