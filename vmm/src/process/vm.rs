@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
@@ -91,6 +92,7 @@ pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Runs one VM to its end. An error that a supervisor was told of is not returned.
 pub fn main(source: Source) -> Result<(), Error> {
+    raise_file_limit();
     let signals = block_signals(&source)?;
     let (spec, files, host) = match source {
         Source::Control(fd) => {
@@ -114,6 +116,15 @@ pub fn main(source: Source) -> Result<(), Error> {
             VmEnd::TripleFault => Err(Error::Broken { what: "triple fault", registers }),
             VmEnd::Error => Err(Error::Broken { what: "KVM could not go on", registers }),
         },
+    }
+}
+
+/// A NIC has an eventfd for each interrupt, up to 2,048 by MSI-X. The usual soft limit of 1,024 files is made for `select`.
+fn raise_file_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "raise the limit of open files");
     }
 }
 
@@ -288,5 +299,17 @@ impl MutEventSubscriber for Control {
             // The loop itself sees the end.
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_files_may_be_open_as_the_system_allows() {
+        raise_file_limit();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(soft, hard);
     }
 }
