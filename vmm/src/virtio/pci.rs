@@ -380,14 +380,14 @@ impl PciDevice for VirtioPci {
             if let Some(address) = queue.bound.take()
                 && let Err(error) = self.kicks.unbind(&queue.event, address)
             {
-                tracing::warn!("{}: {error}", self.name);
+                self.log.warn(format_args!("{}: {error}", self.name));
             }
             let Some(base) = base else { continue };
             let address = base + u64::from(NOTIFY) + index * u64::from(NOTIFY_MULTIPLIER);
             match self.kicks.bind(&queue.event, address) {
                 Ok(()) => queue.bound = Some(address),
                 // Slower, not wrong: the write exits to `notify`.
-                Err(error) => tracing::warn!("{}: {error}", self.name),
+                Err(error) => self.log.warn(format_args!("{}: {error}", self.name)),
             }
         }
     }
