@@ -1,10 +1,12 @@
 //! What `umbra run` tells: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
 //!
-//! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery. What
-//! `umbra events`, reports and metrics show comes from here alone: [`Past`] in memory, [`EventLog`] in the run directory.
+//! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
+//! for one that blocks: lines are written by threads. What `umbra events`, reports and metrics show comes from here alone:
+//! [`Past`] in memory, [`EventLog`] in the run directory.
 
 mod log;
 mod past;
+mod writer;
 
 pub use log::EventLog;
 pub use past::Past;
@@ -12,6 +14,9 @@ pub use past::Past;
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +25,10 @@ use super::time::Time;
 use super::wall;
 use crate::metrics::Metrics;
 use crate::process::ipc::{MaskedCounts, PaceSteps, SoundCounts};
+use writer::{Queued, Trouble, Writer};
+
+/// How long the end of the run waits for lines that are not written yet, for each place.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// What happened.
 #[derive(Clone, Debug, Serialize)]
@@ -350,7 +359,7 @@ impl Event {
                 format!("{guest}.{device}: {driver} broke a rule ({cause}); masked")
             }
             Self::RestartFailed { driver, reason } => {
-                format!("{driver}: not restarted: {reason}; it goes on with the image of before")
+                format!("{driver}: not restarted: {reason}")
             }
             Self::DriverFailed { driver, generation, source: Source::Replaced | Source::Planned, reason, .. } => {
                 format!("{driver}: generation {generation} is replaced: {reason}")
@@ -383,7 +392,8 @@ impl Event {
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::Quarantined { driver, reason } => {
                 format!(
-                    "{driver}: quarantined: {reason}; its guests see link down. `umbra resume {driver}` tries again"
+                    "{driver}: quarantined: {reason}; its guests go without (a NIC shows no link, a sound card is dead). \
+                     `umbra resume {driver}` tries again"
                 )
             }
             Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
@@ -411,9 +421,12 @@ pub enum Verbosity {
 /// Where events go.
 #[derive(Debug)]
 pub struct Events {
-    verbosity: Verbosity,
-    file: Option<File>,
-    log: Option<EventLog>,
+    /// Sentences on stderr.
+    sentences: Option<Writer>,
+    /// JSON lines: the file of `--events`, and the log.
+    lines: Vec<Writer>,
+    /// What the writers have to tell.
+    warnings: (Sender<String>, Receiver<String>),
     metrics: Option<Metrics>,
     past: Past,
     next: u64,
@@ -436,13 +449,40 @@ struct Stamped<'a> {
 impl Events {
     /// Sentences as `verbosity` says, and JSON lines into `file`.
     pub fn new(verbosity: Verbosity, file: Option<File>) -> Self {
-        Self { verbosity, file, log: None, metrics: None, past: Past::default(), next: 1, ends: Vec::new() }
+        let warnings = mpsc::channel();
+        let sentences = (verbosity == Verbosity::Sentences).then(|| stderr(warnings.0.clone())).flatten();
+        let mut new = Self {
+            sentences,
+            lines: Vec::new(),
+            warnings,
+            metrics: None,
+            past: Past::default(),
+            next: 1,
+            ends: Vec::new(),
+        };
+        if let Some(mut file) = file {
+            new.add("the events file", move |line| {
+                let failed = |error| Trouble::Last(format!("the events file cannot be written any more: {error}"));
+                file.write_all(line.as_bytes()).map_err(failed)
+            });
+        }
+        new
     }
 
     /// Keeps the lines in `log` as well.
-    pub fn with_log(mut self, log: EventLog) -> Self {
-        self.log = Some(log);
+    pub fn with_log(mut self, mut log: EventLog) -> Self {
+        self.add("the event log", move |line| match log.write(line) {
+            None => Ok(()),
+            Some(error) => {
+                let path = log.path().display();
+                Err(Trouble::Passing(format!("{path} cannot be written ({error}); events wait in memory until it can")))
+            }
+        });
         self
+    }
+
+    fn add(&mut self, place: &'static str, write: impl FnMut(&str) -> Result<(), Trouble> + Send + 'static) {
+        self.lines.extend(Writer::start(place, self.warnings.0.clone(), write));
     }
 
     /// Counts events in `metrics` as well.
@@ -456,17 +496,17 @@ impl Events {
         self.metrics.as_ref()
     }
 
-    /// Tells `event`.
+    /// Tells `event`. Nothing is waited for.
     pub fn tell(&mut self, event: &Event) {
         if let Some(metrics) = &self.metrics {
             metrics.observe(event);
         }
         let text = event.sentence();
-        if self.verbosity == Verbosity::Sentences
-            && let Some(sentence) = &text
-        {
-            // Nobody is left to be told that stderr is gone.
-            let _ = std::io::stderr().lock().write_all(format!("umbra: {sentence}\n").as_bytes());
+        let mut lost = Vec::new();
+        if let (Some(sentences), Some(sentence)) = (&mut self.sentences, &text) {
+            if let Queued::TakenAfterLoss(told) = sentences.write(format!("umbra: {sentence}\n")) {
+                lost.push(told);
+            }
             if matches!(event, Event::GuestEnded { .. }) {
                 self.ends.push(sentence.clone());
             }
@@ -476,19 +516,28 @@ impl Events {
         self.past.push(self.next, line.clone());
         self.next += 1;
         line.push('\n');
-        if let Some(file) = &mut self.file
-            && let Err(error) = file.write_all(line.as_bytes())
-        {
-            self.file = None;
-            self.warn(format!("the events file cannot be written any more: {error}"));
-        }
-        if let Some(log) = &mut self.log
-            && let Some(error) = log.write(&line)
-        {
-            let path = log.path().display();
-            let what = format!("{path} cannot be written ({error}); events wait in memory until it can");
+        self.lines.retain_mut(|place| match place.write(line.clone()) {
+            Queued::Closed => false,
+            Queued::TakenAfterLoss(told) => {
+                lost.push(told);
+                true
+            }
+            Queued::Taken | Queued::LeftOut => true,
+        });
+        lost.into_iter().for_each(|told| self.warn(told));
+    }
+
+    /// Tells what the places for lines have had to say since this was called last.
+    pub fn tell_troubles(&mut self) {
+        while let Ok(what) = self.warnings.1.try_recv() {
             self.warn(what);
         }
+    }
+
+    /// Waits a bounded time until all that was told is written. What is told later is written nowhere.
+    pub fn finish(&mut self) {
+        let places = self.lines.drain(..).chain(self.sentences.take());
+        places.for_each(|place| place.finish(LAST_LINES));
     }
 
     /// Tells a warning.
@@ -505,6 +554,22 @@ impl Events {
     pub fn past(&self) -> &Past {
         &self.past
     }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// Sentences go past the lock of stderr, which whoever else logs would wait for while the terminal is held.
+fn stderr(warnings: Sender<String>) -> Option<Writer> {
+    let mut stderr = File::from(std::io::stderr().as_fd().try_clone_to_owned().ok()?);
+    Writer::start("stderr", warnings, move |line| {
+        // Nobody is left to be told that stderr is gone.
+        let _ = stderr.write_all(line.as_bytes());
+        Ok(())
+    })
 }
 
 #[cfg(test)]
@@ -538,6 +603,7 @@ mod tests {
         let mut events = Events::new(Verbosity::Quiet, Some(File::create(&path).unwrap()));
         events.tell(&Event::Carrier { driver: "nic0".into(), up: true });
         events.warn("x".into());
+        events.finish();
         let text = std::fs::read_to_string(path).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines[0]["event"], "carrier");
@@ -552,6 +618,26 @@ mod tests {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let mut events = Events::new(Verbosity::Quiet, Some(full));
         events.warn("x".into());
-        assert!(events.file.is_none());
+        let until = Time::now() + Duration::from_secs(10);
+        while !events.lines.is_empty() && Time::now() < until {
+            events.warn("y".into());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(events.lines.is_empty());
+        events.tell_troubles();
+        let (_, last) = events.past().after(events.next - 2).unwrap();
+        assert!(last.contains("cannot be written any more"), "{last}");
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_up_nobody() {
+        let (_reader, pipe) = nix::unistd::pipe().unwrap();
+        let mut events = Events::new(Verbosity::Quiet, Some(File::from(pipe)));
+        let start = Time::now();
+        for _ in 0..3 {
+            events.warn("x".repeat(100_000));
+        }
+        assert!(Time::now().since(start) < Duration::from_secs(1));
+        assert!(events.past().after(2).is_some());
     }
 }
