@@ -52,8 +52,9 @@ impl History {
     /// Takes note of a failure at `now` of a life that was live for `lived` (`None`: it never was).
     pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> Verdict {
         self.total = self.total.saturating_add(1);
-        self.in_a_row = if lived.is_some_and(|d| d >= STABLE) { 1 } else { self.in_a_row.saturating_add(1) };
-        if self.is_exhausted(now) {
+        let exhausted = self.is_exhausted(now, lived);
+        self.in_a_row = self.row_with(lived);
+        if exhausted {
             return Verdict::Quarantine;
         }
         let window = Duration::from_secs(self.policy.interval_s.into());
@@ -62,11 +63,31 @@ impl History {
         Verdict::Restart(self.back_off())
     }
 
-    /// Whether a failure at `now` would be one too many.
-    pub fn is_exhausted(&self, now: Time) -> bool {
+    /// Whether a failure at `now` of a life that was live for `lived` would be one too many: within the window, or in a row,
+    /// because lives that are slow to fail never get so many into a window.
+    pub fn is_exhausted(&self, now: Time, lived: Option<Duration>) -> bool {
+        self.fills_window(now) || self.row_with(lived) > self.policy.limit
+    }
+
+    /// Which limit a failure at `now` has passed, in words.
+    pub fn passed(&self, now: Time) -> String {
+        let Restart { limit, interval_s, .. } = self.policy;
+        if self.fills_window(now) {
+            format!("more than {limit} failures in {interval_s} s")
+        } else {
+            format!("more than {limit} failures in a row")
+        }
+    }
+
+    fn fills_window(&self, now: Time) -> bool {
         let window = Duration::from_secs(self.policy.interval_s.into());
         let recent = self.recent.iter().filter(|at| now.since(**at) < window).count();
         recent >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX)
+    }
+
+    /// The row of failures with that of a life that was live for `lived`.
+    fn row_with(&self, lived: Option<Duration>) -> u32 {
+        if lived.is_some_and(|d| d >= STABLE) { 1 } else { self.in_a_row.saturating_add(1) }
     }
 
     /// What was does not count any more; only [`Self::total`] remembers.
@@ -122,6 +143,16 @@ mod tests {
         let ms = |n| Verdict::Restart(Duration::from_millis(n));
         assert_eq!(delays, [ms(0), ms(100), ms(200), ms(400), ms(500), ms(500)]);
         assert_eq!(history.failed(at(9), LIVED), ms(0), "a stable life ends the row");
+    }
+
+    #[test]
+    fn one_that_fails_slowly_again_and_again_is_given_up_as_well() {
+        let mut history = History::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
+        for n in 0..3 {
+            assert!(matches!(history.failed(at(n * 70_000), None), Verdict::Restart(_)), "{n}");
+        }
+        assert_eq!(history.failed(at(210_000), None), Verdict::Quarantine);
+        assert_eq!(history.passed(at(210_000)), "more than 3 failures in a row");
     }
 
     #[test]
