@@ -84,7 +84,7 @@ pub fn to_line(message: &impl Serialize) -> Result<Vec<u8>, LineError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{CrashKind, FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+    use crate::protocol::{CrashKind, DevicePlace, FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
     use proptest::prelude::*;
 
     fn macs(max: usize) -> impl Strategy<Value = Vec<Mac>> {
@@ -112,7 +112,7 @@ mod tests {
         });
         prop_oneof![
             (proptest::collection::vec(end, 0..3), proptest::option::of(any::<u16>()))
-                .prop_map(|(ends, mtu)| ToAgent::ConfigureNet(NetPlan { ends, mtu })),
+                .prop_map(|(ends, mtu)| ToAgent::ConfigureNet(NetPlan { ends, mtu, device: DevicePlace::ToCome })),
             (any::<u16>(), mode()).prop_map(|(end, mode)| ToAgent::SetRxMode { end, mode }),
             Just(ToAgent::Crash { kind: CrashKind::Panic }),
         ]

@@ -73,6 +73,9 @@ pub enum ToAgent {
     ConfigureSound {
         /// How many guests it serves: so many ports there are.
         ends: u16,
+        /// Where its card is.
+        #[serde(default)]
+        device: DevicePlace,
     },
     /// What one guest asked its network device to receive, whole each time.
     SetRxMode {
@@ -105,6 +108,20 @@ pub struct NetPlan {
     pub ends: Vec<NetEnd>,
     /// MTU to set on the NIC and the ends, in bytes; `None` leaves the driver's own.
     pub mtu: Option<u16>,
+    /// Where its NIC is.
+    #[serde(default)]
+    pub device: DevicePlace,
+}
+
+/// Where the device of a driver VM is when its agent gets its plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DevicePlace {
+    /// In the VM: what takes long to appear is missing.
+    #[default]
+    Present,
+    /// It comes with [`ToAgent::Rescan`]; until then everything else is set up, and nothing is missing.
+    ToCome,
 }
 
 /// One virtio-net end inside the driver VM.

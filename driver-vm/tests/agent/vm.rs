@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use umbra_driver_vm::lines::{LineReader, to_line};
-use umbra_driver_vm::protocol::{FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+use umbra_driver_vm::protocol::{DevicePlace, FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
 use umbra_guest_images::cache::Cache;
 use umbra_guest_images::image::{Image, Recipe};
 use umbra_guest_images::kernel::Kernel;
@@ -213,7 +213,7 @@ pub fn plan(modes: Vec<RxMode>) -> NetPlan {
         mode,
         offloads: Offloads::default(),
     });
-    NetPlan { ends: ends.collect(), mtu: None }
+    NetPlan { ends: ends.collect(), mtu: None, device: DevicePlace::Present }
 }
 
 fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {

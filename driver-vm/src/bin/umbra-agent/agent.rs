@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use umbra_driver_vm::protocol::{CrashKind, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
+use umbra_driver_vm::protocol::{CrashKind, DevicePlace, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
 
 use crate::modules::Loading;
 use crate::netlink::Netlink;
-use crate::network::{Network, Nic};
+use crate::network::{Ends, Network, Nic};
 use crate::port::Port;
 use crate::sound::{self, Service};
 use crate::{kernel_log, pci, system};
 
-/// How long after the plan the devices may take to appear: the slowest probes seen take about 5 s.
+/// How long the devices may take to appear, after the plan or, where the device comes later, the search for it: the slowest
+/// probes seen take about 5 s.
 const DEVICES_WITHIN: Duration = Duration::from_secs(10);
 /// How often a host that has closed its end is looked for again; poll(2) cannot wait for it.
 const HOST_AWAY: Duration = Duration::from_millis(20);
@@ -33,6 +34,8 @@ pub struct Agent {
     changes: Netlink,
     loading: Loading,
     state: State,
+    /// When a device that has not appeared is missing.
+    deadline: Option<Instant>,
     beats: u64,
     next_beat: Instant,
 }
@@ -42,7 +45,7 @@ enum State {
     /// The host has not said yet what to do.
     Idle,
     /// Not all devices are there yet.
-    Awaited { plan: NetPlan, nic: Option<Nic>, deadline: Instant },
+    Awaited { plan: NetPlan, nic: Option<Nic>, ends: Option<Ends> },
     /// The sound service is at work.
     Sound(Service),
     /// Frames are forwarded.
@@ -59,7 +62,8 @@ impl Agent {
         let requests = Netlink::requests().context("cannot talk to the kernel's network")?;
         let changes = Netlink::link_changes().context("cannot hear of link changes")?;
         let (state, next_beat) = (State::Idle, Instant::now() + BEAT);
-        let mut new = Self { port, host_away: false, requests, changes, loading, state, beats: 0, next_beat };
+        let deadline = None;
+        let mut new = Self { port, host_away: false, requests, changes, loading, state, deadline, beats: 0, next_beat };
         new.port.send(&FromAgent::Hello {
             generation: system::generation(),
             kernel: system::release(),
@@ -93,6 +97,9 @@ impl Agent {
         self.port.flush()?;
         self.host_away = !self.port.receive()?;
         while let Some(message) = self.port.next_message().context("the host sent nonsense")? {
+            if message == ToAgent::Rescan {
+                self.deadline = Some(Instant::now() + DEVICES_WITHIN);
+            }
             self.obey(message)?;
         }
         self.advance()?;
@@ -127,9 +134,11 @@ impl Agent {
     fn obey(&mut self, message: ToAgent) -> anyhow::Result<()> {
         match (message, &mut self.state) {
             (ToAgent::ConfigureNet(plan), State::Idle) => {
-                self.state = State::Awaited { plan, nic: None, deadline: Instant::now() + DEVICES_WITHIN };
+                self.expect(plan.device);
+                self.state = State::Awaited { plan, nic: None, ends: None };
             }
-            (ToAgent::ConfigureSound { ends }, State::Idle) => {
+            (ToAgent::ConfigureSound { ends, device }, State::Idle) => {
+                self.expect(device);
                 self.state = State::Sound(Service::start(system::generation(), ends)?);
             }
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => {
@@ -146,7 +155,10 @@ impl Agent {
                 let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
                 end.mode = mode;
             }
-            (ToAgent::SetOffloads { end, offloads }, State::Awaited { plan, .. }) => {
+            (ToAgent::SetOffloads { end, offloads }, State::Awaited { plan, ends, .. }) => {
+                if let Some(ends) = ends {
+                    ends.set_offloads(end, offloads)?;
+                }
                 let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
                 end.offloads = offloads;
             }
@@ -163,15 +175,47 @@ impl Agent {
         Ok(())
     }
 
+    /// A device that is in the VM has to appear from now on.
+    fn expect(&mut self, device: DevicePlace) {
+        if device == DevicePlace::Present {
+            self.deadline = Some(Instant::now() + DEVICES_WITHIN);
+        }
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline < Instant::now())
+    }
+
     /// Goes on as far as the devices that are there allow.
     fn advance(&mut self) -> anyhow::Result<()> {
-        if let State::Sound(service) = &mut self.state
-            && let Some(card) = service.card()?
-        {
+        match &self.state {
+            State::Sound(_) => self.advance_sound(),
+            State::Awaited { .. } => self.advance_network(),
+            State::Idle | State::Forwarding { .. } => Ok(()),
+        }
+    }
+
+    fn advance_sound(&mut self) -> anyhow::Result<()> {
+        let overdue = self.is_overdue();
+        let State::Sound(service) = &mut self.state else { return Ok(()) };
+        if let Some(card) = service.card()? {
             let (driver, uptime_ms) = (sound::driver(), system::uptime_ms());
             return self.port.send(&FromAgent::Sound { driver, card, uptime_ms });
         }
-        let State::Awaited { plan, nic, deadline } = &mut self.state else { return Ok(()) };
+        // The service itself waits for ever.
+        if overdue && !service.has_card() {
+            return Err(self.missing("the sound card has not appeared"));
+        }
+        Ok(())
+    }
+
+    fn advance_network(&mut self) -> anyhow::Result<()> {
+        let (overdue, loaded) = (self.is_overdue(), self.loading.done());
+        let State::Awaited { plan, nic, ends } = &mut self.state else { return Ok(()) };
+        // Before the NIC, which in a standby comes last: then there is nothing left to do but to join them.
+        if ends.is_none() && loaded {
+            *ends = Ends::find(&mut self.requests, plan)?;
+        }
         if nic.is_none() {
             *nic = Nic::find(&mut self.requests, plan)?;
             if let Some(nic) = nic {
@@ -184,30 +228,39 @@ impl Agent {
                 })?;
             }
         }
-        if nic.is_some() && self.loading.done() {
-            let Some(found) = nic.take() else { return Ok(()) };
-            match Network::join(&mut self.requests, found, plan)? {
-                Ok(network) => return self.forwarding(network),
-                Err(found) => *nic = Some(found),
-            }
+        if let (Some(_), Some(there)) = (&nic, &mut *ends)
+            && there.are_up(&mut self.requests)?
+            && let (Some(nic), Some(ends)) = (nic.take(), ends.take())
+        {
+            let network = Network::join(&mut self.requests, nic, ends, plan)?;
+            return self.forwarding(network);
         }
-        if Instant::now() > *deadline {
-            let missing = if nic.is_none() { "the NIC has not appeared" } else { "a virtio-net end has not come up" };
-            let mut what = format!("{missing}: {}", pci::describe());
-            for failure in self.loading.failures() {
-                what.push_str(&format!("; {failure}"));
-            }
-            anyhow::bail!(what);
+        if overdue {
+            let nic_is_there = nic.is_some();
+            return Err(self.missing(if nic_is_there {
+                "a virtio-net end has not come up"
+            } else {
+                "the NIC has not appeared"
+            }));
         }
         Ok(())
     }
 
+    /// Why this is the end: a device is missing.
+    fn missing(&self, what: &str) -> anyhow::Error {
+        let mut what = format!("{what}: {}", pci::describe());
+        for failure in self.loading.failures() {
+            what.push_str(&format!("; {failure}"));
+        }
+        anyhow::anyhow!(what)
+    }
+
     fn forwarding(&mut self, network: Network) -> anyhow::Result<()> {
-        self.port.send(&FromAgent::Forwarding { uptime_ms: system::uptime_ms() })?;
-        kernel_log::info("forwarding");
         let carrier = network.carrier(&mut self.requests)?;
-        self.port.send(&FromAgent::Carrier { up: carrier, uptime_ms: system::uptime_ms() })?;
+        let uptime_ms = system::uptime_ms();
+        self.port.send_all(&[FromAgent::Forwarding { uptime_ms }, FromAgent::Carrier { up: carrier, uptime_ms }])?;
         self.state = State::Forwarding { network, carrier };
+        kernel_log::info("forwarding");
         Ok(())
     }
 

@@ -21,14 +21,27 @@ const TCA_MIRRED_PARMS: u16 = 2;
 const EGRESS_REDIRECT: i32 = 1;
 const STOLEN: i32 = 4;
 
+/// What is made is not there yet.
+const CREATE: i32 = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+
 /// The bridge's name.
 const BRIDGE: &str = "umbra0";
 
-/// Redirects whatever one of the two receives to the other.
+/// Prepares an interface for what [`join`] adds (its ingress qdisc).
+///
+/// # Errors
+/// When the kernel refuses, as when a module is missing.
+pub fn listen(netlink: &mut Netlink, at: Index) -> Result<(), NetlinkError> {
+    let qdisc = tcmsg(at, INGRESS_HANDLE, INGRESS_PARENT, 0);
+    netlink.call(Request::new(libc::RTM_NEWQDISC, CREATE, &qdisc).text(TCA_KIND, "ingress")).map(drop)
+}
+
+/// Redirects whatever one of the two receives to the other; the end listens already.
 ///
 /// # Errors
 /// When the kernel refuses, as when a module is missing.
 pub fn join(netlink: &mut Netlink, nic: Index, end: Index) -> anyhow::Result<()> {
+    listen(netlink, nic).context("cannot listen at the NIC")?;
     redirect(netlink, nic, end).context("cannot redirect from the NIC")?;
     redirect(netlink, end, nic).context("cannot redirect to the NIC")
 }
@@ -47,10 +60,6 @@ pub fn bridge(netlink: &mut Netlink, ports: &[Index]) -> anyhow::Result<()> {
 }
 
 fn redirect(netlink: &mut Netlink, from: Index, to: Index) -> Result<(), NetlinkError> {
-    let create = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let qdisc = tcmsg(from, INGRESS_HANDLE, INGRESS_PARENT, 0);
-    netlink.call(Request::new(libc::RTM_NEWQDISC, create, &qdisc).text(TCA_KIND, "ingress"))?;
-
     // struct tc_mirred: index, capabilities, what becomes of the frame here, two counts, what to do, with whom
     let mut mirred = [0; 28];
     mirred[8..12].copy_from_slice(&STOLEN.to_ne_bytes());
@@ -59,7 +68,7 @@ fn redirect(netlink: &mut Netlink, from: Index, to: Index) -> Result<(), Netlink
     // Priority 1 in the upper half, every protocol in the lower, in network order.
     let protocol = u16::try_from(libc::ETH_P_ALL).unwrap_or(0).to_be();
     let filter = tcmsg(from, 0, INGRESS_HANDLE, 1 << 16 | u32::from(protocol));
-    let request = Request::new(libc::RTM_NEWTFILTER, create, &filter)
+    let request = Request::new(libc::RTM_NEWTFILTER, CREATE, &filter)
         .text(TCA_KIND, "matchall")
         .nest(TCA_OPTIONS)
         .nest(TCA_MATCHALL_ACT)

@@ -1,9 +1,11 @@
 //! The network of a driver VM, in its states: devices awaited, NIC up, forwarding.
 //!
 //! ```text
-//!   Awaited --NIC appears--> Awaited, NIC up --ends appear--> Forwarding
+//!   Awaited --ends appear--> Awaited, ends up --NIC appears, is brought up--> Forwarding
+//!           (or the NIC first)
 //! ```
-//! The NIC is brought up as soon as it is there, because its link takes longest; everything else happens meanwhile.
+//! Each is brought up as soon as it is there: the NIC, because its link takes longest; the ends, because in a standby they
+//! wait for the NIC.
 
 use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
@@ -49,8 +51,15 @@ pub struct Nic {
 struct End {
     index: Index,
     name: String,
+    mtu: u32,
     mode: RxMode,
+    /// It has had its link.
+    up: bool,
 }
+
+/// The virtio-net ends, up.
+#[derive(Debug)]
+pub struct Ends(Vec<End>);
 
 /// NIC and ends joined.
 #[derive(Debug)]
@@ -74,28 +83,80 @@ impl Nic {
     }
 
     fn set_up(netlink: &mut Netlink, found: Interface, driver: String, plan: &NetPlan) -> anyhow::Result<Self> {
-        let Interface { index, name, address, permanent, .. } = found;
-        if let Some(mtu) = plan.mtu {
-            interface::set_mtu(netlink, index, mtu.into())
+        let Interface { index, name, address, permanent, mtu: own_mtu, .. } = found;
+        // What differs is set before the NIC is up, because some drivers start it anew for it; what does not, is left alone.
+        let mtu = plan.mtu.map_or(own_mtu, u32::from);
+        if mtu != own_mtu {
+            interface::set_mtu(netlink, index, mtu)
                 .with_context(|| format!("{driver} does not take an MTU of {mtu}"))?;
         }
         let features = Features::of(&name).with_context(|| format!("cannot read the features of {name}"))?;
-        features.set(&[LRO, (VLAN_FILTER, false)]).with_context(|| format!("cannot set features of {name}"))?;
-        let tags_dropped = features.is_on(VLAN_FILTER).unwrap_or(false);
+        let (lro, off) = (LRO.0, |feature| features.is_on(feature).map(|on| !on));
+        let mut tags_dropped = !off(VLAN_FILTER).unwrap_or(true);
+        if tags_dropped || !off(lro).unwrap_or(true) {
+            features.set(&[LRO, (VLAN_FILTER, false)]).with_context(|| format!("cannot set features of {name}"))?;
+            tags_dropped = !off(VLAN_FILTER).unwrap_or(true);
+        }
         let mut filter = Filter::default();
         if let [end] = &plan.ends[..] {
-            filter = Filter::of(&end.mode, address, tags_dropped)
-                .apply(&filter, netlink, index)
-                .with_context(|| format!("cannot set what {name} receives"))?;
+            let wanted = Filter::of(&end.mode, address, tags_dropped);
+            if wanted != filter {
+                filter = wanted
+                    .apply(&filter, netlink, index)
+                    .with_context(|| format!("cannot set what {name} receives"))?;
+            }
         }
         let flags = IFF_UP | IFF_NOARP;
         interface::set_flags(netlink, index, flags, flags)
             .with_context(|| format!("cannot bring {name} ({driver}) up"))?;
-        let mtu = interface::by_index(netlink, index)?.mtu;
         // Older kernels do not know this bound; they forward as well, but more slowly.
         let _ = interface::set_gro_max(netlink, index, (MAX_FRAGMENTS * mtu).min(GRO_DEFAULT));
         let permanent = permanent.or(address).unwrap_or(Mac([0; 6]));
         Ok(Self { index, name, driver, permanent, mtu, own: address, tags_dropped, filter })
+    }
+}
+
+impl Ends {
+    /// Brings the ends of the plan up; `None`: not all of them are there yet.
+    ///
+    /// # Errors
+    /// When an end cannot be set up.
+    pub fn find(netlink: &mut Netlink, plan: &NetPlan) -> anyhow::Result<Option<Self>> {
+        let interfaces = interface::all(netlink)?;
+        // The NIC may have the same address: it is a PCI device's interface, the ends are not.
+        let of = |end: &NetEnd| {
+            let found = interfaces.iter().filter(|i| i.address == Some(end.device_mac));
+            found.into_iter().find(|i| interface::pci_driver(&i.name).is_none())
+        };
+        let Some(found) = plan.ends.iter().map(of).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let ends = found.into_iter().zip(&plan.ends).map(|(found, end)| End::set_up(netlink, found, end, plan.mtu));
+        let ends = ends.collect::<anyhow::Result<Vec<_>>>()?;
+        match &ends[..] {
+            [] => bail!("the plan names no virtio-net end"),
+            [end] => forward::listen(netlink, end.index).with_context(|| format!("cannot listen at {}", end.name))?,
+            _ => {}
+        }
+        Ok(Some(Self(ends)))
+    }
+
+    /// Whether all have their link; a bridge would leave one without out.
+    ///
+    /// # Errors
+    /// When an end is gone.
+    pub fn are_up(&mut self, netlink: &mut Netlink) -> anyhow::Result<bool> {
+        for end in self.0.iter_mut().filter(|end| !end.up) {
+            end.up = interface::by_index(netlink, end.index)?.carrier;
+        }
+        Ok(self.0.iter().all(|end| end.up))
+    }
+
+    /// Sets what a guest can take.
+    ///
+    /// # Errors
+    /// When there is no such end, or its driver refuses.
+    pub fn set_offloads(&self, end: u16, offloads: Offloads) -> anyhow::Result<()> {
+        let end = self.0.get(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
+        set_offloads(&end.name, offloads)
     }
 }
 
@@ -112,40 +173,26 @@ impl Network {
         Ok(())
     }
 
-    /// Joins the NIC with the ends of the plan, or gives the NIC back when not all of them are there and up yet.
+    /// Joins the NIC with the ends of the plan.
     ///
     /// # Errors
-    /// When an end cannot be set up, or the kernel cannot forward.
-    pub fn join(netlink: &mut Netlink, nic: Nic, plan: &NetPlan) -> anyhow::Result<Result<Self, Nic>> {
-        let interfaces = interface::all(netlink)?;
-        let mut ends = Vec::new();
-        for end in &plan.ends {
-            // The NIC may have the same address: it is a PCI device's interface, the ends are not.
-            let found = interfaces
-                .iter()
-                .find(|i| i.address == Some(end.device_mac) && interface::pci_driver(&i.name).is_none());
-            match found {
-                Some(found) => ends.push(End::set_up(netlink, found, end, nic.mtu)?),
-                None => return Ok(Err(nic)),
+    /// When the kernel cannot forward.
+    pub fn join(netlink: &mut Netlink, nic: Nic, ends: Ends, plan: &NetPlan) -> anyhow::Result<Self> {
+        let Ends(mut ends) = ends;
+        for (end, planned) in ends.iter_mut().zip(&plan.ends) {
+            end.fit(netlink, nic.mtu);
+            end.mode.clone_from(&planned.mode);
+        }
+        if let [end] = &ends[..] {
+            forward::join(netlink, nic.index, end.index)?;
+        } else {
+            let ports: Vec<_> = std::iter::once(nic.index).chain(ends.iter().map(|end| end.index)).collect();
+            forward::bridge(netlink, &ports)?;
+            for end in &ends {
+                filter::place_at_port(netlink, end.index, &[], &end.mode.unicast);
             }
         }
-        for end in &ends {
-            if !interface::by_index(netlink, end.index)?.carrier {
-                return Ok(Err(nic)); // a bridge would leave it out
-            }
-        }
-        match &ends[..] {
-            [] => bail!("the plan names no virtio-net end"),
-            [end] => forward::join(netlink, nic.index, end.index)?,
-            several => {
-                let ports: Vec<_> = std::iter::once(nic.index).chain(several.iter().map(|e| e.index)).collect();
-                forward::bridge(netlink, &ports)?;
-                for end in several {
-                    filter::place_at_port(netlink, end.index, &[], &end.mode.unicast);
-                }
-            }
-        }
-        Ok(Ok(Self { nic, ends }))
+        Ok(Self { nic, ends })
     }
 
     /// Whether the NIC's link is up.
@@ -186,19 +233,31 @@ impl Network {
 }
 
 impl End {
-    fn set_up(netlink: &mut Netlink, found: &Interface, end: &NetEnd, mtu: u32) -> anyhow::Result<Self> {
+    fn set_up(netlink: &mut Netlink, found: &Interface, end: &NetEnd, mtu: Option<u16>) -> anyhow::Result<Self> {
         let (index, name) = (found.index, found.name.clone());
-        // A virtio device may state an MTU of its own, and then takes no larger one; the host made it fit the NIC's.
-        if found.mtu != mtu
-            && let Err(error) = interface::set_mtu(netlink, index, mtu)
-        {
-            kernel_log::error(&format!("{name} keeps its MTU of {}, not {mtu}: {error}", found.mtu));
+        let mut new = Self { index, name, mtu: found.mtu, mode: end.mode.clone(), up: false };
+        if let Some(mtu) = mtu {
+            new.fit(netlink, mtu.into());
         }
-        set_offloads(&name, end.offloads)?;
+        set_offloads(&new.name, end.offloads)?;
         // Promiscuous: what comes from the guest is for the wire, not for this end's own address.
         let flags = IFF_UP | IFF_NOARP | IFF_PROMISC;
-        interface::set_flags(netlink, index, flags, flags).with_context(|| format!("cannot bring {name} up"))?;
-        Ok(Self { index, name, mode: end.mode.clone() })
+        interface::set_flags(netlink, index, flags, flags).with_context(|| format!("cannot bring {} up", new.name))?;
+        Ok(new)
+    }
+
+    /// Gives it the NIC's MTU. A virtio device may state an MTU of its own, and then takes no larger one; the host made it
+    /// fit the NIC's.
+    fn fit(&mut self, netlink: &mut Netlink, mtu: u32) {
+        if self.mtu == mtu {
+            return;
+        }
+        match interface::set_mtu(netlink, self.index, mtu) {
+            Ok(()) => self.mtu = mtu,
+            Err(error) => {
+                kernel_log::error(&format!("{} keeps its MTU of {}, not {mtu}: {error}", self.name, self.mtu));
+            }
+        }
     }
 }
 

@@ -65,9 +65,19 @@ impl Port {
     /// # Errors
     /// When the port fails.
     pub fn send(&mut self, message: &FromAgent) -> anyhow::Result<()> {
-        let line = to_line(message).context("cannot write a message to the host")?;
-        if self.pending.len() + line.len() <= MAX_PENDING {
-            self.pending.extend_from_slice(&line);
+        self.send_all(std::slice::from_ref(message))
+    }
+
+    /// Sends messages in one write, or keeps them until the host takes them.
+    ///
+    /// # Errors
+    /// When the port fails.
+    pub fn send_all(&mut self, messages: &[FromAgent]) -> anyhow::Result<()> {
+        for message in messages {
+            let line = to_line(message).context("cannot write a message to the host")?;
+            if self.pending.len() + line.len() <= MAX_PENDING {
+                self.pending.extend_from_slice(&line);
+            }
         }
         self.flush()
     }

@@ -59,6 +59,11 @@ impl Service {
         self.output.as_fd()
     }
 
+    /// Whether the service has described its card.
+    pub fn has_card(&self) -> bool {
+        self.described
+    }
+
     /// The card, once, when the service has described it.
     ///
     /// # Errors
