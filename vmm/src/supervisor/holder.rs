@@ -5,13 +5,16 @@
 //! All that may take its time (fence, reset, opening, closing) is done in threads, one after the other.
 
 use std::io::{self, PipeReader};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use tracing::Span;
 
+use super::time::Time;
 use crate::vfio;
 use crate::vfio::files::DeviceFiles;
 use crate::vfio::reset::ResetDone;
@@ -20,8 +23,9 @@ use crate::vfio::sysfs::HostDevice;
 /// How a function's files are opened.
 pub type Open = fn(&HostDevice) -> Result<DeviceFiles, vfio::Error>;
 
-/// How long the thread that resets a device waits for the kernel.
-const RESET_LIMIT: Duration = Duration::from_secs(70);
+/// How long the thread that resets a device waits for the kernel: for ever. A reset that has not returned is not over,
+/// whatever the life cycle makes of it, and nobody gets the device.
+const RESET_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The files of one device.
 #[derive(Debug)]
@@ -48,6 +52,15 @@ struct Outcome {
     files: Result<Arc<DeviceFiles>, String>,
     /// `None`: the device could not be opened, and was not touched.
     reset: Option<Result<ResetDone, String>>,
+}
+
+impl ResetJob {
+    /// Waits until the reset has returned, or `until`. Whether it has.
+    pub(super) fn wait(&self, until: Time) -> bool {
+        let left = u16::try_from(until.since(Time::now()).as_millis()).unwrap_or(u16::MAX);
+        let mut fds = [PollFd::new(self.done.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, left).is_ok_and(|ready| ready > 0)
+    }
 }
 
 impl Holder {

@@ -108,9 +108,11 @@ impl RunDir {
             .map_err(|_| RunDirError::AlreadyRunning(name.into()))?;
         let left = Left::read(&lock, &path);
         let reports = path.join("reports");
-        // The evidence of the run before is kept once.
-        let _ = fs::remove_dir_all(path.join("reports.old"));
-        let _ = fs::rename(&reports, path.join("reports.old"));
+        // The evidence of the run before is kept once. A start that failed before its first event has none.
+        if fs::read_dir(&reports).is_ok_and(|mut files| files.next().is_some()) {
+            let _ = fs::remove_dir_all(path.join("reports.old"));
+            let _ = fs::rename(&reports, path.join("reports.old"));
+        }
         builder.create(&reports).map_err(fail("make the folder", &reports))?;
         let socket = path.join(SOCKET);
         let _ = fs::remove_file(&socket);
@@ -134,7 +136,7 @@ impl RunDir {
         self.left.as_ref()
     }
 
-    /// What the run before left could not be cleaned up: the next start is to try again.
+    /// What the run before left could not be cleaned up, or this one leaves something: the next start is to try again.
     pub fn leave_to_the_next(&mut self) {
         self.uncleaned = true;
     }
@@ -174,8 +176,8 @@ impl Drop for RunDir {
         let _ = fs::remove_file(self.path.join(SOCKET));
         if self.uncleaned {
             // What was found is still to be cleaned up, by the next who tries.
-            let pid = self.left.as_ref().map_or_else(String::new, |left| left.pid.to_string());
-            let _ = self.write_pid(&pid);
+            let pid = self.left.as_ref().map_or_else(std::process::id, |left| left.pid);
+            let _ = self.write_pid(&pid.to_string());
             return;
         }
         let _ = self.write_pid("");
@@ -323,6 +325,30 @@ mod tests {
         assert_eq!(fs::metadata(dir.join(SOCKET)).unwrap().permissions().mode() & 0o777, 0o600);
         drop(run_dir);
         assert!(!dir.join(SOCKET).exists());
+    }
+
+    #[test]
+    fn a_start_that_fails_leaves_the_evidence_of_the_run_before_it() {
+        let base = tempfile::tempdir().unwrap();
+        let reports = base.path().join("m/reports");
+        fs::create_dir_all(&reports).unwrap();
+        fs::write(reports.join(EVENT_LOG), "a line").unwrap();
+        for _ in 0..3 {
+            drop(RunDir::claim(base.path(), "m").unwrap());
+        }
+        assert_eq!(fs::read_to_string(base.path().join("m/reports.old").join(EVENT_LOG)).unwrap(), "a line");
+    }
+
+    #[test]
+    fn a_run_that_leaves_a_reset_behind_tells_the_next() {
+        let base = tempfile::tempdir().unwrap();
+        let (mut run_dir, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        run_dir.note_resets(&BTreeMap::from([("0000:01:00.0".into(), "flr".into())])).unwrap();
+        run_dir.leave_to_the_next();
+        drop(run_dir);
+        let (next, _listener) = RunDir::claim(base.path(), "m").unwrap();
+        let left = next.left().unwrap();
+        assert_eq!((left.pid, left.resets["0000:01:00.0"].as_str()), (std::process::id(), "flr"));
     }
 
     #[test]
