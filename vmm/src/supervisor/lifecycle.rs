@@ -34,6 +34,7 @@ use umbra_shadow::Generation;
 use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
+use standby::PATIENCE;
 
 pub use standby::{Ahead, Standby};
 use standby::{Reserve, Stage};
@@ -72,8 +73,8 @@ pub struct Lifecycle {
     heard: Option<Time>,
     carrier: Carrier,
     reserve: Reserve,
-    /// A restart was asked for; it waits for the standby.
-    restarting: bool,
+    /// A restart was asked for; it waits for the standby until then.
+    restarting: Option<Time>,
     /// The device's reset has not returned within its time, nor since.
     reset_hangs: bool,
     /// The newest number that a process has had.
@@ -92,7 +93,7 @@ impl Lifecycle {
             newest: None,
             reset_hangs: false,
             ahead: BTreeMap::new(),
-            restarting: false,
+            restarting: None,
             state: State::Idle,
             generation: None,
             history,
@@ -141,7 +142,7 @@ impl Lifecycle {
 
     /// The standby of another driver boots: one that is due waits for its turn, unless somebody waits for it.
     pub fn wait_turn(&mut self, now: Time) {
-        if !self.restarting {
+        if self.restarting.is_none() {
             self.reserve.wait_turn(now);
         }
     }
@@ -158,12 +159,18 @@ impl Lifecycle {
             _ => None,
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        [state, suspicion, self.heartbeat_deadline(), self.reserve.deadline()].into_iter().flatten().min()
+        let deadlines = [state, suspicion, self.heartbeat_deadline(), self.reserve.deadline(), self.restarting];
+        deadlines.into_iter().flatten().min()
     }
 
     fn heartbeat_deadline(&self) -> Option<Time> {
+        self.heard.filter(|_| self.has_life()).map(|heard| heard + self.heartbeat_timeout())
+    }
+
+    /// Longer before it forwards: the kernel may hold the agent up while the driver starts its NIC.
+    fn heartbeat_timeout(&self) -> Duration {
         let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
-        self.heard.filter(|_| self.has_life()).map(|heard| heard + timeout)
+        if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
     }
 
     /// Whether there is a process that has not failed.
@@ -191,7 +198,7 @@ impl Lifecycle {
             Input::Released => self.on_released(now),
             Input::Evidence => self.on_evidence(),
             Input::ProcessGone(how) => self.on_process_gone(now, how),
-            Input::Replace(why) => self.fail(now, Failure { source: Source::Replaced, what: why, at: now }),
+            Input::Replace(why) => self.on_replace(now, why),
             Input::Tick => self.on_tick(now),
             Input::Stop => self.on_stop(),
             Input::Restart { fresh } => self.on_restart(now, fresh),
@@ -210,14 +217,14 @@ impl Lifecycle {
 
     fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
         match input {
-            Input::StandbyHello if self.reserve.hello() => return vec![Action::ConfigureSpare],
+            Input::StandbyHello if self.reserve.hello() => return vec![Action::ConfigureStandby],
             Input::StandbyLoaded => {
                 self.reserve.ready(now);
                 return self.switch_over(now);
             }
             Input::StandbyHeartbeat => self.reserve.heartbeat(now),
             Input::StandbyFailed(why) if self.reserve.died(now) => {
-                let off = std::mem::take(&mut self.restarting).then(|| Action::RestartOff(why.clone()));
+                let off = self.restarting.take().map(|_| Action::RestartOff(why.clone()));
                 return std::iter::once(Action::DropStandby(Some(why))).chain(off).collect();
             }
             _ => {}
@@ -225,21 +232,39 @@ impl Lifecycle {
         Vec::new()
     }
 
+    /// A guest was rebooted: what serves it, or is about to, has links to the life of it that is over.
+    fn on_replace(&mut self, now: Time, why: String) -> Vec<Action> {
+        if self.has_life() {
+            return self.fail(now, Failure { source: Source::Replaced, what: why, at: now });
+        }
+        self.drop_standby()
+    }
+
     fn on_restart(&mut self, now: Time, fresh: bool) -> Vec<Action> {
         if !matches!(self.state, State::Live { .. }) {
             return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
         }
+        if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
+            return vec![Action::RestartOff("its spare has no carrier".into())];
+        }
         let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
-        self.restarting = true;
+        self.restarting = Some(now + self.reserve.longest());
         self.reserve.want_now(now);
         actions.extend(self.switch_over(now));
         actions
     }
 
+    /// The next driver VM has not been ready in time.
+    fn give_restart_up(&mut self) -> Vec<Action> {
+        let why = if self.reserve.is_hot() { "its spare has no carrier" } else { "it was not ready in time" };
+        self.restarting = None;
+        vec![Action::RestartOff(why.into())]
+    }
+
     /// Hands over to the standby if that was asked for and it is ready.
     fn switch_over(&mut self, now: Time) -> Vec<Action> {
         let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
-        if !(self.restarting && ready && matches!(self.state, State::Live { .. })) {
+        if !(self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })) {
             return Vec::new();
         }
         self.fail(now, Failure { source: Source::Planned, what: "a restart was asked for".into(), at: now })
@@ -247,10 +272,17 @@ impl Lifecycle {
 
     fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {
         let actions = self.drop_standby();
-        if matches!(self.state, State::Live { .. }) {
-            self.reserve.want(now);
-        }
+        self.want_next(now);
         actions
+    }
+
+    /// The next standby is wanted, if there is a life beside which it could boot.
+    fn want_next(&mut self, now: Time) {
+        match (&self.state, self.restarting) {
+            (State::Live { .. }, Some(_)) => self.reserve.want_now(now),
+            (State::Live { .. }, None) => self.reserve.want(now),
+            _ => {}
+        }
     }
 
     /// Gives the standby up without a word.
@@ -341,9 +373,11 @@ impl Lifecycle {
                 self.state = State::Booting { until };
                 vec![Action::Adopt(generation)]
             }
+            // It has its plan, since its hello.
             Some(_) => {
+                self.heard = Some(now);
                 self.state = State::Configuring { until };
-                vec![Action::Adopt(generation), Action::Configure]
+                vec![Action::Adopt(generation)]
             }
             None => {
                 self.state = State::Booting { until };
@@ -416,9 +450,7 @@ impl Lifecycle {
         let mut actions = self.check_all_live(now);
         // The standby has an end for the guest that is gone.
         actions.extend(self.drop_standby());
-        if matches!(self.state, State::Live { .. }) {
-            self.reserve.want(now);
-        }
+        self.want_next(now);
         actions
     }
 
@@ -445,7 +477,7 @@ impl Lifecycle {
         if !self.has_life() {
             return Vec::new();
         }
-        self.restarting = false;
+        self.restarting = None;
         // The time of the first sign is when the failure was noticed, whatever its reason turned out to be.
         if let Some((_, sign)) = self.suspicion.take() {
             failure.at = failure.at.min(sign.at);
@@ -483,8 +515,10 @@ impl Lifecycle {
 
     fn on_released(&mut self, now: Time) -> Vec<Action> {
         let State::Fencing { patience: Some(_), lived, source } = self.state else { return Vec::new() };
-        let mut actions = vec![Action::Bury];
-        actions.extend(self.fenced(now, lived, source));
+        let mut actions = self.fenced(now, lived, source);
+        // The reset is all that the guests wait for; then the life may say its last words, then the report is written.
+        let behind_reset = actions.iter().position(|action| *action == Action::Reset).map_or(0, |n| n + 1);
+        actions.insert(behind_reset, Action::Bury);
         actions
     }
 
@@ -508,8 +542,8 @@ impl Lifecycle {
         if source == Source::Replaced {
             self.state = State::Resetting { until, next: Some(now) };
             // The standby has a link to the life of the guest that is over.
-            let mut actions = self.drop_standby();
-            actions.push(Action::Reset);
+            let mut actions = vec![Action::Reset];
+            actions.extend(self.drop_standby());
             return actions;
         }
         if source == Source::Planned {
@@ -519,13 +553,12 @@ impl Lifecycle {
         match self.history.failed(now, lived) {
             Verdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
-                vec![Action::Report, Action::Reset]
+                vec![Action::Reset, Action::Report]
             }
             Verdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };
-                let policy = self.history.policy();
-                let why = format!("more than {} failures in {} s", policy.limit, policy.interval_s);
-                let mut actions = vec![Action::Report, Action::Quarantine(why), Action::Reset];
+                let why = self.history.passed(now);
+                let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
                 actions.extend(self.drop_standby());
                 actions
             }
@@ -534,6 +567,9 @@ impl Lifecycle {
 
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
+        if self.restarting.is_some_and(|until| until <= now) {
+            actions.extend(self.give_restart_up());
+        }
         actions.extend(self.tick_life(now));
         actions
     }
@@ -545,7 +581,7 @@ impl Lifecycle {
         if let (Some(deadline), Some(at)) = (self.heartbeat_deadline(), self.heard)
             && deadline <= now
         {
-            let what = format!("no heartbeat for {} ms", self.history.policy().heartbeat_timeout_ms);
+            let what = format!("no heartbeat for {} ms", self.heartbeat_timeout().as_millis());
             return self.fail(now, Failure { source: Source::Heartbeat, what, at });
         }
         match self.state {
@@ -570,7 +606,7 @@ impl Lifecycle {
     }
 
     fn on_stop(&mut self) -> Vec<Action> {
-        self.suspicion = None;
+        (self.suspicion, self.restarting) = (None, None);
         let process = self.has_life() || matches!(self.state, State::Fencing { .. } | State::Stopping);
         self.state = if process { State::Stopping } else { State::Stopped };
         let mut actions = self.drop_standby();

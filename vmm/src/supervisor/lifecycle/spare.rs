@@ -13,6 +13,10 @@ impl Lifecycle {
         match *input {
             Input::SpareForwarding => {
                 self.reserve.forwarding(now);
+                // What is left to wait for is its carrier.
+                if let Some(until) = self.restarting.as_mut().filter(|_| self.reserve.is_hot()) {
+                    *until = (*until).min(now + CARRIER_PATIENCE);
+                }
                 Vec::new()
             }
             Input::SpareCarrier(carrier) => self.on_spare_carrier(now, carrier == Carrier::Up),
@@ -53,7 +57,7 @@ impl Lifecycle {
     /// boots, because its device needs neither fence nor reset. `None`: there is no spare, or no restart is allowed.
     pub(super) fn take_over(&mut self, now: Time, failure: &Failure, lived: Option<Duration>) -> Option<Vec<Action>> {
         let counts = failure.source != Source::Planned;
-        if !self.reserve.is_spare() || (counts && self.history.is_exhausted(now)) {
+        if !self.reserve.is_spare() || (counts && self.history.is_exhausted(now, lived)) {
             return None;
         }
         let (generation, stage) = self.reserve.adopt(now)?;

@@ -33,7 +33,7 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
 /// A standby boots beside everything else at low priority, and waits where nothing hangs on its being punctual: it has
 /// so many times the patience of a life in service.
-const PATIENCE: u32 = 4;
+pub(super) const PATIENCE: u32 = 4;
 
 /// Where the standby is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -156,6 +156,16 @@ impl Reserve {
         self.ahead == Ahead::Spare
     }
 
+    /// Whether it is a spare that forwards.
+    pub(super) fn is_hot(&self) -> bool {
+        matches!(self.state, Standby::Hot { .. })
+    }
+
+    /// How long one that is wanted now may take to be ready.
+    pub(super) fn longest(&self) -> Duration {
+        TURN_MAX + self.boot_patience
+    }
+
     /// The driver VM is live: one is wanted, if there is none.
     pub(super) fn want(&mut self, now: Time) {
         match &mut self.state {
@@ -186,10 +196,10 @@ impl Reserve {
         self.state = Standby::Booting { generation, hello: false, until: now + self.boot_patience };
     }
 
-    /// Returns whether it is to be told what network to serve.
+    /// Returns whether it is to be told what to serve.
     pub(super) fn hello(&mut self) -> bool {
         match &mut self.state {
-            Standby::Booting { hello, .. } => !std::mem::replace(hello, true) && self.ahead == Ahead::Spare,
+            Standby::Booting { hello, .. } => !std::mem::replace(hello, true),
             _ => false,
         }
     }

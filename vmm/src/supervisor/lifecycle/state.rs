@@ -148,8 +148,8 @@ pub enum Action {
     /// Make the spare, which is of this generation, the present life as it is, and its device the serving one; have the
     /// present life give the other device up; answered by [`Input::SpareFenced`].
     TakeOver(Generation),
-    /// Tell the spare's agent what network to serve.
-    ConfigureSpare,
+    /// Tell the standby's agent what to serve, ahead.
+    ConfigureStandby,
     /// Tell the guests that the spare can take over at any moment, or no more.
     Arm(bool),
     /// Reset the spare's device; answered by [`Input::SpareResetDone`].

@@ -61,8 +61,8 @@ fn a_panic_is_fenced_reported_reset_and_restarted() {
     let mut life = live(1);
     let panic = failure(Source::Panic, 2000);
     assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::Release]);
-    let fenced = [Action::Bury, Action::Report, Action::Reset];
-    assert_eq!(life.handle(at(2003), Input::Released), fenced, "nobody waits for the process");
+    let fenced = [Action::Reset, Action::Bury, Action::Report];
+    assert_eq!(life.handle(at(2003), Input::Released), fenced, "the reset first, and nobody waits for the process");
     assert_eq!(life.handle(at(2004), Input::Released), [], "once");
     assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(2))]);
 }
@@ -76,7 +76,7 @@ fn a_process_that_does_not_give_the_device_up_is_killed() {
     assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
     assert_eq!(life.handle(at(2251), Input::Evidence), [], "killed once");
     assert_eq!(life.handle(at(2251), Input::Released), [], "too late");
-    assert_eq!(life.handle(at(2253), Input::ProcessGone("killed".into())), [Action::Report, Action::Reset]);
+    assert_eq!(life.handle(at(2253), Input::ProcessGone("killed".into())), [Action::Reset, Action::Report]);
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn kill_9_needs_no_fence() {
     let mut life = live(1);
     let gone = Failure { source: Source::ProcessExit, what: "signal 9".into(), at: at(50) };
     let actions = life.handle(at(50), Input::ProcessGone("signal 9".into()));
-    assert_eq!(actions, [Action::Failed(gone), Action::Report, Action::Reset]);
+    assert_eq!(actions, [Action::Failed(gone), Action::Reset, Action::Report]);
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
-    assert!(matches!(&actions[..], [_, Action::Report, Action::Quarantine(_), Action::Reset]), "{actions:?}");
+    assert!(matches!(&actions[..], [_, Action::Reset, Action::Report, Action::Quarantine(_)]), "{actions:?}");
     assert_eq!(life.handle(at(10), Input::ResetDone), []);
     assert_eq!(*life.state(), State::Quarantined);
 }
@@ -215,6 +215,50 @@ fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
     assert_eq!(life.history().total(), 0);
 }
 
+#[test]
+fn a_guest_that_is_rebooted_while_nothing_serves_it_gets_a_life_with_its_new_link() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    let actions = life.handle(at(3050), Input::Replace("web was rebooted".into()));
+    assert_eq!(actions, [Action::DropStandby(None)], "it has a link to the life of the guest that is over");
+    assert_eq!(life.handle(at(3100), Input::ResetDone), [Action::Spawn(generation(3))]);
+}
+
+#[test]
+fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    life.handle(at(3100), Input::ResetDone);
+    let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
+    assert_eq!(life.deadline(), Some(at(3100 + silence)));
+    let actions = life.handle(at(3100 + silence), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::Heartbeat), "{actions:?}");
+}
+
+#[test]
+fn a_restart_of_a_cold_driver_vm_survives_a_guest_that_goes() {
+    let mut life = live(2);
+    life.handle(at(2000), Input::Restart { fresh: false });
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    assert_eq!(life.handle(at(2100), Input::EndGone(0)), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2100), Input::Tick), [Action::SpawnStandby(generation(3))]);
+}
+
+#[test]
+fn a_restart_does_not_wait_for_ever() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Restart { fresh: true });
+    life.handle(at(2000), Input::Tick);
+    let until = life.reserve.deadline().unwrap();
+    life.handle(until, Input::Heartbeat);
+    let actions = life.handle(until, Input::Tick);
+    assert!(actions.iter().any(|action| matches!(action, Action::RestartOff(_))), "{actions:?}");
+}
+
 /// Warm, live since 10 ms, its standby ready at 2 s.
 fn with_standby() -> Lifecycle {
     let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
@@ -249,12 +293,12 @@ fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
 #[test]
 fn a_ready_standby_takes_over_and_the_next_one_follows() {
     let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
+    assert_eq!(life.handle(at(2000), Input::StandbyHello), [Action::ConfigureStandby], "all that can be done ahead");
     life.handle(at(2000), Input::StandbyLoaded);
     assert_eq!(life.standby().name(), "ready");
     life.handle(at(3000), Input::ProcessGone("signal 9".into()));
     let actions = life.handle(at(3100), Input::ResetDone);
-    assert_eq!(actions, [Action::Adopt(generation(2)), Action::Configure]);
+    assert_eq!(actions, [Action::Adopt(generation(2))], "it has its plan");
     assert_eq!((life.state().name(), life.generation()), ("configuring", Some(generation(2))));
     life.handle(at(3200), Input::Forwarding);
     life.handle(at(3200), Input::Carrier(Carrier::Up));
@@ -307,7 +351,7 @@ fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
     life.handle(at(2500), Input::StandbyHello);
     let actions = life.handle(at(2600), Input::StandbyLoaded);
     assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Planned), "{actions:?}");
-    assert_eq!(life.handle(at(2610), Input::Released), [Action::Bury, Action::Reset]);
+    assert_eq!(life.handle(at(2610), Input::Released), [Action::Reset, Action::Bury]);
     assert_eq!(life.handle(at(2700), Input::ResetDone)[0], Action::Adopt(generation(2)));
     assert_eq!(life.history().total(), 0);
 }
@@ -405,7 +449,9 @@ proptest! {
                 _ => {}
             }
             over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
-            for action in life.handle(at(now), input.clone()) {
+            let actions = life.handle(at(now), input.clone());
+            let given_up = actions.contains(&Action::Bury);
+            for action in actions {
                 match action {
                     Action::Spawn(generation) => {
                         prop_assert!(!alive && !resetting && !over, "started at {input:?}");
@@ -426,10 +472,11 @@ proptest! {
                     }
                     Action::DropStandby(_) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
                     Action::Reset => {
-                        prop_assert!(!alive && !resetting, "reset under a life at {input:?}");
+                        prop_assert!((!alive || given_up) && !resetting, "reset under a life at {input:?}");
                         resetting = true;
                     }
                     Action::Configure | Action::GoLive(..) | Action::Mask => prop_assert!(alive),
+                    Action::ConfigureStandby => prop_assert!(standby.is_some()),
                     Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
                     Action::Bury => {
                         prop_assert!(alive, "bury nothing at {input:?}");
