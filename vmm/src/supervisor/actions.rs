@@ -1,16 +1,16 @@
 //! Doing what the life cycle asks for.
 
-use umbra_driver_vm::protocol::{NetEnd, NetPlan, ToAgent};
 use umbra_shadow::Generation;
 
-use super::driver::{DeviceRef, DriverVm, EndRef, Life, Role, device_mac};
+use super::driver::{DeviceRef, EndRef, Role};
 use super::events::Event;
-use super::lifecycle::{Action, Failure, Input, Source, State};
+use super::lifecycle::{Action, Carrier, End, Failure, Input, Source, State};
 use super::report::CrashReport;
 use super::run::Supervisor;
+use super::settings::Which;
 use super::time::{Time, milliseconds};
 use super::timeline::{Step, Timeline};
-use crate::process::ipc::{MaskedCounts, ToVm};
+use crate::process::ipc::{MaskedCounts, Replay, ToVm};
 
 impl Supervisor {
     /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
@@ -39,30 +39,14 @@ impl Supervisor {
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
             Action::TakeOver(generation) => self.take_over(n, generation),
-            Action::ConfigureSpare => self.configure_spare(n),
+            Action::ConfigureStandby => self.configure(n, Which::Standby),
             Action::Arm(up) => self.arm(n, up),
             Action::ResetSpare => self.reset_spare(n),
             Action::ReportFenced => self.report_retired(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
-            Action::Configure => self.configure(n),
-            Action::GoLive(end, replay) => {
-                self.drivers[n].timeline.mark(Step::GoLive, now);
-                let EndRef { guest, device } = self.drivers[n].ends[end];
-                let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
-                let announce = self.drivers[n].has_moved();
-                match device {
-                    DeviceRef::Net { net, .. } => {
-                        self.tell_guest(guest, &ToVm::GoLive { net, generation, replay, announce });
-                    }
-                    // It goes live by itself, and may have done so already.
-                    DeviceRef::Sound(sound) => {
-                        if self.guests[guest].sounds[usize::from(sound)].live == Some(generation) {
-                            self.drive(n, Input::EndLive(end));
-                        }
-                    }
-                }
-            }
+            Action::Configure => self.configure(n, Which::Present),
+            Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
             Action::Live => self.on_live(n, now),
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, &failure, now),
@@ -86,6 +70,27 @@ impl Supervisor {
         }
     }
 
+    fn go_live(&mut self, n: usize, end: End, replay: Replay, now: Time) {
+        let driver = &mut self.drivers[n];
+        driver.timeline.mark(Step::GoLive, now);
+        let EndRef { guest, device } = driver.ends[end];
+        let Some(generation) = driver.lifecycle.generation() else { return };
+        let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
+        match device {
+            DeviceRef::Net { net, .. } => {
+                // First, so that the guest sees no link that comes and goes.
+                self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
+                self.tell_guest(guest, &ToVm::GoLive { net, generation, replay, announce });
+            }
+            // It goes live by itself, and may have done so already.
+            DeviceRef::Sound(sound) => {
+                if self.guests[guest].sounds[usize::from(sound)].live == Some(generation) {
+                    self.drive(n, Input::EndLive(end));
+                }
+            }
+        }
+    }
+
     fn reset(&mut self, n: usize) {
         self.drivers[n].mark_fence();
         let driver = &mut self.drivers[n];
@@ -93,8 +98,8 @@ impl Supervisor {
         match driver.holder.begin_reset(driver.device.clone(), driver.span()) {
             Ok(job) => driver.resetting = Some(job),
             Err(error) => {
+                driver.reset_failed = true;
                 self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
-                self.drive(n, Input::ResetDone);
             }
         }
     }
@@ -148,37 +153,11 @@ impl Supervisor {
                 DeviceRef::Net { net, .. } => ToVm::AttachLink { net, generation },
                 DeviceRef::Sound(sound) => ToVm::AttachSound { sound, generation },
             };
-            if let Err(error) = self.guests[guest].tell(&message, Some(std::os::fd::AsFd::as_fd(&link))) {
+            if let Err(error) = self.guests[guest].tell(&message, Some(link)) {
                 self.events.warn(format!("{}: {error}", self.guests[guest].name));
             }
         }
         life.links = waiting;
-    }
-
-    fn configure(&mut self, n: usize) {
-        let driver = &self.drivers[n];
-        let Some(life) = &driver.life else { return };
-        if driver.is_sound() {
-            let ends = u16::try_from(life.ends.len()).unwrap_or(u16::MAX);
-            return self.tell_agent(n, &ToAgent::ConfigureSound { ends });
-        }
-        let plan = self.net_plan(driver, life);
-        self.tell_agent(n, &ToAgent::ConfigureNet(plan));
-    }
-
-    /// What the guests of `driver` have asked for so far, for its life `life`.
-    pub(super) fn net_plan(&self, driver: &DriverVm, life: &Life) -> NetPlan {
-        let end = |(position, end): (usize, &usize)| {
-            let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
-            let net = &self.guests[*guest].nets[usize::from(*net)];
-            Some(NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads })
-        };
-        let ends = life.ends.iter().enumerate().filter_map(end).collect();
-        let mtu = match driver.ends.first().map(|end| end.device) {
-            Some(DeviceRef::Net { mtu, .. }) => mtu,
-            _ => None,
-        };
-        NetPlan { ends, mtu }
     }
 
     fn on_live(&mut self, n: usize, now: Time) {
@@ -238,7 +217,9 @@ impl Supervisor {
             reason: failure.what.clone(),
             detect_ms: milliseconds(now.since(failure.at)),
         });
-        self.judge_trial(n);
+        if failure.source.is_failure() {
+            self.judge_trial(n);
+        }
     }
 
     /// Tells the guests to mask; those whose splitter has seen it first know already.
@@ -330,17 +311,32 @@ impl Supervisor {
         }
     }
 
+    fn tell_quarantine(&mut self, guest: usize, device: DeviceRef) {
+        match device {
+            DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::Quarantine { net }),
+            DeviceRef::Sound(sound) => self.tell_guest(guest, &ToVm::QuarantineSound { sound }),
+        }
+    }
+
+    /// A new life of guest `guest` hears of what is quarantined; the one before had heard.
+    pub(super) fn tell_quarantines(&mut self, guest: usize) {
+        for (n, end) in self.guests[guest].drivers() {
+            let driver = &self.drivers[n];
+            if matches!(driver.lifecycle.state(), State::Quarantined | State::Resetting { next: None, .. }) {
+                self.tell_quarantine(guest, driver.ends[end].device);
+            }
+        }
+    }
+
     fn quarantine(&mut self, n: usize, why: &str) {
         let driver = &mut self.drivers[n];
         let last = driver.reason.take().map_or_else(String::new, |last| format!(" (the last: {last})"));
         let reason = format!("{why}{last}");
         driver.reason = Some(reason.clone());
-        self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason });
-        for EndRef { guest, device } in driver.ends.clone() {
-            match device {
-                DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::Quarantine { net }),
-                DeviceRef::Sound(sound) => self.tell_guest(guest, &ToVm::QuarantineSound { sound }),
-            }
+        self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason: reason.clone() });
+        self.end_trial(n, &format!("it is quarantined: {reason}"));
+        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+            self.tell_quarantine(guest, device);
             if !self.guests[guest].has_cards() {
                 let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
                 return self.give_up(format!("{driver} never got its sound card to work, for which {guest} waits"));
@@ -353,7 +349,9 @@ impl super::driver::DriverVm {
     /// The failed process was gone when this was last seen; a first start has none.
     fn mark_fence(&mut self) {
         if self.timeline.at(Step::Detect).is_some() {
-            self.timeline.mark(Step::Fence, self.gone);
+            // One that has given the device up just now is still there.
+            let gone = if self.life.is_some() { Time::now() } else { self.gone };
+            self.timeline.mark(Step::Fence, gone);
         }
     }
 

@@ -26,6 +26,16 @@ pub enum Fatal {
     DeadInterrupt,
 }
 
+impl Fatal {
+    /// As a failure's reason.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Self::Panic => "kernel panic",
+            Self::DeadInterrupt => "its kernel switched an interrupt off that nobody handled",
+        }
+    }
+}
+
 /// How Linux begins to say so. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver VM's
 /// kernel is told to panic on every oops: what begins one is as certain as the panic itself, and thousands of characters earlier.
 const SIGNS: [(&[u8], Fatal); 6] = [

@@ -8,20 +8,22 @@ use std::path::Path;
 use std::time::Duration;
 
 use thiserror::Error;
-use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac, ToAgent};
+use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac};
 use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 
+use super::carrier::Flaps;
 use super::console::Console;
-use super::dying::Dying;
+use super::dying::{Dying, Ending};
 use super::holder::{Holder, Open, ResetJob};
 use super::lifecycle::{Ahead, Carrier, End, Lifecycle};
-use super::lines::{LineError, Lines};
+use super::lines::Lines;
 use super::policy::History;
 use super::report::{CrashReport, Mask};
 use super::restart::Trial;
 use super::rundir::RunDir;
+use super::settings::Settings;
 use super::spare::Spare;
 use super::status;
 use super::time::Time;
@@ -109,9 +111,13 @@ pub(super) struct DriverVm {
     pub(super) life: Option<Life>,
     /// The failed life, while it says its last words.
     pub(super) dying: Option<Dying>,
+    /// Killed processes whose end has not been seen yet.
+    pub(super) ending: Vec<Ending>,
     /// The next life, while it waits.
     pub(super) standby: Option<StandbyVm>,
     pub(super) resetting: Option<ResetJob>,
+    /// A reset could not even begin; the life cycle is told at the end of this turn of the loop.
+    pub(super) reset_failed: bool,
     pub(super) console: Console,
     pub(super) reset_method: String,
     /// Steps since the last failure, or since the start.
@@ -161,6 +167,12 @@ pub(super) struct Life {
     /// pvpanic: its kernel has said what it had to say.
     pub(super) panicked: bool,
     pub(super) registers: String,
+    /// What it was started for.
+    pub(super) role: Role,
+    /// What its agent has not been told yet of what guests ask.
+    pub(super) settings: Settings,
+    /// How often its carrier has changed of late.
+    pub(super) flaps: Flaps,
 }
 
 /// What a process is started for.
@@ -218,6 +230,8 @@ impl DriverVm {
             ends,
             life: None,
             dying: None,
+            ending: Vec::new(),
+            reset_failed: false,
             standby: None,
             resetting: None,
             console: Console::new(run_dir.console_log(name)),
@@ -325,6 +339,9 @@ impl DriverVm {
             links,
             panicked: false,
             registers: String::new(),
+            role,
+            settings: Settings::default(),
+            flaps: Flaps::default(),
         })
     }
 
@@ -338,13 +355,6 @@ impl DriverVm {
         if let Err(error) = self.device.stop_dma() {
             tracing::warn!(%error, "cannot switch the card's bus mastering off");
         }
-    }
-
-    /// Sends `message` to the agent.
-    pub(super) fn tell_agent(&mut self, message: &ToAgent) -> Result<(), LineError> {
-        let Some(agent) = self.life.as_mut().and_then(|life| life.agent.as_mut()) else { return Ok(()) };
-        let line = serde_json::to_string(message).map_err(|error| LineError::Io(error.into()))?;
-        agent.send(&line)
     }
 
     /// Closes the files of its devices: there is no life that could need them.

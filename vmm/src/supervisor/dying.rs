@@ -15,7 +15,7 @@ use super::standby::renice;
 use super::time::Time;
 use crate::process::channel::Incoming;
 use crate::process::ipc::{FromVm, ToVm};
-use crate::process::spawn::describe_exit;
+use crate::process::spawn::{VmProcess, describe_exit};
 
 /// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
 /// some ten milliseconds; where the console is slower, the evidence is cut off here.
@@ -44,6 +44,20 @@ pub(super) struct Dying {
     pub(super) holds: Option<Time>,
     /// As it was last written, for the case that the next life fails before this one is over.
     pub(super) report: Option<CrashReport>,
+}
+
+/// A process that was killed, until its end is seen.
+#[derive(Debug)]
+pub(super) struct Ending {
+    process: VmProcess,
+    /// It has a device of which [`Input::SpareFenced`] tells.
+    holds: bool,
+}
+
+impl Ending {
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.process.pidfd()
+    }
 }
 
 /// How far its end is.
@@ -111,6 +125,19 @@ impl Supervisor {
         }
     }
 
+    /// A process that was killed has ended.
+    pub(super) fn on_ending(&mut self, n: usize) {
+        let mut fenced = false;
+        self.drivers[n].ending.retain_mut(|ending| {
+            let ended = ending.process.ended().is_some();
+            fenced |= ended && ending.holds;
+            !ended
+        });
+        if fenced {
+            self.drive(n, Input::SpareFenced);
+        }
+    }
+
     fn on_death(&mut self, n: usize) {
         let ended = self.drivers[n].dying.as_mut().and_then(|dying| dying.life.process.ended());
         if let Some(status) = ended {
@@ -129,8 +156,11 @@ impl Supervisor {
         let generation = dying.life.generation.get();
         driver.console.append(&format!("{}.{generation} (its last words)", driver.name), &mut dying.console);
         let registers = std::mem::take(&mut dying.life.registers);
+        let gone = dying.life.process.ended().is_some();
         let held = released || dying.holds.is_some();
-        drop(dying.life);
+        // Whoever still holds a device is waited for.
+        driver.let_end(dying.life.process, held && !released);
+        let held = held && (released || gone);
         if driver.report.as_ref().is_some_and(|report| report.generation == generation) {
             driver.take_evidence(exit, registers, dying.console.tail());
             self.write_report(n);
@@ -152,6 +182,14 @@ impl Supervisor {
 }
 
 impl DriverVm {
+    /// Kills `process`, if it has not ended; its end is not waited for. It still `holds` the device that a spare is to have.
+    fn let_end(&mut self, mut process: VmProcess, holds: bool) {
+        if process.ended().is_none() {
+            process.kill();
+            self.ending.push(Ending { process, holds });
+        }
+    }
+
     pub(super) fn watched_dying(&self) -> impl Iterator<Item = (DyingPart, BorrowedFd<'_>)> {
         let mut watched = Vec::new();
         if let Some(Dying { life, .. }) = &self.dying {

@@ -1,5 +1,7 @@
 //! A guest as the supervisor has it: its process, and what its network devices have said.
 
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
@@ -15,6 +17,9 @@ use crate::process::ipc::{
 };
 use crate::process::spawn::{SpawnError, Streams, VmProcess};
 use crate::spec::{Console, Guest};
+
+/// Messages that wait at most for a guest's process, which is stopped or hangs.
+const MAX_UNSENT: usize = 1024;
 
 /// A guest.
 #[derive(Debug)]
@@ -32,6 +37,8 @@ pub(super) struct GuestVm {
     pub(super) error: Option<String>,
     /// Whether the control channel is still of use.
     pub(super) listening: bool,
+    /// What its process has not taken yet, in its order.
+    pub(super) unsent: VecDeque<(ToVm, Option<OwnedFd>)>,
 }
 
 /// Where a guest is in its life.
@@ -131,6 +138,7 @@ impl GuestVm {
             end: None,
             error: None,
             listening: false,
+            unsent: VecDeque::new(),
         }
     }
 
@@ -145,6 +153,7 @@ impl GuestVm {
         }
         self.end = None;
         self.error = None;
+        self.unsent.clear();
         self.state = GuestState::Starting;
         self.started = Time::now();
         self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
@@ -161,13 +170,38 @@ impl GuestVm {
         matches!(self.state, GuestState::Off | GuestState::Failed(_))
     }
 
-    /// Sends `message` to the process, with `fd` if there is one. A process that is gone is noticed elsewhere.
-    pub(super) fn tell(&self, message: &ToVm, fd: Option<std::os::fd::BorrowedFd<'_>>) -> Result<(), channel::Error> {
-        let Some(process) = &self.process else { return Ok(()) };
-        match process.channel().send_now(message, fd.as_slice()) {
-            Err(channel::Error::Closed) => Ok(()),
-            result => result,
+    /// Sends `message` to the process, with `fd` if there is one; what it does not take now waits. A process that is gone is
+    /// noticed elsewhere.
+    pub(super) fn tell(&mut self, message: &ToVm, fd: Option<OwnedFd>) -> Result<(), channel::Error> {
+        if self.process.is_none() {
+            return Ok(());
         }
+        // A question that is not answered in time has no answer.
+        if matches!(message, ToVm::QueryStatus) && !self.unsent.is_empty() {
+            return Ok(());
+        }
+        if self.unsent.len() >= MAX_UNSENT {
+            return Err(channel::Error::Full);
+        }
+        self.unsent.push_back((message.clone(), fd));
+        self.send_on()
+    }
+
+    /// Sends what waits, as far as the process takes it.
+    pub(super) fn send_on(&mut self) -> Result<(), channel::Error> {
+        let Some(process) = &self.process else { return Ok(()) };
+        while let Some((message, fd)) = self.unsent.front() {
+            let fd = fd.as_ref().map(AsFd::as_fd);
+            match process.channel().send_now(message, fd.as_slice()) {
+                Err(channel::Error::Full) => return Ok(()),
+                Ok(()) | Err(channel::Error::Closed) => drop(self.unsent.pop_front()),
+                Err(error) => {
+                    self.unsent.pop_front();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether the cards of all its sound devices are known: the guest sees them from the first moment on.

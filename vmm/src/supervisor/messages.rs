@@ -4,13 +4,14 @@ use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
 use super::console::Fatal;
-use super::driver::{DeviceRef, EndRef, Role};
+use super::driver::Role;
 use super::events::Event;
 use super::guest::GuestState;
 use super::lifecycle::{Carrier, End, Failure, Input, Source, State};
 use super::lines::LineError;
 use super::report::Mask;
 use super::run::Supervisor;
+use super::settings::{Setting, Which};
 use super::time::{Time, milliseconds};
 use super::timeline::Step;
 use crate::process::channel::Incoming;
@@ -32,6 +33,9 @@ impl Supervisor {
     }
 
     pub(super) fn read_guest(&mut self, n: usize) {
+        if let Err(error) = self.guests[n].send_on() {
+            self.events.warn(format!("{}: {error}", self.guests[n].name));
+        }
         for _ in 0..AT_ONCE {
             let Some(process) = &self.guests[n].process else { return };
             match process.channel().try_receive::<FromVm>() {
@@ -85,14 +89,14 @@ impl Supervisor {
             FromVm::Pace { device, generation, steps } => self.on_pace(n, device, generation, steps),
             FromVm::RxMode { net, mode } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
-                    device.mode = mode.clone();
-                    self.pass_on(n, net, |end| ToAgent::SetRxMode { end, mode: mode.clone() });
+                    device.mode = mode;
+                    self.pass_on(n, net, Setting::Mode);
                 }
             }
             FromVm::Offloads { net, offloads } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
                     device.offloads = offloads;
-                    self.pass_on(n, net, |end| ToAgent::SetOffloads { end, offloads });
+                    self.pass_on(n, net, Setting::Offloads);
                 }
             }
             FromVm::NetStatus { net, .. } => {
@@ -119,27 +123,8 @@ impl Supervisor {
         });
     }
 
-    /// Passes what a guest asked of its network device on to the agent, if that has its configuration already.
-    fn pass_on(&mut self, guest: usize, net: u16, message: impl Fn(u16) -> ToAgent) {
-        let Some((driver, end)) = self.served_by(guest, net) else { return };
-        let vm = &self.drivers[driver];
-        let configured = !matches!(vm.lifecycle.state(), State::Booting { .. });
-        let position = vm.life.as_ref().and_then(|life| life.ends.iter().position(|have| *have == end));
-        let position = position.and_then(|n| u16::try_from(n).ok()).filter(|_| configured);
-        // A spare has its own, once its agent has said hello.
-        let spare = vm.standby.as_ref().filter(|spare| vm.spare.is_some() && spare.kernel.is_some() && !spare.dropped);
-        let there = spare.and_then(|spare| spare.life.ends.iter().position(|have| *have == end));
-        let there = there.and_then(|n| u16::try_from(n).ok());
-        if let Some(position) = position {
-            self.tell_agent(driver, &message(position));
-        }
-        if let Some(position) = there {
-            self.tell_spare(driver, &message(position));
-        }
-    }
-
     /// The driver VM behind a guest's network device, and as which of its ends.
-    fn served_by(&self, guest: usize, net: u16) -> Option<(usize, usize)> {
+    pub(super) fn served_by(&self, guest: usize, net: u16) -> Option<(usize, usize)> {
         self.guests[guest].nets.get(usize::from(net))?.driver
     }
 
@@ -198,6 +183,7 @@ impl Supervisor {
             self.guests[n].state = GuestState::Failed(why.clone());
             return self.give_up(why);
         }
+        self.tell_quarantines(n);
         for driver in 0..self.drivers.len() {
             self.attach_links(driver, Role::Serves);
         }
@@ -214,7 +200,8 @@ impl Supervisor {
         let Some((d, _)) = served else { return };
         let guest = self.guests[guest].name.clone();
         let driver = &mut self.drivers[d];
-        if driver.is_spare(generation) {
+        // It waits, and no guest has lost anything.
+        if driver.lifecycle.standby().generation() == Some(generation) {
             let why = format!("its link to {guest}.{device}: {cause}");
             return self.drive(d, Input::StandbyFailed(why));
         }
@@ -261,8 +248,6 @@ impl Supervisor {
         if by_itself {
             return self.drive(d, Input::SpareLive(end));
         }
-        let up = driver.lifecycle.carrier() == Carrier::Up;
-        self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
         self.drive(d, Input::EndLive(end));
     }
 
@@ -336,14 +321,12 @@ impl Supervisor {
         if let Some(pipe) = life.process.console() {
             let before = driver.console.fatal();
             life.talking = driver.console.read(pipe);
-            let (source, what) = match driver.console.fatal().filter(|_| before.is_none()) {
-                Some(Fatal::Panic) => (Source::Panic, "kernel panic"),
-                Some(Fatal::DeadInterrupt) => {
-                    (Source::Device, "its kernel switched an interrupt off that nobody handled")
-                }
-                None => return,
+            let Some(fatal) = driver.console.fatal().filter(|_| before.is_none()) else { return };
+            let source = match fatal {
+                Fatal::Panic => Source::Panic,
+                Fatal::DeadInterrupt => Source::Device,
             };
-            self.fail_driver(n, source, what.into(), Time::now());
+            self.fail_driver(n, source, fatal.in_words().into(), Time::now());
         }
     }
 
@@ -376,19 +359,23 @@ impl Supervisor {
                 }
             }
         }
-        if let Some(error) = error.or(flushed.err()).filter(|_| self.drivers[n].present == present) {
-            self.lose_agent(n, &error);
+        if self.drivers[n].present != present {
+            return;
+        }
+        match error.or(flushed.err()) {
+            Some(error) => self.lose_agent(n, &error),
+            None => self.send_settings(n, Which::Present),
         }
     }
 
     /// Sends `message` to the agent of driver VM `n`.
     pub(super) fn tell_agent(&mut self, n: usize, message: &ToAgent) {
-        if let Err(error) = self.drivers[n].tell_agent(message) {
+        if let Err(error) = self.drivers[n].send(Which::Present, message) {
             self.lose_agent(n, &error);
         }
     }
 
-    fn lose_agent(&mut self, n: usize, error: &LineError) {
+    pub(super) fn lose_agent(&mut self, n: usize, error: &LineError) {
         if let Some(life) = &mut self.drivers[n].life {
             life.agent = None;
         }
@@ -433,33 +420,20 @@ impl Supervisor {
         }
     }
 
-    fn on_carrier(&mut self, n: usize, carrier: Carrier) {
-        let up = carrier == Carrier::Up;
-        if up {
-            self.stage(n, Step::Carrier, "carrier", Time::now(), String::new());
-        }
-        let driver = &self.drivers[n];
-        if matches!(driver.lifecycle.state(), State::Live { .. }) {
-            let generation = driver.lifecycle.generation();
-            self.events.tell(&Event::Carrier { driver: driver.name.clone(), up });
-            for EndRef { guest, device } in driver.ends.clone() {
-                if let (Some(generation), DeviceRef::Net { net, .. }) = (generation, device) {
-                    self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
-                }
-            }
-        }
-        self.drive(n, Input::Carrier(carrier));
-    }
-
     /// A life of driver VM `n` got on.
     pub(super) fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
         let driver = &mut self.drivers[n];
-        let Some(life) = &driver.life else { return };
-        let generation = life.generation.get();
-        if driver.timeline.at(step).is_some() {
+        if driver.life.is_none() || driver.timeline.at(step).is_some() {
             return;
         }
         driver.timeline.mark(step, at);
+        self.told_stage(n, step, stage, detail);
+    }
+
+    /// Tells of a step that is on the time line.
+    pub(super) fn told_stage(&mut self, n: usize, step: Step, stage: &'static str, detail: String) {
+        let driver = &self.drivers[n];
+        let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };
         let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);
         self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
     }

@@ -4,7 +4,8 @@
 //! for what it supervises. `docs/recovery.md` describes states, timeouts and reports.
 
 mod actions;
-pub mod console;
+pub mod carrier;
+mod console;
 pub mod control;
 mod driver;
 mod dying;
@@ -23,6 +24,7 @@ mod restart;
 pub mod run;
 pub mod rundir;
 mod server;
+mod settings;
 mod signals;
 mod sound;
 mod spare;

@@ -32,6 +32,13 @@ pub(super) struct Trial {
     live: Option<Time>,
 }
 
+impl Trial {
+    /// Whether a failure at `now` is still the new one's.
+    fn is_on(&self, now: Time) -> bool {
+        self.live.is_none_or(|since| now.since(since) < TRIAL)
+    }
+}
+
 impl Supervisor {
     /// Begins to restart driver VM `n` for `client`.
     pub(super) fn restart(&mut self, n: usize, image: Option<&Path>, client: u64) -> Result<(), String> {
@@ -45,7 +52,10 @@ impl Supervisor {
         }
         let image = image.map(Image::open).transpose().map_err(|error| format!("{:#}", anyhow::Error::new(error)))?;
         let fresh = image.is_some();
-        let before = image.map(|image| std::mem::replace(&mut driver.image, image));
+        // An image that is on trial itself has one before it, which is the one that is known to work.
+        let trusted = driver.trial.take().filter(|trial| trial.is_on(Time::now())).and_then(|trial| trial.before);
+        let replaced = image.map(|image| std::mem::replace(&mut driver.image, image));
+        let before = trusted.or(replaced);
         let from = driver.lifecycle.generation();
         driver.trial = Some(Trial { from, before, client: Some(client), live: None });
         self.drive(n, Input::Restart { fresh });
@@ -82,7 +92,7 @@ impl Supervisor {
         if driver.present == trial.from {
             return;
         }
-        if trial.live.is_some_and(|since| Time::now().since(since) >= TRIAL) {
+        if !trial.is_on(Time::now()) {
             driver.trial = None;
             return;
         }
@@ -91,6 +101,11 @@ impl Supervisor {
             // It may have been started from the image that failed.
             self.drive(n, Input::StandbyUseless);
         }
+    }
+
+    /// Driver VM `n` does not go on: whoever waits for the outcome of a restart is told.
+    pub(super) fn end_trial(&mut self, n: usize, why: &str) {
+        self.fall_back(n, why);
     }
 
     /// Driver VM `n` serves again.
@@ -117,14 +132,12 @@ impl Supervisor {
         if let Some(image) = before {
             driver.image = image;
         }
+        let next = if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
+        let name = driver.name.clone();
         if changed || client.is_some() {
-            let (driver, reason) = (driver.name.clone(), why.to_owned());
-            self.events.tell(&Event::RestartFailed { driver, reason });
+            self.events.tell(&Event::RestartFailed { driver: name.clone(), reason: format!("{why}; {next}") });
         }
         if let Some(client) = client {
-            let name = &self.drivers[n].name;
-            let next =
-                if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
             let what = format!("{name}: {why}; {next}");
             self.clients.answer(client, &Response::Error { what });
         }

@@ -41,6 +41,9 @@ const RETRY_PERIOD: Duration = Duration::from_secs(1);
 /// How often the present state is renewed for the metrics.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
+/// How long the end of the run waits for resets that are under way. A bus reset takes a second.
+const LAST_RESET: Duration = Duration::from_secs(5);
+
 /// How a machine is run.
 #[derive(Debug)]
 pub struct Options {
@@ -106,6 +109,7 @@ enum Source {
     DriverExit(usize),
     Standby(usize, StandbyPart),
     Dying(usize, DyingPart),
+    Ending(usize),
     ResetDone(usize),
     SpareResetDone(usize),
     Listener,
@@ -167,6 +171,10 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let result = supervisor.run_to_the_end();
     supervisor.notify.stopping();
     supervisor.end_processes();
+    supervisor.finish_resets();
+    // Before the control socket goes: who follows the events reads the rest from the log.
+    supervisor.events.tell_troubles();
+    supervisor.events.finish();
     result?;
     supervisor
         .failure
@@ -292,7 +300,14 @@ impl Supervisor {
         let questions = self.drivers.iter().filter_map(DriverVm::question_due);
         let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
-        drivers.chain(dying).chain(self.clients.deadline()).chain(self.notify.deadline()).chain(metrics).min()
+        let failed = self.drivers.iter().filter(|driver| driver.reset_failed).map(|_| Time(0));
+        drivers
+            .chain(failed)
+            .chain(dying)
+            .chain(self.clients.deadline())
+            .chain(self.notify.deadline())
+            .chain(metrics)
+            .min()
     }
 
     fn wait(&self) -> Result<Vec<Source>, RunError> {
@@ -323,7 +338,8 @@ impl Supervisor {
             let Some(process) = &guest.process else { continue };
             watched.push((Source::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
             if guest.listening {
-                watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN));
+                let more = if guest.unsent.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
+                watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN | more));
             }
         }
         for (n, driver) in self.drivers.iter().enumerate() {
@@ -334,6 +350,7 @@ impl Supervisor {
                 watched.push((Source::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
             watched.extend(driver.watched_standby().map(|(part, fd, flags)| (Source::Standby(n, part), fd, flags)));
+            watched.extend(driver.ending.iter().map(|ending| (Source::Ending(n), ending.pidfd(), PollFlags::POLLIN)));
             watched.extend(driver.watched_dying().map(|(part, fd)| (Source::Dying(n, part), fd, PollFlags::POLLIN)));
             let Some(life) = &driver.life else { continue };
             watched.push((Source::DriverExit(n), life.process.pidfd(), PollFlags::POLLIN));
@@ -363,6 +380,7 @@ impl Supervisor {
             | Source::ResetDone(n)
             | Source::SpareResetDone(n)
             | Source::Standby(n, _)
+            | Source::Ending(n)
             | Source::Dying(n, _) => self.drivers[n].span(),
             Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
         }
@@ -379,6 +397,7 @@ impl Supervisor {
             Source::GuestExit(n) => self.on_guest_exit(n),
             Source::DriverExit(n) => self.on_driver_exit(n),
             Source::Dying(n, part) => self.on_dying(n, part),
+            Source::Ending(n) => self.on_ending(n),
             Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::SpareResetDone(n) => self.on_spare_reset_done(n),
@@ -389,9 +408,13 @@ impl Supervisor {
 
     fn tick(&mut self) {
         let now = Time::now();
+        self.events.tell_troubles();
         for n in 0..self.drivers.len() {
             if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
                 self.drivers[n].lifecycle.wait_turn(now);
+            }
+            if std::mem::take(&mut self.drivers[n].reset_failed) {
+                self.drive(n, Input::ResetDone);
             }
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
@@ -465,6 +488,10 @@ impl Supervisor {
         };
         self.events.tell(&Event::Stopping { how: told });
         for n in 0..self.guests.len() {
+            // One that waits for its sound card has not started, and does not any more.
+            if self.guests[n].process.is_none() && !self.guests[n].is_over() {
+                self.guests[n].state = GuestState::Off;
+            }
             match how {
                 // A guest that is about to reboot gets its process back first; it is off as it is.
                 StopHow::PowerButton => self.tell_guest(n, &crate::process::ipc::ToVm::PowerButton),
@@ -503,9 +530,22 @@ impl Supervisor {
         self.stop_drivers();
     }
 
+    /// A reset that is under way has the kernel's order of reset methods put aside: it is waited for, or left to the next run
+    /// of the machine to put back.
+    fn finish_resets(&mut self) {
+        let until = Time::now() + LAST_RESET;
+        let jobs = self.drivers.iter().flat_map(|driver| {
+            driver.resetting.iter().chain(driver.spare.iter().filter_map(|spare| spare.resetting.as_ref()))
+        });
+        if !jobs.fold(true, |all, job| job.wait(until) && all) {
+            self.run_dir.leave_to_the_next();
+        }
+    }
+
     /// Kills what still runs and waits for it, before the terminal is restored.
     fn end_processes(&mut self) {
         self.drivers.iter_mut().for_each(|driver| (driver.life, driver.standby, driver.dying) = (None, None, None));
+        self.drivers.iter_mut().for_each(|driver| driver.ending.clear());
         self.guests.iter_mut().for_each(|guest| guest.process = None);
     }
 }

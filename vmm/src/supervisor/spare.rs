@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use umbra_driver_vm::protocol::ToAgent;
 use umbra_shadow::Generation;
 
 use super::driver::{DeviceRef, DriverVm, EndRef, Role, StandbyVm};
@@ -103,24 +102,6 @@ impl Supervisor {
         let device = spare.device.bdf().to_string();
         self.events.tell(&Event::DeviceReset { driver: driver.name.clone(), device, method, reset_ms, error });
         self.drive(n, Input::SpareResetDone);
-    }
-
-    /// The spare's agent has said hello.
-    pub(super) fn configure_spare(&mut self, n: usize) {
-        let driver = &self.drivers[n];
-        let Some(standby) = &driver.standby else { return };
-        let plan = self.net_plan(driver, &standby.life);
-        self.tell_spare(n, &ToAgent::ConfigureNet(plan));
-    }
-
-    /// Sends `message` to the spare's agent. A stream that is closed is noticed where it is read.
-    pub(super) fn tell_spare(&mut self, n: usize, message: &ToAgent) {
-        let agent = self.drivers[n].standby.as_mut().and_then(|standby| standby.life.agent.as_mut());
-        if let (Some(agent), Ok(line)) = (agent, serde_json::to_string(message))
-            && let Err(error) = agent.send(&line)
-        {
-            self.drive(n, Input::StandbyFailed(format!("its agent's control stream: {error}")));
-        }
     }
 
     /// The spare forwards and has its carrier, or has it no more.

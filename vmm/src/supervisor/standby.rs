@@ -11,11 +11,12 @@ use nix::poll::PollFlags;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::console::Console;
+use super::console::{Console, Fatal};
 use super::driver::{DriverVm, Role, StandbyVm};
 use super::events::Event;
 use super::lifecycle::{Carrier, Input, Source};
 use super::run::Supervisor;
+use super::settings::Which;
 use super::status::StandbyStatus;
 use super::time::{Time, milliseconds};
 use super::timeline::Step;
@@ -89,25 +90,25 @@ impl Supervisor {
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
             return self.fail_driver(n, Source::Start, "the standby is gone".into(), now);
         };
-        let StandbyVm { life, console, started, kernel, .. } = standby;
+        let StandbyVm { life, console, started, kernel, told, .. } = standby;
         let name = format!("{}.{generation}", driver.name);
         driver.console.take_over(&name, console);
         driver.timeline.mark(Step::Spawn, now);
-        let ready = kernel.is_some();
-        if ready {
+        if kernel.is_some() {
             driver.timeline.mark(Step::Hello, now);
             driver.kernel = kernel;
-        } else {
+        }
+        if !told {
             renice(life.process.pid(), 0);
         }
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
         driver.life = Some(life);
         driver.present = Some(generation);
-        let standby = if ready { "ready" } else { "booting" };
+        let standby = if told { "ready" } else { "booting" };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
-        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
-        self.attach_links(n, Role::Serves);
         self.plug(n);
+        self.attach_links(n, Role::Serves);
+        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
     }
 
     fn plug(&mut self, n: usize) {
@@ -125,8 +126,10 @@ impl Supervisor {
 
     /// The device is on the bus of the adopted standby: its kernel has to look for it.
     pub(super) fn on_plugged(&mut self, n: usize, at: Time) {
-        self.stage(n, Step::Plugged, "plugged", at, String::new());
+        // The time line first: it says whether the agent can be told.
+        self.drivers[n].timeline.mark(Step::Plugged, at);
         self.rescan(n);
+        self.told_stage(n, Step::Plugged, "plugged", String::new());
     }
 
     /// An agent that has not said hello yet is told when it has.
@@ -146,10 +149,7 @@ impl Supervisor {
         let failed = match part {
             StandbyPart::Control => self.read_standby(n),
             StandbyPart::Agent => self.read_standby_agent(n),
-            StandbyPart::Console => {
-                self.drivers[n].read_standby_console();
-                None
-            }
+            StandbyPart::Console => self.drivers[n].read_standby_console().map(|fatal| fatal.in_words().into()),
             StandbyPart::Exit => self.standby_gone(n),
         };
         if let Some(why) = failed {
@@ -193,7 +193,10 @@ impl Supervisor {
                 Err(error) => return Some(format!("its agent sent what is no message ({error})")),
             }
         }
-        let error = error.or(flushed.err())?;
+        let Some(error) = error.or(flushed.err()) else {
+            self.send_settings(n, Which::Standby);
+            return None;
+        };
         self.drivers[n].standby.as_mut()?.life.agent = None;
         Some(format!("its agent's control stream: {error}"))
     }
@@ -219,6 +222,9 @@ impl Supervisor {
             }
             FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
             FromAgent::Carrier { up, .. } => {
+                if standby.life.flaps.count(Time::now()) {
+                    return Some(super::carrier::FLOOD.into());
+                }
                 self.drive(n, Input::SpareCarrier(if up { Carrier::Up } else { Carrier::Down }));
             }
             FromAgent::Heartbeat { available_memory, .. } => {
@@ -278,11 +284,12 @@ impl DriverVm {
         watched.into_iter()
     }
 
-    fn read_standby_console(&mut self) {
-        let Some(standby) = &mut self.standby else { return };
-        if let Some(pipe) = standby.life.process.console() {
-            standby.life.talking = standby.console.read(pipe);
-        }
+    /// Returns what its kernel has begun to say of its end: it is not to be adopted.
+    fn read_standby_console(&mut self) -> Option<Fatal> {
+        let standby = self.standby.as_mut()?;
+        let pipe = standby.life.process.console()?;
+        standby.life.talking = standby.console.read(pipe);
+        standby.console.fatal()
     }
 
     pub(super) fn standby_status(&self) -> Option<StandbyStatus> {

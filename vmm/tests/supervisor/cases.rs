@@ -44,6 +44,8 @@ pub const ALL: &[Case] = cases![
     a_driver_vm_that_cannot_start_ends_the_run,
     a_device_that_cannot_be_opened_ends_the_run,
     an_agent_that_cannot_work_at_first_ends_the_run,
+    a_guest_that_changes_its_mind_without_end_costs_no_driver_vm,
+    a_rebooted_guest_hears_that_its_driver_is_quarantined,
     a_full_disk_does_not_stop_recovery,
     a_driver_vm_gets_its_own_descriptors_alone,
     a_client_that_says_nonsense_is_told_and_a_silent_one_disturbs_nobody,
@@ -381,6 +383,27 @@ fn a_device_that_cannot_be_opened_ends_the_run() {
 fn an_agent_that_cannot_work_at_first_ends_the_run() {
     let mut machine = start("", "agent-fails=1", "");
     assert_eq!(machine.wait().unwrap_err().to_string(), "nic0: no module named nic");
+}
+
+fn a_guest_that_changes_its_mind_without_end_costs_no_driver_vm() {
+    let machine = start("flood", "deaf=1", "");
+    machine.wait_live(1);
+    // Longer than the agent reads nothing.
+    std::thread::sleep(Duration::from_millis(2500));
+    let driver = machine.wait_live(1);
+    assert_eq!((driver.failures, driver.generation), (0, Some(1)));
+    machine.stop();
+}
+
+fn a_rebooted_guest_hears_that_its_driver_is_quarantined() {
+    let machine = start("reset-at-quarantine", "die-after-forwarding=1", "limit = 0");
+    machine.wait_for("quarantine", |driver| driver.state == "quarantined");
+    let until = Instant::now() + Duration::from_secs(10);
+    while machine.guest_log().matches("Quarantine").count() < 2 {
+        assert!(Instant::now() < until, "{}", machine.guest_log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    machine.stop();
 }
 
 fn a_full_disk_does_not_stop_recovery() {

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
-use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, ToAgent};
+use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
 use umbra_shadow::Generation;
 use umbra_vmm::process::channel::{Channel, Incoming};
 use umbra_vmm::process::ipc::{FromVm, MaskedCounts, NetBackend, PortEnd, ToVm, VmEnd, VmSpec};
@@ -56,11 +56,11 @@ fn guest(spec: &VmSpec, channel: &Channel) {
         poll(&mut fds, 10_000_u16).unwrap();
         if let Some(lost) = fds[1..].iter().position(|fd| fd.any().unwrap()) {
             let (generation, _) = links.remove(lost);
+            let at = Time::now().0;
+            channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
             if lost > 0 {
                 continue;
             }
-            let at = Time::now().0;
-            channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
             if let Some((generation, _)) = links.first().filter(|(next, _)| armed == Some(*next)) {
                 live = armed.take();
                 let (masked, generation) = (MaskedCounts::default(), *generation);
@@ -87,6 +87,9 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::GoLive { net, generation, .. } => {
                 let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };
                 channel.send(&FromVm::Live { net, generation, at, masked }, &[]).unwrap();
+                if spec.cmdline.contains("flood ") {
+                    flood(channel);
+                }
                 if spec.cmdline.contains(&format!("reset-in={generation} ")) {
                     thread::sleep(Duration::from_millis(300));
                     let at = Time::now().0;
@@ -100,12 +103,27 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 let status = FromVm::NetStatus { net: 0, mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
                 channel.send(&status, &[]).unwrap();
             }
+            ToVm::Quarantine { .. } if spec.cmdline.contains("reset-at-quarantine ") => {
+                // Only in its first life.
+                if std::fs::read_to_string(path).unwrap().matches("Quarantine").count() == 1 {
+                    channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
+                    return;
+                }
+            }
             ToVm::PowerButton => {
                 channel.send(&FromVm::Ended { at, how: VmEnd::PowerOff, registers: String::new() }, &[]).unwrap();
                 return;
             }
             _ => {}
         }
+    }
+}
+
+/// Asks for another receive mode, each as long as can be, again and again.
+fn flood(channel: &Channel) {
+    for n in 0..600_u16 {
+        let mode = RxMode { vlans: Some((0..4096).collect()), promiscuous: n % 2 == 0, ..RxMode::default() };
+        channel.send(&FromVm::RxMode { net: 0, mode }, &[]).unwrap();
     }
 }
 
@@ -168,6 +186,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if !spec.standby {
         heartbeats();
+    }
+    if told("deaf") {
+        thread::sleep(Duration::from_secs(2));
     }
     for line in lines {
         if let Ok(ToAgent::Crash { kind }) = serde_json::from_str(&line.unwrap()) {

@@ -1,0 +1,232 @@
+//! What guests ask of their network devices (receive mode, offloads), on its way to the agents of the driver VMs.
+//!
+//! Invariant: an agent is sent the present state of an end, and only when it has read what was sent before. So a guest that
+//! changes its mind without end costs one message at a time, and never fills the stream of a driver VM that others share.
+
+use std::collections::BTreeSet;
+
+use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, RxMode, ToAgent};
+
+use super::driver::{DeviceRef, DriverVm, EndRef, Life, Role, device_mac};
+use super::guest::GuestVm;
+use super::lifecycle::Input;
+use super::lines::LineError;
+use super::run::Supervisor;
+
+/// What of an end changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Setting {
+    Mode,
+    Offloads,
+}
+
+/// What an agent has not been told yet.
+#[derive(Debug, Default)]
+pub(super) enum Settings {
+    /// It has no plan, which will have everything.
+    #[default]
+    Unplanned,
+    /// It has one, and this has changed since, by position among the life's ends.
+    Changed(BTreeSet<(u16, Setting)>),
+}
+
+impl Settings {
+    fn change(&mut self, position: u16, setting: Setting) {
+        if let Self::Changed(changed) = self {
+            changed.insert((position, setting));
+        }
+    }
+
+    fn next(&mut self) -> Option<(u16, Setting)> {
+        if let Self::Changed(changed) = self { changed.pop_first() } else { None }
+    }
+}
+
+/// Which life of a driver VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Which {
+    Present,
+    Standby,
+}
+
+/// A message as a line that the agent accepts.
+pub(super) fn encode(message: &ToAgent) -> Result<String, LineError> {
+    let line = serde_json::to_string(message).map_err(|error| LineError::Io(error.into()))?;
+    if line.len() > MAX_LINE { Err(LineError::TooLong(MAX_LINE)) } else { Ok(line) }
+}
+
+/// The plan in one message; where the ends' modes make that too long for a line, without them, and with those that have
+/// to follow.
+fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
+    let whole = ToAgent::ConfigureNet(plan.clone());
+    if encode(&whole).is_ok() {
+        return (whole, BTreeSet::new());
+    }
+    let positions = 0..u16::try_from(plan.ends.len()).unwrap_or(u16::MAX);
+    plan.ends.iter_mut().for_each(|end| end.mode = RxMode::default());
+    (ToAgent::ConfigureNet(plan), positions.map(|position| (position, Setting::Mode)).collect())
+}
+
+impl Supervisor {
+    /// Tells the agent of this life of driver VM `n` what to serve.
+    pub(super) fn configure(&mut self, n: usize, which: Which) {
+        let driver = &self.drivers[n];
+        let Some(life) = driver.life_of(which) else { return };
+        let (message, changed) = if driver.is_sound() {
+            let ends = u16::try_from(life.ends.len()).unwrap_or(u16::MAX);
+            (ToAgent::ConfigureSound { ends, device: life.role.device() }, BTreeSet::new())
+        } else {
+            plan_messages(net_plan(&self.guests, driver, life))
+        };
+        let sent = self.drivers[n].send(which, &message);
+        if let Some(life) = self.drivers[n].life_of_mut(which) {
+            life.settings = Settings::Changed(changed);
+        }
+        self.after_sending(n, which, sent);
+        self.send_settings(n, which);
+    }
+
+    /// A guest has asked for something else at an end: the agents that have their plan are told.
+    pub(super) fn pass_on(&mut self, guest: usize, net: u16, setting: Setting) {
+        let Some((driver, end)) = self.served_by(guest, net) else { return };
+        for which in [Which::Present, Which::Standby] {
+            let Some(life) = self.drivers[driver].life_of_mut(which) else { continue };
+            let position = life.ends.iter().position(|have| *have == end).and_then(|n| u16::try_from(n).ok());
+            if let Some(position) = position {
+                life.settings.change(position, setting);
+                self.send_settings(driver, which);
+            }
+        }
+    }
+
+    /// Sends what has changed, as far as the agent reads.
+    pub(super) fn send_settings(&mut self, n: usize, which: Which) {
+        loop {
+            let Some(life) = self.drivers[n].life_of_mut(which) else { return };
+            if life.agent.as_ref().is_none_or(super::lines::Lines::has_unsent) {
+                return;
+            }
+            let Some((position, setting)) = life.settings.next() else { return };
+            let Some(end) = life.ends.get(usize::from(position)).copied() else { continue };
+            let EndRef { guest, device: DeviceRef::Net { net, .. } } = self.drivers[n].ends[end] else { continue };
+            let net = &self.guests[guest].nets[usize::from(net)];
+            let message = match setting {
+                Setting::Mode => ToAgent::SetRxMode { end: position, mode: net.mode.clone() },
+                Setting::Offloads => ToAgent::SetOffloads { end: position, offloads: net.offloads },
+            };
+            let sent = self.drivers[n].send(which, &message);
+            self.after_sending(n, which, sent);
+        }
+    }
+
+    fn after_sending(&mut self, n: usize, which: Which, sent: Result<(), LineError>) {
+        match (sent, which) {
+            (Ok(()), _) => {}
+            (Err(error), Which::Present) => self.lose_agent(n, &error),
+            // One that is closed is noticed where it is read as well.
+            (Err(error), Which::Standby) => {
+                if let Some(standby) = &mut self.drivers[n].standby {
+                    standby.life.agent = None;
+                }
+                self.drive(n, Input::StandbyFailed(format!("its agent's control stream: {error}")));
+            }
+        }
+    }
+}
+
+/// What the guests of `driver` have asked for so far, for its life `life`.
+fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
+    let end = |(position, end): (usize, &usize)| {
+        let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
+        let net = &guests[*guest].nets[usize::from(*net)];
+        Some(NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads })
+    };
+    let ends = life.ends.iter().enumerate().filter_map(end).collect();
+    let mtu = match driver.ends.first().map(|end| end.device) {
+        Some(DeviceRef::Net { mtu, .. }) => mtu,
+        _ => None,
+    };
+    NetPlan { ends, mtu, device: life.role.device() }
+}
+
+impl DriverVm {
+    fn life_of(&self, which: Which) -> Option<&Life> {
+        match which {
+            Which::Present => self.life.as_ref(),
+            Which::Standby => self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life),
+        }
+    }
+
+    fn life_of_mut(&mut self, which: Which) -> Option<&mut Life> {
+        match which {
+            Which::Present => self.life.as_mut(),
+            Which::Standby => self.standby.as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life),
+        }
+    }
+
+    /// Sends `message` to the agent of this life, if there is one.
+    pub(super) fn send(&mut self, which: Which, message: &ToAgent) -> Result<(), LineError> {
+        let Some(agent) = self.life_of_mut(which).and_then(|life| life.agent.as_mut()) else { return Ok(()) };
+        agent.send(&encode(message)?)
+    }
+}
+
+impl Role {
+    /// Where the device of such a life is when the agent gets its plan.
+    fn device(self) -> umbra_driver_vm::protocol::DevicePlace {
+        match self {
+            Self::Serves | Self::Spare => umbra_driver_vm::protocol::DevicePlace::Present,
+            Self::Waits => umbra_driver_vm::protocol::DevicePlace::ToCome,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use umbra_driver_vm::protocol::{DevicePlace, Mac, Offloads};
+
+    use super::*;
+
+    fn full_mode() -> RxMode {
+        let macs = |first| (0..64).map(|n| Mac([first, 0, 0, 0, 0, n])).collect();
+        let vlans = Some((0..4096).collect());
+        RxMode { unicast: macs(2), multicast: macs(1), vlans, ..RxMode::default() }
+    }
+
+    fn plan(ends: u8) -> NetPlan {
+        let end = |n| NetEnd { device_mac: Mac([2, 0, 0, 0, 0, n]), mode: full_mode(), offloads: Offloads::default() };
+        NetPlan { ends: (0..ends).map(end).collect(), mtu: None, device: DevicePlace::Present }
+    }
+
+    #[test]
+    fn a_plan_that_is_too_long_for_a_line_is_sent_in_parts_that_are_not() {
+        let (message, changed) = plan_messages(plan(1));
+        assert_eq!(message, ToAgent::ConfigureNet(plan(1)), "one end fits");
+        assert!(changed.is_empty());
+        let (message, changed) = plan_messages(plan(2));
+        encode(&message).unwrap();
+        assert_eq!(changed, BTreeSet::from([(0, Setting::Mode), (1, Setting::Mode)]));
+        encode(&ToAgent::SetRxMode { end: 1, mode: full_mode() }).unwrap();
+    }
+
+    #[test]
+    fn a_message_that_the_agent_would_refuse_is_not_sent() {
+        assert!(matches!(encode(&ToAgent::ConfigureNet(plan(2))), Err(LineError::TooLong(MAX_LINE))));
+    }
+
+    #[test]
+    fn however_often_an_end_changes_it_is_told_once_and_before_the_plan_not_at_all() {
+        let mut settings = Settings::default();
+        settings.change(0, Setting::Mode);
+        assert_eq!(settings.next(), None);
+        let mut settings = Settings::Changed(BTreeSet::new());
+        for _ in 0..1000 {
+            settings.change(1, Setting::Offloads);
+            settings.change(0, Setting::Mode);
+        }
+        assert_eq!(settings.next(), Some((0, Setting::Mode)));
+        assert_eq!(settings.next(), Some((1, Setting::Offloads)));
+        assert_eq!(settings.next(), None);
+    }
+}
