@@ -25,6 +25,7 @@ use super::restart::Trial;
 use super::rundir::RunDir;
 use super::settings::Settings;
 use super::spare::Spare;
+use super::starvation::Watch;
 use super::status;
 use super::time::Time;
 use super::timeline::Timeline;
@@ -109,6 +110,8 @@ pub(super) struct DriverVm {
     pub(super) ends: Vec<EndRef>,
     pub(super) lifecycle: Lifecycle,
     pub(super) life: Option<Life>,
+    /// The look at the life's threads in the present silence.
+    pub(super) watch: Option<Watch>,
     /// The failed life, while it says its last words.
     pub(super) dying: Option<Dying>,
     /// Killed processes whose end has not been seen yet.
@@ -229,6 +232,7 @@ impl DriverVm {
             image,
             ends,
             life: None,
+            watch: None,
             dying: None,
             ending: Vec::new(),
             reset_failed: false,

@@ -22,6 +22,7 @@
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod silence;
 mod spare;
 mod standby;
 mod state;
@@ -34,6 +35,7 @@ use umbra_shadow::Generation;
 use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
+use silence::Silence;
 use standby::PATIENCE;
 
 pub use standby::{Ahead, Standby};
@@ -69,8 +71,8 @@ pub struct Lifecycle {
     suspects: BTreeSet<End>,
     /// A sign of failure, and until when a better reason is waited for.
     suspicion: Option<(Time, Failure)>,
-    /// The last sign of life from the agent, once it forwards.
-    heard: Option<Time>,
+    /// Since the last sign of life from the agent, once it forwards.
+    silence: Option<Silence>,
     carrier: Carrier,
     reserve: Reserve,
     /// A restart was asked for; it waits for the standby until then.
@@ -100,7 +102,7 @@ impl Lifecycle {
             ends: (0..ends).collect(),
             suspects: BTreeSet::new(),
             suspicion: None,
-            heard: None,
+            silence: None,
             carrier: Carrier::Down,
         }
     }
@@ -159,12 +161,15 @@ impl Lifecycle {
             _ => None,
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        let deadlines = [state, suspicion, self.heartbeat_deadline(), self.reserve.deadline(), self.restarting];
+        let deadlines =
+            [state, suspicion, self.silence().map(|(_, over)| over), self.reserve.deadline(), self.restarting];
         deadlines.into_iter().flatten().min()
     }
 
-    fn heartbeat_deadline(&self) -> Option<Time> {
-        self.heard.filter(|_| self.has_life()).map(|heard| heard + self.heartbeat_timeout())
+    /// Since when it is worth a look whether the silent life gets a processor at all, and when its silence is a failure.
+    pub fn silence(&self) -> Option<(Time, Time)> {
+        let (silence, timeout) = (self.silence.filter(|_| self.has_life())?, self.heartbeat_timeout());
+        Some((silence.half(timeout), silence.heard() + silence.limit(timeout)))
     }
 
     /// Longer before it forwards: the kernel may hold the agent up while the driver starts its NIC.
@@ -191,6 +196,7 @@ impl Lifecycle {
             Input::Forwarding => self.on_forwarding(now),
             Input::Carrier(carrier) => self.on_carrier(now, carrier),
             Input::Heartbeat => self.on_heartbeat(now),
+            Input::Starved => self.on_starved(),
             Input::EndLive(end) => self.on_end_live(now, end),
             Input::EndGone(end) => self.on_end_gone(now, end),
             Input::Failed(failure) => self.fail(now, failure),
@@ -361,7 +367,7 @@ impl Lifecycle {
     /// The standby's, if there is one, even if it still boots: a new one would take longer.
     fn begin_life(&mut self, now: Time) -> Vec<Action> {
         self.suspicion = None;
-        self.heard = None;
+        self.silence = None;
         self.carrier = Carrier::Down;
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
         // A spare has another device: it has been taken at the failure, or there was none.
@@ -375,7 +381,7 @@ impl Lifecycle {
             }
             // It has its plan, since its hello.
             Some(_) => {
-                self.heard = Some(now);
+                self.silence = Some(Silence::since(now));
                 self.state = State::Configuring { until };
                 vec![Action::Adopt(generation)]
             }
@@ -394,7 +400,7 @@ impl Lifecycle {
 
     fn on_forwarding(&mut self, now: Time) -> Vec<Action> {
         let State::Configuring { .. } = self.state else { return Vec::new() };
-        self.heard = Some(now);
+        self.silence = Some(Silence::since(now));
         self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
         if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
     }
@@ -418,8 +424,16 @@ impl Lifecycle {
     }
 
     fn on_heartbeat(&mut self, now: Time) -> Vec<Action> {
-        if let Some(heard) = &mut self.heard {
-            *heard = now;
+        if let Some(silence) = &mut self.silence {
+            *silence = Silence::since(now);
+        }
+        Vec::new()
+    }
+
+    fn on_starved(&mut self) -> Vec<Action> {
+        let timeout = self.heartbeat_timeout();
+        if let Some(silence) = &mut self.silence {
+            silence.excuse(timeout);
         }
         Vec::new()
     }
@@ -578,11 +592,11 @@ impl Lifecycle {
         if let Some((_, sign)) = self.suspicion.take_if(|(until, _)| *until <= now) {
             return self.fail(now, sign);
         }
-        if let (Some(deadline), Some(at)) = (self.heartbeat_deadline(), self.heard)
-            && deadline <= now
+        if let (Some((_, over)), Some(silence)) = (self.silence(), self.silence)
+            && over <= now
         {
-            let what = format!("no heartbeat for {} ms", self.heartbeat_timeout().as_millis());
-            return self.fail(now, Failure { source: Source::Heartbeat, what, at });
+            let what = format!("no heartbeat for {} ms", silence.limit(self.heartbeat_timeout()).as_millis());
+            return self.fail(now, Failure { source: Source::Heartbeat, what, at: silence.heard() });
         }
         match self.state {
             State::Booting { until } | State::Configuring { until } if until <= now => {

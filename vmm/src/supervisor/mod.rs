@@ -29,6 +29,7 @@ mod signals;
 mod sound;
 mod spare;
 mod standby;
+mod starvation;
 pub mod status;
 pub mod time;
 pub mod timeline;

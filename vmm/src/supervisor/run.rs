@@ -307,6 +307,7 @@ impl Supervisor {
             .chain(self.clients.deadline())
             .chain(self.notify.deadline())
             .chain(metrics)
+            .chain(self.silence_due())
             .min()
     }
 
@@ -416,6 +417,7 @@ impl Supervisor {
             if std::mem::take(&mut self.drivers[n].reset_failed) {
                 self.drive(n, Input::ResetDone);
             }
+            self.look_at_silence(n, now);
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
             }

@@ -35,5 +35,6 @@ fn main() -> ExitCode {
 fn start() -> anyhow::Result<agent::Agent> {
     system::mount_all()?;
     system::set_all();
+    system::go_first();
     agent::Agent::start(modules::Loading::start()?)
 }

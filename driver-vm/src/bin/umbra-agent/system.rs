@@ -56,6 +56,16 @@ pub fn set_all() {
     }
 }
 
+/// Lets this thread, and none that it starts, go before ordinary ones: its heartbeats tell that the kernel lives, not how
+/// much there is to do. A kernel that refuses beats as well, if later.
+pub fn go_first() {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const lowest) } != 0 {
+        kernel_log::error(&format!("cannot go before other threads: {}", std::io::Error::last_os_error()));
+    }
+}
+
 /// The generation on the kernel command line (`umbra.generation=`); 0, which is none, when it is not there.
 pub fn generation() -> u32 {
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use super::silence::Silence;
 use super::standby::Stage;
 use super::{Action, CARRIER_PATIENCE, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
 
@@ -67,13 +68,13 @@ impl Lifecycle {
         }
         self.generation = Some(generation);
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
-        (self.heard, self.carrier) = (None, Carrier::Down);
+        (self.silence, self.carrier) = (None, Carrier::Down);
         let mut actions = vec![Action::Failed(failure.clone()), Action::TakeOver(generation)];
         match stage {
             Stage::Booting => self.state = State::Booting { until },
             Stage::Hello => self.state = State::Configuring { until },
             Stage::Forwarding(heard, armed) => {
-                self.heard = Some(heard);
+                self.silence = Some(Silence::since(heard));
                 self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
                 if armed {
                     self.carrier = Carrier::Up;

@@ -75,6 +75,8 @@ pub enum Input {
     Carrier(Carrier),
     /// The agent lives.
     Heartbeat,
+    /// In the last half of the time-out of its silence the life's VM wanted a processor and got none.
+    Starved,
     /// The splitter of this end went live.
     EndLive(End),
     /// The guest of this end is off, or will not say more.

@@ -116,6 +116,23 @@ fn a_silent_agent_fails_after_the_heartbeat_timeout() {
 }
 
 #[test]
+fn silence_for_want_of_a_processor_is_excused_for_a_while() {
+    let mut life = live(1);
+    life.handle(at(1000), Input::Heartbeat);
+    assert_eq!(life.silence(), Some((at(2500), at(4000))));
+    life.handle(at(4000), Input::Starved);
+    assert_eq!(life.silence(), Some((at(4000), at(5500))));
+    assert_eq!(life.handle(at(5499), Input::Tick), []);
+    life.handle(at(5000), Input::Heartbeat);
+    assert_eq!(life.silence(), Some((at(6500), at(8000))), "heard again");
+    (0..100).for_each(|_| drop(life.handle(at(8000), Input::Starved)));
+    assert_eq!(life.deadline(), Some(at(17_000)));
+    let actions = life.handle(at(17_000), Input::Tick);
+    let [Action::Failed(failure), Action::Release] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!((failure.at, failure.what.as_str()), (at(5000), "no heartbeat for 12000 ms"));
+}
+
+#[test]
 fn a_boot_that_takes_too_long_fails() {
     let mut life = new(1);
     life.handle(at(0), Input::Start);
