@@ -22,6 +22,7 @@
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod restart;
 mod silence;
 mod spare;
 mod standby;
@@ -244,51 +245,6 @@ impl Lifecycle {
             return self.fail(now, Failure { source: Source::Replaced, what: why, at: now });
         }
         self.drop_standby()
-    }
-
-    fn on_restart(&mut self, now: Time, fresh: bool) -> Vec<Action> {
-        if !matches!(self.state, State::Live { .. }) {
-            return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
-        }
-        if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
-            return vec![Action::RestartOff("its spare has no carrier".into())];
-        }
-        let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
-        self.restarting = Some(now + self.reserve.longest());
-        self.reserve.want_now(now);
-        actions.extend(self.switch_over(now));
-        actions
-    }
-
-    /// The next driver VM has not been ready in time.
-    fn give_restart_up(&mut self) -> Vec<Action> {
-        let why = if self.reserve.is_hot() { "its spare has no carrier" } else { "it was not ready in time" };
-        self.restarting = None;
-        vec![Action::RestartOff(why.into())]
-    }
-
-    /// Hands over to the standby if that was asked for and it is ready.
-    fn switch_over(&mut self, now: Time) -> Vec<Action> {
-        let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
-        if !(self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })) {
-            return Vec::new();
-        }
-        self.fail(now, Failure { source: Source::Planned, what: "a restart was asked for".into(), at: now })
-    }
-
-    fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {
-        let actions = self.drop_standby();
-        self.want_next(now);
-        actions
-    }
-
-    /// The next standby is wanted, if there is a life beside which it could boot.
-    fn want_next(&mut self, now: Time) {
-        match (&self.state, self.restarting) {
-            (State::Live { .. }, Some(_)) => self.reserve.want_now(now),
-            (State::Live { .. }, None) => self.reserve.want(now),
-            _ => {}
-        }
     }
 
     /// Gives the standby up without a word.

@@ -1,0 +1,53 @@
+//! A restart that was asked for: it waits for the next driver VM beside the serving one, and goes over to it. Pure, a part of
+//! the life cycle.
+//!
+//! Invariant: it has an end, [`Action::RestartOff`] at the latest.
+
+use super::{Action, Failure, Lifecycle, Source, Standby, State, Time};
+
+impl Lifecycle {
+    pub(super) fn on_restart(&mut self, now: Time, fresh: bool) -> Vec<Action> {
+        if !matches!(self.state, State::Live { .. }) {
+            return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
+        }
+        if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
+            return vec![Action::RestartOff("its spare has no carrier".into())];
+        }
+        let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
+        self.restarting = Some(now + self.reserve.longest());
+        self.reserve.want_now(now);
+        actions.extend(self.switch_over(now));
+        actions
+    }
+
+    /// The next driver VM has not been ready in time.
+    pub(super) fn give_restart_up(&mut self) -> Vec<Action> {
+        let why = if self.reserve.is_hot() { "its spare has no carrier" } else { "it was not ready in time" };
+        self.restarting = None;
+        vec![Action::RestartOff(why.into())]
+    }
+
+    /// Hands over to the standby if that was asked for and it is ready.
+    pub(super) fn switch_over(&mut self, now: Time) -> Vec<Action> {
+        let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
+        if !(self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })) {
+            return Vec::new();
+        }
+        self.fail(now, Failure { source: Source::Planned, what: "a restart was asked for".into(), at: now })
+    }
+
+    pub(super) fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {
+        let actions = self.drop_standby();
+        self.want_next(now);
+        actions
+    }
+
+    /// The next standby is wanted, if there is a life beside which it could boot.
+    pub(super) fn want_next(&mut self, now: Time) {
+        match (&self.state, self.restarting) {
+            (State::Live { .. }, Some(_)) => self.reserve.want_now(now),
+            (State::Live { .. }, None) => self.reserve.want(now),
+            _ => {}
+        }
+    }
+}
