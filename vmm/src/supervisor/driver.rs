@@ -204,6 +204,8 @@ pub(super) struct StandbyVm {
     pub(super) told: bool,
     /// It was killed; its end is waited for.
     pub(super) dropped: bool,
+    /// A sign of failure, and until when a better reason is waited for.
+    pub(super) suspicion: Option<(Time, String)>,
 }
 
 impl DriverVm {

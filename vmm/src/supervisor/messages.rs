@@ -203,6 +203,10 @@ impl Supervisor {
         // It waits, and no guest has lost anything.
         if driver.lifecycle.standby().generation() == Some(generation) {
             let why = format!("its link to {guest}.{device}: {cause}");
+            // Mostly the echo of a death whose own sign is on its way; but a spare is not to be taken any more.
+            if cause == CLOSED && driver.spare.is_none() {
+                return driver.suspect_standby(why);
+            }
             return self.drive(d, Input::StandbyFailed(why));
         }
         let retired = driver.has_retired(generation);

@@ -301,8 +301,10 @@ impl Supervisor {
         let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
         let failed = self.drivers.iter().filter(|driver| driver.reset_failed).map(|_| Time(0));
+        let suspicions = self.drivers.iter().filter_map(DriverVm::suspicion_due);
         drivers
             .chain(failed)
+            .chain(suspicions)
             .chain(dying)
             .chain(self.clients.deadline())
             .chain(self.notify.deadline())
@@ -413,6 +415,9 @@ impl Supervisor {
         for n in 0..self.drivers.len() {
             if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
                 self.drivers[n].lifecycle.wait_turn(now);
+            }
+            if let Some(why) = self.drivers[n].take_suspicion(now) {
+                self.drive(n, Input::StandbyFailed(why));
             }
             if std::mem::take(&mut self.drivers[n].reset_failed) {
                 self.drive(n, Input::ResetDone);

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::poll::PollFlags;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
@@ -26,6 +27,9 @@ use crate::process::spawn::describe_exit;
 
 /// How much a booting standby stands back: guests that are served go before it.
 const NICE: i32 = 10;
+
+/// How long a better reason than a closed link is waited for.
+const SUSPICION: Duration = Duration::from_millis(100);
 
 /// What of a standby is ready to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +60,7 @@ impl Supervisor {
                     available_memory: None,
                     told: false,
                     dropped: false,
+                    suspicion: None,
                 });
                 self.attach_links(n, role);
             }
@@ -266,6 +271,24 @@ impl Supervisor {
 }
 
 impl DriverVm {
+    /// The standby has failed, unless a better reason comes.
+    pub(super) fn suspect_standby(&mut self, why: String) {
+        if let Some(standby) = &mut self.standby {
+            standby.suspicion.get_or_insert((Time::now() + SUSPICION, why));
+        }
+    }
+
+    /// When the standby is to be given up on suspicion.
+    pub(super) fn suspicion_due(&self) -> Option<Time> {
+        self.standby.as_ref().filter(|standby| !standby.dropped)?.suspicion.as_ref().map(|(due, _)| *due)
+    }
+
+    /// Why the standby is given up at `now`, if nothing better has come.
+    pub(super) fn take_suspicion(&mut self, now: Time) -> Option<String> {
+        self.suspicion_due().filter(|due| *due <= now)?;
+        self.standby.as_mut()?.suspicion.take().map(|(_, why)| why)
+    }
+
     pub(super) fn watched_standby(&self) -> impl Iterator<Item = (StandbyPart, BorrowedFd<'_>, PollFlags)> {
         let mut watched = Vec::new();
         if let Some(StandbyVm { life, dropped, .. }) = &self.standby {

@@ -50,6 +50,7 @@ pub const ALL: &[Case] = cases![
     a_driver_vm_gets_its_own_descriptors_alone,
     a_client_that_says_nonsense_is_told_and_a_silent_one_disturbs_nobody,
     a_kill_ends_everything_at_once,
+    a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped,
     metrics_count_failures_and_show_the_present,
     a_service_manager_hears_of_ready_watchdog_and_stopping,
     a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up,
@@ -458,6 +459,18 @@ fn a_kill_ends_everything_at_once() {
     let mut machine = start("", "", "");
     machine.wait_live(1);
     machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+}
+
+fn a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped() {
+    let mut machine = make("", "", "");
+    let path = machine.dir.path().join("m.toml");
+    let text = fs::read_to_string(&path).unwrap().replace("net = [{", "sound = [{");
+    fs::write(&path, text).unwrap();
+    machine.start_again();
+    machine.wait_for("a boot", |driver| driver.state == "booting");
+    assert_eq!(machine.status().unwrap().guests[0].pid, None);
+    machine.press(StopHow::PowerButton);
     machine.wait().unwrap();
 }
 
