@@ -150,6 +150,16 @@ pub enum Violation {
         /// What there was to hear.
         handed: u64,
     },
+    /// More was heard than the sample rate allows.
+    #[error("stream {stream}: {heard} frames heard in {ms} ms")]
+    TooFast {
+        /// Which stream.
+        stream: u16,
+        /// The position.
+        heard: u64,
+        /// Since the stream started.
+        ms: u64,
+    },
     /// Samples that are no whole frames, or an epoch that never was.
     #[error("stream {0}: a message that fits neither its parameters nor its epoch")]
     Malformed(u16),

@@ -41,6 +41,18 @@ fn keep_alive_ns(params: &Params) -> u64 {
     params.buffer_nanos().max(PATIENCE_MIN_NS) / 10 * 7
 }
 
+/// How much faster than its rate a card may play, as a divisor: a quarter. AC97's driver measures the card's clock of
+/// 48 kHz itself, and believes up to 60 kHz (`sound/pci/intel8x0.c`).
+const FASTER: u64 = 4;
+/// What a card may be ahead of that: a buffer of its own, and what an emulated one makes up for at once.
+const AHEAD_NS: u64 = 450_000_000;
+
+/// Most frames that a card can have played in `nanos` nanoseconds.
+fn at_most(params: &Params, nanos: u64) -> u64 {
+    let frames = params.frames_in(nanos);
+    frames.saturating_add(frames / FASTER).saturating_add(params.frames_in(AHEAD_NS))
+}
+
 /// Cards report every few milliseconds: one that does not move for so long, and for a quarter of the buffer, ...
 const STANDSTILL_MIN_NS: u64 = 20_000_000;
 
@@ -231,7 +243,10 @@ impl SoundShadow {
             return Err(Refusal::Dead);
         }
         let live = self.is_live();
-        self.stream_mut(id).ok_or(Refusal::NoSuchStream)?.command(command, now, live, out)
+        let answer = self.stream_mut(id).ok_or(Refusal::NoSuchStream)?.command(command, now, live, out);
+        // What stops does not wait for the card.
+        self.finish_replay();
+        answer
     }
 
     /// Samples that the guest wants played.
@@ -241,6 +256,7 @@ impl SoundShadow {
             Ok(stream) => stream.play(token, samples, (now, live), out),
             Err(outcome) => refuse(token, outcome, out),
         }
+        self.finish_replay();
     }
 
     /// Room of `bytes` bytes that the guest wants filled.

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
 use super::params::Params;
-use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, keep_alive_ns, standstill_ns};
+use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, at_most, keep_alive_ns, standstill_ns};
 
 /// Most samples kept for the card although the guest has their messages back, in bytes: 20 s of CD sound. Past it
 /// a held stream stands still, and its player gets what a stuck card gives.
@@ -48,6 +48,8 @@ struct Handed {
     frames: u64,
     /// Frames reported as heard.
     heard: u64,
+    /// When it could first be played.
+    since: u64,
 }
 
 #[derive(Debug)]
@@ -63,6 +65,8 @@ pub(super) struct Playback {
     queued: u64,
     given_back: u64,
     heard: u64,
+    /// Where the guest's count begins: what lies before was left behind by a player that prepared anew.
+    origin: u64,
     handed: Option<Handed>,
     /// When the guest last got a message back, and last handed one over.
     done_at: u64,
@@ -86,6 +90,7 @@ impl Playback {
             queued: 0,
             given_back: 0,
             heard: 0,
+            origin: 0,
             handed: None,
             done_at: 0,
             pushed_at: 0,
@@ -97,12 +102,12 @@ impl Playback {
 
     /// Frames heard since the guest prepared the stream.
     pub(super) fn heard(&self) -> u64 {
-        self.heard
+        self.heard.saturating_sub(self.origin)
     }
 
     /// Frames of the messages that the guest has back.
     pub(super) fn given_back(&self) -> u64 {
-        self.given_back
+        self.given_back.saturating_sub(self.origin)
     }
 
     /// Bytes that the guest waits for.
@@ -128,18 +133,29 @@ impl Playback {
         (self.returned, self.kept) = (0, 0);
         self.drive = Drive::Halted;
         self.handed = None;
-        (self.queued, self.given_back, self.heard) = (0, 0, 0);
+        (self.queued, self.given_back, self.heard, self.origin) = (0, 0, 0, 0);
+    }
+
+    /// The guest prepares anew and counts from 0; what it left behind ([`Self::has_tail`]) comes first.
+    pub(super) fn rebase(&mut self) {
+        self.drive = Drive::Halted;
+        self.handed = None;
+        self.origin = self.queued;
     }
 
     /// The driver VM holds epoch `epoch` from here on.
-    pub(super) fn hand_over(&mut self, epoch: Epoch) {
-        self.handed = Some(Handed { epoch, base: self.heard, frames: self.queued - self.heard, heard: 0 });
+    pub(super) fn hand_over(&mut self, epoch: Epoch, now: u64) {
+        let frames = self.queued - self.heard;
+        self.handed = Some(Handed { epoch, base: self.heard, frames, heard: 0, since: now });
     }
 
     pub(super) fn start(&mut self, now: u64, live: bool) {
         (self.done_at, self.moved_at) = (now, now);
         // A stream that starts has had all the time in the world to be filled: not draining.
         self.pushed_at = now;
+        if let Some(handed) = self.handed.as_mut().filter(|handed| handed.heard == 0) {
+            handed.since = now;
+        }
         self.drive = if live { Drive::Card } else { self.masked(now) };
     }
 
@@ -178,6 +194,10 @@ impl Playback {
         }
         let frames = params.frames(samples.len());
         self.pushed_at = now;
+        if self.oldest().is_none() {
+            // The guest begins to wait just now.
+            self.done_at = now;
+        }
         self.queued += frames;
         if let Some(handed) = &mut self.handed {
             if handed.base + handed.heard == self.queued - frames {
@@ -193,7 +213,7 @@ impl Playback {
     /// What the next driver VM needs to go on where this stream is: every sample not yet heard.
     pub(super) fn refill(&mut self, epoch: Epoch, params: &Params, now: u64, out: &mut Out) {
         self.advance(params, now, out);
-        self.hand_over(epoch);
+        self.hand_over(epoch, now);
         self.moved_at = now;
         let mut position = self.heard;
         for period in &self.periods {
@@ -247,6 +267,10 @@ impl Playback {
         }
         if heard == handed.heard {
             return Ok(());
+        }
+        let elapsed = now.saturating_sub(handed.since);
+        if heard > at_most(params, elapsed) {
+            return Err(Violation::TooFast { stream, heard, ms: elapsed / 1_000_000 });
         }
         self.played += heard - handed.heard;
         handed.heard = heard;
@@ -315,9 +339,10 @@ impl Playback {
     }
 
     /// When a held stream, whose guest did not refill after it got a message back, is taken to be draining: a
-    /// player at its end waits for the whole buffer at once.
+    /// player at its end waits for the whole buffer at once. One that is only late has time: seven tenths of the buffer
+    /// are over when it gets the message, these three, and Linux waits for another tenth.
     fn drained_at(&self, params: &Params) -> Option<u64> {
-        let patience = params.nanos(params.period_frames()).min(params.buffer_nanos() / 4);
+        let patience = params.buffer_nanos() / 10 * 3;
         (self.drive == Drive::Held && self.done_at > self.pushed_at && self.may_give_back(params))
             .then(|| self.done_at.saturating_add(patience))
     }

@@ -76,6 +76,11 @@ impl Stream {
             (self.tail, self.state) = (true, next);
             return Ok(());
         }
+        if self.keeps_samples(step) {
+            self.prepare_behind(now, live, out);
+            self.state = next;
+            return Ok(());
+        }
         self.cut_tail(now, live, out);
         if let Command::SetParams(params) = command {
             if !params.fit(&self.info) {
@@ -129,6 +134,28 @@ impl Stream {
         }
     }
 
+    /// True if a player prepares anew that has every message back while the card has not played them all: it was late
+    /// and recovers from an underrun. (One that begins a new piece sets parameters.)
+    fn keeps_samples(&self, step: Step) -> bool {
+        step == Step::Prepare && matches!(&self.side, Side::Playback(side) if side.has_tail())
+    }
+
+    /// Prepares behind the samples that are kept; they are played first when the stream starts.
+    fn prepare_behind(&mut self, now: u64, live: bool, out: &mut Out) {
+        let flowed = self.flows();
+        self.tail = false;
+        let (Side::Playback(side), Some(params)) = (&mut self.side, &self.params) else { return };
+        side.rebase();
+        if live {
+            if flowed {
+                out.to_card.push(ToCard::Stop { stream: self.id });
+            }
+            self.epoch = Epoch(self.epoch.0.wrapping_add(1));
+            out.to_card.push(ToCard::Prepare { stream: self.id, epoch: self.epoch });
+            side.refill(self.epoch, params, now, out);
+        }
+    }
+
     /// Ends a tail: the stream is then where the guest has it.
     fn cut_tail(&mut self, now: u64, live: bool, out: &mut Out) {
         let Some(params) = self.params.filter(|_| std::mem::take(&mut self.tail)) else { return };
@@ -163,7 +190,7 @@ impl Stream {
         self.epoch = Epoch(self.epoch.0.wrapping_add(1));
         out.to_card.push(ToCard::Prepare { stream: self.id, epoch: self.epoch });
         match &mut self.side {
-            Side::Playback(side) => side.hand_over(self.epoch),
+            Side::Playback(side) => side.hand_over(self.epoch, now),
             Side::Capture(side) => side.hand_over(self.epoch, now),
         }
     }

@@ -32,6 +32,11 @@ fn params() -> Params {
     }
 }
 
+/// As many bytes, in half as many frames.
+fn stereo() -> Params {
+    Params { channels: 2, ..params() }
+}
+
 fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
@@ -86,14 +91,15 @@ impl Model {
     /// Plays and records for `frames` frames.
     fn run(&mut self, frames: usize) -> Vec<FromCard> {
         let mut said = Vec::new();
+        let frame = |stream: StreamId| self.params.get(&stream.0).map_or(2, |p| p.frame_bytes() as usize);
         if *self.running.get(&OUT.0).unwrap_or(&false) {
-            let bytes = (frames * 2).min(self.queue.len());
+            let bytes = (frames * frame(OUT)).min(self.queue.len());
+            self.heard += (bytes / frame(OUT)) as u64;
             self.heard_samples.extend(self.queue.drain(..bytes));
-            self.heard += bytes as u64 / 2;
             said.push(FromCard::Position { stream: OUT, epoch: self.epoch[&OUT.0], heard: self.heard });
         }
         if *self.running.get(&IN.0).unwrap_or(&false) && frames > 0 {
-            let samples = vec![1; frames * 2];
+            let samples = vec![1; frames * frame(IN)];
             said.push(FromCard::Captured { stream: IN, epoch: self.epoch[&IN.0], samples });
         }
         said
@@ -115,6 +121,8 @@ struct Rig {
     sizes: BTreeMap<u32, usize>,
     recorded: Vec<u8>,
     given_back: u64,
+    /// Milliseconds from report to report.
+    every: u64,
 }
 
 impl Rig {
@@ -130,6 +138,7 @@ impl Rig {
             sizes: BTreeMap::new(),
             recorded: Vec::new(),
             given_back: 0,
+            every: 1,
         }
     }
 
@@ -210,12 +219,27 @@ impl Rig {
         self.with(|s, now, out| s.mask(now, out));
     }
 
-    /// Lets `ms` milliseconds pass, the card reporting each one.
+    fn die(&mut self) {
+        self.crash();
+        self.with(|s, _, out| s.die(out));
+        self.given_back = 0;
+    }
+
+    /// The guest's driver resets its device, and forgets what it waits for.
+    fn reset(&mut self) {
+        self.with(|s, _, out| s.reset(out));
+        self.waiting.clear();
+        self.given_back = 0;
+    }
+
+    /// Lets `ms` milliseconds pass; the card reports each one, or every so many.
     fn pass(&mut self, ms: u64) {
         for _ in 0..ms {
             self.now += MS;
             let generation = Generation::new(self.generation);
-            for message in self.model.as_mut().map(|m| m.run(48)).unwrap_or_default() {
+            let due = (self.now / MS).is_multiple_of(self.every);
+            let model = self.model.as_mut().filter(|_| due);
+            for message in model.map(|m| m.run(48 * self.every as usize)).unwrap_or_default() {
                 self.with(|s, now, out| s.from_card(generation.unwrap(), message, now, out)).unwrap();
             }
             if self.shadow.deadline().is_some_and(|at| at <= self.now) {
@@ -378,6 +402,80 @@ fn what_a_held_player_left_behind_is_heard_after_the_outage() {
     assert!(!rig.model.as_ref().unwrap().running[&OUT.0], "the card was stopped at the end");
     rig.crash();
     assert!(rig.played == source.all);
+}
+
+#[test]
+fn a_held_player_that_is_late_and_recovers_from_its_underrun_loses_nothing() {
+    // The card is away, or back, when the player recovers.
+    for back in [false, true] {
+        let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+        rig.boot();
+        rig.start_playback(&mut source);
+        play_for(&mut rig, &mut source, 1000);
+        rig.crash();
+        play_for(&mut rig, &mut source, 500);
+        rig.pass(120);
+        assert!(rig.waiting[&OUT.0].is_empty(), "late: it has everything back");
+        rig.command(OUT, Command::Stop).unwrap();
+        if back {
+            rig.boot();
+            rig.pass(5);
+        }
+        rig.command(OUT, Command::Prepare).unwrap();
+        source.fill(&mut rig);
+        rig.command(OUT, Command::Start).unwrap();
+        play_for(&mut rig, &mut source, 300);
+        if !back {
+            rig.boot();
+        }
+        play_for(&mut rig, &mut source, 1000);
+        rig.crash();
+        assert!(rig.played.len() >= (1000 + 1000) * 96);
+        assert!(rig.played[..] == source.all[..rig.played.len()]);
+        assert_eq!(rig.shadow.counts().frames_skipped, 0);
+    }
+}
+
+#[test]
+fn a_period_after_a_pause_in_feeding_waits_until_it_is_heard() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    rig.pass(400);
+    source.fill(&mut rig);
+    rig.every = 15;
+    rig.pass(1);
+    assert_eq!(rig.waiting[&OUT.0].len(), 4, "given back unheard");
+}
+
+#[test]
+fn a_replay_is_over_when_nothing_is_left_to_wait_for() {
+    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    rig.boot();
+    assert_eq!(rig.shadow.mode(), Mode::Replaying(generation(2)));
+    rig.command(OUT, Command::Stop).unwrap();
+    assert_eq!(rig.shadow.mode(), Mode::Passive(generation(2)));
+}
+
+#[test]
+fn a_card_faster_than_its_rate_is_a_violation() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    let mut heard = 0;
+    let violation = loop {
+        rig.now += MS;
+        heard += 96;
+        source.fill(&mut rig);
+        let report = FromCard::Position { stream: OUT, epoch: Epoch(1), heard };
+        if let Err(violation) = rig.with(|s, now, out| s.from_card(generation(1), report, now, out)) {
+            break violation;
+        }
+        assert!(heard < 48 * 10_000, "never noticed");
+    };
+    assert!(matches!(violation, Violation::TooFast { stream: 0, ms: 500..1000, .. }), "{violation:?}");
 }
 
 #[test]
@@ -545,16 +643,25 @@ enum Event {
     Pass(u64),
     Boot,
     Crash,
+    Die,
+    Reset,
+    /// From now on the card reports every so many milliseconds.
+    Reports(u64),
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
-        4 => (any::<bool>(), 0u8..5).prop_map(|(stream, step)| Event::Command(stream, step)),
+        4 => (any::<bool>(), 0u8..6).prop_map(|(stream, step)| Event::Command(stream, step)),
         8 => any::<bool>().prop_map(Event::Message),
         1 => Just(Event::Oversized),
         5 => (1u64..60).prop_map(Event::Pass),
         1 => Just(Event::Boot),
         1 => Just(Event::Crash),
+        1 => prop_oneof![
+            Just(Event::Die),
+            Just(Event::Reset),
+            (1u64..40).prop_map(Event::Reports),
+        ],
     ];
     // Most begin as players do, so that the interesting states are reached.
     let opening = prop_oneof![
@@ -590,16 +697,17 @@ proptest! {
                     let id = id(stream);
                     let command = [
                         Command::SetParams(params()), Command::Prepare, Command::Start, Command::Stop, Command::Release,
+                        Command::SetParams(stereo()),
                     ][usize::from(step)];
                     let before = rig.shadow.state(id).unwrap();
-                    let after = before.after(command.step());
+                    let after = before.after(command.step()).filter(|_| rig.shadow.mode() != Mode::Dead);
                     let answer = rig.command(id, command);
                     prop_assert_eq!(answer.is_ok(), after.is_some());
                     prop_assert_eq!(rig.shadow.state(id).unwrap(), after.unwrap_or(before));
                 }
                 Event::Message(false) => {
                     let room = rig.waiting.get(&OUT.0).map_or(0, VecDeque::len) < 4;
-                    let takes = rig.shadow.state(OUT).unwrap().takes_messages();
+                    let takes = rig.shadow.state(OUT).unwrap().takes_messages() && rig.shadow.mode() != Mode::Dead;
                     prop_assert_eq!(rig.play(vec![7; 960]), room && takes);
                 }
                 Event::Message(true) => rig.record(960),
@@ -607,7 +715,12 @@ proptest! {
                 Event::Pass(ms) => rig.pass(ms),
                 Event::Boot => rig.boot(),
                 Event::Crash => rig.crash(),
+                Event::Die => rig.die(),
+                Event::Reset => rig.reset(),
+                Event::Reports(every) => rig.every = every,
             }
+            let waits = rig.shadow.streams.iter().any(Stream::waits_for_card);
+            prop_assert!(waits || !matches!(rig.shadow.mode(), Mode::Replaying(_)), "a replay without end");
             prop_assert!(rig.shadow.pending_bytes() <= 2 * params().buffer_bytes as usize);
         }
     }
