@@ -31,8 +31,26 @@ const TIMER: &str = "timer.hw {
 }
 ";
 
-/// Writes it, for `guests` guests: mixed by dmix where there are several. To be called before alsa-lib is.
-pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
+/// Prepares all that can be before there is a card. To be called before alsa-lib is, and before there are threads.
+pub fn prepare(guests: usize) -> anyhow::Result<()> {
+    // SAFETY: there is one thread yet.
+    unsafe { std::env::set_var("ALSA_CONFIG_PATH", PATH) };
+    write(&Found::USUAL, guests)?;
+    alsa::config::update().context("cannot read ALSA's configuration")?;
+    Ok(())
+}
+
+/// Brings it in line with the card that came.
+pub fn adapt(found: &Found, guests: usize) -> anyhow::Result<()> {
+    if found.is_like(&Found::USUAL) {
+        return Ok(());
+    }
+    write(found, guests)?;
+    alsa::config::update_free_global().context("cannot forget ALSA's configuration")
+}
+
+/// Writes it, for `guests` guests: mixed by dmix where there are several.
+fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
     let Found { card, playback, capture } = found;
     let mut text = format!("ctl.{CONTROL} {{ type hw card {card} }}\n");
     for (name, device, shared) in [(PLAYBACK, playback, ("dmix", DMIX_KEY)), (CAPTURE, capture, ("dsnoop", DSNOOP_KEY))]
@@ -55,8 +73,5 @@ pub fn write(found: &Found, guests: usize) -> anyhow::Result<()> {
         text += TIMER;
         fs::create_dir_all(SOCKETS).with_context(|| format!("cannot make {SOCKETS}"))?;
     }
-    fs::write(PATH, text).with_context(|| format!("cannot write {PATH}"))?;
-    // SAFETY: there is one thread yet.
-    unsafe { std::env::set_var("ALSA_CONFIG_PATH", PATH) };
-    Ok(())
+    fs::write(PATH, text).with_context(|| format!("cannot write {PATH}"))
 }

@@ -1,8 +1,10 @@
 //! The sound service of a driver VM: started by the agent, one thread a guest.
 //!
-//! It waits for the card, unmutes it, says on standard output what it can do (one JSON line, for the agent), and then
-//! plays and records for the hosts at the console ports `org.umbra.sound.N`. Several guests are mixed by alsa-lib's
-//! dmix. Any failure of the card ends the service with a sentence: the driver VM has then failed.
+//! It waits for the card, in a standby for as long as there is none, with everything done that can be done without;
+//! says on the console ports `org.umbra.sound.N` and on standard output (one JSON line, for the agent) what it can do,
+//! unmutes it, and then plays and records for the hosts at those ports. Nothing is played before the levels are set.
+//! Several guests are mixed by alsa-lib's dmix. Any failure of the card ends the service with a sentence: the driver VM
+//! has then failed.
 
 mod card;
 mod config;
@@ -11,6 +13,7 @@ mod playback;
 mod port;
 mod record;
 mod session;
+mod startup;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -18,6 +21,12 @@ use std::sync::mpsc;
 
 use anyhow::Context;
 use umbra_shadow::Generation;
+
+use port::Port;
+use session::Session;
+
+/// Bytes of a session's stack: all of it is locked into memory.
+const STACK: usize = 256 * 1024;
 
 fn main() -> ExitCode {
     match run() {
@@ -31,26 +40,46 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let (generation, guests) = arguments()?;
+    let paths = port::wait(guests)?;
+    config::prepare(paths.len())?;
+    be_punctual();
+    let (sender, ended) = mpsc::channel();
+    let mut ports = Vec::new();
+    for path in paths {
+        ports.push((Port::open(&path, generation)?, thread(sender.clone())?));
+    }
+
     let found = card::wait()?;
-    let ports = port::wait(guests)?;
-    config::write(&found, ports.len())?;
-    mixer::set_levels()?;
-    let card = card::describe(&found)?;
+    startup::begin();
+    config::adapt(&found, ports.len())?;
+    let (card, mut open) = card::describe(&found)?;
+    startup::mark("described");
+    if ports.len() > 1 {
+        // Each has to open dmix itself.
+        open.clear();
+    }
+    for (port, session) in ports {
+        // Fails only if the thread has ended, which says why.
+        let _ = session.send(Session::greet(port, &card, std::mem::take(&mut open))?);
+    }
     let line = serde_json::to_string(&card).context("cannot describe the card")?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot tell the agent")?;
-    be_punctual();
-    let (sender, ended) = mpsc::channel();
-    for path in ports {
-        let (sender, card) = (sender.clone(), card.clone());
-        let session = session::Session::open(&path, generation, card)?;
-        std::thread::Builder::new()
-            .name("session".into())
-            .spawn(move || sender.send(session.run()))
-            .context("cannot start a thread")?;
-    }
+    // Beside what the hosts have to say.
+    mixer::set_levels()?;
+    startup::mark("levels set");
+    session::allow_sound();
     // The first session that ends, ends the service: the host starts over with a new driver VM.
     Err(ended.recv().context("no session")?)
+}
+
+/// A thread that runs a session as soon as it gets one.
+fn thread(ended: mpsc::Sender<anyhow::Error>) -> anyhow::Result<mpsc::Sender<Session>> {
+    let (sender, session) = mpsc::channel::<Session>();
+    let run = move || session.recv().ok().and_then(|session| ended.send(session.run()).ok());
+    let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
+    builder.spawn(run).context("cannot start a thread")?;
+    Ok(sender)
 }
 
 /// The generation, and how many guests there are.

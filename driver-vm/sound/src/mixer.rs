@@ -1,5 +1,5 @@
 //! Levels: cards power up muted. What plays is set to 0 dB, or as close below as it goes; the loops from inputs to
-//! outputs are muted; what records is switched on at 0 dB.
+//! outputs are muted; what records is switched on at 0 dB. alsa-lib writes only what differs.
 
 use alsa::Round;
 use alsa::mixer::{Mixer, Selem, SelemChannelId};

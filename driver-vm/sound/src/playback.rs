@@ -22,9 +22,10 @@ const HEADROOM_PERIODS: u64 = 2;
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
 
-/// Opens and sets up a PCM device for `params`.
-pub fn open(name: &str, direction: AlsaDirection, params: &Params) -> anyhow::Result<PCM> {
-    let pcm = PCM::new(name, direction, true).with_context(|| format!("cannot open {name}"))?;
+/// Sets a PCM device up for `params`; opens it unless it is open as `spare`.
+pub fn open(name: &str, direction: AlsaDirection, spare: Option<PCM>, params: &Params) -> anyhow::Result<PCM> {
+    let opened = spare.map_or_else(|| PCM::new(name, direction, true), Ok);
+    let pcm = opened.with_context(|| format!("cannot open {name}"))?;
     let rate = params.rate.hz();
     let period = alsa::pcm::Frames::from(rate.div_ceil(PERIODS_PER_SECOND));
     let buffer = alsa::pcm::Frames::from(rate / 1000 * CARD_BUFFER_MS);
@@ -56,6 +57,8 @@ pub struct Playback {
     params: Option<Params>,
     epoch: Epoch,
     pcm: Option<PCM>,
+    /// The device, open since the card was described.
+    spare: Option<PCM>,
     /// Frames at the end of the card's buffer that are left empty.
     headroom: u64,
     running: bool,
@@ -70,12 +73,13 @@ pub struct Playback {
 }
 
 impl Playback {
-    pub fn new(id: StreamId) -> Self {
+    pub fn new(id: StreamId, spare: Option<PCM>) -> Self {
         Self {
             id,
             params: None,
             epoch: Epoch(0),
             pcm: None,
+            spare,
             headroom: 0,
             running: false,
             dry: false,
@@ -90,6 +94,11 @@ impl Playback {
         self.running
     }
 
+    /// Nobody wants to play just now: lets the card rest.
+    pub fn rest(&mut self) {
+        self.spare = None;
+    }
+
     pub fn set_params(&mut self, params: Params) {
         self.release();
         self.params = Some(params);
@@ -102,7 +111,7 @@ impl Playback {
         (self.heard, self.in_card, self.reported) = (0, 0, 0);
         let Some(params) = &self.params else { bail!("prepare before parameters") };
         if self.pcm.is_none() {
-            let pcm = open(PLAYBACK, AlsaDirection::Playback, params)?;
+            let pcm = open(PLAYBACK, AlsaDirection::Playback, self.spare.take(), params)?;
             let period = pcm.hw_params_current().and_then(|hardware| hardware.get_period_size());
             self.headroom = HEADROOM_PERIODS * period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
             self.pcm = Some(pcm);
@@ -130,16 +139,13 @@ impl Playback {
             bail!("the host sends more than it may");
         }
         self.waiting.extend(samples);
-        if self.running && self.dry && self.heard > 0 {
-            said.push(FromCard::Xrun { stream: self.id, epoch });
-        }
-        if self.running { self.feed() } else { Ok(()) }
+        if self.running { self.feed(said) } else { Ok(()) }
     }
 
-    pub fn start(&mut self) -> anyhow::Result<()> {
+    pub fn start(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         self.reset_card()?;
         self.running = true;
-        self.feed()
+        self.feed(said)
     }
 
     pub fn stop(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
@@ -159,7 +165,7 @@ impl Playback {
             return Ok(());
         }
         self.look()?;
-        self.feed()?;
+        self.feed(said)?;
         if self.heard != self.reported {
             self.reported = self.heard;
             said.push(FromCard::Position { stream: self.id, epoch: self.epoch, heard: self.heard });
@@ -188,8 +194,8 @@ impl Playback {
         Ok(())
     }
 
-    /// Gives the card what it takes.
-    fn feed(&mut self) -> anyhow::Result<()> {
+    /// Gives the card what it takes. It was dry though there are samples: they came late, or this service did.
+    fn feed(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         let (Some(pcm), Some(params)) = (&self.pcm, &self.params) else { return Ok(()) };
         if params.bytes(self.in_card) >= self.waiting.len() {
             return Ok(());
@@ -197,6 +203,9 @@ impl Playback {
         if self.dry {
             pcm.prepare().context("cannot prepare the card after an underrun")?;
             self.dry = false;
+            if self.heard > 0 {
+                said.push(FromCard::Xrun { stream: self.id, epoch: self.epoch });
+            }
         }
         let given = params.bytes(self.in_card);
         let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);

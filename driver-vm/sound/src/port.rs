@@ -15,6 +15,9 @@ use umbra_shadow::sound::ToCard;
 /// How long the ports may take to appear; those of one device come one by one.
 const APPEARS_WITHIN: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(2);
+/// Most that is taken at one look, so that a host that talks without end does not keep the card waiting. The rest waits
+/// with the host.
+const MAX_INCOMING: usize = 256 * 1024;
 /// Most that waits for a host that does not read.
 const MAX_UNSENT: usize = 1 << 20;
 
@@ -55,6 +58,8 @@ pub struct Port {
     file: File,
     generation: Generation,
     incoming: Vec<u8>,
+    /// Bytes of `incoming` that are taken already.
+    taken: usize,
     unsent: Vec<u8>,
 }
 
@@ -66,7 +71,7 @@ impl Port {
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(path)
             .with_context(|| format!("cannot open the console port {}", path.display()))?;
-        Ok(Self { file, generation, incoming: Vec::new(), unsent: Vec::new() })
+        Ok(Self { file, generation, incoming: Vec::new(), taken: 0, unsent: Vec::new() })
     }
 
     pub fn descriptor(&self) -> BorrowedFd<'_> {
@@ -99,7 +104,8 @@ impl Port {
     /// Takes what the host has sent. `false`: the host has closed its end.
     pub fn receive(&mut self) -> anyhow::Result<bool> {
         let mut chunk = [0; 32 * 1024];
-        loop {
+        self.incoming.drain(..std::mem::take(&mut self.taken));
+        while self.incoming.len() < MAX_INCOMING {
             match self.file.read(&mut chunk) {
                 Ok(0) => return Ok(false),
                 Ok(length) => self.incoming.extend_from_slice(&chunk[..length]),
@@ -108,13 +114,14 @@ impl Port {
                 Err(error) => return Err(error).context("cannot read from the host"),
             }
         }
+        Ok(true)
     }
 
     /// The next whole message.
     pub fn next_message(&mut self) -> anyhow::Result<Option<ToCard>> {
-        let decoded = decode(&self.incoming, self.generation).context("the host sent nonsense")?;
+        let decoded = decode(&self.incoming[self.taken..], self.generation).context("the host sent nonsense")?;
         Ok(decoded.map(|(message, length)| {
-            self.incoming.drain(..length);
+            self.taken += length;
             message
         }))
     }

@@ -17,16 +17,23 @@ pub struct Record {
     params: Option<Params>,
     epoch: Epoch,
     pcm: Option<PCM>,
+    /// The device, open since the card was described.
+    spare: Option<PCM>,
     running: bool,
 }
 
 impl Record {
-    pub fn new(id: StreamId) -> Self {
-        Self { id, params: None, epoch: Epoch(0), pcm: None, running: false }
+    pub fn new(id: StreamId, spare: Option<PCM>) -> Self {
+        Self { id, params: None, epoch: Epoch(0), pcm: None, spare, running: false }
     }
 
     pub fn runs(&self) -> bool {
         self.running
+    }
+
+    /// Nobody wants to record just now: lets the card rest.
+    pub fn rest(&mut self) {
+        self.spare = None;
     }
 
     pub fn set_params(&mut self, params: Params) {
@@ -39,7 +46,7 @@ impl Record {
         self.epoch = epoch;
         let Some(params) = &self.params else { bail!("prepare before parameters") };
         if self.pcm.is_none() {
-            self.pcm = Some(open(CAPTURE, AlsaDirection::Capture, params)?);
+            self.pcm = Some(open(CAPTURE, AlsaDirection::Capture, self.spare.take(), params)?);
         }
         self.stop()
     }
