@@ -1,8 +1,10 @@
 //! The link of a sound splitter: the host's end of a driver VM's console port `org.umbra.sound.N`, a stream socket.
-//! Never blocks. What comes in is taken apart and checked, what goes out waits in a bounded buffer; a peer that breaks
-//! the protocol, does not read or goes away ends the link.
+//! Never blocks. What comes in is taken apart and checked, what goes out waits in a bounded queue, from which a message
+//! goes when a later one makes it moot: a guest cannot fill it, whatever it asks for. A peer that breaks the protocol,
+//! talks without end, does not read or goes away ends the link.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
@@ -10,11 +12,19 @@ use thiserror::Error;
 use umbra_driver_vm::sound_protocol::{FromService, HEADER_BYTES, MAX_BODY, ProtocolError, decode_service, encode};
 use umbra_shadow::Generation;
 use umbra_shadow::sound::params::{MAX_BUFFER_BYTES, MAX_STREAMS};
-use umbra_shadow::sound::{HELD_MAX_BYTES, ToCard, Violation};
+use umbra_shadow::sound::{HELD_MAX_BYTES, StreamId, ToCard, Violation};
 
-/// Most bytes that wait for a driver VM that does not read: twice what a replay can hold of one stream and the
-/// buffers of the others, so that a replay always fits.
-const MAX_UNSENT: usize = 2 * (HELD_MAX_BYTES + MAX_STREAMS * MAX_BUFFER_BYTES as usize);
+/// Most bytes that wait for a driver VM that does not read: what the shadow keeps of every stream, as a replay sends it,
+/// and as much as one message more that is under way. Only a driver VM that says it has played what it has not read can
+/// have more waiting.
+const MAX_UNSENT: usize =
+    MAX_STREAMS * (HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize) + 2 * MAX_BUFFER_BYTES as usize;
+/// Messages of one write.
+const BATCH: usize = 64;
+/// Most messages of a driver VM in a second. Its service sends some 500 (a report of each stream every 4 ms), and those of
+/// many seconds at once after this process was late.
+const MESSAGES_PER_SECOND: u32 = 20_000;
+const SECOND_NS: u64 = 1_000_000_000;
 /// Bytes taken in one go, so that a driver VM that talks without end does not stop the guest's other devices.
 const READ_BUDGET: usize = 256 * 1024;
 /// Bytes of one read.
@@ -38,6 +48,9 @@ pub enum LinkError {
     /// Messages wait and wait.
     #[error("the driver VM does not take what it is sent")]
     NotReading,
+    /// More messages than anybody has to say.
+    #[error("the driver VM sends more than {MESSAGES_PER_SECOND} messages a second")]
+    Flood,
     /// A second card, or a stream before the card.
     #[error("the driver VM's sound service greets in the wrong order")]
     Order,
@@ -52,9 +65,58 @@ pub struct Link {
     socket: UnixStream,
     generation: Generation,
     incoming: Vec<u8>,
-    unsent: Vec<u8>,
-    /// Bytes of `unsent` that are sent already.
+    unsent: VecDeque<Unsent>,
+    /// Bytes of all of `unsent`.
+    waiting: usize,
+    /// Bytes of the first that are sent already.
     sent: usize,
+    /// A second's beginning, and how many messages came since.
+    heard: (u64, u32),
+}
+
+/// A message that waits.
+#[derive(Debug)]
+struct Unsent {
+    stream: StreamId,
+    kind: Kind,
+    bytes: Vec<u8>,
+}
+
+/// What a message does to those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    SetParams,
+    Prepare,
+    Play,
+    Start,
+    Stop,
+    Release,
+}
+
+impl Kind {
+    fn of(message: &ToCard) -> (StreamId, Self) {
+        match message {
+            ToCard::SetParams { stream, .. } => (*stream, Self::SetParams),
+            ToCard::Prepare { stream, .. } => (*stream, Self::Prepare),
+            ToCard::Play { stream, .. } => (*stream, Self::Play),
+            ToCard::Start { stream } => (*stream, Self::Start),
+            ToCard::Stop { stream } => (*stream, Self::Stop),
+            ToCard::Release { stream } => (*stream, Self::Release),
+        }
+    }
+
+    /// True if an earlier message of the same stream that was not sent need not be: a service that takes this one is
+    /// then where it would be with both. So at most one of each kind but samples waits, and samples of one epoch.
+    fn moots(self, earlier: Self) -> bool {
+        match self {
+            Self::Play | Self::Start => false,
+            Self::Stop => matches!(earlier, Self::Start | Self::Stop),
+            Self::Prepare => matches!(earlier, Self::Prepare | Self::Play | Self::Start | Self::Stop),
+            Self::Release => earlier != Self::SetParams,
+            // Closes the stream first.
+            Self::SetParams => true,
+        }
+    }
 }
 
 impl Link {
@@ -64,7 +126,15 @@ impl Link {
     /// When the socket cannot be made non-blocking.
     pub fn new(socket: UnixStream, generation: Generation) -> Result<Self, LinkError> {
         socket.set_nonblocking(true).map_err(LinkError::Io)?;
-        Ok(Self { socket, generation, incoming: Vec::new(), unsent: Vec::new(), sent: 0 })
+        Ok(Self {
+            socket,
+            generation,
+            incoming: Vec::new(),
+            unsent: VecDeque::new(),
+            waiting: 0,
+            sent: 0,
+            heard: (0, 0),
+        })
     }
 
     /// Whose link this is.
@@ -82,8 +152,21 @@ impl Link {
     /// # Errors
     /// When too much waits.
     pub fn send(&mut self, message: &ToCard) -> Result<(), LinkError> {
-        encode(message, self.generation, &mut self.unsent);
-        if self.unsent.len() - self.sent > MAX_UNSENT {
+        let (stream, kind) = Kind::of(message);
+        // What has begun to go out has to go out to its end.
+        let mut begun = self.sent > 0;
+        self.unsent.retain(|earlier| {
+            let kept = std::mem::take(&mut begun) || earlier.stream != stream || !kind.moots(earlier.kind);
+            if !kept {
+                self.waiting -= earlier.bytes.len();
+            }
+            kept
+        });
+        let mut bytes = Vec::new();
+        encode(message, self.generation, &mut bytes);
+        self.waiting += bytes.len();
+        self.unsent.push_back(Unsent { stream, kind, bytes });
+        if self.waiting > MAX_UNSENT {
             return Err(LinkError::NotReading);
         }
         Ok(())
@@ -94,23 +177,43 @@ impl Link {
     /// # Errors
     /// When the peer is gone.
     pub fn flush(&mut self) -> Result<(), LinkError> {
-        while self.sent < self.unsent.len() {
-            match self.socket.write(&self.unsent[self.sent..]) {
+        while !self.unsent.is_empty() {
+            let slices = self.unsent.iter().take(BATCH).zip(std::iter::once(self.sent).chain(std::iter::repeat(0)));
+            let slices: Vec<IoSlice<'_>> = slices.map(|(message, sent)| IoSlice::new(&message.bytes[sent..])).collect();
+            match self.socket.write_vectored(&slices) {
                 Ok(0) => return Err(LinkError::Closed),
-                Ok(written) => self.sent += written,
+                Ok(written) => self.forget(written),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if is_closed(&error) => return Err(LinkError::Closed),
                 Err(error) => return Err(LinkError::Io(error)),
             }
         }
-        self.unsent.clear();
-        self.sent = 0;
         Ok(())
     }
 
+    /// The first `written` bytes that waited are sent.
+    fn forget(&mut self, written: usize) {
+        self.sent += written;
+        while let Some(first) = self.unsent.front().filter(|first| first.bytes.len() <= self.sent) {
+            self.sent -= first.bytes.len();
+            self.waiting -= first.bytes.len();
+            self.unsent.pop_front();
+        }
+    }
+
     /// Takes what has come; the messages in order, and whether the link has ended behind them.
-    pub fn receive(&mut self) -> (Vec<FromService>, Option<LinkError>) {
+    pub fn receive(&mut self, now: u64) -> (Vec<FromService>, Option<LinkError>) {
+        let (messages, error) = self.read();
+        if now.saturating_sub(self.heard.0) >= SECOND_NS {
+            self.heard = (now, 0);
+        }
+        self.heard.1 = self.heard.1.saturating_add(u32::try_from(messages.len()).unwrap_or(u32::MAX));
+        let flood = (self.heard.1 > MESSAGES_PER_SECOND).then_some(LinkError::Flood);
+        (messages, error.or(flood))
+    }
+
+    fn read(&mut self) -> (Vec<FromService>, Option<LinkError>) {
         let (mut messages, mut taken) = (Vec::new(), 0);
         let mut chunk = [0; CHUNK];
         loop {

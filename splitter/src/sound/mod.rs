@@ -148,7 +148,7 @@ impl SoundSplitter {
     pub fn service(&mut self, now: u64) {
         let Some(link) = &mut self.link else { return };
         let generation = link.generation();
-        let (messages, mut error) = link.receive();
+        let (messages, mut error) = link.receive(now);
         for message in messages {
             if let Err(wrong) = self.hear(generation, message, now) {
                 error = Some(wrong);

@@ -174,6 +174,53 @@ fn a_stuck_card_ends_the_link() {
 }
 
 #[test]
+fn a_guest_that_prepares_without_end_does_not_overflow_a_link_that_is_slow() {
+    let (mut splitter, _) = splitter(Policy::Skip);
+    let mut service = attach(&mut splitter, 1, 0);
+    let big = Params { period_bytes: 1 << 20, buffer_bytes: 4 << 20, ..params() };
+    for token in 0..500 {
+        splitter.command(OUT, Command::SetParams(big), 0).unwrap();
+        splitter.command(OUT, Command::Prepare, 0).unwrap();
+        splitter.play(OUT, Token(token), vec![1; 1 << 20], 0);
+        splitter.command(OUT, Command::Start, 0).unwrap();
+        splitter.command(OUT, Command::Stop, 0).unwrap();
+        splitter.command(OUT, Command::Release, 0).unwrap();
+    }
+    start(&mut splitter, 0);
+    assert!(splitter.link().is_some(), "the driver VM has done nothing wrong");
+    let mut heard = Vec::new();
+    while splitter.link().is_some_and(link::Link::wants_to_write) {
+        heard.extend(service.heard());
+        splitter.service(0);
+    }
+    heard.extend(service.heard());
+    let set_up = heard.iter().rposition(|m| matches!(m, ToCard::SetParams { .. })).unwrap();
+    let played = heard[set_up..].iter().filter(|m| matches!(m, ToCard::Play { samples, .. } if samples.len() == 1920));
+    assert_eq!(played.count(), 4, "what counts arrives");
+    assert!(matches!(heard[set_up + 1], ToCard::Prepare { .. }));
+    assert!(matches!(heard.last(), Some(ToCard::Start { .. })));
+    assert!(heard.len() < 200, "what does not count is not sent: {}", heard.len());
+}
+
+#[test]
+fn a_driver_vm_that_talks_without_end_is_lost() {
+    let (mut splitter, notices) = splitter(Policy::Skip);
+    let mut service = attach(&mut splitter, 1, 0);
+    let xrun = FromService::Stream(FromCard::Xrun { stream: OUT, epoch: Epoch(0) });
+    for n in 0u64..40_000 {
+        // A minute of a healthy one's reports, then all at once.
+        let now = if n < 15_000 { n * 4 * MS } else { 60_000 * MS };
+        service.say(&xrun);
+        splitter.service(now);
+        assert!(n > 30_000 || splitter.link().is_some(), "{n}");
+        if splitter.link().is_none() {
+            break;
+        }
+    }
+    assert!(notices.lock().unwrap()[1].contains("messages a second"));
+}
+
+#[test]
 fn quarantine_gives_everything_back_with_an_error() {
     let (mut splitter, _) = splitter(Policy::Skip);
     let _service = attach(&mut splitter, 1, 0);
