@@ -45,6 +45,9 @@ const RX: u16 = 3;
 /// it ever has under way, and 256 leave room for pages.
 const QUEUE_SIZES: [u16; 4] = [64, 64, 256, 256];
 
+/// Messages taken from a queue at one go: as many periods as Linux ever has under way.
+const BATCH: usize = 64;
+
 /// `VIRTIO_RING_F_INDIRECT_DESC`: a message in one descriptor of the ring, however many pages it has.
 const INDIRECT: u64 = 1 << 28;
 /// `VIRTIO_RING_F_EVENT_IDX`.
@@ -73,6 +76,8 @@ pub struct Sound {
     /// The link that is watched, and whether for writing.
     watched: Option<(RawFd, EventSet)>,
     broken: bool,
+    /// Queues in which more may wait than was taken at one go.
+    unserved: Vec<u16>,
     config_call: Option<EventFd>,
     pace: Pace,
     outbox: Outbox,
@@ -101,6 +106,7 @@ impl Sound {
             due: None,
             watched: None,
             broken: false,
+            unserved: Vec::new(),
             config_call: None,
             pace: Pace::new().map_err(failed)?,
             outbox,
@@ -143,28 +149,39 @@ impl Sound {
         let _ = self.wake.write(1);
     }
 
+    /// Takes what a queue holds, at most [`BATCH`] messages: a guest that fills it without end does not keep its other
+    /// devices from being served.
     fn serve(&mut self, index: u16) -> Result<(), RingFault> {
+        for _ in 0..BATCH {
+            if !self.serve_one(index)? {
+                return Ok(());
+            }
+        }
+        self.unserved.push(index);
+        self.call_loop();
+        Ok(())
+    }
+
+    /// `false`: the queue holds nothing.
+    fn serve_one(&mut self, index: u16) -> Result<bool, RingFault> {
         match index {
             CONTROL => {
-                while let Some(control) = self.queues.next_control()? {
-                    let answer = self.control(&control.bytes);
-                    // Messages that a release gives back come before its answer: Linux waits for both.
-                    self.give_back()?;
-                    self.queues.answer(&control, &answer)?;
-                }
+                let Some(control) = self.queues.next_control()? else { return Ok(false) };
+                let answer = self.control(&control.bytes);
+                // Messages that a release gives back come before its answer: Linux waits for both.
+                self.give_back()?;
+                self.queues.answer(&control, &answer)?;
             }
-            TX | RX => {
-                while let Some(message) = self.queues.next_message(index)? {
-                    match message {
-                        Message::Play(stream, token, samples) => self.splitter.play(stream, token, samples, now()),
-                        Message::Record(stream, token, bytes) => self.splitter.record(stream, token, bytes, now()),
-                    }
-                }
-            }
+            TX | RX => match self.queues.next_message(index)? {
+                Message::Play(stream, token, samples) => self.splitter.play(stream, token, samples, now()),
+                Message::Record(stream, token, bytes) => self.splitter.record(stream, token, bytes, now()),
+                Message::Malformed => {}
+                Message::None => return Ok(false),
+            },
             // The event queue's buffers stay with the device: there is nothing to report.
-            _ => {}
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn control(&mut self, bytes: &[u8]) -> Result<Vec<u8>, request::Status> {
@@ -184,6 +201,8 @@ impl Sound {
 
     fn event(&mut self, wake: Wake) -> Result<(), RingFault> {
         match wake {
+            // The queues of a broken device wait for its reset.
+            Wake::Started(_) | Wake::Kicked(_) if self.broken => {}
             Wake::Started(index) | Wake::Kicked(index) => self.serve(index)?,
             Wake::Device(TIMER) => {
                 let _ = self.timer.wait();
@@ -191,16 +210,35 @@ impl Sound {
             }
             Wake::Device(WAKE) => {
                 let _ = self.wake.read();
+                for index in std::mem::take(&mut self.unserved) {
+                    self.serve(index)?;
+                }
             }
             Wake::Device(PACE) => self.tell_pace(),
             Wake::Device(_) => self.splitter.service(now()),
         }
         if self.splitter.deadline().is_some_and(|at| at <= now()) {
+            // First what the card has said: if it is this process that is late, the card did not stand still.
+            self.splitter.service(now());
             self.splitter.tick(now());
         }
         self.note_pace();
+        if self.broken {
+            return Ok(());
+        }
         self.give_back()?;
         self.queues.notify()
+    }
+
+    /// The guest broke a rule: its queues are looked at no more until it resets the device.
+    fn set_broken(&mut self) {
+        self.broken = true;
+        self.unserved.clear();
+        self.splitter.reset(now());
+        if let Some(call) = &self.config_call {
+            // Full only if an interrupt is due anyway.
+            let _ = call.write(1);
+        }
     }
 
     fn serving(&self) -> Option<Generation> {
@@ -329,6 +367,7 @@ impl VirtioDevice for Sound {
 
     fn reset(&mut self) {
         self.broken = false;
+        self.unserved.clear();
         self.splitter.reset(now());
         self.call_loop();
     }
@@ -350,16 +389,9 @@ impl MutEventSubscriber for Sound {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         for wake in self.events.process(events, ops) {
-            if self.broken {
-                continue;
-            }
             if let Err(error) = self.event(wake) {
                 tracing::warn!(%error, "the guest broke a rule of its sound queues");
-                self.broken = true;
-                if let Some(call) = &self.config_call {
-                    // Full only if an interrupt is due anyway.
-                    let _ = call.write(1);
-                }
+                self.set_broken();
             }
         }
         self.watch(ops);

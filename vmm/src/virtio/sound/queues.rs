@@ -20,6 +20,10 @@ const STATUS_BYTES: usize = 8;
 /// What the guest wants.
 #[derive(Debug)]
 pub(super) enum Message {
+    /// Nothing: the queue is empty.
+    None,
+    /// Nothing that is a message; it is answered already.
+    Malformed,
     /// Samples to play.
     Play(StreamId, Token, Vec<u8>),
     /// Room for samples, in bytes.
@@ -103,19 +107,18 @@ impl Queues {
         ring.complete(control.head, u32::try_from(written).unwrap_or(0))
     }
 
-    /// The next message of the tx or rx queue; ones that are none are answered here.
-    pub(super) fn next_message(&mut self, index: u16) -> Result<Option<Message>, RingFault> {
-        while let Some(head) = self.pop(index)? {
-            let token = Token(self.next_token);
-            self.next_token = self.next_token.wrapping_add(1);
-            self.waiting.insert(token.0, (index, head));
-            let Some(queue) = self.queue(index) else { break };
-            match read_message(queue, head, index, token)? {
-                Some(message) => return Ok(Some(message)),
-                None => self.finish(token, Status::BadMessage, 0, &[])?,
-            }
+    /// The next message of the tx or rx queue.
+    pub(super) fn next_message(&mut self, index: u16) -> Result<Message, RingFault> {
+        let Some(head) = self.pop(index)? else { return Ok(Message::None) };
+        let token = Token(self.next_token);
+        self.next_token = self.next_token.wrapping_add(1);
+        self.waiting.insert(token.0, (index, head));
+        let Some(queue) = self.queue(index) else { return Ok(Message::None) };
+        let message = read_message(queue, head, index, token)?;
+        if message.is_none() {
+            self.finish(token, Status::BadMessage, 0, &[])?;
         }
-        Ok(None)
+        Ok(message.unwrap_or(Message::Malformed))
     }
 
     /// Gives messages back that the shadow is done with.

@@ -186,6 +186,47 @@ fn a_broken_ring_asks_for_a_reset() {
 }
 
 #[test]
+fn a_broken_ring_leaves_the_loop_idle_and_the_driver_vm_alive() {
+    let mut rig = Rig::new();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut say = |message: &FromService| {
+        let mut bytes = Vec::new();
+        encode_service(message, Generation::FIRST, &mut bytes);
+        theirs.write_all(&bytes).unwrap();
+    };
+    rig.device.lock().unwrap().attach(Generation::FIRST, ours);
+    say(&FromService::Card(card()));
+    rig.events.run();
+    rig.set_up(1);
+    rig.control(&[0x104, 1], &[]);
+    rig.queues[2].break_ring();
+    rig.queues[2].kick();
+    rig.events.run();
+    assert!(rig.device.lock().unwrap().needs_reset());
+    // A message of the service, a call of the loop, a timer: each is heard once, and then the loop
+    // rests (`run` fails if it does not).
+    say(&FromService::Stream(FromCard::Xrun { stream: StreamId(1), epoch: umbra_shadow::sound::Epoch(1) }));
+    rig.device.lock().unwrap().call_loop();
+    rig.events.run();
+    std::thread::sleep(Duration::from_millis(50));
+    rig.events.run();
+    let device = rig.device.lock().unwrap();
+    assert!(device.splitter.link().is_some(), "no fault of the driver VM");
+    assert_eq!(device.splitter.deadline(), None);
+}
+
+#[test]
+fn a_queue_full_of_nonsense_is_answered_in_several_turns_of_the_loop() {
+    let mut rig = Rig::new();
+    let head = rig.queues[2].add(&[&[1, 0]], &[8]);
+    (1..200).for_each(|_| rig.queues[2].offer(head));
+    rig.device.lock().unwrap().serve(TX).unwrap();
+    assert_eq!(rig.queues[2].used().len(), BATCH);
+    rig.events.run();
+    assert_eq!(rig.queues[2].used().len(), 200 - BATCH, "the rest follows without a kick");
+}
+
+#[test]
 fn a_quarantined_card_is_a_dead_card() {
     let mut rig = Rig::new();
     rig.set_up(0);
