@@ -91,7 +91,7 @@ pub enum ToAgent {
         /// The offloads.
         offloads: Offloads,
     },
-    /// The device has been put on the PCI bus: look for it. Only to a driver VM that waited without it.
+    /// The device has come: give it to its driver, or look for it on the PCI bus. Only to a driver VM that waited without it.
     Rescan,
     /// Fail for real, for tests and for `umbra crash`.
     Crash {

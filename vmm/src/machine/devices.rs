@@ -106,6 +106,13 @@ pub fn add(
     for function in &spec.passthrough {
         adder.devices.plug(vm, (function, std::mem::take(&mut files)), host)?;
     }
+    if let (Some(snapshot), Some(vfio)) = (&spec.awaited, &adder.devices.vfio) {
+        // Without it the function is put on the bus when it comes.
+        match add_function(vm, |slot| VfioPciDevice::awaited(vfio, snapshot, slot)) {
+            Ok(device) => adder.devices.awaited = Some(device),
+            Err(error) => tracing::warn!("the device will not be there ahead: {error}"),
+        }
+    }
     Ok(adder.devices)
 }
 
@@ -175,6 +182,17 @@ fn new_vfio(vm: &Vm) -> Result<Arc<Vfio>, Error> {
     })?)
 }
 
+/// Puts the function that `make` makes for a slot into it.
+fn add_function(
+    vm: &Vm,
+    make: impl FnOnce(Slot) -> Result<VfioPciDevice, vfio::Error>,
+) -> Result<Arc<Mutex<VfioPciDevice>>, Error> {
+    let slot = free_slot(vm)?;
+    let device = Arc::new(Mutex::new(make(slot)?));
+    vm.bus.pci.add(slot, Arc::clone(&device) as SharedDevice)?;
+    Ok(device)
+}
+
 /// The devices that the supervisor speaks with.
 #[derive(Default)]
 pub struct Devices {
@@ -184,6 +202,8 @@ pub struct Devices {
     vfio: Option<Arc<Vfio>>,
     /// Those functions.
     functions: Vec<Arc<Mutex<VfioPciDevice>>>,
+    /// The one whose files are to come.
+    awaited: Option<Arc<Mutex<VfioPciDevice>>>,
     /// Interrupts a second that each of them may make; 0: any number.
     interrupt_limit: u32,
     /// What the event loop does not know yet.
@@ -191,20 +211,29 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Puts the host's function `function` on the bus; before the vCPUs run, or later. Without its `files` it is opened.
+    /// Puts the host's function `function` on the bus, or behind what is there of it ahead; before the vCPUs run, or later.
+    /// Without its `files` it is opened.
     pub fn plug(&mut self, vm: &Vm, (function, files): (&str, Vec<OwnedFd>), host: &Arc<Host>) -> Result<(), Error> {
         let bdf: Bdf = function.parse()?;
         let vfio = match &self.vfio {
             Some(vfio) => vfio,
             None => self.vfio.insert(new_vfio(vm)?),
         };
-        let slot = free_slot(vm)?;
-        let device = match DeviceFiles::received(bdf, files) {
-            Some(files) => VfioPciDevice::from_files(vfio, files, slot)?,
-            None => VfioPciDevice::open(vfio, bdf, slot)?,
+        let device = match (self.awaited.take(), DeviceFiles::received(bdf, files)) {
+            (Some(device), Some(files)) => {
+                lock(&device).arrive(files)?;
+                device
+            }
+            (_, Some(files)) => add_function(vm, |slot| VfioPciDevice::from_files(vfio, files, slot))?,
+            (_, None) => add_function(vm, |slot| VfioPciDevice::open(vfio, bdf, slot))?,
         };
+        self.watch(device, host)
+    }
+
+    /// From here on the function is watched.
+    fn watch(&mut self, device: Arc<Mutex<VfioPciDevice>>, host: &Arc<Host>) -> Result<(), Error> {
         let host = Arc::clone(host);
-        let watch = device.watch(
+        let watch = lock(&device).watch(
             self.interrupt_limit,
             Box::new(move |bdf: Bdf, failure: Failure| {
                 let (device, what) = (bdf.to_string(), failure.to_string());
@@ -212,8 +241,6 @@ impl Devices {
             }),
         )?;
         self.subscribers.push(Arc::new(Mutex::new(watch)));
-        let device = Arc::new(Mutex::new(device));
-        vm.bus.pci.add(slot, Arc::clone(&device) as SharedDevice)?;
         self.functions.push(device);
         Ok(())
     }

@@ -12,6 +12,7 @@ use umbra_shadow::Generation;
 use umbra_shadow::sound::{Card, Policy};
 
 use crate::spec::{Console, Disk, MemorySize};
+use crate::vfio::Snapshot;
 
 /// A VM as its process gets it: everything resolved, nothing to look up.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,6 +46,9 @@ pub struct VmSpec {
     /// A driver VM that waits for its device: [`ToVm::Plug`].
     #[serde(default)]
     pub standby: bool,
+    /// What is known of that device: it is on the bus from the start, to be set up by the VM's kernel before it comes.
+    #[serde(default)]
+    pub awaited: Option<Snapshot>,
     /// A passed-through function, one interrupt of which comes more often a second, has failed; 0: it never has for that.
     #[serde(default)]
     pub interrupt_limit: u32,
@@ -122,7 +126,7 @@ pub enum ToVm {
     Kill,
     /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].
     Release,
-    /// Standby: put this host PCI function on the VM's bus; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
+    /// Standby: put this host PCI function on the VM's bus, or in the place of what is there of it ahead; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
     /// Descriptors attached: its container, group and device, open.
     Plug {
         /// Its PCI address on the host.
@@ -213,7 +217,7 @@ pub enum FromVm {
         /// When, ns.
         at: u64,
     },
-    /// The device of [`ToVm::Plug`] is on the VM's bus; its kernel has to look for it.
+    /// The device of [`ToVm::Plug`] is on the VM's bus; its kernel has to look for it, or to give it to its driver.
     Plugged {
         /// When, ns.
         at: u64,

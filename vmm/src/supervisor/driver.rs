@@ -314,11 +314,13 @@ impl DriverVm {
         agent.set_nonblocking(true).map_err(StartError::Sockets)?;
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
         inherited.push(theirs.into());
+        // Its agent keeps the drivers off until the device has come.
+        let awaits = if role == Role::Waits { " umbra.awaits" } else { "" };
         let spec = VmSpec {
             name,
             kernel: self.image.vmlinux.clone(),
             initrd: vec![self.image.initramfs.clone()],
-            cmdline: format!("{CMDLINE} umbra.generation={generation} {}", self.spec.cmdline),
+            cmdline: format!("{CMDLINE} umbra.generation={generation}{awaits} {}", self.spec.cmdline),
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: spec::Console::Terminal,
@@ -328,6 +330,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
+            awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
             interrupt_limit: self.spec.restart.interrupts_per_s,
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;

@@ -249,6 +249,7 @@ impl GuestVm {
             passthrough: self.spec.passthrough.clone(),
             standby: false,
             // Nobody would restart a guest for it.
+            awaited: None,
             interrupt_limit: 0,
         }
     }

@@ -15,10 +15,10 @@ use nix::poll::{PollFd, PollFlags, poll};
 use tracing::Span;
 
 use super::time::Time;
-use crate::vfio;
 use crate::vfio::files::DeviceFiles;
 use crate::vfio::reset::ResetDone;
 use crate::vfio::sysfs::HostDevice;
+use crate::vfio::{self, Snapshot};
 
 /// How a function's files are opened.
 pub type Open = fn(&HostDevice) -> Result<DeviceFiles, vfio::Error>;
@@ -32,6 +32,8 @@ const RESET_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 pub(super) struct Holder {
     open: Open,
     files: Result<Arc<DeviceFiles>, String>,
+    /// What the device shows, fresh from a reset, since it was opened.
+    snapshot: Option<Snapshot>,
     /// The device is in a state that nobody knows, or the host wants it back: the files are to be closed.
     doubtful: bool,
     /// The thread that is still at work on the files.
@@ -50,6 +52,7 @@ pub(super) struct ResetJob {
 #[derive(Debug)]
 struct Outcome {
     files: Result<Arc<DeviceFiles>, String>,
+    snapshot: Option<Snapshot>,
     /// `None`: the device could not be opened, and was not touched.
     reset: Option<Result<ResetDone, String>>,
 }
@@ -65,12 +68,17 @@ impl ResetJob {
 
 impl Holder {
     pub(super) fn new(open: Open) -> Self {
-        Self { open, files: Err("its device is not open".into()), doubtful: false, busy: None }
+        Self { open, files: Err("its device is not open".into()), snapshot: None, doubtful: false, busy: None }
     }
 
     /// The files, for a life; or why there are none.
     pub(super) fn files(&self) -> Result<&DeviceFiles, String> {
         self.files.as_deref().map_err(Clone::clone)
+    }
+
+    /// What a standby is told of the device ahead; `None`: nothing is known.
+    pub(super) fn snapshot(&self) -> Option<&Snapshot> {
+        self.snapshot.as_ref()
     }
 
     /// Takes the device from its life at once, whatever that does.
@@ -112,12 +120,12 @@ impl Holder {
         let (sender, result) = mpsc::channel();
         let files = std::mem::replace(&mut self.files, Err("its device is being reset".into()));
         let doubtful = std::mem::take(&mut self.doubtful);
-        let (before, open) = (self.busy.take(), self.open);
+        let (before, open, snapshot) = (self.busy.take(), self.open, self.snapshot.take());
         thread::Builder::new().name(format!("reset {}", device.bdf())).spawn(move || {
             let _about = about.entered();
             wait(before);
             // Nobody waits any more when the machine has been stopped.
-            let _ = sender.send(reset(&device, files.ok().filter(|_| !doubtful), open));
+            let _ = sender.send(reset(&device, files.ok().filter(|_| !doubtful).zip(Some(snapshot)), open));
             drop(writer);
         })?;
         Ok(ResetJob { done, result })
@@ -126,9 +134,9 @@ impl Holder {
     /// The reset has returned: what it did; `None` if the device could not be opened, which its next life will say.
     pub(super) fn end_reset(&mut self, job: &ResetJob) -> Option<Result<ResetDone, String>> {
         let ended = || String::from("the thread that did it ended");
-        let lost = |_| Outcome { files: Err(ended()), reset: Some(Err(ended())) };
-        let Outcome { files, reset } = job.result.try_recv().unwrap_or_else(lost);
-        self.files = files;
+        let lost = |_| Outcome { files: Err(ended()), snapshot: None, reset: Some(Err(ended())) };
+        let Outcome { files, snapshot, reset } = job.result.try_recv().unwrap_or_else(lost);
+        (self.files, self.snapshot) = (files, snapshot);
         reset
     }
 }
@@ -139,16 +147,23 @@ fn wait(thread: Option<JoinHandle<()>>) {
 }
 
 /// Fences and resets `device`; opens it where it is not open, or cannot be fenced in any other way than by closing it.
-fn reset(device: &HostDevice, files: Option<Arc<DeviceFiles>>, open: Open) -> Outcome {
-    let files = match files {
-        Some(files) if files.fence() => Ok(files),
-        files => {
-            drop(files);
-            open(device).map(Arc::new).map_err(in_words)
+fn reset(device: &HostDevice, held: Option<(Arc<DeviceFiles>, Option<Snapshot>)>, open: Open) -> Outcome {
+    let (files, known) = match held {
+        Some((files, known)) if files.fence() => (Ok(files), known),
+        held => {
+            drop(held);
+            (open(device).map(Arc::new).map_err(in_words), None)
         }
     };
     let reset = files.is_ok().then(|| device.perform_reset(RESET_LIMIT).map_err(in_words));
-    Outcome { files, reset }
+    // Once: it takes as many reads as there are registers.
+    let snapshot = known.or_else(|| take_snapshot(files.as_deref().ok()?));
+    Outcome { files, snapshot, reset }
+}
+
+/// Without one a standby sees nothing of the device until it has it.
+fn take_snapshot(files: &DeviceFiles) -> Option<Snapshot> {
+    Snapshot::take(files).inspect_err(|error| tracing::debug!("{error}")).ok()
 }
 
 fn in_words(error: vfio::Error) -> String {

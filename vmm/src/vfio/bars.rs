@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::pci::config::BARS;
 use crate::pci::device::{Bar, BarIndex, BarKind};
 
@@ -22,7 +24,7 @@ const MIN_MEMORY: u64 = 16;
 const MIN_IO: u64 = 4;
 
 /// A region as VFIO describes it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionInfo {
     /// Size in bytes; 0: not there.
     pub size: u64,

@@ -12,10 +12,12 @@
 //! | power management | forwarded; a BAR decodes in D0 alone |
 //! | extended: SR-IOV, ARI, resizable BAR | hidden: they name host resources |
 
+use super::bars::{Emulated, RegionInfo};
 use super::error::Error;
 use super::msi::{self, Msi};
 use super::msix::MsixLayout;
-use super::region::{HostConfig, HostFunction};
+use super::region::HostConfig;
+use crate::pci::address::Bdf;
 use crate::pci::config::{BAR0, BARS, BarRegisters, COMMAND_IO, COMMAND_MEMORY};
 use crate::pci::device::{Bar, BarChange};
 use crate::pci::msix::{self, Msix};
@@ -43,8 +45,9 @@ const MAX_EXTENDED: usize = 960;
 const HEADER_END: u8 = 0x40;
 
 const CAPABILITY_POWER: u8 = 0x01;
+const CAPABILITY_EXPRESS: u8 = 0x10;
 /// Power management: control and status, behind the capability's start.
-const POWER_CONTROL: u16 = 4;
+pub(super) const POWER_CONTROL: u16 = 4;
 /// Its power state bits; 0 is D0.
 const POWER_STATE: u8 = 0b11;
 
@@ -65,6 +68,8 @@ pub struct Capabilities {
     pub msix: Option<u16>,
     /// Power management.
     pub power: Option<u16>,
+    /// PCI Express.
+    pub express: Option<u16>,
     /// Extended ones to hide.
     pub hidden: Vec<u16>,
 }
@@ -84,6 +89,7 @@ impl Capabilities {
                 msi::CAPABILITY_ID => this.msi = this.msi.or(Some(offset)),
                 msix::CAPABILITY_ID => this.msix = this.msix.or(Some(offset)),
                 CAPABILITY_POWER => this.power = this.power.or(Some(offset)),
+                CAPABILITY_EXPRESS => this.express = this.express.or(Some(offset)),
                 _ => {}
             }
             next = host.config8(offset + 1) & !0b11;
@@ -308,12 +314,15 @@ pub fn bar_registers(host: &dyn HostConfig) -> [u32; BARS] {
 }
 
 /// The MSI-X layout of a function; an error if it points outside of its BARs.
-pub fn msix_layout(host: &HostFunction, capabilities: &Capabilities) -> Result<Option<MsixLayout>, Error> {
+pub fn msix_layout(
+    (bdf, host): (Bdf, &dyn HostConfig),
+    regions: &[RegionInfo; BARS],
+    capabilities: &Capabilities,
+) -> Result<Option<MsixLayout>, Error> {
     let Some(offset) = capabilities.msix else { return Ok(None) };
-    let layout = MsixLayout::read(host, offset).filter(|layout| {
-        layout.emulated().iter().all(|part| part.bytes.end <= host.region(u32::from(part.bar.0)).size)
-    });
-    let malformed = || Error::Malformed { bdf: host.bdf(), what: "its MSI-X table lies outside of its BARs".into() };
+    let inside = |part: &Emulated| regions.get(usize::from(part.bar.0)).is_some_and(|bar| part.bytes.end <= bar.size);
+    let layout = MsixLayout::read(host, offset).filter(|layout| layout.emulated().iter().all(inside));
+    let malformed = || Error::Malformed { bdf, what: "its MSI-X table lies outside of its BARs".into() };
     layout.ok_or_else(malformed).map(Some)
 }
 

@@ -104,7 +104,8 @@ fn bases(effects: &Effects) -> Vec<(u8, Option<u64>)> {
 #[test]
 fn capabilities_are_found() {
     let found = Capabilities::scan(&FakeHost::nic());
-    let expected = Capabilities { msi: Some(MSI), msix: Some(MSIX), power: Some(POWER), hidden: vec![0x140] };
+    let expected =
+        Capabilities { msi: Some(MSI), msix: Some(MSIX), power: Some(POWER), express: None, hidden: vec![0x140] };
     assert_eq!(found, expected);
 }
 

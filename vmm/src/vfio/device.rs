@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::bars::{self, BarPlan, Emulated};
+use super::bars::{self, BarPlan, Emulated, RegionInfo};
 use super::config::{self, COMMAND, Capabilities, Config};
 use super::container::Vfio;
 use super::error::Error;
@@ -21,17 +21,30 @@ use super::mapping::BarMapping;
 use super::msi::{self, Msi};
 use super::msix::{MsixLayout, within};
 use super::region::{HostConfig, HostFunction};
+use super::snapshot::{Awaited, Snapshot};
 use super::sysfs::HostDevice;
 use crate::interrupt::Interrupts;
 use crate::pci::address::{Bdf, Slot};
-use crate::pci::config::COMMAND_BUS_MASTER;
+use crate::pci::config::{BARS, COMMAND_BUS_MASTER};
 use crate::pci::device::{Bar, BarChange, BarIndex, PciDevice};
 use crate::pci::msix::Msix;
 
 /// A BAR of the function.
 struct BarState {
     plan: BarPlan,
+    /// Where the bus decodes it.
+    base: Option<u64>,
     mapping: Option<BarMapping>,
+}
+
+/// Where the function is.
+enum Host {
+    /// Its files are to come; the VM sees a snapshot of it, whose registers read all ones.
+    Awaited(Box<Awaited>),
+    /// Here.
+    Present(Arc<HostFunction>),
+    /// Given up.
+    Gone,
 }
 
 /// A function passed through to a VM.
@@ -41,8 +54,7 @@ pub struct VfioPciDevice {
     interrupts: DeviceInterrupts,
     bars: Vec<BarState>,
     bdf: Bdf,
-    /// `None`: given up.
-    host: Option<Arc<HostFunction>>,
+    host: Host,
     vfio: Arc<Vfio>,
 }
 
@@ -58,32 +70,64 @@ impl VfioPciDevice {
 
     /// Takes a function that is open already for `slot` of the VM's bus. Whoever opened it has reset it.
     pub fn from_files(vfio: &Arc<Vfio>, files: DeviceFiles, slot: Slot) -> Result<Self, Error> {
-        let bdf = files.bdf();
-        let vanished = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::EventFd { bdf, source })?;
-        let host = Arc::new(HostFunction::new(files, vanished)?);
+        let host = host_function(files)?;
         vfio.join(host.files())?;
-        let gsi = (host.irq_count(Index::Intx) > 0).then(|| Interrupts::intx_gsi(slot.get()));
+        let gsi = gsi(host.irq_count(Index::Intx) > 0, slot);
         // From here on its drop gives everything back, however far the set-up came.
-        let mut this = Self {
+        let mut this = Self::new(vfio, host.bdf(), Host::Present(Arc::clone(&host)), gsi);
+        this.set_up(&*host, &host.info().bars(), gsi)?;
+        this.begin(&host)?;
+        Ok(this)
+    }
+
+    /// The function of `snapshot` for `slot` of the VM's bus, where its kernel may set it up; it comes later, by
+    /// [`Self::arrive`].
+    pub fn awaited(vfio: &Arc<Vfio>, snapshot: &Snapshot, slot: Slot) -> Result<Self, Error> {
+        let gsi = gsi(snapshot.has_line(), slot);
+        let mut this = Self::new(vfio, snapshot.bdf(), Host::Awaited(Box::new(Awaited::new(snapshot.clone()))), gsi);
+        this.set_up(&Awaited::new(snapshot.clone()), snapshot.regions(), gsi)?;
+        Ok(this)
+    }
+
+    /// The awaited function comes, open and reset; it is set up as the VM's kernel has set up the snapshot of it. After an
+    /// error it is gone.
+    pub fn arrive(&mut self, files: DeviceFiles) -> Result<(), Error> {
+        let malformed = |what: &str| Error::Malformed { bdf: self.bdf, what: what.into() };
+        let Host::Awaited(awaited) = &self.host else { return Err(malformed("it is not awaited any more")) };
+        if files.bdf() != self.bdf {
+            return Err(malformed("another function has come in its place"));
+        }
+        let host = host_function(files)?;
+        awaited.snapshot().check(&*host, &host.info().bars(), host.irq_count(Index::Intx) > 0)?;
+        self.vfio.join(host.files())?;
+        awaited.hand_over(&*host);
+        self.host = Host::Present(Arc::clone(&host));
+        let begun = self.begin(&host);
+        if begun.is_err() {
+            self.give_up();
+        }
+        begun
+    }
+
+    fn new(vfio: &Arc<Vfio>, bdf: Bdf, host: Host, gsi: Option<u32>) -> Self {
+        Self {
             name: format!("vfio {bdf}"),
             config: Config::new(&Capabilities::default(), &[], None),
             interrupts: DeviceInterrupts::new(vfio.interrupts(), gsi),
             bars: Vec::new(),
             bdf,
-            host: Some(Arc::clone(&host)),
+            host,
             vfio: Arc::clone(vfio),
-        };
-        this.set_up(&host, gsi)?;
-        Ok(this)
+        }
     }
 
-    fn set_up(&mut self, host: &HostFunction, gsi: Option<u32>) -> Result<(), Error> {
+    /// Makes all that the VM sees of the function.
+    fn set_up(&mut self, host: &dyn HostConfig, regions: &[RegionInfo; BARS], gsi: Option<u32>) -> Result<(), Error> {
         let (bdf, interrupts) = (self.bdf, self.vfio.interrupts());
         let capabilities = Capabilities::scan(host);
-        let msix = config::msix_layout(host, &capabilities)?;
+        let msix = config::msix_layout((bdf, host), regions, &capabilities)?;
         let emulated: Vec<Emulated> = msix.iter().flat_map(MsixLayout::emulated).collect();
-        let regions = std::array::from_fn(|index| host.region(u32::try_from(index).unwrap_or(u32::MAX)));
-        let plans = bars::plan(config::bar_registers(host), &regions, &emulated);
+        let plans = bars::plan(config::bar_registers(host), regions, &emulated);
         let bars: Vec<Bar> = plans.iter().map(|plan| plan.bar).collect();
         let mut config = Config::new(&capabilities, &bars, gsi.and_then(|gsi| u8::try_from(gsi).ok()));
         if let Some(offset) = capabilities.msi {
@@ -95,10 +139,21 @@ impl VfioPciDevice {
             config.msix = Some((layout, msix));
         }
         config.reset(host);
-        for plan in plans {
-            self.bars.push(map_bar(&self.vfio, host, plan)?);
-        }
+        self.bars = plans.into_iter().map(|plan| BarState { plan, base: None, mapping: None }).collect();
         self.config = config;
+        Ok(())
+    }
+
+    /// Maps the BARs, into the VM those that decode, and switches the interrupts on.
+    fn begin(&mut self, host: &HostFunction) -> Result<(), Error> {
+        for state in &mut self.bars {
+            state.mapping = map_bar(&self.vfio, host, &state.plan)?;
+            if let Some(mapping) = &mut state.mapping
+                && let Err(error) = mapping.place(state.base)
+            {
+                tracing::error!("{}: {}", self.name, chain(&error));
+            }
+        }
         self.interrupts.update(host, &self.config)
     }
 
@@ -109,8 +164,10 @@ impl VfioPciDevice {
         interrupt_limit: u32,
         tell: Box<dyn FnMut(Bdf, Failure) + Send>,
     ) -> Result<FailureWatch, Error> {
-        let given_up = || Error::Malformed { bdf: self.bdf, what: "it was given up".into() };
-        FailureWatch::new(self.host.as_ref().ok_or_else(given_up)?, interrupt_limit, tell)
+        match &self.host {
+            Host::Present(host) => FailureWatch::new(host, interrupt_limit, tell),
+            _ => Err(Error::Malformed { bdf: self.bdf, what: "it is not here".into() }),
+        }
     }
 
     /// The host's address of the function.
@@ -121,7 +178,7 @@ impl VfioPciDevice {
     /// Gives the function up for good: afterwards this process has neither mappings nor descriptors of it. On the VM's bus
     /// there is a device that does not answer.
     pub fn give_up(&mut self) {
-        let Some(host) = self.host.take() else { return };
+        let Host::Present(host) = std::mem::replace(&mut self.host, Host::Gone) else { return };
         let start = Instant::now();
         self.stop(&host);
         let stopped = start.elapsed();
@@ -157,7 +214,8 @@ impl VfioPciDevice {
         host.write_config(COMMAND, &(command & !COMMAND_BUS_MASTER).to_le_bytes());
     }
 
-    fn update_interrupts(&mut self, host: &HostFunction) {
+    fn update_interrupts(&mut self) {
+        let Host::Present(host) = &self.host else { return };
         if let Err(error) = self.interrupts.update(host, &self.config) {
             // The driver will see a device without interrupts and give up; the VM goes on.
             tracing::error!("{}: {}", self.name, chain(&error));
@@ -165,12 +223,22 @@ impl VfioPciDevice {
     }
 }
 
-fn map_bar(vfio: &Arc<Vfio>, host: &HostFunction, plan: BarPlan) -> Result<BarState, Error> {
+/// Where the line of the function in `slot` goes, if it has one.
+fn gsi(has_line: bool, slot: Slot) -> Option<u32> {
+    has_line.then(|| Interrupts::intx_gsi(slot.get()))
+}
+
+fn host_function(files: DeviceFiles) -> Result<Arc<HostFunction>, Error> {
+    let bdf = files.bdf();
+    let vanished = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::EventFd { bdf, source })?;
+    Ok(Arc::new(HostFunction::new(files, vanished)?))
+}
+
+fn map_bar(vfio: &Arc<Vfio>, host: &HostFunction, plan: &BarPlan) -> Result<Option<BarMapping>, Error> {
     let bar = plan.bar.index.0;
     let offset = host.region_offset(u32::from(bar));
     let mapping = (!plan.mapped.is_empty()).then(|| BarMapping::new(vfio.slots(), host.fd(), offset, &plan.mapped));
-    let mapping = mapping.transpose().map_err(|source| Error::MapBar { bdf: host.bdf(), bar, source })?;
-    Ok(BarState { plan, mapping })
+    mapping.transpose().map_err(|source| Error::MapBar { bdf: host.bdf(), bar, source })
 }
 
 impl PciDevice for VfioPciDevice {
@@ -184,19 +252,23 @@ impl PciDevice for VfioPciDevice {
 
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         match &self.host {
-            Some(host) => self.config.read(&**host, offset, data),
-            None => data.fill(ABSENT),
+            Host::Present(host) => self.config.read(&**host, offset, data),
+            Host::Awaited(awaited) => self.config.read(&**awaited, offset, data),
+            Host::Gone => data.fill(ABSENT),
         }
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
-        let Some(host) = self.host.clone() else { return Vec::new() };
-        if self.config.may_stop_decoding(offset, data) {
+        if self.config.may_stop_decoding(offset, data) && matches!(self.host, Host::Present(_)) {
             self.leave_vm();
         }
-        let effects = self.config.write(&*host, offset, data);
+        let effects = match &self.host {
+            Host::Present(host) => self.config.write(&**host, offset, data),
+            Host::Awaited(awaited) => self.config.write(&**awaited, offset, data),
+            Host::Gone => return Vec::new(),
+        };
         if effects.interrupts {
-            self.update_interrupts(&host);
+            self.update_interrupts();
         }
         effects.bars
     }
@@ -211,8 +283,8 @@ impl PciDevice for VfioPciDevice {
             }
         }
         match &self.host {
-            Some(host) => host.read(u32::from(bar.0), offset, data),
-            None => data.fill(ABSENT),
+            Host::Present(host) => host.read(u32::from(bar.0), offset, data),
+            _ => data.fill(ABSENT),
         }
     }
 
@@ -225,13 +297,15 @@ impl PciDevice for VfioPciDevice {
                 return;
             }
         }
-        if let Some(host) = &self.host {
+        if let Host::Present(host) = &self.host {
             host.write(u32::from(bar.0), offset, data);
         }
     }
 
     fn bar_moved(&mut self, bar: BarIndex, base: Option<u64>) {
-        let Some(mapping) = self.find_bar(bar).and_then(|state| state.mapping.as_mut()) else { return };
+        let Some(state) = self.find_bar(bar) else { return };
+        state.base = base;
+        let Some(mapping) = &mut state.mapping else { return };
         if let Err(error) = mapping.place(base) {
             // Accesses are trapped and forwarded instead.
             tracing::error!("{}: {}", self.name, chain(&error));
@@ -239,14 +313,23 @@ impl PciDevice for VfioPciDevice {
     }
 
     fn reset(&mut self) {
-        let Some(host) = self.host.clone() else { return };
-        self.stop(&host);
-        self.leave_vm();
-        if let Err(error) = host.reset() {
-            tracing::warn!("{}: reset: {error}", self.name);
+        match &self.host {
+            Host::Present(host) => {
+                let host = Arc::clone(host);
+                self.stop(&host);
+                self.leave_vm();
+                if let Err(error) = host.reset() {
+                    tracing::warn!("{}: reset: {error}", self.name);
+                }
+                self.config.reset(&*host);
+                self.update_interrupts();
+            }
+            Host::Awaited(awaited) => {
+                awaited.reset();
+                self.config.reset(&**awaited);
+            }
+            Host::Gone => {}
         }
-        self.config.reset(&*host);
-        self.update_interrupts(&host);
     }
 }
 

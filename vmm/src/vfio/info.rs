@@ -7,12 +7,17 @@ use std::io;
 use std::ops::Range;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
-    VFIO_REGION_INFO_FLAG_CAPS, VFIO_TYPE, vfio_device_info, vfio_irq_info, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_ROM_REGION_INDEX,
+    VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_device_info, vfio_irq_info,
+    vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref};
 
+use super::bars::RegionInfo;
 use super::files::{argsz, done};
+use super::irq::Index;
+use crate::pci::config::BARS;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 const VFIO_DEVICE_GET_INFO: libc::c_ulong = nix::request_code_none!(VFIO_TYPE, VFIO_BASE + 7);
@@ -46,6 +51,34 @@ pub(super) struct Info {
     pub(super) resettable: bool,
 }
 
+impl Info {
+    /// Region `index`.
+    pub(super) fn region(&self, index: u32) -> Option<&Region> {
+        self.regions.get(usize::try_from(index).ok()?)
+    }
+
+    /// How many interrupts there are of this kind.
+    pub(super) fn irqs(&self, index: Index) -> u32 {
+        usize::try_from(index.number()).ok().and_then(|index| self.irqs.get(index)).copied().unwrap_or(0)
+    }
+
+    /// The BARs' regions; an empty one for those that are not there.
+    pub(super) fn bars(&self) -> [RegionInfo; BARS] {
+        std::array::from_fn(|index| self.regions.get(index).map(Region::shown).unwrap_or_default())
+    }
+}
+
+impl Region {
+    fn shown(&self) -> RegionInfo {
+        let readable = self.flags & (VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE) != 0;
+        RegionInfo {
+            size: if readable { self.size } else { 0 },
+            mappable: self.flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
+            sparse: self.sparse.clone(),
+        }
+    }
+}
+
 /// Asks for everything about `device`. What the kernel does not tell (a VGA region of a NIC) is not there.
 pub(super) fn read(device: &File) -> io::Result<Info> {
     let mut info = vfio_device_info { argsz: argsz::<vfio_device_info>(), ..Default::default() };
@@ -55,10 +88,15 @@ pub(super) fn read(device: &File) -> io::Result<Info> {
         return Err(io::Error::other("it is no PCI device"));
     }
     Ok(Info {
-        regions: (0..info.num_regions).map(|index| region(device, index).unwrap_or_default()).collect(),
+        regions: (0..info.num_regions).map(|index| region_shown(device, index)).collect(),
         irqs: (0..info.num_irqs).map(|index| irqs(device, index).unwrap_or_default()).collect(),
         resettable: info.flags & VFIO_DEVICE_FLAGS_RESET != 0,
     })
+}
+
+/// The expansion ROM is hidden from every VM, and the kernel would read all of it over for its size.
+fn region_shown(device: &File, index: u32) -> Region {
+    if index == VFIO_PCI_ROM_REGION_INDEX { Region::default() } else { region(device, index).unwrap_or_default() }
 }
 
 /// Asks for region `index`.

@@ -37,7 +37,7 @@ pub enum Index {
 }
 
 impl Index {
-    fn number(self) -> u32 {
+    pub(super) fn number(self) -> u32 {
         match self {
             Self::Intx => VFIO_PCI_INTX_IRQ_INDEX,
             Self::Msi => VFIO_PCI_MSI_IRQ_INDEX,
@@ -51,7 +51,7 @@ impl Index {
 impl HostFunction {
     /// How many interrupts of this kind the function has.
     pub fn irq_count(&self, index: Index) -> u32 {
-        self.irqs(index.number())
+        self.info().irqs(index)
     }
 
     /// Switches the kind on: interrupt `n` signals `events[n]`.

@@ -25,6 +25,7 @@ pub mod msi;
 pub mod msix;
 pub mod region;
 pub mod reset;
+pub mod snapshot;
 mod storm;
 pub mod sysfs;
 
@@ -33,4 +34,5 @@ pub use device::VfioPciDevice;
 pub use error::Error;
 pub use events::{Failure, FailureWatch};
 pub use files::DeviceFiles;
+pub use snapshot::Snapshot;
 pub use sysfs::HostDevice;

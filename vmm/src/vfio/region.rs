@@ -9,14 +9,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use nix::sys::uio::{pread, pwrite};
-use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE,
-};
+use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_TYPE};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl;
 
-use super::bars::RegionInfo;
 use super::config::COMMAND;
 use super::error::Error;
 use super::files::{DeviceFiles, done};
@@ -114,9 +110,9 @@ impl HostFunction {
         self.files.device()
     }
 
-    /// How many interrupts there are of VFIO's kind `index`.
-    pub(super) fn irqs(&self, index: u32) -> u32 {
-        usize::try_from(index).ok().and_then(|index| self.info.irqs.get(index)).copied().unwrap_or(0)
+    /// What VFIO says about it.
+    pub(super) fn info(&self) -> &Info {
+        &self.info
     }
 
     /// Where region `index` begins in the device file.
@@ -136,7 +132,7 @@ impl HostFunction {
     }
 
     fn described(&self, index: u32) -> Option<&Region> {
-        self.info.regions.get(usize::try_from(index).ok()?)
+        self.info.region(index)
     }
 
     /// Looks whether the function is there and as its driver wants it.
@@ -157,17 +153,6 @@ impl HostFunction {
     /// Signalled once, when the device is found to be gone.
     pub fn vanished(&self) -> &EventFd {
         &self.vanished
-    }
-
-    /// What VFIO says about region `index`; an empty one for those that are not there.
-    pub fn region(&self, index: u32) -> RegionInfo {
-        let Some(region) = self.described(index) else { return RegionInfo::default() };
-        let readable = region.flags & (VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE) != 0;
-        RegionInfo {
-            size: if readable { region.size } else { 0 },
-            mappable: region.flags & VFIO_REGION_INFO_FLAG_MMAP != 0,
-            sparse: region.sparse.clone(),
-        }
     }
 
     /// Reads region `index` at `offset`; all ones if that fails.

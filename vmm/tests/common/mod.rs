@@ -85,6 +85,7 @@ impl Files {
             ports: vec![],
             passthrough: vec![],
             standby: false,
+            awaited: None,
             interrupt_limit: 0,
         }
     }

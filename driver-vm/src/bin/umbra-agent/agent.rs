@@ -165,7 +165,7 @@ impl Agent {
             (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, State::Idle | State::Sound(_)) => {
                 anyhow::bail!("the host sent settings for a network that is none")
             }
-            (ToAgent::Rescan, _) => pci::rescan()?,
+            (ToAgent::Rescan, _) => pci::device_has_come()?,
             (ToAgent::Crash { kind: CrashKind::Stall }, State::Forwarding { network, .. }) => {
                 network.stall(&mut self.requests)?;
             }

@@ -36,5 +36,8 @@ fn start() -> anyhow::Result<agent::Agent> {
     system::mount_all()?;
     system::set_all();
     system::go_first();
+    if system::awaits_device() {
+        pci::hold_all();
+    }
     agent::Agent::start(modules::Loading::start()?)
 }

@@ -1,8 +1,8 @@
-//! The PCI functions of this VM: the search for one that came later, and the message that says why there is no NIC;
-//! and the unbinding of all, for trying what follows.
+//! The PCI functions of this VM: the one that comes later, which the kernel knows ahead or has to look for, and the message
+//! that says why there is no NIC; and the unbinding of all, for trying what follows.
 
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::Context;
 
@@ -13,25 +13,59 @@ const VIRTIO: &str = "0x1af4";
 /// Class of bridges, in the upper byte.
 const BRIDGE: &str = "0x06";
 
-/// Has the kernel look for new functions, in a thread: drivers probe in it, and that takes as long as it takes.
+/// A driver that there is none of: a function that has to be given to it is given to nobody.
+const NOBODY: &str = "umbra-awaited";
+
+/// Keeps drivers off the functions that are neither virtio nor a bridge: there is nothing behind them yet.
+pub fn hold_all() {
+    for function in functions().filter(|function| describe_one(function).is_some()) {
+        if let Err(error) = fs::write(function.join("driver_override"), NOBODY) {
+            kernel_log::error(&format!("cannot keep drivers off {}: {error}", function.display()));
+        }
+    }
+}
+
+/// The device has come: its driver gets what was held, else the kernel has to look for it. In a thread: drivers probe in
+/// it, and that takes as long as it takes.
 ///
 /// # Errors
 /// When no thread can be made.
-pub fn rescan() -> anyhow::Result<()> {
-    let scan = || {
-        if let Err(error) = fs::write("/sys/bus/pci/rescan", "1") {
-            kernel_log::error(&format!("cannot look for new PCI devices: {error}"));
+pub fn device_has_come() -> anyhow::Result<()> {
+    let probe = || {
+        let held: Vec<_> = functions().filter(|function| is_held(function)).collect();
+        let done = if held.is_empty() {
+            fs::write("/sys/bus/pci/rescan", "1")
+        } else {
+            held.iter().try_for_each(|function| let_go(function))
+        };
+        if let Err(error) = done {
+            kernel_log::error(&format!("cannot give the PCI device to its driver: {error}"));
         }
     };
-    std::thread::Builder::new().name("rescan".into()).spawn(scan).map(drop).context("cannot start a thread")
+    std::thread::Builder::new().name("probe".into()).spawn(probe).map(drop).context("cannot start a thread")
+}
+
+fn is_held(function: &Path) -> bool {
+    fs::read_to_string(function.join("driver_override")).is_ok_and(|name| name.trim() == NOBODY)
+}
+
+/// Gives the function to the driver that claims it; one that is loaded later takes it then.
+fn let_go(function: &Path) -> io::Result<()> {
+    // An empty line is no name (`driver_set_override`); a write of nothing would not reach the kernel.
+    fs::write(function.join("driver_override"), "\n")?;
+    let name = function.file_name().unwrap_or_default();
+    fs::write("/sys/bus/pci/drivers_probe", name.as_encoded_bytes())
+}
+
+fn functions() -> impl Iterator<Item = PathBuf> {
+    fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten().map(|function| function.path())
 }
 
 /// Takes the driver away from each function that is neither virtio nor a bridge, as `unbind` in sysfs does.
 pub fn unbind_all() {
-    for function in fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten() {
-        if describe_one(&function.path()).is_some() {
-            let _ = fs::write(function.path().join("driver/unbind"), function.file_name().as_encoded_bytes());
-        }
+    for function in functions().filter(|function| describe_one(function).is_some()) {
+        let name = function.file_name().unwrap_or_default();
+        let _ = fs::write(function.join("driver/unbind"), name.as_encoded_bytes());
     }
 }
 

@@ -73,6 +73,11 @@ pub fn generation() -> u32 {
     value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
+/// This VM's device comes later (`umbra.awaits` on the kernel command line).
+pub fn awaits_device() -> bool {
+    fs::read_to_string("/proc/cmdline").unwrap_or_default().split_whitespace().any(|word| word == "umbra.awaits")
+}
+
 /// The kernel's release.
 pub fn release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
