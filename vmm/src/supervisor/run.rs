@@ -541,10 +541,10 @@ impl Supervisor {
     /// of the machine to put back.
     fn finish_resets(&mut self) {
         let until = Time::now() + LAST_RESET;
-        let jobs = self.drivers.iter().flat_map(|driver| {
+        let mut jobs = self.drivers.iter().flat_map(|driver| {
             driver.resetting.iter().chain(driver.spare.iter().filter_map(|spare| spare.resetting.as_ref()))
         });
-        if !jobs.fold(true, |all, job| job.wait(until) && all) {
+        if !jobs.all(|job| job.wait(until)) {
             self.run_dir.leave_to_the_next();
         }
     }

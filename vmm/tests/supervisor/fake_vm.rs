@@ -103,12 +103,13 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 let status = FromVm::NetStatus { net: 0, mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
                 channel.send(&status, &[]).unwrap();
             }
-            ToVm::Quarantine { .. } if spec.cmdline.contains("reset-at-quarantine ") => {
-                // Only in its first life.
-                if std::fs::read_to_string(path).unwrap().matches("Quarantine").count() == 1 {
-                    channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
-                    return;
-                }
+            // Only in its first life.
+            ToVm::Quarantine { .. }
+                if spec.cmdline.contains("reset-at-quarantine ")
+                    && std::fs::read_to_string(path).unwrap().matches("Quarantine").count() == 1 =>
+            {
+                channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
+                return;
             }
             ToVm::PowerButton => {
                 channel.send(&FromVm::Ended { at, how: VmEnd::PowerOff, registers: String::new() }, &[]).unwrap();
