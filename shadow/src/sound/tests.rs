@@ -122,7 +122,7 @@ struct Rig {
     recorded: Vec<u8>,
     given_back: u64,
     /// Milliseconds from report to report.
-    every: u64,
+    every: u16,
 }
 
 impl Rig {
@@ -237,9 +237,9 @@ impl Rig {
         for _ in 0..ms {
             self.now += MS;
             let generation = Generation::new(self.generation);
-            let due = (self.now / MS).is_multiple_of(self.every);
+            let due = (self.now / MS).is_multiple_of(self.every.into());
             let model = self.model.as_mut().filter(|_| due);
-            for message in model.map(|m| m.run(48 * self.every as usize)).unwrap_or_default() {
+            for message in model.map(|m| m.run(48 * usize::from(self.every))).unwrap_or_default() {
                 self.with(|s, now, out| s.from_card(generation.unwrap(), message, now, out)).unwrap();
             }
             if self.shadow.deadline().is_some_and(|at| at <= self.now) {
@@ -646,7 +646,7 @@ enum Event {
     Die,
     Reset,
     /// From now on the card reports every so many milliseconds.
-    Reports(u64),
+    Reports(u16),
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -660,7 +660,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => prop_oneof![
             Just(Event::Die),
             Just(Event::Reset),
-            (1u64..40).prop_map(Event::Reports),
+            (1u16..40).prop_map(Event::Reports),
         ],
     ];
     // Most begin as players do, so that the interesting states are reached.
