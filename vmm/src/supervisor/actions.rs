@@ -3,11 +3,13 @@
 use umbra_shadow::Generation;
 
 use super::driver::{DeviceRef, EndRef, Role};
+use super::dying::LAST;
 use super::events::Event;
 use super::lifecycle::{Action, Carrier, End, Failure, Input, Source, State};
 use super::report::CrashReport;
 use super::run::Supervisor;
 use super::settings::Which;
+use super::standby::renice_vcpus;
 use super::time::{Time, milliseconds};
 use super::timeline::{Step, Timeline};
 use crate::process::ipc::{MaskedCounts, Replay, ToVm};
@@ -51,6 +53,10 @@ impl Supervisor {
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, &failure, now),
             Action::Release => {
+                // What it prints, of a panic for one, is not to hold up the thread that gives the device up.
+                if let Some(life) = &self.drivers[n].life {
+                    renice_vcpus(life.process.pid(), LAST);
+                }
                 let channel = self.drivers[n].life.as_ref().map(|life| life.process.channel());
                 if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
                     self.drive(n, Input::Evidence);

@@ -25,7 +25,7 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 const AT_ONCE: usize = 16;
 
 /// Its nice value.
-const LAST: i32 = 19;
+pub(super) const LAST: i32 = 19;
 
 /// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
 const EVIDENCE: Duration = Duration::from_millis(500);

@@ -337,9 +337,21 @@ fn may_renice() -> bool {
 
 /// Sets the nice value of all threads of `pid`; those that they start have it as well.
 pub(super) fn renice(pid: u32, nice: i32) {
+    renice_threads(pid, nice, |_| true);
+}
+
+/// Sets the nice value of the vCPUs of `pid`.
+pub(super) fn renice_vcpus(pid: u32, nice: i32) {
+    renice_threads(pid, nice, |name| name.starts_with("vcpu"));
+}
+
+fn renice_threads(pid: u32, nice: i32, wanted: impl Fn(&str) -> bool) {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return };
     for thread in threads.flatten() {
         let Some(id) = thread.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if !fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| wanted(&name)) {
+            continue;
+        }
         // SAFETY: the call takes no pointers; a thread that has just ended is an error without consequence.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, id, nice) };
     }

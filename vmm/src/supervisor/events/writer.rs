@@ -11,6 +11,9 @@ use std::time::Duration;
 /// Lines that wait at most for a place that takes none: more than two hundred recoveries.
 const MAX_WAITING: usize = 4096;
 
+/// The thread's nice value: a recovery is under way when there is most to write.
+const NICE: i32 = 10;
+
 /// A place for lines, written by its thread.
 #[derive(Debug)]
 pub(super) struct Writer {
@@ -47,6 +50,8 @@ impl Writer {
         let (ended, done) = mpsc::channel();
         let work = move || {
             let _ended = ended;
+            // SAFETY: the call takes no pointers; 0 is this thread. Refused, it writes at the wrong moment, no more.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
             for line in queue {
                 let Err(trouble) = write(&line) else { continue };
                 let last = matches!(trouble, Trouble::Last(_));
