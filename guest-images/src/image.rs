@@ -25,8 +25,9 @@ pub const DRIVERS_LIST: &str = "etc/umbra/drivers";
 const VMLINUX: &str = "vmlinux";
 const INITRAMFS: &str = "initramfs.cpio";
 const MANIFEST: &str = "manifest.json";
-/// Changed when what is built from the same recipe changes.
-const FORMAT: u32 = 1;
+/// Changed when what is built from the same recipe changes, and when an agent of before would not understand the host:
+/// an image with another number is refused.
+const FORMAT: u32 = 2;
 /// Largest firmware file that is taken, unpacked.
 const MAX_FIRMWARE: usize = 256 << 20;
 

@@ -34,6 +34,7 @@ fn lose_the_card() {
     place.expect("echo 1 > /sys/bus/pci/devices/$SND0/remove", STEP).or_tell();
     let given_up = machine.await_event(RECOVERY, |event| event.event == "quarantined").or_tell();
     say(given_up.text("reason"));
+    assert!(given_up.text("reason").contains("no PCI device"), "{given_up:?}");
     let ended = player.wait(&mut place, STEP).or_tell();
     say(&format!("mpg123: status {}, said {:?}", ended.status, ended.said.trim()));
     assert!(ended.status != 0 || !ended.said.is_empty(), "the player was told nothing of a card that is gone");

@@ -19,9 +19,7 @@ impl HostDevice {
         if self.is_bound_to_vfio() {
             return Ok(before);
         }
-        if self.group().is_none() {
-            return Err(Error::NoIommu(self.bdf()));
-        }
+        self.required_group()?;
         self.load_vfio_pci()?;
         self.offer(VFIO_PCI)?;
         if !self.is_bound_to_vfio() {

@@ -172,7 +172,7 @@ impl Opener {
     pub(super) fn open(&mut self, host: &HostDevice) -> Result<DeviceFiles, Error> {
         host.check_ready()?;
         let (bdf, start) = (host.bdf(), Instant::now());
-        let number = host.group().ok_or(Error::NoIommu(bdf))?;
+        let number = host.required_group()?;
         let container = match &self.container {
             Some(container) => Arc::clone(container),
             None => Arc::new(open_container()?),

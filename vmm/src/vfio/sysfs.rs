@@ -83,6 +83,13 @@ impl HostDevice {
         link_name(&self.directory().join("iommu_group"))?.parse().ok()
     }
 
+    /// IOMMU group; the error tells a host without an IOMMU from a function that is gone.
+    pub fn required_group(&self) -> Result<u32, Error> {
+        let missing =
+            || if self.directory().exists() { Error::NoIommu(self.bdf) } else { Error::NoSuchDevice(self.bdf) };
+        self.group().ok_or_else(missing)
+    }
+
     /// All functions of the IOMMU group, this one included, in order.
     pub fn group_members(&self) -> Result<Vec<Bdf>, Error> {
         let path = self.directory().join("iommu_group/devices");
@@ -101,7 +108,7 @@ impl HostDevice {
 
     /// Whether it can be passed through now; the error says what to do.
     pub fn check_ready(&self) -> Result<(), Error> {
-        let Some(group) = self.group() else { return Err(Error::NoIommu(self.bdf)) };
+        let group = self.required_group()?;
         match self.driver() {
             None => return Err(Error::NoDriver { bdf: self.bdf }),
             Some(driver) if !is_vfio(&driver) => return Err(Error::WrongDriver { bdf: self.bdf, driver }),
@@ -213,7 +220,11 @@ pub(crate) mod tests {
         assert!(wrong.contains("bound to e1000e, not vfio-pci"), "{wrong}");
         assert!(wrong.contains("`umbra bind 0000:02:00.0`"), "{wrong}");
         assert!(message(&bus.add("0000:03:00.0", Some(2), None)).contains("bound to no driver"));
-        bus.add("0000:04:00.0", Some(4), Some("vfio-pci")).check_ready().unwrap();
+        let ready = bus.add("0000:04:00.0", Some(4), Some("vfio-pci"));
+        ready.check_ready().unwrap();
+        // Pulled out, or taken off the bus by the host.
+        fs::remove_dir_all(ready.directory()).unwrap();
+        assert!(message(&ready).contains("no PCI device 0000:04:00.0"));
     }
 
     #[test]
