@@ -113,6 +113,9 @@ impl DemoSpec {
 /// The guest in the demonstration.
 const GUEST: &str = "web";
 
+/// The page of all failures, in the share and beside the result.
+const REPORT: &str = "report.html";
+
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
 const SONG_SECONDS: u32 = 30;
 /// The same where there are failures that take seconds to notice.
@@ -134,7 +137,7 @@ struct Demo<'a> {
     start: Instant,
 }
 
-/// Runs the demonstration; writes `result.json` to `dir`.
+/// Runs the demonstration; writes `result.json`, the recording with its picture, and the report of all failures to `dir`.
 ///
 /// # Errors
 /// It could not be run to its end. A result with `ok: false` is no error here.
@@ -228,6 +231,7 @@ impl Demo<'_> {
         let ended = self.await_player(player)?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
+        self.keep_report(dir)?;
         let Self { spec, place, machine, sound, sound_crashes, say, start, .. } = self;
         let wav = place.wav();
         let (wire_resets, place_kept) = end(place, machine)?;
@@ -256,6 +260,14 @@ impl Demo<'_> {
         }
         drop(place_kept);
         Ok(result)
+    }
+
+    /// `umbra report` of everything that has failed.
+    fn keep_report(&mut self, dir: &Path) -> Result<(), DemoError> {
+        let (from, to) = (self.place.share().join(REPORT), dir.join(REPORT));
+        let script = format!("umbra report -o {}/{REPORT}", self.place.share_inside());
+        self.place.expect(&script, Duration::from_secs(60))?;
+        std::fs::copy(&from, &to).map(drop).map_err(|e| DemoError::file("copy", &from, e))
     }
 
     fn start_player(&mut self) -> Result<Option<Player>, DemoError> {

@@ -204,6 +204,7 @@ impl DemoResult {
         if let Some(sound) = &self.sound {
             lines.extend(sound.closing_lines());
         }
+        lines.push("  all failures on a page                   report.html".into());
         lines.push(if self.ok { "The guest noticed nothing but time.".into() } else { "NOT as it should be.".into() });
         lines
     }
