@@ -177,6 +177,9 @@ pub enum ImageError {
     /// The folder is something else.
     #[error("{} exists and is no driver VM image; name another folder, or remove it", .0.display())]
     NotAnImage(PathBuf),
+    /// There is none.
+    #[error("there is no driver VM image {}; build it: `umbra image --pci ADDRESS -o {}`", .0.display(), .0.display())]
+    Missing(PathBuf),
     /// The image cannot be used.
     #[error("the driver VM image {} cannot be used: {what}; build it again with `umbra image`", dir.display())]
     Broken {
@@ -195,12 +198,15 @@ impl Image {
     pub fn open(dir: &Path) -> Result<Self, ImageError> {
         let broken = |what: String| ImageError::Broken { dir: dir.into(), what };
         if !dir.is_dir() {
-            return Err(broken("there is no such folder".into()));
+            return Err(ImageError::Missing(dir.into()));
         }
         let text = fs::read(dir.join(MANIFEST)).map_err(|e| broken(format!("{MANIFEST}: {e}")))?;
         let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| broken(format!("{MANIFEST}: {e}")))?;
         if manifest.format != FORMAT {
-            return Err(broken(format!("it has format {}, this program needs {FORMAT}", manifest.format)));
+            return Err(broken(format!(
+                "it is of another version of Umbra (format {}, this one needs {FORMAT})",
+                manifest.format
+            )));
         }
         for (name, entry) in [(VMLINUX, &manifest.vmlinux), (INITRAMFS, &manifest.initramfs)] {
             let size = fs::metadata(dir.join(name)).map_err(|e| broken(format!("{name}: {e}")))?.len();

@@ -11,5 +11,6 @@ pub mod pci;
 pub mod process;
 pub mod spec;
 pub mod supervisor;
+pub mod unix_socket;
 pub mod vfio;
 pub mod virtio;

@@ -69,7 +69,7 @@ fn what_is_missing_is_said_before_anything_starts() {
     let message = run(&["--kernel", "/proc/self/exe", "--disk", "/no/disk"]);
     assert!(message.contains("cannot open the disk /no/disk"), "{message}");
     let message = run(&["--kernel", "/proc/self/exe", "--nic", "ffff:1f:1f.7", "--image", "/no/image"]);
-    assert!(message.contains("nic0: the driver VM image /no/image cannot be used"), "{message}");
+    assert!(message.contains("nic0: there is no driver VM image /no/image; build it"), "{message}");
     let message = run(&["--kernel", "/proc/self/exe", "--passthrough", "ffff:1f:1f.7"]);
     assert!(message.contains("ffff:1f:1f.7"), "{message}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");

@@ -7,9 +7,9 @@ use std::fs;
 use std::io::{self, ErrorKind, PipeWriter, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
 use super::{Address, Metrics};
+use crate::unix_socket::{self, ListenError};
 
 /// What a client has, from the first byte of its question to the last of its answer.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -31,6 +32,9 @@ pub enum ServerError {
     /// Something is there already.
     #[error("metrics = \"{0}\" is in use by another program: choose another place")]
     InUse(Address),
+    /// The path cannot be listened at.
+    #[error("metrics")]
+    Path(#[from] ListenError),
     /// Another failure.
     #[error("serve metrics at {address}")]
     Listen {
@@ -67,7 +71,11 @@ impl Server {
         };
         let (listener, socket) = match address {
             Address::Port(port) => (TcpListener::bind(port).map(Listener::Tcp).map_err(fail)?, None),
-            Address::Socket(path) => (listen_at(path).map(Listener::Unix).map_err(fail)?, Some(path.clone())),
+            Address::Socket(path) => {
+                let listener = unix_socket::listen(path)?;
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+                (Listener::Unix(listener), Some(path.clone()))
+            }
         };
         listener.set_nonblocking().map_err(fail)?;
         let (ended, stop) = io::pipe().map_err(fail)?;
@@ -90,17 +98,6 @@ impl Drop for Server {
             let _ = fs::remove_file(path);
         }
     }
-}
-
-/// Listens at a path, in the place of a socket that a dead process left there.
-fn listen_at(path: &Path) -> io::Result<UnixListener> {
-    let left = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if left && UnixStream::connect(path).is_err() {
-        fs::remove_file(path)?;
-    }
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 /// Waits for a client; false when it is time to end.
@@ -211,6 +208,8 @@ fn respond(request: &[u8], metrics: &Metrics) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn ask(path: &Path, request: &str) -> String {
@@ -233,7 +232,7 @@ mod tests {
         assert!(answer.contains(CONTENT_TYPE));
         assert!(ask(&path, "GET /etc/passwd HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
         assert!(ask(&path, "POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
-        assert!(matches!(Server::start(&address, Metrics::new("n")), Err(ServerError::InUse(_))));
+        assert!(matches!(Server::start(&address, Metrics::new("n")), Err(ServerError::Path(ListenError::InUse(_)))));
         drop(server);
         assert!(!path.exists());
     }

@@ -50,7 +50,7 @@ pub enum Event {
     GuestEnded {
         /// The guest.
         guest: String,
-        /// How: `powered off`, or what went wrong.
+        /// How: `powered off`, `killed`, or what went wrong.
         how: String,
     },
     /// A generation of a driver VM is started.

@@ -157,7 +157,8 @@ impl Supervisor {
             (None, None) if self.stopping.is_some() => None,
             (None, None) => Some(describe_exit(status)),
         };
-        let told = failure.clone().unwrap_or_else(|| "powered off".into());
+        let killed = guest.end.is_none_or(|end| end == VmEnd::Killed);
+        let told = failure.clone().unwrap_or_else(|| if killed { "killed" } else { "powered off" }.into());
         self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: told });
         guest.state = failure.clone().map_or(GuestState::Off, GuestState::Failed);
         if let Some(why) = failure {

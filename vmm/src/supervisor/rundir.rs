@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
 
+use super::events::EventLog;
+
 /// The control socket's name in a machine's folder.
 const SOCKET: &str = "control.sock";
 
@@ -108,10 +110,12 @@ impl RunDir {
             .map_err(|_| RunDirError::AlreadyRunning(name.into()))?;
         let left = Left::read(&lock, &path);
         let reports = path.join("reports");
-        // The evidence of the run before is kept once. A start that failed before its first event has none.
-        if fs::read_dir(&reports).is_ok_and(|mut files| files.next().is_some()) {
+        // The evidence of the last run is kept once; a start that came to nothing has none.
+        if has_evidence(&reports) {
             let _ = fs::remove_dir_all(path.join("reports.old"));
             let _ = fs::rename(&reports, path.join("reports.old"));
+        } else {
+            let _ = fs::remove_dir_all(&reports);
         }
         builder.create(&reports).map_err(fail("make the folder", &reports))?;
         let socket = path.join(SOCKET);
@@ -280,6 +284,18 @@ fn check_name(name: &str) -> Result<(), RunDirError> {
     Ok(())
 }
 
+/// In the line of a [`super::events::Event::GuestRunning`].
+const GUEST_RAN: &str = r#""event":"guest-running""#;
+
+/// Whether a run has left something to look at: crash reports, or events of a guest that ran.
+fn has_evidence(reports: &Path) -> bool {
+    let log = reports.join(EVENT_LOG);
+    let logs = [EventLog::older(&log), log];
+    let mut files = fs::read_dir(reports).into_iter().flatten().flatten().map(|entry| entry.path());
+    let guest_ran = |log: &PathBuf| fs::read_to_string(log).is_ok_and(|text| text.contains(GUEST_RAN));
+    files.any(|file| !logs.contains(&file)) || logs.iter().any(guest_ran)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -332,11 +348,14 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let reports = base.path().join("m/reports");
         fs::create_dir_all(&reports).unwrap();
-        fs::write(reports.join(EVENT_LOG), "a line").unwrap();
+        let line = r#"{"seq":1,"event":"guest-running","guest":"web"}"#;
+        fs::write(reports.join(EVENT_LOG), line).unwrap();
         for _ in 0..3 {
             drop(RunDir::claim(base.path(), "m").unwrap());
+            // Its kernel is no kernel, say.
+            fs::write(reports.join(EVENT_LOG), r#"{"seq":1,"event":"guest-ended","guest":"web"}"#).unwrap();
         }
-        assert_eq!(fs::read_to_string(base.path().join("m/reports.old").join(EVENT_LOG)).unwrap(), "a line");
+        assert_eq!(fs::read_to_string(base.path().join("m/reports.old").join(EVENT_LOG)).unwrap(), line);
     }
 
     #[test]

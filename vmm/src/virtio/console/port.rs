@@ -16,6 +16,7 @@ use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 
 use crate::process::ipc::{PortBackend, PortEnd};
+use crate::unix_socket::{self, ListenError};
 
 /// Largest request of the guest, in bytes: Linux writes up to 32 KiB, or a whole pipe (1 MiB) by `splice`. The
 /// bound keeps a guest from making this process allocate gigabytes.
@@ -28,24 +29,14 @@ const BUDGET: usize = 64;
 /// Errors of joining a port to its host's end.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The path is taken by a living listener.
-    #[error("console port {name}: another process listens at {}; stop it or choose another socket", path.display())]
-    InUse {
-        /// The port.
-        name: String,
-        /// The socket.
-        path: PathBuf,
-    },
     /// No listening at the path.
-    #[error("console port {name}: listen at {}", path.display())]
+    #[error("console port {name}")]
     Listen {
         /// The port.
         name: String,
-        /// The socket.
-        path: PathBuf,
         /// The cause.
         #[source]
-        source: io::Error,
+        source: ListenError,
     },
     /// The inherited descriptor is of no use.
     #[error("console port {name}: use inherited descriptor {fd}")]
@@ -267,22 +258,10 @@ fn is_retry(result: &io::Result<usize>) -> bool {
 }
 
 fn listen(name: &str, path: &Path) -> Result<UnixListener, Error> {
-    let error = |source| Error::Listen { name: name.into(), path: path.into(), source };
-    let listener = match UnixListener::bind(path) {
-        Err(in_use) if in_use.kind() == ErrorKind::AddrInUse => {
-            // A file that nobody listens behind is left over from a process that died.
-            match UnixStream::connect(path) {
-                Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(error)?;
-                    UnixListener::bind(path).map_err(error)?
-                }
-                Ok(_) => return Err(Error::InUse { name: name.into(), path: path.into() }),
-                Err(_) => return Err(error(in_use)),
-            }
-        }
-        bound => bound.map_err(error)?,
-    };
-    listener.set_nonblocking(true).map_err(error)?;
+    let error = |source| Error::Listen { name: name.into(), source };
+    let listener = unix_socket::listen(path).map_err(error)?;
+    let blocking = |source| error(ListenError::Io { path: path.into(), source });
+    listener.set_nonblocking(true).map_err(blocking)?;
     Ok(listener)
 }
 

@@ -270,7 +270,7 @@ fn many_control_messages_at_once_are_all_answered() {
 fn socket_in_use_is_said_and_a_stale_one_replaced() {
     let (_folder, path, backend) = listening();
     let first = Console::new(std::slice::from_ref(&backend)).unwrap();
-    let error = Console::new(std::slice::from_ref(&backend)).err().unwrap().to_string();
+    let error = format!("{:#}", anyhow::Error::new(Console::new(std::slice::from_ref(&backend)).err().unwrap()));
     assert!(error.contains("another process listens") && error.contains("port.sock"), "{error}");
     drop(first);
     assert!(!path.exists());
