@@ -130,7 +130,6 @@ struct Demo<'a> {
     place: Place,
     machine: Machine,
     sound: Option<Sound>,
-    player: Option<Player>,
     sound_crashes: Vec<SoundCrash>,
     say: Say<'a>,
     guest: Ipv4Addr,
@@ -154,8 +153,7 @@ pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, Demo
             Some(guest) => guest,
             None => hardware::address_of_guest(&mut place, GUEST)?,
         };
-        let (player, sound_crashes) = (None, Vec::new());
-        Demo { spec, place, machine, sound, player, sound_crashes, say, guest, peer, start }.show(dir)
+        Demo { spec, place, machine, sound, sound_crashes: Vec::new(), say, guest, peer, start }.show(dir)
     });
     drop(bound);
     let result = result?;
@@ -227,10 +225,10 @@ impl Demo<'_> {
         self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
         let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
         self.place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-        self.start_player()?;
+        let player = self.start_player()?;
         let (crashes, fetched) = self.download(content)?;
         let progress = self.place.peer().progress()?;
-        let ended = self.await_player()?;
+        let ended = self.await_player(player)?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
         self.keep_report(dir)?;
@@ -272,25 +270,17 @@ impl Demo<'_> {
         std::fs::copy(&from, &to).map(drop).map_err(|e| DemoError::file("copy", &from, e))
     }
 
-    fn start_player(&mut self) -> Result<(), DemoError> {
-        if self.sound.is_some() {
-            self.player = Some(Player::start(&mut self.place, GUEST, PATIENT)?);
-            self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
+    fn start_player(&mut self) -> Result<Option<Player>, DemoError> {
+        if self.sound.is_none() {
+            return Ok(None);
         }
-        Ok(())
+        let player = Player::start(&mut self.place, GUEST, PATIENT)?;
+        self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
+        Ok(Some(player))
     }
 
-    /// An error with what it said if the player has ended in mid-song.
-    fn expect_player(&mut self) -> Result<(), DemoError> {
-        let Some(player) = self.player.clone() else { return Ok(()) };
-        let Some(ended) = player.ended(&mut self.place)? else { return Ok(()) };
-        let log = self.place.in_guest(GUEST, "dmesg | tail -n 3", Duration::from_secs(20))?;
-        let what = format!("mpg123 ended in mid-song with status {}: {}{log}", ended.status, ended.said);
-        Err(DemoError::Umbra { what, said: self.machine.said() })
-    }
-
-    fn await_player(&mut self) -> Result<Option<Ended>, DemoError> {
-        let Some(player) = self.player.take() else { return Ok(None) };
+    fn await_player(&mut self, player: Option<Player>) -> Result<Option<Ended>, DemoError> {
+        let Some(player) = player else { return Ok(None) };
         self.tell("the song plays on to its end");
         let limit = Duration::from_secs(u64::from(self.spec.song_seconds()) + 60);
         player.wait(&mut self.place, limit).map(Some)
