@@ -4,16 +4,11 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
+use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec, Model};
 use umbra_tests::demo::machine::{Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
-use umbra_tests::peer::{guest_address, peer_address};
-
-fn guest_reaches_peer(place: &mut Place) {
-    let script = format!("umbra-probe first-answer {} 20", peer_address(0));
-    place.in_guest("web", &script, STEP).or_tell();
-}
+use umbra_tests::peer::guest_address;
 
 #[test]
 fn a_restart_is_masked_and_a_failed_upgrade_falls_back() {

@@ -340,7 +340,7 @@ impl Supervisor {
         let reason = format!("{why}{last}");
         driver.reason = Some(reason.clone());
         self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason: reason.clone() });
-        self.end_trial(n, &format!("it is quarantined: {reason}"));
+        self.fall_back(n, &format!("it is quarantined: {reason}"));
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
             self.tell_quarantine(guest, device);
             if !self.guests[guest].has_cards() {

@@ -103,11 +103,6 @@ impl Supervisor {
         }
     }
 
-    /// Driver VM `n` does not go on: whoever waits for the outcome of a restart is told.
-    pub(super) fn end_trial(&mut self, n: usize, why: &str) {
-        self.fall_back(n, why);
-    }
-
     /// Driver VM `n` serves again.
     pub(super) fn restarted(&mut self, n: usize, now: Time) {
         let driver = &mut self.drivers[n];
@@ -125,7 +120,7 @@ impl Supervisor {
     }
 
     /// Back to the image of before, and whoever waits is told why. Whether there was another one.
-    fn fall_back(&mut self, n: usize, why: &str) -> bool {
+    pub(super) fn fall_back(&mut self, n: usize, why: &str) -> bool {
         let driver = &mut self.drivers[n];
         let Some(Trial { before, client, .. }) = driver.trial.take() else { return false };
         let changed = before.is_some();
