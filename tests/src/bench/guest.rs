@@ -7,6 +7,24 @@ use super::{Bench, BenchError, Output};
 /// Where the test host has the sockets of its guests' exec servers.
 pub const SOCKETS: &str = "/run/umbra-bench";
 
+/// The name of a guest's second port, whose exec server runs what goes on beside other scripts. A port has one client at a
+/// time.
+pub const LONG_PORT: &str = "umbra.bench.long";
+
+/// The socket of guest `name`'s exec server, in the place.
+pub fn socket(name: &str) -> String {
+    format!("{SOCKETS}/{name}.sock")
+}
+
+/// The socket behind guest `name`'s [`LONG_PORT`].
+pub fn long_socket(name: &str) -> String {
+    format!("{SOCKETS}/{name}.long.sock")
+}
+
+fn exec(socket: &str, script: &str, limit: Duration) -> String {
+    format!("umbra-probe exec {socket} {} {}", quote(script), limit.as_secs_f64())
+}
+
 /// A guest in a test host.
 pub struct Guest<'a> {
     bench: &'a mut Bench,
@@ -20,7 +38,12 @@ impl<'a> Guest<'a> {
 
     /// The shell command that runs `script` in the guest.
     pub fn command(name: &str, script: &str, limit: Duration) -> String {
-        format!("umbra-probe exec {SOCKETS}/{name}.sock {} {}", quote(script), limit.as_secs_f64())
+        exec(&socket(name), script, limit)
+    }
+
+    /// As [`Self::command`], through a port that nothing else uses: a script that goes on while others are run.
+    pub fn long_command(name: &str, script: &str, limit: Duration) -> String {
+        exec(&long_socket(name), script, limit)
     }
 
     /// Runs a script in the guest; waits for the guest to boot if need be.

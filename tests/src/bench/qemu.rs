@@ -92,6 +92,10 @@ impl Slots {
 /// active; QEMU never does that, and the reset would fail after 1.1 s. The NICs here are of the time of 5 GT/s.
 const PORT_SPEED: &str = "x-speed=5";
 
+/// Room for translated code, MiB: the most that QEMU takes. Each boot of a VM fills some 40, and when there is no more room all is
+/// thrown away at once: the machine then stands still for a quarter of a second and more, in which a player's buffer runs out.
+const TRANSLATED_MIB: u32 = 2048;
+
 /// The arguments.
 pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     let kvm = spec.accel == Accel::Kvm || (spec.accel == Accel::Auto && real_kvm());
@@ -115,7 +119,7 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
         slots.add(&["-accel", "kvm", "-cpu", "host"]);
     } else {
         // An EPYC without what TCG lacks: the same CPU, and no page of warnings.
-        slots.add(&["-accel", "tcg,thread=multi", "-cpu"]);
+        slots.add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}"), "-cpu"]);
         slots.add(&["EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec"]);
     }
     slots.add(&["-smp", &spec.cpus.to_string(), "-m", &format!("{}M", spec.memory_mib)]);

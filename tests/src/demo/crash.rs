@@ -78,7 +78,7 @@ const BLOCK: u64 = 4096;
 /// From this many crashes on there are other kinds than panics.
 const MIXED_FROM: u32 = 20;
 /// From this many on, these take turns.
-pub(super) const ALL_FROM: u32 = 40;
+const ALL_FROM: u32 = 40;
 const ALL: [Kind; 8] =
     [Kind::Panic, Kind::Kill, Kind::Stop, Kind::Stall, Kind::Spin, Kind::Reboot, Kind::OutOfMemory, Kind::AgentHang];
 
@@ -141,7 +141,9 @@ pub(super) fn run(
         await_standbys(demo, &mut pace, get)?;
         if demo.sound.is_some() && index > 0 {
             sound_alone(demo, plan.of_sound(index))?;
+            check_player(demo, &mut ticks)?;
             await_standbys(demo, &mut pace, get)?;
+            check_player(demo, &mut ticks)?;
         }
         demo.place.peer().allow(plan.allowance(index, content.bytes))?;
         reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
@@ -153,6 +155,7 @@ pub(super) fn run(
         let together = demo.sound.is_some() && kind != Kind::InReplay && index + 1 == plan.0.len();
         let lives = if together { both(demo)? } else { issue(demo, kind)? };
         reach(demo, plan.allowance(index, content.bytes), get, &mut ticks)?;
+        await_tick(demo, &mut ticks)?;
         let stall = demo.place.peer().progress()?.longest_stall_ms;
         let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
         demo.machine.drain();
@@ -160,12 +163,37 @@ pub(super) fn run(
         for line in result.lines() {
             demo.tell(&line);
         }
+        check_player(demo, &mut ticks)?;
         results.push(result);
         if lives > 1 {
             results.push(CrashResult::second_of_pair());
         }
     }
     Ok(results)
+}
+
+/// Waits for the guest's next tick, so that the gap behind the last one is over: a download that was ahead is no sign of that.
+fn await_tick(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
+    let (start, since) = (Instant::now(), now_us());
+    while start.elapsed() < RECOVERY_LIMIT {
+        ticks.extend(demo.place.peer().take_ticks()?);
+        if ticks.last().is_some_and(|tick| tick.arrived_us > since) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err(DemoError::Umbra { what: "the guest's ticks arrive no more".into(), said: demo.machine.said() })
+}
+
+/// The player plays on; where it does not, says for how long the guest itself stood still at most.
+fn check_player(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
+    let Err(error) = demo.check_player() else { return Ok(()) };
+    ticks.extend(demo.place.peer().take_ticks()?);
+    if let Some(still) = outage::longest_standstill(ticks, demo.guest) {
+        let ago = now_us().saturating_sub(still.arrived_us) / 1000;
+        demo.tell(&format!("the guest itself stood still for {} at most, {ago} ms ago", span(still.ms)));
+    }
+    Err(error)
 }
 
 /// How far the download may trickle on, bytes.

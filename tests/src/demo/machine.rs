@@ -10,8 +10,10 @@ use serde_json::Value;
 use super::DemoError;
 use super::events::{Event, Follow};
 use super::place::Place;
-use crate::bench::guest::SOCKETS;
+use crate::bench::guest::{self, LONG_PORT, SOCKETS};
 use crate::probe::client::Run;
+use crate::probe::wire::PORT_NAME;
+use crate::sound::player::PATIENT_KERNEL;
 
 /// Longest time for a first start on an emulated and loaded machine; two minutes on an idle one is unheard of.
 const START_LIMIT: Duration = Duration::from_secs(180);
@@ -106,10 +108,13 @@ impl MachineSpec {
             let sound = card.unwrap_or_default();
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
-                 cmdline = \"console=ttyS0 quiet ip4={address}\"\nmemory = \"256M\"\n\
+                 cmdline = \"console=ttyS0 quiet ip4={address} {PATIENT_KERNEL}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
                  {nic}{sound}\
-                 [[guest.{name}.port]]\nname = \"umbra.bench\"\nsocket = \"{SOCKETS}/{name}.sock\"\n\n"
+                 [[guest.{name}.port]]\nname = \"{PORT_NAME}\"\nsocket = \"{}\"\n\
+                 [[guest.{name}.port]]\nname = \"{LONG_PORT}\"\nsocket = \"{}\"\n\n",
+                guest::socket(name),
+                guest::long_socket(name)
             ));
         }
         for driver in self.drivers() {

@@ -60,6 +60,14 @@ pub enum DemoError {
         /// Its output.
         said: String,
     },
+    /// The player did not play on.
+    #[error("{name} in the guest plays no more:\n{said}")]
+    Player {
+        /// Which.
+        name: &'static str,
+        /// How it ended, if it has, and what the guest knows of it.
+        said: String,
+    },
     /// The real device cannot be used.
     #[error("{0}")]
     Device(String),
@@ -80,7 +88,7 @@ impl DemoError {
     /// The test host or the guest in it did not answer, or not as it should: on an emulated machine perhaps for no fault of
     /// Umbra's.
     pub fn may_be_emulation(&self) -> bool {
-        matches!(self, Self::Umbra { .. } | Self::Exec(_) | Self::Bench(_))
+        matches!(self, Self::Umbra { .. } | Self::Player { .. } | Self::Exec(_) | Self::Bench(_))
     }
 
     pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
@@ -105,8 +113,7 @@ pub struct DemoSpec {
 
 impl DemoSpec {
     fn song_seconds(&self) -> u32 {
-        let each = if self.crashes < crash::ALL_FROM { SONG_SECONDS } else { LONG_SONG_SECONDS };
-        each * (self.crashes + 1)
+        SONG_SECONDS * (self.crashes + 1)
     }
 }
 
@@ -118,8 +125,6 @@ const REPORT: &str = "report.html";
 
 /// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
 const SONG_SECONDS: u32 = 30;
-/// The same where there are failures that take seconds to notice.
-const LONG_SONG_SECONDS: u32 = 40;
 
 /// Longest time for one recovery, emulated machines included.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
@@ -131,6 +136,7 @@ struct Demo<'a> {
     machine: Machine,
     sound: Option<Sound>,
     sound_crashes: Vec<SoundCrash>,
+    player: Option<Player>,
     say: Say<'a>,
     guest: Ipv4Addr,
     peer: Ipv4Addr,
@@ -153,7 +159,7 @@ pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, Demo
             Some(guest) => guest,
             None => hardware::address_of_guest(&mut place, GUEST)?,
         };
-        Demo { spec, place, machine, sound, sound_crashes: Vec::new(), say, guest, peer, start }.show(dir)
+        Demo { spec, place, machine, sound, sound_crashes: Vec::new(), player: None, say, guest, peer, start }.show(dir)
     });
     drop(bound);
     let result = result?;
@@ -225,10 +231,10 @@ impl Demo<'_> {
         self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
         let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
         self.place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-        let player = self.start_player()?;
+        self.start_player()?;
         let (crashes, fetched) = self.download(content)?;
         let progress = self.place.peer().progress()?;
-        let ended = self.await_player(player)?;
+        let ended = self.await_player()?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
         self.keep_report(dir)?;
@@ -270,17 +276,22 @@ impl Demo<'_> {
         std::fs::copy(&from, &to).map(drop).map_err(|e| DemoError::file("copy", &from, e))
     }
 
-    fn start_player(&mut self) -> Result<Option<Player>, DemoError> {
-        if self.sound.is_none() {
-            return Ok(None);
+    fn start_player(&mut self) -> Result<(), DemoError> {
+        if self.sound.is_some() {
+            self.player = Some(Player::start(&mut self.place, GUEST, PATIENT)?);
+            self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         }
-        let player = Player::start(&mut self.place, GUEST, PATIENT)?;
-        self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
-        Ok(Some(player))
+        Ok(())
     }
 
-    fn await_player(&mut self, player: Option<Player>) -> Result<Option<Ended>, DemoError> {
-        let Some(player) = player else { return Ok(None) };
+    /// The player, if there is one, plays on.
+    fn check_player(&mut self) -> Result<(), DemoError> {
+        let Some(player) = &self.player else { return Ok(()) };
+        player.plays(&mut self.place).inspect_err(|_| (self.say)(&self.machine.said()))
+    }
+
+    fn await_player(&mut self) -> Result<Option<Ended>, DemoError> {
+        let Some(player) = self.player.take() else { return Ok(None) };
         self.tell("the song plays on to its end");
         let limit = Duration::from_secs(u64::from(self.spec.song_seconds()) + 60);
         player.wait(&mut self.place, limit).map(Some)

@@ -39,6 +39,26 @@ pub fn longest(ticks: &[Tick], from: Ipv4Addr, begin_us: u64, end_us: u64) -> Op
     Some(Outage { gap_ms, late_ticks: count(late as u64), lost_ticks: count(lost) })
 }
 
+/// A time in which the guest ran nothing.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Standstill {
+    /// Between two ticks, by the guest's own clock, ms.
+    pub ms: f64,
+    /// When the second one arrived at the peer, microseconds of its clock.
+    pub arrived_us: u64,
+}
+
+/// The longest time for which `from` sent no tick, as it says itself: it had no processor, whatever network and sound did.
+pub fn longest_standstill(ticks: &[Tick], from: Ipv4Addr) -> Option<Standstill> {
+    let mut sent: Vec<_> = ticks.iter().filter(|tick| tick.from == from).collect();
+    sent.sort_by_key(|tick| tick.seq);
+    let pairs = sent.windows(2).filter(|pair| pair[0].seq + 1 == pair[1].seq);
+    let longest = pairs.max_by_key(|pair| pair[1].sent_us.saturating_sub(pair[0].sent_us))?;
+    #[expect(clippy::cast_precision_loss, reason = "a figure for humans")]
+    let ms = longest[1].sent_us.saturating_sub(longest[0].sent_us) as f64 / 1000.0;
+    Some(Standstill { ms, arrived_us: longest[1].arrived_us })
+}
+
 /// The middle of some figures (the upper one of two), and the largest.
 pub fn median_and_max(figures: &[f64]) -> Option<(f64, f64)> {
     let mut sorted = figures.to_vec();
@@ -70,6 +90,22 @@ mod tests {
         other.from = Ipv4Addr::new(10, 77, 0, 3);
         let ticks = [tick(0, 0, 1000), other, tick(1, 10, 1500)];
         assert_eq!(longest(&ticks, GUEST, 0, u64::MAX).unwrap().gap_ms, 500.0);
+    }
+
+    #[test]
+    fn a_standstill_is_what_the_guest_did_not_send() {
+        // 1 s of outage, in which the guest went on; then it stood still for 300 ms; tick 5 is lost.
+        let ticks = [
+            tick(0, 0, 1000),
+            tick(1, 10, 2000),
+            tick(2, 20, 2000),
+            tick(3, 320, 2300),
+            tick(4, 330, 2310),
+            tick(6, 900, 2800),
+        ];
+        let found = longest_standstill(&ticks, GUEST).unwrap();
+        assert_eq!(found, Standstill { ms: 300.0, arrived_us: 2_300_000 });
+        assert_eq!(longest_standstill(&ticks[..1], GUEST), None);
     }
 
     #[test]

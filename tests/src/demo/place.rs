@@ -149,12 +149,13 @@ impl Place {
         self.expect(&Guest::command(name, script, limit), limit + Duration::from_secs(10))
     }
 
-    /// Starts a script in a guest of the place. One at a time: the guest's port has one client.
+    /// Starts a script in a guest of the place, where [`Self::in_guest`] may run others meanwhile. One at a time: it has a port
+    /// of its own, with one client.
     ///
     /// # Errors
     /// The place is gone.
     pub fn start_in_guest(&mut self, name: &str, script: &str, limit: Duration) -> Result<Run, DemoError> {
-        self.start(&Guest::command(name, script, limit))
+        self.start(&Guest::long_command(name, script, limit))
     }
 
     /// What the sound cards of a test host play.

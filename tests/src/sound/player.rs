@@ -10,9 +10,15 @@ const STEP: Duration = Duration::from_secs(60);
 /// How often a player is asked whether it has ended: each question costs the emulated machine time.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// What the guest's kernel tells of its playback stream.
+const STATUS: &str = "/proc/asound/card0/pcm0p/sub0/status";
+
 /// mpg123's option for an emulated machine: its buffer of 200 ms, the default, runs out where the machine stands still for
-/// as long, as while two driver VMs boot at once; the guest's kernel then reports `EIO`.
-pub const PATIENT: &str = "--devbuffer 0.5";
+/// as long, as while two driver VMs boot at once or QEMU throws its translated code away; the guest's kernel then reports
+/// `EIO`.
+pub const PATIENT: &str = "--devbuffer 1";
+/// What lets the guest's kernel have such a buffer: 480 ms of the largest samples, 1.04 s of a CD's.
+pub const PATIENT_KERNEL: &str = "virtio_snd.pcm_buffer_ms=480";
 
 /// How a player ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +43,10 @@ impl Player {
     /// It does not play.
     pub fn start(place: &mut Place, guest: &str, options: &str) -> Result<Self, DemoError> {
         let player = Self::run(place, guest, "mpg123", &format!("mpg123 -q {options} /song.mp3"))?;
-        let script = "n=0; while ! grep -q RUNNING /proc/asound/card0/pcm0p/sub0/status; do n=$((n+1)); [ $n -lt 200 ] || exit 1; usleep 50000; done";
-        if let Err(error) = place.in_guest(guest, script, STEP) {
+        let script = format!(
+            "n=0; while ! grep -q RUNNING {STATUS}; do n=$((n+1)); [ $n -lt 200 ] || exit 1; usleep 50000; done"
+        );
+        if let Err(error) = place.in_guest(guest, &script, STEP) {
             let said = place.in_guest(guest, "cat /tmp/mpg123.said /proc/asound/cards; dmesg | tail -n 5", STEP);
             return Err(DemoError::Umbra { what: format!("the player does not play: {error}"), said: said? });
         }
@@ -68,6 +76,21 @@ impl Player {
         Ok(Some(Ended { status: status.trim().parse().unwrap_or(i32::MAX), said: said.to_owned() }))
     }
 
+    /// It is under way, and its stream runs: asked for a moment, since a stream that was stopped is started again.
+    ///
+    /// # Errors
+    /// It has ended, or its stream does not run; with all that the guest knows of it.
+    pub fn plays(&self, place: &mut Place) -> Result<(), DemoError> {
+        let script = format!(
+            "n=0; while [ ! -e /tmp/{0}.status ] && [ $n -lt 20 ]; do grep -q RUNNING {STATUS} && exit 0; n=$((n+1)); usleep 100000; done; exit 1",
+            self.name
+        );
+        let Err(error) = place.in_guest(&self.guest, &script, STEP) else { return Ok(()) };
+        let about = format!("grep . /tmp/{0}.*; head -n 20 {STATUS}; ps; dmesg | tail -n 20", self.name);
+        let said = place.in_guest(&self.guest, &about, STEP).unwrap_or_else(|e| format!("{error}\n{e}"));
+        Err(DemoError::Player { name: self.name, said })
+    }
+
     /// Waits for its end.
     ///
     /// # Errors
@@ -80,7 +103,7 @@ impl Player {
             }
             std::thread::sleep(PAUSE);
         }
-        let said = place.in_guest(&self.guest, "cat /proc/asound/card0/pcm0p/sub0/status; dmesg | tail -n 5", STEP)?;
+        let said = place.in_guest(&self.guest, &format!("cat {STATUS}; dmesg | tail -n 5"), STEP)?;
         Err(DemoError::Umbra { what: format!("{} did not end within {limit:?}", self.name), said })
     }
 }
