@@ -92,6 +92,49 @@ fn hold_on_every_card() {
     }
 }
 
+/// What a desktop does: a sound server has the card, and a player speaks to the server.
+fn a_sound_server() {
+    let assets = assets();
+    let sound = Sound::new(&["hda".into()], SECONDS, &assets).or_tell();
+    let server = assets.sound_server().or_tell();
+    let mut bench = BenchSpec::new("sound-server").nics(&[]);
+    sound.add_to(&mut bench);
+    bench.files.push(server.clone());
+    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
+    sound.prepare(&mut place).or_tell();
+    let mut spec = sound.machine(0, &mut place, "skip").or_tell();
+    spec.archives.push(server.file_name().unwrap().to_string_lossy().into_owned());
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    machine.await_standby(SOUND_DRIVER, RECOVERY).or_tell();
+    let before = GuestLog::read(&mut place, GUEST).or_tell();
+    // As root and without the message bus of a desktop.
+    let start = format!(
+        "mkdir -p /run /root; mpg123 -q -w /tmp/song.wav /song.mp3 && export PULSE_RUNTIME_PATH=/tmp/pulse && \
+         {{ pulseaudio -n --exit-idle-time=-1 -L 'module-alsa-sink device=hw:0 rate={RATE}' -L module-native-protocol-unix \
+         </dev/null >/tmp/pulseaudio.log 2>&1 & }}; n=0; while ! [ -S /tmp/pulse/native ] && [ $n -lt 200 ]; do n=$((n+1)); usleep 50000; done; \
+         cat /tmp/pulseaudio.log; [ -S /tmp/pulse/native ]"
+    );
+    say(place.in_guest(GUEST, &start, RECOVERY).or_tell().trim());
+    let player = Player::run(&mut place, GUEST, "paplay", "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav").or_tell();
+    std::thread::sleep(Duration::from_secs(4));
+    place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
+    machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
+    let ended = player.wait(&mut place, RECOVERY).or_tell();
+    assert_eq!((ended.status, ended.said.as_str()), (0, ""), "the player noticed");
+    say(place.in_guest(GUEST, "cat /tmp/pulseaudio.log", STEP).or_tell().trim());
+    let log = GuestLog::read(&mut place, GUEST).or_tell().since(&before);
+    assert!(log.is_clean(), "{:#?}", log.lines);
+    machine.stop(&mut place).or_tell();
+    let Place::Bench(bench) = place else { unreachable!("it is one") };
+    let wav = bench.wav();
+    bench.shutdown().or_tell();
+    let heard = recording::judge(&wav, 0..usize::MAX, &sound.song).or_tell().analysis;
+    say(&serde_json::to_string(&heard).unwrap());
+    assert!(!heard.silences.is_empty(), "no crash is heard");
+    let (_, end) = heard.unheard_ends;
+    assert!(end <= END_AT_MOST, "the last {end} frames are not heard");
+}
+
 /// The second guest, and what each plays, Hz.
 const OTHER: &str = "mail";
 const TONES: [(&str, f64); 2] = [(GUEST, 440.0), (OTHER, 1000.0)];
@@ -147,6 +190,11 @@ fn mix_two_guests() {
 #[test]
 fn two_guests_are_mixed_on_one_card_through_a_crash() {
     scenario(mix_two_guests);
+}
+
+#[test]
+fn a_sound_server_outlives_a_crash() {
+    scenario(a_sound_server);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::{AssetError, Say};
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/umbra-backports.sources";
 
 /// Packages that the bench needs, and the program by which each is recognised.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("busybox-static", "/bin/busybox"),
     ("cpio", "/usr/bin/cpio"),
@@ -21,6 +21,7 @@ const PACKAGES: [(&str, &str); 8] = [
     ("mpg123", "/usr/bin/mpg123"),
     ("alsa-utils", "/usr/bin/aplay"),
     ("lame", "/usr/bin/lame"),
+    ("pulseaudio", "/usr/bin/pulseaudio"),
 ];
 
 /// Installs what is missing.

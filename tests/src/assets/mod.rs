@@ -201,6 +201,14 @@ impl Assets {
         &self.sound
     }
 
+    /// An archive for guests with the sound server PulseAudio and its player.
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub fn sound_server(&self) -> Result<PathBuf, AssetError> {
+        sound::server(&self.cache)
+    }
+
     /// `seconds` of a song at `rate` Hz.
     ///
     /// # Errors

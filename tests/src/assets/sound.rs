@@ -1,5 +1,5 @@
 //! What sound scenarios play with, from the distribution: mpg123, alsa-utils and what they need, as an archive that
-//! is put behind any initramfs; and a song, encoded by lame, with what mpg123 makes of it, to compare recordings with.
+//! is put behind any initramfs; PulseAudio as another; and a song, encoded by lame, with what mpg123 makes of it, to compare recordings with.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,12 @@ const OUTPUT: &str = "mpg123/output_alsa.so";
 /// alsa-lib's configuration, but for what concerns machines of this or that make.
 const CONFIGURATION: &str = "/usr/share/alsa";
 const CONFIGURATION_PARTS: [&str; 4] = ["alsa.conf", "cards", "pcm", "ctl"];
+
+/// The sound server, and the player that speaks to it.
+const SERVER_PROGRAMS: [&str; 2] = ["/usr/bin/pulseaudio", "/usr/bin/paplay"];
+/// Its modules: the card, the players' socket, and what both load.
+const SERVER_MODULES: [&str; 4] =
+    ["module-alsa-sink.so", "module-native-protocol-unix.so", "libalsa-util.so", "libprotocol-native.so"];
 
 /// A song as a file to play, and as it should be heard.
 #[derive(Clone, Debug)]
@@ -65,6 +71,37 @@ pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
         }
         Ok(archive.to_bytes()?)
     })
+}
+
+/// The archive with the sound server.
+pub(super) fn server(cache: &Cache) -> Result<PathBuf, AssetError> {
+    let modules = server_modules()?;
+    let mut made_of = vec![include_str!("sound.rs").to_owned()];
+    for program in SERVER_PROGRAMS {
+        made_of.push(cache.digest(Path::new(program))?);
+    }
+    let key = format!("pulseaudio-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
+    cache.file("initramfs", &key, || {
+        let mut archive = Initramfs::new();
+        for program in SERVER_PROGRAMS {
+            archive.add_program(Path::new(program))?;
+        }
+        for module in SERVER_MODULES {
+            archive.add_program(&modules.join(module))?;
+        }
+        Ok(archive.to_bytes()?)
+    })
+}
+
+/// The folder of the server's modules, which has its version in its name.
+fn server_modules() -> Result<PathBuf, AssetError> {
+    let command = format!("{} --dump-conf", SERVER_PROGRAMS[0]);
+    let failed = |what: String| AssetError::Program { command: command.clone(), what };
+    let output = Command::new(SERVER_PROGRAMS[0]).arg("--dump-conf").stdin(Stdio::null()).output();
+    let said = output.map_err(|error| failed(error.to_string()))?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let folder = said.lines().find_map(|line| line.strip_prefix("dl-search-path = "));
+    folder.map(PathBuf::from).ok_or_else(|| failed("it names no folder of modules".into()))
 }
 
 /// `/usr/lib` or the folder of the architecture below it.
