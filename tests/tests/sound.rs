@@ -115,7 +115,8 @@ fn a_sound_server() {
          cat /tmp/pulseaudio.log; [ -S /tmp/pulse/native ]"
     );
     say(place.in_guest(GUEST, &start, RECOVERY).or_tell().trim());
-    let player = Player::run(&mut place, GUEST, "paplay", "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav").or_tell();
+    let player =
+        Player::run(&mut place, GUEST, "paplay", "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav").or_tell();
     std::thread::sleep(Duration::from_secs(4));
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();

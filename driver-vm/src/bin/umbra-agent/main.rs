@@ -28,12 +28,13 @@ fn main() -> ExitCode {
         Ok(agent) => agent.run(),
         Err(error) => error,
     };
-    kernel_log::error(&format!("{error:#}"));
+    kernel_log::fatal(&format!("{error:#}"));
     system::restart()
 }
 
 fn start() -> anyhow::Result<agent::Agent> {
     system::mount_all()?;
+    kernel_log::follow()?;
     system::set_all();
     system::go_first();
     if system::awaits_device() {

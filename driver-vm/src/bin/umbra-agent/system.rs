@@ -15,7 +15,7 @@ const MOUNTS: [(&str, &str); 3] = [("devtmpfs", "/dev"), ("proc", "/proc"), ("sy
 
 /// Whatever goes wrong in the kernel ends this VM at once; the host starts the next one. And nothing of this system's
 /// own may appear on the wire or towards the guest. A setting that the kernel does not have is passed over.
-const SETTINGS: [(&str, &str); 10] = [
+const SETTINGS: [(&str, &str); 11] = [
     ("kernel/panic", "-1"), // reboot at once
     ("kernel/panic_on_oops", "1"),
     ("kernel/softlockup_panic", "1"),
@@ -23,6 +23,7 @@ const SETTINGS: [(&str, &str); 10] = [
     // Above what a slow firmware download in a probe takes, below the kernel's 120 s.
     ("kernel/hung_task_timeout_secs", "30"),
     ("kernel/panic_on_warn", "0"), // drivers warn and go on
+    ("kernel/printk", kernel_log::CONSOLE_LEVEL),
     // The image has no modprobe: a driver that asks for a module while it probes need not wait for that to be found out.
     ("kernel/modprobe", "\n"),
     ("vm/panic_on_oom", "1"),
