@@ -107,6 +107,11 @@ impl Crashes {
         if self.0.len() + 1 >= ALL_FROM as usize { ALL[(index + 3) % ALL.len()] } else { Kind::Panic }
     }
 
+    /// From which crash of the NIC on one of the sound card alone goes before it: with the one together, `count` in all.
+    fn quiet_until(&self, count: u32) -> usize {
+        (self.0.len() + 1).saturating_sub(count as usize)
+    }
+
     /// So many halves of a crash's share of the file, bytes.
     fn share(&self, halves: u64, bytes: u64) -> u64 {
         // In 128 bits: the product does not fit otherwise.
@@ -139,7 +144,7 @@ pub(super) fn run(
         let before = index.checked_sub(1).map_or(0, |before| plan.allowance(before, content.bytes));
         let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
         await_standbys(demo, &mut pace, get)?;
-        if demo.sound.is_some() && index > 0 {
+        if demo.sound.is_some() && index >= plan.quiet_until(demo.spec.crashes) {
             sound_alone(demo, plan.of_sound(index))?;
             check_player(demo, &mut ticks)?;
             await_standbys(demo, &mut pace, get)?;
