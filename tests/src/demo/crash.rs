@@ -330,6 +330,15 @@ mod tests {
     }
 
     #[test]
+    fn the_card_fails_as_often_as_the_nic() {
+        for count in [1, 3, 19, 20, 50] {
+            let plan = Crashes::plan(count);
+            let alone = plan.0.len() - plan.quiet_until(count);
+            assert_eq!(alone + 1, count as usize, "one is together with the NIC's last");
+        }
+    }
+
+    #[test]
     fn a_crash_comes_before_its_share_is_used_up() {
         let plan = Crashes::plan(3);
         let bytes = 64 << 20;
