@@ -16,7 +16,7 @@ pub struct Args {
     /// What becomes of the song during an outage.
     #[arg(long, default_value = "skip", value_parser = ["skip", "hold"])]
     policy: String,
-    /// Crashes in one song.
+    /// Crashes in one song; 0 for no such song.
     #[arg(long, default_value_t = 3)]
     crashes: u32,
     /// Seconds of undisturbed playback beside a busy guest, through the driver VM and straight; 0 for none.

@@ -43,7 +43,7 @@ pub struct SoundMeasureSpec {
     pub model: Model,
     /// `skip` or `hold`.
     pub policy: String,
-    /// Crashes in one song.
+    /// Crashes in one song; no such song if 0.
     pub crashes: u32,
     /// Undisturbed playback beside a busy guest, seconds; none if 0. Straight for at most [`STRAIGHT_SECONDS`].
     pub seconds: u32,
@@ -90,7 +90,7 @@ pub struct SoundResults {
     /// `skip` or `hold`.
     pub policy: String,
     /// The song through crashes.
-    pub crashed: Crashed,
+    pub crashed: Option<Crashed>,
     /// Silences of bare re-initialisations in the test host, ms.
     pub reinit_ms: Vec<f64>,
     /// Undisturbed playback.
@@ -151,7 +151,7 @@ pub fn run(spec: &SoundMeasureSpec, say: Say<'_>) -> Result<SoundResults, DemoEr
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets)?));
     sound.prepare(&mut place)?;
     let mut stage = Stage { place, sound, spec, say };
-    let (crashed, part) = stage.crashed()?;
+    let crashed = if spec.crashes > 0 { Some(stage.crashed(seconds)?) } else { None };
     let mut undisturbed = Vec::new();
     if spec.seconds > 0 {
         undisturbed.push(stage.undisturbed("driver VM")?);
@@ -174,7 +174,9 @@ pub fn run(spec: &SoundMeasureSpec, say: Say<'_>) -> Result<SoundResults, DemoEr
     Ok(SoundResults {
         model: spec.model.to_string(),
         policy: spec.policy.clone(),
-        crashed: Crashed { heard: judge(part)?.analysis, ..crashed },
+        crashed: crashed
+            .map(|(crashed, part)| Ok::<_, DemoError>(Crashed { heard: judge(part)?.analysis, ..crashed }))
+            .transpose()?,
         reinit_ms: judge(reinit)?.analysis.silences.iter().map(|silence| silence.ms).collect(),
         undisturbed: undisturbed.collect::<Result<_, DemoError>>()?,
     })
@@ -186,7 +188,8 @@ impl Stage<'_> {
         recording::frames_so_far(&wav).map_err(|e| DemoError::file("read", &wav, e))
     }
 
-    fn crashed(&mut self) -> Result<(Crashed, Range<usize>), DemoError> {
+    /// `seconds`: the length of the song.
+    fn crashed(&mut self, seconds: u32) -> Result<(Crashed, Range<usize>), DemoError> {
         (self.say)(&format!("a song through {} crashes ({})", self.spec.crashes, self.spec.policy));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
@@ -202,7 +205,7 @@ impl Stage<'_> {
             (self.say)(&format!("    served again after {:.0} ms", live.number("outage_ms").unwrap_or_default()));
             outages.push(Value::Object(live.fields));
         }
-        let limit = STEP + Duration::from_secs((SONG_SECONDS * (self.spec.crashes + 1)).into());
+        let limit = STEP + Duration::from_secs(seconds.into());
         let ended = player.wait(&mut self.place, limit)?;
         let sums = machine.status(&mut self.place)?["guests"][0]["sounds"][0]["sums"].take();
         machine.stop(&mut self.place)?;
@@ -287,22 +290,20 @@ impl Stage<'_> {
     }
 }
 
-impl SoundResults {
-    /// For people.
-    pub fn table(&self) -> String {
-        let spread =
-            |ms: Option<&Spread>| ms.map_or("-".into(), |ms| format!("{:.0} ms, at most {:.0}", ms.p50, ms.max));
-        let Crashed { player_status, player_said, heard, outages, .. } = &self.crashed;
-        let silences: Vec<f64> = heard.silences.iter().map(|silence| silence.ms).collect();
-        let told = outages.iter().filter_map(|live| live.get("outage_ms").and_then(Value::as_f64)).collect();
-        let parts: Vec<Value> = outages.iter().filter_map(|live| live.get("parts").cloned()).collect();
+impl Crashed {
+    fn figures(&self) -> Vec<Spread> {
+        let silences: Vec<f64> = self.heard.silences.iter().map(|silence| silence.ms).collect();
+        let told = self.outages.iter().filter_map(|live| live.get("outage_ms").and_then(Value::as_f64)).collect();
+        let parts: Vec<Value> = self.outages.iter().filter_map(|live| live.get("parts").cloned()).collect();
         let mut figures: Vec<_> = Spread::of("silence in the recording", silences).into_iter().collect();
         figures.extend(Spread::of("outage as Umbra counts it", told));
         figures.extend(Spread::of_parts(&parts));
-        figures.extend(Spread::of("bare re-initialisation", self.reinit_ms.clone()));
-        let mut text = Spread::heading(&format!("{}, policy {}", self.model, self.policy));
-        text.extend(figures.iter().map(Spread::line));
-        text.push_str(&format!(
+        figures
+    }
+
+    fn line(&self) -> String {
+        let Self { player_status, player_said, heard, outages, .. } = self;
+        format!(
             "{} crashes in one song; mpg123: status {player_status}, said {player_said:?}\n  \
              samples lost {}, doubled {}, unknown {}, clicks {}, ends not heard {:?}\n",
             outages.len(),
@@ -311,7 +312,20 @@ impl SoundResults {
             heard.unknown,
             heard.clicks,
             heard.unheard_ends,
-        ));
+        )
+    }
+}
+
+impl SoundResults {
+    /// For people.
+    pub fn table(&self) -> String {
+        let spread =
+            |ms: Option<&Spread>| ms.map_or("-".into(), |ms| format!("{:.0} ms, at most {:.0}", ms.p50, ms.max));
+        let mut figures: Vec<_> = self.crashed.as_ref().map(Crashed::figures).unwrap_or_default();
+        figures.extend(Spread::of("bare re-initialisation", self.reinit_ms.clone()));
+        let mut text = Spread::heading(&format!("{}, policy {}", self.model, self.policy));
+        text.extend(figures.iter().map(Spread::line));
+        text.extend(self.crashed.as_ref().map(Crashed::line));
         for one in &self.undisturbed {
             text.push_str(&format!(
                 "  undisturbed, {:<12} latency {} (unknown to the guest: {}), pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
