@@ -1,5 +1,6 @@
 //! What sound scenarios play with, from the distribution: mpg123, alsa-utils and what they need, as an archive that
-//! is put behind any initramfs; PulseAudio as another; and a song, encoded by lame, with what mpg123 makes of it, to compare recordings with.
+//! is put behind any initramfs; PulseAudio as another; and a song, encoded by lame, with what mpg123 makes of it, to
+//! compare recordings with.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,19 +42,10 @@ pub struct Song {
 /// The archive with the programs.
 pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
     let player = if Path::new(PLAYER).exists() { PLAYER } else { PLAYER_COMMAND };
-    let mut made_of = vec![include_str!("sound.rs").to_owned()];
-    for program in PROGRAMS.iter().chain([&player]) {
-        made_of.push(cache.digest(Path::new(program))?);
-    }
-    let key = format!("sound-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
-    cache.file("initramfs", &key, || {
-        let mut archive = Initramfs::new();
-        archive.add_program(Path::new(player))?;
+    let all: Vec<_> = PROGRAMS.into_iter().chain([player]).collect();
+    archive_of(cache, "sound", &all, |archive| {
         if player == PLAYER {
             archive.add_host_file(Path::new(PLAYER_COMMAND), PLAYER_COMMAND)?;
-        }
-        for program in PROGRAMS {
-            archive.add_program(Path::new(program))?;
         }
         archive.add_symlink("usr/bin/arecord", "aplay");
         // dmix, which alsa-lib puts before some cards, wants this group.
@@ -69,39 +61,49 @@ pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
                 archive.add_host_file(&from, &to)?;
             }
         }
+        Ok(())
+    })
+}
+
+/// An archive with `programs`, their libraries and what `rest` adds, made anew when a program is another.
+fn archive_of(
+    cache: &Cache,
+    name: &str,
+    programs: &[&str],
+    rest: impl FnOnce(&mut Initramfs) -> Result<(), AssetError>,
+) -> Result<PathBuf, AssetError> {
+    let mut made_of = vec![include_str!("sound.rs").to_owned()];
+    for program in programs {
+        made_of.push(cache.digest(Path::new(program))?);
+    }
+    let key = format!("{name}-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
+    cache.file("initramfs", &key, || {
+        let mut archive = Initramfs::new();
+        for program in programs {
+            archive.add_program(Path::new(program))?;
+        }
+        rest(&mut archive)?;
         Ok(archive.to_bytes()?)
     })
 }
 
 /// The archive with the sound server.
 pub(super) fn server(cache: &Cache) -> Result<PathBuf, AssetError> {
-    let modules = server_modules()?;
-    let mut made_of = vec![include_str!("sound.rs").to_owned()];
-    for program in SERVER_PROGRAMS {
-        made_of.push(cache.digest(Path::new(program))?);
-    }
-    let key = format!("pulseaudio-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
-    cache.file("initramfs", &key, || {
-        let mut archive = Initramfs::new();
-        for program in SERVER_PROGRAMS {
-            archive.add_program(Path::new(program))?;
-        }
+    archive_of(cache, "pulseaudio", &SERVER_PROGRAMS, |archive| {
+        let modules = server_modules()?;
         for module in SERVER_MODULES {
             archive.add_program(&modules.join(module))?;
         }
-        Ok(archive.to_bytes()?)
+        Ok(())
     })
 }
 
 /// The folder of the server's modules, which has its version in its name.
 fn server_modules() -> Result<PathBuf, AssetError> {
-    let command = format!("{} --dump-conf", SERVER_PROGRAMS[0]);
-    let failed = |what: String| AssetError::Program { command: command.clone(), what };
-    let output = Command::new(SERVER_PROGRAMS[0]).arg("--dump-conf").stdin(Stdio::null()).output();
-    let said = output.map_err(|error| failed(error.to_string()))?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let mut command = Command::new(SERVER_PROGRAMS[0]);
+    let said = run(command.arg("--dump-conf"))?;
     let folder = said.lines().find_map(|line| line.strip_prefix("dl-search-path = "));
-    folder.map(PathBuf::from).ok_or_else(|| failed("it names no folder of modules".into()))
+    folder.map(PathBuf::from).ok_or_else(|| failed(&command, "it names no folder of modules".into()))
 }
 
 /// `/usr/lib` or the folder of the architecture below it.
@@ -132,12 +134,16 @@ pub(super) fn make_song(cache: &Cache, rate: u32, seconds: u32) -> Result<Song, 
     Ok(song)
 }
 
-fn run(command: &mut Command) -> Result<(), AssetError> {
-    let failed = |command: &Command, what: String| AssetError::Program { command: format!("{command:?}"), what };
+fn failed(command: &Command, what: String) -> AssetError {
+    AssetError::Program { command: format!("{command:?}"), what }
+}
+
+/// What it printed.
+fn run(command: &mut Command) -> Result<String, AssetError> {
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(|error| failed(command, error.to_string()))?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(failed(command, String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
