@@ -2,11 +2,11 @@
 //!
 //! The console is a serial line, which takes every character by itself: where a driver complains while it probes, the kernel
 //! would wait for the line to be out. So the console's level leaves errors out ([`CONSOLE_LEVEL`]), and a thread here writes
-//! them to it a little later ([`CALM`]), when there is nothing else to do. What is worse than an error, and all of a panic, goes there at once.
+//! them to it a little later ([`CALM`]), when there is nothing else to do. What is worse than an error, and all of a panic,
+//! goes there at once.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-
 use std::time::Duration;
 
 use anyhow::Context;
@@ -44,19 +44,15 @@ pub fn follow() -> anyhow::Result<()> {
 }
 
 fn copy_errors(mut log: File, mut console: File) {
-    let idle = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread. Works without.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const idle) };
+    system::go_last();
     let mut record = [0; MAX_RECORD];
     loop {
         match log.read(&mut record) {
             Ok(length) => {
-                let line = console_line(&String::from_utf8_lossy(&record[..length]));
-                if let Some((at, line)) = line {
+                if let Some((at, line)) = console_line(&String::from_utf8_lossy(&record[..length])) {
                     // The log's clock begins with the kernel, as this one.
-                    std::thread::sleep(
-                        (at + CALM).saturating_sub(Duration::from_millis(system::uptime_ms())).min(CALM),
-                    );
+                    let age = Duration::from_millis(system::uptime_ms()).saturating_sub(at);
+                    std::thread::sleep(CALM.saturating_sub(age));
                     // A console that takes nothing is no reason to end.
                     let _ = console.write_all(line.as_bytes());
                 }

@@ -62,11 +62,24 @@ pub fn set_all() {
 /// Lets this thread, and none that it starts, go before ordinary ones: its heartbeats tell that the kernel lives, not how
 /// much there is to do. A kernel that refuses beats as well, if later.
 pub fn go_first() {
-    let lowest = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const lowest) } != 0 {
-        kernel_log::error(&format!("cannot go before other threads: {}", std::io::Error::last_os_error()));
+    if let Err(error) = schedule(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) {
+        kernel_log::error(&format!("cannot go before other threads: {error}"));
     }
+}
+
+/// Lets this thread go when nothing else has to. A kernel that refuses runs it as any other.
+pub fn go_last() {
+    let _ = schedule(libc::SCHED_IDLE, 0);
+}
+
+/// Gives this thread a scheduling policy and its priority (sched(7)).
+fn schedule(policy: libc::c_int, priority: libc::c_int) -> std::io::Result<()> {
+    let argument = libc::sched_param { sched_priority: priority };
+    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const argument) } == 0 {
+        return Ok(());
+    }
+    Err(std::io::Error::last_os_error())
 }
 
 /// The generation on the kernel command line (`umbra.generation=`); 0, which is none, when it is not there.
@@ -126,9 +139,7 @@ pub fn spin() -> ! {
 }
 
 fn spin_here() -> ! {
-    let highest = libc::sched_param { sched_priority: 99 };
-    // SAFETY: the argument is a valid `sched_param` that outlives the call; 0 is the calling thread.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const highest) };
+    let _ = schedule(libc::SCHED_FIFO, 99);
     loop {
         std::hint::spin_loop();
     }
