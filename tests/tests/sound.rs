@@ -33,9 +33,8 @@ const CARDS: [Case; 3] = [
 ];
 /// The card's buffer, which it may have played, or repeat, after its last position report: 200 ms.
 const DOUBLED_AT_MOST: usize = RATE as usize / 5;
-/// What a card may still have in its own store when it is stopped at the end. QEMU's has 1024 frames in the voice, as many in
-/// the recording's, and one period of 10 ms.
-const END_AT_MOST: usize = 2 * 1024 + RATE as usize / 100;
+/// What a card may still have in its own store when it is stopped at the end: 50 ms.
+const END_AT_MOST: usize = RATE as usize / 20;
 const SECONDS: u32 = 12;
 
 /// Plays the song through a crash; what was recorded by the guest meanwhile is one piece.

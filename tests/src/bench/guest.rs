@@ -7,16 +7,12 @@ use super::{Bench, BenchError, Output};
 /// Where the test host has the sockets of its guests' exec servers.
 pub const SOCKETS: &str = "/run/umbra-bench";
 
-/// The name of a guest's second port, whose exec server runs what goes on beside other scripts. A port has one client at a
-/// time.
-pub const LONG_PORT: &str = "umbra.bench.long";
-
 /// The socket of guest `name`'s exec server, in the place.
 pub fn socket(name: &str) -> String {
     format!("{SOCKETS}/{name}.sock")
 }
 
-/// The socket behind guest `name`'s [`LONG_PORT`].
+/// The socket of guest `name`'s second exec server ([`LONG_PORT_NAME`](crate::probe::wire::LONG_PORT_NAME)).
 pub fn long_socket(name: &str) -> String {
     format!("{SOCKETS}/{name}.long.sock")
 }

@@ -190,9 +190,12 @@ fn await_tick(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoErro
     Err(DemoError::Umbra { what: "the guest's ticks arrive no more".into(), said: demo.machine.said() })
 }
 
-/// The player plays on; where it does not, says for how long the guest itself stood still at most.
+/// The player, if there is one, plays on; where it does not, says what Umbra told and for how long the guest itself stood still
+/// at most.
 fn check_player(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
-    let Err(error) = demo.check_player() else { return Ok(()) };
+    let Some(player) = &demo.player else { return Ok(()) };
+    let Err(error) = player.plays(&mut demo.place) else { return Ok(()) };
+    (demo.say)(&demo.machine.said());
     ticks.extend(demo.place.peer().take_ticks()?);
     if let Some(still) = outage::longest_standstill(ticks, demo.guest) {
         let ago = now_us().saturating_sub(still.arrived_us) / 1000;

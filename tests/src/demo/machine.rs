@@ -10,10 +10,9 @@ use serde_json::Value;
 use super::DemoError;
 use super::events::{Event, Follow};
 use super::place::Place;
-use crate::bench::guest::{self, LONG_PORT, SOCKETS};
+use crate::bench::guest::{self, SOCKETS};
 use crate::probe::client::Run;
-use crate::probe::wire::PORT_NAME;
-use crate::sound::player::PATIENT_KERNEL;
+use crate::probe::wire::{LONG_PORT_NAME, PORT_NAME};
 
 /// Longest time for a first start on an emulated and loaded machine; two minutes on an idle one is unheard of.
 const START_LIMIT: Duration = Duration::from_secs(180);
@@ -64,6 +63,8 @@ pub struct MachineSpec {
     pub sound: Option<SoundCard>,
     /// More archives for the guests' initramfs, in the share.
     pub archives: Vec<String>,
+    /// More words for the guests' kernels.
+    pub guest_options: &'static str,
     /// `[driver.*.restart]` limit.
     pub restart_limit: u32,
     /// `[driver.*.restart]` interrupts_per_s.
@@ -85,6 +86,7 @@ impl MachineSpec {
             attach: Attach::DriverVm,
             sound: None,
             archives: Vec::new(),
+            guest_options: "",
             restart_limit: 5,
             interrupts_per_s: 200_000,
             driver_memory: "128M".into(),
@@ -108,11 +110,12 @@ impl MachineSpec {
             let sound = card.unwrap_or_default();
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
-                 cmdline = \"console=ttyS0 quiet ip4={address} {PATIENT_KERNEL}\"\nmemory = \"256M\"\n\
+                 cmdline = \"console=ttyS0 quiet ip4={address} {}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
                  {nic}{sound}\
                  [[guest.{name}.port]]\nname = \"{PORT_NAME}\"\nsocket = \"{}\"\n\
-                 [[guest.{name}.port]]\nname = \"{LONG_PORT}\"\nsocket = \"{}\"\n\n",
+                 [[guest.{name}.port]]\nname = \"{LONG_PORT_NAME}\"\nsocket = \"{}\"\n\n",
+                self.guest_options,
                 guest::socket(name),
                 guest::long_socket(name)
             ));

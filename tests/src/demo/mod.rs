@@ -25,7 +25,7 @@ use crate::bench::{Bench, BenchError, BenchSpec, Model, pcap};
 use crate::peer::{Content, DEFAULT_RATE, PeerError, guest_address, peer_address};
 use crate::probe::client::ClientError;
 use crate::sound::Sound;
-use crate::sound::player::{Ended, PATIENT, Player};
+use crate::sound::player::{Ended, PATIENT, PATIENT_KERNEL, Player};
 use crate::wav::WavError;
 use crash::Crashes;
 use guest_log::GuestLog;
@@ -214,6 +214,7 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
         restart_limit,
         sound: card,
         archives: sound.as_ref().map(Sound::archives).unwrap_or_default(),
+        guest_options: PATIENT_KERNEL,
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
     };
     Ok(Stage { place, machine, guest: Some(guest_address(0, 0)), peer: peer_address(0), bound: None, sound })
@@ -282,12 +283,6 @@ impl Demo<'_> {
             self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         }
         Ok(())
-    }
-
-    /// The player, if there is one, plays on.
-    fn check_player(&mut self) -> Result<(), DemoError> {
-        let Some(player) = &self.player else { return Ok(()) };
-        player.plays(&mut self.place).inspect_err(|_| (self.say)(&self.machine.said()))
     }
 
     fn await_player(&mut self) -> Result<Option<Ended>, DemoError> {

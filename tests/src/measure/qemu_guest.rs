@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use super::GUEST;
 use crate::assets::Assets;
-use crate::bench::guest::{Guest, SOCKETS};
+use crate::bench::guest::{self, Guest};
 use crate::demo::DemoError;
 use crate::demo::place::Place;
 use crate::peer::guest_address;
 use crate::probe::client::Run;
+use crate::probe::wire::PORT_NAME;
 
 /// Firmware that a machine with `-kernel` and no display needs.
 const FIRMWARE: [&str; 3] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"];
@@ -66,9 +67,10 @@ pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<Qemu
         "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
          -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log \
          -netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile= \
-         -chardev socket,id=x,path={SOCKETS}/{GUEST}.sock,server=on,wait=off -device virtio-serial-pci \
-         -device virtserialport,chardev=x,name=umbra.bench \
+         -chardev socket,id=x,path={},server=on,wait=off -device virtio-serial-pci \
+         -device virtserialport,chardev=x,name={PORT_NAME} \
          -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 ip4={}/24' 2>&1",
+        guest::socket(GUEST),
         guest_address(0, 0)
     ))?;
     let mut guest = QemuGuest(run);

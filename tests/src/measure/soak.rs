@@ -14,7 +14,7 @@ use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER, SOUND_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
 use crate::sound::Sound;
-use crate::sound::player::PATIENT;
+use crate::sound::player::{PATIENT, PATIENT_KERNEL};
 
 const GUEST: &str = "web";
 const STEP: Duration = Duration::from_secs(120);
@@ -84,6 +84,7 @@ pub fn run(spec: &SoakSpec, say: Say<'_>) -> Result<SoakResult, DemoError> {
     let mut place = Place::Bench(Box::new(bench));
     sound.prepare(&mut place)?;
     let machine = MachineSpec {
+        guest_options: PATIENT_KERNEL,
         sound: Some(sound.card(0, &mut place, "skip")?),
         archives: sound.archives(),
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))

@@ -15,7 +15,7 @@ use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
 use crate::demo::place::Place;
 use crate::sound::Sound;
-use crate::sound::player::{PATIENT, Player};
+use crate::sound::player::{PATIENT, PATIENT_KERNEL, Player};
 use crate::sound::recording::{self, Judged};
 use crate::wav::analysis::Analysis;
 
@@ -193,6 +193,7 @@ impl Stage<'_> {
         (self.say)(&format!("a song through {} crashes ({})", self.spec.crashes, self.spec.policy));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        spec.guest_options = PATIENT_KERNEL;
         spec.restart_limit = self.spec.crashes + 5;
         let mut machine = Machine::start(&mut self.place, &spec)?;
         let player = Player::start(&mut self.place, GUEST, PATIENT)?;
@@ -221,6 +222,7 @@ impl Stage<'_> {
         (self.say)(&format!("{seconds} s undisturbed, {path}"));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        spec.guest_options = PATIENT_KERNEL;
         let modules = spec.sound.as_ref().map(|card| card.image.clone()).unwrap_or_default();
         if straight {
             spec.attach = Attach::Passthrough;

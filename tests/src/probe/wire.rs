@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 /// The exec server's port in the test host and in guests.
 pub const PORT_NAME: &str = "umbra.bench";
 
+/// The port of a guest's second exec server, for what goes on beside other scripts: a port has one client at a time.
+pub const LONG_PORT_NAME: &str = "umbra.bench.long";
+
 /// Longest line that either side accepts: a script or a chunk of output, JSON escapes included.
 pub const MAX_LINE: usize = 4 << 20;
 
