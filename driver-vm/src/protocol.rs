@@ -183,6 +183,8 @@ pub enum CrashKind {
     Reboot,
     /// Real-time tasks that never end take every CPU: interrupts are answered, nothing else runs.
     Spin,
+    /// Every vCPU spins with interrupts off. The process of the VM does this to it, not the agent.
+    LockUp,
     /// All memory is taken.
     OutOfMemory,
     /// The driver lets go of its device; kernel and agent live on.

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{Code, Files, Process, kvm};
 use umbra_vmm::process::ipc::{FromVm, ToVm, VmEnd};
 
@@ -118,6 +120,31 @@ fn a_guest_that_spins_is_stopped_with_its_supervisor() {
     vm.wait_for("up");
     vm.channel = None;
     assert!(vm.wait().success());
+}
+
+#[test]
+fn a_guest_that_is_locked_up_spins_with_interrupts_off_and_can_be_killed() {
+    if !kvm() {
+        return;
+    }
+    // One prints without end, one is halted (a guest's second vCPU never starts).
+    for (code, again) in
+        [(Code::new().print("up").print(".").raw(&[0xeb, 0xf6]), true), (Code::new().print("up").raw(&[0xf4]), false)]
+    {
+        let mut vm = Process::start(&code.0);
+        vm.wait_for(if again { "up....." } else { "up" });
+        vm.send(&ToVm::LockUp);
+        let quiet = || {
+            let before = vm.files.printed().len();
+            std::thread::sleep(Duration::from_millis(100));
+            vm.files.printed().len() == before
+        };
+        assert!((0..50).any(|_| quiet()), "it prints on");
+        vm.send(&ToVm::Kill);
+        let (how, registers) = vm.end();
+        assert_eq!(how, VmEnd::Killed);
+        assert!(registers.contains("code eb fe"), "{registers}");
+    }
 }
 
 #[test]

@@ -99,6 +99,8 @@ enum Kind {
     Reboot,
     /// Real-time tasks take every CPU.
     Spin,
+    /// Every vCPU spins with interrupts off.
+    LockUp,
     /// All memory is taken.
     OutOfMemory,
     /// The driver lets go of its device.
@@ -114,6 +116,7 @@ impl From<Kind> for CrashKind {
             Kind::AgentHang => Self::AgentHang,
             Kind::Reboot => Self::Reboot,
             Kind::Spin => Self::Spin,
+            Kind::LockUp => Self::LockUp,
             Kind::OutOfMemory => Self::OutOfMemory,
             Kind::Unbind => Self::Unbind,
             Kind::Stall => Self::Stall,

@@ -292,7 +292,7 @@ impl Devices {
             ToVm::MaskSound { sound, generation } => self.with_sound(sound, |sound| sound.mask(generation)),
             ToVm::QuarantineSound { sound } => self.with_sound(sound, Sound::quarantine),
             // These concern the whole VM.
-            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill | ToVm::Release | ToVm::Plug { .. } => {}
+            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill | ToVm::Release | ToVm::LockUp | ToVm::Plug { .. } => {}
         }
     }
 

@@ -4,10 +4,14 @@
 use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_mp_state, kvm_run,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -21,6 +25,11 @@ use crate::process::ipc::VmEnd;
 const KICK_AGAIN: Duration = Duration::from_millis(1);
 /// Bytes of code shown in a register dump.
 const CODE_BYTES: usize = 16;
+
+/// `jmp` to itself.
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// The interrupt flag in `rflags`.
+const INTERRUPTS: u64 = 1 << 9;
 
 /// Errors of starting vCPUs.
 #[derive(Debug, Error)]
@@ -48,6 +57,22 @@ pub struct Shared {
     pub end: Arc<End>,
     /// For the code in register dumps.
     pub memory: GuestMemoryMmap,
+    lock_up: Arc<LockUp>,
+}
+
+impl Shared {
+    /// vCPUs with these.
+    pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap) -> Self {
+        let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
+        Self { bus, end, memory, lock_up: Arc::default() }
+    }
+}
+
+/// Whether vCPUs are to spin with interrupts off, and how many have been told.
+#[derive(Debug, Default)]
+struct LockUp {
+    wanted: AtomicBool,
+    done: AtomicUsize,
 }
 
 /// Running vCPUs. [`Self::stop`] must be called at the end; dropping it stops them too.
@@ -55,6 +80,7 @@ pub struct Shared {
 pub struct Vcpus {
     threads: Vec<JoinHandle<String>>,
     end: Arc<End>,
+    lock_up: Arc<LockUp>,
 }
 
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -63,12 +89,13 @@ impl Vcpus {
     /// Starts a thread for each of `vcpus`.
     pub fn start(vcpus: Vec<VcpuFd>, shared: &Shared) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)?;
-        let mut started = Self { threads: Vec::new(), end: Arc::clone(&shared.end) };
+        let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
+        let mut started = Self { threads: Vec::new(), end, lock_up };
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let shared = shared.clone();
             let body = move || {
                 let guard = EndOnPanic(Arc::clone(&shared.end));
-                let report = Runner { id, vcpu, shared }.run();
+                let report = Runner { id, vcpu, shared, locked_up: false }.run();
                 drop(guard);
                 report
             };
@@ -76,6 +103,18 @@ impl Vcpus {
             started.threads.push(thread.map_err(|source| Error::Thread { id, source })?);
         }
         Ok(started)
+    }
+
+    /// Has every vCPU spin where it is with interrupts off, until the VM ends. Returns when all do.
+    pub fn lock_up(&self) {
+        self.lock_up.wanted.store(true, Ordering::Release);
+        while self.lock_up.done.load(Ordering::Acquire) < self.threads.len() && !self.end.is_set() {
+            for thread in &self.threads {
+                // Fails only if the thread has just ended.
+                let _ = thread.kill(SIGRTMIN());
+            }
+            thread::sleep(KICK_AGAIN);
+        }
     }
 
     /// Stops all vCPUs and returns their registers as text.
@@ -119,6 +158,7 @@ struct Runner {
     id: usize,
     vcpu: VcpuFd,
     shared: Shared,
+    locked_up: bool,
 }
 
 impl Runner {
@@ -126,6 +166,13 @@ impl Runner {
     fn run(mut self) -> String {
         let mut why = String::from("stopped");
         while !self.shared.end.is_set() {
+            if !self.locked_up && self.shared.lock_up.wanted.load(Ordering::Acquire) {
+                self.locked_up = true;
+                if let Err(error) = self.spin_without_interrupts() {
+                    tracing::warn!(id = self.id, %error, "cannot lock the vCPU up");
+                }
+                self.shared.lock_up.done.fetch_add(1, Ordering::Release);
+            }
             if let Some((how, reason)) = self.step() {
                 self.shared.end.set(how);
                 why = reason;
@@ -172,6 +219,30 @@ impl Runner {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) => Some((VmEnd::Error, format!("KVM_RUN failed: {error}"))),
         }
+    }
+
+    /// Puts a jump to itself in the place of the next instruction, and takes interrupts away.
+    fn spin_without_interrupts(&mut self) -> Result<(), kvm_ioctls::Error> {
+        // What the last exit began is ended by entering once more (KVM API, KVM_RUN); the registers are complete then.
+        self.vcpu.set_kvm_immediate_exit(1);
+        let _ = self.vcpu.run();
+        self.vcpu.set_kvm_immediate_exit(0);
+        if self.vcpu.get_mp_state()?.mp_state == KVM_MP_STATE_HALTED {
+            self.vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+        }
+        let mut events = self.vcpu.get_vcpu_events()?;
+        events.interrupt.injected = 0;
+        self.vcpu.set_vcpu_events(&events)?;
+        let mut registers = self.vcpu.get_regs()?;
+        registers.rflags &= !INTERRUPTS;
+        self.vcpu.set_regs(&registers)?;
+        let code = self.vcpu.get_sregs()?.cs.base.wrapping_add(registers.rip);
+        for (address, byte) in (code..).zip(SPIN) {
+            let place = GuestAddress(self.vcpu.translate_gva(address)?.physical_address);
+            // Not in memory: it spins on what it finds there, or faults; either is a failure.
+            let _ = self.shared.memory.write_obj(byte, place);
+        }
+        Ok(())
     }
 
     fn report(&self, why: &str) -> String {

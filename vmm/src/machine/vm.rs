@@ -122,7 +122,7 @@ impl Vm {
             boot::set_up_registers(&vcpu, &self.memory, (id == 0).then_some(entry))?;
             vcpus.push(vcpu);
         }
-        let shared = Shared { bus: Arc::clone(&self.bus), end: Arc::clone(&self.end), memory: self.memory.clone() };
+        let shared = Shared::new(&self.bus, &self.end, &self.memory);
         Ok(Vcpus::start(vcpus, &shared)?)
     }
 }

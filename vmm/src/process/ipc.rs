@@ -126,6 +126,8 @@ pub enum ToVm {
     Kill,
     /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].
     Release,
+    /// Have every vCPU spin where it is with interrupts off, for good: a failure to be noticed by who serves the VM.
+    LockUp,
     /// Standby: put this host PCI function on the VM's bus, or in the place of what is there of it ahead; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
     /// Descriptors attached: its container, group and device, open.
     Plug {

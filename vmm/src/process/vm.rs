@@ -174,7 +174,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
     let vm = Arc::new(vm);
-    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals };
+    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, lock_up: false };
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
 
@@ -190,6 +190,9 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let how = loop {
         if let Some(how) = vm.end.get() {
             break how;
+        }
+        if std::mem::take(&mut control.lock().unwrap_or_else(PoisonError::into_inner).lock_up) {
+            vcpus.lock_up();
         }
         for subscriber in control.lock().unwrap_or_else(PoisonError::into_inner).devices.take_subscribers() {
             events.add_subscriber(subscriber);
@@ -226,6 +229,8 @@ struct Control {
     host: Arc<Host>,
     devices: Devices,
     signals: SignalFd,
+    /// The vCPUs are to be locked up; the loop does it.
+    lock_up: bool,
 }
 
 /// What the descriptors are registered as.
@@ -254,6 +259,7 @@ impl Control {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
+            ToVm::LockUp => self.lock_up = true,
             ToVm::Release => {
                 self.devices.release();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });

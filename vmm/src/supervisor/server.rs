@@ -187,7 +187,11 @@ impl Supervisor {
             generation,
             kind: kind_name.unwrap_or_default(),
         });
-        self.tell_agent(n, &ToAgent::Crash { kind });
+        match (kind, &self.drivers[n].life) {
+            // A channel that is full or closed is noticed where it is read.
+            (CrashKind::LockUp, Some(life)) => drop(life.process.channel().send_now(&ToVm::LockUp, &[])),
+            _ => self.tell_agent(n, &ToAgent::Crash { kind }),
+        }
         Ok(Response::Crashing { name: name.into(), generation, kind })
     }
 

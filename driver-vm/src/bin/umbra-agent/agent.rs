@@ -306,6 +306,8 @@ fn crash(kind: CrashKind) {
         CrashKind::AgentHang => system::hang(),
         CrashKind::Reboot => system::restart(),
         CrashKind::Spin => system::spin(),
+        // The host's part.
+        CrashKind::LockUp => {}
         CrashKind::OutOfMemory => system::take_all_memory(),
         CrashKind::Unbind => pci::unbind_all(),
         // There is no forwarding to stall.
