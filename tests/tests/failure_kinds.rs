@@ -10,9 +10,10 @@ use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
 use umbra_tests::peer::peer_address;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
-const FAILURES: [(&str, &str, &[&str]); 8] = [
+const FAILURES: [(&str, &str, &[&str]); 9] = [
     ("the agent hangs, the kernel lives on", "umbra crash nic0 --kind agent-hang", &["heartbeat"]),
     ("real-time tasks take every CPU", "umbra crash nic0 --kind spin", &["heartbeat"]),
+    ("every vCPU spins with interrupts off", "umbra crash nic0 --kind lock-up", &["heartbeat"]),
     ("all memory is taken", "umbra crash nic0 --kind out-of-memory", &["panic", "vm-end", "heartbeat"]),
     ("the driver lets go of its device", "umbra crash nic0 --kind unbind", &["agent"]),
     // The device's command register, written behind its driver's back.

@@ -33,18 +33,18 @@ const CARDS: [Case; 3] = [
 ];
 /// The card's buffer, which it may have played, or repeat, after its last position report: 200 ms.
 const DOUBLED_AT_MOST: usize = RATE as usize / 5;
-/// What a card may still have in its own store when it is stopped at the end: 50 ms.
-const END_AT_MOST: usize = RATE as usize / 20;
 const SECONDS: u32 = 12;
 
-/// Plays the song through a crash; what was recorded by the guest meanwhile is one piece.
-fn play(place: &mut Place, spec: &MachineSpec, records: bool) {
+/// Plays the song through a crash; what was recorded by the guest meanwhile is one piece. Returns how many of the song's
+/// last frames the guest's driver kept to itself, because they fill no period.
+fn play(place: &mut Place, spec: &MachineSpec, records: bool) -> usize {
     let mut machine = Machine::start(place, spec).or_tell();
     let before = GuestLog::read(place, GUEST).or_tell();
     let seconds = 2 * SECONDS;
     let record = format!("arecord -q -f cd -d {seconds} /tmp/recorded.wav && stat -c %s /tmp/recorded.wav");
     let recorder = records.then(|| Player::run(place, GUEST, "arecord", &record).or_tell());
     let player = Player::start(place, GUEST, PATIENT).or_tell();
+    let rest = (SECONDS * RATE) as usize % player.period(place).or_tell();
     std::thread::sleep(Duration::from_secs(2));
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
@@ -58,6 +58,7 @@ fn play(place: &mut Place, spec: &MachineSpec, records: bool) {
     let log = GuestLog::read(place, GUEST).or_tell().since(&before);
     assert!(log.is_clean(), "{:#?}", log.lines);
     machine.stop(place).or_tell();
+    rest
 }
 
 fn hold_on_every_card() {
@@ -68,24 +69,24 @@ fn hold_on_every_card() {
     sound.add_to(&mut bench);
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
     sound.prepare(&mut place).or_tell();
-    let mut begins = Vec::new();
+    let (mut begins, mut rests) = (Vec::new(), Vec::new());
     for (n, card) in CARDS.iter().enumerate() {
         say(card.model);
         let spec = sound.machine(n, &mut place, "hold").or_tell();
         begins.push(recording::frames_so_far(&place.wav()).unwrap());
-        play(&mut place, &spec, card.records);
+        rests.push(play(&mut place, &spec, card.records));
     }
     begins.push(recording::frames_so_far(&place.wav()).unwrap());
     let Place::Bench(bench) = place else { unreachable!("it is one") };
     let wav = bench.wav();
     bench.shutdown().or_tell();
-    for (Case { model, exact, .. }, part) in CARDS.iter().zip(begins.windows(2)) {
+    for ((Case { model, exact, .. }, rest), part) in CARDS.iter().zip(rests).zip(begins.windows(2)) {
         let heard = recording::judge(&wav, part[0]..part[1], &sound.song).or_tell().analysis;
-        say(&format!("{model}: {}", serde_json::to_string(&heard).unwrap()));
+        say(&format!("{model}: {}, {rest} frames not sent", serde_json::to_string(&heard).unwrap()));
         assert!(!heard.silences.is_empty(), "{model}: no crash is heard");
         if *exact {
             let (_, end) = heard.unheard_ends;
-            assert!(end <= END_AT_MOST, "{model}: the last {end} frames are not heard");
+            assert!(end <= rest, "{model}: the last {end} frames are not heard, of which {rest} were not sent");
             assert_eq!((heard.lost, heard.unknown), (0, 0), "{model}");
             assert!(heard.doubled <= DOUBLED_AT_MOST, "{model}: {} frames were heard twice", heard.doubled);
         }
@@ -132,8 +133,8 @@ fn a_sound_server() {
     let heard = recording::judge(&wav, 0..usize::MAX, &sound.song).or_tell().analysis;
     say(&serde_json::to_string(&heard).unwrap());
     assert!(!heard.silences.is_empty(), "no crash is heard");
-    let (_, end) = heard.unheard_ends;
-    assert!(end <= END_AT_MOST, "the last {end} frames are not heard");
+    // The server fills its last period up.
+    assert_eq!(heard.unheard_ends.1, 0, "the end is not heard");
 }
 
 /// The second guest, and what each plays, Hz.

@@ -30,6 +30,8 @@ pub(super) enum Kind {
     AgentHang,
     /// Real-time tasks take every CPU.
     Spin,
+    /// Every vCPU spins with interrupts off.
+    LockUp,
     /// All memory is taken.
     OutOfMemory,
     /// Frames or samples are taken no more.
@@ -48,6 +50,7 @@ impl Kind {
             Self::Stop => "SIGSTOP of the driver VM's process",
             Self::AgentHang => "the driver VM's agent hangs",
             Self::Spin => "real-time tasks take every CPU of the driver VM",
+            Self::LockUp => "every vCPU of the driver VM spins with interrupts off",
             Self::OutOfMemory => "all memory of the driver VM is taken",
             Self::Stall => "the driver VM lives and takes nothing more",
             Self::Reboot => "the driver VM reboots by itself",
@@ -62,6 +65,7 @@ impl Kind {
             Self::Stop => format!("kill -STOP {pid}"),
             Self::AgentHang => format!("umbra crash {driver} --kind agent-hang"),
             Self::Spin => format!("umbra crash {driver} --kind spin"),
+            Self::LockUp => format!("umbra crash {driver} --kind lock-up"),
             Self::OutOfMemory => format!("umbra crash {driver} --kind out-of-memory"),
             Self::Stall => format!("umbra crash {driver} --kind stall"),
             Self::Reboot => format!("umbra crash {driver} --kind reboot"),
@@ -79,8 +83,17 @@ const BLOCK: u64 = 4096;
 const MIXED_FROM: u32 = 20;
 /// From this many on, these take turns.
 const ALL_FROM: u32 = 40;
-const ALL: [Kind; 8] =
-    [Kind::Panic, Kind::Kill, Kind::Stop, Kind::Stall, Kind::Spin, Kind::Reboot, Kind::OutOfMemory, Kind::AgentHang];
+const ALL: [Kind; 9] = [
+    Kind::Panic,
+    Kind::Kill,
+    Kind::Stop,
+    Kind::Stall,
+    Kind::Spin,
+    Kind::LockUp,
+    Kind::Reboot,
+    Kind::OutOfMemory,
+    Kind::AgentHang,
+];
 
 /// The kinds in order.
 #[derive(Clone, Debug)]
@@ -295,11 +308,10 @@ fn sound_alone(demo: &mut Demo<'_>, kind: Kind) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// A panic, then `kill -9` of the next life as soon as it says that it forwards: the supervisor then has the log
-/// replayed. A watcher in the place does it, which is quicker than this process could be.
+/// A panic, then `kill -9` of the next life as soon as its link is up: the supervisor then has the log replayed. A watcher in the place does it, which is quicker than this process could be.
 fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     let events = format!("{}/events.jsonl", demo.place.share_inside());
-    let mut watcher = demo.place.start(&format!("umbra-probe kill-in-replay {events}"))?;
+    let mut watcher = demo.place.start(&format!("umbra-probe kill-at carrier {events}"))?;
     demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
     let live = |demo: &mut Demo<'_>| demo.machine.await_live(NIC_DRIVER, RECOVERY_LIMIT);
     let first = live(demo)?;

@@ -1,5 +1,5 @@
-//! Strikes a driver VM while the splitter replays its log: between "carrier" and "live" are a few milliseconds, too few
-//! for a watcher outside the test host.
+//! Strikes a driver VM at a stage of its way up. Between "carrier" and "live", when the splitter replays its log, are a few
+//! milliseconds, too few for a watcher outside the test host.
 
 use std::error::Error;
 use std::path::Path;
@@ -16,20 +16,19 @@ use crate::demo::events::{Event, Follow};
 /// As long as the longest recovery.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Follows the events file from its end, finds the process of the next life as soon as its agent speaks, and kills it
-/// when its link is up: the supervisor then has the log replayed. Returns the generation.
+/// Follows the events file from its end, finds the process of the next life as soon as its agent speaks, and kills it when
+/// it has come to the stage `wanted`. Returns the generation.
 ///
 /// # Errors
 /// No new life came within two minutes, or `umbra status` knows no process.
-pub fn kill_in_replay(events: &Path) -> Result<u32, Box<dyn Error>> {
+pub fn kill_at(wanted: &str, events: &Path) -> Result<u32, Box<dyn Error>> {
     let mut follow = Follow::new(events.into());
     while follow.take().is_some() {}
     let stage = |event: &Event, name: &str| event.event == "driver-stage" && event.text("stage") == name;
     // A standby that is ready has said hello long before.
     await_event(&mut follow, |event| stage(event, "hello") || event.event == "driver-adopted")?;
     let pid = driver_pid()?;
-    // With the carrier up, or with none in time, comes the replay.
-    let event = await_event(&mut follow, |event| stage(event, "carrier"))?;
+    let event = await_event(&mut follow, |event| stage(event, wanted))?;
     kill(pid, Signal::SIGKILL)?;
     Ok(event.generation)
 }

@@ -5,10 +5,10 @@
 //! is part of every guest's initramfs.
 
 pub mod client;
+pub mod kill;
 pub mod net;
 pub mod port;
 pub mod reinit;
-pub mod replay;
 pub mod serve;
 pub mod storm;
 pub mod wire;

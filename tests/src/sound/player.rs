@@ -12,6 +12,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// What the guest's kernel tells of its playback stream.
 const STATUS: &str = "/proc/asound/card0/pcm0p/sub0/status";
+/// What its player has set.
+const HW_PARAMS: &str = "/proc/asound/card0/pcm0p/sub0/hw_params";
 
 /// mpg123's option for an emulated machine: its buffer of 200 ms, the default, runs out where the machine stands still for
 /// as long, as while two driver VMs boot at once or QEMU throws its translated code away; the guest's kernel then reports
@@ -63,6 +65,17 @@ impl Player {
         );
         place.in_guest(guest, &script, STEP)?;
         Ok(Self { guest: guest.into(), name })
+    }
+
+    /// Frames of a period, while it plays. Linux's virtio_snd hands over whole periods only (`virtsnd_pcm_msg_send`): what is
+    /// behind the last one of a song never leaves the guest.
+    ///
+    /// # Errors
+    /// The guest does not answer, or nothing plays.
+    pub fn period(&self, place: &mut Place) -> Result<usize, DemoError> {
+        let said = place.in_guest(&self.guest, &format!("sed -n 's/^period_size: //p' {HW_PARAMS}"), STEP)?;
+        let none = |_| DemoError::Umbra { what: "the player has set no period".into(), said: said.clone() };
+        said.trim().parse().map_err(none)
     }
 
     /// How it ended, if it has.
