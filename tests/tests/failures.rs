@@ -1,4 +1,4 @@
-//! Ways for a driver VM to go: killed, killed while the log is replayed, too often.
+//! Ways for a driver VM to go: killed, killed while the log is replayed or while it is set up, too often.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -34,7 +34,7 @@ fn outlive_kills_until_quarantine() {
 
     say("kill -9 while the log is replayed");
     let events = format!("{}/events.jsonl", place.share_inside());
-    let mut watcher = place.start(&format!("umbra-probe kill-in-replay {events}")).or_tell();
+    let mut watcher = place.start(&format!("umbra-probe kill-at carrier {events}")).or_tell();
     place
         .in_guest("web", &format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0)), STEP)
         .or_tell();
@@ -64,4 +64,37 @@ fn outlive_kills_until_quarantine() {
     machine.stop(&mut place).or_tell();
     let left = place.run("pidof umbra", STEP).or_tell();
     assert!(!left.ok(), "processes are left: {}", left.stdout);
+}
+
+#[test]
+fn after_two_deaths_on_its_way_up_the_guest_s_device_starts_over() {
+    scenario(start_over);
+}
+
+fn start_over() {
+    let (mut place, spec) = place_with("start-over", "e1000e");
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    guest_reaches_peer(&mut place);
+    let changes = |place: &mut Place| -> u32 {
+        let said = place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
+        said.trim().parse().unwrap()
+    };
+    let before = changes(&mut place);
+    // Its link takes half a second, so that the blow falls while the NIC is set up as the guest has asked.
+    let strike = format!("umbra-probe kill-at forwarding {}/events.jsonl", place.share_inside());
+    let mut watcher = place.start(&strike).or_tell();
+    place.expect("umbra crash nic0", STEP).or_tell();
+    for blow in ["first", "second"] {
+        assert!(watcher.poll(RECOVERY).or_tell(), "the {blow} blow did not fall");
+        assert!(watcher.output().ok(), "{:?}", watcher.output());
+        if blow == "first" {
+            watcher = place.start(&strike).or_tell();
+        }
+    }
+    let told = machine.await_event(RECOVERY, |event| event.event == "clean-start").or_tell();
+    assert_eq!((told.text("guest"), told.text("device")), ("web", "net0"));
+    live(&mut machine);
+    guest_reaches_peer(&mut place);
+    assert_eq!(changes(&mut place), before + 2, "the link went down and came up again");
+    machine.stop(&mut place).or_tell();
 }

@@ -97,6 +97,7 @@ enum Seen {
         driver: String,
         reason: String,
     },
+    CleanStart {},
     GuestRebooted {},
     GuestEnded {},
     Stopping {},
@@ -209,7 +210,11 @@ impl Reader {
                     failure.outcome = Outcome::Quarantined;
                 }
             }
-            Seen::GuestRebooted {} | Seen::GuestEnded {} | Seen::Stopping {} | Seen::Warning {} => {
+            Seen::CleanStart {}
+            | Seen::GuestRebooted {}
+            | Seen::GuestEnded {}
+            | Seen::Stopping {}
+            | Seen::Warning {} => {
                 let room = self.history.remarks.len() < MAX_REMARKS;
                 self.history.remarks.extend(line.text.filter(|_| room).map(|text| (line.time, text)));
             }

@@ -67,6 +67,7 @@ pub struct Metrics {
     parts: Family<Part, Seconds>,
     frames: Family<Fate, Counter>,
     samples: Family<Fate, Counter>,
+    clean_starts: Family<Driver, Counter>,
     quarantines: Family<Driver, Counter>,
     reboots: Counter,
     warnings: Counter,
@@ -84,6 +85,7 @@ impl Metrics {
             parts: Family::default(),
             frames: Family::default(),
             samples: Family::default(),
+            clean_starts: Family::default(),
             quarantines: Family::default(),
             reboots: Counter::default(),
             warnings: Counter::default(),
@@ -106,6 +108,8 @@ impl Metrics {
         );
         registry.register("driver_frames", "What became of frames during outages", this.frames.clone());
         registry.register("driver_samples", "What became of sound frames during outages", this.samples.clone());
+        let help = "Devices of guests that started over, because lives died of what was replayed";
+        registry.register("driver_clean_starts", help, this.clean_starts.clone());
         registry.register("driver_quarantines", "Driver VMs that were given up", this.quarantines.clone());
         registry.register("guest_reboots", "Guests that were rebooted", this.reboots.clone());
         registry.register("warnings", "Warnings told", this.warnings.clone());
@@ -145,6 +149,9 @@ impl Metrics {
                 ] {
                     self.samples.get_or_create(&Fate { driver: driver.clone(), fate }).inc_by(count);
                 }
+            }
+            Event::CleanStart { driver, .. } => {
+                self.clean_starts.get_or_create(&Driver { driver: driver.clone() }).inc();
             }
             Event::Quarantined { driver, .. } => {
                 self.quarantines.get_or_create(&Driver { driver: driver.clone() }).inc();

@@ -49,6 +49,7 @@ impl Supervisor {
             Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n, Which::Present),
             Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
+            Action::StartClean(end) => self.start_clean(n, end),
             Action::Live => self.on_live(n, now),
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, &failure, now),
@@ -332,6 +333,20 @@ impl Supervisor {
                 self.tell_quarantine(guest, driver.ends[end].device);
             }
         }
+    }
+
+    fn start_clean(&mut self, n: usize, end: End) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        // One that waits for its card has nothing that could be lost.
+        if !self.guests[guest].has_cards() {
+            return;
+        }
+        self.events.tell(&Event::CleanStart {
+            driver: self.drivers[n].name.clone(),
+            guest: self.guests[guest].name.clone(),
+            device: device.to_string(),
+        });
+        self.tell_quarantine(guest, device);
     }
 
     fn quarantine(&mut self, n: usize, why: &str) {

@@ -221,6 +221,15 @@ pub enum Event {
         /// Link up.
         up: bool,
     },
+    /// The next generation gets nothing of what was recorded of a guest's device, and the guest is told.
+    CleanStart {
+        /// The driver VM.
+        driver: String,
+        /// The guest.
+        guest: String,
+        /// Its device: `net0`, `sound0`.
+        device: String,
+    },
     /// There will be no further generation.
     Quarantined {
         /// The driver VM.
@@ -322,6 +331,12 @@ impl Event {
             }
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
+            Self::CleanStart { driver, guest, device } => {
+                format!(
+                    "{driver}: died twice and more while {guest}'s {device} was set up and its log replayed; {device} starts \
+                     over (a NIC's link goes down until then, a sound card is dead)"
+                )
+            }
             Self::Quarantined { driver, reason } => {
                 format!(
                     "{driver}: quarantined: {reason}; its guests go without (a NIC shows no link, a sound card is dead). \

@@ -27,13 +27,13 @@ mod silence;
 mod spare;
 mod standby;
 mod state;
+mod suspects;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use umbra_shadow::Generation;
 
-use crate::process::ipc::Replay;
 use crate::supervisor::policy::{History, Verdict};
 use crate::supervisor::time::Time;
 use silence::Silence;
@@ -42,6 +42,7 @@ use standby::PATIENCE;
 pub use standby::{Ahead, Standby};
 use standby::{Reserve, Stage};
 pub use state::{Action, Carrier, End, Failure, Input, Source, State};
+use suspects::Suspects;
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
 /// on its way: so long is that waited for. The guests are masked meanwhile.
@@ -68,8 +69,7 @@ pub struct Lifecycle {
     history: History,
     /// The ends whose guests run.
     ends: BTreeSet<End>,
-    /// The ends at which a life has died while it replayed: what they would replay again is suspect.
-    suspects: BTreeSet<End>,
+    suspects: Suspects,
     /// A sign of failure, and until when a better reason is waited for.
     suspicion: Option<(Time, Failure)>,
     /// Since the last sign of life from the agent, once it forwards.
@@ -101,7 +101,7 @@ impl Lifecycle {
             generation: None,
             history,
             ends: (0..ends).collect(),
-            suspects: BTreeSet::new(),
+            suspects: Suspects::default(),
             suspicion: None,
             silence: None,
             carrier: Carrier::Down,
@@ -136,6 +136,11 @@ impl Lifecycle {
     /// The ends whose guests run: those that the next life is to serve.
     pub fn ends(&self) -> impl Iterator<Item = End> {
         self.ends.iter().copied()
+    }
+
+    /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
+    pub fn starts_clean(&self, end: End) -> bool {
+        self.suspects.is_clean(end)
     }
 
     /// Whether a standby boots.
@@ -282,7 +287,7 @@ impl Lifecycle {
     /// The guest of `end` is on again (it was rebooted); the next life serves it.
     pub fn end_is_back(&mut self, end: End) {
         self.ends.insert(end);
-        self.suspects.remove(&end);
+        self.suspects.clear(end);
     }
 
     fn on_start(&mut self, now: Time) -> Vec<Action> {
@@ -299,7 +304,7 @@ impl Lifecycle {
             return Vec::new();
         }
         self.history.forgive();
-        self.suspects.clear();
+        self.suspects.clear_all();
         self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
         vec![Action::Reset]
     }
@@ -373,8 +378,8 @@ impl Lifecycle {
         let ahead = std::mem::take(&mut self.ahead);
         let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
         self.state = State::GoingLive { waiting: self.ends.iter().copied().filter(|end| !is_ahead(end)).collect() };
-        let scope = |end| if self.suspects.contains(end) { Replay::ConfigurationOnly } else { Replay::Everything };
-        let mut actions: Vec<_> = self.ends.iter().map(|end| Action::GoLive(*end, scope(end))).collect();
+        let mut actions: Vec<_> =
+            self.ends.iter().map(|end| Action::GoLive(*end, self.suspects.replay(*end))).collect();
         actions.extend(self.check_all_live(now));
         actions
     }
@@ -397,7 +402,10 @@ impl Lifecycle {
     fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
         match &mut self.state {
             State::GoingLive { waiting } => {
-                let _ = waiting.remove(&end) && self.suspects.remove(&end);
+                let was_waiting = waiting.remove(&end);
+                if was_waiting {
+                    self.suspects.clear(end);
+                }
             }
             // It was armed in the eyes of the splitter, and the supervisor has not got so far.
             State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
@@ -412,7 +420,7 @@ impl Lifecycle {
 
     fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
         self.ends.remove(&end);
-        self.suspects.remove(&end);
+        self.suspects.clear(end);
         self.ahead.remove(&end);
         if let State::GoingLive { waiting } = &mut self.state {
             waiting.remove(&end);
@@ -454,8 +462,12 @@ impl Lifecycle {
         }
         let lived = match &self.state {
             State::Live { since } => Some(now.since(*since)),
-            State::GoingLive { waiting } if failure.source != Source::Replaced => {
-                self.suspects.extend(waiting);
+            State::GoingLive { waiting } if failure.source.is_failure() => {
+                self.suspects.died(waiting, true);
+                None
+            }
+            State::WaitingCarrier { .. } if failure.source.is_failure() => {
+                self.suspects.died(&self.ends, false);
                 None
             }
             _ => None,
@@ -523,7 +535,8 @@ impl Lifecycle {
         match self.history.failed(now, lived) {
             Verdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
-                vec![Action::Reset, Action::Report]
+                let clean = self.suspects.clean().map(Action::StartClean);
+                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
             }
             Verdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };

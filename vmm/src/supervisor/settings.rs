@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, RxMode, ToAgent};
+use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
 
 use super::driver::{DeviceRef, DriverVm, EndRef, Life, Role, device_mac};
 use super::guest::GuestVm;
@@ -62,9 +62,15 @@ fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
     if encode(&whole).is_ok() {
         return (whole, BTreeSet::new());
     }
-    let positions = 0..u16::try_from(plan.ends.len()).unwrap_or(u16::MAX);
-    plan.ends.iter_mut().for_each(|end| end.mode = RxMode::default());
-    (ToAgent::ConfigureNet(plan), positions.map(|position| (position, Setting::Mode)).collect())
+    let mut follow = BTreeSet::new();
+    for (position, end) in (0..).zip(&mut plan.ends) {
+        // A mode without lists is short.
+        if end.mode.unicast.len() + end.mode.multicast.len() > 0 || end.mode.vlans.is_some() {
+            end.mode = RxMode::default();
+            follow.insert((position, Setting::Mode));
+        }
+    }
+    (ToAgent::ConfigureNet(plan), follow)
 }
 
 impl Supervisor {
@@ -139,7 +145,9 @@ fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
     let end = |(position, end): (usize, &usize)| {
         let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
         let net = &guests[*guest].nets[usize::from(*net)];
-        Some(NetEnd { device_mac: device_mac(position), mode: net.mode.clone(), offloads: net.offloads })
+        let (mode, offloads) =
+            if driver.lifecycle.starts_clean(*end) { clean() } else { (net.mode.clone(), net.offloads) };
+        Some(NetEnd { device_mac: device_mac(position), mode, offloads })
     };
     let ends = life.ends.iter().enumerate().filter_map(end).collect();
     let mtu = match driver.ends.first().map(|end| end.device) {
@@ -179,6 +187,12 @@ impl Role {
             Self::Waits => umbra_driver_vm::protocol::DevicePlace::ToCome,
         }
     }
+}
+
+/// What serves any guest and asks nothing of a driver: every frame on the wire, as it was there.
+fn clean() -> (RxMode, Offloads) {
+    let mode = RxMode { promiscuous: true, all_multicast: true, ..RxMode::default() };
+    (mode, Offloads { checksum: false, tso4: false, tso6: false })
 }
 
 #[cfg(test)]

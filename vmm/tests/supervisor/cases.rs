@@ -38,6 +38,7 @@ pub const ALL: &[Case] = cases![
     an_agent_that_floods_is_replaced,
     a_boot_that_hangs_is_replaced,
     a_death_during_replay_drops_the_suspect_log,
+    after_two_deaths_during_replay_the_guest_s_device_starts_over,
     past_the_limit_the_driver_is_quarantined_and_the_guest_lives_on,
     a_rebooted_guest_gets_a_new_driver_vm_that_is_no_failure,
     a_killed_guest_ends_the_run_with_its_name,
@@ -332,6 +333,21 @@ fn a_death_during_replay_drops_the_suspect_log() {
     let outage = reports[1]["outage_ms"].as_f64().unwrap();
     let since_second_failure = reports[1]["timeline"].as_array().unwrap().len();
     assert!(outage > 100.0 && since_second_failure > 5, "the outage counts from the first mask: {outage}");
+    machine.stop();
+}
+
+fn after_two_deaths_during_replay_the_guest_s_device_starts_over() {
+    let machine = start("hold=2 hold=3", "die-after-forwarding=2 die-after-forwarding=3 clean=4", "backoff_ms = 10");
+    machine.wait_live(1);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(4);
+    let log = machine.guest_log();
+    let told: Vec<_> =
+        log.lines().filter(|line| line.starts_with("GoLive") || line.starts_with("Quarantine")).collect();
+    assert_eq!(told.len(), 5, "{log}");
+    assert!(told[3].starts_with("Quarantine") && told[4].starts_with("GoLive"), "{log}");
+    let events = machine.events_text();
+    assert!(events.contains(r#""event":"clean-start","driver":"nic0","guest":"web","device":"net0""#), "{events}");
     machine.stop();
 }
 

@@ -166,7 +166,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
         heartbeats();
     }
     let plan = lines.next().unwrap().unwrap();
-    assert!(matches!(serde_json::from_str(&plan), Ok(ToAgent::ConfigureNet(plan)) if plan.ends.len() == 1));
+    let Ok(ToAgent::ConfigureNet(plan)) = serde_json::from_str(&plan) else { panic!("{plan}") };
+    let [end] = &plan.ends[..] else { panic!("{plan:?}") };
+    assert_eq!(end.mode.promiscuous && !end.offloads.checksum, told("clean"), "{plan:?}");
     if spec.standby {
         assert!(matches!(serde_json::from_str(&lines.next().unwrap().unwrap()), Ok(ToAgent::Rescan)));
     }
@@ -236,7 +238,7 @@ fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
             channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
             std::process::exit(0);
         }
-        CrashKind::Spin | CrashKind::OutOfMemory | CrashKind::Unbind | CrashKind::Stall => {
+        CrashKind::Spin | CrashKind::LockUp | CrashKind::OutOfMemory | CrashKind::Unbind | CrashKind::Stall => {
             unimplemented!("{kind:?} takes a kernel")
         }
     }

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::process::ipc::Replay;
 use crate::spec::Restart;
 
 fn at(ms: u64) -> Time {

@@ -164,6 +164,9 @@ pub enum Action {
     Configure,
     /// Let the splitter of this end replay and go live.
     GoLive(End, Replay),
+    /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its
+    /// guest is told so, as in a quarantine.
+    StartClean(End),
     /// Everything flows.
     Live,
     /// The generation is about to fail: let the guests' shadows answer already.

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::process::ipc::Replay;
 use crate::spec::Restart;
 
 fn at(ms: u64) -> Time {
@@ -175,6 +176,51 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
     life.handle(until, Input::Forwarding);
     let third = life.handle(until, Input::Carrier(Carrier::Up));
     assert_eq!(third, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::Everything)]);
+}
+
+#[test]
+fn after_two_deaths_in_replay_an_end_starts_clean() {
+    let mut life = new(2);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(1), Input::EndLive(0));
+    let first = life.handle(at(2), Input::ProcessGone("signal 9".into()));
+    assert!(!first.iter().any(|action| matches!(action, Action::StartClean(_))), "{first:?}");
+    bring_up(&mut life, at(3));
+    life.handle(at(4), Input::EndLive(0));
+    let second = life.handle(at(5), Input::ProcessGone("signal 9".into()));
+    assert!(second.contains(&Action::StartClean(1)) && !second.contains(&Action::StartClean(0)), "{second:?}");
+    assert!(life.starts_clean(1) && !life.starts_clean(0));
+    life.handle(at(6), Input::ResetDone);
+    let until = life.deadline().unwrap();
+    life.handle(until, Input::Tick);
+    life.handle(until, Input::Hello);
+    life.handle(until, Input::Forwarding);
+    life.handle(until, Input::Carrier(Carrier::Up));
+    life.handle(until, Input::EndLive(0));
+    life.handle(until, Input::EndLive(1));
+    assert!(!life.starts_clean(1), "it is live");
+}
+
+#[test]
+fn a_death_with_the_configuration_alone_leaves_the_log_but_counts() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    let to_carrier = |life: &mut Lifecycle, now| {
+        life.handle(now, Input::ResetDone);
+        if let Some(until) = life.deadline().filter(|_| life.state().name() == "back-off") {
+            life.handle(until, Input::Tick);
+        }
+        life.handle(now, Input::Hello);
+        life.handle(now, Input::Forwarding);
+        assert_eq!(life.state().name(), "waiting-carrier");
+    };
+    to_carrier(&mut life, at(0));
+    life.handle(at(1), Input::ProcessGone("signal 9".into()));
+    to_carrier(&mut life, at(2));
+    assert_eq!(life.handle(at(3), Input::Carrier(Carrier::Up)), [Action::GoLive(0, Replay::Everything)]);
+    let again = life.handle(at(4), Input::ProcessGone("signal 9".into()));
+    assert!(again.contains(&Action::StartClean(0)), "{again:?}");
 }
 
 #[test]
@@ -500,6 +546,7 @@ proptest! {
                         alive = false;
                     }
                     Action::Quarantine(_) => over = true,
+                    Action::StartClean(_) => prop_assert!(resetting && !over, "no life to come at {input:?}"),
                     Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) => {}
                     other => prop_assert!(false, "{other:?} without a spare"),
                 }
