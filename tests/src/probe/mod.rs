@@ -5,8 +5,10 @@
 //! is part of every guest's initramfs.
 
 pub mod client;
+pub mod mute;
 pub mod net;
 pub mod port;
+pub mod registers;
 pub mod reinit;
 pub mod replay;
 pub mod serve;
