@@ -7,6 +7,7 @@ mod common;
 use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_in, place_with, say, scenario};
 use umbra_tests::bench::BenchSpec;
 use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
+use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
@@ -50,15 +51,19 @@ fn outlive_a_broken_device() {
         place_in(BenchSpec { cmdline: "iomem=relaxed".into(), ..BenchSpec::new("broken-device") });
     spec.interrupts_per_s = INTERRUPTS_PER_S;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
+    guest_ticks(&mut place);
     let storm = "umbra-probe storm $NIC0 60 >/tmp/storm 2>&1 & echo $! >/tmp/storm.pid";
-    for (cause, end, expected) in [
-        (storm, "kill $(cat /tmp/storm.pid)", "interrupt storm"),
-        (BUS_ERROR, "dmesg | grep -q 'aer_inject: Injecting errors'", "uncorrectable error"),
+    // The kernel's watchdog and the driver's own reset, twice, take up to half a minute.
+    let mute = "umbra-probe mute $NIC0 120 >/tmp/mute 2>&1 & echo $! >/tmp/mute.pid";
+    for (cause, end, by, expected) in [
+        (storm, "kill $(cat /tmp/storm.pid)", "device", "interrupt storm"),
+        (BUS_ERROR, "dmesg | grep -q 'aer_inject: Injecting errors'", "device", "uncorrectable error"),
+        (mute, "kill $(cat /tmp/mute.pid)", "agent", "is stuck"),
     ] {
         place.expect(cause, STEP).or_tell();
         let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();
         let (source, reason) = (failed.text("source").to_owned(), failed.text("reason").to_owned());
-        assert!(source == "device" && reason.contains(expected), "noticed by {source}: {reason}");
+        assert!(source == by && reason.contains(expected), "noticed by {source}: {reason}");
         place.expect(end, STEP).or_tell();
         let live = machine.await_live(NIC_DRIVER, RECOVERY).or_tell();
         let (detect, outage) = (failed.number("detect_ms"), live.number("outage_ms"));
@@ -72,15 +77,19 @@ fn outlive_a_broken_device() {
     machine.stop(&mut place).or_tell();
 }
 
+/// The guest sends from now on: some failures show only where there is traffic.
+fn guest_ticks(place: &mut Place) {
+    let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
+    place.in_guest("web", &ticks, STEP).or_tell();
+}
+
 fn outlive_each_kind() {
     let (mut place, mut spec) = place_with("failure-kinds", "rtl8139");
     spec.restart_limit = 20;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     let link = "cat /sys/class/net/e*/carrier_changes";
     let before = place.in_guest("web", link, STEP).or_tell();
-    // Some failures show only where there is traffic.
-    let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
-    place.in_guest("web", &ticks, STEP).or_tell();
+    guest_ticks(&mut place);
     for (what, cause, sources) in FAILURES {
         let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
         place.expect(&cause.replace("PID", &pid.to_string()), STEP).or_tell();

@@ -6,8 +6,10 @@
 
 pub mod client;
 pub mod kill;
+pub mod mute;
 pub mod net;
 pub mod port;
+pub mod registers;
 pub mod reinit;
 pub mod serve;
 pub mod storm;

@@ -24,6 +24,8 @@ const HOST_AWAY: Duration = Duration::from_millis(20);
 /// How long a last message may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const BEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
+/// The transmit queue is looked at once a second; it takes many to stand still.
+const BEATS_PER_LOOK: u64 = 1000 / HEARTBEAT_MS;
 
 /// The agent.
 #[derive(Debug)]
@@ -284,6 +286,11 @@ impl Agent {
         self.beats += 1;
         // Notifications of a link that goes down come up to a second late; looking costs little.
         self.look_at_carrier()?;
+        if let State::Forwarding { network, .. } = &mut self.state
+            && self.beats.is_multiple_of(BEATS_PER_LOOK)
+        {
+            network.check_transmit()?;
+        }
         let available_memory = system::available_memory();
         self.port.send(&FromAgent::Heartbeat { sequence: self.beats, available_memory })
     }

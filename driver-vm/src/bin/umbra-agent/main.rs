@@ -14,6 +14,7 @@ mod pci;
 mod port;
 mod sound;
 mod system;
+mod transmit;
 
 use std::process::ExitCode;
 

@@ -7,7 +7,9 @@
 //! Each is brought up as soon as it is there: the NIC, because its link takes longest; the ends, because in a standby they
 //! wait for the NIC.
 
-use anyhow::{Context, bail};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
 use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
 
 use crate::ethtool::Features;
@@ -16,6 +18,7 @@ use crate::forward;
 use crate::interface::{self, IFF_NOARP, IFF_PROMISC, IFF_UP, Index, Interface};
 use crate::kernel_log;
 use crate::netlink::Netlink;
+use crate::transmit::{self, Timeouts};
 
 /// Merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
 const LRO: (&str, bool) = ("rx-lro", false);
@@ -66,6 +69,7 @@ pub struct Ends(Vec<End>);
 pub struct Network {
     nic: Nic,
     ends: Vec<End>,
+    timeouts: Timeouts,
 }
 
 impl Nic {
@@ -192,7 +196,7 @@ impl Network {
                 filter::place_at_port(netlink, end.index, &[], &end.mode.unicast);
             }
         }
-        Ok(Self { nic, ends })
+        Ok(Self { nic, ends, timeouts: Timeouts::default() })
     }
 
     /// Whether the NIC's link is up.
@@ -202,6 +206,18 @@ impl Network {
     pub fn carrier(&self, netlink: &mut Netlink) -> anyhow::Result<bool> {
         let nic = interface::by_index(netlink, self.nic.index);
         Ok(nic.with_context(|| format!("the NIC {} is gone", self.nic.name))?.carrier)
+    }
+
+    /// Looks whether the NIC's transmit queue moves.
+    ///
+    /// # Errors
+    /// When it stands still although its driver has reset the NIC.
+    pub fn check_transmit(&mut self) -> anyhow::Result<()> {
+        let name = &self.nic.name;
+        let Some(count) = transmit::timeouts(name) else { return Ok(()) };
+        let (stuck, within) = (self.timeouts.are_too_many(Instant::now(), count), transmit::WITHIN.as_secs());
+        ensure!(!stuck, "the driver of {name} is stuck: its transmit queue has timed out twice in {within} s");
+        Ok(())
     }
 
     /// Sets what a guest receives.
