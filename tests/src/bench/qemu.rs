@@ -1,7 +1,7 @@
 //! The command line of the QEMU that is the test host.
 //!
-//! Invariant: every device under test has an IOMMU group of its own (a root port, or a function of the root bus), and
-//! its place is told to the test host's init on the kernel command line (`umbra.nic=`, `umbra.snd=`, `umbra.disk=`).
+//! Invariant: every device under test has an IOMMU group of its own (a root port, or a function of the root bus), with
+//! nothing but its second function in it if the spec wants one, and its place is told to the test host's init on the kernel command line (`umbra.nic=`, `umbra.snd=`, `umbra.disk=`).
 
 use std::fs;
 use std::os::fd::RawFd;
@@ -155,8 +155,14 @@ fn nics(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
             slots.add(&["-object", &dump]);
         }
         let place = slots.place(model, "nic");
-        let device = format!("{},netdev=net{n},mac=52:54:00:77:00:{n:02x},romfile=,{place}", model.name());
+        let two = spec.second_function && !model.is_conventional();
+        let first = if two { ",addr=0.0,multifunction=on" } else { "" };
+        let device = format!("{},netdev=net{n},mac=52:54:00:77:00:{n:02x},romfile=,{place}{first}", model.name());
         slots.add(&["-device", &device]);
+        if two {
+            let second = format!("{},mac=52:54:00:77:01:{n:02x},romfile=,{place},addr=0.1", model.name());
+            slots.add(&["-device", &second]);
+        }
     }
 }
 
@@ -209,6 +215,20 @@ mod tests {
             "intel-hda,id=hda0,bus=rp18",
             "ES1370,audiodev=wav,bus=pcie.0,addr=0x9",
             "umbra.nic=rp:10 umbra.nic=pci:08 umbra.nic=rp:11 umbra.snd=rp:12 umbra.snd=pci:09",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_second_function_sits_beside_the_first() {
+        let spec = BenchSpec { second_function: true, ..BenchSpec::new("t").nics(&["e1000e", "rtl8139"]) };
+        let line = line(&spec);
+        for part in [
+            "mac=52:54:00:77:00:00,romfile=,bus=rp16,addr=0.0,multifunction=on -device e1000e,mac=52:54:00:77:01:00",
+            "romfile=,bus=rp16,addr=0.1",
+            "romfile=,bus=pcie.0,addr=0x8 ",
+            "umbra.nic=rp:10 umbra.nic=pci:08",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }

@@ -90,6 +90,9 @@ pub struct BenchSpec {
     pub name: String,
     /// NICs, in order: `NIC0`, `NIC1`, ... in scripts.
     pub nics: Vec<Model>,
+    /// Each NIC behind a root port has a second function beside it, in its IOMMU group and on no network; `NIC0` is the
+    /// first.
+    pub second_function: bool,
     /// All NICs are on the network of the first; else each has its own.
     pub one_wire: bool,
     /// Sound cards, in order: `SND0`, ...
@@ -122,6 +125,7 @@ impl BenchSpec {
         Self {
             name: name.into(),
             nics: vec!["e1000e".into()],
+            second_function: false,
             one_wire: false,
             sound: Vec::new(),
             wav_rate: 48_000,

@@ -86,7 +86,7 @@ fn reset(device: &HostDevice) -> Finding {
     let reset = device.reset();
     let words: Vec<_> = reset.methods().iter().map(|method| method.word()).collect();
     let what = match words.as_slice() {
-        [] => reset.describe().to_owned(),
+        [] => reset.describe(),
         words => format!("{}: {}", words.join(", then "), reset.describe()),
     };
     match reset.best() {
@@ -131,6 +131,19 @@ mod tests {
         let reset = of(&findings, "reset");
         assert_eq!(reset.grade, Grade::Note);
         assert!(reset.what.contains("may write to the memory of its own new driver VM"), "{}", reset.what);
+    }
+
+    #[test]
+    fn a_card_of_two_functions_is_told_what_keeps_its_slot_from_a_reset() {
+        let bus = FakeBus::new();
+        let nic = bus.add_behind("0000:00:1c.0", "0000:01:00.0", Some(3), Some("vfio-pci"));
+        std::fs::write(nic.directory().join("reset_method"), "pm").unwrap();
+        let other = bus.add_behind("0000:00:1c.0", "0000:01:00.1", Some(3), None);
+        let without = reset(&nic);
+        assert!(without.grade == Grade::Note && without.what.contains("0000:01:00.1 is not bound"), "{without:?}");
+        std::os::unix::fs::symlink(bus.0.path().join("drivers/vfio-pci"), other.directory().join("driver")).unwrap();
+        let with = reset(&nic);
+        assert!(with.grade == Grade::Good && with.what.starts_with("hot, then pm: "), "{with:?}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::standby::renice_vcpus;
 use super::time::{Time, milliseconds};
 use super::timeline::{Step, Timeline};
 use crate::process::ipc::{MaskedCounts, Replay, ToVm};
+use crate::vfio::reset;
 
 impl Supervisor {
     /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
@@ -118,12 +119,13 @@ impl Supervisor {
         driver.timeline.mark(Step::Reset, Time::now());
         let Some(outcome) = outcome else { return self.drive(n, Input::ResetDone) };
         let (method, error) = match outcome {
-            Ok(done) => (done.method.map_or("none", |method| method.word()).to_owned(), None),
-            Err(error) => (driver.reset_method.clone(), Some(error)),
+            Ok(done) => (done.method, None),
+            Err(error) => (driver.reset_method, Some(error)),
         };
-        driver.reset_method.clone_from(&method);
+        driver.reset_method = method;
         let reset_ms = driver.timeline.between(Step::ResetStart, Step::Reset).map_or(0.0, milliseconds);
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        let method = reset::word(method).into();
         self.events.tell(&Event::DeviceReset { driver: name, device, method, reset_ms, error });
         self.drive(n, Input::ResetDone);
     }
@@ -174,7 +176,7 @@ impl Supervisor {
         driver.was_live = true;
         let outage = driver.timeline.outage();
         driver.last_outage = outage.or(driver.last_outage);
-        let parts = driver.timeline.parts(&driver.reset_method);
+        let parts = driver.timeline.parts(reset::word(driver.reset_method));
         let frames = std::mem::take(&mut driver.frames);
         if let Some(report) = &mut driver.report {
             report.outage_ms = outage.map(milliseconds);
@@ -287,7 +289,7 @@ impl Supervisor {
         // What comes after the outage (the fence of a life whose place a spare has taken) is no part of it.
         if report.outage_ms.is_none() {
             report.masks.clone_from(&driver.masks);
-            report.parts = driver.timeline.parts(&driver.reset_method);
+            report.parts = driver.timeline.parts(reset::word(driver.reset_method));
         }
         self.write_report(n);
     }

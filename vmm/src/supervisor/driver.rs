@@ -33,6 +33,7 @@ use crate::process::ipc::{MaskedCounts, NetBackend, PortBackend, PortEnd, VmSpec
 use crate::process::spawn::{SpawnError, Streams, VmProcess};
 use crate::spec::{self, Driver};
 use crate::vfio::DeviceFiles;
+use crate::vfio::reset::{self, ResetMethod};
 use crate::vfio::sysfs::HostDevice;
 
 /// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
@@ -122,7 +123,7 @@ pub(super) struct DriverVm {
     /// A reset could not even begin; the life cycle is told at the end of this turn of the loop.
     pub(super) reset_failed: bool,
     pub(super) console: Console,
-    pub(super) reset_method: String,
+    pub(super) reset_method: Option<ResetMethod>,
     /// Steps since the last failure, or since the start.
     pub(super) timeline: Timeline,
     /// The masks of the present outage.
@@ -215,7 +216,6 @@ impl DriverVm {
         ends: Vec<EndRef>,
         run_dir: &RunDir,
     ) -> Self {
-        let reset_method = device.reset().best().map_or("none", |method| method.word());
         let ahead = match (&spare, spec.standby) {
             (Some(_), _) => Ahead::Spare,
             (None, spec::Standby::Warm) => Ahead::Warm,
@@ -229,7 +229,7 @@ impl DriverVm {
             present: None,
             live_at: None,
             spec,
-            reset_method: reset_method.into(),
+            reset_method: device.reset().best(),
             device,
             image,
             ends,
@@ -384,8 +384,8 @@ impl DriverVm {
             state: self.lifecycle.state().name().into(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             carrier: self.lifecycle.carrier() == Carrier::Up,
-            reset_method: self.reset_method.clone(),
-            reset_meaning: self.device.reset().describe().into(),
+            reset_method: reset::word(self.reset_method).into(),
+            reset_meaning: self.device.reset().describe_use(self.reset_method),
             failures: self.lifecycle.history().total(),
             reason: self.reason.clone(),
             last_outage_ms: self.last_outage.map(super::time::milliseconds),

@@ -155,7 +155,7 @@ fn reset(device: &HostDevice, held: Option<(Arc<DeviceFiles>, Option<Snapshot>)>
             (open(device).map(Arc::new).map_err(in_words), None)
         }
     };
-    let reset = files.is_ok().then(|| device.perform_reset(RESET_LIMIT).map_err(in_words));
+    let reset = files.as_ref().ok().map(|files| device.perform_reset(files, RESET_LIMIT).map_err(in_words));
     // Once: it takes as many reads as there are registers.
     let snapshot = known.or_else(|| take_snapshot(files.as_deref().ok()?));
     Outcome { files, snapshot, reset }

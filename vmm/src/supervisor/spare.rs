@@ -16,6 +16,7 @@ use super::run::Supervisor;
 use super::time::{Time, milliseconds};
 use super::timeline::Step;
 use crate::process::ipc::ToVm;
+use crate::vfio::reset::{self, ResetMethod};
 use crate::vfio::sysfs::HostDevice;
 
 /// Questions about the network before the answer counts as no, and the time between them: a switch that takes longer to
@@ -40,7 +41,7 @@ pub(super) struct Spare {
     pub(super) device: HostDevice,
     /// Its files.
     pub(super) holder: Holder,
-    reset_method: String,
+    reset_method: Option<ResetMethod>,
     pub(super) resetting: Option<ResetJob>,
     reset_start: Time,
     network: Option<Network>,
@@ -53,7 +54,7 @@ pub(super) struct Spare {
 impl Spare {
     pub(super) fn new(device: HostDevice, open: Open) -> Self {
         Self {
-            reset_method: device.reset().best().map_or("none", |method| method.word()).into(),
+            reset_method: device.reset().best(),
             device,
             holder: Holder::new(open),
             resetting: None,
@@ -94,12 +95,12 @@ impl Supervisor {
         let Some(job) = spare.resetting.take() else { return };
         let Some(outcome) = spare.holder.end_reset(&job) else { return self.drive(n, Input::SpareResetDone) };
         let (method, error) = match outcome {
-            Ok(done) => (done.method.map_or("none", |method| method.word()).to_owned(), None),
-            Err(error) => (spare.reset_method.clone(), Some(error)),
+            Ok(done) => (done.method, None),
+            Err(error) => (spare.reset_method, Some(error)),
         };
-        spare.reset_method.clone_from(&method);
+        spare.reset_method = method;
         let reset_ms = milliseconds(Time::now().since(spare.reset_start));
-        let device = spare.device.bdf().to_string();
+        let (device, method) = (spare.device.bdf().to_string(), reset::word(method).into());
         self.events.tell(&Event::DeviceReset { driver: driver.name.clone(), device, method, reset_ms, error });
         self.drive(n, Input::SpareResetDone);
     }

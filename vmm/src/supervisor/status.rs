@@ -99,7 +99,7 @@ pub struct DriverStatus {
     pub pid: Option<u32>,
     /// The NIC's carrier.
     pub carrier: bool,
-    /// The reset that the kernel offers for the device; `none` where there is none.
+    /// How the device is reset between two lives; `none` where it cannot be.
     pub reset_method: String,
     /// What that means for a restart, in a sentence.
     pub reset_meaning: String,

@@ -16,6 +16,7 @@ mod dma;
 pub mod error;
 pub mod events;
 pub mod files;
+mod hot_reset;
 mod info;
 pub mod interrupts;
 pub mod intx;

@@ -48,6 +48,11 @@ impl HostDevice {
         &self.bus
     }
 
+    /// Another function of the same host, whether it is there or not.
+    pub(super) fn other(&self, bdf: Bdf) -> Self {
+        Self { bdf, bus: self.bus.clone() }
+    }
+
     /// The driver that holds it.
     pub fn driver(&self) -> Option<String> {
         link_name(&self.directory().join("driver"))
@@ -100,10 +105,10 @@ impl HostDevice {
         Ok(members)
     }
 
-    /// How the kernel can reset it.
+    /// How it can be reset.
     pub fn reset(&self) -> Reset {
         let methods = fs::read_to_string(self.directory().join("reset_method")).ok();
-        Reset::new(methods.as_deref(), self.directory().join("reset").exists())
+        Reset::new(methods.as_deref(), self.directory().join("reset").exists(), self.siblings())
     }
 
     /// Whether it can be passed through now; the error says what to do.
@@ -122,7 +127,7 @@ impl HostDevice {
     pub fn group_obstacles(&self) -> Result<Vec<(Bdf, String)>, Error> {
         let others = self.group_members()?.into_iter().filter(|&bdf| bdf != self.bdf);
         Ok(others
-            .filter_map(|bdf| Some((bdf, Self { bdf, bus: self.bus.clone() }.driver()?)))
+            .filter_map(|bdf| Some((bdf, self.other(bdf).driver()?)))
             .filter(|(_, driver)| !is_vfio(driver) && !HARMLESS_DRIVERS.contains(&driver.as_str()))
             .collect())
     }
@@ -194,6 +199,20 @@ pub(crate) mod tests {
                 symlink(path, device.join("driver")).unwrap();
             }
             HostDevice::find_below(self.0.path(), bdf.parse().unwrap()).unwrap()
+        }
+
+        /// As [`Self::add`], with the function's directory in that of a bridge (or root bus), as in sysfs.
+        pub(crate) fn add_behind(
+            &self,
+            bridge: &str,
+            bdf: &str,
+            group: Option<u32>,
+            driver: Option<&str>,
+        ) -> HostDevice {
+            let directory = self.0.path().join("tree").join(bridge).join(bdf);
+            fs::create_dir_all(&directory).unwrap();
+            symlink(directory, self.0.path().join("devices").join(bdf)).unwrap();
+            self.add(bdf, group, driver)
         }
     }
 
