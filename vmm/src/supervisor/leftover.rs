@@ -78,7 +78,7 @@ pub(super) fn reset_orders<'a>(devices: impl Iterator<Item = &'a HostDevice>) ->
 fn put_back(pci: &Path, device: &str, order: &str) -> bool {
     let Some(device) = device.parse().ok().and_then(|bdf| HostDevice::find_below(pci, bdf).ok()) else { return false };
     let path = device.directory().join("reset_method");
-    let now = fs::read_to_string(&path).unwrap_or_default();
+    let (now, order) = (fs::read_to_string(&path).unwrap_or_default(), device.acceptable_order(order));
     now.trim() != order && !order.is_empty() && fs::write(&path, order).is_ok()
 }
 

@@ -109,6 +109,9 @@ impl Reset {
             None if has_reset => vec![ResetMethod::Other],
             None => Vec::new(),
         };
+        // The kernel lists it for the first function of a card, because it looks before the others have come, and then
+        // refuses it.
+        methods.retain(|method| *method != ResetMethod::Bus || siblings == Siblings::Nobody);
         // Nothing can be put in order with a method that has no name here.
         let has_better = methods.iter().any(|method| matches!(method, ResetMethod::Bus | ResetMethod::Other));
         let in_the_way = match siblings {
@@ -198,6 +201,14 @@ impl HostDevice {
         Ok(ResetDone { method, took: start.elapsed() })
     }
 
+    /// The words of `order`, which once stood in `reset_method`, that the kernel takes again: not the bus reset that it
+    /// had listed before the function had [siblings](Self::siblings).
+    pub fn acceptable_order(&self, order: &str) -> String {
+        let alone = self.siblings() == Siblings::Nobody;
+        let accepts = |word: &&str| alone || ResetMethod::from_word(word) != ResetMethod::Bus;
+        order.split_whitespace().filter(accepts).collect::<Vec<_>>().join(" ")
+    }
+
     /// Clears the bus master bit in the configuration space.
     pub fn clear_bus_master(&self) -> Result<(), Error> {
         let path = self.directory().join("config");
@@ -257,7 +268,7 @@ impl HostDevice {
             }
         }
         if put_aside {
-            order(kernels.trim_end())?;
+            order(&self.acceptable_order(&kernels))?;
         }
         outcome
     }
@@ -336,7 +347,7 @@ mod tests {
         assert_eq!(new(Some("flr pm")).methods(), [ResetMethod::Flr, ResetMethod::Hot, ResetMethod::Pm]);
         assert_eq!(new(Some("")).best(), Some(ResetMethod::Hot));
         assert!(new(Some("pm")).describe().contains("other functions of its slot"));
-        assert_eq!(new(Some("pm bus")).methods(), [ResetMethod::Bus, ResetMethod::Pm]);
+        assert_eq!(new(Some("pm bus")).methods(), [ResetMethod::Hot, ResetMethod::Pm]);
         assert_eq!(new(None).methods(), [ResetMethod::Other]);
     }
 
@@ -357,10 +368,11 @@ mod tests {
         let device = bus.add_behind("0000:00:1c.0", "0000:01:00.0", Some(1), Some("vfio-pci"));
         bus.add_behind("0000:00:1c.0", "0000:01:00.1", Some(1), Some("vfio-pci"));
         fs::write(device.directory().join("config"), [0; 256]).unwrap();
-        fs::write(device.directory().join("reset_method"), "pm\n").unwrap();
+        fs::write(device.directory().join("reset_method"), "pm bus\n").unwrap();
         fs::write(device.directory().join("reset"), "").unwrap();
         assert_eq!(device.reset().best(), Some(ResetMethod::Hot));
         assert_eq!(perform(&device).method, Some(ResetMethod::Pm));
+        assert_eq!(fs::read_to_string(device.directory().join("reset_method")).unwrap(), "pm");
         fs::write(device.directory().join("reset_method"), "\n").unwrap();
         assert_eq!(perform(&device).method, None);
     }
