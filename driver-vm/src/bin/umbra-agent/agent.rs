@@ -286,10 +286,10 @@ impl Agent {
         self.beats += 1;
         // Notifications of a link that goes down come up to a second late; looking costs little.
         self.look_at_carrier()?;
-        if let State::Forwarding { network, .. } = &mut self.state
+        if let State::Forwarding { network, carrier } = &mut self.state
             && self.beats.is_multiple_of(BEATS_PER_LOOK)
         {
-            network.check_transmit()?;
+            network.check_transmit(*carrier)?;
         }
         let available_memory = system::available_memory();
         self.port.send(&FromAgent::Heartbeat { sequence: self.beats, available_memory })

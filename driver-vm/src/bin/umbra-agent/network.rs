@@ -9,7 +9,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
 
 use crate::ethtool::Features;
@@ -18,7 +18,7 @@ use crate::forward;
 use crate::interface::{self, IFF_NOARP, IFF_PROMISC, IFF_UP, Index, Interface};
 use crate::kernel_log;
 use crate::netlink::Netlink;
-use crate::transmit::{self, Timeouts};
+use crate::transmit::{self, Watch};
 
 /// Merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
 const LRO: (&str, bool) = ("rx-lro", false);
@@ -69,7 +69,7 @@ pub struct Ends(Vec<End>);
 pub struct Network {
     nic: Nic,
     ends: Vec<End>,
-    timeouts: Timeouts,
+    watch: Watch,
 }
 
 impl Nic {
@@ -196,7 +196,7 @@ impl Network {
                 filter::place_at_port(netlink, end.index, &[], &end.mode.unicast);
             }
         }
-        Ok(Self { nic, ends, timeouts: Timeouts::default() })
+        Ok(Self { nic, ends, watch: Watch::default() })
     }
 
     /// Whether the NIC's link is up.
@@ -208,16 +208,22 @@ impl Network {
         Ok(nic.with_context(|| format!("the NIC {} is gone", self.nic.name))?.carrier)
     }
 
-    /// Looks whether the NIC's transmit queue moves.
+    /// Looks whether the NIC's transmit queue moves, as it should while there is a `carrier`.
     ///
     /// # Errors
     /// When it stands still although its driver has reset the NIC.
-    pub fn check_transmit(&mut self) -> anyhow::Result<()> {
+    pub fn check_transmit(&mut self, carrier: bool) -> anyhow::Result<()> {
+        if !carrier {
+            self.watch.pause();
+            return Ok(());
+        }
         let name = &self.nic.name;
-        let Some(count) = transmit::timeouts(name) else { return Ok(()) };
-        let (stuck, within) = (self.timeouts.are_too_many(Instant::now(), count), transmit::WITHIN.as_secs());
-        ensure!(!stuck, "the driver of {name} is stuck: its transmit queue has timed out twice in {within} s");
-        Ok(())
+        let Some(timeouts) = transmit::timeouts(name) else { return Ok(()) };
+        let flow = || transmit::flow(name, self.ends.iter().map(|end| &*end.name));
+        match self.watch.look(Instant::now(), timeouts, flow) {
+            Some(why) => bail!("the driver of {name} is stuck: {why}"),
+            None => Ok(()),
+        }
     }
 
     /// Sets what a guest receives.
