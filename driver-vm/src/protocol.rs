@@ -211,7 +211,12 @@ pub enum FromAgent {
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
     },
-    /// The physical device has a driver.
+    /// The physical NIC is there: from now on it gets what the guests have asked for.
+    NicFound {
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The NIC is set up, and is up.
     Nic {
         /// Kernel driver, as `e1000e`.
         driver: String,

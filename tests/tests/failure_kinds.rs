@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_in, place_with, say, scenario};
 use umbra_tests::bench::BenchSpec;
 use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
@@ -61,14 +63,16 @@ fn outlive_a_broken_device() {
         (mute, "kill $(cat /tmp/mute.pid)", "agent", "is stuck"),
     ] {
         place.expect(cause, STEP).or_tell();
+        let caused = Instant::now();
         let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();
+        let noticed = caused.elapsed().as_secs_f64();
         let (source, reason) = (failed.text("source").to_owned(), failed.text("reason").to_owned());
         assert!(source == by && reason.contains(expected), "noticed by {source}: {reason}");
         place.expect(end, STEP).or_tell();
         let live = machine.await_live(NIC_DRIVER, RECOVERY).or_tell();
         let (detect, outage) = (failed.number("detect_ms"), live.number("outage_ms"));
         say(&format!(
-            "{reason}: after {:.0} ms, away for {:.0} ms",
+            "{reason}: after {:.0} ms, {noticed:.1} s after its cause, away for {:.0} ms",
             detect.unwrap_or(f64::NAN),
             outage.unwrap_or(f64::NAN)
         ));

@@ -12,6 +12,9 @@ use umbra_vmm::process::ipc::{FromVm, ToVm, VmEnd};
 const RESET_CONTROL: u16 = 0xcf9;
 const PM1_ENABLE: u16 = 0x602;
 const PM1_CONTROL: u16 = 0x604;
+/// The interrupt flag in `rflags`, and the instruction that sets it.
+const INTERRUPTS: u32 = 1 << 9;
+const STI: u8 = 0xfb;
 const SOFT_OFF: u16 = 5 << 10 | 1 << 13;
 
 #[test]
@@ -128,9 +131,10 @@ fn a_guest_that_is_locked_up_spins_with_interrupts_off_and_can_be_killed() {
         return;
     }
     // One prints without end, one is halted (a guest's second vCPU never starts).
-    for (code, again) in
-        [(Code::new().print("up").print(".").raw(&[0xeb, 0xf6]), true), (Code::new().print("up").raw(&[0xf4]), false)]
-    {
+    for (code, again) in [
+        (Code::new().raw(&[STI]).print("up").print(".").raw(&[0xeb, 0xf6]), true),
+        (Code::new().raw(&[STI]).print("up").raw(&[0xf4]), false),
+    ] {
         let mut vm = Process::start(&code.0);
         vm.wait_for(if again { "up....." } else { "up" });
         vm.send(&ToVm::LockUp);
@@ -144,6 +148,8 @@ fn a_guest_that_is_locked_up_spins_with_interrupts_off_and_can_be_killed() {
         let (how, registers) = vm.end();
         assert_eq!(how, VmEnd::Killed);
         assert!(registers.contains("code eb fe"), "{registers}");
+        let flags = registers.split("rflags ").nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap();
+        assert_eq!(u32::from_str_radix(flags, 16).unwrap() & INTERRUPTS, 0, "{registers}");
     }
 }
 

@@ -166,11 +166,12 @@ pub(super) fn run(
         demo.place.peer().allow(plan.allowance(index, content.bytes))?;
         reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
         let number = results.len() + 1;
+        let together = demo.sound.is_some() && kind != Kind::InReplay && index + 1 == plan.0.len();
+        let kind = if together { Kind::Panic } else { kind };
         demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, kind.describe()));
         let begin_us = now_us();
         let seen = demo.machine.seen.len();
         demo.place.peer().mark_stall()?;
-        let together = demo.sound.is_some() && kind != Kind::InReplay && index + 1 == plan.0.len();
         let lives = if together { both(demo)? } else { issue(demo, kind)? };
         reach(demo, plan.allowance(index, content.bytes), get, &mut ticks)?;
         await_tick(demo, &mut ticks)?;

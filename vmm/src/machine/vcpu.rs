@@ -105,7 +105,8 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Has every vCPU spin where it is with interrupts off, until the VM ends. Returns when all do.
+    /// Has every vCPU spin where it is with interrupts off, until the VM ends. Returns when all have been told;
+    /// one that could not be goes on, which is logged.
     pub fn lock_up(&self) {
         self.lock_up.wanted.store(true, Ordering::Release);
         while self.lock_up.done.load(Ordering::Acquire) < self.threads.len() && !self.end.is_set() {
@@ -223,7 +224,8 @@ impl Runner {
 
     /// Puts a jump to itself in the place of the next instruction, and takes interrupts away.
     fn spin_without_interrupts(&mut self) -> Result<(), kvm_ioctls::Error> {
-        // What the last exit began is ended by entering once more (KVM API, KVM_RUN); the registers are complete then.
+        // What the last exit began is ended by entering once more (KVM API, KVM_RUN). Where that begins another exit, the rest of the
+        // instruction is lost with the VM.
         self.vcpu.set_kvm_immediate_exit(1);
         let _ = self.vcpu.run();
         self.vcpu.set_kvm_immediate_exit(0);

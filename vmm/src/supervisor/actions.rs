@@ -192,6 +192,7 @@ impl Supervisor {
             frames,
         });
         self.complete_report(n);
+        self.send_settings(n, Which::Present);
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;

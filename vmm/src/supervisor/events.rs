@@ -255,7 +255,7 @@ pub enum Event {
         driver: String,
         /// Which life.
         generation: u32,
-        /// How: `panic`, `agent-hang`, `reboot`.
+        /// How: a kind of `umbra crash`.
         kind: String,
     },
     /// The machine is ending.
@@ -333,8 +333,8 @@ impl Event {
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::CleanStart { driver, guest, device } => {
                 format!(
-                    "{driver}: died twice and more while {guest}'s {device} was set up and its log replayed; {device} starts \
-                     over (a NIC's link goes down until then, a sound card is dead)"
+                    "{driver}: lives in a row died while {guest}'s {device} was set up or replayed; {device} starts over (until then \
+                     a NIC's link is down, a sound card is dead)"
                 )
             }
             Self::Quarantined { driver, reason } => {

@@ -61,7 +61,7 @@ pub(super) fn clean_up(dead: u32, resets: &BTreeMap<String, String>, pci: &Path)
         n => done.push(format!("{n} of its VMs had not ended yet and are gone now")),
     }
     for (device, order) in resets {
-        if put_back(pci, device, order) {
+        if let Some(order) = put_back(pci, device, order) {
             done.push(format!("the reset methods of {device} stand as before ({order})"));
         }
     }
@@ -74,12 +74,13 @@ pub(super) fn reset_orders<'a>(devices: impl Iterator<Item = &'a HostDevice>) ->
     devices.filter_map(|device| Some((device.bdf().to_string(), order(device)?.trim().to_owned()))).collect()
 }
 
-/// Puts a device's order of reset methods back; returns whether it was another.
-fn put_back(pci: &Path, device: &str, order: &str) -> bool {
-    let Some(device) = device.parse().ok().and_then(|bdf| HostDevice::find_below(pci, bdf).ok()) else { return false };
+/// Puts a device's order of reset methods back, as far as the kernel takes it; what was written, if it was another.
+fn put_back(pci: &Path, device: &str, order: &str) -> Option<String> {
+    let device = HostDevice::find_below(pci, device.parse().ok()?).ok()?;
     let path = device.directory().join("reset_method");
-    let (now, order) = (fs::read_to_string(&path).unwrap_or_default(), device.acceptable_order(order));
-    now.trim() != order && !order.is_empty() && fs::write(&path, order).is_ok()
+    let (now, accepted) = (fs::read_to_string(&path).unwrap_or_default(), device.acceptable_order(order));
+    let stands = [order, &accepted].contains(&now.trim());
+    (!stands && !accepted.is_empty() && fs::write(&path, &accepted).is_ok()).then_some(accepted)
 }
 
 /// VM processes that were started by the supervisor `dead` and have lost it: number and name.
@@ -132,6 +133,19 @@ mod tests {
         let done = clean_up(dead, &orders, bus.0.path()).unwrap();
         assert!(done.contains("the reset methods of 0000:01:00.0 stand as before (flr pm bus)"), "{done}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "flr pm bus");
+    }
+
+    #[test]
+    fn an_order_that_was_never_touched_stands_also_where_the_kernel_would_not_take_it_again() {
+        let bus = FakeBus::new();
+        let device = bus.add_behind("0000:00:1c.0", "0000:01:00.0", Some(1), Some("vfio-pci"));
+        bus.add_behind("0000:00:1c.0", "0000:01:00.1", Some(1), Some("vfio-pci"));
+        let path = device.directory().join("reset_method");
+        fs::write(&path, "pm bus\n").unwrap();
+        assert_eq!(put_back(bus.0.path(), "0000:01:00.0", "pm bus"), None);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "pm bus\n");
+        fs::write(&path, "\n").unwrap();
+        assert_eq!(put_back(bus.0.path(), "0000:01:00.0", "pm bus").unwrap(), "pm");
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub struct Lifecycle {
     /// Since the last sign of life from the agent, once it forwards.
     silence: Option<Silence>,
     carrier: Carrier,
+    /// The present life has got as far as to apply what was recorded to its device.
+    applying: bool,
     reserve: Reserve,
     /// A restart was asked for; it waits for the standby until then.
     restarting: Option<Time>,
@@ -105,6 +107,7 @@ impl Lifecycle {
             suspicion: None,
             silence: None,
             carrier: Carrier::Down,
+            applying: false,
         }
     }
 
@@ -141,6 +144,11 @@ impl Lifecycle {
     /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
     pub fn starts_clean(&self, end: End) -> bool {
         self.suspects.is_clean(end)
+    }
+
+    /// The ends of which that is so.
+    pub fn clean_ends(&self) -> impl Iterator<Item = End> {
+        self.suspects.clean()
     }
 
     /// Whether a standby boots.
@@ -199,6 +207,7 @@ impl Lifecycle {
             Input::Start => self.on_start(now),
             Input::ResetDone => self.on_reset_done(now),
             Input::Hello => self.on_hello(),
+            Input::Applying => self.on_applying(),
             Input::Forwarding => self.on_forwarding(now),
             Input::Carrier(carrier) => self.on_carrier(now, carrier),
             Input::Heartbeat => self.on_heartbeat(now),
@@ -330,6 +339,7 @@ impl Lifecycle {
         self.suspicion = None;
         self.silence = None;
         self.carrier = Carrier::Down;
+        self.applying = false;
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
         // A spare has another device: it has been taken at the failure, or there was none.
         let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
@@ -359,8 +369,14 @@ impl Lifecycle {
         vec![Action::Configure]
     }
 
+    fn on_applying(&mut self) -> Vec<Action> {
+        self.applying |= matches!(self.state, State::Configuring { .. });
+        Vec::new()
+    }
+
     fn on_forwarding(&mut self, now: Time) -> Vec<Action> {
         let State::Configuring { .. } = self.state else { return Vec::new() };
+        self.applying = true;
         self.silence = Some(Silence::since(now));
         self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
         if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
@@ -466,7 +482,9 @@ impl Lifecycle {
                 self.suspects.died(waiting, true);
                 None
             }
-            State::WaitingCarrier { .. } if failure.source.is_failure() => {
+            State::Configuring { .. } | State::WaitingCarrier { .. }
+                if failure.source.is_failure() && self.applying =>
+            {
                 self.suspects.died(&self.ends, false);
                 None
             }
@@ -535,7 +553,7 @@ impl Lifecycle {
         match self.history.failed(now, lived) {
             Verdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
-                let clean = self.suspects.clean().map(Action::StartClean);
+                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
                 [Action::Reset, Action::Report].into_iter().chain(clean).collect()
             }
             Verdict::Quarantine => {

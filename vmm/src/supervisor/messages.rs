@@ -406,6 +406,7 @@ impl Supervisor {
             }
             // Of interest before there is a device to wait for: in a standby.
             FromAgent::Loaded { .. } => {}
+            FromAgent::NicFound { .. } => self.drive(n, Input::Applying),
             FromAgent::Nic { driver, interface, .. } => {
                 self.drivers[n].kernel_driver = Some(limited(&driver));
                 let detail = format!("{} {}", limited(&driver), limited(&interface));

@@ -188,8 +188,10 @@ impl Supervisor {
             kind: kind_name.unwrap_or_default(),
         });
         match (kind, &self.drivers[n].life) {
-            // A channel that is full or closed is noticed where it is read.
-            (CrashKind::LockUp, Some(life)) => drop(life.process.channel().send_now(&ToVm::LockUp, &[])),
+            (CrashKind::LockUp, Some(life)) => {
+                let sent = life.process.channel().send_now(&ToVm::LockUp, &[]);
+                sent.map_err(|error| format!("{name}: its process cannot be told to lock it up: {error}"))?;
+            }
             _ => self.tell_agent(n, &ToAgent::Crash { kind }),
         }
         Ok(Response::Crashing { name: name.into(), generation, kind })

@@ -37,8 +37,11 @@ impl Settings {
         }
     }
 
-    fn next(&mut self) -> Option<(u16, Setting)> {
-        if let Self::Changed(changed) = self { changed.pop_first() } else { None }
+    /// What the agent is told next, of positions that are not held back.
+    fn next(&mut self, is_held: impl Fn(u16) -> bool) -> Option<(u16, Setting)> {
+        let Self::Changed(changed) = self else { return None };
+        let next = changed.iter().find(|(position, _)| !is_held(*position)).copied()?;
+        changed.take(&next)
     }
 }
 
@@ -105,14 +108,19 @@ impl Supervisor {
         }
     }
 
-    /// Sends what has changed, as far as the agent reads.
+    /// Sends what has changed, as far as the agent reads; of an end that starts clean, once it is live.
     pub(super) fn send_settings(&mut self, n: usize, which: Which) {
         loop {
+            // What brings a life that starts clean to its end would be among it.
+            let clean: BTreeSet<_> = self.drivers[n].lifecycle.clean_ends().collect();
             let Some(life) = self.drivers[n].life_of_mut(which) else { return };
             if life.agent.as_ref().is_none_or(super::lines::Lines::has_unsent) {
                 return;
             }
-            let Some((position, setting)) = life.settings.next() else { return };
+            let ends = &life.ends;
+            let is_clean = |position: u16| ends.get(usize::from(position)).is_some_and(|end| clean.contains(end));
+            let is_held = |position| which == Which::Present && is_clean(position);
+            let Some((position, setting)) = life.settings.next(is_held) else { return };
             let Some(end) = life.ends.get(usize::from(position)).copied() else { continue };
             let EndRef { guest, device: DeviceRef::Net { net, .. } } = self.drivers[n].ends[end] else { continue };
             let net = &self.guests[guest].nets[usize::from(net)];
@@ -233,14 +241,15 @@ mod tests {
     fn however_often_an_end_changes_it_is_told_once_and_before_the_plan_not_at_all() {
         let mut settings = Settings::default();
         settings.change(0, Setting::Mode);
-        assert_eq!(settings.next(), None);
+        assert_eq!(settings.next(|_| false), None);
         let mut settings = Settings::Changed(BTreeSet::new());
         for _ in 0..1000 {
             settings.change(1, Setting::Offloads);
             settings.change(0, Setting::Mode);
         }
-        assert_eq!(settings.next(), Some((0, Setting::Mode)));
-        assert_eq!(settings.next(), Some((1, Setting::Offloads)));
-        assert_eq!(settings.next(), None);
+        assert_eq!(settings.next(|position| position < 2), None, "both are held back");
+        assert_eq!(settings.next(|_| false), Some((0, Setting::Mode)));
+        assert_eq!(settings.next(|_| false), Some((1, Setting::Offloads)));
+        assert_eq!(settings.next(|_| false), None);
     }
 }

@@ -62,7 +62,7 @@ impl HostDevice {
 
     fn not_in_hand(&self, other: &Self) -> Option<String> {
         let bdf = other.bdf();
-        if other.group() != self.group() {
+        if self.group().is_none() || other.group() != self.group() {
             Some(format!("{bdf} is in another IOMMU group"))
         } else if other.is_bound_to_vfio() {
             None

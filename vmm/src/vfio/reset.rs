@@ -229,9 +229,10 @@ impl HostDevice {
     fn reset_of(&self, files: &DeviceFiles) -> Reset {
         let mut reset = self.reset();
         if reset.methods.contains(&ResetMethod::Hot)
-            && let Err(error) = files.check_hot_reset(self.group().unwrap_or_default())
+            && let Err(error) =
+                self.required_group().map_err(io::Error::other).and_then(|group| files.check_hot_reset(group))
         {
-            tracing::debug!("{}: there is no hot reset: {error}", self.bdf());
+            tracing::warn!("{}: there is no hot reset: {error}", self.bdf());
             reset.methods.retain(|method| *method != ResetMethod::Hot);
         }
         reset
@@ -243,7 +244,8 @@ impl HostDevice {
         let path = self.directory().join("reset_method");
         let reset = self.reset_of(files);
         let kernels = fs::read_to_string(&path).unwrap_or_default();
-        let in_order = reset.methods().iter().map(|method| method.word()).eq(kernels.split_whitespace());
+        let words: Vec<_> = reset.methods().iter().map(|method| method.word()).collect();
+        let in_order = words.join(" ") == self.acceptable_order(&kernels);
         // A method whose word is not known here cannot be named to the kernel.
         if in_order || reset.methods().contains(&ResetMethod::Other) {
             let best = reset.best();
@@ -372,7 +374,11 @@ mod tests {
         fs::write(device.directory().join("reset"), "").unwrap();
         assert_eq!(device.reset().best(), Some(ResetMethod::Hot));
         assert_eq!(perform(&device).method, Some(ResetMethod::Pm));
-        assert_eq!(fs::read_to_string(device.directory().join("reset_method")).unwrap(), "pm");
+        assert_eq!(
+            fs::read_to_string(device.directory().join("reset_method")).unwrap(),
+            "pm bus\n",
+            "nothing to order"
+        );
         fs::write(device.directory().join("reset_method"), "\n").unwrap();
         assert_eq!(perform(&device).method, None);
     }

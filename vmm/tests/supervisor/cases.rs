@@ -39,6 +39,7 @@ pub const ALL: &[Case] = cases![
     a_boot_that_hangs_is_replaced,
     a_death_during_replay_drops_the_suspect_log,
     after_two_deaths_during_replay_the_guest_s_device_starts_over,
+    settings_that_kill_a_life_as_it_gets_them_are_left_out_of_the_third,
     past_the_limit_the_driver_is_quarantined_and_the_guest_lives_on,
     a_rebooted_guest_gets_a_new_driver_vm_that_is_no_failure,
     a_killed_guest_ends_the_run_with_its_name,
@@ -348,6 +349,17 @@ fn after_two_deaths_during_replay_the_guest_s_device_starts_over() {
     assert!(told[3].starts_with("Quarantine") && told[4].starts_with("GoLive"), "{log}");
     let events = machine.events_text();
     assert!(events.contains(r#""event":"clean-start","driver":"nic0","guest":"web","device":"net0""#), "{events}");
+    machine.stop();
+}
+
+fn settings_that_kill_a_life_as_it_gets_them_are_left_out_of_the_third() {
+    let machine = start("", "die-of-settings=2 die-of-settings=3 clean=4", "backoff_ms = 10");
+    machine.wait_live(1);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(4);
+    let log = machine.guest_log();
+    let told = log.lines().filter(|line| line.starts_with("GoLive") || line.starts_with("Quarantine"));
+    assert_eq!(told.map(|line| &line[..6]).collect::<Vec<_>>(), ["GoLive", "Quaran", "GoLive"], "{log}");
     machine.stop();
 }
 

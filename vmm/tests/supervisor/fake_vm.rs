@@ -176,6 +176,11 @@ fn driver(spec: &VmSpec, channel: Channel) {
         say(FromAgent::Failed { what: "no module named nic".into() });
         thread::sleep(Duration::from_secs(100));
     }
+    say(FromAgent::NicFound { uptime_ms: 2 });
+    if told("die-of-settings") {
+        thread::sleep(Duration::from_millis(100));
+        std::process::exit(9);
+    }
     let mac = Mac([2, 0, 0, 0, 0, 1]);
     say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
     say(FromAgent::Forwarding { uptime_ms: 3 });

@@ -219,7 +219,9 @@ impl Agent {
             *ends = Ends::find(&mut self.requests, plan)?;
         }
         if nic.is_none() {
-            *nic = Nic::find(&mut self.requests, plan)?;
+            // What is asked of its driver may be its death, which the host then knows the cause of.
+            let tell = || self.port.send(&FromAgent::NicFound { uptime_ms: system::uptime_ms() });
+            *nic = Nic::find(&mut self.requests, plan, tell)?;
             if let Some(nic) = nic {
                 self.port.send(&FromAgent::Nic {
                     driver: nic.driver.clone(),

@@ -69,6 +69,7 @@ impl Lifecycle {
         self.generation = Some(generation);
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
         (self.silence, self.carrier) = (None, Carrier::Down);
+        self.applying = matches!(stage, Stage::Forwarding(..));
         let mut actions = vec![Action::Failed(failure.clone()), Action::TakeOver(generation)];
         match stage {
             Stage::Booting => self.state = State::Booting { until },

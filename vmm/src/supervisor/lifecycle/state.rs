@@ -69,6 +69,8 @@ pub enum Input {
     ResetDone,
     /// The agent said hello.
     Hello,
+    /// The device is there, and gets what was recorded of the guests' settings.
+    Applying,
     /// The driver VM forwards frames.
     Forwarding,
     /// The NIC's carrier changed.

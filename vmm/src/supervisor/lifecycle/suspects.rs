@@ -19,6 +19,8 @@ struct Suspect {
     lives: u32,
     /// One of them had begun with the log.
     log: bool,
+    /// The guest has not been told of the last of them.
+    untold: bool,
 }
 
 impl Suspects {
@@ -28,6 +30,7 @@ impl Suspects {
             let suspect = self.0.entry(*end).or_default();
             suspect.lives = suspect.lives.saturating_add(1);
             suspect.log |= log;
+            suspect.untold = true;
         }
     }
 
@@ -51,6 +54,12 @@ impl Suspects {
     /// Whether the next life gets nothing of what was recorded at `end`.
     pub(super) fn is_clean(&self, end: End) -> bool {
         self.0.get(&end).is_some_and(|suspect| suspect.lives >= CLEAN_FROM)
+    }
+
+    /// The ends of which that is so by a death that their guests have not been told of; they have been, from now on.
+    pub(super) fn tell(&mut self) -> Vec<End> {
+        let clean = self.0.iter_mut().filter(|(_, suspect)| suspect.lives >= CLEAN_FROM);
+        clean.filter_map(|(end, suspect)| std::mem::take(&mut suspect.untold).then_some(*end)).collect()
     }
 
     /// The ends of which that is so.

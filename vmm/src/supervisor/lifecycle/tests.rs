@@ -464,6 +464,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::Start),
         4 => Just(Input::ResetDone),
         4 => Just(Input::Hello),
+        2 => Just(Input::Applying),
         4 => Just(Input::Forwarding),
         4 => Just(Input::Carrier(Carrier::Up)),
         1 => Just(Input::Carrier(Carrier::Down)),
