@@ -3,9 +3,8 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, guest_reaches_peer, place_with, say, scenario};
+use common::{OrTell, RECOVERY, STEP, carrier_changes, guest_reaches_peer, place_with, say, scenario};
 use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
-use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
 
 fn live(machine: &mut Machine) -> u32 {
@@ -23,8 +22,7 @@ fn outlive_kills_until_quarantine() {
     spec.restart_limit = 4;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
-    let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
-    let before = changes(&mut place);
+    let before = carrier_changes(&mut place);
 
     say("kill -9 of the driver VM's process");
     let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
@@ -43,7 +41,7 @@ fn outlive_kills_until_quarantine() {
     let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or_else(|_| panic!("{:?}", watcher.output()));
     while live(&mut machine) <= killed {}
     guest_reaches_peer(&mut place);
-    assert_eq!(changes(&mut place), before, "the guest's link never went down");
+    assert_eq!(carrier_changes(&mut place), before, "the guest's link never went down");
 
     say("two failures more: quarantine");
     place.expect("umbra crash nic0", STEP).or_tell();
@@ -75,11 +73,7 @@ fn start_over() {
     let (mut place, spec) = place_with("start-over", "e1000e");
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
-    let changes = |place: &mut Place| -> u32 {
-        let said = place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
-        said.trim().parse().unwrap()
-    };
-    let before = changes(&mut place);
+    let before = carrier_changes(&mut place);
     // Its link takes half a second, so that the blow falls while the NIC is set up as the guest has asked.
     let strike = format!("umbra-probe kill-at forwarding {}/events.jsonl", place.share_inside());
     let mut watcher = place.start(&strike).or_tell();
@@ -95,6 +89,6 @@ fn start_over() {
     assert_eq!((told.text("guest"), told.text("device")), ("web", "net0"));
     live(&mut machine);
     guest_reaches_peer(&mut place);
-    assert_eq!(changes(&mut place), before + 2, "the link went down and came up again");
+    assert_eq!(carrier_changes(&mut place), before + 2, "the link went down and came up again");
     machine.stop(&mut place).or_tell();
 }

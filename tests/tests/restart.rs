@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
+use common::{OrTell, RECOVERY, STEP, assets, carrier_changes, guest_reaches_peer, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec, Model};
 use umbra_tests::demo::machine::{Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
@@ -31,8 +31,7 @@ fn restart_and_fall_back() {
     let mut place = Place::Bench(Box::new(bench));
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
-    let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
-    let before = changes(&mut place);
+    let before = carrier_changes(&mut place);
 
     say("a restart");
     let said = place.expect("umbra restart nic0", RECOVERY).or_tell();
@@ -66,6 +65,6 @@ fn restart_and_fall_back() {
     let live = machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
     assert!(live.generation >= 6, "{live:?}");
     guest_reaches_peer(&mut place);
-    assert_eq!(changes(&mut place), before, "the guest's link never went down");
+    assert_eq!(carrier_changes(&mut place), before, "the guest's link never went down");
     machine.stop(&mut place).or_tell();
 }

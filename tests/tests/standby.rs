@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
+use common::{OrTell, RECOVERY, STEP, carrier_changes, place_with, say, scenario};
 use serde_json::Value;
 use umbra_tests::demo::machine::Machine;
 use umbra_tests::demo::place::Place;
@@ -31,8 +31,7 @@ fn take_over_and_be_replaced() {
     let (mut place, spec) = place_with("standby", "rtl8139");
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
-    let changes = |place: &mut Place| place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
-    let before = changes(&mut place);
+    let before = carrier_changes(&mut place);
 
     say("a standby that is killed is replaced");
     assert_eq!(ready(&mut machine), 2);
@@ -60,7 +59,7 @@ fn take_over_and_be_replaced() {
     assert_eq!(adopted.generation, 4);
     machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
     guest_reaches_peer(&mut place);
-    assert_eq!(changes(&mut place), before, "the guest's link never went down");
+    assert_eq!(carrier_changes(&mut place), before, "the guest's link never went down");
     machine.stop(&mut place).or_tell();
     let left = place.run("pidof umbra", STEP).or_tell();
     assert!(!left.ok(), "processes are left: {}", left.stdout);

@@ -1,7 +1,8 @@
 //! The command line of the QEMU that is the test host.
 //!
 //! Invariant: every device under test has an IOMMU group of its own (a root port, or a function of the root bus), with
-//! nothing but its second function in it if the spec wants one, and its place is told to the test host's init on the kernel command line (`umbra.nic=`, `umbra.snd=`, `umbra.disk=`).
+//! nothing but its second function in it if the spec wants one, and its place is told to the test host's init on the kernel
+//! command line (`umbra.nic=`, `umbra.snd=`, `umbra.disk=`).
 
 use std::fs;
 use std::os::fd::RawFd;

@@ -78,6 +78,12 @@ impl<T, E: std::error::Error> OrTell<T> for Result<T, E> {
     }
 }
 
+/// How often the link of the guest `web` has gone up or down.
+pub fn carrier_changes(place: &mut Place) -> u32 {
+    let said = place.in_guest("web", "cat /sys/class/net/e*/carrier_changes", STEP).or_tell();
+    said.trim().parse().unwrap()
+}
+
 /// The guest `web` exchanges a datagram with the peer.
 pub fn guest_reaches_peer(place: &mut Place) {
     let script = format!("umbra-probe first-answer {} 20", peer_address(0));

@@ -78,7 +78,7 @@ pub(super) fn reset_orders<'a>(devices: impl Iterator<Item = &'a HostDevice>) ->
 fn put_back(pci: &Path, device: &str, order: &str) -> Option<String> {
     let device = HostDevice::find_below(pci, device.parse().ok()?).ok()?;
     let path = device.directory().join("reset_method");
-    let (now, accepted) = (fs::read_to_string(&path).unwrap_or_default(), device.acceptable_order(order));
+    let (now, accepted) = (fs::read_to_string(&path).unwrap_or_default(), device.reset().acceptable_order(order));
     let stands = [order, &accepted].contains(&now.trim());
     (!stands && !accepted.is_empty() && fs::write(&path, &accepted).is_ok()).then_some(accepted)
 }

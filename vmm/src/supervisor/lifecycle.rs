@@ -146,11 +146,6 @@ impl Lifecycle {
         self.suspects.is_clean(end)
     }
 
-    /// The ends of which that is so.
-    pub fn clean_ends(&self) -> impl Iterator<Item = End> {
-        self.suspects.clean()
-    }
-
     /// Whether a standby boots.
     pub fn standby_boots(&self) -> bool {
         matches!(self.reserve.state(), Standby::Booting { .. })

@@ -37,11 +37,16 @@ impl Settings {
         }
     }
 
-    /// What the agent is told next, of positions that are not held back.
-    fn next(&mut self, is_held: impl Fn(u16) -> bool) -> Option<(u16, Setting)> {
+    /// What the agent is to be told next, of positions that are not held back.
+    fn next(&self, is_held: impl Fn(u16) -> bool) -> Option<(u16, Setting)> {
         let Self::Changed(changed) = self else { return None };
-        let next = changed.iter().find(|(position, _)| !is_held(*position)).copied()?;
-        changed.take(&next)
+        changed.iter().find(|(position, _)| !is_held(*position)).copied()
+    }
+
+    fn told(&mut self, position: u16, setting: Setting) {
+        if let Self::Changed(changed) = self {
+            changed.remove(&(position, setting));
+        }
     }
 }
 
@@ -111,17 +116,21 @@ impl Supervisor {
     /// Sends what has changed, as far as the agent reads; of an end that starts clean, once it is live.
     pub(super) fn send_settings(&mut self, n: usize, which: Which) {
         loop {
-            // What brings a life that starts clean to its end would be among it.
-            let clean: BTreeSet<_> = self.drivers[n].lifecycle.clean_ends().collect();
-            let Some(life) = self.drivers[n].life_of_mut(which) else { return };
+            let driver = &self.drivers[n];
+            let Some(life) = driver.life_of(which) else { return };
             if life.agent.as_ref().is_none_or(super::lines::Lines::has_unsent) {
                 return;
             }
-            let ends = &life.ends;
-            let is_clean = |position: u16| ends.get(usize::from(position)).is_some_and(|end| clean.contains(end));
-            let is_held = |position| which == Which::Present && is_clean(position);
-            let Some((position, setting)) = life.settings.next(is_held) else { return };
-            let Some(end) = life.ends.get(usize::from(position)).copied() else { continue };
+            let end_at = |position: u16| life.ends.get(usize::from(position)).copied();
+            // What has killed the lives before may be among it.
+            let is_clean = |position| end_at(position).is_some_and(|end| driver.lifecycle.starts_clean(end));
+            let next = life.settings.next(|position| which == Which::Present && is_clean(position));
+            let Some((position, setting)) = next else { return };
+            let end = end_at(position);
+            if let Some(life) = self.drivers[n].life_of_mut(which) {
+                life.settings.told(position, setting);
+            }
+            let Some(end) = end else { continue };
             let EndRef { guest, device: DeviceRef::Net { net, .. } } = self.drivers[n].ends[end] else { continue };
             let net = &self.guests[guest].nets[usize::from(net)];
             let message = match setting {
@@ -248,8 +257,13 @@ mod tests {
             settings.change(0, Setting::Mode);
         }
         assert_eq!(settings.next(|position| position < 2), None, "both are held back");
-        assert_eq!(settings.next(|_| false), Some((0, Setting::Mode)));
-        assert_eq!(settings.next(|_| false), Some((1, Setting::Offloads)));
-        assert_eq!(settings.next(|_| false), None);
+        let take = |settings: &mut Settings| {
+            let next = settings.next(|_| false);
+            next.into_iter().for_each(|(position, setting)| settings.told(position, setting));
+            next
+        };
+        assert_eq!(take(&mut settings), Some((0, Setting::Mode)));
+        assert_eq!(take(&mut settings), Some((1, Setting::Offloads)));
+        assert_eq!(take(&mut settings), None);
     }
 }

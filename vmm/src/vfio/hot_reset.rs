@@ -1,4 +1,4 @@
-//! Resetting a slot as a whole (`VFIO_DEVICE_PCI_HOT_RESET`), for a function with others beside it: the kernel offers
+//! Resetting a slot as a whole (`VFIO_DEVICE_PCI_HOT_RESET`), for a function with others beside it: the kernel does
 //! no `bus` there.
 //!
 //! The invariant: all functions that it reaches are in the IOMMU group of this one. Its files are open here, so nobody

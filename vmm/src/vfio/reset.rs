@@ -6,7 +6,7 @@
 //! file is opened and after it is closed for good.
 //!
 //! The kernel prefers `pm` to `bus`. Here it is the other way: many devices keep their rings through D3hot, and such
-//! a one writes into its next driver VM at addresses of its last life. The kernel offers `bus` only where nothing else
+//! a one writes into its next driver VM at addresses of its last life. The kernel does `bus` only where nothing else
 //! is on that bus; where other functions are and all are in hand, the whole slot is reset (`hot`). The kernel's own order
 //! stands again afterwards, so that `vfio-pci`'s resets at open and close stay quick.
 
@@ -96,6 +96,8 @@ pub fn word(method: Option<ResetMethod>) -> &'static str {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reset {
     methods: Vec<ResetMethod>,
+    /// Nothing else is behind the same bridge.
+    alone: bool,
     /// Why the whole slot cannot be reset, if it has other functions.
     in_the_way: Option<String>,
 }
@@ -111,7 +113,8 @@ impl Reset {
         };
         // The kernel lists it for the first function of a card, because it looks before the others have come, and then
         // refuses it.
-        methods.retain(|method| *method != ResetMethod::Bus || siblings == Siblings::Nobody);
+        let alone = siblings == Siblings::Nobody;
+        methods.retain(|method| *method != ResetMethod::Bus || alone);
         // Nothing can be put in order with a method that has no name here.
         let has_better = methods.iter().any(|method| matches!(method, ResetMethod::Bus | ResetMethod::Other));
         let in_the_way = match siblings {
@@ -127,7 +130,7 @@ impl Reset {
             ResetMethod::Hot => 1,
             _ => 0,
         });
-        Self { methods, in_the_way }
+        Self { methods, alone, in_the_way }
     }
 
     /// The method that is tried first.
@@ -138,6 +141,13 @@ impl Reset {
     /// All methods, best first.
     pub fn methods(&self) -> &[ResetMethod] {
         &self.methods
+    }
+
+    /// The words of `order`, which once stood in `reset_method`, that the kernel takes again: not the bus reset that it had
+    /// listed before the others behind the bridge came.
+    pub fn acceptable_order(&self, order: &str) -> String {
+        let accepts = |word: &&str| self.alone || ResetMethod::from_word(word) != ResetMethod::Bus;
+        order.split_whitespace().filter(accepts).collect::<Vec<_>>().join(" ")
     }
 
     /// A sentence on the best method, for people.
@@ -201,14 +211,6 @@ impl HostDevice {
         Ok(ResetDone { method, took: start.elapsed() })
     }
 
-    /// The words of `order`, which once stood in `reset_method`, that the kernel takes again: not the bus reset that it
-    /// had listed before the function had [siblings](Self::siblings).
-    pub fn acceptable_order(&self, order: &str) -> String {
-        let alone = self.siblings() == Siblings::Nobody;
-        let accepts = |word: &&str| alone || ResetMethod::from_word(word) != ResetMethod::Bus;
-        order.split_whitespace().filter(accepts).collect::<Vec<_>>().join(" ")
-    }
-
     /// Clears the bus master bit in the configuration space.
     pub fn clear_bus_master(&self) -> Result<(), Error> {
         let path = self.directory().join("config");
@@ -245,7 +247,8 @@ impl HostDevice {
         let reset = self.reset_of(files);
         let kernels = fs::read_to_string(&path).unwrap_or_default();
         let words: Vec<_> = reset.methods().iter().map(|method| method.word()).collect();
-        let in_order = words.join(" ") == self.acceptable_order(&kernels);
+        let own = reset.acceptable_order(&kernels);
+        let in_order = words.join(" ") == own;
         // A method whose word is not known here cannot be named to the kernel.
         if in_order || reset.methods().contains(&ResetMethod::Other) {
             let best = reset.best();
@@ -270,7 +273,7 @@ impl HostDevice {
             }
         }
         if put_aside {
-            order(&self.acceptable_order(&kernels))?;
+            order(&own)?;
         }
         outcome
     }

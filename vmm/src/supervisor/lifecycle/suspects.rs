@@ -23,6 +23,12 @@ struct Suspect {
     untold: bool,
 }
 
+impl Suspect {
+    fn is_clean(&self) -> bool {
+        self.lives >= CLEAN_FROM
+    }
+}
+
 impl Suspects {
     /// A life has died with the configuration of `ends` in hand, and with their logs (`log`).
     pub(super) fn died<'a>(&mut self, ends: impl IntoIterator<Item = &'a End>, log: bool) {
@@ -53,17 +59,12 @@ impl Suspects {
 
     /// Whether the next life gets nothing of what was recorded at `end`.
     pub(super) fn is_clean(&self, end: End) -> bool {
-        self.0.get(&end).is_some_and(|suspect| suspect.lives >= CLEAN_FROM)
+        self.0.get(&end).is_some_and(Suspect::is_clean)
     }
 
     /// The ends of which that is so by a death that their guests have not been told of; they have been, from now on.
     pub(super) fn tell(&mut self) -> Vec<End> {
-        let clean = self.0.iter_mut().filter(|(_, suspect)| suspect.lives >= CLEAN_FROM);
+        let clean = self.0.iter_mut().filter(|(_, suspect)| suspect.is_clean());
         clean.filter_map(|(end, suspect)| std::mem::take(&mut suspect.untold).then_some(*end)).collect()
-    }
-
-    /// The ends of which that is so.
-    pub(super) fn clean(&self) -> impl Iterator<Item = End> {
-        self.0.iter().filter(|(_, suspect)| suspect.lives >= CLEAN_FROM).map(|(end, _)| *end)
     }
 }
