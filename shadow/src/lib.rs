@@ -7,7 +7,9 @@
 #![forbid(unsafe_code)]
 
 pub mod generation;
+pub mod link_id;
 pub mod net;
 pub mod sound;
 
 pub use generation::Generation;
+pub use link_id::LinkId;
