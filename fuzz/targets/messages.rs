@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_driver_vm::sound_protocol::{decode, decode_service, encode, encode_service};
 use umbra_shadow::Generation;
-use umbra_vmm::supervisor::control::Request;
+use umbra_vmm::supervisor::front::protocol::Request;
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(line) = std::str::from_utf8(data) {

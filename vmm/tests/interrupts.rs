@@ -7,8 +7,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, elf, kvm};
-use umbra_vmm::interrupt::MsiMessage;
-use umbra_vmm::machine::vm::Vm;
+use umbra_vmm::vm::interrupt::MsiMessage;
+use umbra_vmm::vm::machine::vm::Vm;
 
 /// The vector in the message, and what the handler prints.
 const VECTOR: u8 = 0x40;

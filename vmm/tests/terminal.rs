@@ -15,7 +15,7 @@ use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::unistd::Pid;
-use umbra_vmm::spec::Console;
+use umbra_vmm::config::Console;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

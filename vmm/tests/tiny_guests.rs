@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Code, Files, Process, kvm};
-use umbra_vmm::process::ipc::{FromVm, ToVm, VmEnd};
+use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd};
 
 const RESET_CONTROL: u16 = 0xcf9;
 const PM1_ENABLE: u16 = 0x602;

@@ -309,12 +309,12 @@ mod tests {
     fn the_file_is_what_umbra_reads() {
         let mut spec = MachineSpec::one_guest("0000:01:00.0", "e1000e", "10.77.0.2/24");
         spec.guests.push(("db".into(), "10.77.0.3/24".into()));
-        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+        let machine = umbra_vmm::config::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!((machine.guest.len(), machine.driver.len()), (2, 1));
         spec.guests.pop();
         spec.attach = Attach::Passthrough;
-        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+        let machine = umbra_vmm::config::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!(machine.guest["web"].passthrough, ["0000:01:00.0"]);
         assert!(machine.driver.is_empty());
@@ -322,7 +322,7 @@ mod tests {
         let (device, image, policy) = ("0000:02:00.0".into(), "hda".into(), "hold".into());
         spec.sound = Some(SoundCard { device, image, policy });
         spec.archives = vec!["song.cpio".into()];
-        let machine = umbra_vmm::spec::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
+        let machine = umbra_vmm::config::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!((machine.guest["web"].sound.len(), machine.driver.len()), (1, 2));
     }

@@ -2,9 +2,9 @@
 
 use anyhow::bail;
 
-use crate::doctor::list::interface_up;
-use crate::pci::address::Bdf;
-use crate::vfio::HostDevice;
+use crate::base::pci_address::Bdf;
+use crate::host::HostDevice;
+use crate::host::doctor::list::interface_up;
 
 /// Arguments of `umbra bind`.
 #[derive(Debug, clap::Args)]

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::CrashKind;
 
-use crate::supervisor::control::{Request, Response, StopHow};
-use crate::supervisor::rundir;
-use crate::supervisor::status::Status;
+use crate::record::status::Status;
+use crate::supervisor::front::protocol::{Request, Response, StopHow};
+use crate::supervisor::start::rundir;
 
 /// How long a machine may take to answer; its loop never waits for anything.
 const ANSWER: Duration = Duration::from_secs(10);

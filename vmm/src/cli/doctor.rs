@@ -3,11 +3,11 @@
 use anyhow::bail;
 use serde::Serialize;
 
-use crate::doctor::list::{self, Card};
-use crate::doctor::{Finding, Root, Text, device, host, missing};
-use crate::pci::address::Bdf;
-use crate::supervisor::status::table;
-use crate::vfio::HostDevice;
+use crate::base::pci_address::Bdf;
+use crate::host::HostDevice;
+use crate::host::doctor::list::{self, Card};
+use crate::host::doctor::{Finding, Root, Text, device, host, missing};
+use crate::record::status::table;
 
 /// Arguments of `umbra doctor`.
 #[derive(Debug, clap::Args)]

@@ -8,8 +8,9 @@ use anyhow::Context;
 use serde::Deserialize;
 
 use super::client::Connection;
-use crate::supervisor::events::EventLog;
-use crate::supervisor::rundir::{self, EVENT_LOG};
+use crate::record::log::EVENT_LOG;
+use crate::record::log::EventLog;
+use crate::supervisor::start::rundir;
 
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]

@@ -11,7 +11,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::supervisor::wall;
+use crate::base::wall;
 
 /// Warnings and errors.
 const DEFAULT: &str = "warn";

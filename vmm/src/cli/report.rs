@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::history::{self, page};
-use crate::supervisor::{rundir, wall};
+use crate::base::wall;
+use crate::record::history::{self, page};
+use crate::supervisor::start::rundir;
 
 /// Arguments of `umbra report`.
 #[derive(Debug, clap::Args)]

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 
-use crate::metrics::Address;
-use crate::spec::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
-use crate::supervisor::events::Verbosity;
-use crate::supervisor::notify::Notify;
-use crate::supervisor::{self, Options, rundir};
+use crate::config::metrics_address::Address;
+use crate::config::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
+use crate::record::events::Verbosity;
+use crate::supervisor::front::notify::Notify;
+use crate::supervisor::start::rundir;
+use crate::supervisor::{self, Options};
 
 /// Arguments of `umbra run`.
 #[derive(Debug, clap::Args)]

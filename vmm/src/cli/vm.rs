@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use crate::process::vm::{self, Source};
+use crate::vm::process::{self, Source};
 
 /// Arguments of `umbra vm`.
 #[derive(Debug, clap::Args)]
@@ -13,10 +13,10 @@ pub struct Args {
     /// The VM's name, for lists of processes.
     #[arg(long)]
     pub name: Option<String>,
-    /// Descriptor number of the control socket (`SOCK_SEQPACKET`), which carries `process::ipc` messages.
+    /// Descriptor number of the control socket (`SOCK_SEQPACKET`), which carries `wire::messages` messages.
     #[arg(long, required_unless_present = "spec", conflicts_with = "spec")]
     pub control: Option<i32>,
-    /// A file with the VM's spec (`process::ipc::VmSpec`) in JSON, for trying a VM without a supervisor.
+    /// A file with the VM's spec (`wire::messages::VmSpec`) in JSON, for trying a VM without a supervisor.
     #[arg(long)]
     pub spec: Option<PathBuf>,
 }
@@ -41,5 +41,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         (None, Some(path)) => Source::File(path),
         (None, None) => anyhow::bail!("give --control or --spec"),
     };
-    Ok(vm::main(source)?)
+    Ok(process::main(source)?)
 }

@@ -2,18 +2,18 @@
 
 use umbra_shadow::Generation;
 
+use super::class::settings::Which;
+use super::driver::dying::LAST;
+use super::driver::standby::renice_vcpus;
 use super::driver::{DeviceRef, EndRef, Role};
-use super::dying::LAST;
-use super::events::Event;
-use super::lifecycle::{Action, Carrier, End, Failure, Input, Source, State};
-use super::report::CrashReport;
 use super::run::Supervisor;
-use super::settings::Which;
-use super::standby::renice_vcpus;
-use super::time::{Time, milliseconds};
-use super::timeline::{Step, Timeline};
-use crate::process::ipc::{MaskedCounts, Replay, ToVm};
-use crate::vfio::reset;
+use crate::base::time::{Time, milliseconds};
+use crate::host::reset;
+use crate::lifecycle::{Action, Carrier, End, Failure, Input, Source, State};
+use crate::record::crash_report::CrashReport;
+use crate::record::events::Event;
+use crate::record::timeline::{Step, Timeline};
+use crate::wire::messages::{MaskedCounts, Replay, ToVm};
 
 impl Supervisor {
     /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
@@ -417,7 +417,7 @@ impl super::driver::DriverVm {
             failures: 0,
             masks: Vec::new(),
             outage_ms: None,
-            parts: super::events::Parts::default(),
+            parts: crate::record::parts::Parts::default(),
             frames: MaskedCounts::default(),
             timeline: Vec::new(),
             registers: String::new(),

@@ -8,15 +8,15 @@ use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::Generation;
 use umbra_shadow::sound::Card;
 
-use super::lifecycle::End;
-use super::status;
-use super::time::Time;
-use crate::process::channel;
-use crate::process::ipc::{
+use crate::base::time::Time;
+use crate::config::{Console, Guest};
+use crate::lifecycle::End;
+use crate::record::status;
+use crate::wire::channel;
+use crate::wire::messages::{
     FromVm, MaskedCounts, NetBackend, PortBackend, PortEnd, SoundBackend, SoundCounts, ToVm, VmEnd, VmSpec,
 };
-use crate::process::spawn::{SpawnError, Streams, VmProcess};
-use crate::spec::{Console, Guest};
+use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// Messages that wait at most for a guest's process, which is stopped or hangs.
 const MAX_UNSENT: usize = 1024;
@@ -230,7 +230,7 @@ impl GuestVm {
                 None => NetBackend::Split { mac, mtu },
             }
         });
-        let port = |port: &crate::spec::Port| PortBackend {
+        let port = |port: &crate::config::Port| PortBackend {
             name: port.name.clone(),
             end: PortEnd::Listen(port.socket.clone()),
         };

@@ -3,20 +3,20 @@
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::console::Fatal;
+use super::class::settings::{Setting, Which};
 use super::driver::Role;
-use super::events::Event;
+use super::driver::console::Fatal;
 use super::guest::GuestState;
-use super::lifecycle::{Carrier, End, Failure, Input, Source, State};
-use super::lines::LineError;
-use super::report::Mask;
 use super::run::Supervisor;
-use super::settings::{Setting, Which};
-use super::time::{Time, milliseconds};
-use super::timeline::Step;
-use crate::process::channel::Incoming;
-use crate::process::ipc::{DeviceIndex, FromVm, MaskedCounts, PaceSteps, ToVm, VmEnd};
-use crate::process::spawn::describe_exit;
+use crate::base::lines::LineError;
+use crate::base::time::{Time, milliseconds};
+use crate::lifecycle::{Carrier, End, Failure, Input, Source, State};
+use crate::record::crash_report::Mask;
+use crate::record::events::Event;
+use crate::record::timeline::Step;
+use crate::wire::channel::Incoming;
+use crate::wire::messages::{DeviceIndex, FromVm, MaskedCounts, PaceSteps, ToVm, VmEnd};
+use crate::wire::spawn::describe_exit;
 
 /// Messages handled at a turn of the loop for one process: one that floods must not starve the rest.
 const AT_ONCE: usize = 64;

@@ -14,26 +14,27 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
 
-use super::control::StopHow;
+use super::driver::device::Open;
+use super::driver::dying::DyingPart;
+use super::driver::standby::StandbyPart;
 use super::driver::{DeviceRef, DriverVm, EndRef};
-use super::dying::DyingPart;
-use super::events::{Event, EventLog, Events, Verbosity};
+use super::front::notify::Notify;
+use super::front::protocol::StopHow;
+use super::front::server::Clients;
+use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
-use super::holder::Open;
-use super::leftover::{self, LeftoverError};
-use super::lifecycle::{Input, State};
-use super::notify::Notify;
-use super::preflight::{Checked, Host, PreflightError};
-use super::report::Shelf;
-use super::rundir::{RunDir, RunDirError};
-use super::server::Clients;
-use super::signals::{self, RestoreTerminal};
-use super::standby::StandbyPart;
-use super::time::Time;
-use crate::machine::terminal::SavedTerminal;
-use crate::metrics::{Metrics, Server, ServerError};
-use crate::process::spawn::SpawnError;
-use crate::spec::Machine;
+use super::start::leftover::{self, LeftoverError};
+use super::start::preflight::{Checked, Host, PreflightError};
+use super::start::rundir::{RunDir, RunDirError};
+use crate::base::saved_terminal::SavedTerminal;
+use crate::base::time::Time;
+use crate::config::Machine;
+use crate::lifecycle::{Input, State};
+use crate::record::crash_report::Shelf;
+use crate::record::events::{Event, Events, Verbosity};
+use crate::record::log::EventLog;
+use crate::record::metrics::{Metrics, Server, ServerError};
+use crate::wire::spawn::SpawnError;
 
 /// How often crash reports that wait for room are tried.
 const RETRY_PERIOD: Duration = Duration::from_secs(1);
@@ -501,7 +502,7 @@ impl Supervisor {
             }
             match how {
                 // A guest that is about to reboot gets its process back first; it is off as it is.
-                StopHow::PowerButton => self.tell_guest(n, &crate::process::ipc::ToVm::PowerButton),
+                StopHow::PowerButton => self.tell_guest(n, &crate::wire::messages::ToVm::PowerButton),
                 StopHow::Kill => {
                     if let Some(process) = &mut self.guests[n].process {
                         process.kill();

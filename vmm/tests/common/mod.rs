@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use umbra_vmm::process::channel::{Channel, Incoming};
-use umbra_vmm::process::ipc::{FromVm, ToVm, VmEnd, VmSpec};
-use umbra_vmm::spec::{Console, MemorySize};
+use umbra_vmm::config::{Console, MemorySize};
+use umbra_vmm::wire::channel::{Channel, Incoming};
+use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
 /// Where tiny guests are loaded and start.
 pub const ENTRY: u64 = 0x10_0000;

@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::supervisor::control::{Response, StopHow};
-use umbra_vmm::supervisor::status::DriverStatus;
+use umbra_vmm::record::status::DriverStatus;
+use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
 
 use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
 

@@ -12,10 +12,10 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, poll};
 use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
 use umbra_shadow::Generation;
-use umbra_vmm::process::channel::{Channel, Incoming};
-use umbra_vmm::process::ipc::{FromVm, MaskedCounts, NetBackend, PortEnd, ToVm, VmEnd, VmSpec};
-use umbra_vmm::spec::Console;
-use umbra_vmm::supervisor::time::Time;
+use umbra_vmm::base::time::Time;
+use umbra_vmm::config::Console;
+use umbra_vmm::wire::channel::{Channel, Incoming};
+use umbra_vmm::wire::messages::{FromVm, MaskedCounts, NetBackend, PortEnd, ToVm, VmEnd, VmSpec};
 
 pub fn main(args: &[String]) -> ExitCode {
     let fd = args.iter().skip_while(|word| *word != "--control").nth(1).unwrap().parse().unwrap();

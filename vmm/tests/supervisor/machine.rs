@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::spec::Machine;
-use umbra_vmm::supervisor::control::{Request, Response, StopHow};
-use umbra_vmm::supervisor::events::Verbosity;
-use umbra_vmm::supervisor::notify::Notify;
-use umbra_vmm::supervisor::rundir;
-use umbra_vmm::supervisor::status::{DriverStatus, Status};
+use umbra_vmm::config::Machine;
+use umbra_vmm::host::{self, DeviceFiles, HostDevice};
+use umbra_vmm::record::events::Verbosity;
+use umbra_vmm::record::status::{DriverStatus, Status};
+use umbra_vmm::supervisor::front::notify::Notify;
+use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
+use umbra_vmm::supervisor::start::rundir;
 use umbra_vmm::supervisor::{self, Host, Options, RunError};
-use umbra_vmm::vfio::{self, DeviceFiles, HostDevice};
 
 /// The device of the driver VM.
 pub const DEVICE: &str = "0000:03:00.0";
@@ -98,9 +98,9 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
 }
 
 /// Files that know no request of VFIO. A device whose `unbound` is there cannot be opened.
-fn open(device: &HostDevice) -> Result<DeviceFiles, vfio::Error> {
+fn open(device: &HostDevice) -> Result<DeviceFiles, host::Error> {
     if device.directory().join("unbound").exists() {
-        return Err(vfio::Error::NoDriver { bdf: device.bdf() });
+        return Err(host::Error::NoDriver { bdf: device.bdf() });
     }
     let null = || fs::File::open("/dev/null").unwrap().into();
     Ok(DeviceFiles::received(device.bdf(), vec![null(), null(), null()]).unwrap())

@@ -1,0 +1,12 @@
+//! What every part of the program needs and that knows nothing of Umbra: time, lines of text, sockets, terminals, addresses.
+
+pub mod error;
+pub mod high_duplicate;
+pub mod lines;
+pub mod lock;
+pub mod pci_address;
+pub mod pci_config;
+pub mod saved_terminal;
+pub mod time;
+pub mod unix_socket;
+pub mod wall;

@@ -1,0 +1,401 @@
+//! Rules for a machine that its types cannot say: names that something must define, things that may be used
+//! once. Needs nothing but the machine itself; each [`Problem`] says where it is, so that a file's line can be found.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use umbra_driver_vm::protocol::HEARTBEAT_MS;
+
+use crate::base::pci_address::Bdf;
+
+use super::{Console, Driver, Guest, Machine, MemorySize, Net, Sound};
+
+/// Most vCPUs of a VM: what the MADT and the local APIC ids (8 bits, 255 is broadcast) allow with room.
+pub const MAX_CPUS: u8 = 64;
+
+/// Longest name of a guest or driver: it becomes part of file names and thread names.
+const MAX_NAME: usize = 32;
+
+/// Longest interface name of Linux (`IFNAMSIZ` - 1).
+const MAX_INTERFACE: usize = 15;
+
+/// No kernel this VMM boots fits into less; catches a forgotten unit (`memory = 8192`).
+const MIN_MEMORY: MemorySize = MemorySize(16 << 20);
+
+/// The widest physical address of today's processors is 52 bits.
+const MAX_MEMORY: MemorySize = MemorySize(1 << 46);
+
+/// Smallest MTU of IPv4 (RFC 791).
+const MIN_MTU: u16 = 68;
+
+/// Port names that are the project's own.
+const RESERVED_PORT_PREFIX: &str = "org.umbra.";
+
+/// One step on the way to a value: a table's key or an array's index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A key of a table.
+    Key(String),
+    /// An index of an array.
+    Index(usize),
+}
+
+/// What is wrong with a machine, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Where, from the machine's root.
+    pub at: Vec<Step>,
+    /// What, as a sentence for the user that does not repeat the place.
+    pub what: String,
+    /// The other place that it is about, from the machine's root; empty where there is none.
+    pub other: Vec<Step>,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, step) in self.at.iter().enumerate() {
+            match step {
+                Step::Key(key) if n == 0 => f.write_str(key)?,
+                Step::Key(key) => write!(f, ".{key}")?,
+                Step::Index(index) => write!(f, "[{index}]")?,
+            }
+        }
+        if !self.at.is_empty() {
+            f.write_str(": ")?;
+        }
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Problem {}
+
+/// Where the checks are at the moment.
+#[derive(Clone)]
+struct Place(Vec<Step>);
+
+impl Place {
+    fn of(table: &str, name: &str) -> Self {
+        Self(vec![Step::Key(table.into()), Step::Key(name.into())])
+    }
+
+    fn key(&self, key: &str) -> Self {
+        let mut place = self.clone();
+        place.0.push(Step::Key(key.into()));
+        place
+    }
+
+    fn index(&self, key: &str, index: usize) -> Self {
+        let mut place = self.key(key);
+        place.0.push(Step::Index(index));
+        place
+    }
+
+    fn problem<T>(&self, what: impl Into<String>) -> Result<T, Problem> {
+        Err(Problem { at: self.0.clone(), what: what.into(), other: Vec::new() })
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let problem = Problem { at: self.0.clone(), what: String::new(), other: Vec::new() };
+        f.write_str(problem.to_string().trim_end_matches(": "))
+    }
+}
+
+/// Things that may be used once, with the place that uses each.
+#[derive(Default)]
+struct Uses(BTreeMap<String, Place>);
+
+impl Uses {
+    fn claim(&mut self, thing: String, place: &Place) -> Result<(), Problem> {
+        if let Some(first) = self.0.get(&thing) {
+            let what = format!("{thing} is used by {first} already");
+            return Err(Problem { at: place.0.clone(), what, other: first.0.clone() });
+        }
+        self.0.insert(thing, place.clone());
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Problem`] found.
+    pub fn check(&self) -> Result<(), Problem> {
+        if self.guest.is_empty() {
+            return Place(Vec::new()).problem("a machine needs a guest: a table [guest.NAME] with a `kernel`");
+        }
+        let mut uses = Uses::default();
+        for (name, guest) in &self.guest {
+            let place = Place::of("guest", name);
+            check_name(&place, name)?;
+            self.check_guest(&place, name, guest, &mut uses)?;
+        }
+        for (name, driver) in &self.driver {
+            let place = Place::of("driver", name);
+            check_name(&place, name)?;
+            self.check_driver(&place, name, driver, &mut uses)?;
+        }
+        Ok(())
+    }
+
+    fn check_guest(&self, place: &Place, name: &str, guest: &Guest, uses: &mut Uses) -> Result<(), Problem> {
+        check_cpus(place, guest.cpus)?;
+        check_memory(place, guest.memory)?;
+        check_path(&place.key("kernel"), &guest.kernel)?;
+        for (n, path) in guest.initrd.iter().enumerate() {
+            check_path(&place.index("initrd", n), path)?;
+        }
+        match &guest.console {
+            Console::Off => {}
+            Console::Terminal => uses.claim("the terminal".into(), &place.key("console"))?,
+            Console::File(path) => check_path(&place.key("console"), path)?,
+        }
+        self.check_disks(place, guest)?;
+        for (n, net) in guest.net.iter().enumerate() {
+            let place = place.index("net", n);
+            self.check_net(&place, net, uses)?;
+            uses.claim(format!("the MAC address {}", net.mac_or_default(name, n)), &place.key("mac"))?;
+        }
+        for (n, sound) in guest.sound.iter().enumerate() {
+            self.check_driver_name(&place.index("sound", n).key("driver"), &sound.driver)?;
+        }
+        check_ports(place, guest, uses)?;
+        for (n, device) in guest.passthrough.iter().enumerate() {
+            check_device(&place.index("passthrough", n), device, uses)?;
+        }
+        Ok(())
+    }
+
+    /// A disk that one guest writes is nobody else's.
+    fn check_disks(&self, place: &Place, guest: &Guest) -> Result<(), Problem> {
+        for (n, disk) in guest.disk.iter().enumerate() {
+            let place = place.index("disk", n).key("path");
+            check_path(&place, &disk.path)?;
+            let same = self.guest.values().flat_map(|g| &g.disk).filter(|other| other.path == disk.path);
+            if !disk.read_only && same.count() > 1 {
+                return place.problem(format!(
+                    "{:?} is a disk twice; only disks that are `read_only = true` everywhere can be shared",
+                    disk.path
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_net(&self, place: &Place, net: &Net, uses: &mut Uses) -> Result<(), Problem> {
+        match (&net.tap, &net.driver) {
+            (None, None) => return place.problem("needs `tap = \"...\"` (a host interface) or `driver = \"...\"`"),
+            (Some(_), Some(_)) => return place.key("driver").problem("`tap` and `driver` exclude each other"),
+            (Some(tap), None) => {
+                let place = place.key("tap");
+                if tap.is_empty() || tap.len() > MAX_INTERFACE || tap.contains(['/', ' ', '%', ':']) {
+                    return place.problem(format!("{tap:?} is no interface name (1 to {MAX_INTERFACE} characters)"));
+                }
+                uses.claim(format!("the TAP interface {tap}"), &place)?;
+            }
+            (None, Some(driver)) => self.check_driver_name(&place.key("driver"), driver)?,
+        }
+        if net.mtu_or_default() < MIN_MTU {
+            return place.key("mtu").problem(format!("an MTU is {MIN_MTU} to 65535 bytes"));
+        }
+        if let Some(mac) = net.mac
+            && (mac.0[0] & 1 == 1 || mac.0 == [0; 6])
+        {
+            return place.key("mac").problem(format!("{mac} is no unicast address: a device cannot have it"));
+        }
+        Ok(())
+    }
+
+    fn check_driver_name(&self, place: &Place, driver: &str) -> Result<(), Problem> {
+        if self.driver.contains_key(driver) {
+            return Ok(());
+        }
+        let hint = closest(driver, self.driver.keys()).map(|n| format!("; did you mean \"{n}\"?"));
+        place.problem(format!("nothing defines [driver.{driver}]{}", hint.unwrap_or_default()))
+    }
+
+    fn check_driver(&self, place: &Place, name: &str, driver: &Driver, uses: &mut Uses) -> Result<(), Problem> {
+        if self.guest.contains_key(name) {
+            return place.problem(format!("a guest is named {name} too; `umbra status {name}` could mean either"));
+        }
+        check_device(&place.key("device"), &driver.device, uses)?;
+        if let Some(spare) = &driver.spare {
+            check_device(&place.key("spare"), spare, uses)?;
+            if self.sounds_of(name).next().is_some() {
+                return place.key("spare").problem("a sound card has no spare: only a NIC can have one");
+            }
+        }
+        check_path(&place.key("image"), &driver.image)?;
+        check_cpus(place, driver.cpus)?;
+        check_memory(place, driver.memory)?;
+        self.check_ends(place, name)?;
+        let restart = &driver.restart;
+        let place = place.key("restart");
+        if restart.interval_s == 0 {
+            return place.key("interval_s").problem("the window is at least 1 second");
+        }
+        if restart.boot_timeout_s == 0 {
+            return place.key("boot_timeout_s").problem("no driver VM boots in 0 seconds");
+        }
+        if u64::from(restart.heartbeat_timeout_ms) < 2 * HEARTBEAT_MS {
+            let what = format!("heartbeats come every {HEARTBEAT_MS} ms; allow at least twice that");
+            return place.key("heartbeat_timeout_ms").problem(what);
+        }
+        if restart.backoff_max_ms < restart.backoff_ms {
+            return place.key("backoff_max_ms").problem("is less than `backoff_ms`");
+        }
+        Ok(())
+    }
+
+    /// Somebody uses the driver, and all who do agree on the NIC's MTU.
+    fn check_ends(&self, place: &Place, driver: &str) -> Result<(), Problem> {
+        let mut mtu = None;
+        for (name, n, net) in self.ends_of(driver) {
+            if *mtu.get_or_insert(net.mtu_or_default()) != net.mtu_or_default() {
+                return Place::of("guest", name).index("net", n).problem(format!(
+                    "the guests that share [driver.{driver}] share its NIC's MTU: give them the same `mtu`"
+                ));
+            }
+        }
+        match (mtu, self.sounds_of(driver).next()) {
+            (Some(_), None) | (None, Some(_)) => Ok(()),
+            (Some(_), Some((name, n, _))) => Place::of("guest", name)
+                .index("sound", n)
+                .problem(format!("[driver.{driver}] serves network devices; a driver VM holds one device")),
+            (None, None) => place.problem(format!(
+                "no guest uses it: give one a [[guest.NAME.net]] or [[guest.NAME.sound]] with driver = \"{driver}\""
+            )),
+        }
+    }
+
+    /// The guests' sound devices that `driver` serves, as [`Self::ends_of`].
+    pub fn sounds_of<'a>(&'a self, driver: &'a str) -> impl Iterator<Item = (&'a str, usize, &'a Sound)> {
+        self.guest.iter().flat_map(move |(name, guest)| {
+            let sounds = guest.sound.iter().enumerate().filter(move |(_, sound)| sound.driver == driver);
+            sounds.map(move |(n, sound)| (name.as_str(), n, sound))
+        })
+    }
+
+    /// The guests' network devices that `driver` serves: guest, index of the device in that guest, the device.
+    pub fn ends_of<'a>(&'a self, driver: &'a str) -> impl Iterator<Item = (&'a str, usize, &'a Net)> {
+        self.guest.iter().flat_map(move |(name, guest)| {
+            let nets = guest.net.iter().enumerate();
+            nets.filter(move |(_, net)| net.driver.as_deref() == Some(driver))
+                .map(move |(n, net)| (name.as_str(), n, net))
+        })
+    }
+}
+
+fn check_ports(place: &Place, guest: &Guest, uses: &mut Uses) -> Result<(), Problem> {
+    for (n, port) in guest.port.iter().enumerate() {
+        let place = place.index("port", n);
+        if port.name.is_empty() || port.name.len() > MAX_NAME || port.name.contains(['/', '\0']) {
+            return place.key("name").problem(format!("a port's name has 1 to {MAX_NAME} characters and no slash"));
+        }
+        if port.name.starts_with(RESERVED_PORT_PREFIX) {
+            return place.key("name").problem(format!("names that start with {RESERVED_PORT_PREFIX} are taken"));
+        }
+        if guest.port.iter().take(n).any(|other| other.name == port.name) {
+            return place.key("name").problem(format!("the guest has a port {:?} already", port.name));
+        }
+        check_path(&place.key("socket"), &port.socket)?;
+        uses.claim(format!("the socket {:?}", port.socket), &place.key("socket"))?;
+    }
+    Ok(())
+}
+
+fn check_name(place: &Place, name: &str) -> Result<(), Problem> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(valid) {
+        return place.problem(format!("a name has 1 to {MAX_NAME} letters, digits, `-` or `_`"));
+    }
+    Ok(())
+}
+
+fn check_cpus(place: &Place, cpus: u8) -> Result<(), Problem> {
+    if cpus == 0 || cpus > MAX_CPUS {
+        return place.key("cpus").problem(format!("a VM has 1 to {MAX_CPUS} vCPUs"));
+    }
+    Ok(())
+}
+
+fn check_memory(place: &Place, memory: MemorySize) -> Result<(), Problem> {
+    if memory < MIN_MEMORY || memory > MAX_MEMORY {
+        let what = format!("{memory} is not between {MIN_MEMORY} and {MAX_MEMORY} (write a unit, as \"512M\")");
+        return place.key("memory").problem(what);
+    }
+    Ok(())
+}
+
+fn check_path(place: &Place, path: &Path) -> Result<(), Problem> {
+    if path.as_os_str().is_empty() {
+        return place.problem("the path is empty");
+    }
+    Ok(())
+}
+
+fn check_device(place: &Place, device: &str, uses: &mut Uses) -> Result<(), Problem> {
+    match device.parse::<Bdf>() {
+        Ok(device) => uses.claim(format!("the PCI function {device}"), place),
+        Err(error) => place.problem(error.to_string()),
+    }
+}
+
+/// The candidate that `word` is most likely a slip of the pen for, if any.
+pub(super) fn closest<'a, S: AsRef<str> + ?Sized + 'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a S>,
+) -> Option<&'a str> {
+    let most = 1 + word.chars().count() / 4;
+    let scored = candidates.into_iter().map(|c| (distance(word, c.as_ref()), c.as_ref()));
+    scored.filter(|(d, _)| *d <= most).min().map(|(_, c)| c)
+}
+
+/// Edit distance (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (cell, cb) in row.iter_mut().skip(1).zip(&b) {
+            let replaced = diagonal + usize::from(ca != *cb);
+            diagonal = *cell;
+            left = replaced.min(diagonal + 1).min(left + 1);
+            *cell = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slips_of_the_pen_find_their_word() {
+        assert_eq!(closest("kernal", ["kernel", "cmdline"]), Some("kernel"));
+        assert_eq!(closest("nic1", ["nic0", "sound"]), Some("nic0"));
+        assert_eq!(closest("xyz", ["kernel", "cmdline"]), None);
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("abc", ""), 3);
+    }
+
+    #[test]
+    fn made_addresses_differ_and_are_local_unicast() {
+        let net = Net::default();
+        let a = net.mac_or_default("web", 0);
+        assert_eq!(a, net.mac_or_default("web", 0));
+        assert_ne!(a, net.mac_or_default("web", 1));
+        assert_ne!(a, net.mac_or_default("db", 0));
+        assert_eq!(a.0[0] & 3, 2);
+    }
+}

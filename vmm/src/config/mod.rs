@@ -1,0 +1,281 @@
+//! What users configure: file format, command line and documentation at once. `machine.toml` is a [`Machine`].
+//!
+//! Everything that can be told from the text alone is checked here: [`Machine::parse`] for files, with the line
+//! of each mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is
+//! checked before anything starts (`supervisor::preflight`). `docs/configuration.md` describes each key.
+
+mod check;
+mod memory;
+pub mod metrics_address;
+mod parse;
+
+pub use check::{MAX_CPUS, Problem, Step};
+pub use memory::{MemorySize, MemorySizeError};
+pub use parse::SpecError;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use umbra_driver_vm::protocol::Mac;
+use umbra_shadow::sound::Policy;
+
+use crate::config::metrics_address::Address;
+
+/// A machine file: guests and the drivers that serve them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Where metrics are served: a socket's path, or a loopback address with a port; nowhere if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Address>,
+    /// Guests by name: `[guest.NAME]`.
+    #[serde(default)]
+    pub guest: BTreeMap<String, Guest>,
+    /// Driver VMs by name: `[driver.NAME]`.
+    #[serde(default)]
+    pub driver: BTreeMap<String, Driver>,
+}
+
+/// `[guest.NAME]`: a user's VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// Kernel: a bzImage or an unpacked vmlinux (ELF).
+    pub kernel: PathBuf,
+    /// Initial RAM disks, handed over one behind the other.
+    #[serde(default)]
+    pub initrd: Vec<PathBuf>,
+    /// Kernel command line.
+    #[serde(default = "default_cmdline")]
+    pub cmdline: String,
+    /// Number of vCPUs.
+    #[serde(default = "default_cpus")]
+    pub cpus: u8,
+    /// Memory, as `512M` or `2G`.
+    #[serde(default)]
+    pub memory: MemorySize,
+    /// Where the serial console goes.
+    #[serde(default)]
+    pub console: Console,
+    /// Disks, in order `vda`, `vdb`, ...: `[[guest.NAME.disk]]`.
+    #[serde(default)]
+    pub disk: Vec<Disk>,
+    /// Network devices, in order: `[[guest.NAME.net]]`.
+    #[serde(default)]
+    pub net: Vec<Net>,
+    /// Sound devices, in order: `[[guest.NAME.sound]]`.
+    #[serde(default)]
+    pub sound: Vec<Sound>,
+    /// Named virtio-console ports: `[[guest.NAME.port]]`.
+    #[serde(default)]
+    pub port: Vec<Port>,
+    /// Host PCI functions given straight to the guest (no shadow: their driver's crash is the guest's).
+    #[serde(default)]
+    pub passthrough: Vec<String>,
+}
+
+impl Guest {
+    /// A guest with this kernel and everything else as the file format's defaults have it.
+    pub fn new(kernel: PathBuf) -> Self {
+        Self {
+            kernel,
+            initrd: Vec::new(),
+            cmdline: default_cmdline(),
+            cpus: default_cpus(),
+            memory: MemorySize::default(),
+            console: Console::Off,
+            disk: Vec::new(),
+            net: Vec::new(),
+            sound: Vec::new(),
+            port: Vec::new(),
+            passthrough: Vec::new(),
+        }
+    }
+}
+
+/// `[[guest.NAME.disk]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// A raw image file or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write to it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// `[[guest.NAME.net]]`: exactly one of `tap` and `driver`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// A TAP interface of the host; made if it does not exist and permission allows.
+    pub tap: Option<String>,
+    /// A driver VM: the name of a `[driver.NAME]` table.
+    pub driver: Option<String>,
+    /// The guest's address; made from the guest's name and the device's index when not given.
+    pub mac: Option<Mac>,
+    /// MTU in bytes, 68 to 65535; 1500 when not given.
+    pub mtu: Option<u16>,
+}
+
+/// `[[guest.NAME.sound]]`: a sound card, in a driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sound {
+    /// The driver VM: the name of a `[driver.NAME]` table.
+    pub driver: String,
+    /// What becomes of playback while the driver VM is away: `"skip"` stays in real time, `"hold"` plays everything
+    /// later.
+    #[serde(default)]
+    pub policy: Policy,
+}
+
+/// MTU of a network device that names none, in bytes.
+pub const DEFAULT_MTU: u16 = 1500;
+
+impl Net {
+    /// The device's address: the one given, or one made from the guest's name and the device's index, so that
+    /// it is the same at each start. Made ones are locally administered unicast addresses.
+    pub fn mac_or_default(&self, guest: &str, index: usize) -> Mac {
+        self.mac.unwrap_or_else(|| {
+            let [.., a, b, c, d, e] = fnv1a(guest.bytes().chain([b'/']).chain(index.to_string().bytes())).to_be_bytes();
+            Mac([0x02, a, b, c, d, e])
+        })
+    }
+
+    /// The MTU in force, in bytes.
+    pub fn mtu_or_default(&self) -> u16 {
+        self.mtu.unwrap_or(DEFAULT_MTU)
+    }
+}
+
+/// The FNV-1a hash: stable across builds and hosts, which the standard library's hashers do not promise.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// `[[guest.NAME.port]]`: a virtio-console port, joined to a Unix socket of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// The port's name; in a Linux guest `/dev/virtio-ports/NAME`.
+    pub name: String,
+    /// The Unix socket that the host listens at; one client at a time.
+    pub socket: PathBuf,
+}
+
+/// `[driver.NAME]`: a driver VM and its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Driver {
+    /// The PCI function, as `0000:03:00.0`, bound to `vfio-pci`.
+    pub device: String,
+    /// A second NIC on the same network, bound to `vfio-pci` as well: live in a driver VM of its own, it takes over when
+    /// the first fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spare: Option<String>,
+    /// The driver VM image that `umbra image` made.
+    pub image: PathBuf,
+    /// Memory of the driver VM.
+    #[serde(default = "default_driver_memory")]
+    pub memory: MemorySize,
+    /// Number of vCPUs of the driver VM.
+    #[serde(default = "default_cpus")]
+    pub cpus: u8,
+    /// Added to the driver VM's kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Whether the next driver VM waits booted.
+    #[serde(default)]
+    pub standby: Standby,
+    /// How often it may be restarted, and what then.
+    #[serde(default)]
+    pub restart: Restart,
+}
+
+/// What stands ready for the failure of a driver VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standby {
+    /// The next driver VM waits booted, without the device: `standby = "warm"`. It takes as much memory as the first.
+    #[default]
+    Warm,
+    /// Nothing: the next driver VM boots after the failure: `standby = "cold"`.
+    Cold,
+}
+
+impl Driver {
+    /// A driver VM for `device` from `image` and everything else as the file format's defaults have it.
+    pub fn new(device: String, image: PathBuf) -> Self {
+        Self {
+            device,
+            spare: None,
+            image,
+            memory: default_driver_memory(),
+            cpus: default_cpus(),
+            cmdline: String::new(),
+            standby: Standby::default(),
+            restart: Restart::default(),
+        }
+    }
+}
+
+/// `[driver.NAME.restart]`: the restart policy, as systemd's `StartLimit*`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Restart {
+    /// Restarts allowed within `interval_s`; the failure that would need one more quarantines the driver.
+    pub limit: u32,
+    /// The window, in seconds.
+    pub interval_s: u32,
+    /// First delay before a restart, in milliseconds, used from the second failure in a row on; doubled each time.
+    pub backoff_ms: u32,
+    /// Longest delay, in milliseconds.
+    pub backoff_max_ms: u32,
+    /// A driver VM that is not forwarding after this many seconds has failed.
+    pub boot_timeout_s: u32,
+    /// Missing heartbeats for this many milliseconds are a failure.
+    pub heartbeat_timeout_ms: u32,
+    /// A device, one interrupt of which comes more often a second for two seconds, has failed; 0: it never has for that.
+    pub interrupts_per_s: u32,
+}
+
+impl Default for Restart {
+    fn default() -> Self {
+        Self {
+            limit: 5,
+            interval_s: 60,
+            backoff_ms: 100,
+            backoff_max_ms: 10_000,
+            boot_timeout_s: 60,
+            heartbeat_timeout_ms: 3_000,
+            interrupts_per_s: 200_000,
+        }
+    }
+}
+
+/// Where a guest's serial console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Console {
+    /// Nowhere.
+    #[default]
+    Off,
+    /// The terminal of `umbra run`: `console = "terminal"`. One guest at most.
+    Terminal,
+    /// Appended to a file: `console = { file = "web.log" }`.
+    File(PathBuf),
+}
+
+fn default_cpus() -> u8 {
+    1
+}
+
+fn default_cmdline() -> String {
+    "console=ttyS0".into()
+}
+
+fn default_driver_memory() -> MemorySize {
+    MemorySize(128 << 20)
+}

@@ -1,0 +1,158 @@
+//! From the text of a machine file to a [`Machine`], and from each mistake to the line that has it.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use toml::de::{DeTable, DeValue};
+
+use super::metrics_address::Address;
+
+use super::check::closest;
+use super::{Console, Machine, Step};
+
+/// Largest machine file in bytes: a bound on what is read, far above any real one.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Why a file is no machine.
+#[derive(Debug, Error)]
+pub enum SpecError {
+    /// The file cannot be read.
+    #[error("read the machine file {}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not a text of reasonable size.
+    #[error("{}: {what}", path.display())]
+    NotText {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        what: String,
+    },
+    /// The text has a mistake.
+    #[error("{}:{line}: {what}", path.display())]
+    Mistake {
+        /// Which file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+impl Machine {
+    /// Reads a machine file.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or its text has a mistake.
+    pub fn read(path: &Path) -> Result<Self, SpecError> {
+        let fail = |source| SpecError::Read { path: path.into(), source };
+        let size = std::fs::metadata(path).map_err(fail)?.len();
+        if size > MAX_FILE {
+            let what = format!("{size} bytes are too many for a machine file (at most {MAX_FILE})");
+            return Err(SpecError::NotText { path: path.into(), what });
+        }
+        let bytes = std::fs::read(path).map_err(fail)?;
+        let text = String::from_utf8(bytes).map_err(|_| SpecError::NotText {
+            path: path.into(),
+            what: "is no UTF-8 text, so no machine file".into(),
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of the machine file `path`. Relative paths in it are relative to the file's folder.
+    ///
+    /// # Errors
+    ///
+    /// The first mistake, with its line.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, SpecError> {
+        let mistake = |at: usize, what: String| SpecError::Mistake { path: path.into(), line: line_of(text, at), what };
+        let mut machine: Self = toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span: Range<usize>| span.start);
+            mistake(at, in_words(error.message()))
+        })?;
+        machine.check().map_err(|problem| {
+            let at = locate(text, &problem.at).unwrap_or(0);
+            let other = locate(text, &problem.other).map(|at| format!(" (line {})", line_of(text, at)));
+            mistake(at, format!("{problem}{}", other.unwrap_or_default()))
+        })?;
+        machine.resolve_paths(path.parent().unwrap_or(Path::new("")));
+        Ok(machine)
+    }
+
+    /// Makes relative paths relative to `base`.
+    fn resolve_paths(&mut self, base: &Path) {
+        let resolve = |path: &mut PathBuf| *path = base.join(&*path);
+        if let Some(Address::Socket(path)) = &mut self.metrics {
+            resolve(path);
+        }
+        for guest in self.guest.values_mut() {
+            resolve(&mut guest.kernel);
+            guest.initrd.iter_mut().for_each(resolve);
+            guest.disk.iter_mut().for_each(|disk| resolve(&mut disk.path));
+            guest.port.iter_mut().for_each(|port| resolve(&mut port.socket));
+            if let Console::File(path) = &mut guest.console {
+                resolve(path);
+            }
+        }
+        self.driver.values_mut().for_each(|driver| resolve(&mut driver.image));
+    }
+}
+
+/// The line of byte `at`, from 1.
+fn line_of(text: &str, at: usize) -> usize {
+    1 + text.bytes().take(at).filter(|b| *b == b'\n').count()
+}
+
+/// One sentence out of the parser's message, with a guess at what a misspelt key was meant to be.
+fn in_words(message: &str) -> String {
+    let line = message.lines().next().unwrap_or("no machine file").trim();
+    let mut quoted = line.split('`').skip(1).step_by(2);
+    let guess = match quoted.next() {
+        Some(word) if line.starts_with("unknown ") => closest(word, quoted),
+        _ => None,
+    };
+    match guess {
+        Some(guess) => format!("{line}; did you mean `{guess}`?"),
+        None => line.into(),
+    }
+}
+
+/// The byte at which the thing at the end of the way `steps` starts, or the innermost table around it.
+fn locate(text: &str, steps: &[Step]) -> Option<usize> {
+    let root = DeTable::parse(text).ok()?;
+    let (first, rest) = steps.split_first()?;
+    let Step::Key(first) = first else { return None };
+    let (key, mut value) = root.get_ref().get_key_value(first.as_str())?;
+    let mut at = key.span().start;
+    for step in rest {
+        let next = match (step, value.get_ref()) {
+            (Step::Key(key), DeValue::Table(table)) => {
+                table.get_key_value(key.as_str()).map(|(key, value)| (key.span().start, value))
+            }
+            (Step::Index(index), DeValue::Array(array)) => array.get(*index).map(|value| (value.span().start, value)),
+            _ => None,
+        };
+        let Some(next) = next else { break };
+        (at, value) = next;
+    }
+    Some(at)
+}
+
+impl fmt::Display for Machine {
+    /// The machine as a file would have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&toml::to_string(self).map_err(|_| fmt::Error)?)
+    }
+}
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;

@@ -1,0 +1,180 @@
+//! What a function shows before it is there: a standby's kernel enumerates it from a [`Snapshot`] that was taken of the
+//! open, freshly reset function, and gives its BARs addresses, long before its files come.
+//!
+//! Deny by default: of what is not emulated anyway (by the VM), the kernel can change only registers that
+//! enumeration sets up and that have no effect on their own; the function is told of them when it comes. All other writes
+//! are lost, bus mastering stays off.
+
+use std::cell::RefCell;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+
+use super::capabilities::{Capabilities, POWER_CONTROL};
+use super::error::Error;
+use super::files::DeviceFiles;
+use super::info;
+use super::info::RegionInfo;
+use super::irq::Index;
+use super::region::COMMAND;
+use super::region::HostConfig;
+use crate::base::pci_address::Bdf;
+use crate::base::pci_config::{BARS, COMMAND_BUS_MASTER};
+
+/// Configuration space of a PCI Express function.
+const MAX_CONFIG: u64 = 4096;
+/// Command bits that can be set: I/O, memory, bus master, parity, SERR#, INTx disable (PCI 3.0, section 6.2.2).
+const COMMAND_WRITABLE: u16 = 0x0547;
+/// Cache line size and latency timer.
+const CACHE_LINE: u16 = 0x0C;
+/// Power management control: state, PME enable. The bit that says that a PME waits is cleared by writing it.
+const POWER_WRITABLE: u16 = 1 << 8 | 0b11;
+/// PCI Express capability (PCI Express 3.0, section 7.8): its version, device control, device control 2.
+const EXPRESS_FLAGS: u16 = 2;
+const EXPRESS_VERSION: u16 = 0xF;
+const EXPRESS_CONTROL: u16 = 8;
+const EXPRESS_CONTROL2: u16 = 0x28;
+/// All of device control but the function level reset.
+const EXPRESS_WRITABLE: u16 = 0x7FFF;
+/// What has to be as it was: vendor and device, class and revision, subsystem, first capability.
+const IDENTITY: [(u16, &str); 4] =
+    [(0x00, "ids"), (0x08, "class or revision"), (0x2C, "subsystem"), (0x34, "capabilities")];
+
+/// What a standby's VM has to know of a function ahead.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    bdf: Bdf,
+    config: Vec<u8>,
+    regions: [RegionInfo; BARS],
+    /// It has an `INTx#` line.
+    line: bool,
+}
+
+impl Snapshot {
+    /// Takes one of an open function that was reset and that nobody uses.
+    pub fn take(files: &DeviceFiles) -> Result<Self, Error> {
+        let bdf = files.bdf();
+        let failed = |source| Error::Vfio { operation: "take a snapshot of the device", bdf, source };
+        let info = info::read(files.device()).map_err(failed)?;
+        let region = info.region(VFIO_PCI_CONFIG_REGION_INDEX).cloned().unwrap_or_default();
+        let mut config = vec![0; usize::try_from(region.size.min(MAX_CONFIG)).unwrap_or_default()];
+        files.device().read_exact_at(&mut config, region.offset).map_err(failed)?;
+        // As after power-on: nothing decodes.
+        if let Some(command) = config.get_mut(usize::from(COMMAND)..usize::from(COMMAND) + 2) {
+            command.fill(0);
+        }
+        Ok(Self { bdf, config, regions: info.bars(), line: info.irqs(Index::Intx) > 0 })
+    }
+
+    /// The function.
+    pub fn bdf(&self) -> Bdf {
+        self.bdf
+    }
+
+    /// Its BARs' regions.
+    pub(crate) fn regions(&self) -> &[RegionInfo; BARS] {
+        &self.regions
+    }
+
+    /// It has an `INTx#` line.
+    pub(crate) fn has_line(&self) -> bool {
+        self.line
+    }
+
+    /// In what a function that has come is another one; `None`: it is the one of the snapshot.
+    fn difference(&self, host: &dyn HostConfig, regions: &[RegionInfo; BARS], line: bool) -> Option<&'static str> {
+        let known = Awaited::new(self.clone());
+        let changed = IDENTITY.iter().find(|(offset, _)| host.config32(*offset) != known.config32(*offset));
+        let resources = (self.regions != *regions || self.line != line).then_some("BARs or interrupts");
+        changed.map(|(_, what)| *what).or(resources)
+    }
+
+    /// An error unless `host` is the function of the snapshot.
+    pub(crate) fn check(&self, host: &dyn HostConfig, regions: &[RegionInfo; BARS], line: bool) -> Result<(), Error> {
+        let different = |what| {
+            let what = format!("its {what} are not those that the waiting driver VM was told");
+            Err(Error::Malformed { bdf: self.bdf, what })
+        };
+        self.difference(host, regions, line).map_or(Ok(()), different)
+    }
+}
+
+/// The configuration space of a function that is awaited.
+pub(crate) struct Awaited {
+    snapshot: Snapshot,
+    /// As it reads now.
+    shown: RefCell<Vec<u8>>,
+    /// Words that can be written, and which of their bits.
+    writable: Vec<(u16, u16)>,
+}
+
+impl Awaited {
+    pub(crate) fn new(snapshot: Snapshot) -> Self {
+        let shown = RefCell::new(snapshot.config.clone());
+        let mut this = Self { snapshot, shown, writable: Vec::new() };
+        let found = Capabilities::scan(&this);
+        this.writable = vec![(CACHE_LINE, u16::MAX)];
+        if let Some(express) = found.express {
+            this.writable.push((express + EXPRESS_CONTROL, EXPRESS_WRITABLE));
+            if this.config16(express + EXPRESS_FLAGS) & EXPRESS_VERSION > 1 {
+                this.writable.push((express + EXPRESS_CONTROL2, u16::MAX));
+            }
+        }
+        this.writable.extend(found.power.map(|power| (power + POWER_CONTROL, POWER_WRITABLE)));
+        // The last one to be handed over: with it the function begins to decode.
+        this.writable.push((COMMAND, COMMAND_WRITABLE));
+        this
+    }
+
+    /// What it shows.
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Back to how it was taken.
+    pub(crate) fn reset(&self) {
+        self.shown.borrow_mut().clone_from(&self.snapshot.config);
+    }
+
+    /// The function has come: it is told what has been written meanwhile, but not to be a bus master.
+    pub(crate) fn hand_over(&self, host: &dyn HostConfig) {
+        let taken = Self::new(self.snapshot.clone());
+        for &(offset, _) in &self.writable {
+            let value = self.config16(offset);
+            if offset == COMMAND {
+                host.write_config(offset, &(value & COMMAND_WRITABLE & !COMMAND_BUS_MASTER).to_le_bytes());
+            } else if value != taken.config16(offset) {
+                host.write_config(offset, &value.to_le_bytes());
+            }
+        }
+    }
+
+    fn mask(&self, at: u16) -> u8 {
+        let word = self.writable.iter().find(|(offset, _)| (*offset..*offset + 2).contains(&at));
+        word.map_or(0, |(offset, mask)| mask.to_le_bytes()[usize::from(at - offset)])
+    }
+}
+
+impl HostConfig for Awaited {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        let shown = self.shown.borrow();
+        for (byte, at) in data.iter_mut().zip(usize::from(offset)..) {
+            *byte = shown.get(at).copied().unwrap_or(0xFF);
+        }
+    }
+
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        let mut shown = self.shown.borrow_mut();
+        for (&byte, at) in data.iter().zip(offset..) {
+            let mask = self.mask(at);
+            if let Some(place) = shown.get_mut(usize::from(at)) {
+                *place = *place & !mask | byte & mask;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;

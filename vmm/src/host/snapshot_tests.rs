@@ -1,0 +1,121 @@
+//! A function that is a table in memory, seen ahead by a kernel that sets it up.
+
+use super::*;
+use crate::base::pci_config::{COMMAND_IO, COMMAND_MEMORY};
+use crate::vm::pci::config::{BAR0, memory_bar};
+use crate::vm::pci::device::{Bar, BarIndex, BarKind};
+use crate::vm::vfio::config::Config;
+
+const POWER: u16 = 0xC8;
+const EXPRESS: u16 = 0xE0;
+const ON: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER;
+
+/// The function when it has come: notes what it is told.
+struct Host {
+    bytes: Vec<u8>,
+    told: RefCell<Vec<(u16, u16)>>,
+}
+
+impl HostConfig for Host {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        data.copy_from_slice(&self.bytes[usize::from(offset)..][..data.len()]);
+    }
+
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        self.told.borrow_mut().push((offset, u16::from_le_bytes(data.try_into().unwrap())));
+    }
+}
+
+fn regions() -> [RegionInfo; BARS] {
+    let mut regions: [RegionInfo; BARS] = Default::default();
+    regions[0] = RegionInfo { size: 0x2_0000, mappable: true, sparse: None };
+    regions
+}
+
+/// A NIC with power management and PCI Express capability.
+fn nic() -> (Snapshot, Host) {
+    let mut config = vec![0; 4096];
+    config[..4].copy_from_slice(&0x10D3_8086u32.to_le_bytes());
+    config[0x06] = 1 << 4;
+    config[0x34..0x36].copy_from_slice(&[0xC8, 0]);
+    config[usize::from(POWER)..][..4].copy_from_slice(&[0x01, 0xE0, 0x22, 0xC8]);
+    config[usize::from(EXPRESS)..][..4].copy_from_slice(&[0x10, 0, 0x02, 0]);
+    config[usize::from(EXPRESS + EXPRESS_CONTROL)..][..2].copy_from_slice(&0x2810u16.to_le_bytes());
+    let host = Host { bytes: config.clone(), told: RefCell::default() };
+    let bdf = "0000:01:00.0".parse().unwrap();
+    (Snapshot { bdf, config, regions: regions(), line: true }, host)
+}
+
+fn told(awaited: &Awaited, host: &Host) -> Vec<(u16, u16)> {
+    awaited.hand_over(host);
+    host.told.take()
+}
+
+#[test]
+fn only_harmless_registers_can_be_written_ahead() {
+    let awaited = Awaited::new(nic().0);
+    (0..4096).step_by(4).for_each(|offset| awaited.write_config(offset, &[0xFF; 4]));
+    assert_eq!(awaited.config32(0), 0x10D3_8086);
+    assert_eq!(awaited.config16(COMMAND), COMMAND_WRITABLE);
+    assert_eq!(awaited.config16(POWER + POWER_CONTROL), POWER_WRITABLE, "no PME waits");
+    assert_eq!(awaited.config16(EXPRESS + EXPRESS_CONTROL), EXPRESS_WRITABLE, "no reset");
+    let changed: Vec<_> = (0..4096).filter(|&at| awaited.config8(at) != nic().1.config8(at)).collect();
+    assert_eq!(changed, [4, 5, 0x0C, 0x0D, 0xCC, 0xCD, 0xE8, 0xE9, 0x108, 0x109]);
+    awaited.reset();
+    assert_eq!(awaited.config16(COMMAND), 0);
+}
+
+#[test]
+fn the_function_is_told_what_was_changed_and_last_its_command_without_bus_mastering() {
+    let (snapshot, host) = nic();
+    let awaited = Awaited::new(snapshot);
+    assert_eq!(told(&awaited, &host), [(COMMAND, 0)]);
+    awaited.write_config(EXPRESS + EXPRESS_CONTROL, &0x2910u16.to_le_bytes());
+    awaited.write_config(COMMAND, &ON.to_le_bytes());
+    awaited.write_config(CACHE_LINE, &[0x10]);
+    assert_eq!(awaited.config16(COMMAND), ON, "the kernel sees what it wrote");
+    let expected = [(CACHE_LINE, 0x10), (EXPRESS + EXPRESS_CONTROL, 0x2910), (COMMAND, COMMAND_IO | COMMAND_MEMORY)];
+    assert_eq!(told(&awaited, &host), expected);
+}
+
+#[test]
+fn bars_that_were_placed_ahead_are_where_they_were_placed_when_the_function_has_come() {
+    let (snapshot, host) = nic();
+    let awaited = Awaited::new(snapshot);
+    let wide = Bar { index: BarIndex(2), kind: BarKind::Memory64 { prefetchable: true }, size: 1 << 20 };
+    let mut config = Config::new(&Capabilities::scan(&awaited), &[memory_bar(0, 0x2_0000), wide], Some(19));
+    config.reset(&awaited);
+    config.write(&awaited, BAR0, &u32::MAX.to_le_bytes());
+    let mut size = [0; 4];
+    config.read(&awaited, BAR0, &mut size);
+    assert_eq!(u32::from_le_bytes(size), 0xFFFE_0000, "the sizing protocol");
+    config.write(&awaited, BAR0, &0xC002_0000u32.to_le_bytes());
+    awaited.hand_over(&host);
+    let effects = config.write(&host, COMMAND, &COMMAND_MEMORY.to_le_bytes());
+    let bases: Vec<_> = effects.bars.iter().map(|change| (change.bar.index.0, change.base)).collect();
+    assert_eq!(bases, [(0, Some(0xC002_0000)), (2, Some(0))]);
+}
+
+#[test]
+fn another_function_is_refused() {
+    let (snapshot, host) = nic();
+    assert_eq!(snapshot.difference(&host, &regions(), true), None);
+    assert_eq!(snapshot.difference(&host, &regions(), false), Some("BARs or interrupts"));
+    assert_eq!(snapshot.difference(&host, &Default::default(), true), Some("BARs or interrupts"));
+    for (offset, what) in IDENTITY {
+        let mut other = nic().1;
+        other.bytes[usize::from(offset)] ^= 0x40;
+        assert_eq!(snapshot.difference(&other, &regions(), true), Some(what));
+    }
+    assert!(snapshot.check(&host, &Default::default(), true).unwrap_err().to_string().contains("0000:01:00.0"));
+}
+
+#[test]
+fn a_conventional_function_has_nothing_behind_256_bytes() {
+    let (mut snapshot, _) = nic();
+    snapshot.config.truncate(256);
+    let awaited = Awaited::new(snapshot);
+    assert_eq!(awaited.config32(0x100), u32::MAX);
+    awaited.write_config(0x100, &[0; 4]);
+    assert_eq!(awaited.config32(0x100), u32::MAX);
+}

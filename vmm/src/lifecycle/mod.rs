@@ -1,0 +1,618 @@
+//! The lives of one driver VM as a state machine. Pure: an [`Input`] with its time goes in, [`Action`]s come out.
+//!
+//! ```text
+//!            start            reset done            hello                 forwarding
+//!   Idle ----------> Resetting ---------> Booting ---------> Configuring ------------> WaitingCarrier
+//!                     ^     | ^              :                    :                          | carrier, or patience over
+//!           gone, or  |     | | back-off     :                    :                          v
+//!           no life   |     v | over         : failure            : failure             GoingLive (replay)
+//!                     |    BackOff           v                    v                          | every end is live
+//!                   Fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -   v
+//!                     |        (of any state with a life)                        failure : Live
+//!                     v restart limit reached
+//!                Quarantined --resume--> Resetting        any state --stop--> Stopping --gone--> Stopped
+//! ```
+//!
+//! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
+//!
+//! With a hot spare, a failure leads straight from any state with a life to the one that the spare has reached; fence and
+//! reset of the failed life's device follow beside it (`spare`).
+//!
+//! Invariant: at most one generation has a device. [`Action::Spawn`], [`Action::Adopt`] and a spare's
+//! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
+//! device's reset has returned.
+
+pub mod policy;
+mod restart;
+mod silence;
+mod spare;
+mod standby;
+mod state;
+mod suspects;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use umbra_shadow::Generation;
+
+use crate::base::time::Time;
+use crate::lifecycle::policy::{History, Verdict};
+use silence::Silence;
+use standby::PATIENCE;
+
+pub use standby::{Ahead, Standby};
+use standby::{Reserve, Stage};
+pub use state::{Action, Carrier, End, Failure, Input, Source, State};
+use suspects::Suspects;
+
+/// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
+/// on its way: so long is that waited for. The guests are masked meanwhile.
+const SUSPICION: Duration = Duration::from_millis(100);
+
+/// How long a failed VM's process may take to give its device up before it is killed. Milliseconds will do, but its
+/// vCPUs may keep the machine busy.
+const RELEASE: Duration = Duration::from_millis(250);
+
+/// How long a NIC may take to find its link before the guest is told that there is none. Copper gigabit
+/// autonegotiation takes up to three or four seconds.
+const CARRIER_PATIENCE: Duration = Duration::from_secs(6);
+
+/// A reset that has not returned after this long will not; the kernel's own longest wait is 60 s for a device to
+/// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
+const RESET_PATIENCE: Duration = Duration::from_secs(75);
+
+/// The state machine of one driver VM.
+#[derive(Clone, Debug)]
+pub struct Lifecycle {
+    state: State,
+    /// Of the present life, or of the last one.
+    generation: Option<Generation>,
+    history: History,
+    /// The ends whose guests run.
+    ends: BTreeSet<End>,
+    suspects: Suspects,
+    /// A sign of failure, and until when a better reason is waited for.
+    suspicion: Option<(Time, Failure)>,
+    /// Since the last sign of life from the agent, once it forwards.
+    silence: Option<Silence>,
+    carrier: Carrier,
+    /// The present life has got as far as to apply what was recorded to its device.
+    applying: bool,
+    reserve: Reserve,
+    /// A restart was asked for; it waits for the standby until then.
+    restarting: Option<Time>,
+    /// The device's reset has not returned within its time, nor since.
+    reset_hangs: bool,
+    /// The newest number that a process has had.
+    newest: Option<Generation>,
+    /// The ends that have gone live by themselves, and with which generation.
+    ahead: BTreeMap<End, Generation>,
+}
+
+impl Lifecycle {
+    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says, with what is `ahead`.
+    pub fn new(history: History, ends: usize, ahead: Ahead) -> Self {
+        let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
+        let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
+        Self {
+            reserve: Reserve::new(ahead, boot, heartbeat),
+            newest: None,
+            reset_hangs: false,
+            ahead: BTreeMap::new(),
+            restarting: None,
+            state: State::Idle,
+            generation: None,
+            history,
+            ends: (0..ends).collect(),
+            suspects: Suspects::default(),
+            suspicion: None,
+            silence: None,
+            carrier: Carrier::Down,
+            applying: false,
+        }
+    }
+
+    /// The state.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The generation of the present life, or of the last one.
+    pub fn generation(&self) -> Option<Generation> {
+        self.generation
+    }
+
+    /// The standby.
+    pub fn standby(&self) -> Standby {
+        self.reserve.state()
+    }
+
+    /// The failures so far.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The NIC's carrier, as far as the present life has said.
+    pub fn carrier(&self) -> Carrier {
+        self.carrier
+    }
+
+    /// The ends whose guests run: those that the next life is to serve.
+    pub fn ends(&self) -> impl Iterator<Item = End> {
+        self.ends.iter().copied()
+    }
+
+    /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
+    pub fn starts_clean(&self, end: End) -> bool {
+        self.suspects.is_clean(end)
+    }
+
+    /// Whether a standby boots.
+    pub fn standby_boots(&self) -> bool {
+        matches!(self.reserve.state(), Standby::Booting { .. })
+    }
+
+    /// The standby of another driver boots: one that is due waits for its turn, unless somebody waits for it.
+    pub fn wait_turn(&mut self, now: Time) {
+        if self.restarting.is_none() {
+            self.reserve.wait_turn(now);
+        }
+    }
+
+    /// When [`Input::Tick`] is due.
+    pub fn deadline(&self) -> Option<Time> {
+        let state = match self.state {
+            State::Resetting { until, .. }
+            | State::BackOff { until }
+            | State::Booting { until }
+            | State::Configuring { until }
+            | State::WaitingCarrier { until } => Some(until),
+            State::Fencing { patience, .. } => patience,
+            _ => None,
+        };
+        let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
+        let deadlines =
+            [state, suspicion, self.silence().map(|(_, over)| over), self.reserve.deadline(), self.restarting];
+        deadlines.into_iter().flatten().min()
+    }
+
+    /// Since when it is worth a look whether the silent life gets a processor at all, and when its silence is a failure.
+    pub fn silence(&self) -> Option<(Time, Time)> {
+        let (silence, timeout) = (self.silence.filter(|_| self.has_life())?, self.heartbeat_timeout());
+        Some((silence.half(timeout), silence.heard() + silence.limit(timeout)))
+    }
+
+    /// Longer before it forwards: the kernel may hold the agent up while the driver starts its NIC.
+    fn heartbeat_timeout(&self) -> Duration {
+        let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
+        if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
+    }
+
+    /// Whether there is a process that has not failed.
+    fn has_life(&self) -> bool {
+        use State::{Booting, Configuring, GoingLive, Live, WaitingCarrier};
+        matches!(
+            self.state,
+            Booting { .. } | Configuring { .. } | WaitingCarrier { .. } | GoingLive { .. } | Live { .. }
+        )
+    }
+
+    /// The transition function.
+    pub fn handle(&mut self, now: Time, input: Input) -> Vec<Action> {
+        match input {
+            Input::Start => self.on_start(now),
+            Input::ResetDone => self.on_reset_done(now),
+            Input::Hello => self.on_hello(),
+            Input::Applying => self.on_applying(),
+            Input::Forwarding => self.on_forwarding(now),
+            Input::Carrier(carrier) => self.on_carrier(now, carrier),
+            Input::Heartbeat => self.on_heartbeat(now),
+            Input::Starved => self.on_starved(),
+            Input::EndLive(end) => self.on_end_live(now, end),
+            Input::EndGone(end) => self.on_end_gone(now, end),
+            Input::Failed(failure) => self.fail(now, failure),
+            Input::Sign(failure) => self.on_sign(now, failure),
+            Input::Released => self.on_released(now),
+            Input::Evidence => self.on_evidence(),
+            Input::ProcessGone(how) => self.on_process_gone(now, how),
+            Input::Replace(why) => self.on_replace(now, why),
+            Input::Tick => self.on_tick(now),
+            Input::Stop => self.on_stop(),
+            Input::Restart { fresh } => self.on_restart(now, fresh),
+            Input::StandbyUseless => self.on_standby_useless(now),
+            Input::Resume => self.on_resume(now),
+            Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
+                self.on_standby(now, input)
+            }
+            Input::SpareForwarding
+            | Input::SpareCarrier(_)
+            | Input::SpareLive(_)
+            | Input::SpareFenced
+            | Input::SpareResetDone => self.on_spare(now, &input),
+        }
+    }
+
+    fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
+        match input {
+            Input::StandbyHello if self.reserve.hello() => return vec![Action::ConfigureStandby],
+            Input::StandbyLoaded => {
+                self.reserve.ready(now);
+                return self.switch_over(now);
+            }
+            Input::StandbyHeartbeat => self.reserve.heartbeat(now),
+            Input::StandbyFailed(why) if self.reserve.died(now) => {
+                let off = self.restarting.take().map(|_| Action::RestartOff(why.clone()));
+                return std::iter::once(Action::DropStandby(Some(why))).chain(off).collect();
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    /// A guest was rebooted: what serves it, or is about to, has links to the life of it that is over.
+    fn on_replace(&mut self, now: Time, why: String) -> Vec<Action> {
+        if self.has_life() {
+            return self.fail(now, Failure { source: Source::Replaced, what: why, at: now });
+        }
+        self.drop_standby()
+    }
+
+    /// Gives the standby up without a word.
+    fn drop_standby(&mut self) -> Vec<Action> {
+        if self.reserve.give_up() { vec![Action::DropStandby(None)] } else { Vec::new() }
+    }
+
+    /// The time has come for the next standby, or for the present one to be given up.
+    fn tick_standby(&mut self, now: Time) -> Vec<Action> {
+        if let Some(why) = self.reserve.overdue(now) {
+            return self.on_standby(now, Input::StandbyFailed(why));
+        }
+        match (self.reserve.state(), &self.state) {
+            (Standby::Due(at), State::Live { .. }) if at <= now && self.reserve.is_spare() => {
+                self.reserve.resetting();
+                vec![Action::ResetSpare]
+            }
+            (Standby::Due(at), State::Live { .. }) if at <= now => {
+                let generation = self.next_generation();
+                self.reserve.started(now, generation);
+                vec![Action::SpawnStandby(generation)]
+            }
+            // Not beside a recovery; the next life that is live asks again.
+            (Standby::Due(at), _) if at <= now => self.drop_standby(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn next_generation(&mut self) -> Generation {
+        let next = self.newest.map_or(Generation::FIRST, Generation::next);
+        self.newest = Some(next);
+        next
+    }
+
+    /// The guest of `end` is on again (it was rebooted); the next life serves it.
+    pub fn end_is_back(&mut self, end: End) {
+        self.ends.insert(end);
+        self.suspects.clear(end);
+    }
+
+    fn on_start(&mut self, now: Time) -> Vec<Action> {
+        if self.state != State::Idle {
+            return Vec::new();
+        }
+        self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
+        vec![Action::Reset]
+    }
+
+    fn on_resume(&mut self, now: Time) -> Vec<Action> {
+        // A second reset beside one that hangs would help nobody.
+        if self.state != State::Quarantined || self.reset_hangs {
+            return Vec::new();
+        }
+        self.history.forgive();
+        self.suspects.clear_all();
+        self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
+        vec![Action::Reset]
+    }
+
+    fn on_reset_done(&mut self, now: Time) -> Vec<Action> {
+        self.reset_hangs = false;
+        match self.state {
+            State::Resetting { next: Some(next), .. } if next <= now => self.begin_life(now),
+            State::Resetting { next: Some(until), .. } => {
+                self.state = State::BackOff { until };
+                Vec::new()
+            }
+            State::Resetting { next: None, .. } => {
+                self.state = State::Quarantined;
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The standby's, if there is one, even if it still boots: a new one would take longer.
+    fn begin_life(&mut self, now: Time) -> Vec<Action> {
+        self.suspicion = None;
+        self.silence = None;
+        self.carrier = Carrier::Down;
+        self.applying = false;
+        let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
+        // A spare has another device: it has been taken at the failure, or there was none.
+        let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
+        let generation = adopted.map_or_else(|| self.next_generation(), |(generation, _)| generation);
+        self.generation = Some(generation);
+        match adopted {
+            Some((_, Stage::Booting)) => {
+                self.state = State::Booting { until };
+                vec![Action::Adopt(generation)]
+            }
+            // It has its plan, since its hello.
+            Some(_) => {
+                self.silence = Some(Silence::since(now));
+                self.state = State::Configuring { until };
+                vec![Action::Adopt(generation)]
+            }
+            None => {
+                self.state = State::Booting { until };
+                vec![Action::Spawn(generation)]
+            }
+        }
+    }
+
+    fn on_hello(&mut self) -> Vec<Action> {
+        let State::Booting { until } = self.state else { return Vec::new() };
+        self.state = State::Configuring { until };
+        vec![Action::Configure]
+    }
+
+    fn on_applying(&mut self) -> Vec<Action> {
+        self.applying |= matches!(self.state, State::Configuring { .. });
+        Vec::new()
+    }
+
+    fn on_forwarding(&mut self, now: Time) -> Vec<Action> {
+        let State::Configuring { .. } = self.state else { return Vec::new() };
+        self.applying = true;
+        self.silence = Some(Silence::since(now));
+        self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
+        if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
+    }
+
+    fn on_carrier(&mut self, now: Time, carrier: Carrier) -> Vec<Action> {
+        self.carrier = carrier;
+        match self.state {
+            State::WaitingCarrier { .. } if carrier == Carrier::Up => self.go_live(now),
+            _ => Vec::new(),
+        }
+    }
+
+    fn go_live(&mut self, now: Time) -> Vec<Action> {
+        let ahead = std::mem::take(&mut self.ahead);
+        let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
+        self.state = State::GoingLive { waiting: self.ends.iter().copied().filter(|end| !is_ahead(end)).collect() };
+        let mut actions: Vec<_> =
+            self.ends.iter().map(|end| Action::GoLive(*end, self.suspects.replay(*end))).collect();
+        actions.extend(self.check_all_live(now));
+        actions
+    }
+
+    fn on_heartbeat(&mut self, now: Time) -> Vec<Action> {
+        if let Some(silence) = &mut self.silence {
+            *silence = Silence::since(now);
+        }
+        Vec::new()
+    }
+
+    fn on_starved(&mut self) -> Vec<Action> {
+        let timeout = self.heartbeat_timeout();
+        if let Some(silence) = &mut self.silence {
+            silence.excuse(timeout);
+        }
+        Vec::new()
+    }
+
+    fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
+        match &mut self.state {
+            State::GoingLive { waiting } => {
+                let was_waiting = waiting.remove(&end);
+                if was_waiting {
+                    self.suspects.clear(end);
+                }
+            }
+            // It was armed in the eyes of the splitter, and the supervisor has not got so far.
+            State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
+                if self.reserve.is_spare() =>
+            {
+                self.ahead.extend(self.generation.map(|generation| (end, generation)));
+            }
+            _ => {}
+        }
+        self.check_all_live(now)
+    }
+
+    fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
+        self.ends.remove(&end);
+        self.suspects.clear(end);
+        self.ahead.remove(&end);
+        if let State::GoingLive { waiting } = &mut self.state {
+            waiting.remove(&end);
+        }
+        let mut actions = self.check_all_live(now);
+        // The standby has an end for the guest that is gone.
+        actions.extend(self.drop_standby());
+        self.want_next(now);
+        actions
+    }
+
+    fn check_all_live(&mut self, now: Time) -> Vec<Action> {
+        match &self.state {
+            State::GoingLive { waiting } if waiting.is_empty() => {
+                self.state = State::Live { since: now };
+                self.reserve.want(now);
+                vec![Action::Live]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_sign(&mut self, now: Time, failure: Failure) -> Vec<Action> {
+        if !self.has_life() || self.suspicion.is_some() {
+            return Vec::new();
+        }
+        self.suspicion = Some((now + SUSPICION, failure));
+        vec![Action::Mask]
+    }
+
+    fn fail(&mut self, now: Time, mut failure: Failure) -> Vec<Action> {
+        if !self.has_life() {
+            return Vec::new();
+        }
+        self.restarting = None;
+        // The time of the first sign is when the failure was noticed, whatever its reason turned out to be.
+        if let Some((_, sign)) = self.suspicion.take() {
+            failure.at = failure.at.min(sign.at);
+        }
+        let lived = match &self.state {
+            State::Live { since } => Some(now.since(*since)),
+            State::GoingLive { waiting } if failure.source.is_failure() => {
+                self.suspects.died(waiting, true);
+                None
+            }
+            State::Configuring { .. } | State::WaitingCarrier { .. }
+                if failure.source.is_failure() && self.applying =>
+            {
+                self.suspects.died(&self.ends, false);
+                None
+            }
+            _ => None,
+        };
+        let source = failure.source;
+        if source != Source::Replaced
+            && let Some(actions) = self.take_over(now, &failure, lived)
+        {
+            return actions;
+        }
+        let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd | Source::Replaced);
+        let patience = (!over).then_some(now + RELEASE);
+        self.state = State::Fencing { patience, lived, source };
+        let next = if over { Action::Kill } else { Action::Release };
+        vec![Action::Failed(failure), next]
+    }
+
+    fn on_evidence(&mut self) -> Vec<Action> {
+        match &mut self.state {
+            State::Fencing { patience: patience @ Some(_), .. } => {
+                *patience = None;
+                vec![Action::Kill]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_released(&mut self, now: Time) -> Vec<Action> {
+        let State::Fencing { patience: Some(_), lived, source } = self.state else { return Vec::new() };
+        let mut actions = self.fenced(now, lived, source);
+        // The reset is all that the guests wait for; then the life may say its last words, then the report is written.
+        let behind_reset = actions.iter().position(|action| *action == Action::Reset).map_or(0, |n| n + 1);
+        actions.insert(behind_reset, Action::Bury);
+        actions
+    }
+
+    fn on_process_gone(&mut self, now: Time, how: String) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.has_life() {
+            let failure = Failure { source: Source::ProcessExit, what: how, at: now };
+            actions.extend(self.fail(now, failure).into_iter().filter(|action| *action != Action::Kill));
+        }
+        match self.state {
+            State::Fencing { lived, source, .. } => actions.extend(self.fenced(now, lived, source)),
+            State::Stopping => self.state = State::Stopped,
+            _ => {}
+        }
+        actions
+    }
+
+    /// The failed generation can do no more harm: what comes next?
+    fn fenced(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
+        let until = now + RESET_PATIENCE;
+        if source == Source::Replaced {
+            self.state = State::Resetting { until, next: Some(now) };
+            // The standby has a link to the life of the guest that is over.
+            let mut actions = vec![Action::Reset];
+            actions.extend(self.drop_standby());
+            return actions;
+        }
+        if source == Source::Planned {
+            self.state = State::Resetting { until, next: Some(now) };
+            return vec![Action::Reset];
+        }
+        match self.history.failed(now, lived) {
+            Verdict::Restart(delay) => {
+                self.state = State::Resetting { until, next: Some(now + delay) };
+                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
+                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
+            }
+            Verdict::Quarantine => {
+                self.state = State::Resetting { until, next: None };
+                let why = self.history.passed(now);
+                let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
+                actions.extend(self.drop_standby());
+                actions
+            }
+        }
+    }
+
+    fn on_tick(&mut self, now: Time) -> Vec<Action> {
+        let mut actions = self.tick_standby(now);
+        if self.restarting.is_some_and(|until| until <= now) {
+            actions.extend(self.give_restart_up());
+        }
+        actions.extend(self.tick_life(now));
+        actions
+    }
+
+    fn tick_life(&mut self, now: Time) -> Vec<Action> {
+        if let Some((_, sign)) = self.suspicion.take_if(|(until, _)| *until <= now) {
+            return self.fail(now, sign);
+        }
+        if let (Some((_, over)), Some(silence)) = (self.silence(), self.silence)
+            && over <= now
+        {
+            let what = format!("no heartbeat for {} ms", silence.limit(self.heartbeat_timeout()).as_millis());
+            return self.fail(now, Failure { source: Source::Heartbeat, what, at: silence.heard() });
+        }
+        match self.state {
+            State::Booting { until } | State::Configuring { until } if until <= now => {
+                let stage = if matches!(self.state, State::Booting { .. }) { "booted" } else { "forwarding" };
+                let what = format!("not {stage} after {} s", self.history.policy().boot_timeout_s);
+                self.fail(now, Failure { source: Source::BootTimeout, what, at: now })
+            }
+            State::WaitingCarrier { until } if until <= now => self.go_live(now),
+            State::BackOff { until } if until <= now => self.begin_life(now),
+            State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(),
+            State::Resetting { until, next } if until <= now => {
+                self.state = State::Quarantined;
+                self.reset_hangs = true;
+                let why = format!("the device's reset has not returned for {} s", RESET_PATIENCE.as_secs());
+                let mut actions = self.drop_standby();
+                actions.extend(next.map(|_| Action::Quarantine(why)));
+                actions
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_stop(&mut self) -> Vec<Action> {
+        (self.suspicion, self.restarting) = (None, None);
+        let process = self.has_life() || matches!(self.state, State::Fencing { .. } | State::Stopping);
+        self.state = if process { State::Stopping } else { State::Stopped };
+        let mut actions = self.drop_standby();
+        actions.extend(process.then_some(Action::Kill));
+        actions
+    }
+}
+
+#[cfg(test)]
+mod spare_tests;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! When a failed driver VM is started again, and when no more: the bound on restarts, the back-off. Pure: times go
+//! in, a [`Verdict`] comes out.
+//!
+//! The bound is systemd's `StartLimitBurst`/`StartLimitIntervalSec`; the back-off doubles with each failure in a row.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::base::time::Time;
+use crate::config::Restart;
+
+/// A life that was live for so long is a success: the failure after it is the first in a new row. Short, so that
+/// only a driver which dies of starting is slowed down; frequent deaths in service are the restart limit's to bound.
+const STABLE: Duration = Duration::from_secs(1);
+
+/// What follows a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Start the next generation after this delay.
+    Restart(Duration),
+    /// Start no more.
+    Quarantine,
+}
+
+/// The failures of one driver so far, as far as the policy needs them.
+#[derive(Clone, Debug)]
+pub struct History {
+    policy: Restart,
+    /// Failures within the window, oldest first; never more than `limit` of them.
+    recent: VecDeque<Time>,
+    /// Failures since the last stable life.
+    in_a_row: u32,
+    total: u64,
+}
+
+impl History {
+    /// No failures yet.
+    pub fn new(policy: Restart) -> Self {
+        Self { policy, recent: VecDeque::new(), in_a_row: 0, total: 0 }
+    }
+
+    /// Failures since the start.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The policy in force.
+    pub fn policy(&self) -> &Restart {
+        &self.policy
+    }
+
+    /// Takes note of a failure at `now` of a life that was live for `lived` (`None`: it never was).
+    pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> Verdict {
+        self.total = self.total.saturating_add(1);
+        let exhausted = self.is_exhausted(now, lived);
+        self.in_a_row = self.row_with(lived);
+        if exhausted {
+            return Verdict::Quarantine;
+        }
+        let window = Duration::from_secs(self.policy.interval_s.into());
+        self.recent.retain(|at| now.since(*at) < window);
+        self.recent.push_back(now);
+        Verdict::Restart(self.back_off())
+    }
+
+    /// Whether a failure at `now` of a life that was live for `lived` would be one too many: within the window, or in a row,
+    /// because lives that are slow to fail never get so many into a window.
+    pub fn is_exhausted(&self, now: Time, lived: Option<Duration>) -> bool {
+        self.fills_window(now) || self.row_with(lived) > self.policy.limit
+    }
+
+    /// Which limit a failure at `now` has passed, in words.
+    pub fn passed(&self, now: Time) -> String {
+        let Restart { limit, interval_s, .. } = self.policy;
+        if self.fills_window(now) {
+            format!("more than {limit} failures in {interval_s} s")
+        } else {
+            format!("more than {limit} failures in a row")
+        }
+    }
+
+    fn fills_window(&self, now: Time) -> bool {
+        let window = Duration::from_secs(self.policy.interval_s.into());
+        let recent = self.recent.iter().filter(|at| now.since(**at) < window).count();
+        recent >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX)
+    }
+
+    /// The row of failures with that of a life that was live for `lived`.
+    fn row_with(&self, lived: Option<Duration>) -> u32 {
+        if lived.is_some_and(|d| d >= STABLE) { 1 } else { self.in_a_row.saturating_add(1) }
+    }
+
+    /// What was does not count any more; only [`Self::total`] remembers.
+    pub fn forgive(&mut self) {
+        self.recent.clear();
+        self.in_a_row = 0;
+    }
+
+    /// Nothing before the second failure in a row, then `backoff_ms` and twice as much each time.
+    fn back_off(&self) -> Duration {
+        let Some(doublings) = self.in_a_row.checked_sub(2) else { return Duration::ZERO };
+        let factor = 1_u64.checked_shl(doublings).unwrap_or(u64::MAX);
+        let delay = u64::from(self.policy.backoff_ms).saturating_mul(factor);
+        Duration::from_millis(delay.min(self.policy.backoff_max_ms.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIVED: Option<Duration> = Some(Duration::from_secs(10));
+
+    fn at(ms: u64) -> Time {
+        Time(ms * 1_000_000)
+    }
+
+    #[test]
+    fn a_driver_that_works_in_between_is_restarted_without_delay_until_the_limit() {
+        let mut history = History::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
+        for n in 0..3 {
+            assert_eq!(history.failed(at(n * 10_000), LIVED), Verdict::Restart(Duration::ZERO));
+        }
+        assert_eq!(history.failed(at(30_000), LIVED), Verdict::Quarantine);
+    }
+
+    #[test]
+    fn failures_older_than_the_window_do_not_count() {
+        let mut history = History::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
+        for n in 0..5 {
+            assert_eq!(history.failed(at(n * 60_000), LIVED), Verdict::Restart(Duration::ZERO), "{n}");
+        }
+        assert_eq!(history.failed(at(299_999), LIVED), Verdict::Quarantine);
+    }
+
+    #[test]
+    fn a_driver_that_dies_of_starting_is_slowed_down() {
+        let policy = Restart { limit: 9, backoff_ms: 100, backoff_max_ms: 500, ..Restart::default() };
+        let mut history = History::new(policy);
+        let delays: Vec<_> = (0..6).map(|n| history.failed(at(n), None)).collect();
+        let ms = |n| Verdict::Restart(Duration::from_millis(n));
+        assert_eq!(delays, [ms(0), ms(100), ms(200), ms(400), ms(500), ms(500)]);
+        assert_eq!(history.failed(at(9), LIVED), ms(0), "a stable life ends the row");
+    }
+
+    #[test]
+    fn one_that_fails_slowly_again_and_again_is_given_up_as_well() {
+        let mut history = History::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
+        for n in 0..3 {
+            assert!(matches!(history.failed(at(n * 70_000), None), Verdict::Restart(_)), "{n}");
+        }
+        assert_eq!(history.failed(at(210_000), None), Verdict::Quarantine);
+        assert_eq!(history.passed(at(210_000)), "more than 3 failures in a row");
+    }
+
+    #[test]
+    fn what_is_forgiven_counts_no_more() {
+        let mut history = History::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
+        assert_eq!(history.failed(at(0), None), Verdict::Restart(Duration::ZERO));
+        assert_eq!(history.failed(at(1), None), Verdict::Quarantine);
+        history.forgive();
+        assert_eq!(history.failed(at(2), None), Verdict::Restart(Duration::ZERO));
+        assert_eq!(history.total(), 3);
+    }
+
+    #[test]
+    fn a_limit_of_zero_never_restarts() {
+        let mut history = History::new(Restart { limit: 0, ..Restart::default() });
+        assert_eq!(history.failed(at(0), LIVED), Verdict::Quarantine);
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_restarts_in_any_window_than_allowed(
+            limit in 0_u32..6,
+            interval_s in 1_u32..5,
+            gaps in prop::collection::vec((0_u64..2_000, prop::option::of(0_u64..3_000)), 0..80),
+        ) {
+            let mut history = History::new(Restart { limit, interval_s, ..Restart::default() });
+            let mut now = 0;
+            let mut restarts = Vec::new();
+            for (gap, lived) in gaps {
+                now += gap;
+                if let Verdict::Restart(_) = history.failed(at(now), lived.map(Duration::from_millis)) {
+                    restarts.push(now);
+                }
+            }
+            let window = u64::from(interval_s) * 1000;
+            for (n, first) in restarts.iter().enumerate() {
+                let within = restarts[n..].iter().filter(|at| **at < first + window).count();
+                prop_assert!(within <= limit as usize, "{within} restarts from {first} on");
+            }
+        }
+
+        #[test]
+        fn delays_stay_within_their_bound_and_never_shrink_in_a_row(
+            backoff_ms in 0_u32..,
+            max in 0_u32..,
+            failures in 0_usize..100,
+        ) {
+            let policy = Restart { limit: u32::MAX, backoff_ms, backoff_max_ms: max, ..Restart::default() };
+            let mut history = History::new(policy);
+            let mut last = Duration::ZERO;
+            for n in 0..failures {
+                let Verdict::Restart(delay) = history.failed(at(n as u64), None) else {
+                    return Err(TestCaseError::fail("quarantined below the limit"));
+                };
+                prop_assert!(delay >= last && delay <= Duration::from_millis(max.into()));
+                last = delay;
+            }
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The standby of a driver VM: its next life, booted ahead, without the device. Pure, a part of the life cycle.
+//!
+//! ```text
+//!           live            settled           hello, loaded           failure
+//!   Absent ------> Due ----------------> Booting ---------> Ready ------------> adopted
+//!     ^             ^                       |  death           | death            (so is one that still boots)
+//!     |             +-------- back-off -----+------------------+
+//!     +--- quarantine, stop, a guest that came or went
+//! ```
+//!
+//! A hot spare has a device of its own, which is reset before it boots (`Resetting`) and fenced after each of its lives
+//! (`Fencing`). It is ready when it forwards (`Hot`), armed when its NIC has a carrier. When it takes over, the two devices
+//! change places: that of the life that has failed is the spare's then.
+
+use std::time::Duration;
+
+use umbra_shadow::Generation;
+
+use crate::base::time::Time;
+
+/// After a recovery the machine is left in peace for so long before the next standby boots.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Standbys of several drivers boot one after the other, so that a common failure does not cost the machine two boots at
+/// once: one that is due looks again so often whether it is its turn,
+const TURN: Duration = Duration::from_millis(250);
+/// and waits no longer than this.
+const TURN_MAX: Duration = Duration::from_secs(15);
+
+/// Delay before a standby that died is replaced; doubled with each death in a row up to [`BACK_OFF_MAX`].
+const BACK_OFF: Duration = Duration::from_secs(1);
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+
+/// A standby boots beside everything else at low priority, and waits where nothing hangs on its being punctual: it has
+/// so many times the patience of a life in service.
+pub(super) const PATIENCE: u32 = 4;
+
+/// Where the standby is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standby {
+    /// There is none.
+    #[default]
+    Absent,
+    /// There is none; the next starts at this time.
+    Due(Time),
+    /// The spare's device is held by a process that is about to be gone.
+    Fencing {
+        /// When the next spare starts; `None`: not before one is wanted.
+        next: Option<Time>,
+        /// The process is that of a life which has served and failed: there is a report to be completed.
+        served: bool,
+    },
+    /// The spare's device is being reset.
+    Resetting {
+        /// Whether a spare is to start then.
+        wanted: bool,
+    },
+    /// Its kernel boots, its agent loads modules; that of a spare sets up forwarding as well.
+    Booting {
+        /// Its number.
+        generation: Generation,
+        /// Whether the agent has said hello.
+        hello: bool,
+        /// When it should be ready.
+        until: Time,
+    },
+    /// It waits for the device.
+    Ready {
+        /// Its number.
+        generation: Generation,
+        /// The agent's last sign of life.
+        heard: Time,
+    },
+    /// A spare: it forwards, with its own device.
+    Hot {
+        /// Its number.
+        generation: Generation,
+        /// The agent's last sign of life.
+        heard: Time,
+        /// Its NIC has a carrier: the guests' splitters take it as soon as they lose the serving one.
+        armed: bool,
+    },
+}
+
+impl Standby {
+    /// Its number, if it has a process that is of use.
+    pub fn generation(&self) -> Option<Generation> {
+        match self {
+            Self::Booting { generation, .. } | Self::Ready { generation, .. } | Self::Hot { generation, .. } => {
+                Some(*generation)
+            }
+            Self::Absent | Self::Due(_) | Self::Fencing { .. } | Self::Resetting { .. } => None,
+        }
+    }
+
+    /// One word for people and `umbra status --json`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Absent => "none",
+            Self::Due(_) => "due",
+            Self::Fencing { .. } | Self::Resetting { .. } => "recovering",
+            Self::Booting { .. } => "booting",
+            Self::Ready { .. } => "ready",
+            Self::Hot { armed: true, .. } => "armed",
+            Self::Hot { armed: false, .. } => "no-carrier",
+        }
+    }
+}
+
+/// What stands ready for a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// Nothing: the next life boots cold.
+    Nothing,
+    /// The next life, booted, without the device.
+    Warm,
+    /// A hot spare: the next life in service already, with a device of its own.
+    Spare,
+}
+
+/// How far a standby is that becomes the present life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Booting,
+    Hello,
+    /// It forwards; the agent's last sign of life, and whether there is a carrier.
+    Forwarding(Time, bool),
+}
+
+/// The standby and what is remembered about those before it.
+#[derive(Clone, Debug)]
+pub(super) struct Reserve {
+    ahead: Ahead,
+    state: Standby,
+    /// Deaths since one was last adopted.
+    deaths: u32,
+    /// Since when one that is due waits for its turn.
+    waits_since: Option<Time>,
+    boot_patience: Duration,
+    heartbeat_patience: Duration,
+}
+
+impl Reserve {
+    pub(super) fn new(ahead: Ahead, boot_timeout: Duration, heartbeat_timeout: Duration) -> Self {
+        // A spare may have to serve at any moment.
+        let heartbeat_patience = heartbeat_timeout * if ahead == Ahead::Spare { 1 } else { PATIENCE };
+        let boot_patience = boot_timeout * PATIENCE;
+        Self { ahead, state: Standby::Absent, deaths: 0, waits_since: None, boot_patience, heartbeat_patience }
+    }
+
+    pub(super) fn state(&self) -> Standby {
+        self.state
+    }
+
+    pub(super) fn is_spare(&self) -> bool {
+        self.ahead == Ahead::Spare
+    }
+
+    /// Whether it is a spare that forwards.
+    pub(super) fn is_hot(&self) -> bool {
+        matches!(self.state, Standby::Hot { .. })
+    }
+
+    /// How long one that is wanted now may take to be ready.
+    pub(super) fn longest(&self) -> Duration {
+        TURN_MAX + self.boot_patience
+    }
+
+    /// The driver VM is live: one is wanted, if there is none.
+    pub(super) fn want(&mut self, now: Time) {
+        match &mut self.state {
+            Standby::Absent if self.ahead != Ahead::Nothing => self.state = Standby::Due(now + SETTLE),
+            Standby::Fencing { next: next @ None, .. } => *next = Some(now + SETTLE),
+            Standby::Resetting { wanted } => *wanted = true,
+            _ => {}
+        }
+    }
+
+    /// The spare's device is to be reset, and then a spare started.
+    pub(super) fn resetting(&mut self) {
+        self.state = Standby::Resetting { wanted: true };
+    }
+
+    /// Another standby of the machine boots: one that is due waits for its turn.
+    pub(super) fn wait_turn(&mut self, now: Time) {
+        if let Standby::Due(at) = &mut self.state
+            && *at <= now
+            && now.since(*self.waits_since.get_or_insert(now)) < TURN_MAX
+        {
+            *at = now + TURN;
+        }
+    }
+
+    pub(super) fn started(&mut self, now: Time, generation: Generation) {
+        self.waits_since = None;
+        self.state = Standby::Booting { generation, hello: false, until: now + self.boot_patience };
+    }
+
+    /// Returns whether it is to be told what to serve.
+    pub(super) fn hello(&mut self) -> bool {
+        match &mut self.state {
+            Standby::Booting { hello, .. } => !std::mem::replace(hello, true),
+            _ => false,
+        }
+    }
+
+    pub(super) fn ready(&mut self, now: Time) {
+        if let Standby::Booting { generation, hello: true, .. } = self.state
+            && !self.is_spare()
+        {
+            self.state = Standby::Ready { generation, heard: now };
+        }
+    }
+
+    pub(super) fn forwarding(&mut self, now: Time) {
+        if let Standby::Booting { generation, hello: true, .. } = self.state
+            && self.is_spare()
+        {
+            self.state = Standby::Hot { generation, heard: now, armed: false };
+        }
+    }
+
+    /// The spare's carrier. Returns whether that changes anything.
+    pub(super) fn carrier(&mut self, up: bool) -> bool {
+        match &mut self.state {
+            Standby::Hot { armed, .. } => std::mem::replace(armed, up) != up,
+            _ => false,
+        }
+    }
+
+    pub(super) fn heartbeat(&mut self, now: Time) {
+        if let Standby::Ready { heard, .. } | Standby::Hot { heard, .. } = &mut self.state {
+            *heard = now;
+        }
+    }
+
+    /// One is wanted at once, whatever the configuration says.
+    pub(super) fn want_now(&mut self, now: Time) {
+        match &mut self.state {
+            Standby::Absent | Standby::Due(_) => self.state = Standby::Due(now),
+            Standby::Fencing { next, .. } => *next = Some(now),
+            Standby::Resetting { wanted } => *wanted = true,
+            Standby::Booting { .. } | Standby::Ready { .. } | Standby::Hot { .. } => {}
+        }
+    }
+
+    /// Takes the standby for the next life: its number, and how far it is. Where it is a spare, the device of the life
+    /// before is the spare's from now on.
+    pub(super) fn adopt(&mut self, now: Time) -> Option<(Generation, Stage)> {
+        let taken = match self.state {
+            Standby::Booting { generation, hello, .. } => {
+                (generation, if hello { Stage::Hello } else { Stage::Booting })
+            }
+            Standby::Ready { generation, .. } => (generation, Stage::Hello),
+            Standby::Hot { generation, heard, armed } => (generation, Stage::Forwarding(heard, armed)),
+            _ => return None,
+        };
+        self.deaths = 0;
+        self.state = match self.ahead {
+            Ahead::Spare => Standby::Fencing { next: Some(now + SETTLE), served: true },
+            Ahead::Nothing | Ahead::Warm => Standby::Absent,
+        };
+        Some(taken)
+    }
+
+    /// No standby any more, and none due. Whether there was one.
+    pub(super) fn give_up(&mut self) -> bool {
+        let was = self.state.generation().is_some();
+        self.waits_since = None;
+        self.state = match self.state {
+            Standby::Fencing { served, .. } => Standby::Fencing { next: None, served },
+            Standby::Resetting { .. } => Standby::Resetting { wanted: false },
+            _ if was && self.is_spare() => Standby::Fencing { next: None, served: false },
+            _ => Standby::Absent,
+        };
+        was
+    }
+
+    /// The standby has died while it waited. Whether there was one.
+    pub(super) fn died(&mut self, now: Time) -> bool {
+        if self.state.generation().is_none() {
+            return false;
+        }
+        let delay = BACK_OFF.saturating_mul(1_u32.checked_shl(self.deaths).unwrap_or(u32::MAX)).min(BACK_OFF_MAX);
+        self.deaths = self.deaths.saturating_add(1);
+        self.state = match self.ahead {
+            Ahead::Nothing => Standby::Absent,
+            Ahead::Warm => Standby::Due(now + delay),
+            Ahead::Spare => Standby::Fencing { next: Some(now + delay), served: false },
+        };
+        true
+    }
+
+    /// The process that held the spare's device is gone, or has given it up. Whether it was a life that had served.
+    pub(super) fn fenced(&mut self) -> bool {
+        let Standby::Fencing { next, served } = self.state else { return false };
+        self.state = next.map_or(Standby::Absent, Standby::Due);
+        served
+    }
+
+    /// The reset of the spare's device has returned. Whether a spare is to start.
+    pub(super) fn reset_done(&mut self) -> bool {
+        let Standby::Resetting { wanted } = self.state else { return false };
+        self.state = Standby::Absent;
+        wanted
+    }
+
+    pub(super) fn deadline(&self) -> Option<Time> {
+        match self.state {
+            // The kernel's reset returns, and a killed process ends; nothing waits for either.
+            Standby::Absent | Standby::Fencing { .. } | Standby::Resetting { .. } => None,
+            Standby::Due(at) => Some(at),
+            Standby::Booting { until, .. } => Some(until),
+            Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.heartbeat_patience),
+        }
+    }
+
+    /// Why the standby has to be given up at `now`, if it has.
+    pub(super) fn overdue(&self, now: Time) -> Option<String> {
+        self.deadline().filter(|deadline| *deadline <= now)?;
+        match self.state {
+            Standby::Booting { .. } => Some(format!("not ready after {} s", self.boot_patience.as_secs())),
+            Standby::Ready { .. } | Standby::Hot { .. } => {
+                Some(format!("no heartbeat for {} ms", self.heartbeat_patience.as_millis()))
+            }
+            _ => None,
+        }
+    }
+}

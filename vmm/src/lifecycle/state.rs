@@ -1,0 +1,269 @@
+//! The words of the life cycle: what happens ([`Input`]), what is to be done ([`Action`]), and the states between.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::Serialize;
+use umbra_shadow::Generation;
+
+use crate::base::time::Time;
+use crate::wire::messages::Replay;
+
+/// Index of a guest's network device among those that a driver serves.
+pub type End = usize;
+
+/// How a failure was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// pvpanic: the kernel said so.
+    Panic,
+    /// The VM ended: power-off, reset, triple fault.
+    VmEnd,
+    /// The process ended without a word.
+    ProcessExit,
+    /// The VM could not be started.
+    Start,
+    /// VFIO reported an error of the device, or it was found switched off.
+    Device,
+    /// The agent reported it.
+    Agent,
+    /// The agent's stream was closed or carried what is no message.
+    ControlStream,
+    /// No heartbeat.
+    Heartbeat,
+    /// Not forwarding in time.
+    BootTimeout,
+    /// The link was closed, or broke a rule.
+    Link,
+    /// No failure: `umbra run` replaces the driver VM because a guest was rebooted.
+    Replaced,
+    /// No failure: `umbra restart`.
+    Planned,
+}
+
+impl Source {
+    /// Whether it counts.
+    pub fn is_failure(self) -> bool {
+        !matches!(self, Self::Replaced | Self::Planned)
+    }
+}
+
+/// A failure of a driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// How it was noticed.
+    pub source: Source,
+    /// What happened, for people: `kernel panic`.
+    pub what: String,
+    /// When the first sign of it was seen; for a missing heartbeat, the last sign of life.
+    pub at: Time,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Begin the first life.
+    Start,
+    /// The device's reset has returned, well or not.
+    ResetDone,
+    /// The agent said hello.
+    Hello,
+    /// The device is there, and gets what was recorded of the guests' settings.
+    Applying,
+    /// The driver VM forwards frames.
+    Forwarding,
+    /// The NIC's carrier changed.
+    Carrier(Carrier),
+    /// The agent lives.
+    Heartbeat,
+    /// In the last half of the time-out of its silence the life's VM wanted a processor and got none.
+    Starved,
+    /// The splitter of this end went live.
+    EndLive(End),
+    /// The guest of this end is off, or will not say more.
+    EndGone(End),
+    /// A certain failure.
+    Failed(Failure),
+    /// A failure that may be the echo of one whose own sign is still to come.
+    Sign(Failure),
+    /// The process has given the device up.
+    Released,
+    /// The process has told all it had to tell.
+    Evidence,
+    /// The process is gone, and everything it held with it.
+    ProcessGone(String),
+    /// Replace the driver VM without counting it a failure.
+    Replace(String),
+    /// A deadline may have passed.
+    Tick,
+    /// No further life; end this one.
+    Stop,
+    /// Replace the driver VM by the next one once that waits booted; `fresh`: by one that is started from now on.
+    Restart {
+        /// The present standby is of no use.
+        fresh: bool,
+    },
+    /// The standby is of no use: another one is to be started.
+    StandbyUseless,
+    /// A quarantine is to end: it is tried again, as if nothing had happened before.
+    Resume,
+    /// The standby's agent said hello.
+    StandbyHello,
+    /// The standby has loaded its modules.
+    StandbyLoaded,
+    /// The standby's agent lives.
+    StandbyHeartbeat,
+    /// The standby has failed while it waited, and this is why.
+    StandbyFailed(String),
+    /// The spare forwards.
+    SpareForwarding,
+    /// The carrier of the spare's NIC.
+    SpareCarrier(Carrier),
+    /// The splitter of this end has gone over to the spare by itself.
+    SpareLive(End),
+    /// The process that held the spare's device has given it up, or is gone.
+    SpareFenced,
+    /// The reset of the spare's device has returned, well or not.
+    SpareResetDone,
+}
+
+/// The physical link's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carrier {
+    /// There is a link.
+    Up,
+    /// There is none.
+    Down,
+}
+
+/// What is to be done, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Reset the device; answered by [`Input::ResetDone`].
+    Reset,
+    /// Start the process of this generation, with a new link to each end.
+    Spawn(Generation),
+    /// Make the standby, which is of this generation, the present life: give it the device.
+    Adopt(Generation),
+    /// Start the process of this generation as the standby: without the device, or, as a spare, with that of the spare.
+    SpawnStandby(Generation),
+    /// Make the spare, which is of this generation, the present life as it is, and its device the serving one; have the
+    /// present life give the other device up; answered by [`Input::SpareFenced`].
+    TakeOver(Generation),
+    /// Tell the standby's agent what to serve, ahead.
+    ConfigureStandby,
+    /// Tell the guests that the spare can take over at any moment, or no more.
+    Arm(bool),
+    /// Reset the spare's device; answered by [`Input::SpareResetDone`].
+    ResetSpare,
+    /// Kill the standby (where it is a spare, its end is answered by [`Input::SpareFenced`]); it has failed, and this is why, or it is of no use any more.
+    DropStandby(Option<String>),
+    /// The restart that was asked for is off, because its driver VM did not come up: nothing has changed.
+    RestartOff(String),
+    /// Tell the agent what network to serve.
+    Configure,
+    /// Let the splitter of this end replay and go live.
+    GoLive(End, Replay),
+    /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its
+    /// guest is told so, as in a quarantine.
+    StartClean(End),
+    /// Everything flows.
+    Live,
+    /// The generation is about to fail: let the guests' shadows answer already.
+    Mask,
+    /// The generation has failed: tell the guests (they may know), and people.
+    Failed(Failure),
+    /// Have the process give the device up; answered by [`Input::Released`].
+    Release,
+    /// The process without its device is no longer the present life: let it say its last words, then kill it.
+    Bury,
+    /// Kill the process; answered by [`Input::ProcessGone`].
+    Kill,
+    /// The failed generation is fenced: keep the report.
+    Report,
+    /// The life that has failed, and whose place the spare has taken, is fenced: complete its report.
+    ReportFenced,
+    /// There will be no further generation unless someone resumes it, and this is why: tell the guests.
+    Quarantine(String),
+}
+
+/// Where the driver VM is in its lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Not started yet.
+    Idle,
+    /// No process; the device's reset is under way.
+    Resetting {
+        /// When it counts as hung.
+        until: Time,
+        /// Earliest start of the next life; `None`: there is none.
+        next: Option<Time>,
+    },
+    /// No process; waiting for the delay to pass.
+    BackOff {
+        /// The end of the delay.
+        until: Time,
+    },
+    /// The kernel boots.
+    Booting {
+        /// When it should forward.
+        until: Time,
+    },
+    /// The agent loads the driver and sets up forwarding.
+    Configuring {
+        /// When it should forward.
+        until: Time,
+    },
+    /// Forwarding; the NIC looks for its link.
+    WaitingCarrier {
+        /// How long that is waited for.
+        until: Time,
+    },
+    /// The ends replay.
+    GoingLive {
+        /// Those that are not live yet.
+        waiting: BTreeSet<End>,
+    },
+    /// In service.
+    Live {
+        /// Since when.
+        since: Time,
+    },
+    /// Failed; the device is about to be free.
+    Fencing {
+        /// Until when the process may give it up by itself; `None`: it has been killed.
+        patience: Option<Time>,
+        /// For how long it was live.
+        lived: Option<Duration>,
+        /// Whether it counts.
+        source: Source,
+    },
+    /// Given up.
+    Quarantined,
+    /// The end of `umbra run`: the process is about to be gone.
+    Stopping,
+    /// Ended for good.
+    Stopped,
+}
+
+impl State {
+    /// One word for people and `umbra status --json`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Resetting { .. } => "resetting",
+            Self::BackOff { .. } => "back-off",
+            Self::Booting { .. } => "booting",
+            Self::Configuring { .. } => "configuring",
+            Self::WaitingCarrier { .. } => "waiting-carrier",
+            Self::GoingLive { .. } => "replaying",
+            Self::Live { .. } => "live",
+            Self::Fencing { .. } => "fencing",
+            Self::Quarantined => "quarantined",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        }
+    }
+}

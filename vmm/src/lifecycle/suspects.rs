@@ -1,0 +1,70 @@
+//! What a new life gets of what was recorded, after lives that died while they got it. Each death takes something away:
+//! first the logged requests, then everything (a clean start).
+
+use std::collections::BTreeMap;
+
+use super::End;
+use crate::wire::messages::Replay;
+
+/// Lives in a row that died replaying, from which on the next one starts clean.
+const CLEAN_FROM: u32 = 2;
+
+/// The ends at which lives have died while they replayed, since the last one that went live there.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Suspects(BTreeMap<End, Suspect>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Suspect {
+    /// Lives in a row.
+    lives: u32,
+    /// One of them had begun with the log.
+    log: bool,
+    /// The guest has not been told of the last of them.
+    untold: bool,
+}
+
+impl Suspect {
+    fn is_clean(&self) -> bool {
+        self.lives >= CLEAN_FROM
+    }
+}
+
+impl Suspects {
+    /// A life has died with the configuration of `ends` in hand, and with their logs (`log`).
+    pub(super) fn died<'a>(&mut self, ends: impl IntoIterator<Item = &'a End>, log: bool) {
+        for end in ends {
+            let suspect = self.0.entry(*end).or_default();
+            suspect.lives = suspect.lives.saturating_add(1);
+            suspect.log |= log;
+            suspect.untold = true;
+        }
+    }
+
+    /// A life went live at `end`, or its guest starts over.
+    pub(super) fn clear(&mut self, end: End) {
+        self.0.remove(&end);
+    }
+
+    pub(super) fn clear_all(&mut self) {
+        self.0.clear();
+    }
+
+    /// What the guest's own process is to replay.
+    pub(super) fn replay(&self, end: End) -> Replay {
+        match self.0.get(&end) {
+            Some(suspect) if suspect.log => Replay::ConfigurationOnly,
+            _ => Replay::Everything,
+        }
+    }
+
+    /// Whether the next life gets nothing of what was recorded at `end`.
+    pub(super) fn is_clean(&self, end: End) -> bool {
+        self.0.get(&end).is_some_and(Suspect::is_clean)
+    }
+
+    /// The ends of which that is so by a death that their guests have not been told of; they have been, from now on.
+    pub(super) fn tell(&mut self) -> Vec<End> {
+        let clean = self.0.iter_mut().filter(|(_, suspect)| suspect.is_clean());
+        clean.filter_map(|(end, suspect)| std::mem::take(&mut suspect.untold).then_some(*end)).collect()
+    }
+}

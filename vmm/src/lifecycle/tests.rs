@@ -1,0 +1,561 @@
+//! The lives of a driver VM: the usual way, each way to fail, and any order of inputs at all.
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::Restart;
+use crate::wire::messages::Replay;
+
+fn at(ms: u64) -> Time {
+    Time(ms * 1_000_000)
+}
+
+fn generation(n: u32) -> Generation {
+    Generation::new(n).unwrap()
+}
+
+fn failure(source: Source, ms: u64) -> Failure {
+    Failure { source, what: "it broke".into(), at: at(ms) }
+}
+
+fn new(ends: usize) -> Lifecycle {
+    Lifecycle::new(History::new(Restart::default()), ends, Ahead::Nothing)
+}
+
+/// A driver VM in its first life, live since 10 ms.
+fn live(ends: usize) -> Lifecycle {
+    let mut life = new(ends);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    for end in 0..ends {
+        life.handle(at(10), Input::EndLive(end));
+    }
+    assert_eq!(*life.state(), State::Live { since: at(10) });
+    life
+}
+
+/// From the reset to the replay; returns what that asked for last.
+fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
+    life.handle(now, Input::ResetDone);
+    life.handle(now, Input::Hello);
+    life.handle(now, Input::Forwarding);
+    life.handle(now, Input::Carrier(Carrier::Up))
+}
+
+#[test]
+fn the_first_life_goes_through_its_stages_to_live() {
+    let mut life = new(2);
+    assert_eq!(life.handle(at(0), Input::Start), [Action::Reset]);
+    assert_eq!(life.handle(at(1), Input::ResetDone), [Action::Spawn(generation(1))]);
+    assert_eq!(life.handle(at(2), Input::Hello), [Action::Configure]);
+    assert_eq!(life.handle(at(3), Input::Forwarding), []);
+    let replay = |end| Action::GoLive(end, Replay::Everything);
+    assert_eq!(life.handle(at(4), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
+    assert_eq!(life.handle(at(5), Input::EndLive(1)), []);
+    assert_eq!(life.handle(at(6), Input::EndLive(0)), [Action::Live]);
+    assert_eq!(life.state().name(), "live");
+}
+
+#[test]
+fn a_panic_is_fenced_reported_reset_and_restarted() {
+    let mut life = live(1);
+    let panic = failure(Source::Panic, 2000);
+    assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::Release]);
+    let fenced = [Action::Reset, Action::Bury, Action::Report];
+    assert_eq!(life.handle(at(2003), Input::Released), fenced, "the reset first, and nobody waits for the process");
+    assert_eq!(life.handle(at(2004), Input::Released), [], "once");
+    assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(2))]);
+}
+
+#[test]
+fn a_process_that_does_not_give_the_device_up_is_killed() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
+    assert_eq!(life.deadline(), Some(at(2250)));
+    assert_eq!(life.handle(at(2249), Input::Tick), []);
+    assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
+    assert_eq!(life.handle(at(2251), Input::Evidence), [], "killed once");
+    assert_eq!(life.handle(at(2251), Input::Released), [], "too late");
+    assert_eq!(life.handle(at(2253), Input::ProcessGone("killed".into())), [Action::Reset, Action::Report]);
+}
+
+#[test]
+fn kill_9_needs_no_fence() {
+    let mut life = live(1);
+    let gone = Failure { source: Source::ProcessExit, what: "signal 9".into(), at: at(50) };
+    let actions = life.handle(at(50), Input::ProcessGone("signal 9".into()));
+    assert_eq!(actions, [Action::Failed(gone), Action::Reset, Action::Report]);
+}
+
+#[test]
+fn a_closed_link_waits_for_the_better_reason_and_keeps_its_time() {
+    let mut life = live(1);
+    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 1999))), [Action::Mask]);
+    assert_eq!(life.handle(at(2001), Input::Sign(failure(Source::ControlStream, 2001))), [], "the first counts");
+    let actions = life.handle(at(2003), Input::Failed(failure(Source::Panic, 2003)));
+    assert_eq!(actions.first(), Some(&Action::Failed(failure(Source::Panic, 1999))));
+}
+
+#[test]
+fn a_closed_link_without_a_better_reason_is_the_failure() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Sign(failure(Source::Link, 1999)));
+    assert_eq!(life.handle(at(2099), Input::Tick), []);
+    let actions = life.handle(at(2100), Input::Tick);
+    assert_eq!(actions, [Action::Failed(failure(Source::Link, 1999)), Action::Release]);
+}
+
+#[test]
+fn a_silent_agent_fails_after_the_heartbeat_timeout() {
+    let mut life = live(1);
+    life.handle(at(1000), Input::Heartbeat);
+    assert_eq!(life.deadline(), Some(at(4000)));
+    assert_eq!(life.handle(at(3999), Input::Tick), []);
+    let actions = life.handle(at(4000), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Heartbeat));
+}
+
+#[test]
+fn silence_for_want_of_a_processor_is_excused_for_a_while() {
+    let mut life = live(1);
+    life.handle(at(1000), Input::Heartbeat);
+    assert_eq!(life.silence(), Some((at(2500), at(4000))));
+    life.handle(at(4000), Input::Starved);
+    assert_eq!(life.silence(), Some((at(4000), at(5500))));
+    assert_eq!(life.handle(at(5499), Input::Tick), []);
+    life.handle(at(5000), Input::Heartbeat);
+    assert_eq!(life.silence(), Some((at(6500), at(8000))), "heard again");
+    (0..100).for_each(|_| drop(life.handle(at(8000), Input::Starved)));
+    assert_eq!(life.deadline(), Some(at(17_000)));
+    let actions = life.handle(at(17_000), Input::Tick);
+    let [Action::Failed(failure), Action::Release] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!((failure.at, failure.what.as_str()), (at(5000), "no heartbeat for 12000 ms"));
+}
+
+#[test]
+fn a_boot_that_takes_too_long_fails() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    life.handle(at(0), Input::ResetDone);
+    life.handle(at(100), Input::Hello);
+    let actions = life.handle(at(60_000), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::BootTimeout));
+}
+
+#[test]
+fn a_cable_that_is_out_does_not_keep_the_guest_waiting() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    life.handle(at(0), Input::ResetDone);
+    life.handle(at(0), Input::Hello);
+    life.handle(at(0), Input::Forwarding);
+    life.handle(at(5000), Input::Heartbeat);
+    assert_eq!(life.handle(at(6000), Input::Tick), [Action::GoLive(0, Replay::Everything)]);
+    assert_eq!(life.carrier(), Carrier::Down);
+}
+
+#[test]
+fn a_life_that_dies_replaying_makes_its_log_suspect() {
+    let mut life = new(2);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(1), Input::EndLive(0));
+    life.handle(at(2), Input::ProcessGone("signal 9".into()));
+    let again = bring_up(&mut life, at(3));
+    assert_eq!(again, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::ConfigurationOnly)]);
+    life.handle(at(4), Input::EndLive(0));
+    life.handle(at(4), Input::EndLive(1));
+    life.handle(at(5), Input::ProcessGone("signal 9".into()));
+    // The second failure in a row waits for its back-off.
+    assert_eq!(life.handle(at(6), Input::ResetDone), []);
+    assert_eq!(life.state().name(), "back-off");
+    let until = life.deadline().unwrap();
+    assert_eq!(life.handle(until, Input::Tick), [Action::Spawn(generation(3))]);
+    life.handle(until, Input::Hello);
+    life.handle(until, Input::Forwarding);
+    let third = life.handle(until, Input::Carrier(Carrier::Up));
+    assert_eq!(third, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::Everything)]);
+}
+
+#[test]
+fn after_two_deaths_in_replay_an_end_starts_clean() {
+    let mut life = new(2);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(1), Input::EndLive(0));
+    let first = life.handle(at(2), Input::ProcessGone("signal 9".into()));
+    assert!(!first.iter().any(|action| matches!(action, Action::StartClean(_))), "{first:?}");
+    bring_up(&mut life, at(3));
+    life.handle(at(4), Input::EndLive(0));
+    let second = life.handle(at(5), Input::ProcessGone("signal 9".into()));
+    assert!(second.contains(&Action::StartClean(1)) && !second.contains(&Action::StartClean(0)), "{second:?}");
+    assert!(life.starts_clean(1) && !life.starts_clean(0));
+    life.handle(at(6), Input::ResetDone);
+    let until = life.deadline().unwrap();
+    life.handle(until, Input::Tick);
+    life.handle(until, Input::Hello);
+    life.handle(until, Input::Forwarding);
+    life.handle(until, Input::Carrier(Carrier::Up));
+    life.handle(until, Input::EndLive(0));
+    life.handle(until, Input::EndLive(1));
+    assert!(!life.starts_clean(1), "it is live");
+}
+
+#[test]
+fn a_death_with_the_configuration_alone_leaves_the_log_but_counts() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    let to_carrier = |life: &mut Lifecycle, now| {
+        life.handle(now, Input::ResetDone);
+        if let Some(until) = life.deadline().filter(|_| life.state().name() == "back-off") {
+            life.handle(until, Input::Tick);
+        }
+        life.handle(now, Input::Hello);
+        life.handle(now, Input::Forwarding);
+        assert_eq!(life.state().name(), "waiting-carrier");
+    };
+    to_carrier(&mut life, at(0));
+    life.handle(at(1), Input::ProcessGone("signal 9".into()));
+    to_carrier(&mut life, at(2));
+    assert_eq!(life.handle(at(3), Input::Carrier(Carrier::Up)), [Action::GoLive(0, Replay::Everything)]);
+    let again = life.handle(at(4), Input::ProcessGone("signal 9".into()));
+    assert!(again.contains(&Action::StartClean(0)), "{again:?}");
+}
+
+#[test]
+fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
+    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1, Ahead::Nothing);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
+    assert!(matches!(&actions[..], [_, Action::Reset, Action::Report, Action::Quarantine(_)]), "{actions:?}");
+    assert_eq!(life.handle(at(10), Input::ResetDone), []);
+    assert_eq!(*life.state(), State::Quarantined);
+}
+
+#[test]
+fn a_quarantine_that_is_ended_begins_anew() {
+    let mut life = Lifecycle::new(History::new(Restart { limit: 1, ..Restart::default() }), 1, Ahead::Nothing);
+    life.handle(at(0), Input::Start);
+    assert_eq!(life.handle(at(1), Input::Resume), [], "it is not quarantined");
+    bring_up(&mut life, at(1));
+    for _ in 0..2 {
+        life.handle(at(5), Input::ProcessGone("signal 9".into()));
+        life.handle(at(5), Input::ResetDone);
+        life.handle(at(5), Input::Hello);
+        life.handle(at(5), Input::Forwarding);
+        life.handle(at(5), Input::Carrier(Carrier::Up));
+        life.handle(at(5), Input::EndLive(0));
+    }
+    assert_eq!(*life.state(), State::Quarantined);
+    assert_eq!(life.handle(at(60), Input::Resume), [Action::Reset]);
+    assert_eq!(life.handle(at(61), Input::ResetDone), [Action::Spawn(generation(3))]);
+    life.handle(at(62), Input::ProcessGone("signal 9".into()));
+    let again = matches!(life.state(), State::Resetting { next: Some(_), .. });
+    assert!(again, "what was before the quarantine does not count: {:?}", life.state());
+}
+
+#[test]
+fn a_reset_that_hangs_ends_in_quarantine() {
+    let mut life = new(1);
+    life.handle(at(0), Input::Start);
+    let actions = life.handle(at(0) + RESET_PATIENCE, Input::Tick);
+    assert!(matches!(&actions[..], [Action::Quarantine(_)]));
+    assert_eq!(life.handle(at(80_000), Input::Resume), [], "a second reset would run beside it");
+    assert_eq!(life.handle(at(90_000), Input::ResetDone), [], "too late");
+    assert_eq!(life.handle(at(95_000), Input::Resume), [Action::Reset]);
+}
+
+#[test]
+fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::EndGone(0));
+    life.end_is_back(0);
+    let actions = life.handle(at(2001), Input::Replace("web was rebooted".into()));
+    assert!(matches!(&actions[..], [Action::Failed(_), Action::Kill]));
+    assert_eq!(life.handle(at(2002), Input::ProcessGone("killed".into())), [Action::Reset]);
+    assert_eq!(life.history().total(), 0);
+}
+
+#[test]
+fn a_guest_that_is_rebooted_while_nothing_serves_it_gets_a_life_with_its_new_link() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    let actions = life.handle(at(3050), Input::Replace("web was rebooted".into()));
+    assert_eq!(actions, [Action::DropStandby(None)], "it has a link to the life of the guest that is over");
+    assert_eq!(life.handle(at(3100), Input::ResetDone), [Action::Spawn(generation(3))]);
+}
+
+#[test]
+fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    life.handle(at(3100), Input::ResetDone);
+    let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
+    assert_eq!(life.deadline(), Some(at(3100 + silence)));
+    let actions = life.handle(at(3100 + silence), Input::Tick);
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::Heartbeat), "{actions:?}");
+}
+
+#[test]
+fn a_restart_of_a_cold_driver_vm_survives_a_guest_that_goes() {
+    let mut life = live(2);
+    life.handle(at(2000), Input::Restart { fresh: false });
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    assert_eq!(life.handle(at(2100), Input::EndGone(0)), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2100), Input::Tick), [Action::SpawnStandby(generation(3))]);
+}
+
+#[test]
+fn a_restart_does_not_wait_for_ever() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::Restart { fresh: true });
+    life.handle(at(2000), Input::Tick);
+    let until = life.reserve.deadline().unwrap();
+    life.handle(until, Input::Heartbeat);
+    let actions = life.handle(until, Input::Tick);
+    assert!(actions.iter().any(|action| matches!(action, Action::RestartOff(_))), "{actions:?}");
+}
+
+/// Warm, live since 10 ms, its standby ready at 2 s.
+fn with_standby() -> Lifecycle {
+    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    assert_eq!(life.handle(at(10), Input::EndLive(0)), [Action::Live]);
+    assert_eq!(life.handle(at(1009), Input::Tick), [], "the machine is left in peace first");
+    assert_eq!(life.handle(at(1010), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    life
+}
+
+#[test]
+fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
+    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(10), Input::EndLive(0));
+    life.wait_turn(at(500));
+    assert_eq!(life.standby(), Standby::Due(at(1010)), "it is not due yet");
+    let mut now = 1010;
+    life.wait_turn(at(now));
+    while life.handle(at(now), Input::Tick).is_empty() {
+        now += 250;
+        assert!(now < 30_000, "it waits for ever");
+        life.handle(at(now), Input::Heartbeat);
+        life.wait_turn(at(now));
+    }
+    assert!((15_000..16_500).contains(&now), "{now}");
+    assert!(life.standby_boots());
+}
+
+#[test]
+fn a_ready_standby_takes_over_and_the_next_one_follows() {
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(2000), Input::StandbyHello), [Action::ConfigureStandby], "all that can be done ahead");
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.standby().name(), "ready");
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    let actions = life.handle(at(3100), Input::ResetDone);
+    assert_eq!(actions, [Action::Adopt(generation(2))], "it has its plan");
+    assert_eq!((life.state().name(), life.generation()), ("configuring", Some(generation(2))));
+    life.handle(at(3200), Input::Forwarding);
+    life.handle(at(3200), Input::Carrier(Carrier::Up));
+    assert_eq!(life.standby(), Standby::Absent, "none boots beside a recovery");
+    life.handle(at(3300), Input::EndLive(0));
+    assert_eq!(life.handle(at(4300), Input::Tick), [Action::SpawnStandby(generation(3))]);
+}
+
+#[test]
+fn a_standby_that_still_boots_is_better_than_a_new_one() {
+    let mut life = with_standby();
+    life.handle(at(1500), Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(at(1600), Input::ResetDone), [Action::Adopt(generation(2))]);
+    assert_eq!(life.handle(at(1700), Input::Hello), [Action::Configure]);
+}
+
+#[test]
+fn a_standby_that_dies_is_replaced_ever_more_slowly_and_missed_by_nobody() {
+    let mut life = with_standby();
+    let mut now = at(1100);
+    for (n, seconds) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
+        let actions = life.handle(now, Input::StandbyFailed("it broke".into()));
+        assert_eq!(actions, [Action::DropStandby(Some("it broke".into()))]);
+        now = now + Duration::from_secs(seconds);
+        life.handle(now, Input::Heartbeat);
+        let next = u32::try_from(n).unwrap() + 3;
+        assert_eq!(life.handle(now, Input::Tick), [Action::SpawnStandby(generation(next))]);
+    }
+    life.handle(now, Input::StandbyFailed("it broke".into()));
+    life.handle(now, Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(now, Input::ResetDone), [Action::Spawn(generation(11))], "a cold boot");
+}
+
+#[test]
+fn a_silent_standby_is_given_up() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
+    life.handle(at(2000 + silence), Input::Heartbeat);
+    let actions = life.handle(at(2000 + silence), Input::Tick);
+    assert!(matches!(&actions[..], [Action::DropStandby(Some(why))] if why.contains("heartbeat")), "{actions:?}");
+}
+
+#[test]
+fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
+    let mut life = live(1);
+    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), []);
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))], "though it is cold");
+    life.handle(at(2500), Input::StandbyHello);
+    let actions = life.handle(at(2600), Input::StandbyLoaded);
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Planned), "{actions:?}");
+    assert_eq!(life.handle(at(2610), Input::Released), [Action::Reset, Action::Bury]);
+    assert_eq!(life.handle(at(2700), Input::ResetDone)[0], Action::Adopt(generation(2)));
+    assert_eq!(life.history().total(), 0);
+}
+
+#[test]
+fn a_restart_whose_driver_vm_does_not_come_up_changes_nothing() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2500), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    let why = String::from("no init");
+    let off = [Action::DropStandby(Some(why.clone())), Action::RestartOff(why.clone())];
+    assert_eq!(life.handle(at(3000), Input::StandbyFailed(why)), off);
+    assert_eq!((life.state().name(), life.generation()), ("live", Some(generation(1))));
+}
+
+#[test]
+fn a_guest_that_goes_and_a_stop_take_the_standby_along() {
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(1200), Input::EndGone(0)), [Action::DropStandby(None)]);
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(None), Action::Kill]);
+}
+
+#[test]
+fn messages_of_the_dead_change_nothing() {
+    let mut life = live(1);
+    life.handle(at(50), Input::ProcessGone("signal 9".into()));
+    let before = life.state().clone();
+    for late in [
+        Input::Hello,
+        Input::Forwarding,
+        Input::Heartbeat,
+        Input::EndLive(0),
+        Input::Evidence,
+        Input::Released,
+        Input::Start,
+    ] {
+        assert_eq!(life.handle(at(60), late.clone()), [], "{late:?}");
+    }
+    assert_eq!(*life.state(), before);
+}
+
+fn any_input() -> impl Strategy<Value = Input> {
+    prop_oneof![
+        1 => Just(Input::Start),
+        4 => Just(Input::ResetDone),
+        4 => Just(Input::Hello),
+        2 => Just(Input::Applying),
+        4 => Just(Input::Forwarding),
+        4 => Just(Input::Carrier(Carrier::Up)),
+        1 => Just(Input::Carrier(Carrier::Down)),
+        1 => Just(Input::Heartbeat),
+        4 => (0_usize..3).prop_map(Input::EndLive),
+        1 => (0_usize..3).prop_map(Input::EndGone),
+        1 => Just(Input::Failed(failure(Source::Panic, 0))),
+        1 => Just(Input::Sign(failure(Source::Link, 0))),
+        1 => Just(Input::Evidence),
+        2 => Just(Input::Released),
+        3 => Just(Input::ProcessGone("gone".into())),
+        1 => Just(Input::Replace("reboot".into())),
+        3 => Just(Input::Tick),
+        1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
+        1 => Just(Input::StandbyUseless),
+        1 => Just(Input::Resume),
+        2 => Just(Input::StandbyHello),
+        2 => Just(Input::StandbyLoaded),
+        1 => Just(Input::StandbyHeartbeat),
+        1 => Just(Input::StandbyFailed("gone".into())),
+    ]
+}
+
+proptest! {
+    /// Whatever happens in whatever order: one process at a time beside one standby, generations count up by one, the reset has
+    /// returned before a start, nothing goes live that does not run, and nothing starts after quarantine or stop.
+    #[test]
+    fn any_order_of_inputs_keeps_the_invariants(
+        inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
+        stop_at in 0_usize..250,
+        warm in any::<bool>(),
+    ) {
+        let mut life = Lifecycle::new(History::new(Restart::default()), 3, if warm { Ahead::Warm } else { Ahead::Nothing });
+        let (mut standby, mut asked) = (None, false);
+        let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
+        for (n, (input, gap)) in inputs.into_iter().enumerate() {
+            now += gap;
+            let input = if n == stop_at { Input::Stop } else { input };
+            asked |= matches!(input, Input::Restart { .. });
+            // A process can only be gone, and a reset only return, if there is one.
+            match input {
+                Input::ProcessGone(_) if !alive => continue,
+                Input::ProcessGone(_) => alive = false,
+                Input::ResetDone if !resetting => continue,
+                Input::ResetDone => resetting = false,
+                _ => {}
+            }
+            over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
+            let actions = life.handle(at(now), input.clone());
+            let given_up = actions.contains(&Action::Bury);
+            for action in actions {
+                match action {
+                    Action::Spawn(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "started at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        alive = true;
+                    }
+                    Action::SpawnStandby(generation) => {
+                        prop_assert!((warm || asked) && alive && standby.is_none() && !over, "standby at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        standby = Some(generation);
+                    }
+                    Action::Adopt(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "adopted at {input:?}");
+                        prop_assert_eq!(standby.take(), Some(generation));
+                        alive = true;
+                    }
+                    Action::DropStandby(_) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
+                    Action::Reset => {
+                        prop_assert!((!alive || given_up) && !resetting, "reset under a life at {input:?}");
+                        resetting = true;
+                    }
+                    Action::Configure | Action::GoLive(..) | Action::Mask => prop_assert!(alive),
+                    Action::ConfigureStandby => prop_assert!(standby.is_some()),
+                    Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
+                    Action::Bury => {
+                        prop_assert!(alive, "bury nothing at {input:?}");
+                        alive = false;
+                    }
+                    Action::Quarantine(_) => over = true,
+                    Action::StartClean(_) => prop_assert!(resetting && !over, "no life to come at {input:?}"),
+                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) => {}
+                    other => prop_assert!(false, "{other:?} without a spare"),
+                }
+            }
+            over |= matches!(input, Input::Stop);
+            if let Some(deadline) = life.deadline() {
+                prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
+            }
+        }
+    }
+}

@@ -1,8 +1,0 @@
-//! PCI: one root bus, configuration by ECAM and by ports 0xCF8/0xCFC, BARs and MSI-X.
-
-pub mod address;
-mod allocator;
-pub mod bus;
-pub mod config;
-pub mod device;
-pub mod msix;

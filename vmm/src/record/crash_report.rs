@@ -1,0 +1,281 @@
+//! The crash report of one life of a driver VM: `reports/NAME-genN.json`, and the same for people in `.txt`.
+//!
+//! Written once the life is fenced, and again with the rest of the time line when its successor is live.
+
+use std::fmt::{self, Write as _};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::parts::Parts;
+use super::timeline::Mark;
+use crate::lifecycle::Source;
+use crate::wire::messages::MaskedCounts;
+
+/// Reports kept per driver VM: the run directory is mostly in memory.
+const KEEP: u32 = 32;
+
+/// Most reports that wait for room on the disk; the oldest go first.
+const WAITING: usize = 64;
+
+/// Reports that could not be written: they wait here until they can.
+#[derive(Debug, Default)]
+pub struct Shelf {
+    waiting: Vec<CrashReport>,
+}
+
+impl Shelf {
+    /// Writes `report` into `dir`, or keeps it.
+    ///
+    /// # Errors
+    ///
+    /// It has to wait; the error is there when none had to wait before, so that it is told once.
+    pub fn write(&mut self, dir: &Path, report: &CrashReport) -> Result<PathBuf, Option<io::Error>> {
+        let same = |kept: &CrashReport| kept.driver == report.driver && kept.generation == report.generation;
+        let first = self.waiting.is_empty();
+        self.waiting.retain(|kept| !same(kept));
+        match report.write(dir) {
+            Ok(path) => Ok(path),
+            Err(error) => {
+                if self.waiting.len() >= WAITING {
+                    self.waiting.remove(0);
+                }
+                self.waiting.push(report.clone());
+                Err(first.then_some(error))
+            }
+        }
+    }
+
+    /// Tries those that wait again; returns the driver VMs and the paths of those that are written now.
+    pub fn retry(&mut self, dir: &Path) -> Vec<(String, PathBuf)> {
+        let mut written = Vec::new();
+        while let Some(path) = self.waiting.first().and_then(|report| report.write(dir).ok()) {
+            written.push((self.waiting.remove(0).driver, path));
+        }
+        written
+    }
+
+    /// Whether any waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
+/// A crash report.
+#[derive(Clone, Debug, Serialize)]
+pub struct CrashReport {
+    /// The driver VM.
+    pub driver: String,
+    /// The life that ended.
+    pub generation: u32,
+    /// PCI address.
+    pub device: String,
+    /// Kernel driver, if the agent had said.
+    pub kernel_driver: Option<String>,
+    /// Kernel release, if the agent had said.
+    pub kernel: Option<String>,
+    /// How it was noticed.
+    pub source: Source,
+    /// What happened.
+    pub reason: String,
+    /// The kernel's own line about it, out of the console.
+    pub kernel_says: Option<String>,
+    /// How the process ended.
+    pub exit: String,
+    /// What the policy made of it: `restart` or `quarantine`.
+    pub verdict: &'static str,
+    /// Failures since the start, this one included.
+    pub failures: u64,
+    /// The guests' devices that lost their driver VM.
+    pub masks: Vec<Mask>,
+    /// From the mask to live, ms; none while it lasts.
+    pub outage_ms: Option<f64>,
+    /// How long each part of the recovery took.
+    pub parts: Parts,
+    /// What became of the frames, summed over the guests.
+    pub frames: MaskedCounts,
+    /// Step by step.
+    pub timeline: Vec<Mark>,
+    /// Registers of the driver VM's vCPUs, where there was time to read them.
+    pub registers: String,
+    /// The end of the console.
+    pub console_tail: String,
+}
+
+/// A guest's device that lost its driver VM.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mask {
+    /// The guest.
+    pub guest: String,
+    /// The device, as `net0` or `sound0`.
+    pub device: String,
+    /// When, `CLOCK_MONOTONIC`, ns.
+    pub at_ns: u64,
+    /// `closed`, or the rule that the driver VM broke.
+    pub cause: String,
+}
+
+/// The line in which a Linux console says why it died, without its time stamp.
+pub fn kernel_says(console: &str) -> Option<String> {
+    const SIGNS: [&str; 7] = [
+        "Kernel panic - not syncing:",
+        "BUG:",
+        "Oops:",
+        "general protection fault",
+        "watchdog:",
+        "invalid opcode:",
+        ": nobody cared",
+    ];
+    let panic = console.lines().find(|line| line.contains(SIGNS[0]));
+    let line = panic.or_else(|| console.lines().find(|line| SIGNS.iter().any(|sign| line.contains(sign))))?;
+    let line = match line.split_once("] ") {
+        Some((stamp, rest)) if stamp.starts_with('[') => rest,
+        _ => line,
+    };
+    Some(line.trim().chars().take(200).collect())
+}
+
+impl CrashReport {
+    /// What the failed life has left.
+    pub(crate) fn take_evidence(&mut self, exit: String, registers: String, console_tail: String) {
+        self.kernel_says = kernel_says(&console_tail);
+        (self.exit, self.registers, self.console_tail) = (exit, registers, console_tail);
+    }
+
+    /// Writes both files into `dir` and forgets the oldest. Returns the path of the one for people.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be written; what is there is whole.
+    pub fn write(&self, dir: &Path) -> io::Result<PathBuf> {
+        let file = |generation: u32, kind: &str| dir.join(format!("{}-gen{generation}.{kind}", self.driver));
+        if let Some(old) = self.generation.checked_sub(KEEP) {
+            let _ = fs::remove_file(file(old, "json"));
+            let _ = fs::remove_file(file(old, "txt"));
+        }
+        let json = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
+        replace(&file(self.generation, "json"), &json)?;
+        let text = file(self.generation, "txt");
+        replace(&text, self.to_string().as_bytes())?;
+        Ok(text)
+    }
+}
+
+/// Writes a file whole or not at all.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let result = fs::write(&new, bytes).and_then(|()| fs::rename(&new, path));
+    if result.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    result
+}
+
+impl fmt::Display for CrashReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unknown = "unknown";
+        writeln!(f, "{} generation {} failed: {}", self.driver, self.generation, self.reason)?;
+        if let Some(line) = &self.kernel_says {
+            writeln!(f, "kernel:    {line}")?;
+        }
+        writeln!(f, "device:    {}, driver {}", self.device, self.kernel_driver.as_deref().unwrap_or(unknown))?;
+        writeln!(f, "release:   {}", self.kernel.as_deref().unwrap_or(unknown))?;
+        writeln!(f, "noticed:   {:?}; {}", self.source, self.exit)?;
+        writeln!(f, "then:      {} (failure {} since the start)", self.verdict, self.failures)?;
+        match self.outage_ms {
+            Some(ms) => writeln!(f, "outage:    {ms:.0} ms ({})", self.parts)?,
+            None => writeln!(f, "outage:    not over when this was written")?,
+        }
+        let MaskedCounts { logged, replayed, dropped, unknown } = self.frames;
+        writeln!(f, "frames:    {logged} logged, {replayed} replayed, {dropped} dropped, {unknown} of unknown fate")?;
+        for mask in &self.masks {
+            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, mask.cause)?;
+        }
+        writeln!(f, "\ntime line")?;
+        for mark in &self.timeline {
+            let mut step = String::new();
+            write!(step, "{:?}", mark.step)?;
+            writeln!(f, "  {:>12.3} ms  {}  {step}", mark.ms, mark.time)?;
+        }
+        if !self.registers.is_empty() {
+            writeln!(f, "\nregisters\n{}", self.registers.trim_end())?;
+        }
+        writeln!(f, "\nconsole (the end)\n{}", self.console_tail.trim_end())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn report(generation: u32) -> CrashReport {
+        CrashReport {
+            driver: "nic0".into(),
+            generation,
+            device: "0000:03:00.0".into(),
+            kernel_driver: Some("e1000e".into()),
+            kernel: None,
+            source: Source::Panic,
+            reason: "kernel panic".into(),
+            kernel_says: None,
+            exit: "its process was killed by signal 9 (SIGKILL)".into(),
+            verdict: "restart",
+            failures: 1,
+            masks: Vec::new(),
+            outage_ms: None,
+            parts: Parts::default(),
+            frames: MaskedCounts::default(),
+            timeline: Vec::new(),
+            registers: String::new(),
+            console_tail: "Kernel panic - not syncing: sysrq triggered crash".into(),
+        }
+    }
+
+    #[test]
+    fn the_kernel_s_own_words_are_found() {
+        let console = "[    1.0] e1000e: BUG: trouble\n[   12.345678] Kernel panic - not syncing: sysrq triggered crash\n\
+                       [   12.4] CPU: 0\n[ 12.9] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---\n";
+        let said = kernel_says(console).unwrap();
+        assert!(said.contains("Kernel panic - not syncing: sysrq triggered crash"), "{said}");
+        assert_eq!(kernel_says("[    1.0] BUG: trouble\n").unwrap(), "BUG: trouble");
+        assert_eq!(kernel_says("all is well"), None);
+    }
+
+    #[test]
+    fn both_files_are_written_and_the_oldest_go() {
+        let dir = tempfile::tempdir().unwrap();
+        for generation in 1..=KEEP + 2 {
+            report(generation).write(dir.path()).unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2 * KEEP as usize);
+        let json = fs::read(dir.path().join(format!("nic0-gen{}.json", KEEP + 2))).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(json["source"], "panic");
+        let text = fs::read_to_string(dir.path().join("nic0-gen3.txt")).unwrap();
+        assert!(text.starts_with("nic0 generation 3 failed: kernel panic\n"), "{text}");
+    }
+
+    #[test]
+    fn a_report_without_room_waits_is_told_once_and_written_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("reports");
+        let mut shelf = Shelf::default();
+        assert!(matches!(shelf.write(&folder, &report(1)), Err(Some(_))));
+        assert!(matches!(shelf.write(&folder, &report(1)), Err(None)), "the same once more");
+        assert!(matches!(shelf.write(&folder, &report(2)), Err(None)));
+        assert!(shelf.retry(&folder).is_empty() && !shelf.is_empty());
+        fs::create_dir(&folder).unwrap();
+        let written = shelf.retry(&folder);
+        assert_eq!(written.len(), 2, "{written:?}");
+        assert!(shelf.is_empty() && folder.join("nic0-gen1.json").exists() && folder.join("nic0-gen2.txt").exists());
+        assert!(shelf.write(&folder, &report(3)).is_ok());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_an_error_and_no_panic() {
+        assert!(report(1).write(Path::new("/proc/no/such")).is_err());
+    }
+}

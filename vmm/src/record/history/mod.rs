@@ -1,0 +1,183 @@
+//! A machine's past, out of its event log and its crash reports: what `umbra report` shows.
+//!
+//! The events say what happened to every driver VM, the reports add what a console and a kernel said of the newest
+//! failures. Both were written by this program, but carry the words of driver VMs: nothing here is trusted to be short,
+//! and [`page`] escapes all of it. Fields of another version are left out, not an error.
+
+mod chart;
+mod pace;
+pub mod page;
+mod parts;
+mod read;
+mod timeline;
+
+pub use read::{ReadError, folder, read};
+
+use super::parts::Parts;
+use crate::wire::messages::PaceSteps;
+
+/// A machine's past.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// The machine.
+    pub machine: String,
+    /// Time of the first event, wall clock, UTC.
+    pub from: String,
+    /// Time of the last event.
+    pub until: String,
+    /// From the first event to the last, in seconds.
+    pub seconds: f64,
+    /// Driver VMs in the order of their first event.
+    pub drivers: Vec<Driver>,
+    /// Failures, oldest first.
+    pub failures: Vec<Failure>,
+    /// Warnings and what became of the guests: time and sentence.
+    pub remarks: Vec<(String, String)>,
+}
+
+/// A driver VM.
+#[derive(Clone, Debug, Default)]
+pub struct Driver {
+    /// Its name.
+    pub name: String,
+    /// PCI address, if a report says.
+    pub device: Option<String>,
+    /// Its kernel's driver for the device.
+    pub kernel_driver: Option<String>,
+    /// Reset method last used.
+    pub reset: Option<String>,
+    /// The parts of its first start.
+    pub first_start: Option<Parts>,
+    /// Why it was given up, if it was.
+    pub quarantined: Option<String>,
+}
+
+/// One failure of a driver VM, and what followed.
+#[derive(Clone, Debug, Default)]
+pub struct Failure {
+    /// The driver VM.
+    pub driver: String,
+    /// The life that ended.
+    pub generation: u32,
+    /// When it was certain, wall clock, UTC.
+    pub time: String,
+    /// Since the first event, in seconds.
+    pub second: f64,
+    /// How it was noticed, as reports name it.
+    pub source: String,
+    /// What happened.
+    pub reason: String,
+    /// Somebody had asked for it: how.
+    pub requested: Option<String>,
+    /// First sign to certainty, ms.
+    pub detect_ms: f64,
+    /// What followed.
+    pub outcome: Outcome,
+    /// How long each part took, as far as it is known.
+    pub parts: Parts,
+    /// Frames of the outage.
+    pub frames: Frames,
+    /// Guests' devices that were answered by the shadow: `web.net0`.
+    pub masked: Vec<String>,
+    /// How much the guests' devices moved around the outage: `web.net0`.
+    pub paces: Vec<(String, PaceSteps)>,
+    /// What a crash report adds.
+    pub evidence: Option<Evidence>,
+}
+
+/// What followed a failure.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Outcome {
+    /// The next life serves, after an outage of so many ms (`None`: nothing had been served before).
+    Live(u32, Option<f64>),
+    /// The next life failed before it served.
+    FailedAgain,
+    /// There is no next life.
+    Quarantined,
+    /// The log ends here.
+    #[default]
+    Open,
+}
+
+/// What became of frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct Frames {
+    /// Taken from the guests during the outage.
+    pub logged: u64,
+    /// Sent afterwards.
+    pub replayed: u64,
+    /// Given up for want of room, or as suspect.
+    pub dropped: u64,
+    /// With the dead driver VM; never sent again.
+    pub unknown: u64,
+}
+
+/// What a crash report adds to the events.
+#[derive(Clone, Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub struct Evidence {
+    /// PCI address.
+    pub device: Option<String>,
+    /// Kernel driver.
+    pub kernel_driver: Option<String>,
+    /// Kernel release.
+    pub kernel: Option<String>,
+    /// The kernel's own line about it.
+    pub kernel_says: Option<String>,
+    /// How the process ended.
+    pub exit: Option<String>,
+    /// Registers.
+    pub registers: String,
+    /// The end of the console.
+    pub console_tail: String,
+    /// The steps.
+    pub timeline: Vec<Mark>,
+}
+
+/// A step of the time line.
+#[derive(Clone, Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub struct Mark {
+    /// Its name, as `mask`.
+    pub step: String,
+    /// Since the first step, ms.
+    pub ms: f64,
+    /// Wall clock, UTC.
+    pub time: String,
+}
+
+impl Failure {
+    /// The outage in ms, where it is over.
+    pub fn outage(&self) -> Option<f64> {
+        if let Outcome::Live(_, outage) = self.outcome { outage } else { None }
+    }
+}
+
+impl History {
+    /// The outages that are over, shortest first, ms.
+    pub fn outages(&self) -> Vec<f64> {
+        let mut outages: Vec<_> = self.failures.iter().filter_map(Failure::outage).collect();
+        outages.sort_by(f64::total_cmp);
+        outages
+    }
+}
+
+/// The value below which a share of `percent` of `sorted` lies (nearest rank).
+pub fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        assert_eq!(percentile(&[], 50), None);
+        assert_eq!(percentile(&[3.0], 95), Some(3.0));
+        let values: Vec<_> = (1..=20).map(f64::from).collect();
+        assert_eq!((percentile(&values, 50), percentile(&values, 95)), (Some(10.0), Some(19.0)));
+    }
+}

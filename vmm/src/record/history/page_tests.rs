@@ -1,0 +1,83 @@
+//! The report's page, as text; a browser looks at it in `vmm/tests`.
+
+use super::super::{Driver, Mark};
+use super::*;
+use crate::record::parts::Parts;
+use crate::wire::messages::PaceSteps;
+
+fn failure(outcome: Outcome) -> Failure {
+    Failure {
+        driver: "nic0".into(),
+        generation: 1,
+        time: "2026-01-02T03:04:05.678Z".into(),
+        source: "panic".into(),
+        reason: "kernel panic".into(),
+        requested: Some("panic".into()),
+        detect_ms: 0.4,
+        outcome,
+        parts: Parts { detect_ms: Some(0.4), boot_ms: Some(900.0), ..Parts::default() },
+        frames: Frames { logged: 14, replayed: 12, dropped: 0, unknown: 2 },
+        masked: vec!["web.net0".into()],
+        paces: vec![("web.net0".into(), PaceSteps { step_ms: 25, before_ms: 0, out: vec![0, 2], into: vec![1, 1] })],
+        evidence: Some(Evidence {
+            kernel_says: Some("Kernel panic - not syncing: <oops>".into()),
+            console_tail: "</pre><script>alert(1)</script>\u{1b}[31m".into(),
+            timeline: vec![Mark { step: "mask".into(), ms: 0.0, time: "2026-01-02T03:04:05.678Z".into() }],
+            ..Evidence::default()
+        }),
+        ..Failure::default()
+    }
+}
+
+fn history() -> History {
+    History {
+        machine: "m&m".into(),
+        failures: vec![failure(Outcome::Live(2, Some(1000.0))), failure(Outcome::Quarantined)],
+        drivers: vec![Driver { name: "nic0".into(), quarantined: Some("too often".into()), ..Driver::default() }],
+        seconds: 60.0,
+        ..History::default()
+    }
+}
+
+#[test]
+fn what_a_driver_vm_says_cannot_become_markup() {
+    let page = page(&history(), "2026-01-02T03:05:00.000Z");
+    assert!(!page.contains("<script") && page.contains("&lt;script&gt;alert(1)"), "{page}");
+    assert!(page.contains("m&amp;m: failures") && page.contains("&lt;oops&gt;"));
+    assert!(!page.contains('\u{1b}'));
+}
+
+#[test]
+fn nothing_comes_from_elsewhere() {
+    let page = page(&history(), "now");
+    for word in ["http://", "https://", "src=", "url(", "@import", "<link"] {
+        assert!(!page.contains(word), "{word}");
+    }
+    assert!(page.contains("default-src 'none'"));
+}
+
+#[test]
+fn each_failure_says_what_where_and_how_it_ended() {
+    let page = page(&history(), "now");
+    for words in [
+        "1. nic0: kernel panic",
+        "generation 2 live",
+        "outage <b>1.00 s</b>",
+        "<b>12</b> replayed",
+        "web.net0: frames sent (above) and received (below)",
+        "umbra crash --kind panic",
+        "2026-01-02 03:04:05",
+        "class=\"badge bad\">quarantined",
+    ] {
+        assert!(page.contains(words), "{words}");
+    }
+    assert!(page.find("id=\"failure-2\"") < page.find("id=\"failure-1\""), "newest first");
+    assert!(super::page(&History::default(), "now").contains("No driver VM has failed."));
+}
+
+#[test]
+fn of_a_long_console_whole_lines_of_the_end_are_shown() {
+    assert_eq!(tail("short", 100), "short");
+    assert_eq!(tail("one\ntwo\nthree", 8), "three");
+    assert_eq!(tail("\u{fc}\u{fc}\u{fc}", 3), "\u{fc}");
+}

@@ -1,0 +1,74 @@
+//! The present state as metrics, put together when somebody asks.
+
+use std::fmt::Error;
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Unit;
+
+use crate::record::status::Status;
+
+/// Shows the last status that the supervisor has told.
+#[derive(Debug)]
+pub(super) struct Now(pub(super) Arc<Mutex<Option<Status>>>);
+
+impl Collector for Now {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
+        // A copy, so that the supervisor never waits for an encoder.
+        let Some(status) = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return Ok(()) };
+        let encoder = &mut encoder;
+        let drivers = status.drivers.iter();
+        let state = drivers.clone().map(|d| ([("driver", d.name.as_str()), ("state", d.state.as_str())], 1_u64));
+        gauge(encoder, "driver_state", "State of a driver VM's life cycle (1: the present one)", None, state)?;
+        let life = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.generation?)));
+        gauge(encoder, "driver_generation", "Present or last life of a driver VM", None, life)?;
+        let carrier = drivers.clone().map(|d| ([("driver", d.name.as_str())], u64::from(d.carrier)));
+        gauge(encoder, "driver_carrier", "Whether the NIC has its link", None, carrier)?;
+        let memory = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.available_memory?)));
+        gauge(encoder, "driver_available_memory", "Memory available in a driver VM", Some(&Unit::Bytes), memory)?;
+        let guests = status.guests.iter();
+        let state = guests.clone().map(|g| ([("guest", g.name.as_str()), ("state", g.state.as_str())], 1_u64));
+        gauge(encoder, "guest_state", "State of a guest (1: the present one)", None, state)?;
+        let uptime = guests.clone().map(|g| ([("guest", g.name.as_str())], g.uptime_s));
+        gauge(encoder, "guest_uptime", "Since the guest's VM was started", Some(&Unit::Seconds), uptime)?;
+        let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
+        let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
+        let resident =
+            all.filter_map(|(kind, name, pid)| Some(([("kind", kind), ("name", name.as_str())], resident(pid?)?)));
+        gauge(
+            encoder,
+            "process_resident_memory",
+            "Resident memory of the process of a VM, and of the supervisor",
+            Some(&Unit::Bytes),
+            resident,
+        )
+    }
+}
+
+fn gauge<'a, const N: usize, V: EncodeGaugeValue>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    values: impl Iterator<Item = ([(&'a str, &'a str); N], V)>,
+) -> Result<(), Error> {
+    let mut values = values.peekable();
+    if values.peek().is_none() {
+        return Ok(());
+    }
+    let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+    for (labels, value) in values {
+        metric.encode_family(&labels)?.encode_gauge(&value)?;
+    }
+    Ok(())
+}
+
+/// Resident memory of a process in bytes.
+fn resident(pid: u32) -> Option<u64> {
+    let pages: u64 = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    pages.checked_mul(u64::try_from(page).ok()?)
+}

@@ -1,0 +1,72 @@
+//! Metrics out of events and status.
+
+use super::*;
+use crate::lifecycle::Source;
+use crate::wire::messages::{MaskedCounts, SoundCounts};
+
+fn failed(source: Source) -> Event {
+    Event::DriverFailed { driver: "nic0".into(), generation: 1, source, reason: "x".into(), detect_ms: 0.1 }
+}
+
+#[test]
+fn events_are_counted() {
+    let metrics = Metrics::new("m");
+    metrics.observe(&failed(Source::Panic));
+    metrics.observe(&failed(Source::Panic));
+    metrics.observe(&failed(Source::Replaced));
+    let parts = Parts { boot_ms: Some(500.0), ..Parts::default() };
+    let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
+    metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });
+    let samples = SoundCounts { frames_skipped: 480, ..SoundCounts::default() };
+    let live = Event::SoundLive {
+        guest: "web".into(),
+        device: "sound0".into(),
+        driver: "snd0".into(),
+        generation: 2,
+        samples,
+    };
+    metrics.observe(&live);
+    let text = metrics.text();
+    for line in [
+        "umbra_machine_info{machine=\"m\",version=\"0.1.0\"} 1",
+        "umbra_driver_failures_total{driver=\"nic0\",source=\"panic\"} 2",
+        "umbra_driver_outage_seconds_bucket{le=\"0.5\",driver=\"nic0\"} 0",
+        "umbra_driver_outage_seconds_bucket{le=\"1.0\",driver=\"nic0\"} 1",
+        "umbra_driver_recovery_seconds_total{driver=\"nic0\",part=\"boot\"} 0.5",
+        "umbra_driver_frames_total{driver=\"nic0\",fate=\"unknown\"} 1",
+        "umbra_driver_samples_total{driver=\"snd0\",fate=\"skipped\"} 480",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
+    }
+    assert!(!text.contains("replaced"), "a guest's reboot is no failure");
+    assert!(text.ends_with("# EOF\n"));
+}
+
+#[test]
+fn the_present_state_is_shown_with_the_memory_of_each_process() {
+    let metrics = Metrics::new("m");
+    let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[]}],
+        "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
+        "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42}]}"#;
+    let status = status.replace("PID", &std::process::id().to_string());
+    metrics.show(serde_json::from_str(&status).unwrap());
+    let text = metrics.text();
+    for line in [
+        "umbra_driver_state{driver=\"nic0\",state=\"live\"} 1",
+        "umbra_driver_generation{driver=\"nic0\"} 1",
+        "umbra_driver_carrier{driver=\"nic0\"} 1",
+        "umbra_driver_available_memory_bytes{driver=\"nic0\"} 42",
+        "umbra_guest_uptime_seconds{guest=\"web\"} 2.5",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
+    }
+    let resident = text
+        .lines()
+        .find(|line| line.starts_with("umbra_process_resident_memory_bytes{kind=\"guest\",name=\"web\"}"))
+        .unwrap();
+    let mut names: Vec<_> =
+        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' ')).collect();
+    names.sort_unstable();
+    assert!(names.windows(2).all(|pair| pair[0].0 != pair[1].0), "a name twice: {text}");
+    assert!(resident.rsplit(' ').next().unwrap().parse::<u64>().unwrap() > 100_000, "{resident}");
+}

@@ -1,0 +1,13 @@
+//! What is kept and shown of a machine's run: events, the log that they go into, time lines, crash reports, status, metrics,
+//! and the page of a machine's past.
+
+pub mod crash_report;
+pub mod events;
+pub mod history;
+pub mod log;
+pub mod metrics;
+pub mod parts;
+pub mod recent;
+pub mod status;
+pub mod timeline;
+pub mod writer;

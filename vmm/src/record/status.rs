@@ -1,0 +1,334 @@
+//! What `umbra status` shows: the same data as JSON and as a table.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::wire::messages::{MaskedCounts, SoundCounts};
+
+/// A running machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The machine's name.
+    pub name: String,
+    /// The supervisor's process.
+    pub pid: u32,
+    /// Guests, by name.
+    pub guests: Vec<GuestStatus>,
+    /// Driver VMs, by name.
+    pub drivers: Vec<DriverStatus>,
+}
+
+/// A guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuestStatus {
+    /// Its name.
+    pub name: String,
+    /// `starting`, `running`, `rebooting`, `off` or `failed`.
+    pub state: String,
+    /// Why, where it failed.
+    pub reason: Option<String>,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+    /// Seconds since the VM was started.
+    pub uptime_s: f64,
+    /// Network devices, in order.
+    pub nets: Vec<NetStatus>,
+    /// Sound devices, in order.
+    #[serde(default)]
+    pub sounds: Vec<SoundStatus>,
+}
+
+/// A guest's sound device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SoundStatus {
+    /// Index in the guest.
+    pub index: usize,
+    /// The driver VM.
+    pub driver: Option<String>,
+    /// The card, once its driver VM has reported it.
+    pub card: Option<String>,
+    /// The shadow's mode: `passive`, `masking`, `replaying`, `quarantined`; `unknown` before the guest's process has said.
+    pub mode: String,
+    /// Bytes of samples kept for the card now.
+    pub kept_bytes: u64,
+    /// Sums since the start.
+    pub sums: SoundCounts,
+}
+
+/// A guest's network device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NetStatus {
+    /// Index in the guest.
+    pub index: usize,
+    /// The guest's address.
+    pub mac: String,
+    /// The host interface, where it is a TAP.
+    pub tap: Option<String>,
+    /// The driver VM, where there is one.
+    pub driver: Option<String>,
+    /// `tap`, or the shadow's mode: `passive`, `masking`, `replaying`, `quarantined`; `unknown` before the guest's process has said.
+    pub mode: String,
+    /// Frames guest to NIC.
+    pub frames_out: u64,
+    /// Frames NIC to guest.
+    pub frames_in: u64,
+    /// Frames in the log now.
+    pub logged_now: u32,
+    /// Sums over all outages.
+    pub masked: MaskedCounts,
+}
+
+/// A driver VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DriverStatus {
+    /// Its name.
+    pub name: String,
+    /// PCI address.
+    pub device: String,
+    /// Kernel driver, once the agent has said.
+    pub driver: Option<String>,
+    /// The kernel of the driver VM, once the agent has said.
+    pub kernel: Option<String>,
+    /// Present or last life.
+    pub generation: Option<u32>,
+    /// The life cycle's state, as `docs/recovery.md` names them.
+    pub state: String,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+    /// The NIC's carrier.
+    pub carrier: bool,
+    /// How the device is reset between two lives; `none` where it cannot be.
+    pub reset_method: String,
+    /// What that means for a restart, in a sentence.
+    pub reset_meaning: String,
+    /// Failures since the start.
+    pub failures: u64,
+    /// Why it failed last, or why it is quarantined.
+    pub reason: Option<String>,
+    /// The last outage as the guests' devices saw it, from the mask to live, in ms.
+    pub last_outage_ms: Option<f64>,
+    /// The last crash report.
+    pub report: Option<String>,
+    /// Memory available in the driver VM, as the last heartbeat said, bytes.
+    pub available_memory: Option<u64>,
+    /// The next life; `None` with `standby = "cold"`.
+    #[serde(default)]
+    pub standby: Option<StandbyStatus>,
+}
+
+/// The next life of a driver VM, that waits without the device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandbyStatus {
+    /// `none`, `due`, `booting` or `ready`; of a spare `none`, `due`, `recovering` (its device is given up and reset),
+    /// `booting`, `no-carrier` or `armed`.
+    pub state: String,
+    /// The device of a spare; `None` for a standby without one.
+    #[serde(default)]
+    pub device: Option<String>,
+    /// Whether a spare is on the guests' network: `same`, `unknown`, or `silent` (it has heard nothing of it).
+    #[serde(default)]
+    pub network: Option<String>,
+    /// Its number, while there is one.
+    pub generation: Option<u32>,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+}
+
+impl Status {
+    /// Leaves only the guest or driver VM of this name. Returns whether there is one.
+    pub fn retain(&mut self, name: &str) -> bool {
+        self.guests.retain(|guest| guest.name == name);
+        self.drivers.retain(|driver| driver.name == name);
+        !self.guests.is_empty() || !self.drivers.is_empty()
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if !self.guests.is_empty() {
+            let mut rows = vec![["GUEST", "STATE", "UPTIME", "DEVICES"].map(String::from)];
+            rows.extend(self.guests.iter().map(GuestStatus::row));
+            parts.push(table(&rows));
+        }
+        if !self.drivers.is_empty() {
+            let heads = [
+                "DRIVER VM",
+                "DEVICE",
+                "DRIVER",
+                "GENERATION",
+                "STATE",
+                "STANDBY",
+                "RESET",
+                "FAILURES",
+                "LAST OUTAGE",
+                "REASON",
+            ];
+            let mut rows = vec![heads.map(String::from)];
+            rows.extend(self.drivers.iter().map(DriverStatus::row));
+            parts.push(table(&rows));
+        }
+        for driver in self.drivers.iter().filter(|driver| driver.reset_method == "none") {
+            parts.push(format!("{}: {}\n", driver.name, driver.reset_meaning));
+        }
+        f.write_str(parts.join("\n").trim_end())
+    }
+}
+
+impl GuestStatus {
+    fn row(&self) -> [String; 4] {
+        let nets = self.nets.iter().map(ToString::to_string);
+        let devices: Vec<_> = nets.chain(self.sounds.iter().map(ToString::to_string)).collect();
+        let state = match &self.reason {
+            Some(reason) => format!("{} ({reason})", self.state),
+            None => self.state.clone(),
+        };
+        [self.name.clone(), state, format!("{:.0} s", self.uptime_s), devices.join(", ")]
+    }
+}
+
+impl fmt::Display for NetStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.tap, &self.driver) {
+            (Some(tap), _) => write!(f, "net{}: tap {tap}", self.index),
+            (None, Some(driver)) => write!(f, "net{}: {driver} {}", self.index, self.mode),
+            (None, None) => write!(f, "net{}", self.index),
+        }
+    }
+}
+
+impl fmt::Display for SoundStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let driver = self.driver.as_deref().unwrap_or("-");
+        write!(f, "sound{}: {driver} {}", self.index, self.mode)
+    }
+}
+
+impl StandbyStatus {
+    fn cell(&self) -> String {
+        let other = self.network.as_deref().filter(|network| *network == "silent").map(|_| ", other network?");
+        match &self.device {
+            Some(device) => format!("spare {device} {}{}", self.state, other.unwrap_or_default()),
+            None => self.state.clone(),
+        }
+    }
+}
+
+impl DriverStatus {
+    fn row(&self) -> [String; 10] {
+        let dash = || "-".to_owned();
+        let carrier = if self.state == "live" && !self.carrier { " (no carrier)" } else { "" };
+        [
+            self.name.clone(),
+            self.device.clone(),
+            self.driver.clone().unwrap_or_else(dash),
+            self.generation.map_or_else(dash, |n| n.to_string()),
+            format!("{}{carrier}", self.state),
+            self.standby.as_ref().map_or_else(|| "cold".into(), StandbyStatus::cell),
+            self.reset_method.clone(),
+            self.failures.to_string(),
+            self.last_outage_ms.map_or_else(dash, |ms| format!("{ms:.0} ms")),
+            self.reason.clone().unwrap_or_else(dash),
+        ]
+    }
+}
+
+/// Columns as wide as their widest cell.
+pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let line = |row: &[String; N]| {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        let net = NetStatus {
+            index: 0,
+            mac: "02:00:00:00:00:01".into(),
+            tap: None,
+            driver: Some("nic0".into()),
+            mode: "passive".into(),
+            frames_out: 1,
+            frames_in: 2,
+            logged_now: 0,
+            masked: MaskedCounts::default(),
+        };
+        let guest = GuestStatus {
+            name: "web".into(),
+            state: "running".into(),
+            reason: None,
+            pid: Some(7),
+            uptime_s: 61.4,
+            nets: vec![net],
+            sounds: Vec::new(),
+        };
+        let driver = DriverStatus {
+            name: "nic0".into(),
+            device: "0000:00:08.0".into(),
+            driver: Some("8139cp".into()),
+            kernel: Some("6.12".into()),
+            generation: Some(3),
+            state: "live".into(),
+            pid: Some(9),
+            carrier: true,
+            reset_method: "none".into(),
+            reset_meaning: "it keeps its registers".into(),
+            failures: 2,
+            reason: Some("kernel panic".into()),
+            last_outage_ms: Some(812.4),
+            report: None,
+            available_memory: None,
+            standby: Some(StandbyStatus {
+                state: "ready".into(),
+                device: None,
+                network: None,
+                generation: Some(4),
+                pid: Some(10),
+            }),
+        };
+        Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
+    }
+
+    #[test]
+    fn the_table_lines_up_and_says_what_no_reset_means() {
+        let expected = "\
+GUEST  STATE    UPTIME  DEVICES
+web    running  61 s    net0: nic0 passive
+
+DRIVER VM  DEVICE        DRIVER  GENERATION  STATE  STANDBY  RESET  FAILURES  LAST OUTAGE  REASON
+nic0       0000:00:08.0  8139cp  3           live   ready    none   2         812 ms       kernel panic
+
+nic0: it keeps its registers";
+        assert_eq!(status().to_string(), expected);
+    }
+
+    #[test]
+    fn a_spare_is_shown_with_its_device_and_what_is_known_of_its_network() {
+        let mut spare = status().drivers.remove(0).standby.unwrap();
+        spare.device = Some("0000:04:00.0".into());
+        (spare.state, spare.network) = ("armed".into(), Some("same".into()));
+        assert_eq!(spare.cell(), "spare 0000:04:00.0 armed");
+        spare.network = Some("silent".into());
+        assert_eq!(spare.cell(), "spare 0000:04:00.0 armed, other network?");
+    }
+
+    #[test]
+    fn one_name_can_be_picked() {
+        let mut picked = status();
+        assert!(picked.retain("nic0"));
+        assert!(picked.guests.is_empty() && picked.drivers.len() == 1);
+        assert!(!status().retain("other"));
+    }
+}

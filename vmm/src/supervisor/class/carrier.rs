@@ -1,0 +1,90 @@
+//! The carrier that agents report: told to the guests when it changes, and no more often than a cable can.
+//!
+//! The agent is not trusted: what it repeats is passed over, and one whose carrier changes without end has failed.
+
+use std::time::Duration;
+
+use crate::base::time::Time;
+use crate::lifecycle::{Carrier, Input, Source, State};
+use crate::record::events::Event;
+use crate::record::timeline::Step;
+use crate::supervisor::driver::{DeviceRef, EndRef};
+use crate::supervisor::run::Supervisor;
+use crate::wire::messages::ToVm;
+
+/// So many changes within [`WINDOW`] are believed: a bad cable does a few a second, each autonegotiation taking its time.
+const MOST: u32 = 100;
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// What such an agent is told to have done.
+pub(in crate::supervisor) const FLOOD: &str = "its agent reports a carrier that changes without end";
+
+/// Changes of a carrier of late.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::supervisor) struct Flaps {
+    since: Option<Time>,
+    count: u32,
+}
+
+impl Flaps {
+    /// Counts a change at `now`. Whether there are too many.
+    pub(in crate::supervisor) fn count(&mut self, now: Time) -> bool {
+        let since = *self.since.get_or_insert(now);
+        if now.since(since) >= WINDOW {
+            (self.since, self.count) = (Some(now), 0);
+        }
+        self.count += 1;
+        self.count > MOST
+    }
+}
+
+impl Supervisor {
+    pub(in crate::supervisor) fn on_carrier(&mut self, n: usize, carrier: Carrier) {
+        let (up, now) = (carrier == Carrier::Up, Time::now());
+        let driver = &mut self.drivers[n];
+        if driver.lifecycle.carrier() == carrier {
+            return;
+        }
+        let Some(life) = &mut driver.life else { return };
+        if life.flaps.count(now) {
+            return self.fail_driver(n, Source::ControlStream, FLOOD.into(), now);
+        }
+        let state = driver.lifecycle.state();
+        let (live, going) = (matches!(state, State::Live { .. }), matches!(state, State::GoingLive { .. }));
+        // First, because it may be what going live waits for.
+        self.drive(n, Input::Carrier(carrier));
+        if up {
+            self.stage(n, Step::Carrier, "carrier", now, String::new());
+        }
+        if live || going {
+            self.tell_carrier(n, carrier);
+        }
+        if live {
+            self.events.tell(&Event::Carrier { driver: self.drivers[n].name.clone(), up });
+        }
+    }
+
+    fn tell_carrier(&mut self, n: usize, carrier: Carrier) {
+        let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
+        let up = carrier == Carrier::Up;
+        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+            if let DeviceRef::Net { net, .. } = device {
+                self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_cable_is_borne_and_a_flood_is_not() {
+        let ms = |n: u64| Time(n * 1_000_000);
+        let mut flaps = Flaps::default();
+        assert!((0..1000).all(|n| !flaps.count(ms(n * 200))), "five a second");
+        let mut flaps = Flaps::default();
+        assert_eq!((0..1000).position(|_| flaps.count(ms(1))), Some(100));
+    }
+}

@@ -1,0 +1,263 @@
+//! The last words of a failed life: its process has given the device up and lost its links, and runs on for a moment,
+//! beside the recovery, so that the stack of a panic and the registers come into the crash report.
+//!
+//! Invariant: nothing waits for it, and it is killed when its time is over.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use super::console::Console;
+use super::standby::renice;
+use super::{DriverVm, Life};
+use crate::base::time::Time;
+use crate::lifecycle::{Input, Source};
+use crate::record::crash_report::CrashReport;
+use crate::supervisor::run::Supervisor;
+use crate::wire::channel::Incoming;
+use crate::wire::messages::{FromVm, ToVm};
+use crate::wire::spawn::{VmProcess, describe_exit};
+
+/// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
+/// some ten milliseconds; where the console is slower, the evidence is cut off here.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// Messages heard at a time.
+const AT_ONCE: usize = 16;
+
+/// Its nice value.
+pub(in crate::supervisor) const LAST: i32 = 19;
+
+/// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
+const EVIDENCE: Duration = Duration::from_millis(500);
+
+/// How long it may take to give its device up, where a spare has taken its place. Longer than a fence that a recovery waits
+/// for: nobody does here.
+const RELEASE: Duration = Duration::from_secs(1);
+
+/// A failed life without its device.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Dying {
+    life: Life,
+    console: Console,
+    stage: Stage,
+    /// Until when it may have its device: it does not hold up a recovery that goes on with another one.
+    pub(in crate::supervisor) holds: Option<Time>,
+    /// As it was last written, for the case that the next life fails before this one is over.
+    pub(in crate::supervisor) report: Option<CrashReport>,
+}
+
+/// A process that was killed, until its end is seen.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Ending {
+    process: VmProcess,
+    /// It has a device of which [`Input::SpareFenced`] tells.
+    holds: bool,
+}
+
+impl Ending {
+    pub(in crate::supervisor) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.process.pidfd()
+    }
+}
+
+/// How far its end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It may speak until then.
+    Speaking(Time),
+    /// It hands over its registers until then.
+    Asked(Time),
+    /// It was killed.
+    Killed,
+}
+
+/// What of it is ready to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::supervisor) enum DyingPart {
+    Control,
+    Console,
+    Exit,
+}
+
+impl Supervisor {
+    /// The present life of driver VM `n` has no device any more.
+    pub(in crate::supervisor) fn bury(&mut self, n: usize) {
+        let now = Time::now();
+        self.lay_down(n, now);
+        self.drivers[n].hasten_death(now);
+    }
+
+    fn lay_down(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
+        let Some(life) = driver.life.take() else { return };
+        driver.gone = now;
+        driver.available_memory = None;
+        // It must not hold up the recovery.
+        renice(life.process.pid(), LAST);
+        let speaks = driver.report.as_ref().is_some_and(|report| report.source == Source::Panic) && !life.panicked;
+        let console = driver.console.split_off();
+        let until = if speaks { now + LAST_WORDS } else { now };
+        self.conclude(n, "its process was killed".into());
+        let driver = &mut self.drivers[n];
+        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), holds: None, report: None });
+    }
+
+    /// The present life of driver VM `n` is to give its device up; nothing waits for it.
+    pub(in crate::supervisor) fn retire(&mut self, n: usize, now: Time) {
+        self.lay_down(n, now);
+        let driver = &mut self.drivers[n];
+        let Some(dying) = &mut driver.dying else { return };
+        let asked = dying.life.process.channel().send_now(&ToVm::Release, &[]);
+        dying.holds = Some(if asked.is_ok() { now + RELEASE } else { now });
+        driver.hasten_death(now);
+    }
+
+    pub(in crate::supervisor) fn on_dying(&mut self, n: usize, part: DyingPart) {
+        match part {
+            DyingPart::Control => {
+                if self.drivers[n].hear_dying() {
+                    self.drive(n, Input::SpareFenced);
+                }
+            }
+            DyingPart::Console => self.drivers[n].read_dying_console(),
+            DyingPart::Exit => self.on_death(n),
+        }
+    }
+
+    /// A process that was killed has ended.
+    pub(in crate::supervisor) fn on_ending(&mut self, n: usize) {
+        let mut fenced = false;
+        self.drivers[n].ending.retain_mut(|ending| {
+            let ended = ending.process.ended().is_some();
+            fenced |= ended && ending.holds;
+            !ended
+        });
+        if fenced {
+            self.drive(n, Input::SpareFenced);
+        }
+    }
+
+    fn on_death(&mut self, n: usize) {
+        let ended = self.drivers[n].dying.as_mut().and_then(|dying| dying.life.process.ended());
+        if let Some(status) = ended {
+            self.conclude(n, describe_exit(status));
+        }
+    }
+
+    /// What the dying life has left goes into its report; what is left of it is killed.
+    fn conclude(&mut self, n: usize, exit: String) {
+        let driver = &mut self.drivers[n];
+        let released = driver.hear_dying();
+        let Some(mut dying) = driver.dying.take() else { return };
+        if let Some(pipe) = dying.life.process.console() {
+            dying.console.drain(pipe);
+        }
+        let generation = dying.life.generation.get();
+        driver.console.append(&format!("{}.{generation} (its last words)", driver.name), &mut dying.console);
+        let registers = std::mem::take(&mut dying.life.registers);
+        let gone = dying.life.process.ended().is_some();
+        let held = released || dying.holds.is_some();
+        // Whoever still holds a device is waited for.
+        driver.let_end(dying.life.process, held && !released);
+        let held = held && (released || gone);
+        if driver.report.as_ref().is_some_and(|report| report.generation == generation) {
+            driver.take_evidence(exit, registers, dying.console.tail());
+            self.write_report(n);
+            if held {
+                self.drive(n, Input::SpareFenced);
+            }
+            let driver = &mut self.drivers[n];
+            driver.report = driver.report.take().filter(|report| report.outage_ms.is_none());
+        } else if let Some(mut report) = dying.report {
+            report.take_evidence(exit, registers, dying.console.tail());
+            self.write(&report);
+            if held {
+                self.drive(n, Input::SpareFenced);
+            }
+        } else if held {
+            self.drive(n, Input::SpareFenced);
+        }
+    }
+}
+
+impl DriverVm {
+    /// Kills `process`, if it has not ended; its end is not waited for. It still `holds` the device that a spare is to have.
+    fn let_end(&mut self, mut process: VmProcess, holds: bool) {
+        if process.ended().is_none() {
+            process.kill();
+            self.ending.push(Ending { process, holds });
+        }
+    }
+
+    pub(in crate::supervisor) fn watched_dying(&self) -> impl Iterator<Item = (DyingPart, BorrowedFd<'_>)> {
+        let mut watched = Vec::new();
+        if let Some(Dying { life, .. }) = &self.dying {
+            watched.push((DyingPart::Exit, life.process.pidfd()));
+            if life.listening {
+                watched.push((DyingPart::Control, life.process.channel().as_fd()));
+            }
+            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
+                watched.push((DyingPart::Console, pipe.as_fd()));
+            }
+        }
+        watched.into_iter()
+    }
+
+    /// When [`Self::hasten_death`] has something to do.
+    pub(in crate::supervisor) fn death_due(&self) -> Option<Time> {
+        let dying = self.dying.as_ref()?;
+        match dying.stage {
+            Stage::Speaking(until) | Stage::Asked(until) => Some(dying.holds.map_or(until, |holds| holds.min(until))),
+            Stage::Killed => None,
+        }
+    }
+
+    pub(in crate::supervisor) fn hasten_death(&mut self, now: Time) {
+        let Some(dying) = self.dying.as_mut() else { return };
+        if dying.holds.is_some_and(|until| until <= now) && dying.stage != Stage::Killed {
+            dying.life.process.kill();
+            dying.stage = Stage::Killed;
+        }
+        match dying.stage {
+            Stage::Speaking(until) if until <= now => {
+                let asked = dying.life.process.channel().send_now(&ToVm::Kill, &[]);
+                dying.stage = Stage::Asked(if asked.is_ok() { now + EVIDENCE } else { now });
+            }
+            Stage::Asked(until) if until <= now => {
+                dying.life.process.kill();
+                dying.stage = Stage::Killed;
+            }
+            _ => {}
+        }
+    }
+
+    /// Returns whether it has just given up the device that it still held.
+    fn hear_dying(&mut self) -> bool {
+        let Some(dying) = self.dying.as_mut() else { return false };
+        let mut released = false;
+        for _ in 0..AT_ONCE {
+            match dying.life.process.channel().try_receive::<FromVm>() {
+                Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
+                    dying.stage = Stage::Speaking(Time::now());
+                }
+                Ok(Incoming::Message(FromVm::Ended { registers, .. }, _)) => dying.life.registers = registers,
+                Ok(Incoming::Message(FromVm::Released { .. }, _)) => released |= dying.holds.take().is_some(),
+                Ok(Incoming::Empty) => break,
+                Ok(Incoming::Closed) | Err(_) => {
+                    dying.life.listening = false;
+                    break;
+                }
+                Ok(_) => {}
+            }
+        }
+        released
+    }
+
+    fn read_dying_console(&mut self) {
+        let Some(dying) = self.dying.as_mut() else { return };
+        if let Some(pipe) = dying.life.process.console() {
+            dying.life.talking = dying.console.read(pipe);
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The hot spare: a standby with a device of its own. The two devices change places whenever it takes over; what the
+//! failed life held is given up, reset and started again beside the service.
+//!
+//! Whether the spare is on the guests' network is asked while it waits: a broadcast that goes out through the serving
+//! device has to come in through the spare's. Invariant: each device has one process at most.
+
+use std::time::Duration;
+
+use umbra_shadow::Generation;
+
+use super::device::{Holder, Open, ResetJob};
+use super::{DeviceRef, DriverVm, EndRef, Role, StandbyVm};
+use crate::base::time::{Time, milliseconds};
+use crate::host::reset::{self, ResetMethod};
+use crate::host::sysfs::HostDevice;
+use crate::lifecycle::{Input, Source};
+use crate::record::events::Event;
+use crate::record::timeline::Step;
+use crate::supervisor::run::Supervisor;
+use crate::wire::messages::ToVm;
+
+/// Questions about the network before the answer counts as no, and the time between them: a switch that takes longer to
+/// forward behind a new link (spanning tree: 30 s) is asked on for so long.
+const QUESTIONS: u32 = 40;
+const QUESTION_PERIOD: Duration = Duration::from_secs(1);
+
+/// Whether the spare hears the guests' network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Network {
+    /// Nobody knows; so many questions are left, and the next is due then.
+    Asked(u32, Time),
+    /// It does.
+    Same,
+    /// It has heard none of the questions.
+    Silent,
+}
+
+/// The device that does not serve, and what is known of it.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Spare {
+    pub(in crate::supervisor) device: HostDevice,
+    /// Its files.
+    pub(in crate::supervisor) holder: Holder,
+    reset_method: Option<ResetMethod>,
+    pub(in crate::supervisor) resetting: Option<ResetJob>,
+    reset_start: Time,
+    network: Option<Network>,
+    /// The failed life that had it last and whose report is not complete.
+    retired: Option<Generation>,
+    /// The devices have changed places, and the guests are not live since.
+    moved: bool,
+}
+
+impl Spare {
+    pub(in crate::supervisor) fn new(device: HostDevice, open: Open) -> Self {
+        Self {
+            reset_method: device.reset().best(),
+            device,
+            holder: Holder::new(open),
+            resetting: None,
+            reset_start: Time(0),
+            network: None,
+            retired: None,
+            moved: false,
+        }
+    }
+
+    /// One word for `umbra status`: whether it is on the network of the serving device.
+    pub(in crate::supervisor) fn network(&self) -> &'static str {
+        match self.network {
+            Some(Network::Same) => "same",
+            Some(Network::Silent) => "silent",
+            Some(Network::Asked(..)) | None => "unknown",
+        }
+    }
+}
+
+impl Supervisor {
+    pub(in crate::supervisor) fn reset_spare(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let about = driver.span();
+        let Some(spare) = &mut driver.spare else { return };
+        match spare.holder.begin_reset(spare.device.clone(), about) {
+            Ok(job) => (spare.resetting, spare.reset_start) = (Some(job), Time::now()),
+            Err(error) => {
+                self.events.warn(format!("{}: the spare device is not reset: {error}", self.drivers[n].name));
+                self.drive(n, Input::SpareResetDone);
+            }
+        }
+    }
+
+    pub(in crate::supervisor) fn on_spare_reset_done(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(spare) = driver.spare.as_mut() else { return };
+        let Some(job) = spare.resetting.take() else { return };
+        let Some(outcome) = spare.holder.end_reset(&job) else { return self.drive(n, Input::SpareResetDone) };
+        let (method, error) = match outcome {
+            Ok(done) => (done.method, None),
+            Err(error) => (spare.reset_method, Some(error)),
+        };
+        spare.reset_method = method;
+        let reset_ms = milliseconds(Time::now().since(spare.reset_start));
+        let (device, method) = (spare.device.bdf().to_string(), reset::word(method).into());
+        self.events.tell(&Event::DeviceReset { driver: driver.name.clone(), device, method, reset_ms, error });
+        self.drive(n, Input::SpareResetDone);
+    }
+
+    /// The spare forwards and has its carrier, or has it no more.
+    pub(in crate::supervisor) fn arm(&mut self, n: usize, up: bool) {
+        let driver = &mut self.drivers[n];
+        let Some(generation) = driver.standby.as_ref().map(|standby| standby.life.generation) else { return };
+        if let Some(spare) = &mut driver.spare {
+            spare.network = up.then(|| Network::Asked(QUESTIONS, Time::now() + QUESTION_PERIOD));
+        }
+        self.tell_armed(n, generation, up);
+        if up && self.drivers[n].standby.as_ref().is_some_and(|standby| !standby.told) {
+            return self.standby_ready(n);
+        }
+        let driver = self.drivers[n].name.clone();
+        self.events.tell(&Event::SpareCarrier { driver, generation: generation.get(), up });
+    }
+
+    fn tell_armed(&mut self, n: usize, generation: Generation, armed: bool) {
+        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+            if let DeviceRef::Net { net, .. } = device {
+                self.tell_guest(guest, &ToVm::Arm { net, generation, armed });
+            }
+        }
+    }
+
+    /// A guest's own frame has come in through the spare.
+    pub(in crate::supervisor) fn on_same_network(&mut self, n: usize, generation: Generation) {
+        let driver = &mut self.drivers[n];
+        let waits = driver.lifecycle.standby().generation() == Some(generation);
+        if let Some(spare) = driver.spare.as_mut().filter(|_| waits) {
+            spare.network = Some(Network::Same);
+        }
+    }
+
+    /// Asks (again) whether the spare hears the guests' network, when that is due.
+    pub(in crate::supervisor) fn ask_about_network(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        let armed = driver.lifecycle.standby().generation().filter(|_| driver.lifecycle.is_armed());
+        let Some(spare) = &mut driver.spare else { return };
+        let Some(Network::Asked(left, due)) = spare.network else { return };
+        if due > now {
+            return;
+        }
+        let Some(generation) = armed else {
+            spare.network = None;
+            return;
+        };
+        let Some(left) = left.checked_sub(1) else {
+            spare.network = Some(Network::Silent);
+            let (serving, other) = (driver.device.bdf(), spare.device.bdf());
+            let what = format!(
+                "{}: the spare {other} does not seem to be on the network of {serving}: of {QUESTIONS} broadcast frames \
+                 sent through {serving} within {} s it has received none; connect both to the same network",
+                driver.name,
+                (QUESTION_PERIOD * QUESTIONS).as_secs()
+            );
+            return self.events.warn(what);
+        };
+        spare.network = Some(Network::Asked(left, now + QUESTION_PERIOD));
+        self.tell_armed(n, generation, true);
+    }
+
+    /// The spare becomes the present life as it is; the life that was has failed, and is to give its device up.
+    pub(in crate::supervisor) fn take_over(&mut self, n: usize, generation: Generation) {
+        let now = Time::now();
+        let failed = self.drivers[n].present;
+        let alive = self.drivers[n].life.is_some();
+        if alive {
+            self.retire(n, now);
+        } else {
+            self.drivers[n].take_last_evidence();
+        }
+        let driver = &mut self.drivers[n];
+        let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
+            return self.fail_driver(n, Source::Start, "the spare is gone".into(), now);
+        };
+        driver.change_places(failed);
+        let StandbyVm { life, console, kernel, kernel_driver, available_memory, told, .. } = standby;
+        driver.console.take_over(&format!("{}.{generation}", driver.name), console);
+        driver.timeline.mark(Step::Spawn, now);
+        if kernel.is_some() {
+            driver.timeline.mark(Step::Hello, now);
+            driver.kernel = kernel;
+        }
+        (driver.kernel_driver, driver.available_memory) = (kernel_driver, available_memory);
+        if !told {
+            super::standby::renice(life.process.pid(), 0);
+        }
+        (driver.life, driver.present) = (Some(life), Some(generation));
+        let standby = if told { "armed" } else { "booting" };
+        let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
+        self.attach_links(n, Role::Serves);
+        if !alive {
+            self.drive(n, Input::SpareFenced);
+        }
+    }
+
+    /// The life that has failed has no device any more: its report gets that.
+    pub(in crate::supervisor) fn report_retired(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        if let Some(spare) = &mut driver.spare {
+            // Not before: it would take the CPU from those who go over to the other device, and can wait, because this one
+            // reaches nothing but the memory of the life that is gone.
+            spare.holder.fence();
+        }
+        let retired = driver.spare.as_mut().and_then(|spare| spare.retired.take()).map(Generation::get);
+        let Some(report) = driver.report.as_mut().filter(|report| Some(report.generation) == retired) else { return };
+        let generation = report.generation;
+        report.failures = driver.lifecycle.history().total();
+        driver.timeline.mark(Step::Fence, Time::now());
+        self.complete_report(n);
+        let driver = &self.drivers[n];
+        self.events.tell(&Event::DriverFenced {
+            driver: driver.name.clone(),
+            generation,
+            fence_ms: driver.timeline.between(Step::Detect, Step::Fence).map_or(0.0, milliseconds),
+            report: driver.report_path.clone(),
+        });
+    }
+}
+
+impl DriverVm {
+    /// The spare's device serves from now on; the other one is that of the generation that has `failed`.
+    fn change_places(&mut self, failed: Option<Generation>) {
+        let Some(spare) = &mut self.spare else { return };
+        std::mem::swap(&mut self.device, &mut spare.device);
+        std::mem::swap(&mut self.holder, &mut spare.holder);
+        std::mem::swap(&mut self.reset_method, &mut spare.reset_method);
+        (spare.network, spare.retired) = (None, failed);
+        spare.moved = !spare.moved;
+    }
+
+    /// Whether the guests are about to go live with another device than the one that served them last.
+    pub(in crate::supervisor) fn has_moved(&self) -> bool {
+        self.spare.as_ref().is_some_and(|spare| spare.moved)
+    }
+
+    /// Whether `generation` has failed just now, and the guests are not live with the spare that has taken its place.
+    pub(in crate::supervisor) fn has_retired(&self, generation: Generation) -> bool {
+        self.has_moved() && self.report.as_ref().is_some_and(|report| report.generation == generation.get())
+    }
+
+    /// All guests are live.
+    pub(in crate::supervisor) fn has_settled(&mut self) {
+        if let Some(spare) = &mut self.spare {
+            spare.moved = false;
+        }
+    }
+
+    /// When [`Supervisor::ask_about_network`] has something to do.
+    pub(in crate::supervisor) fn question_due(&self) -> Option<Time> {
+        match self.spare.as_ref()?.network {
+            Some(Network::Asked(_, due)) => Some(due),
+            _ => None,
+        }
+    }
+
+    /// The process ended by itself: what it has left goes into its report.
+    fn take_last_evidence(&mut self) {
+        let (exit, registers) = (std::mem::take(&mut self.exit), std::mem::take(&mut self.registers));
+        let tail = self.console.tail();
+        self.take_evidence(exit, registers, tail);
+    }
+}

@@ -1,0 +1,360 @@
+//! The standby's process: started at low priority, watched while it waits, given the device when its turn comes.
+//!
+//! It has its links to the guests from the start (their splitters keep them beside the serving ones), but for sound,
+//! whose link is a plain stream that begins with its service. What it says is believed as little as what a serving
+//! driver VM says; a fault costs it its place.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+use umbra_driver_vm::protocol::{FromAgent, ToAgent};
+use umbra_shadow::Generation;
+
+use super::console::{Console, Fatal};
+use super::{DriverVm, Role, StandbyVm};
+use crate::base::time::{Time, milliseconds};
+use crate::lifecycle::{Carrier, Input, Source};
+use crate::record::events::Event;
+use crate::record::status::StandbyStatus;
+use crate::record::timeline::Step;
+use crate::supervisor::class::settings::Which;
+use crate::supervisor::run::Supervisor;
+use crate::wire::channel::Incoming;
+use crate::wire::messages::{FromVm, ToVm};
+use crate::wire::spawn::describe_exit;
+
+/// How much a booting standby stands back: guests that are served go before it.
+const NICE: i32 = 10;
+
+/// How long a better reason than a closed link is waited for.
+const SUSPICION: Duration = Duration::from_millis(100);
+
+/// What of a standby is ready to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::supervisor) enum StandbyPart {
+    Control,
+    Agent,
+    Console,
+    Exit,
+}
+
+impl Supervisor {
+    pub(in crate::supervisor) fn spawn_standby(&mut self, n: usize, generation: Generation) {
+        let driver = &mut self.drivers[n];
+        self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
+        let role = if driver.spare.is_some() { Role::Spare } else { Role::Waits };
+        match driver.launch(&self.program, generation, role) {
+            Ok(life) => {
+                if may_renice() {
+                    renice(life.process.pid(), NICE);
+                }
+                let (console, started) = (Console::in_memory(), Time::now());
+                driver.standby = Some(StandbyVm {
+                    life,
+                    console,
+                    started,
+                    kernel: None,
+                    kernel_driver: None,
+                    available_memory: None,
+                    told: false,
+                    dropped: false,
+                    suspicion: None,
+                });
+                self.attach_links(n, role);
+            }
+            Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),
+        }
+    }
+
+    pub(in crate::supervisor) fn drop_standby(&mut self, n: usize, why: Option<String>) {
+        let driver = &mut self.drivers[n];
+        let mut generation = 0;
+        if let Some(standby) = &mut driver.standby {
+            generation = standby.life.generation.get();
+            // What is left of it is cleared away when its end is seen.
+            standby.life.process.kill();
+            standby.dropped = true;
+            if let Some(spare) = &mut driver.spare {
+                spare.holder.fence();
+            }
+        }
+        if let Some(reason) = why {
+            self.events.tell(&Event::StandbyFailed { driver: driver.name.clone(), generation, reason });
+        }
+        if self.drivers[n].standby.is_none() {
+            self.drive(n, Input::SpareFenced);
+        }
+    }
+
+    /// The standby becomes the present life, and gets the device.
+    pub(in crate::supervisor) fn adopt(&mut self, n: usize, generation: Generation) {
+        let now = Time::now();
+        let driver = &mut self.drivers[n];
+        let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
+            return self.fail_driver(n, Source::Start, "the standby is gone".into(), now);
+        };
+        let StandbyVm { life, console, started, kernel, told, .. } = standby;
+        let name = format!("{}.{generation}", driver.name);
+        driver.console.take_over(&name, console);
+        driver.timeline.mark(Step::Spawn, now);
+        if kernel.is_some() {
+            driver.timeline.mark(Step::Hello, now);
+            driver.kernel = kernel;
+        }
+        if !told {
+            renice(life.process.pid(), 0);
+        }
+        tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
+        driver.life = Some(life);
+        driver.present = Some(generation);
+        let standby = if told { "ready" } else { "booting" };
+        let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        self.plug(n);
+        self.attach_links(n, Role::Serves);
+        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
+    }
+
+    fn plug(&mut self, n: usize) {
+        let driver = &self.drivers[n];
+        let Some(life) = &driver.life else { return };
+        let message = ToVm::Plug { device: driver.device.bdf().to_string() };
+        let files = match driver.holder.files() {
+            Ok(files) => files.to_send(),
+            Err(why) => return self.fail_driver(n, Source::Start, why, Time::now()),
+        };
+        if let Err(error) = life.process.channel().send_now(&message, &files) {
+            self.fail_driver(n, Source::ProcessExit, format!("its process: {error}"), Time::now());
+        }
+    }
+
+    /// The device is on the bus of the adopted standby: its kernel has to look for it.
+    pub(in crate::supervisor) fn on_plugged(&mut self, n: usize, at: Time) {
+        // The time line first: it says whether the agent can be told.
+        self.drivers[n].timeline.mark(Step::Plugged, at);
+        self.rescan(n);
+        self.told_stage(n, Step::Plugged, "plugged", String::new());
+    }
+
+    /// An agent that has not said hello yet is told when it has.
+    pub(in crate::supervisor) fn rescan(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let (plugged, hello) = (driver.timeline.at(Step::Plugged), driver.timeline.at(Step::Hello));
+        if plugged.is_some() && hello.is_some() {
+            self.tell_agent(n, &ToAgent::Rescan);
+        }
+    }
+
+    pub(in crate::supervisor) fn on_standby(&mut self, n: usize, part: StandbyPart) {
+        // It may have been adopted a moment ago.
+        if self.drivers[n].standby.is_none() {
+            return;
+        }
+        let failed = match part {
+            StandbyPart::Control => self.read_standby(n),
+            StandbyPart::Agent => self.read_standby_agent(n),
+            StandbyPart::Console => self.drivers[n].read_standby_console().map(|fatal| fatal.in_words().into()),
+            StandbyPart::Exit => self.standby_gone(n),
+        };
+        if let Some(why) = failed {
+            self.drive(n, Input::StandbyFailed(why));
+        }
+    }
+
+    fn read_standby(&mut self, n: usize) -> Option<String> {
+        let standby = self.drivers[n].standby.as_mut()?;
+        match standby.life.process.channel().try_receive::<FromVm>() {
+            Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
+            Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
+            Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),
+            Ok(Incoming::Message(FromVm::DeviceFailed { device, what, .. }, _)) => {
+                if let Some(spare) = &mut self.drivers[n].spare {
+                    spare.holder.doubt();
+                }
+                Some(format!("device {device}: {what}"))
+            }
+            Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
+            Ok(Incoming::Message(..)) => None,
+            Ok(Incoming::Closed) => {
+                standby.life.listening = false;
+                Some("its process ended".into())
+            }
+            Err(error) => Some(format!("its process: {error}")),
+        }
+    }
+
+    fn read_standby_agent(&mut self, n: usize) -> Option<String> {
+        let agent = self.drivers[n].standby.as_mut()?.life.agent.as_mut()?;
+        let flushed = agent.flush();
+        let (lines, error) = agent.receive();
+        for line in lines {
+            match serde_json::from_str::<FromAgent>(&line) {
+                Ok(message) => {
+                    if let Some(why) = self.on_standby_message(n, message) {
+                        return Some(why);
+                    }
+                }
+                Err(error) => return Some(format!("its agent sent what is no message ({error})")),
+            }
+        }
+        let Some(error) = error.or(flushed.err()) else {
+            self.send_settings(n, Which::Standby);
+            return None;
+        };
+        self.drivers[n].standby.as_mut()?.life.agent = None;
+        Some(format!("its agent's control stream: {error}"))
+    }
+
+    fn on_standby_message(&mut self, n: usize, message: FromAgent) -> Option<String> {
+        let driver = &mut self.drivers[n];
+        let standby = driver.standby.as_mut()?;
+        match message {
+            FromAgent::Hello { generation, kernel, .. } => {
+                if generation != standby.life.generation.get() {
+                    return Some(format!("its agent says that it is generation {generation}"));
+                }
+                standby.kernel = Some(crate::supervisor::messages::limited(&kernel));
+                self.drive(n, Input::StandbyHello);
+            }
+            // A spare is ready when it forwards.
+            FromAgent::Loaded { .. } if driver.spare.is_none() => {
+                self.standby_ready(n);
+                self.drive(n, Input::StandbyLoaded);
+            }
+            FromAgent::Nic { driver: name, .. } if driver.spare.is_some() => {
+                standby.kernel_driver = Some(crate::supervisor::messages::limited(&name));
+            }
+            FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
+            FromAgent::Carrier { up, .. } => {
+                if standby.life.flaps.count(Time::now()) {
+                    return Some(crate::supervisor::class::carrier::FLOOD.into());
+                }
+                self.drive(n, Input::SpareCarrier(if up { Carrier::Up } else { Carrier::Down }));
+            }
+            FromAgent::Heartbeat { available_memory, .. } => {
+                standby.available_memory = Some(available_memory);
+                self.drive(n, Input::StandbyHeartbeat);
+            }
+            FromAgent::Failed { what } => return Some(crate::supervisor::messages::limited(&what)),
+            // Without a device there is nothing else to say.
+            _ => {}
+        }
+        None
+    }
+
+    pub(in crate::supervisor) fn standby_ready(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(standby) = driver.standby.as_mut() else { return };
+        standby.told = true;
+        renice(standby.life.process.pid(), 0);
+        let (generation, boot_ms) = (standby.life.generation.get(), milliseconds(Time::now().since(standby.started)));
+        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+    }
+
+    /// The standby's process has ended, by itself or because it was dropped.
+    fn standby_gone(&mut self, n: usize) -> Option<String> {
+        let driver = &mut self.drivers[n];
+        let status = driver.standby.as_mut()?.life.process.ended()?;
+        driver.read_standby_console();
+        let standby = driver.standby.take()?;
+        if standby.dropped {
+            drop(standby);
+            self.drive(n, Input::SpareFenced);
+            return None;
+        }
+        let title = format!("{}.{} (a standby that died)", driver.name, standby.life.generation);
+        let said = standby.console.tail();
+        tracing::warn!(driver = driver.name, said, "{title}");
+        Some(describe_exit(status))
+    }
+}
+
+impl DriverVm {
+    /// The standby has failed, unless a better reason comes.
+    pub(in crate::supervisor) fn suspect_standby(&mut self, why: String) {
+        if let Some(standby) = &mut self.standby {
+            standby.suspicion.get_or_insert((Time::now() + SUSPICION, why));
+        }
+    }
+
+    /// When the standby is to be given up on suspicion.
+    pub(in crate::supervisor) fn suspicion_due(&self) -> Option<Time> {
+        self.standby.as_ref().filter(|standby| !standby.dropped)?.suspicion.as_ref().map(|(due, _)| *due)
+    }
+
+    /// Why the standby is given up at `now`, if nothing better has come.
+    pub(in crate::supervisor) fn take_suspicion(&mut self, now: Time) -> Option<String> {
+        self.suspicion_due().filter(|due| *due <= now)?;
+        self.standby.as_mut()?.suspicion.take().map(|(_, why)| why)
+    }
+
+    pub(in crate::supervisor) fn watched_standby(
+        &self,
+    ) -> impl Iterator<Item = (StandbyPart, BorrowedFd<'_>, PollFlags)> {
+        let mut watched = Vec::new();
+        if let Some(StandbyVm { life, dropped, .. }) = &self.standby {
+            watched.push((StandbyPart::Exit, life.process.pidfd(), PollFlags::POLLIN));
+            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
+                watched.push((StandbyPart::Console, pipe.as_fd(), PollFlags::POLLIN));
+            }
+            if life.listening && !dropped {
+                watched.push((StandbyPart::Control, life.process.channel().as_fd(), PollFlags::POLLIN));
+            }
+            if let Some(agent) = life.agent.as_ref().filter(|_| !dropped) {
+                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
+                watched.push((StandbyPart::Agent, agent.stream().as_fd(), PollFlags::POLLIN | more));
+            }
+        }
+        watched.into_iter()
+    }
+
+    /// Returns what its kernel has begun to say of its end: it is not to be adopted.
+    fn read_standby_console(&mut self) -> Option<Fatal> {
+        let standby = self.standby.as_mut()?;
+        let pipe = standby.life.process.console()?;
+        standby.life.talking = standby.console.read(pipe);
+        standby.console.fatal()
+    }
+
+    pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
+        let state = self.lifecycle.standby();
+        let ahead = self.spare.is_some() || self.spec.standby == crate::config::Standby::Warm;
+        ahead.then(|| StandbyStatus {
+            state: state.name().into(),
+            device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
+            network: self.spare.as_ref().map(|spare| spare.network().into()),
+            generation: state.generation().map(Generation::get),
+            pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
+        })
+    }
+}
+
+/// Whether what was made nice can be made as before.
+fn may_renice() -> bool {
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NICE);
+    // A limit of 20 is a nice value of 0 (getrlimit(2)).
+    nix::unistd::geteuid().is_root() || limit.is_ok_and(|(soft, _)| soft >= 20)
+}
+
+/// Sets the nice value of all threads of `pid`; those that they start have it as well.
+pub(in crate::supervisor) fn renice(pid: u32, nice: i32) {
+    renice_threads(pid, nice, |_| true);
+}
+
+/// Sets the nice value of the vCPUs of `pid`.
+pub(in crate::supervisor) fn renice_vcpus(pid: u32, nice: i32) {
+    renice_threads(pid, nice, |name| name.starts_with("vcpu"));
+}
+
+fn renice_threads(pid: u32, nice: i32, wanted: impl Fn(&str) -> bool) {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    for thread in threads.flatten() {
+        let Some(id) = thread.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if !fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| wanted(&name)) {
+            continue;
+        }
+        // SAFETY: the call takes no pointers; a thread that has just ended is an error without consequence.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, id, nice) };
+    }
+}

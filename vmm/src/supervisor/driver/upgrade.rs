@@ -1,0 +1,142 @@
+//! `umbra restart`: the next driver VM, perhaps of another image, is booted beside the serving one and takes over masked.
+//!
+//! Invariant: a restart that does not come about changes nothing, and one that takes over and fails while it is on trial
+//! gives way to the image of before by itself.
+
+use std::path::Path;
+use std::time::Duration;
+
+use umbra_guest_images::image::Image;
+use umbra_shadow::Generation;
+
+use crate::base::error::chain;
+use crate::base::time::{Time, milliseconds};
+use crate::lifecycle::{Input, State};
+use crate::record::events::Event;
+use crate::supervisor::front::protocol::Response;
+use crate::supervisor::run::Supervisor;
+
+/// A new image that has served for so long is kept, whatever happens then: most drivers that cannot work with their
+/// device fail when they probe or at the first traffic.
+const TRIAL: Duration = Duration::from_secs(30);
+
+/// A restart under way, or on trial.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Trial {
+    /// The generation that is to be replaced.
+    from: Option<Generation>,
+    /// The image of before, where another one is tried.
+    before: Option<Image>,
+    /// Who waits for the outcome.
+    client: Option<u64>,
+    /// When it took over.
+    live: Option<Time>,
+}
+
+impl Trial {
+    /// Whether a failure at `now` is still the new one's.
+    fn is_on(&self, now: Time) -> bool {
+        self.live.is_none_or(|since| now.since(since) < TRIAL)
+    }
+}
+
+impl Supervisor {
+    /// Begins to restart driver VM `n` for `client`.
+    pub(in crate::supervisor) fn restart(&mut self, n: usize, image: Option<&Path>, client: u64) -> Result<(), String> {
+        let driver = &mut self.drivers[n];
+        let state = driver.lifecycle.state();
+        if !matches!(state, State::Live { .. }) {
+            return Err(format!("{} cannot be restarted now: it is {}", driver.name, state.name()));
+        }
+        if driver.trial.as_ref().is_some_and(|trial| trial.live.is_none()) {
+            return Err(format!("{} is being restarted already", driver.name));
+        }
+        let image = image.map(Image::open).transpose().map_err(|error| chain(&error))?;
+        let fresh = image.is_some();
+        // An image that is on trial itself has one before it, which is the one that is known to work.
+        let trusted = driver.trial.take().filter(|trial| trial.is_on(Time::now())).and_then(|trial| trial.before);
+        let replaced = image.map(|image| std::mem::replace(&mut driver.image, image));
+        let before = trusted.or(replaced);
+        let from = driver.lifecycle.generation();
+        driver.trial = Some(Trial { from, before, client: Some(client), live: None });
+        self.drive(n, Input::Restart { fresh });
+        Ok(())
+    }
+
+    /// Tries driver VM `n`, which is quarantined, again for `client`.
+    pub(in crate::supervisor) fn resume(&mut self, n: usize, client: u64) -> Result<(), String> {
+        let driver = &mut self.drivers[n];
+        let state = driver.lifecycle.state();
+        if *state != State::Quarantined {
+            return Err(format!("{} is not quarantined: it is {}", driver.name, state.name()));
+        }
+        if driver.resetting.is_some() {
+            return Err(format!("{}: the reset of {} still hangs in the kernel", driver.name, driver.spec.device));
+        }
+        driver.trial =
+            Some(Trial { from: driver.lifecycle.generation(), before: None, client: Some(client), live: None });
+        self.events.tell(&Event::Resumed { driver: driver.name.clone() });
+        self.drive(n, Input::Resume);
+        Ok(())
+    }
+
+    /// The next driver VM did not come up: the serving one goes on.
+    pub(in crate::supervisor) fn restart_off(&mut self, n: usize, why: &str) {
+        let what = format!("the new driver VM did not come up: {why}");
+        self.fall_back(n, &what);
+    }
+
+    /// The present life of driver VM `n` has failed: was it on trial?
+    pub(in crate::supervisor) fn judge_trial(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let Some(trial) = &driver.trial else { return };
+        if driver.present == trial.from {
+            return;
+        }
+        if !trial.is_on(Time::now()) {
+            driver.trial = None;
+            return;
+        }
+        let why = driver.reason.clone().unwrap_or_default();
+        if self.fall_back(n, &format!("the new driver VM failed: {why}")) {
+            // It may have been started from the image that failed.
+            self.drive(n, Input::StandbyUseless);
+        }
+    }
+
+    /// Driver VM `n` serves again.
+    pub(in crate::supervisor) fn restarted(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        let generation = driver.lifecycle.generation();
+        let Some(trial) = driver.trial.as_mut().filter(|trial| trial.from != generation) else { return };
+        trial.live.get_or_insert(now);
+        if let Some(client) = trial.client.take() {
+            let response = Response::Restarted {
+                name: driver.name.clone(),
+                generation: generation.map_or(0, Generation::get),
+                outage_ms: driver.timeline.outage().map(milliseconds),
+            };
+            self.clients.answer(client, &response);
+        }
+    }
+
+    /// Back to the image of before, and whoever waits is told why. Whether there was another one.
+    pub(in crate::supervisor) fn fall_back(&mut self, n: usize, why: &str) -> bool {
+        let driver = &mut self.drivers[n];
+        let Some(Trial { before, client, .. }) = driver.trial.take() else { return false };
+        let changed = before.is_some();
+        if let Some(image) = before {
+            driver.image = image;
+        }
+        let next = if changed { "it goes on with the image of before" } else { "`umbra status` says how it goes on" };
+        let name = driver.name.clone();
+        if changed || client.is_some() {
+            self.events.tell(&Event::RestartFailed { driver: name.clone(), reason: format!("{why}; {next}") });
+        }
+        if let Some(client) = client {
+            let what = format!("{name}: {why}; {next}");
+            self.clients.answer(client, &Response::Error { what });
+        }
+        changed
+    }
+}

@@ -1,0 +1,137 @@
+//! Telling systemd how it stands (`sd_notify(3)`): ready, a line of status, stopping, and that the loop still turns
+//! (`WatchdogSec=`). Does nothing where no service manager asked for it.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+use crate::base::time::Time;
+
+/// The environment variable with the manager's socket.
+const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// The manager's ear.
+#[derive(Debug, Default)]
+pub struct Notify {
+    to: Option<(UnixDatagram, SocketAddr)>,
+    /// How often the watchdog wants to hear of us.
+    period: Option<Duration>,
+    next: Time,
+    told: String,
+    ready: bool,
+}
+
+impl Notify {
+    /// As the environment says.
+    pub fn from_env() -> Self {
+        let micros = |name| env::var(name).ok().and_then(|text: String| text.parse::<u64>().ok());
+        let mine = micros("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let watchdog = micros("WATCHDOG_USEC").filter(|micros| mine && *micros > 0);
+        Self::new(env::var_os(SOCKET), watchdog.map(Duration::from_micros))
+    }
+
+    /// Tells the manager at `socket`, and its watchdog at least every `watchdog`.
+    pub fn new(socket: Option<OsString>, watchdog: Option<Duration>) -> Self {
+        let address = socket.and_then(|name| match name.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name).ok(),
+            _ => SocketAddr::from_pathname(&name).ok(),
+        });
+        let to = address.and_then(|address| {
+            let socket = UnixDatagram::unbound().ok()?;
+            socket.set_nonblocking(true).ok()?;
+            Some((socket, address))
+        });
+        // Twice as often as needed, as sd_watchdog_enabled(3) has it.
+        let period = watchdog.filter(|_| to.is_some()).map(|time| time / 2);
+        Self { to, period, ..Self::default() }
+    }
+
+    /// When the watchdog is to hear of us next.
+    pub(in crate::supervisor) fn deadline(&self) -> Option<Time> {
+        self.period.map(|_| self.next)
+    }
+
+    /// Tells what has changed: whether all VMs are up, and the `status` in a line.
+    pub(in crate::supervisor) fn tell(&mut self, now: Time, ready: bool, status: impl FnOnce() -> String) {
+        if self.to.is_none() {
+            return;
+        }
+        let status = status();
+        let mut words = String::new();
+        if ready && !self.ready {
+            self.ready = true;
+            words.push_str("READY=1\n");
+        }
+        if status != self.told {
+            words.push_str(&format!("STATUS={status}\n"));
+            self.told = status;
+        }
+        if let Some(period) = self.period.filter(|_| self.next <= now) {
+            self.next = now + period;
+            words.push_str("WATCHDOG=1\n");
+        }
+        if !words.is_empty() {
+            self.send(&words);
+        }
+    }
+
+    /// Tells that the end has begun.
+    pub(in crate::supervisor) fn stopping(&self) {
+        self.send("STOPPING=1\n");
+    }
+
+    fn send(&self, words: &str) {
+        if let Some((socket, address)) = &self.to
+            && let Err(error) = socket.send_to_addr(words.as_bytes(), address)
+        {
+            tracing::debug!(%error, "tell the service manager");
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn heard(manager: &UnixDatagram) -> String {
+        let mut words = [0; 256];
+        manager.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let n = manager.recv(&mut words).unwrap_or(0);
+        String::from_utf8_lossy(&words[..n]).into_owned()
+    }
+
+    #[test]
+    fn the_manager_hears_of_what_changes_and_of_the_watchdog() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        let mut notify = Notify::new(Some(path.into()), Some(Duration::from_secs(2)));
+        let status = |text: &'static str| move || String::from(text);
+        notify.tell(Time(1), false, status("starting"));
+        assert_eq!(heard(&manager), "STATUS=starting\nWATCHDOG=1\n");
+        assert_eq!(notify.deadline(), Some(Time(1) + Duration::from_secs(1)));
+        notify.tell(Time(2), true, status("running"));
+        assert_eq!(heard(&manager), "READY=1\nSTATUS=running\n");
+        notify.tell(Time(3), true, status("running"));
+        assert_eq!(heard(&manager), "", "nothing new");
+        notify.tell(Time(2_000_000_000), true, status("running"));
+        assert_eq!(heard(&manager), "WATCHDOG=1\n");
+        notify.stopping();
+        assert_eq!(heard(&manager), "STOPPING=1\n");
+    }
+
+    #[test]
+    fn an_abstract_socket_is_known_by_its_mark_and_nobody_is_told_without_one() {
+        let name = format!("umbra-notify-{}", std::process::id());
+        let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        Notify::new(Some(format!("@{name}").into()), None).stopping();
+        assert_eq!(heard(&manager), "STOPPING=1\n");
+        let mut silent = Notify::new(None, Some(Duration::from_secs(1)));
+        assert_eq!(silent.deadline(), None);
+        silent.tell(Time(1), true, || panic!("nobody asked"));
+    }
+}

@@ -1,0 +1,105 @@
+//! What the command line and a running machine say to each other: one JSON line each on the control socket.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use umbra_driver_vm::protocol::CrashKind;
+
+use crate::record::status::Status;
+
+/// Longest request, in bytes.
+pub const MAX_REQUEST: usize = 4096;
+
+/// From the command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Show everything. Answered by [`Response::Status`].
+    Status,
+    /// Tell events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
+    Events {
+        /// Only those with a higher number.
+        after: u64,
+        /// Go on with those that are still to come, until the connection is closed.
+        follow: bool,
+    },
+    /// Make a driver VM fail for real. Answered by [`Response::Crashing`].
+    Crash {
+        /// Which.
+        name: String,
+        /// How.
+        kind: CrashKind,
+    },
+    /// Restart a driver VM, masked, from another image if one is named. Answered by [`Response::Restarted`] when it
+    /// serves again, or by [`Response::Error`] when the old one goes on or is back.
+    Restart {
+        /// Which.
+        name: String,
+        /// The folder of the image, absolute.
+        image: Option<PathBuf>,
+    },
+    /// End the quarantine of a driver VM. Answered as [`Request::Restart`].
+    Resume {
+        /// Which.
+        name: String,
+    },
+    /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
+    Stop {
+        /// How.
+        how: StopHow,
+    },
+}
+
+/// How a machine is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopHow {
+    /// The guests' power buttons are pressed.
+    PowerButton,
+    /// The VMs are killed.
+    Kill,
+}
+
+/// From the machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "kebab-case")]
+pub enum Response {
+    /// The status.
+    Status(Box<Status>),
+    /// All past events have been told.
+    EventsEnd,
+    /// The driver VM's agent has been told to crash.
+    Crashing {
+        /// The driver VM.
+        name: String,
+        /// The generation that is to die.
+        generation: u32,
+        /// How.
+        kind: CrashKind,
+    },
+    /// The driver VM serves again.
+    Restarted {
+        /// The driver VM.
+        name: String,
+        /// Its new generation.
+        generation: u32,
+        /// From the mask to live, ms.
+        outage_ms: Option<f64>,
+    },
+    /// The machine is ending.
+    Stopping {
+        /// How.
+        how: StopHow,
+    },
+    /// The request cannot be met.
+    Error {
+        /// Why, for people.
+        what: String,
+    },
+}
+
+impl From<Status> for Response {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}

@@ -1,0 +1,199 @@
+//! What a machine needs from the host, looked at before anything is started: the first thing that is missing is said,
+//! with what to do about it, and nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::sys::resource::{Resource, getrlimit};
+use thiserror::Error;
+use umbra_guest_images::image::{Image, ImageError};
+
+use crate::base::pci_address::{Bdf, ParseBdfError};
+use crate::config::{Guest, Machine, MemorySize};
+use crate::host;
+use crate::host::DeviceFiles;
+use crate::host::sysfs::HostDevice;
+use crate::supervisor::driver::device::Open;
+
+/// Where the host's things are.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The device file of KVM.
+    pub kvm: PathBuf,
+    /// The PCI bus in sysfs.
+    pub pci: PathBuf,
+    /// How a function is opened.
+    pub open: Open,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into(), open: DeviceFiles::open }
+    }
+}
+
+/// Something that a machine needs is not there.
+#[derive(Debug, Error)]
+pub enum PreflightError {
+    /// No KVM.
+    #[error(
+        "/dev/kvm is not there: load `kvm_intel` or `kvm_amd` (and switch virtualisation on in the firmware; in a VM, \
+         nested virtualisation in its host)"
+    )]
+    NoKvm,
+    /// No permission for KVM.
+    #[error("/dev/kvm cannot be opened ({0}): run as root, or join the group that owns it (mostly `kvm`)")]
+    KvmDenied(io::Error),
+    /// A file of a guest.
+    #[error("{guest}: {what} {}", path.display())]
+    File {
+        /// The guest.
+        guest: String,
+        /// What it is to be.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A driver VM's image.
+    #[error("{driver}")]
+    Image {
+        /// The driver VM.
+        driver: String,
+        /// What is wrong.
+        source: ImageError,
+    },
+    /// No PCI address.
+    #[error(transparent)]
+    Address(#[from] ParseBdfError),
+    /// A device.
+    #[error("{user}")]
+    Device {
+        /// Who is to have it.
+        user: String,
+        /// What is wrong.
+        source: host::Error,
+    },
+    /// Two processes cannot open one group.
+    #[error(
+        "{driver}: its device {device} and its spare {spare} are both in IOMMU group {group}, which one driver VM alone can \
+         have: take a spare in another group (`umbra doctor` lists them)"
+    )]
+    SharedGroup {
+        /// The driver VM.
+        driver: String,
+        /// Its device.
+        device: Bdf,
+        /// Its spare.
+        spare: Bdf,
+        /// Their group.
+        group: u32,
+    },
+    /// Passed-through devices need all of the VM's memory locked.
+    #[error(
+        "{user} needs {needed} of locked memory for its device, the limit is {limit}: raise it (`ulimit -l`, \
+         LimitMEMLOCK= of the service), or run as root"
+    )]
+    LockedMemory {
+        /// Who.
+        user: String,
+        /// How much.
+        needed: MemorySize,
+        /// The limit, in words.
+        limit: String,
+    },
+}
+
+/// What the checks found.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Checked {
+    /// Device and image of each driver VM.
+    pub(in crate::supervisor) drivers: BTreeMap<String, (HostDevice, Image)>,
+    /// The spare device of each driver VM that has one.
+    pub(in crate::supervisor) spares: BTreeMap<String, HostDevice>,
+}
+
+impl Checked {
+    /// Checks what `machine` needs.
+    pub(in crate::supervisor) fn new(machine: &Machine, host: &Host) -> Result<Self, PreflightError> {
+        check_kvm(&host.kvm)?;
+        for (name, guest) in &machine.guest {
+            check_guest(name, guest, host)?;
+        }
+        let (mut drivers, mut spares) = (BTreeMap::new(), BTreeMap::new());
+        for (name, driver) in &machine.driver {
+            let image =
+                Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
+            let device = check_device(name, &driver.device, host)?;
+            if let Some(spare) = &driver.spare {
+                let spare = check_device(&format!("{name}, its spare"), spare, host)?;
+                check_groups(name, &device, &spare)?;
+                spares.insert(name.clone(), spare);
+            }
+            check_locked_memory(name, driver.memory)?;
+            drivers.insert(name.clone(), (device, image));
+        }
+        Ok(Self { drivers, spares })
+    }
+}
+
+fn check_kvm(kvm: &Path) -> Result<(), PreflightError> {
+    match OpenOptions::new().read(true).write(true).open(kvm) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(PreflightError::KvmDenied(error)),
+        Err(_) => Err(PreflightError::NoKvm),
+    }
+}
+
+fn check_guest(name: &str, guest: &Guest, host: &Host) -> Result<(), PreflightError> {
+    let fail = |what, path: &Path| {
+        let (guest, path) = (name.to_owned(), path.to_owned());
+        move |source| PreflightError::File { guest, what, path, source }
+    };
+    check_readable(&guest.kernel).map_err(fail("cannot read the kernel", &guest.kernel))?;
+    for path in &guest.initrd {
+        check_readable(path).map_err(fail("cannot read the initrd", path))?;
+    }
+    for disk in &guest.disk {
+        let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
+        opened.map_err(fail("cannot open the disk", &disk.path))?;
+    }
+    for address in &guest.passthrough {
+        check_device(name, address, host)?;
+        check_locked_memory(name, guest.memory)?;
+    }
+    Ok(())
+}
+
+fn check_readable(path: &Path) -> io::Result<()> {
+    let meta = File::open(path)?.metadata()?;
+    if meta.is_dir() { Err(io::Error::from(io::ErrorKind::IsADirectory)) } else { Ok(()) }
+}
+
+fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
+    let bdf: Bdf = address.parse()?;
+    let ready = HostDevice::find_below(&host.pci, bdf).and_then(|device| device.check_ready().map(|()| device));
+    ready.map_err(|source| PreflightError::Device { user: user.into(), source })
+}
+
+fn check_groups(driver: &str, device: &HostDevice, spare: &HostDevice) -> Result<(), PreflightError> {
+    match device.group().filter(|group| spare.group() == Some(*group)) {
+        Some(group) => {
+            Err(PreflightError::SharedGroup { driver: driver.into(), device: device.bdf(), spare: spare.bdf(), group })
+        }
+        None => Ok(()),
+    }
+}
+
+/// The kernel counts a VM's pinned memory against the limit, unless the process may lock as it likes.
+fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), PreflightError> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
+    if nix::unistd::geteuid().is_root() || limit >= needed.0 {
+        return Ok(());
+    }
+    let limit = MemorySize(limit).to_string();
+    Err(PreflightError::LockedMemory { user: user.into(), needed, limit })
+}

@@ -1,0 +1,15 @@
+//! One VM: memory, vCPUs, boot, ACPI, legacy devices.
+
+pub mod acpi;
+pub mod boot;
+pub mod bus;
+pub mod cpuid;
+mod dsdt;
+pub mod end;
+pub mod kvm;
+pub mod layout;
+pub mod legacy;
+pub mod memory;
+pub mod terminal;
+pub mod vcpu;
+pub mod vm;

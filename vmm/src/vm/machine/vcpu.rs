@@ -1,0 +1,310 @@
+//! The vCPU threads: each runs its vCPU and hands what exits to the bus until the VM ends. An exit takes no
+//! lock but the target device's.
+
+use std::fmt::Write as _;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_mp_state, kvm_run,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::bus::Bus;
+use super::end::End;
+use crate::wire::messages::VmEnd;
+
+/// How long to wait before a vCPU that was between its check and `KVM_RUN` is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
+/// Bytes of code shown in a register dump.
+const CODE_BYTES: usize = 16;
+
+/// `jmp` to itself.
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// The interrupt flag in `rflags`.
+const INTERRUPTS: u64 = 1 << 9;
+
+/// Errors of starting vCPUs.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// No signal handler.
+    #[error("install the handler of the signal that stops vCPUs")]
+    Signal(#[source] vmm_sys_util::errno::Error),
+    /// No thread.
+    #[error("start the thread of vCPU {id}")]
+    Thread {
+        /// Which.
+        id: usize,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What vCPUs share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Where exits go.
+    pub bus: Arc<Bus>,
+    /// The VM's end.
+    pub end: Arc<End>,
+    /// For the code in register dumps.
+    pub memory: GuestMemoryMmap,
+    lock_up: Arc<LockUp>,
+}
+
+impl Shared {
+    /// vCPUs with these.
+    pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap) -> Self {
+        let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
+        Self { bus, end, memory, lock_up: Arc::default() }
+    }
+}
+
+/// Whether vCPUs are to spin with interrupts off, and how many have been told.
+#[derive(Debug, Default)]
+struct LockUp {
+    wanted: AtomicBool,
+    done: AtomicUsize,
+}
+
+/// Running vCPUs. [`Self::stop`] must be called at the end; dropping it stops them too.
+#[derive(Debug)]
+pub struct Vcpus {
+    threads: Vec<JoinHandle<String>>,
+    end: Arc<End>,
+    lock_up: Arc<LockUp>,
+}
+
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+impl Vcpus {
+    /// Starts a thread for each of `vcpus`.
+    pub fn start(vcpus: Vec<VcpuFd>, shared: &Shared) -> Result<Self, Error> {
+        register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)?;
+        let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
+        let mut started = Self { threads: Vec::new(), end, lock_up };
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = shared.clone();
+            let body = move || {
+                let guard = EndOnPanic(Arc::clone(&shared.end));
+                let report = Runner { id, vcpu, shared, locked_up: false }.run();
+                drop(guard);
+                report
+            };
+            let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(body);
+            started.threads.push(thread.map_err(|source| Error::Thread { id, source })?);
+        }
+        Ok(started)
+    }
+
+    /// Has every vCPU spin where it is with interrupts off, until the VM ends. Returns when all have been told;
+    /// one that could not be goes on, which is logged.
+    pub fn lock_up(&self) {
+        self.lock_up.wanted.store(true, Ordering::Release);
+        while self.lock_up.done.load(Ordering::Acquire) < self.threads.len() && !self.end.is_set() {
+            for thread in &self.threads {
+                // Fails only if the thread has just ended.
+                let _ = thread.kill(SIGRTMIN());
+            }
+            thread::sleep(KICK_AGAIN);
+        }
+    }
+
+    /// Stops all vCPUs and returns their registers as text.
+    pub fn stop(mut self) -> String {
+        self.join()
+    }
+
+    fn join(&mut self) -> String {
+        self.end.set(VmEnd::Killed);
+        let mut report = String::new();
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() {
+                // Fails only if the thread has just ended.
+                let _ = thread.kill(SIGRTMIN());
+                thread::sleep(KICK_AGAIN);
+            }
+            report += &thread.join().unwrap_or_else(|_| "a vCPU thread panicked\n".into());
+        }
+        report
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// A vCPU thread that panics must not leave a VM that never ends.
+struct EndOnPanic(Arc<End>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.set(VmEnd::Error);
+        }
+    }
+}
+
+struct Runner {
+    id: usize,
+    vcpu: VcpuFd,
+    shared: Shared,
+    locked_up: bool,
+}
+
+impl Runner {
+    /// Runs until the VM ends; returns a report on this vCPU's end.
+    fn run(mut self) -> String {
+        let mut why = String::from("stopped");
+        while !self.shared.end.is_set() {
+            if !self.locked_up && self.shared.lock_up.wanted.load(Ordering::Acquire) {
+                self.locked_up = true;
+                if let Err(error) = self.spin_without_interrupts() {
+                    tracing::warn!(id = self.id, %error, "cannot lock the vCPU up");
+                }
+                self.shared.lock_up.done.fetch_add(1, Ordering::Release);
+            }
+            if let Some((how, reason)) = self.step() {
+                self.shared.end.set(how);
+                why = reason;
+            }
+        }
+        self.report(&why)
+    }
+
+    fn step(&mut self) -> Option<(VmEnd, String)> {
+        let run: *const kvm_run = self.vcpu.get_kvm_run();
+        let bus = &self.shared.bus;
+        let ended = |how, why: &str| Some((how, why.to_owned()));
+        match self.vcpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                data.chunks(io_size(run)).for_each(|piece| bus.port_write(port, piece));
+                None
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                data.chunks_mut(io_size(run)).for_each(|piece| bus.port_read(port, piece));
+                None
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                bus.memory_write(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                bus.memory_read(address, data);
+                None
+            }
+            Ok(VcpuExit::Intr) => None,
+            Ok(VcpuExit::Shutdown) => ended(VmEnd::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)"),
+            Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
+                KVM_SYSTEM_EVENT_SHUTDOWN => ended(VmEnd::PowerOff, "system event: shutdown"),
+                KVM_SYSTEM_EVENT_RESET => ended(VmEnd::Reset, "system event: reset"),
+                KVM_SYSTEM_EVENT_CRASH => ended(VmEnd::Error, "system event: crash"),
+                other => Some((VmEnd::Error, format!("system event {other}"))),
+            },
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                Some((VmEnd::Error, format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on CPU {cpu}")))
+            }
+            Ok(VcpuExit::InternalError) => Some((VmEnd::Error, internal_error(run))),
+            Ok(other) => Some((VmEnd::Error, format!("unexpected exit {other:?}"))),
+            // A kick; or a vCPU that waits for its start-up message.
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) => Some((VmEnd::Error, format!("KVM_RUN failed: {error}"))),
+        }
+    }
+
+    /// Puts a jump to itself in the place of the next instruction, and takes interrupts away.
+    fn spin_without_interrupts(&mut self) -> Result<(), kvm_ioctls::Error> {
+        // What the last exit began is ended by entering once more (KVM API, KVM_RUN). Where that begins another exit, the rest of the
+        // instruction is lost with the VM.
+        self.vcpu.set_kvm_immediate_exit(1);
+        let _ = self.vcpu.run();
+        self.vcpu.set_kvm_immediate_exit(0);
+        if self.vcpu.get_mp_state()?.mp_state == KVM_MP_STATE_HALTED {
+            self.vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+        }
+        let mut events = self.vcpu.get_vcpu_events()?;
+        events.interrupt.injected = 0;
+        self.vcpu.set_vcpu_events(&events)?;
+        let mut registers = self.vcpu.get_regs()?;
+        registers.rflags &= !INTERRUPTS;
+        self.vcpu.set_regs(&registers)?;
+        let code = self.vcpu.get_sregs()?.cs.base.wrapping_add(registers.rip);
+        for (address, byte) in (code..).zip(SPIN) {
+            let place = GuestAddress(self.vcpu.translate_gva(address)?.physical_address);
+            // Not in memory: it spins on what it finds there, or faults; either is a failure.
+            let _ = self.shared.memory.write_obj(byte, place);
+        }
+        Ok(())
+    }
+
+    fn report(&self, why: &str) -> String {
+        let mut text = format!("vcpu{}: {why}\n", self.id);
+        // Writing to a String cannot fail.
+        let _ = self.write_registers(&mut text);
+        text
+    }
+
+    fn write_registers(&self, text: &mut String) -> std::fmt::Result {
+        let (Ok(r), Ok(s)) = (self.vcpu.get_regs(), self.vcpu.get_sregs()) else {
+            return writeln!(text, "  registers cannot be read");
+        };
+        writeln!(
+            text,
+            "  rip {:016x}  rflags {:08x}  cs {:04x}  ss {:04x}",
+            r.rip, r.rflags, s.cs.selector, s.ss.selector
+        )?;
+        writeln!(text, "  rax {:016x}  rbx {:016x}  rcx {:016x}  rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx)?;
+        writeln!(text, "  rsi {:016x}  rdi {:016x}  rbp {:016x}  rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp)?;
+        writeln!(text, "  r8  {:016x}  r9  {:016x}  r10 {:016x}  r11 {:016x}", r.r8, r.r9, r.r10, r.r11)?;
+        writeln!(text, "  r12 {:016x}  r13 {:016x}  r14 {:016x}  r15 {:016x}", r.r12, r.r13, r.r14, r.r15)?;
+        writeln!(
+            text,
+            "  cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}  efer {:x}",
+            s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+        )?;
+        writeln!(text, "  gs base {:016x}  gdt {:016x}  idt {:016x}", s.gs.base, s.gdt.base, s.idt.base)?;
+        match self.code(s.cs.base.wrapping_add(r.rip)) {
+            Some(code) => writeln!(text, "  code {}", code.map(|byte| format!("{byte:02x}")).join(" ")),
+            None => writeln!(text, "  code cannot be read"),
+        }
+    }
+
+    fn code(&self, address: u64) -> Option<[u8; CODE_BYTES]> {
+        let translated = self.vcpu.translate_gva(address).ok().filter(|t| t.valid != 0)?;
+        let mut code = [0; CODE_BYTES];
+        self.shared.memory.read_slice(&mut code, GuestAddress(translated.physical_address)).ok()?;
+        Some(code)
+    }
+}
+
+/// Width in bytes of each access of a string of port accesses.
+fn io_size(run: *const kvm_run) -> usize {
+    // SAFETY: `run` points to the vCPU's mapped `kvm_run`, which lives as long as the vCPU, and after
+    // KVM_EXIT_IO the kernel has filled this arm of the union. Only the data behind the structure is
+    // borrowed at this time, not the structure.
+    let size = unsafe { (*run).__bindgen_anon_1.io.size };
+    usize::from(size).max(1)
+}
+
+fn internal_error(run: *const kvm_run) -> String {
+    // SAFETY: as in `io_size`, after KVM_EXIT_INTERNAL_ERROR.
+    let internal = unsafe { (*run).__bindgen_anon_1.internal };
+    let kind = match internal.suberror {
+        1 => "instruction emulation failed",
+        2 => "simultaneous exceptions",
+        3 => "exit while an event was delivered",
+        4 => "unexpected exit reason of the CPU",
+        _ => "unknown",
+    };
+    format!("KVM_EXIT_INTERNAL_ERROR {} ({kind})", internal.suberror)
+}

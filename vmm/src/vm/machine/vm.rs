@@ -1,0 +1,144 @@
+//! A VM put together: KVM, memory, interrupts, buses, tables and kernel, in the order in which they need each
+//! other. Devices come from [`crate::vm::devices`].
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::{Kvm, VmFd};
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::acpi::{self, Platform};
+use super::bus::Bus;
+use super::end::End;
+use super::legacy::{Legacy, SerialError, SerialLine};
+use super::memory::{self, MemorySlot, MemorySlots};
+use super::vcpu::{self, Shared, Vcpus};
+use super::{boot, cpuid, kvm, layout};
+use crate::vm::interrupt::{self, Interrupts};
+use crate::vm::pci::bus::{PciBus, Windows};
+use crate::wire::messages::VmSpec;
+
+/// Errors of building a VM.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Kernel, initial RAM disks, command line.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// First registers.
+    #[error("set up a vCPU")]
+    Registers(#[from] boot::RegistersError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
+    /// Interrupts.
+    #[error(transparent)]
+    Interrupts(#[from] interrupt::Error),
+    /// Serial line.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
+    /// An eventfd.
+    #[error("create an eventfd")]
+    EventFd(#[source] io::Error),
+}
+
+/// A VM; vCPUs run from [`Vm::start`] on.
+pub struct Vm {
+    /// KVM's VM.
+    pub fd: Arc<VmFd>,
+    /// The guest's memory.
+    pub memory: GuestMemoryMmap,
+    /// KVM's memory slots.
+    pub slots: Arc<MemorySlots>,
+    /// Interrupts towards the guest.
+    pub interrupts: Arc<Interrupts>,
+    /// Address decoding.
+    pub bus: Arc<Bus>,
+    /// How the VM ends.
+    pub end: Arc<End>,
+    /// COM1.
+    pub serial: Arc<Mutex<SerialLine>>,
+    /// Readable when the guest says that it has panicked.
+    pub panicked: EventFd,
+    kvm: Kvm,
+    platform: Platform,
+    _ram: Vec<MemorySlot>,
+}
+
+fn eventfd() -> Result<EventFd, Error> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)
+}
+
+impl Vm {
+    /// Everything but PCI devices and a kernel.
+    pub fn new(spec: &VmSpec) -> Result<Self, Error> {
+        let kvm = kvm::open()?;
+        let fd = kvm::create_vm(&kvm, spec.cpus)?;
+        let memory = memory::create(&spec.name, spec.memory.0)?;
+        if !spec.passthrough.is_empty() || spec.standby {
+            // A standby has time.
+            memory::collapse(&memory, spec.standby);
+        }
+        tracing::debug!("memory is there");
+        let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
+        let ram = slots.map_ram(&memory)?;
+        let interrupts = Interrupts::new(Arc::clone(&fd))?;
+        let end = Arc::new(End::new().map_err(Error::EventFd)?);
+
+        let serial_irq = eventfd()?;
+        interrupts.bind_edge(layout::COM1_IRQ, &serial_irq)?;
+        let serial = Arc::new(Mutex::new(SerialLine::new(&spec.console, serial_irq)?));
+        let panicked = eventfd()?;
+        let signal = panicked.try_clone().map_err(Error::EventFd)?;
+        let legacy = Legacy::new(Arc::clone(&fd), Arc::clone(&end), Arc::clone(&serial), signal);
+
+        let mmio64_end = mmio64_end(&kvm)?;
+        let platform = Platform { cpus: spec.cpus, mmio64_end };
+        let bus = Arc::new(Bus { legacy, pci: PciBus::new(windows(mmio64_end)) });
+        Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, _ram: ram })
+    }
+
+    /// Loads the kernel and starts the vCPUs. Devices must be on the bus.
+    pub fn start(&self, spec: &VmSpec) -> Result<Vcpus, Error> {
+        let rsdp = acpi::write(&self.memory, &self.platform)?;
+        let entry = boot::load(&self.memory, &spec.kernel, &spec.initrd, &spec.cmdline, rsdp)?;
+        tracing::debug!(?entry, "kernel is loaded");
+        let supported = cpuid::supported(&self.kvm)?;
+        let mut vcpus = Vec::new();
+        for id in 0..spec.cpus {
+            let vcpu = self.fd.create_vcpu(id.into()).map_err(kvm::Error::ioctl("create a vCPU (KVM_CREATE_VCPU)"))?;
+            let table = cpuid::for_vcpu(&self.kvm, &supported, id, spec.cpus);
+            vcpu.set_cpuid2(&table).map_err(kvm::Error::ioctl("set CPUID (KVM_SET_CPUID2)"))?;
+            boot::set_up_registers(&vcpu, &self.memory, (id == 0).then_some(entry))?;
+            vcpus.push(vcpu);
+        }
+        let shared = Shared::new(&self.bus, &self.end, &self.memory);
+        Ok(Vcpus::start(vcpus, &shared)?)
+    }
+}
+
+/// End of the 64-bit PCI window, if the CPU can address it.
+fn mmio64_end(kvm: &Kvm) -> Result<Option<u64>, Error> {
+    let bits = cpuid::physical_bits(&cpuid::supported(kvm)?).min(63);
+    let end = layout::PCI_MMIO64_START + layout::PCI_MMIO64_SIZE;
+    Ok((end <= 1 << bits).then_some(end))
+}
+
+fn windows(mmio64_end: Option<u64>) -> Windows {
+    let start64 = layout::PCI_MMIO64_START;
+    Windows {
+        memory32: layout::PCI_MMIO32_START..layout::PCI_MMIO32_END,
+        memory64: start64..mmio64_end.unwrap_or(start64),
+        io: layout::PCI_IO_START.into()..u64::from(layout::PCI_IO_LAST) + 1,
+    }
+}

@@ -1,0 +1,308 @@
+//! The process of one VM (`umbra vm`): takes the VM's spec, builds and runs it, answers the supervisor, and
+//! says how the VM ended. The main thread is the event loop.
+//!
+//! Every exit path leaves the terminal as it was; `SIGKILL` leaves it to the supervisor.
+
+use std::io::{self, IsTerminal};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use thiserror::Error;
+
+use super::devices::{self, Devices};
+use super::host::Host;
+use super::machine::terminal::TerminalInput;
+use super::machine::vm::{self, Vm};
+use crate::base::error::chain;
+use crate::base::high_duplicate::twin;
+use crate::base::time::Time;
+use crate::config::Console;
+use crate::wire::channel::{self, Channel, Incoming};
+use crate::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
+
+/// Where the VM's spec comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// The control socket of a supervisor, which sends `ToVm::Start` first.
+    Control(OwnedFd),
+    /// A file with a `VmSpec` in JSON: for trying a VM by hand.
+    File(PathBuf),
+}
+
+/// Errors of a VM process.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The control socket.
+    #[error("take the VM's spec from the supervisor")]
+    Control(#[source] channel::Error),
+    /// The supervisor closed the socket, or sent something else first.
+    #[error("the supervisor did not send a VM's spec")]
+    NoSpec,
+    /// The spec file.
+    #[error("read the VM's spec from {path}")]
+    SpecFile {
+        /// Which.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    /// Its devices.
+    #[error(transparent)]
+    Devices(#[from] devices::Error),
+    /// The event loop.
+    #[error("run the event loop")]
+    Events(#[source] event_manager::Error),
+    /// Signals.
+    #[error("{operation}")]
+    System {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        source: Errno,
+    },
+    /// The VM did not end in an orderly way.
+    #[error("the VM ended: {what}\n{registers}")]
+    Broken {
+        /// How.
+        what: &'static str,
+        /// Registers of the vCPUs.
+        registers: String,
+    },
+}
+
+impl Error {
+    fn system(operation: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |source| Self::System { operation, source }
+    }
+}
+
+/// A subscriber of the event loop.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// Runs one VM to its end. An error that a supervisor was told of is not returned.
+pub fn main(source: Source) -> Result<(), Error> {
+    raise_file_limit();
+    let signals = block_signals(&source)?;
+    let (spec, files, host) = match source {
+        Source::Control(fd) => {
+            // The supervisor notices by it that this process is gone.
+            let channel = Channel::from_fd(twin(&fd).unwrap_or(fd));
+            let (spec, files) = receive_spec(&channel)?;
+            (spec, files, Arc::new(Host::Supervisor(channel)))
+        }
+        Source::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
+    };
+    let result = run((&spec, files), &host, signals);
+    match (&*host, result) {
+        (Host::Supervisor(_), Err(error)) => {
+            host.tell(&FromVm::Failed { what: chain(&error) });
+            Ok(())
+        }
+        (Host::Supervisor(_), Ok(_)) => Ok(()),
+        (Host::Log, Err(error)) => Err(error),
+        (Host::Log, Ok((how, registers))) => match how {
+            VmEnd::PowerOff | VmEnd::Reset | VmEnd::Killed => Ok(()),
+            VmEnd::TripleFault => Err(Error::Broken { what: "triple fault", registers }),
+            VmEnd::Error => Err(Error::Broken { what: "KVM could not go on", registers }),
+        },
+    }
+}
+
+/// A NIC has an eventfd for each interrupt, up to 2,048 by MSI-X. The usual soft limit of 1,024 files is made for `select`.
+fn raise_file_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "raise the limit of open files");
+    }
+}
+
+/// Signals that end the VM come to the event loop. With a supervisor the terminal's signals are its business.
+fn block_signals(source: &Source) -> Result<SignalFd, Error> {
+    let (terminal, mut ours) = (SigSet::from_iter([Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]), SigSet::empty());
+    ours.add(Signal::SIGTERM);
+    let all: SigSet = terminal.iter().chain(ours.iter()).collect();
+    all.thread_block().map_err(Error::system("block signals"))?;
+    let watched = if matches!(source, Source::File(_)) { all } else { ours };
+    SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(Error::system("watch signals (signalfd)"))
+}
+
+/// The spec, and the files of its device.
+fn receive_spec(channel: &Channel) -> Result<(Box<VmSpec>, Vec<OwnedFd>), Error> {
+    match channel.receive().map_err(Error::Control)? {
+        Incoming::Message(ToVm::Start(spec), files) => Ok((spec, files)),
+        _ => Err(Error::NoSpec),
+    }
+}
+
+fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
+    let read = std::fs::File::open(&path).and_then(|file| Ok(serde_json::from_reader(io::BufReader::new(file))?));
+    read.map_err(|source| Error::SpecFile { path, source })
+}
+
+/// Builds and runs the VM; returns how it ended and its vCPUs' registers.
+fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
+    die_with_supervisor(spec, host)?;
+    let vm = Vm::new(spec)?;
+    let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
+    let devices = devices::add(&vm, (spec, files), host, &mut events)?;
+    tracing::debug!("devices are there");
+    let vm = Arc::new(vm);
+    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, lock_up: false };
+    let control = Arc::new(Mutex::new(control));
+    events.add_subscriber(control.clone());
+
+    let vcpus = vm.start(spec)?;
+    host.tell(&FromVm::Running { at: Time::now().0 });
+    let terminal = if spec.console == Console::Terminal {
+        let input = TerminalInput::new(Arc::clone(&vm.serial), Arc::clone(&vm.end));
+        let input = input.map_err(Error::system("put the terminal into raw mode"))?;
+        Some(events.add_subscriber(Arc::new(Mutex::new(input))))
+    } else {
+        None
+    };
+    let how = loop {
+        if let Some(how) = vm.end.get() {
+            break how;
+        }
+        if std::mem::take(&mut control.lock().unwrap_or_else(PoisonError::into_inner).lock_up) {
+            vcpus.lock_up();
+        }
+        for subscriber in control.lock().unwrap_or_else(PoisonError::into_inner).devices.take_subscribers() {
+            events.add_subscriber(subscriber);
+        }
+        match events.run() {
+            Ok(_) => {}
+            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(Error::Events(error)),
+        }
+    };
+    tracing::debug!(?how, "stopping");
+    let registers = vcpus.stop();
+    if let Some(id) = terminal {
+        // Gives the terminal back before anybody prints.
+        drop(events.remove_subscriber(id));
+    }
+    host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
+    Ok((how, registers))
+}
+
+/// A VM must not outlive its supervisor. One that holds the terminal gets a signal that lets it clean up.
+fn die_with_supervisor(spec: &VmSpec, host: &Host) -> Result<(), Error> {
+    if matches!(host, Host::Log) {
+        return Ok(());
+    }
+    let holds_terminal = spec.console == Console::Terminal && io::stdin().is_terminal();
+    let signal = if holds_terminal { Signal::SIGTERM } else { Signal::SIGKILL };
+    prctl::set_pdeathsig(signal).map_err(Error::system("ask to be ended with the supervisor (PR_SET_PDEATHSIG)"))
+}
+
+/// The event loop's part that concerns the whole VM.
+struct Control {
+    vm: Arc<Vm>,
+    host: Arc<Host>,
+    devices: Devices,
+    signals: SignalFd,
+    /// The vCPUs are to be locked up; the loop does it.
+    lock_up: bool,
+}
+
+/// What the descriptors are registered as.
+const END: u32 = 0;
+const PANICKED: u32 = 1;
+const SIGNAL: u32 = 2;
+const SUPERVISOR: u32 = 3;
+
+impl Control {
+    fn receive(&mut self) {
+        let host = Arc::clone(&self.host);
+        let Host::Supervisor(channel) = &*host else { return };
+        match channel.try_receive::<ToVm>() {
+            Ok(Incoming::Message(message, fds)) => self.handle(message, fds),
+            Ok(Incoming::Empty) => {}
+            Ok(Incoming::Closed) => self.vm.end.set(VmEnd::Killed),
+            Err(error) => {
+                tracing::error!(%error, "a message from the supervisor");
+                self.vm.end.set(VmEnd::Error);
+            }
+        }
+    }
+
+    fn handle(&mut self, message: ToVm, fds: Vec<OwnedFd>) {
+        match message {
+            ToVm::Start(_) => tracing::warn!("a second VM for this process"),
+            ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
+            ToVm::Kill => self.vm.end.set(VmEnd::Killed),
+            ToVm::LockUp => self.lock_up = true,
+            ToVm::Release => {
+                self.devices.release();
+                self.host.tell(&FromVm::Released { at: Time::now().0 });
+            }
+            ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {
+                Ok(()) => FromVm::Plugged { at: Time::now().0 },
+                Err(error) => FromVm::Failed { what: chain(&error) },
+            }),
+            other => self.devices.handle(&other, fds, &self.host),
+        }
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut watched = vec![
+            Events::with_data(self.vm.end.event(), END, EventSet::IN),
+            Events::with_data(&self.vm.panicked, PANICKED, EventSet::IN),
+            Events::with_data(&self.signals, SIGNAL, EventSet::IN),
+        ];
+        if let Host::Supervisor(channel) = &*self.host {
+            watched.push(Events::with_data(channel, SUPERVISOR, EventSet::IN));
+        }
+        for events in watched {
+            if let Err(error) = ops.add(events) {
+                tracing::error!(%error, "watch the VM's events");
+                self.vm.end.set(VmEnd::Error);
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        match events.data() {
+            PANICKED => {
+                let _ = self.vm.panicked.read();
+                self.host.tell(&FromVm::Panicked { at: Time::now().0 });
+            }
+            SIGNAL => {
+                let _ = self.signals.read_signal();
+                self.vm.end.set(VmEnd::Killed);
+            }
+            SUPERVISOR => self.receive(),
+            // The loop itself sees the end.
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_files_may_be_open_as_the_system_allows() {
+        raise_file_limit();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(soft, hard);
+    }
+}

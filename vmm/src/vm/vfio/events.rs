@@ -1,0 +1,152 @@
+//! Bad news about a passed-through function: the device reports an error, interrupts without end, the host wants it
+//! back, or it is gone. Whoever runs the VM decides what to do.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::storm::StormWatch;
+use crate::base::pci_address::Bdf;
+use crate::host::error::Error;
+use crate::host::irq::Index;
+use crate::host::region::{HostFunction, Presence};
+use crate::host::sysfs::HostDevice;
+
+/// What happened to a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// An uncorrectable error was reported (PCI Express AER); its state is undefined.
+    DeviceError,
+    /// The host wants to take the device away (it is unbound or unplugged).
+    RemovalRequested,
+    /// It does not answer any more.
+    Vanished,
+    /// Something else than its driver has switched it off or reset it.
+    SwitchedOff,
+    /// It interrupts so many times a second, more than it may.
+    InterruptStorm(u32),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::DeviceError => f.write_str("the device reported an uncorrectable error"),
+            Self::RemovalRequested => f.write_str("the host wants the device back"),
+            Self::Vanished => f.write_str("the device does not answer any more"),
+            Self::SwitchedOff => f.write_str("the device was switched off or reset by something else than its driver"),
+            Self::InterruptStorm(rate) => write!(f, "interrupt storm: the device interrupts {rate} times a second"),
+        }
+    }
+}
+
+/// How often the function's command register is looked at, and its interrupts are counted.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+fn timer() -> nix::Result<TimerFd> {
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+    timer.set(Expiration::Interval(LOOK_EVERY.into()), TimerSetTimeFlags::empty())?;
+    Ok(timer)
+}
+
+/// Tells a callback about each failure of one function. Subscribe it to the VM's event loop.
+pub struct FailureWatch {
+    bdf: Bdf,
+    error: EventFd,
+    request: EventFd,
+    vanished: EventFd,
+    /// Looked at from time to time. A reference would keep the device open.
+    host: Weak<HostFunction>,
+    looks: TimerFd,
+    /// How it was at the last look.
+    last: Presence,
+    storm: Option<StormWatch>,
+    tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+}
+
+impl FailureWatch {
+    /// More than `interrupt_limit` interrupts a second are a failure; 0: any number is fine.
+    pub(super) fn new(
+        host: &Arc<HostFunction>,
+        interrupt_limit: u32,
+        tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+    ) -> Result<Self, Error> {
+        let bdf = host.bdf();
+        let failed = |source| Error::EventFd { bdf, source };
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(failed);
+        let vanished = host.vanished().try_clone().map_err(failed)?;
+        let looks = timer().map_err(|errno| failed(errno.into()))?;
+        let (last, weak) = (Presence::Present, Arc::downgrade(host));
+        let storm = (interrupt_limit > 0).then(|| HostDevice::find(bdf)).transpose()?;
+        let storm = storm.map(|device| StormWatch::new(bdf, device.directory(), interrupt_limit));
+        let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, storm, tell };
+        for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
+            // Conventional PCI devices have no error event.
+            if host.irq_count(index) > 0 {
+                host.irq_enable(index, &[event]).map_err(|source| Error::HostInterrupt {
+                    kind: "error events",
+                    bdf,
+                    source,
+                })?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// The same bad news twice in a row counts: in between a driver may be about to switch something.
+    fn look(&mut self) {
+        // Nothing to read would be a look too many.
+        let _ = self.looks.wait();
+        let Some(host) = self.host.upgrade() else { return };
+        let now = host.look();
+        let failure = match now {
+            Presence::Present => None,
+            Presence::SwitchedOff => Some(Failure::SwitchedOff),
+            Presence::Absent => Some(Failure::Vanished),
+        };
+        let failure = failure.filter(|_| now == self.last);
+        let storm = self.storm.as_mut().and_then(|storm| storm.look(Instant::now()));
+        if let Some(failure) = failure.or(storm.map(Failure::InterruptStorm)) {
+            // Once is enough.
+            let _ = self.looks.unset();
+            (self.tell)(self.bdf, failure);
+        }
+        self.last = now;
+    }
+
+    fn sources(&self) -> [(&EventFd, Failure); 3] {
+        [
+            (&self.error, Failure::DeviceError),
+            (&self.request, Failure::RemovalRequested),
+            (&self.vanished, Failure::Vanished),
+        ]
+    }
+}
+
+impl MutEventSubscriber for FailureWatch {
+    fn init(&mut self, ops: &mut EventOps) {
+        for (event, _) in self.sources() {
+            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
+                tracing::error!("{}: watch for failures: {error:?}", self.bdf);
+            }
+        }
+        if let Err(error) = ops.add(Events::new_raw(self.looks.as_fd().as_raw_fd(), EventSet::IN)) {
+            tracing::error!("{}: watch for failures: {error:?}", self.bdf);
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if events.fd() == self.looks.as_fd().as_raw_fd() {
+            return self.look();
+        }
+        let found = self.sources().into_iter().find(|(event, _)| event.as_raw_fd() == events.fd());
+        let Some((event, failure)) = found else { return };
+        // The kernel repeats a removal request while the device is open: each is one event.
+        let _ = event.read();
+        (self.tell)(self.bdf, failure);
+    }
+}

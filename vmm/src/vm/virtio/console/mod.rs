@@ -1,0 +1,421 @@
+//! A console device with named ports (virtio 1.2, section 5.3). Port 0 is never announced: drivers may take it
+//! for a console; the ports of the VM are 1 and up. Invariant: the driver is told of a host's end being
+//! connected before data flows and of its end after the last byte. No console, no resize, no emergency write.
+
+pub mod control;
+mod port;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use thiserror::Error;
+use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::log_limit::LogLimit;
+use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::control::{FromDriver, MESSAGE_SIZE, ToDriver};
+use self::port::{End, Port};
+use super::device::{self, QueueResources, QueueState, VirtioDevice};
+use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
+use super::{queue, read_config};
+use crate::wire::messages::PortBackend;
+
+pub use self::port::Error as PortError;
+
+/// Device ID (section 5.3.1).
+const DEVICE_ID: u16 = 3;
+/// There are several ports and control queues.
+const F_MULTIPORT: u64 = 1 << 1;
+/// Requests may be indirect descriptors; event indices save exits.
+const F_RING: u64 = 1 << 28 | 1 << 29;
+const QUEUE_SIZE: u16 = 128;
+/// Control queues; port 0's are before, those of ports 1 and up behind.
+const CONTROL_RX: u16 = 2;
+const CONTROL_TX: u16 = 3;
+/// Most ports: each takes two queues and two interrupt vectors.
+pub const MAX_PORTS: usize = 31;
+/// Messages that may wait for the driver to take them; until then its own are not read either.
+const MAX_PENDING: usize = 2 * MAX_PORTS;
+/// Rounds of control messages in one turn: as many as the driver's queue holds messages.
+const BUDGET: u16 = QUEUE_SIZE;
+
+/// Errors of making a console device.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Too many.
+    #[error("{0} console ports; a VM has at most {MAX_PORTS}")]
+    TooManyPorts(usize),
+    /// One port's.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// No eventfd.
+    #[error("create an eventfd for the console")]
+    EventFd(#[source] std::io::Error),
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    ControlRx,
+    ControlTx,
+    /// A port's, index into `ports`.
+    Port(usize),
+    /// Port 0's.
+    Unused,
+}
+
+/// The device.
+pub struct Console {
+    ports: Vec<Port>,
+    /// What the event loop watches of each port.
+    watched: Vec<Watched>,
+    queues: Vec<Option<Virtqueue>>,
+    sizes: Vec<u16>,
+    events: QueueEvents,
+    pending: VecDeque<ToDriver>,
+    /// The driver asked for ports.
+    driver_ready: bool,
+    broken: bool,
+    config_call: Option<EventFd>,
+    log: LogLimit,
+}
+
+/// The stream that the event loop watches for a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Watched(Option<(RawFd, EventSet)>);
+
+impl Console {
+    /// A console with `ports`, which are joined to their host's ends at once.
+    pub fn new(ports: &[PortBackend]) -> Result<Self, Error> {
+        if ports.len() > MAX_PORTS {
+            return Err(Error::TooManyPorts(ports.len()));
+        }
+        let ports: Vec<_> = ports.iter().map(Port::new).collect::<Result<_, _>>()?;
+        let count = 2 * ports.len() + 4;
+        Ok(Self {
+            watched: vec![Watched::default(); ports.len()],
+            ports,
+            queues: (0..count).map(|_| None).collect(),
+            sizes: vec![QUEUE_SIZE; count],
+            events: QueueEvents::new(count).map_err(Error::EventFd)?,
+            pending: VecDeque::new(),
+            driver_ready: false,
+            broken: false,
+            config_call: None,
+            log: LogLimit::default(),
+        })
+    }
+
+    fn served(&mut self, role: Role) -> Result<(), RingFault> {
+        match role {
+            Role::ControlRx | Role::ControlTx => {
+                for _ in 0..BUDGET {
+                    let more = self.read_control()?;
+                    self.announce();
+                    self.write_control()?;
+                    if !more {
+                        break;
+                    }
+                }
+                (0..self.ports.len()).try_for_each(|index| self.pump(index))?;
+            }
+            Role::Port(index) => self.pump(index)?,
+            Role::Unused => {}
+        }
+        self.announce();
+        self.write_control()
+    }
+
+    fn pump(&mut self, index: usize) -> Result<(), RingFault> {
+        let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
+        let [rx, tx] = port_queues(index);
+        if let Some(queue) = &mut self.queues[tx] {
+            port.pump_to_host(queue)?;
+        }
+        // Data before the announcement would be thrown away by the driver.
+        if let Some(queue) = self.queues[rx].as_mut().filter(|_| port.announced) {
+            port.pump_to_guest(queue)?;
+        }
+        Ok(())
+    }
+
+    /// Handles what the driver says; true if it has said more and there is room for answers.
+    fn read_control(&mut self) -> Result<bool, RingFault> {
+        let mut messages = Vec::new();
+        // One message can make a message for each port; what there is no room for stays in the driver's queue.
+        let room = MAX_PENDING.saturating_sub(self.pending.len()) / (self.ports.len() + 1);
+        let mut more = false;
+        if let Some(queue) = self.queues[usize::from(CONTROL_TX)].as_mut().filter(|_| room > 0) {
+            more = take_messages(queue, room, &mut messages)?;
+            queue.notify()?;
+        }
+        messages.into_iter().for_each(|message| self.control(FromDriver::parse(message)));
+        Ok(more)
+    }
+
+    fn control(&mut self, message: FromDriver) {
+        tracing::trace!("console: {message:?}");
+        match message {
+            FromDriver::DeviceReady(true) if !self.driver_ready => {
+                self.driver_ready = true;
+                self.pending.extend((1u32..).zip(&self.ports).map(|(id, _)| ToDriver::Add(id)));
+            }
+            FromDriver::PortReady { port: id, ready } => {
+                let Some(port) = port_index(id).and_then(|index| self.ports.get_mut(index)) else { return };
+                port.ready = ready;
+                port.announced = false;
+                if ready {
+                    self.pending.push_back(ToDriver::Name(id, port.name.clone()));
+                }
+            }
+            FromDriver::PortOpen { port: id, open } => {
+                if let Some(port) = port_index(id).and_then(|index| self.ports.get_mut(index)) {
+                    tracing::debug!(
+                        "console port {}: {} in the guest",
+                        port.name,
+                        if open { "opened" } else { "closed" }
+                    );
+                    port.open = open;
+                }
+            }
+            FromDriver::DeviceReady(_) => {}
+            FromDriver::Unknown(event) => tracing::debug!("console: unknown control event {event}"),
+        }
+    }
+
+    /// Tells the driver of host's ends that were connected or disconnected.
+    fn announce(&mut self) {
+        for (id, port) in (1u32..).zip(&mut self.ports) {
+            let connected = port.stream.is_some();
+            if port.ready && port.announced != connected && self.pending.len() < MAX_PENDING {
+                port.announced = connected;
+                self.pending.push_back(ToDriver::Open(id, connected));
+            }
+        }
+    }
+
+    fn write_control(&mut self) -> Result<(), RingFault> {
+        let Some(queue) = &mut self.queues[usize::from(CONTROL_RX)] else { return Ok(()) };
+        give_messages(queue, &mut self.pending)?;
+        queue.notify()
+    }
+
+    /// Serves what the event asks for.
+    fn serve(&mut self, role: Role) {
+        if self.broken {
+            return;
+        }
+        // Twice: the first round may have announced a port, whose data can flow now.
+        if let Err(error) = self.served(role).and_then(|()| self.served(role)) {
+            self.log.warn(format_args!("console: the driver broke a rule of its queues: {error}"));
+            self.broken = true;
+            if let Some(call) = &self.config_call {
+                // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
+                let _ = call.write(1);
+            }
+        }
+    }
+
+    fn watch(&mut self, ops: &mut EventOps) {
+        for (index, (port, watched)) in self.ports.iter_mut().zip(&mut self.watched).enumerate() {
+            let [rx, _] = port_queues(index);
+            let room = self.queues[rx].as_mut().is_some_and(|queue| has_requests(queue).unwrap_or(false));
+            let mut set = EventSet::empty();
+            set.set(EventSet::IN, port.open && port.announced && room && !self.broken);
+            set.set(EventSet::OUT, port.wants_to_write() && !self.broken);
+            // A stream that nobody waits for is not watched at all: its end would be told without pause.
+            let stream = port.stream.as_ref().filter(|_| !set.is_empty());
+            watched.change(stream.map(|stream| (stream.as_raw_fd(), set)), stream_tag(index), ops);
+            port.gone.clear();
+        }
+    }
+}
+
+impl Watched {
+    fn change(&mut self, wanted: Option<(RawFd, EventSet)>, tag: u32, ops: &mut EventOps) {
+        if self.0 == wanted {
+            return;
+        }
+        match (self.0, wanted) {
+            (Some((old, _)), Some((new, set))) if old == new => {
+                events::modify(ops, Events::with_data_raw(new, tag, set));
+            }
+            (old, new) => {
+                if let Some((fd, _)) = old {
+                    events::remove(ops, Events::empty_raw(fd));
+                }
+                if let Some((fd, set)) = new {
+                    events::add(ops, Events::with_data_raw(fd, tag, set));
+                }
+            }
+        }
+        self.0 = wanted;
+    }
+}
+
+/// Takes up to `most` messages of the driver; true if there are more.
+fn take_messages(queue: &mut Virtqueue, most: usize, into: &mut Vec<[u8; MESSAGE_SIZE]>) -> Result<bool, RingFault> {
+    let mut ring = queue.open()?;
+    let mut chain = Chain::default();
+    for _ in 0..most {
+        if ring.available()? == 0 && !ring.listen(0)? {
+            return Ok(false);
+        }
+        let head = ring.head(0)?;
+        let mut bytes = [0; MESSAGE_SIZE];
+        let sound = ring.walk(head, &mut chain).is_ok();
+        if sound && gather(chain.readable(), 0, &mut bytes) == MESSAGE_SIZE {
+            into.push(bytes);
+        }
+        ring.take(1);
+        ring.complete(head, 0)?;
+    }
+    Ok(ring.available()? > 0 || ring.listen(0)?)
+}
+
+/// Gives the driver the messages that it has buffers for. A buffer that is too small gets nothing and its message
+/// is lost: the driver's doing.
+fn give_messages(queue: &mut Virtqueue, messages: &mut VecDeque<ToDriver>) -> Result<(), RingFault> {
+    let mut ring = queue.open()?;
+    let mut chain = Chain::default();
+    while let Some(message) = messages.front() {
+        if ring.available()? == 0 && !ring.listen(0)? {
+            break;
+        }
+        let head = ring.head(0)?;
+        let bytes = message.bytes();
+        let sound = ring.walk(head, &mut chain).is_ok() && chain.writable_len() >= bytes.len();
+        let written = if sound { scatter(&bytes, chain.writable(), 0) } else { 0 };
+        ring.take(1);
+        ring.complete(head, u32::try_from(written).unwrap_or(0))?;
+        messages.pop_front();
+    }
+    Ok(())
+}
+
+/// True if a buffer waits; else the driver kicks when one comes.
+fn has_requests(queue: &mut Virtqueue) -> Result<bool, RingFault> {
+    let mut ring = queue.open()?;
+    Ok(ring.available()? > 0 || ring.listen(0)?)
+}
+
+fn role(queue: u16) -> Role {
+    match queue {
+        0 | 1 => Role::Unused,
+        CONTROL_RX => Role::ControlRx,
+        CONTROL_TX => Role::ControlTx,
+        other => Role::Port(usize::from(other / 2 - 2)),
+    }
+}
+
+/// Receive and transmit queue of `ports[index]`.
+fn port_queues(index: usize) -> [usize; 2] {
+    [2 * index + 4, 2 * index + 5]
+}
+
+/// Index into `ports` of the port that the driver calls `id`.
+fn port_index(id: u32) -> Option<usize> {
+    usize::try_from(id.checked_sub(1)?).ok()
+}
+
+/// Tags of a port's descriptors in the event loop: even for the listener, odd for the stream.
+fn listener_tag(index: usize) -> u32 {
+    // At most `MAX_PORTS`.
+    FIRST_DEVICE_TAG + 2 * u32::try_from(index).unwrap_or(0)
+}
+
+fn stream_tag(index: usize) -> u32 {
+    listener_tag(index) + 1
+}
+
+impl MutEventSubscriber for Console {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.events.init(ops);
+        for (index, port) in self.ports.iter().enumerate() {
+            if let End::Listen { listener, .. } = &port.end {
+                events::add(ops, Events::with_data(listener, listener_tag(index), EventSet::IN));
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        for wake in self.events.process(events, ops) {
+            match wake {
+                Wake::Started(queue) | Wake::Kicked(queue) => self.serve(role(queue)),
+                Wake::Device(tag) => {
+                    let index = ((tag - FIRST_DEVICE_TAG) / 2) as usize;
+                    if tag == listener_tag(index)
+                        && let Some(port) = self.ports.get_mut(index)
+                    {
+                        port.accept();
+                    }
+                    self.serve(Role::Port(index));
+                }
+            }
+        }
+        self.watch(ops);
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_id(&self) -> u16 {
+        DEVICE_ID
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn features(&self) -> u64 {
+        F_MULTIPORT | F_RING
+    }
+
+    fn set_features(&mut self, _: u64) {}
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        // Columns and rows (not offered), then the number of ports, port 0 among them (section 5.3.4).
+        let mut config = [0; 12];
+        let ports = u32::try_from(self.ports.len() + 1).unwrap_or(1);
+        config[4..8].copy_from_slice(&ports.to_le_bytes());
+        read_config(&config, offset, data);
+    }
+
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        self.config_call = Some(call);
+    }
+
+    fn start_queue(
+        &mut self,
+        index: u16,
+        resources: QueueResources,
+        state: Option<QueueState>,
+    ) -> Result<(), device::Error> {
+        let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
+        let (queue, kick) = queue::start(index, resources, state)?;
+        *place = Some(queue);
+        self.events.start(index, kick);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        self.events.stop(index);
+        self.queues.get_mut(usize::from(index))?.take().as_ref().map(queue::stop)
+    }
+
+    fn reset(&mut self) {
+        self.pending.clear();
+        self.driver_ready = false;
+        self.broken = false;
+        self.ports.iter_mut().for_each(Port::reset);
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.broken
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,278 @@
+//! The host's end of a port, and the two pumps between it and the port's queues. Bounded: what the host does
+//! not read stays in the guest's queue but for one request of at most [`MAX_REQUEST`] bytes; what the guest
+//! does not read stays in the socket.
+
+use std::fs;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{MsgFlags, recv};
+use thiserror::Error;
+use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::log_limit::LogLimit;
+use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
+
+use crate::base::unix_socket::{self, ListenError};
+use crate::wire::messages::{PortBackend, PortEnd};
+
+/// Largest request of the guest, in bytes: Linux writes up to 32 KiB, or a whole pipe (1 MiB) by `splice`. The
+/// bound keeps a guest from making this process allocate gigabytes.
+const MAX_REQUEST: usize = 1 << 20;
+/// Bytes read from the host's end at once.
+const CHUNK: usize = 16 * 1024;
+/// Requests handled before other devices get their turn.
+const BUDGET: usize = 64;
+
+/// Errors of joining a port to its host's end.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// No listening at the path.
+    #[error("console port {name}")]
+    Listen {
+        /// The port.
+        name: String,
+        /// The cause.
+        #[source]
+        source: ListenError,
+    },
+    /// The inherited descriptor is of no use.
+    #[error("console port {name}: use inherited descriptor {fd}")]
+    Inherited {
+        /// The port.
+        name: String,
+        /// Its number.
+        fd: i32,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The host's end.
+#[derive(Debug)]
+pub(super) enum End {
+    /// Listens; one client at a time.
+    Listen { listener: UnixListener, path: PathBuf },
+    /// An inherited stream; once it is closed there is no other.
+    Inherited,
+}
+
+/// A port.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) name: String,
+    pub(super) end: End,
+    /// The connected client.
+    pub(super) stream: Option<UnixStream>,
+    /// Clients that are gone, closed once the event loop does not watch them any more.
+    pub(super) gone: Vec<UnixStream>,
+    /// The guest's driver uses the port.
+    pub(super) ready: bool,
+    /// A program in the guest has it open. The client stays connected when it closes: scripts open and close a port
+    /// for each line that they write.
+    pub(super) open: bool,
+    /// What the driver was told last of the host's end.
+    pub(super) announced: bool,
+    /// What is left of the guest's last request.
+    to_host: Vec<u8>,
+    /// The pump to the host stopped for fairness alone.
+    more: bool,
+    /// Of what the guest does wrong.
+    log: LogLimit,
+}
+
+impl Port {
+    pub(super) fn new(backend: &PortBackend) -> Result<Self, Error> {
+        let name = backend.name.clone();
+        let (end, stream) = match &backend.end {
+            PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)?, path: path.clone() }, None),
+            PortEnd::Fd(fd) => {
+                let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
+                (End::Inherited, Some(inherit(*fd).map_err(inherited)?))
+            }
+        };
+        let (ready, open, announced) = (false, false, false);
+        let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
+        Ok(Self { name, end, stream, gone, ready, open, announced, to_host, more: false, log })
+    }
+
+    /// The guest's side starts anew; the host's end stays connected.
+    pub(super) fn reset(&mut self) {
+        self.ready = false;
+        self.open = false;
+        self.announced = false;
+        self.to_host.clear();
+        self.more = false;
+    }
+
+    /// A client waits at the listener: takes it if there is none, else turns it away.
+    pub(super) fn accept(&mut self) {
+        let End::Listen { listener, .. } = &self.end else { return };
+        let client = match listener.accept() {
+            Ok((client, _)) => client,
+            Err(error) => {
+                if error.kind() != ErrorKind::WouldBlock {
+                    tracing::warn!("console port {}: accept: {error}", self.name);
+                }
+                return;
+            }
+        };
+        // The end of a client that the guest did not read from has not been seen yet.
+        if self.stream.as_ref().is_some_and(has_ended) {
+            self.disconnect();
+        }
+        if self.stream.is_some() {
+            tracing::debug!("console port {}: has a client already", self.name);
+        } else if let Err(error) = client.set_nonblocking(true) {
+            tracing::warn!("console port {}: {error}", self.name);
+        } else {
+            self.stream = Some(client);
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.gone.extend(self.stream.take());
+        self.to_host.clear();
+        self.more = false;
+    }
+
+    /// The pump to the host waits for the stream (or for its turn).
+    pub(super) fn wants_to_write(&self) -> bool {
+        self.stream.is_some() && (self.more || !self.to_host.is_empty())
+    }
+
+    /// Host to guest.
+    pub(super) fn pump_to_guest(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let pumped = self.fill(queue);
+        queue.notify()?;
+        pumped
+    }
+
+    fn fill(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
+        let mut buffer = [0; CHUNK];
+        for _ in 0..BUDGET {
+            let Some(stream) = self.stream.as_mut().filter(|_| self.open) else { break };
+            if ring.available()? == 0 && !ring.listen(0)? {
+                break;
+            }
+            let head = ring.head(0)?;
+            // A chain that is wrong is given back empty.
+            let room = ring.walk(head, &mut chain).map_or(0, |()| chain.writable_len().min(CHUNK));
+            let mut written = 0;
+            if room > 0 {
+                match stream.read(&mut buffer[..room]) {
+                    Ok(length) if length > 0 => written = scatter(&buffer[..length], chain.writable(), 0),
+                    end => {
+                        if !is_retry(&end) {
+                            self.disconnect();
+                        }
+                        break;
+                    }
+                }
+            }
+            ring.take(1);
+            // At most `CHUNK`.
+            ring.complete(head, u32::try_from(written).unwrap_or(0))?;
+        }
+        Ok(())
+    }
+
+    /// Guest to host. Without a client what the guest writes is lost, as on a cable with no other end.
+    pub(super) fn pump_to_host(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let pumped = self.drain(queue);
+        queue.notify()?;
+        pumped
+    }
+
+    fn drain(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
+        self.more = false;
+        for turn in 0..=BUDGET {
+            if !self.flush() {
+                break;
+            }
+            if ring.available()? == 0 && !ring.listen(0)? {
+                break;
+            }
+            if turn == BUDGET {
+                self.more = true;
+                break;
+            }
+            let head = ring.head(0)?;
+            match ring.walk(head, &mut chain) {
+                Ok(()) if chain.readable_len() <= MAX_REQUEST => {
+                    self.to_host.resize(chain.readable_len(), 0);
+                    gather(chain.readable(), 0, &mut self.to_host);
+                }
+                Ok(()) => {
+                    let length = chain.readable_len();
+                    self.log.warn(format_args!("console port {}: a request of {length} bytes is dropped", self.name));
+                }
+                Err(fault) => {
+                    self.log.warn(format_args!("console port {}: a request is dropped: {fault}", self.name));
+                }
+            }
+            ring.take(1);
+            ring.complete(head, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is left of the last request; true once all of it is gone.
+    fn flush(&mut self) -> bool {
+        while let Some(stream) = self.stream.as_mut().filter(|_| !self.to_host.is_empty()) {
+            match stream.write(&self.to_host) {
+                Ok(length) if length > 0 => drop(self.to_host.drain(..length)),
+                end if is_retry(&end) => return false,
+                _ => self.disconnect(),
+            }
+        }
+        self.to_host.clear();
+        true
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        if let End::Listen { path, .. } = &self.end {
+            // Gone already is fine.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// The peer has closed the stream and everything that it wrote was read.
+fn has_ended(stream: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+}
+
+fn is_retry(result: &io::Result<usize>) -> bool {
+    matches!(result, Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted))
+}
+
+fn listen(name: &str, path: &Path) -> Result<UnixListener, Error> {
+    let error = |source| Error::Listen { name: name.into(), source };
+    let listener = unix_socket::listen(path).map_err(error)?;
+    let blocking = |source| error(ListenError::Io { path: path.into(), source });
+    listener.set_nonblocking(true).map_err(blocking)?;
+    Ok(listener)
+}
+
+/// Takes over a stream that the supervisor left open in this process under number `fd`.
+fn inherit(fd: i32) -> io::Result<UnixStream> {
+    // SAFETY: the borrow ends with the call, which only asks whether the number is open.
+    let open = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.max(0)) };
+    fcntl(open, FcntlArg::F_GETFD)?;
+    // SAFETY: open as just seen, and the supervisor names each inherited descriptor once in the VM's
+    // specification, so nothing else in this process owns it.
+    let stream = unsafe { UnixStream::from_raw_fd(fd) };
+    stream.set_nonblocking(true)?;
+    Ok(stream)
+}

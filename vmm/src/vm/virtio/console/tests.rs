@@ -1,0 +1,295 @@
+//! The device with a driver's side and real sockets.
+
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
+use std::io::{Read, Write};
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
+use crate::wire::messages::PortEnd;
+
+struct Guest {
+    device: Arc<Mutex<Console>>,
+    events: Loop,
+    queues: Vec<DriverQueue>,
+}
+
+impl Guest {
+    fn new(ports: &[PortBackend]) -> Self {
+        let device = Arc::new(Mutex::new(Console::new(ports).unwrap()));
+        let events = Loop::new(&device);
+        let count = 2 * ports.len() + 4;
+        let memory = memory(count as u64);
+        let mut guest = Self { device, events, queues: Vec::new() };
+        for index in 0..count {
+            let queue = DriverQueue::new(&memory, index as u64, QUEUE_SIZE);
+            let mut device = guest.device.lock().unwrap();
+            device.start_queue(index as u16, queue.resources(), None).unwrap();
+            drop(device);
+            guest.queues.push(queue);
+        }
+        for _ in 0..20 {
+            guest.queues[2].add(&[], &[64]);
+        }
+        guest.control(0, 0, 1);
+        guest
+    }
+
+    fn control(&mut self, port: u32, event: u16, value: u16) {
+        let mut message = port.to_le_bytes().to_vec();
+        message.extend(event.to_le_bytes());
+        message.extend(value.to_le_bytes());
+        self.queues[3].add(&[&message], &[]);
+        self.queues[3].kick();
+        self.events.run();
+    }
+
+    /// Control messages since the last call: port, event, value, name.
+    fn messages(&mut self) -> Vec<(u32, u16, u16, String)> {
+        let queue = &mut self.queues[2];
+        let parse = |bytes: Vec<u8>| {
+            let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+            (half(0).into(), half(4), half(6), String::from_utf8_lossy(&bytes[8..]).into_owned())
+        };
+        queue.used().into_iter().map(|(head, length)| parse(queue.buffer(head, length))).collect()
+    }
+
+    fn write(&mut self, queue: usize, bytes: &[u8]) {
+        self.queues[queue].add(&[bytes], &[]);
+        self.queues[queue].kick();
+        self.events.run();
+    }
+
+    fn read(&mut self, queue: usize) -> Vec<u8> {
+        let queue = &mut self.queues[queue];
+        queue.used().into_iter().flat_map(|(head, length)| queue.buffer(head, length)).collect()
+    }
+
+    fn room(&mut self, queue: usize, size: u32) {
+        self.queues[queue].add(&[], &[size]);
+        self.queues[queue].kick();
+        self.events.run();
+    }
+}
+
+fn inherited() -> (UnixStream, PortBackend) {
+    let (host, end) = UnixStream::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    (host, PortBackend { name: "org.umbra.control".into(), end: PortEnd::Fd(end.into_raw_fd()) })
+}
+
+fn listening() -> (tempfile::TempDir, PathBuf, PortBackend) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("port.sock");
+    (folder, path.clone(), PortBackend { name: "agent".into(), end: PortEnd::Listen(path) })
+}
+
+fn read_now(stream: &mut UnixStream) -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 20];
+    let length = stream.read(&mut bytes).unwrap();
+    bytes.truncate(length);
+    bytes
+}
+
+#[test]
+fn port_is_announced_named_and_open() {
+    let (_host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    assert_eq!(guest.messages(), [(1, 1, 1, String::new())]);
+    guest.control(1, 3, 1);
+    assert_eq!(guest.messages(), [(1, 7, 1, "org.umbra.control".into()), (1, 6, 1, String::new())]);
+    let mut ports = [0; 4];
+    guest.device.lock().unwrap().config_read(4, &mut ports);
+    assert_eq!(u32::from_le_bytes(ports), 2);
+}
+
+#[test]
+fn bytes_pass_both_ways_in_order() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.control(1, 6, 1);
+    guest.write(5, b"hello ");
+    guest.write(5, b"host");
+    assert_eq!(read_now(&mut host), b"hello host");
+    host.write_all(b"hello guest").unwrap();
+    guest.events.run();
+    guest.room(4, 5);
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"hello guest");
+    assert!(guest.queues[4].call.read().is_ok(), "the driver is interrupted");
+}
+
+#[test]
+fn bytes_wait_in_the_socket_until_the_guest_opens() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.room(4, 64);
+    host.write_all(b"early").unwrap();
+    guest.events.run();
+    assert_eq!(guest.read(4), b"");
+    guest.control(1, 6, 1);
+    assert_eq!(guest.read(4), b"early");
+}
+
+#[test]
+fn a_slow_host_stops_the_guest_and_loses_nothing() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.control(1, 6, 1);
+    let block: Vec<u8> = (0..30_000).map(|i: u32| (i % 251) as u8).collect();
+    for _ in 0..30 {
+        guest.queues[5].add(&[&block], &[]);
+    }
+    guest.queues[5].kick();
+    guest.events.run();
+    let taken = guest.queues[5].used().len();
+    assert!(taken < 30, "the socket cannot hold all of it");
+    let mut received = Vec::new();
+    while received.len() < 30 * block.len() {
+        received.extend(read_now(&mut host));
+        guest.events.run();
+    }
+    assert_eq!(received, block.repeat(30));
+    assert_eq!(guest.queues[5].used().len(), 30 - taken);
+}
+
+#[test]
+fn end_of_the_host_is_told_after_its_last_byte() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.control(1, 6, 1);
+    guest.messages();
+    host.write_all(b"bye").unwrap();
+    drop(host);
+    guest.events.run();
+    assert_eq!(guest.messages(), [], "the last bytes still wait");
+    guest.room(4, 64);
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"bye");
+    assert_eq!(guest.messages(), [(1, 6, 0, String::new())]);
+    guest.write(5, b"into the void");
+    assert_eq!(guest.queues[5].used().len(), 1);
+}
+
+#[test]
+fn listener_serves_one_client_after_the_other() {
+    let (_folder, path, backend) = listening();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.messages();
+    let mut first = UnixStream::connect(&path).unwrap();
+    guest.events.run();
+    assert_eq!(guest.messages(), [(1, 6, 1, String::new())]);
+    guest.control(1, 6, 1);
+    guest.write(5, b"one");
+    assert_eq!(read_now(&mut first), b"one");
+    let mut second = UnixStream::connect(&path).unwrap();
+    guest.events.run();
+    assert_eq!(second.read(&mut [0; 1]).unwrap(), 0, "turned away");
+    guest.control(1, 6, 0);
+    guest.control(1, 6, 1);
+    guest.write(5, b"two");
+    assert_eq!(read_now(&mut first), b"two", "the client stays when a program in the guest closes the port");
+    drop(first);
+    guest.room(4, 64);
+    assert_eq!(guest.messages(), [(1, 6, 0, String::new())]);
+    let mut third = UnixStream::connect(&path).unwrap();
+    guest.events.run();
+    assert_eq!(guest.messages(), [(1, 6, 1, String::new())]);
+    guest.write(5, b"three");
+    assert_eq!(read_now(&mut third), b"three");
+}
+
+#[test]
+fn client_that_left_before_the_guest_opened_makes_room() {
+    let (_folder, path, backend) = listening();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    drop(UnixStream::connect(&path).unwrap());
+    guest.events.run();
+    let mut second = UnixStream::connect(&path).unwrap();
+    guest.events.run();
+    guest.control(1, 6, 1);
+    guest.write(5, b"hello");
+    assert_eq!(read_now(&mut second), b"hello");
+}
+
+#[test]
+fn broken_ring_asks_for_a_reset_and_reset_helps() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    let call = EventFd::new(0).unwrap();
+    guest.device.lock().unwrap().set_config_interrupt(call.try_clone().unwrap());
+    guest.control(1, 3, 1);
+    guest.queues[5].break_ring();
+    guest.queues[5].kick();
+    guest.events.run();
+    assert!(guest.device.lock().unwrap().needs_reset());
+    assert_eq!(call.read().unwrap(), 1);
+    {
+        let mut device = guest.device.lock().unwrap();
+        for index in 0..6 {
+            assert!(device.stop_queue(index).is_some());
+            assert!(device.stop_queue(index).is_none());
+        }
+        device.reset();
+        assert!(!device.needs_reset());
+    }
+    guest.events.run();
+    host.write_all(b"still there").unwrap();
+    guest.events.run();
+}
+
+#[test]
+fn many_control_messages_at_once_are_all_answered() {
+    let (_host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.messages();
+    let ready = [1, 0, 0, 0, 3, 0, 1, 0];
+    for _ in 0..100 {
+        guest.queues[3].add(&[&ready], &[]);
+    }
+    for _ in 0..105 {
+        guest.queues[2].add(&[], &[64]);
+    }
+    guest.queues[3].kick();
+    guest.events.run();
+    assert_eq!(guest.queues[3].used().len(), 101, "with the first one");
+    assert_eq!(guest.messages().iter().filter(|message| message.1 == 7).count(), 100, "names");
+}
+
+#[test]
+fn socket_in_use_is_said_and_a_stale_one_replaced() {
+    let (_folder, path, backend) = listening();
+    let first = Console::new(std::slice::from_ref(&backend)).unwrap();
+    let error = format!("{:#}", anyhow::Error::new(Console::new(std::slice::from_ref(&backend)).err().unwrap()));
+    assert!(error.contains("another process listens") && error.contains("port.sock"), "{error}");
+    drop(first);
+    assert!(!path.exists());
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    Console::new(&[backend]).unwrap();
+}
+
+#[test]
+fn absurd_requests_are_dropped() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.control(1, 6, 1);
+    let queue = &mut guest.queues[5];
+    queue.descriptor(0, 0xFFFF_FFFF, 0);
+    queue.offer(0);
+    queue.descriptor(0, 0x3F_FFFF, 0);
+    queue.offer(1);
+    guest.write(5, b"ok");
+    assert_eq!(read_now(&mut host), b"ok");
+    assert_eq!(guest.queues[5].used().len(), 3);
+}

@@ -1,0 +1,241 @@
+//! The device with a driver's side and a file.
+
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+struct Guest {
+    device: Arc<Mutex<Block>>,
+    events: Loop,
+    queue: DriverQueue,
+    folder: tempfile::TempDir,
+}
+
+fn image(size: usize) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    let bytes: Vec<u8> = (0..size).map(|i| (i / 512) as u8).collect();
+    std::fs::write(&path, bytes).unwrap();
+    (folder, path)
+}
+
+fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&kind.to_le_bytes());
+    bytes[8..].copy_from_slice(&sector.to_le_bytes());
+    bytes
+}
+
+impl Guest {
+    fn new(read_only: bool) -> Self {
+        let (folder, path) = image(64 * 512);
+        let device = Arc::new(Mutex::new(Block::new(&Disk { path, read_only }, 3).unwrap()));
+        let events = Loop::new(&device);
+        let queue = DriverQueue::new(&memory(1), 0, 256);
+        device.lock().unwrap().start_queue(0, queue.resources(), None).unwrap();
+        Self { device, events, queue, folder }
+    }
+
+    /// One request; its status and the data that came.
+    fn request(&mut self, readable: &[&[u8]], writable: &[u32]) -> (u8, Vec<u8>) {
+        let head = self.queue.add(readable, writable);
+        self.queue.kick();
+        self.events.run();
+        let used = self.queue.used();
+        assert_eq!((used.len(), used[0].0), (1, head));
+        let parts: Vec<u8> = (head + readable.len() as u16..)
+            .zip(writable)
+            .flat_map(|(index, &length)| self.queue.buffer(index, length))
+            .collect();
+        let (status, data) = parts.split_last().unwrap();
+        (*status, data[..used[0].1 as usize - 1].to_vec())
+    }
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let mut guest = Guest::new(false);
+    let data: Vec<u8> = (0..1024).map(|i| (i % 249) as u8).collect();
+    let (first, second) = data.split_at(700);
+    assert_eq!(guest.request(&[&header(OUT, 5), first, second], &[1]), (0, vec![]));
+    assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]), (0, vec![]));
+    assert_eq!(guest.request(&[&header(IN, 5)], &[1000, 25]), (0, data.clone()));
+    let file = std::fs::read(guest.folder.path().join("disk.img")).unwrap();
+    assert_eq!(file[5 * 512..7 * 512], data);
+    assert_eq!((file.len(), file[7 * 512]), (64 * 512, 7));
+}
+
+#[test]
+fn header_may_come_in_pieces_and_share_a_descriptor_with_data() {
+    let mut guest = Guest::new(false);
+    let head = header(OUT, 1);
+    let mut tail = head[10..].to_vec();
+    tail.extend([0xEE; 512]);
+    assert_eq!(guest.request(&[&head[..10], &tail], &[1]).0, 0);
+    assert_eq!(guest.request(&[&header(IN, 1)], &[512, 1]), (0, vec![0xEE; 512]));
+}
+
+#[test]
+fn requests_outside_of_the_disk_fail_and_change_nothing() {
+    let mut guest = Guest::new(false);
+    assert_eq!(guest.request(&[&header(OUT, 64), &[1; 512]], &[1]).0, 1);
+    assert_eq!(guest.request(&[&header(IN, 63)], &[1024, 1]).0, 1);
+    assert_eq!(guest.request(&[&header(OUT, 0), &[1; 100]], &[1]).0, 1);
+    assert_eq!(guest.request(&[&[1, 2, 3]], &[1]).0, 1, "no header");
+    assert_eq!(guest.request(&[&header(99, 0)], &[1]).0, 2);
+    let file = std::fs::read(guest.folder.path().join("disk.img")).unwrap();
+    assert_eq!(file.len(), 64 * 512);
+    assert!(file.iter().zip(0..).all(|(&byte, i)| usize::from(byte) == i / 512));
+}
+
+#[test]
+fn identifier_and_configuration() {
+    let mut guest = Guest::new(false);
+    assert_eq!(guest.request(&[&header(GET_ID, 0)], &[20, 1]), (0, b"umbra-disk3\0\0\0\0\0\0\0\0\0".to_vec()));
+    let mut capacity = [0; 8];
+    guest.device.lock().unwrap().config_read(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 64);
+}
+
+#[test]
+fn read_only_disk_refuses_writes() {
+    let mut guest = Guest::new(true);
+    assert_ne!(guest.device.lock().unwrap().features() & F_RO, 0);
+    assert_eq!(guest.request(&[&header(OUT, 0), &[9; 512]], &[1]).0, 1);
+    assert_eq!(guest.request(&[&header(IN, 2)], &[512, 1]), (0, vec![2; 512]));
+    assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
+}
+
+#[test]
+fn file_that_shrank_is_an_io_error() {
+    let mut guest = Guest::new(false);
+    std::fs::File::options().write(true).open(guest.folder.path().join("disk.img")).unwrap().set_len(512).unwrap();
+    assert_eq!(guest.request(&[&header(IN, 10)], &[512, 1]).0, 1);
+    assert_eq!(guest.request(&[&header(IN, 0)], &[512, 1]).0, 0);
+}
+
+#[test]
+fn more_requests_than_a_turn_allows_are_all_served() {
+    let mut guest = Guest::new(false);
+    for _ in 0..80 {
+        guest.queue.add(&[&header(IN, 0)], &[512, 1]);
+    }
+    guest.queue.kick();
+    guest.events.run();
+    assert_eq!(guest.queue.used().len(), 80);
+}
+
+#[test]
+fn a_large_request_takes_turns_and_comes_whole() {
+    const LENGTH: u32 = 4 * turn::BYTES as u32 + 512;
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(6 << 20).unwrap();
+    let mut block = Block::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    let data: Vec<u8> = (0..LENGTH).map(|i| (i % 251) as u8).collect();
+    let write = queue.add(&[&header(OUT, 1), &data[..9], &data[9..]], &[1]);
+    let read = queue.add(&[&header(IN, 1)], &[77, LENGTH - 77 + 1]);
+    for served in 1..=4 {
+        block.serve();
+        assert_eq!((queue.used().len(), block.moved), (0, served * turn::BYTES as u64), "others get their turn");
+    }
+    block.serve();
+    assert_eq!(queue.used(), [(write, 1)]);
+    assert_eq!(std::fs::read(&path).unwrap()[512..512 + LENGTH as usize], data);
+    // The rest of that turn was the next request's.
+    assert_eq!(block.moved, turn::BYTES as u64 - 512);
+    (0..4).for_each(|_| block.serve());
+    assert_eq!(queue.used(), [(read, LENGTH + 1)]);
+    let got = [queue.buffer(read + 1, 77), queue.buffer(read + 2, LENGTH - 77 + 1)].concat();
+    assert_eq!((&got[..LENGTH as usize], got[LENGTH as usize]), (&data[..], 0));
+}
+
+#[test]
+fn a_driver_that_changes_a_request_between_its_turns_gets_the_last_one_checked() {
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    let mut block = Block::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    queue.add(&[&header(OUT, 0), &vec![7; 2 * turn::BYTES]], &[1]);
+    block.serve();
+    assert_eq!((queue.used().len(), block.moved), (0, turn::BYTES as u64));
+    // Past the disk's end now.
+    queue.overwrite(&[], &[], 0, &header(OUT, 4 << 11));
+    block.serve();
+    assert_eq!((queue.used().len(), block.moved, queue.buffer(2, 1)), (1, 0, vec![1]));
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 << 20);
+}
+
+#[test]
+fn a_request_that_is_stopped_in_the_midst_begins_anew() {
+    let (_folder, path) = image(512);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    let mut block = Block::new(&Disk { path, read_only: true }, 0).unwrap();
+    let mut queue = DriverQueue::new(&memory(10), 0, 16);
+    block.start_queue(0, queue.resources(), None).unwrap();
+    queue.add(&[&header(IN, 0)], &[2 * turn::BYTES as u32, 1]);
+    block.serve();
+    let state = block.stop_queue(0);
+    assert_eq!(state, Some(QueueState { next_avail: 0, next_used: 0 }));
+    block.start_queue(0, queue.resources(), state).unwrap();
+    assert_eq!(block.moved, 0);
+    (0..2).for_each(|_| block.serve());
+    assert_eq!(queue.used(), [(0, 2 * turn::BYTES as u32 + 1)]);
+}
+
+#[test]
+fn two_writers_are_refused_and_readers_may_share() {
+    let (_folder, path) = image(512);
+    let disk = |read_only| Disk { path: path.clone(), read_only };
+    let writer = Block::new(&disk(false), 0).unwrap();
+    for read_only in [false, true] {
+        let error = Block::new(&disk(read_only), 0).err().unwrap().to_string();
+        assert!(error.contains("disk.img: in use by another process"), "{error}");
+    }
+    drop(writer);
+    let _first = Block::new(&disk(true), 0).unwrap();
+    let _second = Block::new(&disk(true), 0).unwrap();
+    assert!(Block::new(&disk(false), 0).is_err());
+}
+
+#[test]
+fn what_is_no_disk_is_refused_with_advice() {
+    let (folder, path) = image(512);
+    let refused = |path: PathBuf| {
+        let error = Block::new(&Disk { path, read_only: true }, 0).err().unwrap();
+        format!("{error}")
+    };
+    assert!(refused(folder.path().join("missing")).contains("missing: open it for reading"));
+    assert!(refused(folder.path().into()).contains("neither a file nor a block device"));
+    let _socket = UnixListener::bind(folder.path().join("socket")).unwrap();
+    assert!(refused(folder.path().join("socket")).contains("open it"));
+    std::fs::write(&path, b"QFI\xFB and more").unwrap();
+    assert!(refused(path.clone()).contains("qcow2 image; make a raw one"));
+    std::fs::write(&path, b"").unwrap();
+    assert!(refused(path).contains("truncate -s"));
+}
+
+#[test]
+fn bad_ring_asks_for_a_reset() {
+    let mut guest = Guest::new(false);
+    guest.queue.break_ring();
+    guest.queue.kick();
+    guest.events.run();
+    let mut device = guest.device.lock().unwrap();
+    assert!(device.needs_reset());
+    assert!(device.stop_queue(0).is_some());
+    device.reset();
+    assert!(!device.needs_reset());
+}

@@ -1,0 +1,343 @@
+//! The guest's virtio-net device on the splitter: the transport's calls and the event loop's events in, the
+//! supervisor's orders in, [`FromVm`] messages out.
+//!
+//! Queue 0 receives, 1 transmits, 2 is the control queue (virtio 1.2, section 5.1.2). Invariant: the device is reset
+//! by the guest's driver alone; nothing that happens to a driver VM shows in it but the link status of a quarantine.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::time::{ClockId, clock_gettime};
+use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_shadow::Generation;
+use umbra_shadow::net::rx_mode::RxFilter;
+use umbra_splitter::header::Offloads as FrameOffloads;
+use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
+use umbra_splitter::queue::Virtqueue;
+use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::base::error::chain;
+use crate::vm::virtio::Outbox;
+use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
+use crate::vm::virtio::pace::{Moved, Pace};
+use crate::wire::messages::{DeviceIndex, FromVm, MaskedCounts, Replay};
+
+/// Device ID of a network device.
+const DEVICE_ID: u16 = 1;
+
+/// Queue sizes. 256 as everywhere for a network device; control commands come one at a time.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+
+/// `VIRTIO_NET_S_LINK_UP`.
+const LINK_UP: u16 = 1;
+
+/// The eventfd of configuration changes, shared with the splitter's listener.
+type ConfigCall = Arc<Mutex<Option<EventFd>>>;
+
+/// A guest's network device whose frames go through a driver VM.
+pub struct SplitNet {
+    index: u16,
+    splitter: NetSplitter,
+    config_call: ConfigCall,
+    /// Kicks in the event loop.
+    watched: Vec<(RawFd, Source)>,
+    /// Runs while frames wait for the driver VM.
+    looks: TimerFd,
+    looking: bool,
+    pace: Pace,
+    outbox: Outbox,
+}
+
+impl SplitNet {
+    /// Network device `index` of its guest.
+    pub fn new(index: u16, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
+        let config_call = ConfigCall::default();
+        let listener = listener(index, Arc::clone(&config_call), Arc::clone(&outbox));
+        let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
+            operation: "cannot make the network splitter".into(),
+            source: source.into(),
+        })?;
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let failed = |source| Error::Backend {
+            operation: "cannot make a timer for the network splitter".into(),
+            source: Box::new(source),
+        };
+        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()))?;
+        let pace = Pace::new().map_err(failed)?;
+        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
+    }
+
+    /// [`ToVm::AttachLink`](crate::wire::messages::ToVm::AttachLink).
+    pub fn attach_link(&mut self, generation: Generation, connection: UnixStream) {
+        self.splitter.attach(generation, connection);
+    }
+
+    /// [`ToVm::GoLive`](crate::wire::messages::ToVm::GoLive).
+    pub fn go_live(&mut self, generation: Generation, replay: Replay, announce: bool) {
+        if announce {
+            self.splitter.announce(generation);
+        }
+        let log = match replay {
+            Replay::Everything => Log::Replay,
+            Replay::ConfigurationOnly => Log::Drop,
+        };
+        self.splitter.go_live(generation, log);
+        self.note_pace();
+        self.look_if_needed();
+    }
+
+    /// [`ToVm::Arm`](crate::wire::messages::ToVm::Arm).
+    pub fn arm(&mut self, generation: Generation, armed: bool) {
+        self.splitter.arm(generation, armed);
+        self.look_if_needed();
+    }
+
+    /// [`ToVm::Mask`](crate::wire::messages::ToVm::Mask).
+    pub fn mask(&mut self, generation: Generation) {
+        self.splitter.mask(generation);
+        self.note_pace();
+        self.look_if_needed();
+    }
+
+    /// [`ToVm::Carrier`](crate::wire::messages::ToVm::Carrier).
+    pub fn carrier(&mut self, generation: Generation, up: bool) {
+        self.splitter.carrier(generation, up);
+    }
+
+    /// [`ToVm::Quarantine`](crate::wire::messages::ToVm::Quarantine).
+    pub fn quarantine(&mut self) {
+        self.splitter.quarantine();
+    }
+
+    /// The answer to [`ToVm::QueryStatus`](crate::wire::messages::ToVm::QueryStatus).
+    pub fn status(&self) -> FromVm {
+        let status = self.splitter.status();
+        FromVm::NetStatus {
+            net: self.index,
+            mode: status.mode.as_str().into(),
+            frames_out: status.frames_out,
+            frames_in: status.frames_in,
+            logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
+            masked: counts(status.masked),
+        }
+    }
+
+    fn config(&self) -> [u8; 12] {
+        let shadow = self.splitter.shadow();
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&shadow.filter().mac());
+        let status = if shadow.link_up() { LINK_UP } else { 0 };
+        config[6..8].copy_from_slice(&status.to_le_bytes());
+        // max_virtqueue_pairs, meaningful only with VIRTIO_NET_F_MQ.
+        config[8..10].copy_from_slice(&1u16.to_le_bytes());
+        config[10..].copy_from_slice(&shadow.mtu().to_le_bytes());
+        config
+    }
+
+    fn note_pace(&mut self) {
+        let (outward, inward) = self.splitter.counts();
+        let moved = Moved { out: outward.frames, into: inward.frames };
+        self.pace.note(now(), moved, self.splitter.serving());
+    }
+
+    /// Tells what moved around an outage.
+    fn tell_pace(&mut self) {
+        if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.splitter.serving()) {
+            (self.outbox)(FromVm::Pace { device: DeviceIndex::Net(self.index), generation, steps });
+        }
+    }
+
+    /// Starts the timer that looks for a driver VM that takes nothing. Only [`Self::look`] stops it: a queue that is
+    /// full and empty in turns costs no system call each time.
+    fn look_if_needed(&mut self) {
+        if self.looking || !self.splitter.waits_for_driver_vm() {
+            return;
+        }
+        let every = Expiration::Interval(stall::LOOK_EVERY.into());
+        match self.looks.set(every, TimerSetTimeFlags::empty()) {
+            Ok(()) => self.looking = true,
+            Err(error) => tracing::warn!(%error, "cannot watch for frames that make no progress"),
+        }
+    }
+
+    /// The timer has fired.
+    fn look(&mut self) {
+        // Nothing to read if it was switched off a moment ago.
+        let _ = self.looks.wait();
+        self.splitter.check_progress();
+        if !self.splitter.waits_for_driver_vm() {
+            match self.looks.unset() {
+                Ok(()) => self.looking = false,
+                Err(error) => tracing::warn!(%error, "cannot stop watching for frames that make no progress"),
+            }
+        }
+    }
+
+    /// Brings the event loop's set of kicks up to date.
+    fn watch(&mut self, ops: &mut EventOps<'_>) {
+        for kick in self.splitter.take_retired() {
+            let fd = kick.as_raw_fd();
+            if let Some(place) = self.watched.iter().position(|(watched, _)| *watched == fd) {
+                self.watched.swap_remove(place);
+                if let Err(error) = ops.remove(Events::empty(&kick)) {
+                    tracing::warn!(?error, "cannot forget a queue's kick");
+                }
+            }
+        }
+        for (source, kick) in self.splitter.kicks() {
+            let fd = kick.as_raw_fd();
+            if self.watched.iter().any(|(watched, _)| *watched == fd) {
+                continue;
+            }
+            match ops.add(Events::new(kick, EventSet::IN | EventSet::EDGE_TRIGGERED)) {
+                Ok(()) => self.watched.push((fd, source)),
+                Err(error) => tracing::warn!(?error, ?source, "cannot watch a queue's kick"),
+            }
+        }
+    }
+}
+
+fn listener(index: u16, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(Notice) + Send {
+    move |notice| {
+        let (net, at) = (index, now());
+        outbox(match notice {
+            Notice::LinkUp(generation) => FromVm::LinkUp { net, generation, at },
+            Notice::LinkLost(generation, cause) => FromVm::LinkLost { net, generation, at, cause: chain(&cause) },
+            Notice::Live(generation, masked) => FromVm::Live { net, generation, at, masked: counts(masked) },
+            Notice::SameNetwork(generation) => FromVm::SameNetwork { net, generation },
+            Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
+            Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
+            Notice::Config => {
+                if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
+                    // Full only if an interrupt is due anyway.
+                    let _ = call.write(1);
+                }
+                return;
+            }
+        });
+    }
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn counts(masked: umbra_shadow::net::MaskedCounts) -> MaskedCounts {
+    let umbra_shadow::net::MaskedCounts { logged, replayed, dropped, unknown } = masked;
+    MaskedCounts { logged, replayed, dropped, unknown }
+}
+
+fn rx_mode(filter: &RxFilter) -> RxMode {
+    RxMode {
+        promiscuous: filter.promiscuous(),
+        all_multicast: filter.all_multicast(),
+        unicast: filter.unicast().into_iter().map(Mac).collect(),
+        multicast: filter.multicast().iter().copied().map(Mac).collect(),
+        vlans: filter.vlans(),
+    }
+}
+
+fn offloads_message(offloads: FrameOffloads) -> Offloads {
+    Offloads {
+        checksum: offloads.contains(FrameOffloads::CHECKSUM),
+        tso4: offloads.contains(FrameOffloads::TSO4),
+        tso6: offloads.contains(FrameOffloads::TSO6),
+    }
+}
+
+impl VirtioDevice for SplitNet {
+    fn device_id(&self) -> u16 {
+        DEVICE_ID
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        features::GUEST
+    }
+
+    fn set_features(&mut self, accepted: u64) {
+        self.splitter.set_features(accepted);
+    }
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        crate::vm::virtio::read_config(&self.config(), offset, data);
+    }
+
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        *self.config_call.lock().unwrap_or_else(PoisonError::into_inner) = Some(call);
+    }
+
+    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> Result<(), Error> {
+        let name = GuestQueue::ALL.get(usize::from(index)).copied().ok_or(Error::NoSuchQueue(index))?;
+        let QueueResources { memory, mut queue, kick, call } = resources;
+        if let Some(state) = state {
+            queue.set_next_avail(state.next_avail);
+            queue.set_next_used(state.next_used);
+        }
+        let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|source| Error::Backend {
+            operation: format!("cannot start queue {index} of network device {}", self.index),
+            source: source.into(),
+        })?;
+        self.splitter.start_queue(name, queue);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        let name = GuestQueue::ALL.get(usize::from(index)).copied()?;
+        let (next_avail, next_used) = self.splitter.stop_queue(name)?;
+        Some(QueueState { next_avail, next_used })
+    }
+
+    fn reset(&mut self) {
+        self.splitter.reset();
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.splitter.is_broken()
+    }
+}
+
+impl MutEventSubscriber for SplitNet {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
+            tracing::error!(?error, "cannot watch the network splitter");
+        }
+        for (timer, what) in
+            [(self.looks.as_fd(), "frames that make no progress"), (self.pace.timer(), "the pace of frames")]
+        {
+            if let Err(error) = ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN)) {
+                tracing::error!(?error, "cannot watch for {what}");
+            }
+        }
+        self.watch(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        if fd == self.splitter.wake().as_raw_fd() {
+            self.splitter.service();
+            // A kick that is watched from here on fires at once if it came before: it is never read.
+            self.watch(ops);
+        } else if let Some((_, source)) = self.watched.iter().find(|(watched, _)| *watched == fd) {
+            self.splitter.kicked(*source);
+        } else if fd == self.looks.as_fd().as_raw_fd() {
+            self.look();
+        } else if fd == self.pace.timer().as_raw_fd() {
+            self.tell_pace();
+        }
+        self.note_pace();
+        self.look_if_needed();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,306 @@
+//! The guest's device in an event loop, with driver VMs' devices at the other end of real links.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+use super::*;
+use crate::vm::virtio::net::vhost_user::VhostUserNet;
+use crate::vm::virtio::testing::{DriverQueue, Loop, SPAN, memory};
+
+const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
+
+struct Guest {
+    device: Arc<Mutex<SplitNet>>,
+    events: Loop,
+    messages: Receiver<FromVm>,
+    queues: [DriverQueue; 3],
+    config_call: EventFd,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let (sender, messages) = channel();
+        let outbox = Arc::new(move |message| sender.send(message).unwrap_or(()));
+        let device = Arc::new(Mutex::new(SplitNet::new(0, MAC, 1500, outbox).unwrap()));
+        let events = Loop::new(&device);
+        let memory = memory(3);
+        let queues = [0, 1, 2].map(|index| DriverQueue::new(&memory, index, 64));
+        let config_call = EventFd::new(EFD_NONBLOCK).unwrap();
+        let guest = Self { device, events, messages, queues, config_call };
+        let mut device = guest.device();
+        // Without event index, which the test's driver does not keep.
+        device.set_features(features::GUEST & !(1 << 29));
+        device.set_config_interrupt(guest.config_call.try_clone().unwrap());
+        for (index, queue) in (0..).zip(&guest.queues) {
+            device.start_queue(index, queue.resources(), None).unwrap();
+        }
+        drop(device);
+        guest
+    }
+
+    fn device(&self) -> std::sync::MutexGuard<'_, SplitNet> {
+        self.device.lock().unwrap()
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.queues[1].add(&[&[0; 12], frame], &[]);
+        self.queues[1].kick();
+        self.events.run();
+    }
+
+    /// Runs the loop until a message fits.
+    fn wait<T>(&mut self, mut pick: impl FnMut(FromVm) -> Option<T>) -> T {
+        for _ in 0..200 {
+            self.events.run();
+            if let Some(found) = self.messages.try_iter().find_map(&mut pick) {
+                return found;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("no such message");
+    }
+
+    /// Runs the loop for `time`.
+    fn run_for(&mut self, time: Duration) {
+        let until = std::time::Instant::now() + time;
+        while std::time::Instant::now() < until {
+            self.events.run();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn status(&self) -> [u8; 2] {
+        let mut status = [0; 2];
+        self.device().config_read(6, &mut status);
+        status
+    }
+}
+
+/// A driver VM's device with its queues started, receive buffers offered.
+struct DriverVm {
+    /// `None` once it has died.
+    device: Option<VhostUserNet>,
+    queues: [DriverQueue; 2],
+}
+
+impl DriverVm {
+    fn attach(guest: &mut Guest, generation: Generation) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        guest.device().attach_link(generation, theirs);
+        let mut device = VhostUserNet::new(Mac([2, 0, 0, 0, 0, 1]), 1500, ours).unwrap();
+        device.set_features(device.features() & !(1 << 29));
+        let file = std::fs::File::from(memfd_create("test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        file.set_len(2 * SPAN).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let range = (GuestAddress(0), usize::try_from(2 * SPAN).unwrap(), Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let mut queues = [0, 1].map(|index| DriverQueue::new(&memory, index, 64));
+        for _ in 0..32 {
+            queues[0].add(&[], &[2048]);
+        }
+        for (index, queue) in (0..).zip(&queues) {
+            device.start_queue(index, queue.resources(), None).unwrap();
+        }
+        guest.wait(|message| match message {
+            FromVm::LinkUp { net: 0, generation: g, .. } => (g == generation).then_some(()),
+            _ => None,
+        });
+        Self { device: Some(device), queues }
+    }
+
+    fn received(&mut self) -> Vec<Vec<u8>> {
+        let used = self.queues[0].used();
+        used.into_iter().map(|(head, len)| self.queues[0].buffer(head, len).split_off(12)).collect()
+    }
+}
+
+fn go_live(guest: &mut Guest, generation: Generation) -> MaskedCounts {
+    guest.device().go_live(generation, Replay::Everything, false);
+    guest.wait(|message| match message {
+        FromVm::Live { generation: g, masked, .. } => (g == generation).then_some(masked),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_guest_keeps_sending_through_the_death_of_a_driver_vm() {
+    let mut guest = Guest::new();
+    let mut first = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    guest.send(&[1; 100]);
+    assert_eq!(first.received(), [vec![1; 100]]);
+
+    first.device = None;
+    let cause = guest.wait(|message| match message {
+        FromVm::LinkLost { cause, .. } => Some(cause),
+        _ => None,
+    });
+    assert_eq!(cause, "closed");
+    guest.send(&[2; 100]);
+    guest.send(&[3; 100]);
+    assert_eq!(guest.queues[1].used().len(), 3, "completed at once");
+
+    let next = Generation::FIRST.next();
+    let mut second = DriverVm::attach(&mut guest, next);
+    let counts = go_live(&mut guest, next);
+    assert_eq!(counts, MaskedCounts { logged: 2, replayed: 2, dropped: 0, unknown: 1 });
+    guest.send(&[4; 100]);
+    assert_eq!(second.received(), [vec![2; 100], vec![3; 100], vec![4; 100]]);
+    assert_eq!(guest.status(), [1, 0]);
+    assert_eq!(guest.config_call.read().ok(), None, "the guest saw a configuration change");
+}
+
+#[test]
+fn frames_reach_the_guest_with_an_interrupt() {
+    let mut guest = Guest::new();
+    let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    guest.queues[0].add(&[], &[2048]);
+    vm.queues[1].add(&[&[0; 12], &[9; 60]], &[]);
+    go_live(&mut guest, Generation::FIRST);
+    assert_eq!(guest.queues[0].used(), [(0, 72)]);
+    assert_eq!(guest.queues[0].buffer(0, 72)[12..], [9; 60]);
+    assert_eq!(guest.queues[0].call.read().ok(), Some(1));
+    // The next by its kick.
+    guest.queues[0].add(&[], &[2048]);
+    vm.queues[1].add(&[&[0; 12], &[8; 60]], &[]);
+    vm.queues[1].kick();
+    guest.events.run();
+    assert_eq!(guest.queues[0].used(), [(1, 72)]);
+}
+
+#[test]
+fn quarantine_takes_the_link_down_with_a_configuration_change() {
+    let mut guest = Guest::new();
+    let vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    guest.device().quarantine();
+    guest.events.run();
+    assert_eq!((guest.status(), guest.config_call.read().ok()), ([0, 0], Some(1)));
+    let FromVm::NetStatus { mode, .. } = guest.device().status() else { panic!("no status") };
+    assert_eq!(mode, "quarantined");
+    drop(vm);
+}
+
+#[test]
+fn the_drivers_commands_and_features_are_told() {
+    let mut guest = Guest::new();
+    let offloads = guest.wait(|message| match message {
+        FromVm::Offloads { offloads, .. } => Some(offloads),
+        _ => None,
+    });
+    assert_eq!(offloads, Offloads { checksum: true, tso4: true, tso6: true });
+    guest.queues[2].add(&[&[0, 0], &[0]], &[1]);
+    guest.queues[2].kick();
+    let mode = guest.wait(|message| match message {
+        FromVm::RxMode { mode, .. } => (!mode.promiscuous).then_some(mode),
+        _ => None,
+    });
+    assert_eq!((mode.unicast, mode.vlans), (vec![MAC], Some(vec![])));
+}
+
+#[test]
+fn a_queue_stops_where_it_is_and_goes_on_from_there() {
+    let mut guest = Guest::new();
+    guest.send(&[1; 60]);
+    let state = guest.device().stop_queue(1).unwrap();
+    assert_eq!(state, QueueState { next_avail: 1, next_used: 1 });
+    assert_eq!(guest.device().stop_queue(1), None);
+    guest.send(&[2; 60]);
+    assert_eq!(guest.queues[1].used().len(), 1);
+    let resources = guest.queues[1].resources();
+    guest.device().start_queue(1, resources, Some(state)).unwrap();
+    guest.events.run();
+    assert_eq!(guest.queues[1].used().len(), 1);
+    assert!(guest.device().start_queue(3, guest.queues[1].resources(), None).is_err());
+}
+
+#[test]
+fn a_broken_ring_of_the_guest_asks_for_a_reset() {
+    let mut guest = Guest::new();
+    guest.queues[1].break_ring();
+    guest.queues[1].kick();
+    guest.events.run();
+    assert!(guest.device().needs_reset());
+    assert_eq!(guest.config_call.read().ok(), Some(1));
+    for index in 0..3 {
+        guest.device().stop_queue(index);
+    }
+    guest.device().reset();
+    assert!(!guest.device().needs_reset());
+}
+
+#[test]
+fn the_timer_for_stalls_runs_from_the_first_frame_that_waits_to_a_look_without_one() {
+    let mut guest = Guest::new();
+    // Each takes 30 buffers, of which there are 32.
+    (0..2).for_each(|n| guest.send(&[n; 60_000]));
+    let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    assert!(!guest.device().looking);
+    guest.device().go_live(Generation::FIRST, Replay::Everything, false);
+    assert!(guest.device().looking, "a log that waits is watched from the call on");
+    for _ in 0..32 {
+        vm.queues[0].add(&[], &[2048]);
+    }
+    vm.queues[0].kick();
+    guest.events.run();
+    assert!(!guest.device().splitter.waits_for_driver_vm());
+    assert!(guest.device().looking, "what flows costs no call to stop it");
+    guest.run_for(stall::LOOK_EVERY + Duration::from_millis(200));
+    assert!(!guest.device().looking);
+    // And again.
+    guest.send(&[2; 60_000]);
+    assert!(guest.device().looking);
+    guest.device().mask(Generation::FIRST);
+    guest.run_for(stall::LOOK_EVERY + Duration::from_millis(200));
+    assert!(!guest.device().looking);
+}
+
+/// An announcement of the guest's address, as a driver VM gets it.
+fn is_announcement(frame: &[u8]) -> bool {
+    frame.len() == 60 && frame[6..12] == MAC.0 && frame[12..14] == [0x80, 0x35]
+}
+
+#[test]
+fn spares_take_over_in_turns_and_are_heard_by_their_kicks_alone() {
+    let mut guest = Guest::new();
+    let mut serving = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    let (mut generation, mut received) = (Generation::FIRST, 0);
+    for round in 0..4_u8 {
+        let next = generation.next();
+        let mut spare = DriverVm::attach(&mut guest, next);
+        guest.device().arm(next, true);
+        guest.events.run();
+        assert_eq!(serving.received().iter().filter(|frame| is_announcement(frame)).count(), 1, "the question");
+        // What the spare hears is not for the guest; what the serving one hears is.
+        for vm in [&mut spare, &mut serving] {
+            guest.queues[0].add(&[], &[2048]);
+            vm.queues[1].add(&[&[0; 12], &[round; 60]], &[]);
+            vm.queues[1].kick();
+            guest.events.run();
+        }
+        assert_eq!(spare.queues[1].used().len(), 1);
+        received += 1;
+        assert_eq!(guest.queues[0].used().len(), 1, "round {round}");
+        guest.device().mask(generation);
+        let live = guest.wait(|message| match message {
+            FromVm::Live { generation, .. } => Some(generation),
+            _ => None,
+        });
+        assert_eq!(live, next);
+        guest.send(&[round; 100]);
+        let frames = spare.received();
+        assert!(is_announcement(&frames[0]) && frames[1..] == [vec![round; 100]], "{}", frames.len());
+        spare.queues[1].add(&[&[0; 12], &[round; 80]], &[]);
+        spare.queues[1].kick();
+        guest.events.run();
+        received += 1;
+        assert_eq!(guest.queues[0].used().len(), 1, "round {round}, {received} in all");
+        (serving, generation) = (spare, next);
+    }
+}

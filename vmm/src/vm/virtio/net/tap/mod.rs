@@ -1,0 +1,246 @@
+//! A network device on a TAP interface of the host (virtio 1.2, section 5.1). Queue 0 receives, 1 transmits, 2
+//! is the control queue, whose receive modes are acknowledged and change nothing: a TAP passes what its bridge
+//! gives it. Invariant: a frame is read from the host only when there is a buffer of the guest for it.
+
+mod frames;
+pub mod tap;
+
+use std::os::fd::AsRawFd;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use thiserror::Error;
+use umbra_driver_vm::protocol::Mac;
+use umbra_shadow::net::rx_mode::RxFilter;
+use umbra_splitter::control;
+use umbra_splitter::log_limit::LogLimit;
+use umbra_splitter::net::features;
+use umbra_splitter::queue::Virtqueue;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::frames::{End, Receiver};
+use self::tap::Tap;
+use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
+use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
+use crate::vm::virtio::net::config::NetConfig;
+use crate::vm::virtio::queue;
+
+/// Device ID (section 5.1.1).
+const DEVICE_ID: u16 = 1;
+/// Queue sizes. 256 as everywhere for a network device; control commands come one at a time.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+const CONTROL: u16 = 2;
+
+/// Tags of the device's own descriptors in the event loop.
+const TAG_TAP: u32 = FIRST_DEVICE_TAG;
+const TAG_AGAIN: u32 = FIRST_DEVICE_TAG + 1;
+
+/// Errors of making the device.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The interface.
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+    /// No eventfd.
+    #[error("create an eventfd for a network device")]
+    EventFd(#[source] std::io::Error),
+}
+
+/// The device.
+pub struct TapNet {
+    tap: Tap,
+    filter: RxFilter,
+    mtu: u16,
+    queues: [Option<Virtqueue>; QUEUE_SIZES.len()],
+    events: QueueEvents,
+    receiver: Receiver,
+    /// Signalled by the device itself when frames to send or commands are left for the next turn.
+    again: EventFd,
+    /// The event loop watches the interface.
+    watched: bool,
+    /// The interface is gone.
+    gone: bool,
+    broken: bool,
+    config_call: Option<EventFd>,
+    log: LogLimit,
+}
+
+impl TapNet {
+    /// The device with address `mac` on the TAP interface `interface`.
+    pub fn new(interface: &str, mac: Mac, mtu: u16) -> Result<Self, Error> {
+        Self::on(Tap::open(interface, mtu)?, mac, mtu).map_err(Error::EventFd)
+    }
+
+    fn on(tap: Tap, mac: Mac, mtu: u16) -> std::io::Result<Self> {
+        Ok(Self {
+            tap,
+            filter: RxFilter::new(mac.0),
+            mtu,
+            queues: [const { None }; QUEUE_SIZES.len()],
+            events: QueueEvents::new(QUEUE_SIZES.len())?,
+            receiver: Receiver::new(),
+            again: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
+            watched: false,
+            gone: false,
+            broken: false,
+            config_call: None,
+            log: LogLimit::default(),
+        })
+    }
+
+    fn served(&mut self, queue: u16) -> Result<(), frames::Error> {
+        let tap = self.tap.file().as_raw_fd();
+        let Some(Some(active)) = self.queues.get_mut(usize::from(queue)) else { return Ok(()) };
+        let more = match queue {
+            CONTROL => control::serve(active, &mut self.filter)?.more,
+            TRANSMIT => frames::transmit(tap, active)? == End::Budget,
+            _ => false,
+        };
+        if more {
+            // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
+            let _ = self.again.write(1);
+        }
+        Ok(())
+    }
+
+    /// Moves received frames; true if the interface is to be watched for more.
+    fn received(&mut self) -> Result<bool, frames::Error> {
+        let tap = self.tap.file().as_raw_fd();
+        let Some(queue) = self.queues[usize::from(RECEIVE)].as_mut().filter(|_| !self.gone) else { return Ok(false) };
+        Ok(self.receiver.receive(tap, queue)? != End::NoBuffers)
+    }
+
+    fn serve(&mut self, wake: Wake, ops: &mut EventOps) {
+        if wake == Wake::Device(TAG_AGAIN) {
+            // Empty already is fine. Left full it would wake the loop without end.
+            let _ = self.again.read();
+        }
+        if self.broken {
+            return;
+        }
+        let done = match wake {
+            Wake::Device(TAG_AGAIN) => self.served(TRANSMIT).and_then(|()| self.served(CONTROL)),
+            Wake::Started(RECEIVE) | Wake::Kicked(RECEIVE) | Wake::Device(_) => {
+                self.received().map(|more| self.watch(more, ops))
+            }
+            Wake::Started(queue) | Wake::Kicked(queue) => self.served(queue),
+        };
+        match done {
+            Ok(()) => {}
+            Err(error @ frames::Error::Gone(_)) => {
+                tracing::warn!("network device: {error}; it receives nothing from now on");
+                self.gone = true;
+                self.watch(false, ops);
+            }
+            Err(frames::Error::Ring(fault)) => self.fail(&fault, ops),
+        }
+    }
+
+    fn fail(&mut self, fault: &umbra_splitter::queue::RingFault, ops: &mut EventOps) {
+        self.log.warn(format_args!("network device: the driver broke a rule of its queues: {fault}"));
+        self.broken = true;
+        self.watch(false, ops);
+        if let Some(call) = &self.config_call {
+            // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
+            let _ = call.write(1);
+        }
+    }
+
+    fn watch(&mut self, wanted: bool, ops: &mut EventOps) {
+        if wanted == self.watched {
+            return;
+        }
+        let interest = Events::with_data(self.tap.file(), TAG_TAP, EventSet::IN);
+        if wanted {
+            events::add(ops, interest)
+        } else {
+            events::remove(ops, interest)
+        }
+        self.watched = wanted;
+    }
+
+    fn set_offloads(&self, features: u64) {
+        if let Err(error) = self.tap.set_offloads(features::receive(features)) {
+            tracing::warn!("network device: set the offloads of its TAP: {error}");
+        }
+    }
+}
+
+impl MutEventSubscriber for TapNet {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.events.init(ops);
+        events::add(ops, Events::with_data(&self.again, TAG_AGAIN, EventSet::IN));
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        for wake in self.events.process(events, ops) {
+            self.serve(wake, ops);
+        }
+        if self.queues[usize::from(RECEIVE)].is_none() {
+            self.watch(false, ops);
+        }
+    }
+}
+
+impl VirtioDevice for TapNet {
+    fn device_id(&self) -> u16 {
+        DEVICE_ID
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        features::GUEST
+    }
+
+    fn set_features(&mut self, accepted: u64) {
+        self.filter.reset(accepted);
+        self.receiver.mergeable = features::mergeable(accepted);
+        self.set_offloads(accepted);
+    }
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        let mac = Mac(self.filter.mac());
+        NetConfig { mac, mtu: self.mtu, link_up: true }.read(offset, data);
+    }
+
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        self.config_call = Some(call);
+    }
+
+    fn start_queue(
+        &mut self,
+        index: u16,
+        resources: QueueResources,
+        state: Option<QueueState>,
+    ) -> Result<(), device::Error> {
+        let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
+        let (queue, kick) = queue::start(index, resources, state)?;
+        *place = Some(queue);
+        self.events.start(index, kick);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        self.events.stop(index);
+        self.queues.get_mut(usize::from(index))?.take().as_ref().map(queue::stop)
+    }
+
+    fn reset(&mut self) {
+        self.broken = false;
+        self.receiver.mergeable = false;
+        self.filter.reset(0);
+        self.set_offloads(0);
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.broken
+    }
+}
+
+#[cfg(test)]
+pub(in crate::vm::virtio) mod tests;

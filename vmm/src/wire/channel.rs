@@ -1,0 +1,258 @@
+//! A message channel between two processes: one JSON document a datagram on a `SOCK_SEQPACKET` socket pair,
+//! with file descriptors attached (`SCM_RIGHTS`).
+//!
+//! Messages are whole or not at all; every received descriptor is close-on-exec and owned at once, so that
+//! none leaks on an error path. A peer that ends is [`Incoming::Closed`], no signal (`MSG_NOSIGNAL`).
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, sendmsg,
+    socketpair,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+/// Longest message in bytes: the register dump of many vCPUs fits in; below the default socket buffer (208 KiB).
+pub const MAX_MESSAGE: usize = 128 * 1024;
+
+/// Most descriptors one message carries.
+pub const MAX_FDS: usize = 8;
+
+/// How long a sender waits for a peer whose socket buffer is full, in milliseconds. A peer that does not read
+/// for so long is stuck.
+const SEND_TIMEOUT_MS: u16 = 2_000;
+
+/// Errors of a channel.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// No socket pair.
+    #[error("create a socket pair for a control channel")]
+    Pair(#[source] Errno),
+    /// The message cannot be written as JSON.
+    #[error("encode a control message")]
+    Encode(#[source] serde_json::Error),
+    /// The message is longer than [`MAX_MESSAGE`].
+    #[error("a control message of {0} bytes is longer than {MAX_MESSAGE}")]
+    TooLong(usize),
+    /// The peer's buffer stayed full for as long as the sender would wait.
+    #[error("the other end of the control channel does not read")]
+    Full,
+    /// The peer is gone.
+    #[error("the other end of the control channel is closed")]
+    Closed,
+    /// `sendmsg` failed.
+    #[error("send a control message")]
+    Send(#[source] Errno),
+    /// `recvmsg` failed.
+    #[error("receive a control message")]
+    Receive(#[source] Errno),
+    /// Not a message of the expected kind.
+    #[error("decode a control message")]
+    Decode(#[source] serde_json::Error),
+}
+
+/// What a receive brought.
+#[derive(Debug)]
+pub enum Incoming<T> {
+    /// A message and the descriptors that came with it.
+    Message(T, Vec<OwnedFd>),
+    /// Nothing waits (only from [`Channel::try_receive`]).
+    Empty,
+    /// The peer is gone; nothing will come any more.
+    Closed,
+}
+
+/// One end of a channel.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Makes a channel: this end, and the other for the peer, both close-on-exec.
+    pub fn pair() -> Result<(Self, OwnedFd), Error> {
+        let made = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        made.map(|(ours, theirs)| (Self(ours), theirs)).map_err(Error::Pair)
+    }
+
+    /// Takes the end that was inherited or received as `fd`.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Sends `message` with `fds` attached. Waits a bounded time for a peer with a full buffer.
+    pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_waiting(message, fds, SEND_TIMEOUT_MS)
+    }
+
+    /// Sends `message` with `fds` attached, or fails at once with [`Error::Full`].
+    pub fn send_now<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.send_waiting(message, fds, 0)
+    }
+
+    fn send_waiting<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>], timeout_ms: u16) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(message).map_err(Error::Encode)?;
+        if bytes.len() > MAX_MESSAGE {
+            return Err(Error::TooLong(bytes.len()));
+        }
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        loop {
+            match sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => self.wait_writable(timeout_ms)?,
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Error::Closed),
+                Err(errno) => return Err(Error::Send(errno)),
+            }
+        }
+    }
+
+    /// Waits for a message. Never returns [`Incoming::Empty`].
+    pub fn receive<T: DeserializeOwned>(&self) -> Result<Incoming<T>, Error> {
+        self.receive_with(MsgFlags::empty())
+    }
+
+    /// Takes a message if one waits.
+    pub fn try_receive<T: DeserializeOwned>(&self) -> Result<Incoming<T>, Error> {
+        self.receive_with(MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn receive_with<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<Incoming<T>, Error> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+        let mut reset = false;
+        let (length, truncated, fds) = loop {
+            let mut iov = [IoSliceMut::new(&mut buffer)];
+            match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut iov, Some(&mut control), flags) {
+                Ok(got) => {
+                    let fds = got.cmsgs().map(own_fds).unwrap_or_default();
+                    break (got.bytes, got.flags.contains(MsgFlags::MSG_TRUNC), fds);
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(Incoming::Empty),
+                // A peer that ended without reading everything; the kernel says so once, before what it had sent.
+                Err(Errno::ECONNRESET) if !reset => reset = true,
+                Err(Errno::ECONNRESET) => return Ok(Incoming::Closed),
+                Err(errno) => return Err(Error::Receive(errno)),
+            }
+        };
+        if truncated {
+            return Err(Error::TooLong(length));
+        }
+        // Messages are never empty, so nothing is the end.
+        if length == 0 {
+            return Ok(Incoming::Closed);
+        }
+        let message = serde_json::from_slice(&buffer[..length]).map_err(Error::Decode)?;
+        Ok(Incoming::Message(message, fds))
+    }
+
+    fn wait_writable(&self, timeout_ms: u16) -> Result<(), Error> {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, PollTimeout::from(timeout_ms)) {
+            Ok(0) => Err(Error::Full),
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(Error::Send(errno)),
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+fn own_fds<'a>(messages: impl Iterator<Item = ControlMessageOwned> + 'a) -> Vec<OwnedFd> {
+    let rights = messages.filter_map(|message| match message {
+        ControlMessageOwned::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    // SAFETY: the kernel has just made these descriptors for this message, and nobody else knows their numbers.
+    rights.flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use crate::wire::messages::ToVm;
+
+    #[test]
+    fn a_message_arrives_with_its_descriptors() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::from_fd(theirs);
+        let (mut near, far) = UnixStream::pair().unwrap();
+        ours.send(&ToVm::Quarantine { net: 7 }, &[far.as_fd()]).unwrap();
+        drop(far);
+
+        let Incoming::Message(ToVm::Quarantine { net: 7 }, mut fds) = theirs.receive::<ToVm>().unwrap() else {
+            panic!("another message");
+        };
+        let mut far = UnixStream::from(fds.pop().unwrap());
+        assert!(fds.is_empty());
+        near.write_all(b"x").unwrap();
+        let mut byte = [0];
+        far.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+    }
+
+    #[test]
+    fn messages_keep_their_bounds() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::from_fd(theirs);
+        ours.send(&1u32, &[]).unwrap();
+        ours.send(&"x".repeat(100_000), &[]).unwrap();
+        assert!(matches!(theirs.try_receive::<u32>().unwrap(), Incoming::Message(1, _)));
+        assert!(matches!(theirs.try_receive::<String>().unwrap(), Incoming::Message(s, _) if s.len() == 100_000));
+        assert!(matches!(theirs.try_receive::<String>().unwrap(), Incoming::Empty));
+    }
+
+    #[test]
+    fn too_long_a_message_is_refused() {
+        let (ours, _theirs) = Channel::pair().unwrap();
+        assert!(matches!(ours.send(&"x".repeat(MAX_MESSAGE), &[]), Err(Error::TooLong(_))));
+    }
+
+    #[test]
+    fn the_end_of_the_peer_is_seen_by_both_directions() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        drop(theirs);
+        assert!(matches!(ours.receive::<u32>().unwrap(), Incoming::Closed));
+        assert!(matches!(ours.send(&1u32, &[]), Err(Error::Closed)));
+    }
+
+    #[test]
+    fn the_last_words_of_a_peer_that_did_not_listen_are_heard() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::from_fd(theirs);
+        ours.send(&1u32, &[]).unwrap();
+        theirs.send(&2u32, &[]).unwrap();
+        drop(theirs);
+        assert!(matches!(ours.try_receive::<u32>().unwrap(), Incoming::Message(2, _)));
+        assert!(matches!(ours.try_receive::<u32>().unwrap(), Incoming::Closed));
+    }
+
+    #[test]
+    fn a_message_of_another_kind_is_an_error() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        ours.send(&"no number", &[]).unwrap();
+        assert!(matches!(Channel::from_fd(theirs).receive::<u32>(), Err(Error::Decode(_))));
+    }
+}

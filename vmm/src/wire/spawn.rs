@@ -1,0 +1,212 @@
+//! Starting the process of a VM: this program again, as `umbra vm`, with a control channel and the descriptors that
+//! its spec names, and nothing else of the supervisor's.
+//!
+//! Every descriptor but the standard streams is made close-on-exec in the child, those that the supervisor itself was
+//! started with included; then the inherited ones are opened up. The process is killed by the kernel when the
+//! supervisor ends, however it ends.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use thiserror::Error;
+
+use super::channel::{self, Channel};
+use super::messages::{ToVm, VmSpec};
+
+/// Errors of starting a VM's process.
+#[derive(Debug, Error)]
+pub enum SpawnError {
+    /// No control channel.
+    #[error(transparent)]
+    Channel(#[from] channel::Error),
+    /// No pipe for the console.
+    #[error("make a pipe for the console of {vm}")]
+    Pipe {
+        /// The VM.
+        vm: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// `fork` or `exec` failed.
+    #[error("start the process of {vm}")]
+    Spawn {
+        /// The VM.
+        vm: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Where the standard streams of a VM's process go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streams {
+    /// They are the supervisor's: the console is on its terminal.
+    Terminal,
+    /// Output goes into a pipe: [`VmProcess::console`].
+    Captured,
+    /// No input and no output but stderr, which is the supervisor's.
+    Quiet,
+}
+
+/// Environment variable of VM processes: the number of the supervisor that started them.
+pub const SUPERVISOR: &str = "UMBRA_SUPERVISOR";
+
+/// A running VM process; killed when dropped.
+#[derive(Debug)]
+pub struct VmProcess {
+    child: Child,
+    pidfd: OwnedFd,
+    channel: Channel,
+    console: Option<OwnedFd>,
+}
+
+impl VmProcess {
+    /// Starts `program` as the process of `spec`, which gets `inherited` under the same numbers, and `files`, those of its
+    /// device, with its spec.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be started. One that cannot start its VM says so on its channel.
+    pub fn spawn(
+        program: &Path,
+        spec: VmSpec,
+        (inherited, files): (&[OwnedFd], &[BorrowedFd<'_>]),
+        streams: Streams,
+    ) -> Result<Self, SpawnError> {
+        let vm = spec.name.clone();
+        let (channel, theirs) = Channel::pair()?;
+        let mut command = Command::new(program);
+        // What is told to a service manager is the supervisor's to say.
+        command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
+        command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
+        let console =
+            set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
+        let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();
+        let parent = std::process::id();
+        // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
+        // only system calls that are async-signal-safe.
+        unsafe { command.pre_exec(move || prepare_child(&keep, parent)) };
+        let spawned = command.spawn().and_then(|child| Ok((pidfd_open(&child)?, child)));
+        let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
+        // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
+        drop(command);
+        let process = Self { child, pidfd, channel, console };
+        process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
+        Ok(process)
+    }
+
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Readable once the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// The control channel.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// The captured console's end to read, non-blocking.
+    pub fn console(&self) -> Option<&OwnedFd> {
+        self.console.as_ref()
+    }
+
+    /// Kills the process; that it is gone is seen at [`Self::pidfd`].
+    pub fn kill(&mut self) {
+        if let Err(error) = self.child.kill() {
+            tracing::warn!("kill process {}: {error}", self.pid());
+        }
+    }
+
+    /// How the process ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+}
+
+impl Drop for VmProcess {
+    fn drop(&mut self) {
+        if self.ended().is_none() {
+            self.kill();
+            // A killed process ends soon; one that the kernel holds (a device that hangs) must not hold us too.
+            let mut fds = [nix::poll::PollFd::new(self.pidfd.as_fd(), nix::poll::PollFlags::POLLIN)];
+            let _ = nix::poll::poll(&mut fds, 2_000_u16);
+            let _ = self.ended();
+        }
+    }
+}
+
+/// How a process ended, in words.
+pub fn describe_exit(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("its process exited with status {code}"),
+        (None, Some(signal)) => {
+            let name = Signal::try_from(signal).map_or("?", Signal::as_str);
+            format!("its process was killed by signal {signal} ({name})")
+        }
+        (None, None) => "its process ended".into(),
+    }
+}
+
+fn set_streams(command: &mut Command, streams: Streams) -> io::Result<Option<OwnedFd>> {
+    match streams {
+        Streams::Terminal => Ok(None),
+        Streams::Quiet => {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+            Ok(None)
+        }
+        Streams::Captured => {
+            let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+            fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            command.stdin(Stdio::null()).stdout(write.try_clone()?).stderr(write);
+            Ok(Some(read))
+        }
+    }
+}
+
+/// Runs in the child before `exec`.
+fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // The supervisor may have ended before the line above.
+    if nix::unistd::getppid().as_raw().unsigned_abs() != parent {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // The supervisor blocks what it reads from a signalfd; a blocked mask would be inherited.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    // A terminal's Ctrl-C goes to every process on it; what it means is for the supervisor to say.
+    for signal in [Signal::SIGINT, Signal::SIGQUIT] {
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) }?;
+    }
+    // SAFETY: the call takes no pointers, and marks descriptors of this process, which executes another program next.
+    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if marked != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    for &fd in keep {
+        // SAFETY: the supervisor keeps these descriptors open until after the spawn.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    }
+    Ok(())
+}
+
+fn pidfd_open(child: &Child) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers; it makes a new descriptor, close-on-exec, that nobody else knows.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, child.id(), 0);
+        match RawFd::try_from(fd) {
+            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The rule of the house (`docs/architecture.md`): which wing of `vmm/src` may name which. Files of tests may name all.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::Path;
+
+/// Each wing and those that it may name beside itself; who knows least comes first.
+const MAY_NAME: &[(&str, &[&str])] = &[
+    ("base", &[]),
+    ("config", &["base"]),
+    ("host", &["base", "config"]),
+    ("wire", &["base", "config", "host"]),
+    ("lifecycle", &["base", "config", "host", "wire"]),
+    ("record", &["base", "config", "host", "wire", "lifecycle"]),
+    ("vm", &["base", "config", "host", "wire"]),
+    ("supervisor", &["base", "config", "host", "wire", "lifecycle", "record"]),
+    ("cli", &["base", "config", "host", "wire", "lifecycle", "record", "vm", "supervisor"]),
+];
+
+fn visit(path: &Path, found: &mut Vec<String>, rule: (&str, &[&str])) {
+    if path.is_dir() {
+        let mut entries: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+        entries.sort();
+        entries.iter().for_each(|entry| visit(entry, found, rule));
+    } else if path.to_str().is_some_and(|path| path.ends_with(".rs") && !path.ends_with("tests.rs")) {
+        let (wing, allowed) = rule;
+        for (line, text) in fs::read_to_string(path).unwrap().lines().enumerate() {
+            for other in text.split("crate::").skip(1) {
+                let other = other.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+                let known = MAY_NAME.iter().any(|(name, _)| *name == other);
+                if known && other != wing && !allowed.contains(&other) {
+                    found.push(format!("{}:{}: {wing} names {other}", path.display(), line + 1));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_wing_names_one_that_it_may_not_know() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    for &(wing, allowed) in MAY_NAME {
+        assert!(source.join(wing).is_dir(), "the wing {wing} is gone: mend this test's table");
+        visit(&source.join(wing), &mut found, (wing, allowed));
+    }
+    assert!(found.is_empty(), "against the rule of the house:\n{}", found.join("\n"));
+}
+
+#[test]
+fn every_folder_of_the_source_is_a_wing() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for entry in fs::read_dir(source).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let wing = !entry.path().is_dir() || name == "bin" || MAY_NAME.iter().any(|(wing, _)| *wing == name);
+        assert!(wing, "{name} has no place in the table of this test");
+    }
+}
