@@ -6,10 +6,12 @@
 //! knows a device model, and everything that it records is bounded.
 #![forbid(unsafe_code)]
 
+pub mod class;
 pub mod generation;
 pub mod link_id;
 pub mod net;
 pub mod sound;
 
+pub use class::{Class, DeviceId};
 pub use generation::Generation;
 pub use link_id::LinkId;

@@ -22,6 +22,11 @@ impl LinkId {
         Self { generation, attempt: 1 }
     }
 
+    /// Above every connection of a life.
+    pub fn last(generation: Generation) -> Self {
+        Self { generation, attempt: u32::MAX }
+    }
+
     /// The connection after this one, of the same life. The count saturates: 2^32 reboots are not reached.
     pub fn next(self) -> Self {
         Self { attempt: self.attempt.saturating_add(1), ..self }

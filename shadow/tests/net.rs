@@ -2,13 +2,17 @@
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 use proptest::prelude::*;
-use umbra_shadow::Generation;
 use umbra_shadow::net::log::{MAX_BYTES, MAX_FRAMES, TransmitLog};
 use umbra_shadow::net::rx_mode::{MAX_ADDRESSES, RxFilter};
 use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
+use umbra_shadow::{Generation, LinkId};
 
 fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
+}
+
+fn link(n: u32) -> LinkId {
+    LinkId::first(generation(n))
 }
 
 fn shadow() -> NetShadow {
@@ -30,9 +34,10 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let number = (1u32..12).prop_map(generation);
+    let links = (number.clone(), 1u32..4).prop_map(|(generation, attempt)| LinkId { generation, attempt });
     let step = prop_oneof![
-        2 => number.clone().prop_map(|g| Step::Apply(Event::GoLive(g))),
-        2 => number.clone().prop_map(|g| Step::Apply(Event::Lost(g))),
+        2 => links.clone().prop_map(|l| Step::Apply(Event::GoLive(l))),
+        2 => links.prop_map(|l| Step::Apply(Event::Lost(l))),
         1 => Just(Step::Apply(Event::Quarantine)),
         3 => Just(Step::Apply(Event::Drained)),
         8 => prop_oneof![9 => 14usize..1600, 1 => Just(65_000usize)].prop_map(Step::Send),
@@ -102,7 +107,7 @@ impl Run {
         match (event, applied) {
             (Event::GoLive(g), true) => {
                 assert!(matches!(mode, ModeName::Masking | ModeName::Quarantined));
-                assert_eq!((after, self.shadow.generation()), (ModeName::Replaying, Some(g)));
+                assert_eq!((after, self.shadow.link()), (ModeName::Replaying, Some(g)));
             }
             (Event::Drained, true) => assert_eq!((mode, after), (ModeName::Replaying, ModeName::Passive)),
             (Event::Lost(_), true) => {
@@ -125,7 +130,7 @@ impl Run {
                 self.shadow.drop_suspects();
             }
             Step::Carrier(g, up) => {
-                let live = self.shadow.generation() == Some(g);
+                let live = self.shadow.link().map(|link| link.generation) == Some(g);
                 let changed = self.shadow.carrier(g, up);
                 assert_eq!(changed, live && link != up);
                 assert_eq!(self.shadow.link_up(), if live { up } else { link });
@@ -209,22 +214,22 @@ fn the_frame_limit_holds_for_tiny_frames() {
 fn an_outage_has_its_own_counters_and_a_crash_in_replay_goes_on_with_them() {
     let mut shadow = shadow();
     shadow.log(vec![1; 60]);
-    assert!(shadow.apply(Event::GoLive(generation(1))));
+    assert!(shadow.apply(Event::GoLive(link(1))));
     shadow.replayed();
     assert!(shadow.apply(Event::Drained));
     shadow.handed(3);
     shadow.settle(2);
-    assert!(shadow.apply(Event::Lost(generation(1))));
+    assert!(shadow.apply(Event::Lost(link(1))));
     assert_eq!(shadow.outage(), MaskedCounts { unknown: 2, ..Default::default() });
     shadow.log(vec![2; 60]);
     shadow.log(vec![3; 60]);
-    assert!(shadow.apply(Event::GoLive(generation(2))));
+    assert!(shadow.apply(Event::GoLive(link(2))));
     shadow.replayed();
-    assert!(shadow.apply(Event::Lost(generation(2))));
+    assert!(shadow.apply(Event::Lost(link(2))));
     assert_eq!(shadow.outage(), MaskedCounts { logged: 2, replayed: 1, unknown: 3, dropped: 0 });
     assert_eq!(shadow.total(), MaskedCounts { logged: 3, replayed: 2, unknown: 3, dropped: 0 });
     // The one that was not handed over is the next.
-    assert!(shadow.apply(Event::GoLive(generation(3))));
+    assert!(shadow.apply(Event::GoLive(link(3))));
     assert_eq!(shadow.next_replay(), Some(&[3; 60][..]));
 }
 
@@ -233,12 +238,12 @@ fn a_carrier_reported_before_going_live_is_shown_when_live() {
     let mut shadow = shadow();
     assert!(!shadow.carrier(generation(1), false));
     assert!(shadow.link_up());
-    shadow.apply(Event::GoLive(generation(1)));
+    shadow.apply(Event::GoLive(link(1)));
     assert!(!shadow.link_up());
     assert!(shadow.carrier(generation(1), true));
     shadow.apply(Event::Drained);
     assert!(!shadow.carrier(generation(2), false), "generation 2 is not live");
-    shadow.apply(Event::Lost(generation(1)));
+    shadow.apply(Event::Lost(link(1)));
     assert!(!shadow.carrier(generation(1), false), "generation 1 is over");
     assert!(shadow.link_up());
 }
@@ -246,27 +251,27 @@ fn a_carrier_reported_before_going_live_is_shown_when_live() {
 #[test]
 fn a_recovery_without_carrier_does_not_flap_the_guests_link() {
     let mut shadow = shadow();
-    shadow.apply(Event::GoLive(generation(1)));
+    shadow.apply(Event::GoLive(link(1)));
     shadow.apply(Event::Drained);
     assert!(shadow.carrier(generation(1), false));
     // Told while masking, before it goes live.
-    shadow.apply(Event::Lost(generation(1)));
+    shadow.apply(Event::Lost(link(1)));
     shadow.carrier(generation(2), false);
-    shadow.apply(Event::GoLive(generation(2)));
+    shadow.apply(Event::GoLive(link(2)));
     assert!(!shadow.link_up());
     shadow.apply(Event::Drained);
     // Told while another serves, as of one that waits; the last word counts.
     shadow.carrier(generation(3), true);
     shadow.carrier(generation(3), false);
-    shadow.apply(Event::Lost(generation(2)));
-    shadow.apply(Event::GoLive(generation(3)));
+    shadow.apply(Event::Lost(link(2)));
+    shadow.apply(Event::GoLive(link(3)));
     assert!(!shadow.link_up());
     // What was told of another generation does not count, and is not lost.
-    shadow.apply(Event::Lost(generation(3)));
+    shadow.apply(Event::Lost(link(3)));
     shadow.carrier(generation(5), false);
-    shadow.apply(Event::GoLive(generation(4)));
+    shadow.apply(Event::GoLive(link(4)));
     assert!(shadow.link_up());
-    shadow.apply(Event::Lost(generation(4)));
-    shadow.apply(Event::GoLive(generation(5)));
+    shadow.apply(Event::Lost(link(4)));
+    shadow.apply(Event::GoLive(link(5)));
     assert!(!shadow.link_up());
 }

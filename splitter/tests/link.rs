@@ -5,7 +5,7 @@ mod common;
 
 use std::io::Write;
 
-use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation};
+use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation, link};
 use common::{Driver, RINGS_LEN, WRITE, frame, memfd, number};
 use nix::fcntl::SealFlag;
 use std::os::fd::AsRawFd;
@@ -31,7 +31,7 @@ fn live(guest: &mut Guest, vm: &mut DriverVm, n: u32) -> MaskedCounts {
 fn lost(guest: &mut Guest, n: u32) -> Cause {
     loop {
         match guest.notice() {
-            Notice::LinkLost(g, cause) if g == generation(n) => return cause,
+            Notice::LinkLost(g, cause) if g == link(n) => return cause,
             Notice::Live(..) => panic!("live"),
             _ => {}
         }
@@ -140,7 +140,7 @@ fn suspects_are_dropped_and_counted() {
 fn go_live_may_come_before_the_link_and_old_generations_are_ignored() {
     let mut guest = Guest::new();
     let (mut vm, socket) = DriverVm::new();
-    guest.splitter.attach(generation(3), socket);
+    guest.splitter.attach(link(3), socket);
     guest.splitter.go_live(generation(3), Log::Replay);
     guest.splitter.go_live(generation(2), Log::Replay);
     vm.connect();
@@ -150,12 +150,12 @@ fn go_live_may_come_before_the_link_and_old_generations_are_ignored() {
     assert_eq!(guest.splitter.status().mode, ModeName::Passive);
     // The link of an older generation is closed at once.
     let (old, socket) = DriverVm::new();
-    guest.splitter.attach(generation(2), socket);
+    guest.splitter.attach(link(2), socket);
     assert!(old.frontend.get_features().is_err());
     guest.splitter.mask(generation(3));
     assert_eq!(guest.splitter.status().mode, ModeName::Masking);
     let (old, socket) = DriverVm::new();
-    guest.splitter.attach(generation(3), socket);
+    guest.splitter.attach(link(3), socket);
     assert!(old.frontend.get_features().is_err());
 }
 
@@ -304,7 +304,7 @@ fn memory_that_can_shrink_or_ends_too_early_is_refused() {
     for (file, what) in cases {
         let mut guest = Guest::new();
         let (mut vm, socket) = DriverVm::new();
-        guest.splitter.attach(generation(1), socket);
+        guest.splitter.attach(link(1), socket);
         vm.negotiate();
         let mut region = vm.region();
         region.mmap_handle = file.as_raw_fd();
@@ -318,7 +318,7 @@ fn memory_that_can_shrink_or_ends_too_early_is_refused() {
 fn rings_outside_memory_and_descriptors_that_are_no_eventfds_are_refused() {
     let mut guest = Guest::new();
     let (mut vm, socket) = DriverVm::new();
-    guest.splitter.attach(generation(1), socket);
+    guest.splitter.attach(link(1), socket);
     vm.negotiate();
     vm.frontend.set_mem_table(&[vm.region()]).unwrap();
     vm.rx.driver.base = DRIVER_MEMORY as u64 - 0x5010;
@@ -329,7 +329,7 @@ fn rings_outside_memory_and_descriptors_that_are_no_eventfds_are_refused() {
     assert!(matches!(lost(&mut guest, 1), Cause::Queue { index: 0, .. }));
 
     let (mut vm, socket) = DriverVm::new();
-    guest.splitter.attach(generation(2), socket);
+    guest.splitter.attach(link(2), socket);
     vm.negotiate();
     // SAFETY: the descriptor is valid and given up by the file.
     let pipe = unsafe {
@@ -344,7 +344,7 @@ fn rings_outside_memory_and_descriptors_that_are_no_eventfds_are_refused() {
 fn a_peer_that_stops_in_the_middle_of_a_message_holds_up_nothing() {
     let mut guest = Guest::new();
     let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    guest.splitter.attach(generation(1), theirs);
+    guest.splitter.attach(link(1), theirs);
     ours.write_all(&[1, 0, 0]).unwrap();
     for n in 0..10 {
         guest.tx.send(&frame(n, 100));

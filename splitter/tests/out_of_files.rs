@@ -4,7 +4,7 @@
 mod common;
 
 use common::frame;
-use common::vm::{DriverVm, Guest, attached, generation};
+use common::vm::{DriverVm, Guest, attached, generation, link};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use umbra_shadow::net::ModeName;
 use umbra_splitter::link::Cause;
@@ -20,9 +20,9 @@ fn a_link_that_cannot_begin_leaves_the_serving_one_alone() {
     let (_second, connection) = DriverVm::new();
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
-    guest.splitter.attach(generation(2), connection);
+    guest.splitter.attach(link(2), connection);
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
-    assert!(matches!(guest.notice(), Notice::LinkLost(g, Cause::Protocol(_)) if g == generation(2)));
+    assert!(matches!(guest.notice(), Notice::LinkLost(g, Cause::Protocol(_)) if g == link(2)));
     guest.tx.send(&frame(1, 100));
     guest.turn();
     assert_eq!(guest.splitter.status().mode, ModeName::Passive);

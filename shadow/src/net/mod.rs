@@ -1,16 +1,16 @@
 //! The shadow of a network device: one per guest device, through every life of its driver VM.
 //!
 //! ```text
-//!                 GoLive(g)                 Drained
-//!      Masking ──────────────> Replaying(g) ─────────> Passive(g)
-//!       ^   ^                      │ Lost(g)              │ Lost(g)
+//!                 GoLive(l)                 Drained
+//!      Masking ──────────────> Replaying(l) ─────────> Passive(l)
+//!       ^   ^                      │ Lost(l)              │ Lost(l)
 //!       │   └──────────────────────┘                      │
 //!       └─────────────────────────────────────────────────┘
-//!      each ── Quarantine ──> Quarantined ── GoLive(g) ──> Replaying(g)
+//!      each ── Quarantine ──> Quarantined ── GoLive(l) ──> Replaying(l)
 //! ```
 //! It starts in Masking, before the first driver VM. Invariants: a frame that was handed to a driver VM is never
 //! handed out again; logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
-//! [`log::MAX_FRAMES`]); `logged = replayed + dropped + frames in the log now`; an event of a generation that was
+//! [`log::MAX_FRAMES`]); `logged = replayed + dropped + frames in the log now`; an event of a link that was
 //! given up changes nothing.
 
 pub mod log;
@@ -18,7 +18,7 @@ pub mod rx_mode;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Generation;
+use crate::{Generation, LinkId};
 use log::TransmitLog;
 use rx_mode::{Mac, RxFilter};
 
@@ -41,9 +41,9 @@ enum Mode {
     /// The driver VM is away: frames go into the log.
     Masking,
     /// The log is being handed to the driver VM; the guest's new frames wait in its queue.
-    Replaying { generation: Generation, in_flight: u64 },
+    Replaying { link: LinkId, in_flight: u64 },
     /// Frames pass by.
-    Passive { generation: Generation, in_flight: u64 },
+    Passive { link: LinkId, in_flight: u64 },
     /// There will be no driver VM for now: link down, frames are discarded.
     Quarantined,
 }
@@ -51,12 +51,12 @@ enum Mode {
 /// What moves the state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The driver VM of this generation is ready for the log, then for live frames.
-    GoLive(Generation),
+    /// The driver VM behind this link is ready for the log, then for live frames.
+    GoLive(LinkId),
     /// The log is empty.
     Drained,
-    /// The driver VM of this generation is gone, or is given up.
-    Lost(Generation),
+    /// This link is lost, or is given up, and all before it.
+    Lost(LinkId),
     /// No further driver VM for now.
     Quarantine,
 }
@@ -104,8 +104,8 @@ pub enum Verdict {
 pub struct NetShadow {
     mode: Mode,
     log: TransmitLog,
-    /// The newest generation that was given up; it and all older ones are barred.
-    barred: Option<Generation>,
+    /// The newest link that was given up; it and all older ones are barred.
+    barred: Option<LinkId>,
     /// The carrier as the guest sees it.
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
@@ -138,27 +138,27 @@ impl NetShadow {
     /// (an old generation, or not in this mode); nothing changes then.
     pub fn apply(&mut self, event: Event) -> bool {
         let next = match (self.mode, event) {
-            (_, Event::GoLive(g) | Event::Lost(g)) if self.is_barred(g) => return false,
-            (Mode::Masking | Mode::Quarantined, Event::GoLive(generation)) => {
-                self.link_up = self.next_carrier.is_none_or(|(g, up)| g != generation || up);
-                self.next_carrier = self.next_carrier.filter(|(g, _)| *g > generation);
-                Mode::Replaying { generation, in_flight: 0 }
+            (_, Event::GoLive(l) | Event::Lost(l)) if self.is_barred(l) => return false,
+            (Mode::Masking | Mode::Quarantined, Event::GoLive(link)) => {
+                self.link_up = self.next_carrier.is_none_or(|(g, up)| g != link.generation || up);
+                self.next_carrier = self.next_carrier.filter(|(g, _)| *g > link.generation);
+                Mode::Replaying { link, in_flight: 0 }
             }
-            (Mode::Replaying { generation, in_flight }, Event::Drained) if self.log.is_empty() => {
-                Mode::Passive { generation, in_flight }
+            (Mode::Replaying { link, in_flight }, Event::Drained) if self.log.is_empty() => {
+                Mode::Passive { link, in_flight }
             }
-            (Mode::Passive { generation, in_flight }, Event::Lost(g)) if g >= generation => {
+            (Mode::Passive { link, in_flight }, Event::Lost(l)) if l >= link => {
                 // A new outage begins; a crash during replay goes on with the old one.
                 self.outage = MaskedCounts::default();
-                self.give_up(g, in_flight);
+                self.give_up(l, in_flight);
                 Mode::Masking
             }
-            (Mode::Replaying { generation, in_flight }, Event::Lost(g)) if g >= generation => {
-                self.give_up(g, in_flight);
+            (Mode::Replaying { link, in_flight }, Event::Lost(l)) if l >= link => {
+                self.give_up(l, in_flight);
                 Mode::Masking
             }
-            (Mode::Masking | Mode::Quarantined, Event::Lost(g)) => {
-                self.give_up(g, 0);
+            (Mode::Masking | Mode::Quarantined, Event::Lost(l)) => {
+                self.give_up(l, 0);
                 self.mode
             }
             (Mode::Quarantined, Event::Quarantine) => return false,
@@ -166,8 +166,8 @@ impl NetShadow {
                 if matches!(mode, Mode::Passive { .. }) {
                     self.outage = MaskedCounts::default();
                 }
-                if let Mode::Passive { generation, in_flight } | Mode::Replaying { generation, in_flight } = mode {
-                    self.give_up(generation, in_flight);
+                if let Mode::Passive { link, in_flight } | Mode::Replaying { link, in_flight } = mode {
+                    self.give_up(link, in_flight);
                 }
                 self.drop_suspects();
                 self.link_up = false;
@@ -179,18 +179,22 @@ impl NetShadow {
         true
     }
 
-    /// True if a driver VM of this generation may still come to serve: it is not given up and not older than one
-    /// that serves.
-    pub fn would_serve(&self, generation: Generation) -> bool {
-        !self.is_barred(generation) && self.generation().is_none_or(|serving| generation > serving)
+    /// True if a driver VM may still come to serve by this link: it is not given up and not older than one that serves.
+    pub fn would_serve(&self, link: LinkId) -> bool {
+        !self.is_barred(link) && self.link().is_none_or(|serving| link > serving)
     }
 
-    fn is_barred(&self, generation: Generation) -> bool {
-        self.barred.is_some_and(|b| generation <= b)
+    /// The newest link that was given up.
+    pub fn gave_up(&self) -> Option<LinkId> {
+        self.barred
     }
 
-    fn give_up(&mut self, generation: Generation, in_flight: u64) {
-        self.barred = Some(generation);
+    fn is_barred(&self, link: LinkId) -> bool {
+        self.barred.is_some_and(|barred| link <= barred)
+    }
+
+    fn give_up(&mut self, link: LinkId, in_flight: u64) {
+        self.barred = Some(link);
         self.count(|c| c.unknown += in_flight);
     }
 
@@ -276,12 +280,12 @@ impl NetShadow {
     /// that is not live yet, whether another is or none, is kept until it is. Returns true if what the guest sees has
     /// changed.
     pub fn carrier(&mut self, generation: Generation, up: bool) -> bool {
-        if self.is_barred(generation) {
+        if self.is_barred(LinkId::last(generation)) {
             return false;
         }
         match self.mode {
-            Mode::Passive { generation: live, .. } | Mode::Replaying { generation: live, .. } if generation <= live => {
-                let changed = generation == live && self.link_up != up;
+            Mode::Passive { link, .. } | Mode::Replaying { link, .. } if generation <= link.generation => {
+                let changed = generation == link.generation && self.link_up != up;
                 self.link_up ^= changed;
                 changed
             }
@@ -333,10 +337,10 @@ impl NetShadow {
         }
     }
 
-    /// The generation that is being replayed to or live.
-    pub fn generation(&self) -> Option<Generation> {
+    /// The link that is being replayed to or live.
+    pub fn link(&self) -> Option<LinkId> {
         match self.mode {
-            Mode::Passive { generation, .. } | Mode::Replaying { generation, .. } => Some(generation),
+            Mode::Passive { link, .. } | Mode::Replaying { link, .. } => Some(link),
             Mode::Masking | Mode::Quarantined => None,
         }
     }

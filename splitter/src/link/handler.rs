@@ -108,7 +108,7 @@ impl Handler {
             Err(cause) => return self.refuse(cause),
         };
         self.phase = Phase::Up;
-        let link = Link { generation: self.outlet.generation, features: self.accepted, rx, tx };
+        let link = Link { id: self.outlet.link, features: self.accepted, rx, tx };
         self.outlet.send(What::Up(Box::new(link)));
         Ok(())
     }

@@ -15,7 +15,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use umbra_shadow::Generation;
+use umbra_shadow::LinkId;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,8 +25,8 @@ use handler::Handler;
 /// A link that is set up.
 #[derive(Debug)]
 pub struct Link {
-    /// Whose.
-    pub generation: Generation,
+    /// Its number.
+    pub id: LinkId,
     /// Virtio features that the driver VM's driver accepted.
     pub features: u64,
     /// The driver VM's receive queue: frames of the guest go here.
@@ -82,7 +82,7 @@ pub enum Cause {
     /// Frames wait, and it offers no buffers for them.
     #[error("the driver VM has taken no frame for {} s, though frames wait", .0.as_secs())]
     Stalled(std::time::Duration),
-    /// The supervisor gave the generation up, or attached the next one.
+    /// The supervisor gave the link up, or attached the next one.
     #[error("given up")]
     GivenUp,
 }
@@ -101,8 +101,8 @@ pub enum What {
 /// A message of a link's thread.
 #[derive(Debug)]
 pub struct LinkEvent {
-    /// Whose link.
-    pub generation: Generation,
+    /// Which link.
+    pub link: LinkId,
     /// What.
     pub what: What,
 }
@@ -110,20 +110,20 @@ pub struct LinkEvent {
 /// Where a link's thread sends to.
 #[derive(Debug)]
 pub struct Outlet {
-    generation: Generation,
+    link: LinkId,
     sender: Sender<LinkEvent>,
     wake: EventFd,
 }
 
 impl Outlet {
-    /// Events of `generation` go into `sender`, each followed by a write to `wake`.
-    pub fn new(generation: Generation, sender: Sender<LinkEvent>, wake: EventFd) -> Self {
-        Self { generation, sender, wake }
+    /// Events of `link` go into `sender`, each followed by a write to `wake`.
+    pub fn new(link: LinkId, sender: Sender<LinkEvent>, wake: EventFd) -> Self {
+        Self { link, sender, wake }
     }
 
     fn send(&self, what: What) {
         // The receiver is gone only with the whole device; full the eventfd is only when a wake-up is due.
-        let _ = self.sender.send(LinkEvent { generation: self.generation, what });
+        let _ = self.sender.send(LinkEvent { link: self.link, what });
         let _ = self.wake.write(1);
     }
 }
@@ -131,26 +131,26 @@ impl Outlet {
 /// The running back-end of one link. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct LinkServer {
-    generation: Generation,
+    link: LinkId,
     connection: UnixStream,
 }
 
 impl LinkServer {
     /// Serves `connection`, offering `features`.
     pub fn start(connection: UnixStream, features: u64, outlet: Outlet) -> std::io::Result<Self> {
-        let generation = outlet.generation;
+        let link = outlet.link;
         let ours = connection.try_clone()?;
         connection.set_nonblocking(false)?;
         let handler = Arc::new(Mutex::new(Handler::new(features, outlet)));
         // Not joined: a hostile peer's file descriptors can make even a close() wait, and that may hold up this
         // thread, but not the guest. It ends with the connection.
-        thread::Builder::new().name(format!("link-{generation}")).spawn(move || serve(connection, &handler))?;
-        Ok(Self { generation, connection: ours })
+        thread::Builder::new().name(format!("link-{link}")).spawn(move || serve(connection, &handler))?;
+        Ok(Self { link, connection: ours })
     }
 
-    /// Whose link.
-    pub fn generation(&self) -> Generation {
-        self.generation
+    /// Its number.
+    pub fn link(&self) -> LinkId {
+        self.link
     }
 }
 

@@ -15,9 +15,9 @@ pub mod stall;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use umbra_shadow::Generation;
 use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
+use umbra_shadow::{Generation, LinkId};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::control::{self, Served};
@@ -60,9 +60,9 @@ pub enum Source {
 #[derive(Debug)]
 pub enum Notice {
     /// The link is set up.
-    LinkUp(Generation),
+    LinkUp(LinkId),
     /// The link is lost; masking has begun, or, where it was one that waited, nothing has changed.
-    LinkLost(Generation, Cause),
+    LinkLost(LinkId, Cause),
     /// The log is replayed and frames flow; counters of the outage.
     Live(Generation, MaskedCounts),
     /// The armed link of this generation is on the same network as the serving one: it has brought in a frame that the
@@ -121,11 +121,15 @@ enum LinkState {
 }
 
 impl LinkState {
-    fn generation(&self) -> Option<Generation> {
+    fn id(&self) -> Option<LinkId> {
         match self {
             Self::None => None,
-            Self::Connecting { server, .. } | Self::Up { server, .. } => Some(server.generation()),
+            Self::Connecting { server, .. } | Self::Up { server, .. } => Some(server.link()),
         }
+    }
+
+    fn generation(&self) -> Option<Generation> {
+        self.id().map(|link| link.generation)
     }
 
     fn set_call(&mut self, queue: LinkQueue, call: Option<EventFd>) {
@@ -240,44 +244,40 @@ impl NetSplitter {
         Some(position)
     }
 
-    /// A new driver VM's connection. One of an old generation is closed; one that comes while another serves waits
-    /// until that one is lost.
-    pub fn attach(&mut self, generation: Generation, connection: UnixStream) {
-        let newest = self.link.generation().max(self.next.generation());
-        if newest.is_some_and(|g| g >= generation) || !self.shadow.would_serve(generation) {
-            tracing::debug!(%generation, "closed the link of an old generation");
+    /// A new connection with a driver VM. One that is older than what has served is closed; one of a later generation than
+    /// the one that serves waits until that one is lost; one of the same generation takes the place of the one before.
+    pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
+        self.take_events();
+        // Another connection of a life that has lost one may come while a later life waits.
+        let again = self.shadow.gave_up().is_some_and(|lost| lost.generation == link.generation);
+        let mut known = [self.link.id(), self.next.id()].into_iter().flatten();
+        let stale = known.any(|known| known >= link && !(again && known.generation > link.generation));
+        if stale || !self.shadow.would_serve(link) {
+            tracing::debug!(%link, "closed the link of an old generation");
             return;
         }
         let started = self.wake.try_clone().and_then(|wake| {
-            let outlet = Outlet::new(generation, self.sender.clone(), wake);
+            let outlet = Outlet::new(link, self.sender.clone(), wake);
             LinkServer::start(connection, features::DRIVER_VM, outlet)
         });
         match started {
             Ok(server) => self.connecting(server),
-            Err(error) => self.lose_new(generation, Cause::Protocol(format!("cannot start the link: {error}"))),
+            Err(error) => self.lose_new(link, Cause::Protocol(format!("cannot start the link: {error}"))),
         }
     }
 
     /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then. Where the
-    /// link is gone (it was lost while it waited) the answer is [`Notice::LinkLost`].
+    /// link is gone, [`Notice::LinkLost`] has said so, and the next one waits to be told again.
     pub fn go_live(&mut self, generation: Generation, log: Log) {
         self.take_events();
-        if self.link.generation() == Some(generation) {
-            if self.shadow.generation() != Some(generation) {
-                self.go_live_now(generation, log);
-            }
-        } else if self.is_missing(generation) {
-            (self.listener)(Notice::LinkLost(generation, Cause::Closed));
+        if let Some(link) = self.link.id().filter(|link| link.generation == generation)
+            && self.shadow.link() != Some(link)
+        {
+            self.go_live_now(link, log);
         }
     }
 
-    /// Whether a driver VM of this generation could serve, but has no link.
-    fn is_missing(&self, generation: Generation) -> bool {
-        let newest = self.link.generation().max(self.next.generation());
-        newest.is_none_or(|newest| newest < generation) && self.shadow.would_serve(generation)
-    }
-
-    fn go_live_now(&mut self, generation: Generation, log: Log) {
+    fn go_live_now(&mut self, id: LinkId, log: Log) {
         if log == Log::Drop {
             self.shadow.drop_suspects();
         }
@@ -285,7 +285,7 @@ impl NetSplitter {
             LinkState::Connecting { go_live, .. } => *go_live = true,
             LinkState::Up { .. } => {
                 let was_up = self.shadow.link_up();
-                if self.shadow.apply(Event::GoLive(generation)) {
+                if self.shadow.apply(Event::GoLive(id)) {
                     self.tell_config(was_up);
                     self.replay();
                 }
@@ -297,7 +297,7 @@ impl NetSplitter {
     /// The supervisor gives this generation up.
     pub fn mask(&mut self, generation: Generation) {
         self.take_events();
-        self.lose(generation, Cause::GivenUp);
+        self.lose(LinkId::last(generation), Cause::GivenUp);
     }
 
     /// The carrier that the NIC of `generation` reports.
@@ -311,8 +311,8 @@ impl NetSplitter {
     pub fn quarantine(&mut self) {
         let was_up = self.shadow.link_up();
         self.next.disarm();
-        if let Some(generation) = self.link.generation() {
-            self.lose(generation, Cause::GivenUp);
+        if let Some(link) = self.link.id() {
+            self.lose(link, Cause::GivenUp);
         }
         self.shadow.apply(Event::Quarantine);
         self.tell_config(was_up);
@@ -340,9 +340,9 @@ impl NetSplitter {
         self.replay();
         self.outward();
         if self.progress.look(self.outward.frames)
-            && let Some(generation) = self.link.generation()
+            && let Some(link) = self.link.id()
         {
-            self.lose(generation, Cause::Stalled(stall::STALLED_FOR));
+            self.lose(link, Cause::Stalled(stall::STALLED_FOR));
         }
     }
 
@@ -409,27 +409,32 @@ impl NetSplitter {
     }
 
     fn take_events(&mut self) {
-        while let Ok(LinkEvent { generation, what }) = self.events.try_recv() {
+        while let Ok(LinkEvent { link: id, what }) = self.events.try_recv() {
             match what {
-                _ if self.next.generation() == Some(generation) => self.next_event(what),
-                What::Up(link) if self.link.generation() != Some(generation) => self.retire(*link),
-                _ if self.link.generation() != Some(generation) => {}
-                What::Up(link) => self.link_up(generation, link),
-                What::Lost(cause) => self.lose(generation, cause),
+                _ if self.next.id() == Some(id) => self.next_event(what),
+                What::Up(link) if self.link.id() != Some(id) => self.retire(*link),
+                _ if self.link.id() != Some(id) => {}
+                What::Up(link) => self.link_up(id, link),
+                What::Lost(cause) => self.lose(id, cause),
                 What::Call(queue, call) => self.link.set_call(queue, call),
             }
         }
     }
 
-    fn link_up(&mut self, generation: Generation, link: Box<Link>) {
+    fn link_up(&mut self, id: LinkId, mut link: Box<Link>) {
         let LinkState::Connecting { server, go_live } = std::mem::take(&mut self.link) else {
             return;
         };
+        // What waits there came while nobody was connected: it is of another time.
+        let stale = pump::drain(&mut link.tx, features::transmit(link.features), &mut Counts::default(), |_| {});
         self.link = LinkState::Up { server, link, in_flight: InFlight::default() };
+        if let Err(fault) = stale {
+            return self.lose(id, PumpError { owner: Owner::DriverVm, fault: fault.into() }.into());
+        }
         self.wake_up();
-        (self.listener)(Notice::LinkUp(generation));
+        (self.listener)(Notice::LinkUp(id));
         let was_up = self.shadow.link_up();
-        if go_live && self.shadow.apply(Event::GoLive(generation)) {
+        if go_live && self.shadow.apply(Event::GoLive(id)) {
             self.tell_config(was_up);
             self.replay();
         }
@@ -440,9 +445,9 @@ impl NetSplitter {
         self.wake_up();
     }
 
-    /// Gives the generation up and masks; told to the supervisor unless it asked for it itself.
-    fn lose(&mut self, generation: Generation, cause: Cause) {
-        if self.link.generation().is_some_and(|g| g <= generation)
+    /// Gives the link up, and older ones, and masks; told to the supervisor unless it asked for it itself.
+    fn lose(&mut self, id: LinkId, cause: Cause) {
+        if self.link.id().is_some_and(|known| known <= id)
             && let LinkState::Up { mut link, in_flight, .. } = std::mem::take(&mut self.link)
         {
             self.shadow.settle(in_flight.count(&mut link.rx));
@@ -451,9 +456,9 @@ impl NetSplitter {
             self.progress.note(false);
         }
         let served = self.shadow.mode() == ModeName::Passive;
-        let applied = self.shadow.apply(Event::Lost(generation));
+        let applied = self.shadow.apply(Event::Lost(id));
         if applied && !matches!(cause, Cause::GivenUp) {
-            (self.listener)(Notice::LinkLost(generation, cause));
+            (self.listener)(Notice::LinkLost(id, cause));
         }
         self.promote(served && applied);
         self.outward();
@@ -470,18 +475,18 @@ impl NetSplitter {
         }
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let outcome = replay_log(&mut self.shadow, link, in_flight, &mut self.outward);
-        let generation = link.generation;
+        let id = link.id;
         self.progress.note(matches!(outcome, Ok(false)));
         match outcome {
             Ok(true) => {
                 if self.shadow.apply(Event::Drained) {
-                    (self.listener)(Notice::Live(generation, self.shadow.outage()));
+                    (self.listener)(Notice::Live(id.generation, self.shadow.outage()));
                     self.outward();
                     self.inward();
                 }
             }
             Ok(false) => {}
-            Err(error) => self.lose(generation, error.into()),
+            Err(error) => self.lose(id, error.into()),
         }
     }
 
@@ -548,8 +553,8 @@ impl NetSplitter {
             Ok(Stop::SourceEmpty | Stop::TargetFull) => {}
             Err(error) if error.owner == Owner::Guest => self.break_queue(queue, &error.fault),
             Err(error) => {
-                if let Some(generation) = self.link.generation() {
-                    self.lose(generation, error.into());
+                if let Some(link) = self.link.id() {
+                    self.lose(link, error.into());
                 }
             }
         }

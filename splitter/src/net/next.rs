@@ -4,8 +4,8 @@
 //! promoted only when the serving link is lost; its own loss changes nothing for the guest. One that is *armed* (its
 //! driver VM has a device of its own and forwards: a hot spare) goes live by itself when it is promoted.
 
-use umbra_shadow::Generation;
 use umbra_shadow::net::ModeName;
+use umbra_shadow::{Generation, LinkId};
 
 use super::announce::announcement;
 use super::{InFlight, LinkState, NetSplitter, Notice, features, outward_flow};
@@ -23,8 +23,8 @@ pub(super) struct Next {
 }
 
 impl Next {
-    pub(super) fn generation(&self) -> Option<Generation> {
-        self.link.generation()
+    pub(super) fn id(&self) -> Option<LinkId> {
+        self.link.id()
     }
 
     /// The link whose frames are to be discarded.
@@ -46,7 +46,7 @@ impl NetSplitter {
     /// both are on one network; answered by [`Notice::SameNetwork`] if they are.
     pub fn arm(&mut self, generation: Generation, armed: bool) {
         self.take_events();
-        if self.next.generation() == Some(generation) {
+        if self.next.link.generation() == Some(generation) {
             self.next.armed = armed;
             // Its kick is to be watched.
             self.wake_up();
@@ -56,8 +56,6 @@ impl NetSplitter {
                 // through the waiting link if that hears the same network.
                 self.announce_here();
             }
-        } else if armed && self.link.generation() != Some(generation) {
-            (self.listener)(Notice::LinkLost(generation, Cause::Closed));
         }
     }
 
@@ -76,7 +74,7 @@ impl NetSplitter {
     pub(super) fn announce_here(&mut self) {
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let flow = outward_flow(Offloads::all(), link.features);
-        let generation = link.generation;
+        let id = link.id;
         let mut outcome = Ok(Handed::Yes);
         for mac in self.shadow.filter().unicast() {
             // Of the splitter's own: no frame of the guest's is missing if it is lost.
@@ -87,31 +85,43 @@ impl NetSplitter {
         }
         let told = link.rx.notify().map_err(|fault| PumpError { owner: Owner::DriverVm, fault: fault.into() });
         if let Err(error) = outcome.and(told) {
-            self.lose(generation, error.into());
+            self.lose(id, error.into());
         }
     }
 
     /// A link begins: the one that serves, or the one that waits behind it.
     pub(super) fn connecting(&mut self, server: LinkServer) {
+        let id = server.link();
         let new = LinkState::Connecting { server, go_live: false };
-        let serving = self.link.generation().filter(|g| self.shadow.generation() == Some(*g));
-        if serving.is_none() {
-            if let Some(old) = self.link.generation() {
+        let serves = self.link.id().is_some() && self.shadow.link() == self.link.id();
+        if serves && self.link.generation() < Some(id.generation) {
+            self.wait_behind(new);
+        } else if self.link.generation() > Some(id.generation) {
+            // The one that waited had taken the place of a link that was lost, and which is here again.
+            let waiting = std::mem::replace(&mut self.link, new);
+            self.wait_behind(waiting);
+        } else {
+            if let Some(old) = self.link.id() {
                 self.lose(old, Cause::GivenUp);
             }
             self.link = new;
-        } else {
-            let old = std::mem::replace(&mut self.next, Next { link: new, ..Next::default() });
-            self.forget(old.link);
         }
     }
 
-    /// The link of `generation` cannot begin: one that there is goes on.
-    pub(super) fn lose_new(&mut self, generation: Generation, cause: Cause) {
-        if self.link.generation().is_some() {
-            (self.listener)(Notice::LinkLost(generation, cause));
+    /// The link that waits from now on.
+    fn wait_behind(&mut self, link: LinkState) {
+        let old = std::mem::replace(&mut self.next, Next { link, ..Next::default() });
+        self.forget(old.link);
+        // The set of kicks has changed.
+        self.wake_up();
+    }
+
+    /// The link `id` cannot begin: one that there is goes on.
+    pub(super) fn lose_new(&mut self, id: LinkId, cause: Cause) {
+        if self.link.id().is_some() {
+            (self.listener)(Notice::LinkLost(id, cause));
         } else {
-            self.lose(generation, cause);
+            self.lose(id, cause);
         }
     }
 
@@ -119,9 +129,9 @@ impl NetSplitter {
     pub(super) fn next_event(&mut self, what: What) {
         match (what, std::mem::take(&mut self.next.link)) {
             (What::Up(link), LinkState::Connecting { server, .. }) => {
-                let generation = server.generation();
+                let id = server.link();
                 self.next.link = LinkState::Up { server, link, in_flight: InFlight::default() };
-                (self.listener)(Notice::LinkUp(generation));
+                (self.listener)(Notice::LinkUp(id));
                 self.discard();
             }
             (What::Call(queue, call), mut next) => {
@@ -143,8 +153,8 @@ impl NetSplitter {
     fn lose_next(&mut self, cause: Cause) {
         tracing::debug!(?cause, "the waiting link is lost");
         let next = std::mem::take(&mut self.next);
-        if let Some(generation) = next.generation() {
-            (self.listener)(Notice::LinkLost(generation, cause));
+        if let Some(id) = next.id() {
+            (self.listener)(Notice::LinkLost(id, cause));
         }
         self.forget(next.link);
     }
@@ -155,7 +165,7 @@ impl NetSplitter {
         let own = if *proven { Vec::new() } else { self.shadow.filter().unicast() };
         let mut seen = false;
         let from_guest = |frame: &InPlace<'_, '_>| seen |= !own.is_empty() && own.contains(&frame.source_address());
-        let (generation, offloads) = (link.generation, features::transmit(link.features));
+        let (generation, offloads) = (link.id.generation, features::transmit(link.features));
         let outcome = pump::drain(&mut link.tx, offloads, &mut Counts::default(), from_guest);
         if seen {
             *proven = true;
@@ -171,17 +181,17 @@ impl NetSplitter {
     /// The serving link is lost: the waiting one takes its place. It masks until it is told to go live, unless it is
     /// armed and the lost one has `served`: a log that somebody died of is the supervisor's to judge.
     pub(super) fn promote(&mut self, served: bool) {
-        if self.link.generation().is_some() {
+        if self.link.id().is_some() {
             return;
         }
         self.discard();
         let Next { link, armed, .. } = std::mem::take(&mut self.next);
         self.link = link;
-        let Some(generation) = self.link.generation() else { return };
+        let Some(id) = self.link.id() else { return };
         self.wake_up();
         if armed && served {
-            self.announce = Some(generation);
-            self.go_live_now(generation, super::Log::Replay);
+            self.announce = Some(id.generation);
+            self.go_live_now(id, super::Log::Replay);
         }
     }
 

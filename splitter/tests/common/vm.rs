@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use umbra_shadow::Generation;
+use umbra_shadow::{Generation, LinkId};
 use umbra_splitter::net::{GuestQueue, NetSplitter, Notice, features};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -22,6 +22,11 @@ pub const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 
 pub fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
+}
+
+/// The first connection of a generation.
+pub fn link(n: u32) -> LinkId {
+    LinkId::first(generation(n))
 }
 
 /// A guest with its network device.
@@ -124,6 +129,13 @@ impl DriverVm {
         }
     }
 
+    /// Ends the connection and begins another, whose other end is returned; memory and rings stay as they are.
+    pub fn hang_up(&mut self) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.frontend = Frontend::from_stream(ours, 2);
+        theirs
+    }
+
     /// The protocol up to enabled queues.
     pub fn connect(&mut self) {
         self.negotiate();
@@ -163,7 +175,8 @@ impl DriverVm {
                 log_addr: None,
             },
         )?;
-        self.frontend.set_vring_base(index, 0)?;
+        let used = driver.memory.read_obj::<u16>(GuestAddress(driver.used_ring() + 2)).unwrap();
+        self.frontend.set_vring_base(index, used)?;
         self.frontend.set_vring_call(index, &driver.call)?;
         self.frontend.set_vring_kick(index, &driver.kick)
     }
@@ -171,13 +184,29 @@ impl DriverVm {
 
 /// A driver VM that is connected and known to the guest.
 pub fn attached(guest: &mut Guest, number: u32) -> DriverVm {
+    attached_as(guest, link(number))
+}
+
+/// The same, by this link.
+pub fn attached_as(guest: &mut Guest, id: LinkId) -> DriverVm {
     let (mut vm, socket) = DriverVm::new();
-    guest.splitter.attach(generation(number), socket);
+    connected(guest, &mut vm, socket, id);
+    vm
+}
+
+/// The same driver VM, whose rings go on where they stand, by another link.
+pub fn attached_again(guest: &mut Guest, vm: &mut DriverVm, id: LinkId) {
+    let socket = vm.hang_up();
+    connected(guest, vm, socket, id);
+}
+
+fn connected(guest: &mut Guest, vm: &mut DriverVm, socket: UnixStream, id: LinkId) {
+    guest.splitter.attach(id, socket);
     vm.connect();
     loop {
         match guest.notice() {
-            Notice::LinkUp(g) if g == generation(number) => return vm,
-            Notice::LinkLost(g, cause) => assert!(g < generation(number), "lost: {cause:?}"),
+            Notice::LinkUp(up) if up == id => return,
+            Notice::LinkLost(lost, cause) => assert!(lost < id, "lost: {cause:?}"),
             _ => {}
         }
     }
