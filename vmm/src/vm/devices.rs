@@ -2,12 +2,15 @@
 //! device's own business. Slots are given out in the order of the spec, from 1, so that a guest finds the same
 //! devices at the same places in each life.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, SubscriberOps};
 use thiserror::Error;
+use umbra_driver_vm::sound_protocol::SOUND_PORT;
+use umbra_shadow::{DeviceId, LinkId};
 
 use super::host::Host;
 use super::machine::vm::Vm;
@@ -19,9 +22,10 @@ use super::virtio::device::{self, VirtioDevice};
 use super::virtio::disk::{self, Block};
 use super::virtio::net::split::SplitNet;
 use super::virtio::net::tap::{self, TapNet};
-use super::virtio::net::vhost_user::{self, VhostUserNet};
+use super::virtio::net::vhost_user::VhostUserNet;
 use super::virtio::pci::{self, VirtioPci};
 use super::virtio::rng::{self, Rng};
+use super::virtio::shadowed::Shadowed;
 use super::virtio::sound::Sound;
 use crate::base::lock::lock;
 use crate::base::pci_address::{Bdf, ParseBdfError, Slot};
@@ -56,9 +60,9 @@ pub enum Error {
         #[source]
         source: pci::Error,
     },
-    /// A driver VM's link.
-    #[error(transparent)]
-    Link(#[from] vhost_user::Error),
+    /// A driver VM's end.
+    #[error("make an eventfd for a driver VM's network device")]
+    End(#[source] std::io::Error),
     /// A TAP interface.
     #[error(transparent)]
     Tap(#[from] tap::Error),
@@ -96,7 +100,9 @@ pub fn add(
         adder.sound(index, sound)?;
     }
     if !spec.ports.is_empty() {
-        adder.virtio("console", Arc::new(Mutex::new(Console::new(&spec.ports)?)))?;
+        let console = Arc::new(Mutex::new(Console::new(&spec.ports)?));
+        adder.devices.console = Some(Arc::clone(&console));
+        adder.virtio("console", console)?;
     }
     for (index, disk) in spec.disks.iter().enumerate() {
         adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
@@ -135,13 +141,16 @@ impl Adder<'_> {
                 let outbox = Arc::new(move |message| host.tell(&message));
                 let net = SplitNet::new(index, *mac, *mtu, outbox).map_err(failed)?;
                 let net = Arc::new(Mutex::new(net));
-                self.devices.split.push((index, Arc::clone(&net)));
+                self.devices.shadowed.insert(DeviceId::net(index), Arc::clone(&net) as _);
                 self.virtio(&name, net)
             }
-            NetBackend::VhostUser { mac, mtu, fd } => {
-                // SAFETY: the supervisor opened this descriptor for this device alone.
-                let net = unsafe { VhostUserNet::from_inherited(*mac, *mtu, *fd) }?;
-                self.virtio(&name, Arc::new(Mutex::new(net)))
+            NetBackend::VhostUser { mac, mtu } => {
+                let host = Arc::clone(self.host);
+                let outbox = Arc::new(move |message| host.tell(&message));
+                let net = VhostUserNet::new(index, *mac, *mtu, outbox).map_err(Error::End)?;
+                let net = Arc::new(Mutex::new(net));
+                self.devices.ends.push(Arc::clone(&net));
+                self.virtio(&name, net)
             }
             NetBackend::Tap { interface, mac, mtu } => {
                 let net = TapNet::new(interface, *mac, *mtu)?;
@@ -157,7 +166,7 @@ impl Adder<'_> {
         let sound = Sound::new(index, backend.card.clone(), backend.policy, outbox);
         let sound = sound.map_err(|source| Error::Virtio { name: name.clone(), source })?;
         let sound = Arc::new(Mutex::new(sound));
-        self.devices.sounds.push(Arc::clone(&sound));
+        self.devices.shadowed.insert(DeviceId::sound(index), Arc::clone(&sound) as _);
         self.virtio(&name, sound)
     }
 
@@ -198,8 +207,11 @@ fn add_function(
 /// The devices that the supervisor speaks with.
 #[derive(Default)]
 pub struct Devices {
-    split: Vec<(u16, Arc<Mutex<SplitNet>>)>,
-    sounds: Vec<Arc<Mutex<Sound>>>,
+    /// A guest's, behind a shadow each.
+    shadowed: BTreeMap<DeviceId, Arc<Mutex<dyn Shadowed>>>,
+    /// A driver VM's network devices, by position among its ends.
+    ends: Vec<Arc<Mutex<VhostUserNet>>>,
+    console: Option<Arc<Mutex<Console>>>,
     /// In a VM that has, or will have, functions passed through.
     vfio: Option<Arc<Vfio>>,
     /// Those functions.
@@ -262,55 +274,45 @@ impl Devices {
 
     /// A message of the supervisor that concerns a device.
     pub fn handle(&self, message: &ToVm, fds: Vec<OwnedFd>, host: &Host) {
+        let socket = || fds.into_iter().next().map(UnixStream::from);
         match *message {
-            ToVm::AttachLink { net, generation } => {
-                let Some(fd) = fds.into_iter().next() else {
-                    tracing::error!(net, "a link without its socket");
-                    return;
-                };
-                self.with(net, |net| net.attach_link(generation, UnixStream::from(fd)));
-            }
-            ToVm::GoLive { net, generation, replay, announce } => {
-                self.with(net, |net| net.go_live(generation, replay, announce));
-            }
-            ToVm::Arm { net, generation, armed } => self.with(net, |net| net.arm(generation, armed)),
-            ToVm::Mask { net, generation } => self.with(net, |net| net.mask(generation)),
-            ToVm::Carrier { net, generation, up } => self.with(net, |net| net.carrier(generation, up)),
-            ToVm::Quarantine { net } => self.with(net, SplitNet::quarantine),
-            ToVm::QueryStatus => {
-                for (_, net) in &self.split {
-                    let status = lock(net).status();
-                    host.tell(&status);
-                }
-                for sound in &self.sounds {
-                    let status = lock(sound).status();
-                    host.tell(&status);
-                }
-            }
-            ToVm::AttachSound { sound, generation } => match fds.into_iter().next() {
-                Some(fd) => self.with_sound(sound, |sound| sound.attach(generation, UnixStream::from(fd))),
-                None => tracing::error!(sound, "a link without its socket"),
+            ToVm::Attach { device, link } => match socket() {
+                Some(socket) => self.with(device, |shadowed| shadowed.attach(link, socket)),
+                None => tracing::error!(%device, "a link without its socket"),
             },
-            ToVm::MaskSound { sound, generation } => self.with_sound(sound, |sound| sound.mask(generation)),
-            ToVm::QuarantineSound { sound } => self.with_sound(sound, Sound::quarantine),
+            ToVm::Connect { end, link } => match socket() {
+                Some(socket) => self.connect(end, link, socket),
+                None => tracing::error!(end, "a connection without its socket"),
+            },
+            ToVm::Mask { device, generation } => self.with(device, |shadowed| shadowed.mask(generation)),
+            ToVm::Quarantine { device } => self.with(device, |shadowed| shadowed.quarantine()),
+            ToVm::GoLive { device, .. } | ToVm::Arm { device, .. } | ToVm::Carrier { device, .. } => {
+                self.with(device, |shadowed| shadowed.order(message));
+            }
+            ToVm::QueryStatus => {
+                for shadowed in self.shadowed.values() {
+                    let status = lock(shadowed).status();
+                    host.tell(&status);
+                }
+            }
             // These concern the whole VM.
             ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill | ToVm::Release | ToVm::LockUp | ToVm::Plug { .. } => {}
         }
     }
 
-    fn with(&self, index: u16, act: impl FnOnce(&mut SplitNet)) {
-        match self.split.iter().find(|(number, _)| *number == index) {
-            Some((_, net)) => act(&mut lock(net)),
-            None => tracing::error!(index, "the supervisor names a network device that is none of a driver VM's"),
+    fn with(&self, device: DeviceId, act: impl FnOnce(&mut dyn Shadowed)) {
+        match self.shadowed.get(&device) {
+            Some(shadowed) => act(&mut *lock(shadowed)),
+            None => tracing::error!(%device, "the supervisor names a device that is none of a driver VM's"),
         }
     }
-}
 
-impl Devices {
-    fn with_sound(&self, index: u16, act: impl FnOnce(&mut Sound)) {
-        match self.sounds.get(usize::from(index)) {
-            Some(sound) => act(&mut lock(sound)),
-            None => tracing::error!(index, "the supervisor names a sound device that is none"),
+    /// An end of this driver VM is connected: that of a network device, or the port of a sound service's session.
+    fn connect(&self, end: u16, link: LinkId, socket: UnixStream) {
+        match (self.ends.get(usize::from(end)), &self.console) {
+            (Some(net), _) => lock(net).connect(link, socket),
+            (None, Some(console)) => lock(console).connect(&format!("{SOUND_PORT}.{end}"), socket),
+            (None, None) => tracing::error!(end, "the supervisor connects an end that is none"),
         }
     }
 }

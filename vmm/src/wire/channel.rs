@@ -192,6 +192,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
+    use umbra_shadow::DeviceId;
+
     use crate::wire::messages::ToVm;
 
     #[test]
@@ -199,10 +201,12 @@ mod tests {
         let (ours, theirs) = Channel::pair().unwrap();
         let theirs = Channel::from_fd(theirs);
         let (mut near, far) = UnixStream::pair().unwrap();
-        ours.send(&ToVm::Quarantine { net: 7 }, &[far.as_fd()]).unwrap();
+        ours.send(&ToVm::Quarantine { device: DeviceId::net(7) }, &[far.as_fd()]).unwrap();
         drop(far);
 
-        let Incoming::Message(ToVm::Quarantine { net: 7 }, mut fds) = theirs.receive::<ToVm>().unwrap() else {
+        let Incoming::Message(ToVm::Quarantine { device: DeviceId { index: 7, .. } }, mut fds) =
+            theirs.receive::<ToVm>().unwrap()
+        else {
             panic!("another message");
         };
         let mut far = UnixStream::from(fds.pop().unwrap());

@@ -1,15 +1,17 @@
 //! What the supervisor and the VM processes say to each other: one JSON message a datagram on a
 //! `SOCK_SEQPACKET` socket pair, with file descriptors attached where a message says so.
 //!
-//! Every message about a link carries the [`Generation`] of the driver VM; a receiver drops those of an older one.
+//! Every message about a link carries its [`LinkId`], every one about a driver VM's life its [`Generation`]; a receiver drops
+//! those of an older one. A guest's device is a [`DeviceId`]; what only one class knows is in that class's own messages.
 //! Times are `CLOCK_MONOTONIC` in nanoseconds, which all processes of a host share.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-use umbra_shadow::Generation;
+pub use umbra_shadow::net::MaskedCounts;
 use umbra_shadow::sound::{Card, Policy};
+use umbra_shadow::{DeviceId, Generation, LinkId};
 
 use crate::config::{Console, Disk, MemorySize};
 use crate::host::Snapshot;
@@ -67,25 +69,23 @@ pub enum NetBackend {
         /// MTU, bytes.
         mtu: u16,
     },
-    /// Guest side: the splitter; its links come by [`ToVm::AttachLink`].
+    /// Guest side: the splitter; its links come by [`ToVm::Attach`].
     Split {
         /// The VM's address.
         mac: Mac,
         /// MTU, bytes.
         mtu: u16,
     },
-    /// Driver VM side: a vhost-user front-end on an inherited socket.
+    /// Driver VM side: a vhost-user front-end. Its connections come, and come again, by [`ToVm::Connect`].
     VhostUser {
         /// The address of this end (not the guest's).
         mac: Mac,
         /// MTU, bytes.
         mtu: u16,
-        /// The descriptor number of the connected socket in this process.
-        fd: i32,
     },
 }
 
-/// A sound device on the sound splitter; its links come by [`ToVm::AttachSound`].
+/// A sound device on the sound splitter; its links come by [`ToVm::Attach`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SoundBackend {
     /// The card that the guest sees.
@@ -111,6 +111,8 @@ pub enum PortEnd {
     Listen(PathBuf),
     /// A connected stream socket, inherited under this number.
     Fd(i32),
+    /// None yet: its peers come, one after the other, by [`ToVm::Connect`].
+    Attached,
 }
 
 /// Supervisor to VM process.
@@ -134,32 +136,41 @@ pub enum ToVm {
         /// Its PCI address on the host.
         device: String,
     },
-    /// Guest: a new driver VM's link for network device `net`. Descriptor attached: the connected vhost-user socket.
-    AttachLink {
-        /// Index of the network device.
-        net: u16,
-        /// Whose link.
-        generation: Generation,
+    /// Driver VM: the connection of its end `end` (by position among its ends) with a guest's device; one that is there is
+    /// ended. Descriptor attached: the connected socket (vhost-user for a network device, a stream for a sound device).
+    Connect {
+        /// Which end.
+        end: u16,
+        /// The connection's number.
+        link: LinkId,
     },
-    /// Guest: the driver VM forwards; replay, then go live.
+    /// Guest: a new link of a device. Descriptor attached: the other end of the socket of [`Self::Connect`]. A sound device
+    /// goes live by itself once the driver VM has reported its card.
+    Attach {
+        /// The device.
+        device: DeviceId,
+        /// The link's number.
+        link: LinkId,
+    },
+    /// Guest: the driver VM forwards; replay, then go live. Network alone.
     GoLive {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// Which generation.
         generation: Generation,
         /// What it gets of what was recorded.
         #[serde(default)]
         replay: Replay,
-        /// Its device is another one than before: the network is told where the guest is now.
+        /// The driver VM has another device than the one before: the network is told where the guest is now.
         #[serde(default)]
         announce: bool,
     },
     /// Guest: the waiting driver VM is a spare that forwards (`armed`), or does not any more. Armed, it goes live by itself
     /// when the serving one is lost. Said again, it is the question whether both are on one network, answered by
-    /// [`FromVm::SameNetwork`] if they are.
+    /// [`FromVm::SameNetwork`] if they are. Network alone.
     Arm {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// Which generation waits.
         generation: Generation,
         /// Whether it forwards, with a carrier.
@@ -167,46 +178,26 @@ pub enum ToVm {
     },
     /// Guest: the driver VM has failed (the splitter may know already); mask.
     Mask {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// Which generation failed.
         generation: Generation,
     },
-    /// Guest: the carrier that the NIC reports. Ignored while masking.
+    /// Guest: the carrier that the NIC reports. Ignored while masking. Network alone.
     Carrier {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// Which generation reports.
         generation: Generation,
         /// Link up.
         up: bool,
     },
-    /// Guest: there will be no further driver VM for now; show link down.
+    /// Guest: there will be no further driver VM for now; show link down, or be a dead card.
     Quarantine {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
     },
-    /// Guest: a new driver VM's link for sound device `sound`. Descriptor attached: the host's end of its console port.
-    /// The device goes live by itself once the driver VM has reported its card.
-    AttachSound {
-        /// Index of the sound device.
-        sound: u16,
-        /// Whose link.
-        generation: Generation,
-    },
-    /// Guest: the driver VM of a sound device has failed (the splitter may know already); mask.
-    MaskSound {
-        /// Index of the sound device.
-        sound: u16,
-        /// Which generation failed.
-        generation: Generation,
-    },
-    /// Guest: there will be no further driver VM for this sound device; be a dead card.
-    QuarantineSound {
-        /// Index of the sound device.
-        sound: u16,
-    },
-    /// Answered by [`FromVm::NetStatus`] and [`FromVm::SoundStatus`] for each device of a driver VM.
+    /// Answered by [`FromVm::Status`] for each device of a driver VM.
     QueryStatus,
 }
 
@@ -257,73 +248,136 @@ pub enum FromVm {
         /// The error, its causes included.
         what: String,
     },
-    /// Guest: the vhost-user link is set up and queues are enabled.
+    /// Driver VM: the connection of an end is over, or could not be set up, on this side.
+    Disconnected {
+        /// Which end, by position.
+        end: u16,
+        /// Which connection.
+        link: LinkId,
+        /// Why.
+        why: Disconnect,
+    },
+    /// Guest: the link is set up.
     LinkUp {
-        /// Index of the network device.
-        net: u16,
-        /// Whose link.
-        generation: Generation,
+        /// The device.
+        device: DeviceId,
+        /// Which link.
+        link: LinkId,
         /// When, ns.
         at: u64,
     },
     /// Guest: the link is lost or broke a rule; the splitter masks already, or an armed spare serves. The link may be that
     /// of an armed spare itself, which the guest does not notice.
-    LinkLost {
-        /// Index of the network device.
-        net: u16,
-        /// Whose link.
-        generation: Generation,
+    Lost {
+        /// The device.
+        device: DeviceId,
+        /// Which link.
+        link: LinkId,
         /// When, ns.
         at: u64,
-        /// Why: `closed`, or the violation.
-        cause: String,
+        /// Why.
+        cause: LinkEnd,
     },
-    /// Guest: replay is done, frames flow.
+    /// Guest: replay is done, frames flow; or streams are with the driver VM again, and move.
     Live {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// Which generation.
         generation: Generation,
         /// When, ns.
         at: u64,
         /// Counters since the shadow started masking.
-        masked: MaskedCounts,
+        outage: OutageCounts,
     },
     /// Guest: the armed spare has brought in a frame that the guest sent through the serving driver VM.
     SameNetwork {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// The spare.
         generation: Generation,
     },
     /// Guest: two seconds after an outage of a device of a driver VM, how much it moved around it.
     Pace {
         /// The device.
-        device: DeviceIndex,
+        device: DeviceId,
         /// Which generation serves now.
         generation: Generation,
         /// How much.
         steps: PaceSteps,
     },
-    /// Guest: its driver set the receive mode.
+    /// Guest: its driver set the receive mode of a network device.
     RxMode {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// The mode.
         mode: RxMode,
     },
-    /// Guest: its driver accepted these offloads.
+    /// Guest: its driver accepted these offloads of a network device.
     Offloads {
-        /// Index of the network device.
-        net: u16,
+        /// The device.
+        device: DeviceId,
         /// The offloads.
         offloads: Offloads,
     },
-    /// Answer to [`ToVm::QueryStatus`].
-    NetStatus {
-        /// Index of the network device.
-        net: u16,
-        /// `passive`, `masking`, `replaying` or `quarantined`.
+    /// Answer to [`ToVm::QueryStatus`], for each device of a driver VM.
+    Status {
+        /// The device.
+        device: DeviceId,
+        /// How it is.
+        status: DeviceStatus,
+    },
+}
+
+/// Why a guest's splitter lost a link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkEnd {
+    /// The other end closed it: its process is gone, or it gave the connection up.
+    Closed,
+    /// The other end has taken nothing for too long though something waits, in words.
+    Stalled(String),
+    /// The other end broke a rule, in words.
+    Broken(String),
+}
+
+impl std::fmt::Display for LinkEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Closed => f.write_str("closed"),
+            Self::Stalled(what) | Self::Broken(what) => f.write_str(what),
+        }
+    }
+}
+
+/// Why a driver VM's process has no connection at an end any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Disconnect {
+    /// The guest's process closed it.
+    Closed,
+    /// The guest's process did not answer in time, or not as the protocol has it, in words.
+    NoAnswer(String),
+    /// The driver VM's kernel stopped the device: it reboots, or its driver starts anew.
+    Stopped,
+}
+
+/// Counters of an outage, by class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutageCounts {
+    /// Of a network device.
+    Net(MaskedCounts),
+    /// Of a sound device.
+    Sound(SoundCounts),
+}
+
+/// How a device of a driver VM is, by class. `mode`: `passive`, `masking`, `replaying` or `quarantined`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceStatus {
+    /// A network device.
+    Net {
+        /// What its shadow does.
         mode: String,
         /// Frames guest to NIC since start.
         frames_out: u64,
@@ -334,49 +388,15 @@ pub enum FromVm {
         /// Sums over all outages.
         masked: MaskedCounts,
     },
-    /// Guest: a sound device's streams are with the driver VM again, and move.
-    SoundLive {
-        /// Index of the sound device.
-        sound: u16,
-        /// Which generation.
-        generation: Generation,
-        /// When, ns.
-        at: u64,
-        /// Counters since it was live before.
-        masked: SoundCounts,
-    },
-    /// Guest: a sound device's link is lost or broke a rule; the splitter masks already.
-    SoundLost {
-        /// Index of the sound device.
-        sound: u16,
-        /// Whose link.
-        generation: Generation,
-        /// When, ns.
-        at: u64,
-        /// Why: `closed`, or the violation.
-        cause: String,
-    },
-    /// Answer to [`ToVm::QueryStatus`].
-    SoundStatus {
-        /// Index of the sound device.
-        sound: u16,
-        /// `passive`, `masking`, `replaying` or `quarantined`.
+    /// A sound device.
+    Sound {
+        /// What its shadow does.
         mode: String,
         /// Bytes of samples kept for the card now.
         kept_bytes: u64,
         /// Sums since the start.
         sums: SoundCounts,
     },
-}
-
-/// A device of a guest that a driver VM serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DeviceIndex {
-    /// Network device of this index.
-    Net(u16),
-    /// Sound device of this index.
-    Sound(u16),
 }
 
 /// How much a device moved around an outage.
@@ -417,19 +437,6 @@ pub enum Replay {
     /// Configuration alone: the log is suspect, because a driver VM died while it was replayed. Its frames are
     /// dropped and counted.
     ConfigurationOnly,
-}
-
-/// What happened to frames during an outage.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MaskedCounts {
-    /// Accepted from the guest into the log.
-    pub logged: u64,
-    /// Sent from the log to the new driver VM.
-    pub replayed: u64,
-    /// Lost because the log was full (oldest first).
-    pub dropped: u64,
-    /// Handed to the dead driver VM with no sign of what became of them; never sent again.
-    pub unknown: u64,
 }
 
 /// How a VM ended.

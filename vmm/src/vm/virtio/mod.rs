@@ -11,6 +11,7 @@ pub mod pace;
 pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod shadowed;
 pub mod sound;
 #[cfg(test)]
 mod testing;

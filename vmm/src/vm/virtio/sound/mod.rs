@@ -64,7 +64,7 @@ const PACE: u32 = FIRST_DEVICE_TAG + 3;
 
 /// The sound device of a guest.
 pub struct Sound {
-    index: u16,
+    device: DeviceId,
     splitter: SoundSplitter,
     queues: Queues,
     events: QueueEvents,
@@ -94,9 +94,10 @@ impl Sound {
             source: source.into(),
         };
         let notices = Arc::clone(&outbox);
-        let listener = Box::new(move |notice| notices(message(index, notice)));
+        let device = DeviceId::sound(index);
+        let listener = Box::new(move |notice| notices(message(device, notice)));
         Ok(Self {
-            index,
+            device,
             splitter: SoundSplitter::new(card, policy, listener),
             queues: Queues::default(),
             events: QueueEvents::new(QUEUE_SIZES.len()).map_err(failed)?,
@@ -113,19 +114,19 @@ impl Sound {
         })
     }
 
-    /// [`ToVm::AttachSound`](crate::wire::messages::ToVm::AttachSound).
-    pub fn attach(&mut self, generation: Generation, socket: UnixStream) {
-        self.splitter.attach(generation, socket, now());
+    /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
+    pub fn attach(&mut self, link: LinkId, socket: UnixStream) {
+        self.splitter.attach(link.generation, socket, now());
         self.call_loop();
     }
 
-    /// [`ToVm::MaskSound`](crate::wire::messages::ToVm::MaskSound).
+    /// [`ToVm::Mask`](crate::wire::messages::ToVm::Mask).
     pub fn mask(&mut self, generation: Generation) {
         self.splitter.mask(generation, now());
         self.call_loop();
     }
 
-    /// [`ToVm::QuarantineSound`](crate::wire::messages::ToVm::QuarantineSound).
+    /// [`ToVm::Quarantine`](crate::wire::messages::ToVm::Quarantine).
     pub fn quarantine(&mut self) {
         self.splitter.quarantine(now());
         self.call_loop();
@@ -141,7 +142,8 @@ impl Sound {
             Mode::Dead => "quarantined",
         };
         let kept_bytes = u64::try_from(shadow.kept_bytes()).unwrap_or(u64::MAX);
-        FromVm::SoundStatus { sound: self.index, mode: mode.into(), kept_bytes, sums: counts(shadow.counts()) }
+        let status = DeviceStatus::Sound { mode: mode.into(), kept_bytes, sums: counts(shadow.counts()) };
+        FromVm::Status { device: self.device, status }
     }
 
     fn call_loop(&self) {
@@ -311,14 +313,19 @@ fn counts(counts: Counts) -> SoundCounts {
     SoundCounts { frames_skipped, frames_silent, frames_overrun, kept_alive, xruns }
 }
 
-fn message(sound: u16, notice: Notice) -> FromVm {
+fn message(device: DeviceId, notice: Notice) -> FromVm {
     let at = now();
     match notice {
-        Notice::Live(generation, masked) => FromVm::SoundLive { sound, generation, at, masked: counts(masked) },
-        Notice::Lost(generation, error) => {
-            let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |cause| cause.source());
-            let cause = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-            FromVm::SoundLost { sound, generation, at, cause }
+        Notice::Live(generation, masked) => {
+            FromVm::Live { device, generation, at, outage: OutageCounts::Sound(counts(masked)) }
+        }
+        Notice::Lost(link, error) => {
+            let cause = match error {
+                LinkError::Closed => LinkEnd::Closed,
+                LinkError::NotReading => LinkEnd::Stalled(chain(&error)),
+                other => LinkEnd::Broken(chain(&other)),
+            };
+            FromVm::Lost { device, link: LinkId::first(link), at, cause }
         }
     }
 }

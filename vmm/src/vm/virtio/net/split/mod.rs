@@ -12,9 +12,10 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-use umbra_shadow::Generation;
 use umbra_shadow::net::rx_mode::RxFilter;
+use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::header::Offloads as FrameOffloads;
+use umbra_splitter::link::Cause;
 use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
 use umbra_splitter::queue::Virtqueue;
 use virtio_queue::QueueT;
@@ -24,7 +25,7 @@ use crate::base::error::chain;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::pace::{Moved, Pace};
-use crate::wire::messages::{DeviceIndex, FromVm, MaskedCounts, Replay};
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay};
 
 /// Device ID of a network device.
 const DEVICE_ID: u16 = 1;
@@ -40,7 +41,7 @@ type ConfigCall = Arc<Mutex<Option<EventFd>>>;
 
 /// A guest's network device whose frames go through a driver VM.
 pub struct SplitNet {
-    index: u16,
+    device: DeviceId,
     splitter: NetSplitter,
     config_call: ConfigCall,
     /// Kicks in the event loop.
@@ -56,7 +57,8 @@ impl SplitNet {
     /// Network device `index` of its guest.
     pub fn new(index: u16, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
         let config_call = ConfigCall::default();
-        let listener = listener(index, Arc::clone(&config_call), Arc::clone(&outbox));
+        let device = DeviceId::net(index);
+        let listener = listener(device, Arc::clone(&config_call), Arc::clone(&outbox));
         let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
             operation: "cannot make the network splitter".into(),
             source: source.into(),
@@ -68,12 +70,12 @@ impl SplitNet {
         };
         let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()))?;
         let pace = Pace::new().map_err(failed)?;
-        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
+        Ok(Self { device, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
     }
 
-    /// [`ToVm::AttachLink`](crate::wire::messages::ToVm::AttachLink).
-    pub fn attach_link(&mut self, generation: Generation, connection: UnixStream) {
-        self.splitter.attach(generation, connection);
+    /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
+    pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
+        self.splitter.attach(link, connection);
     }
 
     /// [`ToVm::GoLive`](crate::wire::messages::ToVm::GoLive).
@@ -116,14 +118,14 @@ impl SplitNet {
     /// The answer to [`ToVm::QueryStatus`](crate::wire::messages::ToVm::QueryStatus).
     pub fn status(&self) -> FromVm {
         let status = self.splitter.status();
-        FromVm::NetStatus {
-            net: self.index,
+        let status = DeviceStatus::Net {
             mode: status.mode.as_str().into(),
             frames_out: status.frames_out,
             frames_in: status.frames_in,
             logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
-            masked: counts(status.masked),
-        }
+            masked: status.masked,
+        };
+        FromVm::Status { device: self.device, status }
     }
 
     fn config(&self) -> [u8; 12] {
@@ -147,7 +149,7 @@ impl SplitNet {
     /// Tells what moved around an outage.
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.splitter.serving()) {
-            (self.outbox)(FromVm::Pace { device: DeviceIndex::Net(self.index), generation, steps });
+            (self.outbox)(FromVm::Pace { device: self.device, generation, steps });
         }
     }
 
@@ -201,16 +203,18 @@ impl SplitNet {
     }
 }
 
-fn listener(index: u16, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(Notice) + Send {
+fn listener(device: DeviceId, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(Notice) + Send {
     move |notice| {
-        let (net, at) = (index, now());
+        let at = now();
         outbox(match notice {
-            Notice::LinkUp(generation) => FromVm::LinkUp { net, generation, at },
-            Notice::LinkLost(generation, cause) => FromVm::LinkLost { net, generation, at, cause: chain(&cause) },
-            Notice::Live(generation, masked) => FromVm::Live { net, generation, at, masked: counts(masked) },
-            Notice::SameNetwork(generation) => FromVm::SameNetwork { net, generation },
-            Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
-            Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
+            Notice::LinkUp(link) => FromVm::LinkUp { device, link, at },
+            Notice::LinkLost(link, cause) => FromVm::Lost { device, link, at, cause: link_end(&cause) },
+            Notice::Live(generation, masked) => {
+                FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) }
+            }
+            Notice::SameNetwork(generation) => FromVm::SameNetwork { device, generation },
+            Notice::RxMode(filter) => FromVm::RxMode { device, mode: rx_mode(&filter) },
+            Notice::Offloads(offloads) => FromVm::Offloads { device, offloads: offloads_message(offloads) },
             Notice::Config => {
                 if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
                     // Full only if an interrupt is due anyway.
@@ -228,9 +232,13 @@ fn now() -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn counts(masked: umbra_shadow::net::MaskedCounts) -> MaskedCounts {
-    let umbra_shadow::net::MaskedCounts { logged, replayed, dropped, unknown } = masked;
-    MaskedCounts { logged, replayed, dropped, unknown }
+fn link_end(cause: &Cause) -> LinkEnd {
+    match cause {
+        // A driver VM that stops its device is on its way to a reboot: its process says more.
+        Cause::Closed | Cause::Stopped => LinkEnd::Closed,
+        Cause::Stalled(_) => LinkEnd::Stalled(chain(cause)),
+        other => LinkEnd::Broken(chain(other)),
+    }
 }
 
 fn rx_mode(filter: &RxFilter) -> RxMode {
@@ -284,7 +292,7 @@ impl VirtioDevice for SplitNet {
             queue.set_next_used(state.next_used);
         }
         let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|source| Error::Backend {
-            operation: format!("cannot start queue {index} of network device {}", self.index),
+            operation: format!("cannot start queue {index} of network device {}", self.device.index),
             source: source.into(),
         })?;
         self.splitter.start_queue(name, queue);

@@ -1,5 +1,5 @@
-//! The front-end's side of a vhost-user connection: one method a step of the protocol, each acknowledged by
-//! the back-end where it can. Every wait is bounded, so that a back-end that hangs cannot hang this VM.
+//! The front-end's side of a vhost-user connection: the whole set-up, each message acknowledged by the back-end where it
+//! can. It runs in a thread of its own and is bounded in time, so that a back-end that hangs holds up nothing of this VM.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -11,23 +11,27 @@ use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures,
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::high_duplicate::twin;
 use crate::vm::virtio::device::QueueResources;
 
-/// Longest wait for the answers of one step. The back-end's thread answers at once, but its process may be
-/// starting just now on a busy host.
+/// Longest set-up. The back-end's thread answers within microseconds; a back-end whose process is stopped or starved does
+/// not, and is connected anew when it says that it lost this connection, so that the limit costs nobody anything.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, a feature bit of the connection, not of the device.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// A step that failed.
+/// A set-up that failed.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The socket cannot be prepared.
     #[error("prepare the socket")]
     Socket(#[source] std::io::Error),
+    /// An eventfd of a queue cannot be handed over.
+    #[error("duplicate an eventfd of a queue")]
+    EventFd(#[source] std::io::Error),
     /// A message failed.
     #[error("{message}")]
     Message {
@@ -40,8 +44,11 @@ pub enum Error {
     /// The back-end does not speak of enabling queues.
     #[error("the back-end does not offer protocol features")]
     TooOld,
-    /// The thread that bounds the wait could not be made.
-    #[error("start a thread that bounds the wait for the back-end")]
+    /// The driver VM's driver has accepted what this back-end cannot do.
+    #[error("the back-end lacks features {0:#x} that the driver VM uses")]
+    Features(u64),
+    /// A thread could not be made.
+    #[error("start a thread for the connection")]
     Thread(#[source] std::io::Error),
     /// A ring is not in the VM's memory.
     #[error("find a ring at guest address {address:#x}")]
@@ -68,7 +75,6 @@ impl Deadline {
         let (sender, receiver) = channel();
         let wait = move || {
             if receiver.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-                tracing::warn!("vhost-user: no answer within {} s, the link is closed", TIMEOUT.as_secs());
                 // Fails only if the peer was faster.
                 let _ = socket.shutdown(Shutdown::Both);
             }
@@ -78,51 +84,17 @@ impl Deadline {
     }
 }
 
-/// The connection, from the first message on.
-pub(super) struct Connection {
-    frontend: Frontend,
-    socket: UnixStream,
-    features: u64,
+/// A queue as the back-end is told of it.
+pub(super) struct Vring {
+    config: VringConfigData,
+    base: u16,
+    kick: EventFd,
+    call: EventFd,
 }
 
-impl Connection {
-    /// Takes the session and asks for the features of the back-end.
-    pub(super) fn open(socket: UnixStream, queues: u64) -> Result<Self, Error> {
-        socket.set_nonblocking(false).map_err(Error::Socket)?;
-        let _deadline = Deadline::start(&socket)?;
-        let mut frontend = Frontend::from_stream(twin(&socket).map_err(Error::Socket)?.into(), queues);
-        frontend.set_owner().or_else(at("SET_OWNER"))?;
-        let features = frontend.get_features().or_else(at("GET_FEATURES"))?;
-        if features & PROTOCOL_FEATURES == 0 {
-            return Err(Error::TooOld);
-        }
-        let protocol = frontend.get_protocol_features().or_else(at("GET_PROTOCOL_FEATURES"))?;
-        let wanted = protocol & VhostUserProtocolFeatures::REPLY_ACK;
-        frontend.set_protocol_features(wanted).or_else(at("SET_PROTOCOL_FEATURES"))?;
-        if !wanted.is_empty() {
-            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        }
-        Ok(Self { frontend, socket, features: features & !PROTOCOL_FEATURES })
-    }
-
-    /// Device features of the back-end.
-    pub(super) fn features(&self) -> u64 {
-        self.features
-    }
-
-    /// Tells the features in force and shares the VM's memory.
-    pub(super) fn set_up(&self, accepted: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
-        let _deadline = Deadline::start(&self.socket)?;
-        let features = accepted & self.features | PROTOCOL_FEATURES;
-        self.frontend.set_features(features).or_else(at("SET_FEATURES"))?;
-        let regions: Result<Vec<_>, _> = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
-        let regions = regions.or_else(at("SET_MEM_TABLE"))?;
-        self.frontend.set_mem_table(&regions).or_else(at("SET_MEM_TABLE"))?;
-        Ok(())
-    }
-
-    /// Hands a queue over; the back-end serves it from then on.
-    pub(super) fn start(&mut self, index: usize, base: u16, resources: &QueueResources) -> Result<(), Error> {
+impl Vring {
+    /// The queue goes on where its used ring stands: buffers come back in order, so that what is not in there was not taken.
+    pub(super) fn new(resources: &QueueResources) -> Result<Self, Error> {
         let QueueResources { memory, queue, kick, call } = resources;
         let host = |address| {
             let host = memory.get_host_address(GuestAddress(address));
@@ -137,20 +109,61 @@ impl Connection {
             avail_ring_addr: host(queue.avail_ring())?,
             log_addr: None,
         };
-        let _deadline = Deadline::start(&self.socket)?;
-        self.frontend.set_vring_num(index, queue.size()).or_else(at("SET_VRING_NUM"))?;
-        self.frontend.set_vring_addr(index, &config).or_else(at("SET_VRING_ADDR"))?;
-        self.frontend.set_vring_base(index, base).or_else(at("SET_VRING_BASE"))?;
-        self.frontend.set_vring_call(index, call).or_else(at("SET_VRING_CALL"))?;
-        self.frontend.set_vring_kick(index, kick).or_else(at("SET_VRING_KICK"))?;
-        self.frontend.set_vring_enable(index, true).or_else(at("SET_VRING_ENABLE"))
+        let base = used_index(resources)?;
+        let duplicate = |event: &EventFd| event.try_clone().map_err(Error::EventFd);
+        Ok(Self { config, base, kick: duplicate(kick)?, call: duplicate(call)? })
     }
+}
 
-    /// Takes a queue back: the back-end stops and says where it stood.
-    pub(super) fn stop(&self, index: usize) -> Result<u16, Error> {
-        let _deadline = Deadline::start(&self.socket)?;
-        let base = self.frontend.get_vring_base(index).or_else(at("GET_VRING_BASE"))?;
-        // 16 bits by the protocol; what is above them is the back-end's nonsense.
-        Ok(u16::try_from(base & 0xFFFF).unwrap_or(0))
+/// The index that the used ring shows (virtio 1.2, section 2.7.8).
+pub(super) fn used_index(resources: &QueueResources) -> Result<u16, Error> {
+    let address = resources.queue.used_ring();
+    let index = resources.memory.read_obj::<u16>(GuestAddress(address.wrapping_add(2)));
+    index.map(u16::from_le).map_err(|source| Error::Ring { address, source })
+}
+
+/// Everything that a back-end is told.
+pub(super) struct SetUp {
+    /// Features that the driver VM's driver has accepted, of those that the back-end needs to know.
+    pub(super) features: u64,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) vrings: Vec<Vring>,
+}
+
+impl SetUp {
+    /// Sets the connection up; from then on the back-end serves the queues. The connection lasts as long as its sockets.
+    pub(super) fn run(&self, socket: &UnixStream) -> Result<Frontend, Error> {
+        socket.set_nonblocking(false).map_err(Error::Socket)?;
+        let _deadline = Deadline::start(socket)?;
+        let queues = self.vrings.len() as u64;
+        let mut frontend = Frontend::from_stream(twin(socket).map_err(Error::Socket)?.into(), queues);
+        frontend.set_owner().or_else(at("SET_OWNER"))?;
+        let offered = frontend.get_features().or_else(at("GET_FEATURES"))?;
+        if offered & PROTOCOL_FEATURES == 0 {
+            return Err(Error::TooOld);
+        }
+        if self.features & !offered != 0 {
+            return Err(Error::Features(self.features & !offered));
+        }
+        let protocol = frontend.get_protocol_features().or_else(at("GET_PROTOCOL_FEATURES"))?;
+        let wanted = protocol & VhostUserProtocolFeatures::REPLY_ACK;
+        frontend.set_protocol_features(wanted).or_else(at("SET_PROTOCOL_FEATURES"))?;
+        if !wanted.is_empty() {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        frontend.set_features(self.features | PROTOCOL_FEATURES).or_else(at("SET_FEATURES"))?;
+        let regions: Result<Vec<_>, _> = self.memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
+        let regions = regions.or_else(at("SET_MEM_TABLE"))?;
+        frontend.set_mem_table(&regions).or_else(at("SET_MEM_TABLE"))?;
+        for (index, vring) in self.vrings.iter().enumerate() {
+            let Vring { config, base, kick, call } = vring;
+            frontend.set_vring_num(index, config.queue_size).or_else(at("SET_VRING_NUM"))?;
+            frontend.set_vring_addr(index, config).or_else(at("SET_VRING_ADDR"))?;
+            frontend.set_vring_base(index, *base).or_else(at("SET_VRING_BASE"))?;
+            frontend.set_vring_call(index, call).or_else(at("SET_VRING_CALL"))?;
+            frontend.set_vring_kick(index, kick).or_else(at("SET_VRING_KICK"))?;
+            frontend.set_vring_enable(index, true).or_else(at("SET_VRING_ENABLE"))?;
+        }
+        Ok(frontend)
     }
 }

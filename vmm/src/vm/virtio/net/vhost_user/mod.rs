@@ -1,24 +1,37 @@
-//! A network device whose queues another process serves by vhost-user: the driver VM's end of a link. This
-//! process is not in the data path: kicks and interrupts are eventfds that the back-end gets. Invariant: the
-//! loss of the link is no error of this VM, whose device then stands still (the supervisor decides what
-//! follows). Two queues, no control queue.
+//! A network device whose queues another process serves by vhost-user: a driver VM's end. The device is there from the
+//! start, with its link down; connections with a guest's splitter come and go while the driver VM lives.
+//!
+//! ```text
+//!           connect               both queues run            set up
+//!   Absent ---------> Waiting ----------------------> SettingUp ------> Up (link up)
+//!     ^                                                    | time over,    | closed, or the driver stops a queue
+//!     +----------------------------------------------------+ refused ------+
+//! ```
+//! This process is not in the data path: kicks and interrupts are eventfds that the back-end gets. Invariants: nothing here
+//! waits for a back-end (the set-up has a thread of its own, bounded in time); a connection's rings go on where the used ring
+//! in memory stands; the loss of a connection is no error of this VM. Two queues, no control queue.
 
 mod frontend;
 
-use std::os::fd::FromRawFd;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use thiserror::Error;
 use umbra_driver_vm::protocol::Mac;
+use umbra_shadow::LinkId;
+use vhost::vhost_user::Frontend;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::frontend::Connection;
+use self::frontend::{SetUp, Vring, used_index};
+use super::config::{F_MAC, F_MTU, F_STATUS, NetConfig};
+use crate::base::error::chain;
 use crate::base::high_duplicate::twin;
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
-use crate::vm::virtio::events;
-
-use super::config::{F_MAC, F_MTU, NetConfig};
+use crate::vm::virtio::{Outbox, events};
+use crate::wire::messages::{Disconnect, FromVm};
 
 pub use self::frontend::Error as LinkError;
 
@@ -28,77 +41,192 @@ const DEVICE_ID: u16 = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 
 /// Features that make sense with two queues and a back-end that only moves frames: checksum and segmentation
-/// offloads both ways, mergeable buffers, indirect descriptors, event indices.
-const PASSED: u64 = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12 | 1 << 15 | 1 << 28 | 1 << 29 | 1 << 32;
+/// offloads both ways, mergeable buffers, indirect descriptors, event indices. Offered whether a back-end is there or not,
+/// and required of each: the splitter's are these.
+const PASSED: u64 = umbra_splitter::net::features::DRIVER_VM;
 
-/// The device cannot be made.
-#[derive(Debug, Error)]
-#[error("connect the driver VM's network device {mac} to its guest by vhost-user")]
-pub struct Error {
-    mac: Mac,
-    #[source]
-    source: LinkError,
+/// Tags in the event loop.
+const TAG_WAKE: u32 = 0;
+const TAG_SOCKET: u32 = 1;
+
+/// How far the connection is.
+enum Connection {
+    Absent,
+    /// For the driver to start both queues.
+    Waiting {
+        socket: UnixStream,
+    },
+    /// In a thread, which has a duplicate of the socket.
+    SettingUp {
+        socket: UnixStream,
+    },
+    /// The event loop watches the socket for its end.
+    Up {
+        socket: UnixStream,
+        _frontend: Frontend,
+    },
 }
 
 /// The device.
 pub struct VhostUserNet {
-    connection: Connection,
-    /// The same socket, watched for its end; `None` once that has come.
-    watched: Option<UnixStream>,
+    end: u16,
     config: NetConfig,
     accepted: u64,
-    /// Features and memory are told.
-    set_up: bool,
-    running: [bool; QUEUE_SIZES.len()],
+    queues: [Option<QueueResources>; QUEUE_SIZES.len()],
+    connection: Connection,
+    /// The number of the connection that is or was last.
+    link: Option<LinkId>,
+    config_call: Option<EventFd>,
+    /// For the event loop: a set-up has ended, or a socket is to be watched no more.
+    wake: EventFd,
+    set_up: (Sender<(LinkId, Result<Frontend, LinkError>)>, Receiver<(LinkId, Result<Frontend, LinkError>)>),
+    /// Sockets that the event loop may still watch.
+    retired: Vec<UnixStream>,
+    outbox: Outbox,
 }
 
 impl VhostUserNet {
-    /// The device with address `mac`, over a connected socket whose other end is (or will be within seconds) a
-    /// back-end's.
-    #[expect(clippy::needless_pass_by_value, reason = "the socket is the device's: nobody else is to use it")]
-    pub fn new(mac: Mac, mtu: u16, socket: UnixStream) -> Result<Self, Error> {
-        let open = || {
-            let twin = || twin(&socket).map(UnixStream::from).map_err(LinkError::Socket);
-            // The guest notices by it that this process is gone.
-            let (socket, watched) = (twin()?, twin()?);
-            Ok((Connection::open(socket, QUEUE_SIZES.len() as u64)?, watched))
+    /// End `end` of its driver VM, with address `mac`; messages for the supervisor go to `outbox`.
+    pub fn new(end: u16, mac: Mac, mtu: u16, outbox: Outbox) -> std::io::Result<Self> {
+        Ok(Self {
+            end,
+            config: NetConfig { mac, mtu, link_up: false },
+            accepted: 0,
+            queues: Default::default(),
+            connection: Connection::Absent,
+            link: None,
+            config_call: None,
+            wake: EventFd::new(EFD_NONBLOCK)?,
+            set_up: channel(),
+            retired: Vec::new(),
+            outbox,
+        })
+    }
+
+    /// [`ToVm::Connect`](crate::wire::messages::ToVm::Connect).
+    pub fn connect(&mut self, link: LinkId, socket: UnixStream) {
+        self.hang_up();
+        // The guest notices by it that this process is gone.
+        let socket = twin(&socket).map_or(socket, UnixStream::from);
+        self.link = Some(link);
+        self.connection = Connection::Waiting { socket };
+        self.set_up_if_ready();
+    }
+
+    /// Ends the connection, if there is one; its number.
+    fn hang_up(&mut self) -> Option<LinkId> {
+        let socket = match std::mem::replace(&mut self.connection, Connection::Absent) {
+            Connection::Absent => return None,
+            Connection::Waiting { socket } | Connection::SettingUp { socket } => {
+                // Fails only if the peer was faster.
+                let _ = socket.shutdown(Shutdown::Both);
+                return self.link;
+            }
+            Connection::Up { socket, .. } => socket,
         };
-        let (connection, watched) = open().map_err(|source| Error { mac, source })?;
-        let config = NetConfig { mac, mtu, link_up: true };
-        let running = [false; QUEUE_SIZES.len()];
-        Ok(Self { connection, watched: Some(watched), config, accepted: 0, set_up: false, running })
+        let _ = socket.shutdown(Shutdown::Both);
+        self.retired.push(socket);
+        self.wake_up();
+        self.show_link(false);
+        self.link
     }
 
-    /// The device over the socket that this process inherited under number `fd`.
-    ///
-    /// # Safety
-    /// Nothing else in this process may own `fd`.
-    pub unsafe fn from_inherited(mac: Mac, mtu: u16, fd: i32) -> Result<Self, Error> {
-        // SAFETY: the caller's promise.
-        let socket = unsafe { UnixStream::from_raw_fd(fd) };
-        Self::new(mac, mtu, socket)
-    }
-
-    fn start(&mut self, index: usize, resources: &QueueResources, state: Option<QueueState>) -> Result<(), LinkError> {
-        if !self.set_up {
-            self.connection.set_up(self.accepted, &resources.memory)?;
-            self.set_up = true;
+    /// The connection is over, or could not be set up.
+    fn disconnected(&mut self, why: Disconnect) {
+        if let Some(link) = self.hang_up() {
+            tracing::info!("network device {}: connection {link} is over: {why:?}", self.config.mac);
+            (self.outbox)(FromVm::Disconnected { end: self.end, link, why });
         }
-        self.connection.start(index, state.map_or(0, |state| state.next_avail), resources)
+    }
+
+    fn wake_up(&self) {
+        // Full only if a wake-up is due anyway.
+        let _ = self.wake.write(1);
+    }
+
+    /// Shows the driver VM's driver whether there is a guest.
+    fn show_link(&mut self, up: bool) {
+        if std::mem::replace(&mut self.config.link_up, up) != up
+            && let Some(call) = &self.config_call
+        {
+            // Full only if an interrupt is due anyway.
+            let _ = call.write(1);
+        }
+    }
+
+    /// Begins to set the connection up, once the driver runs both queues.
+    fn set_up_if_ready(&mut self) {
+        let Some(link) = self.link else { return };
+        if !(matches!(self.connection, Connection::Waiting { .. }) && self.queues.iter().all(Option::is_some)) {
+            return;
+        }
+        match self.begin_set_up(link) {
+            Ok(socket) => self.connection = Connection::SettingUp { socket },
+            Err(error) => self.disconnected(Disconnect::NoAnswer(chain(&error))),
+        }
+    }
+
+    fn begin_set_up(&self, link: LinkId) -> Result<UnixStream, LinkError> {
+        let Connection::Waiting { socket } = &self.connection else { unreachable!("asked for before") };
+        let queues: Vec<_> = self.queues.iter().flatten().collect();
+        let vrings = queues.iter().map(|queue| Vring::new(queue)).collect::<Result<_, _>>()?;
+        let Some(memory) = queues.first().map(|queue| queue.memory.clone()) else { unreachable!("both queues run") };
+        let set_up = SetUp { features: self.accepted & PASSED, memory, vrings };
+        let (ours, theirs) = (twin(socket).map(UnixStream::from), socket.try_clone());
+        let (ours, theirs) = (ours.map_err(LinkError::Socket)?, theirs.map_err(LinkError::Socket)?);
+        let wake = self.wake.try_clone().map_err(LinkError::EventFd)?;
+        let sender = self.set_up.0.clone();
+        let run = move || {
+            // The receiver is gone only with the whole device.
+            let _ = sender.send((link, set_up.run(&theirs)));
+            let _ = wake.write(1);
+        };
+        std::thread::Builder::new().name("link-set-up".into()).spawn(run).map_err(LinkError::Thread)?;
+        Ok(ours)
+    }
+
+    /// Set-ups that have ended.
+    fn take_set_ups(&mut self, ops: &mut EventOps) {
+        while let Ok((link, outcome)) = self.set_up.1.try_recv() {
+            // Of a connection that was given up meanwhile.
+            if self.link != Some(link) || !matches!(self.connection, Connection::SettingUp { .. }) {
+                continue;
+            }
+            match outcome {
+                Ok(frontend) => self.up(frontend, ops),
+                Err(error) => self.disconnected(Disconnect::NoAnswer(chain(&error))),
+            }
+        }
+    }
+
+    fn up(&mut self, frontend: Frontend, ops: &mut EventOps) {
+        let Connection::SettingUp { socket } = std::mem::replace(&mut self.connection, Connection::Absent) else {
+            return;
+        };
+        events::add(ops, Events::with_data(&socket, TAG_SOCKET, EventSet::READ_HANG_UP));
+        self.connection = Connection::Up { socket, _frontend: frontend };
+        self.show_link(true);
     }
 }
 
 impl MutEventSubscriber for VhostUserNet {
     fn init(&mut self, ops: &mut EventOps) {
-        if let Some(socket) = &self.watched {
-            events::add(ops, Events::new(socket, EventSet::READ_HANG_UP));
-        }
+        events::add(ops, Events::with_data(&self.wake, TAG_WAKE, EventSet::IN));
     }
 
-    fn process(&mut self, _: Events, ops: &mut EventOps) {
-        if let Some(socket) = self.watched.take() {
+    fn process(&mut self, event: Events, ops: &mut EventOps) {
+        if event.data() == TAG_SOCKET {
+            // Of one that was given up a moment ago there is nothing more to say.
+            let current = matches!(&self.connection, Connection::Up { socket, .. } if socket.as_raw_fd() == event.fd());
+            if current {
+                self.disconnected(Disconnect::Closed);
+            }
+        } else {
+            let _ = self.wake.read();
+            self.take_set_ups(ops);
+        }
+        for socket in std::mem::take(&mut self.retired) {
             events::remove(ops, Events::empty(&socket));
-            tracing::info!("network device {}: the guest has closed the link", self.config.mac);
         }
     }
 }
@@ -113,7 +241,7 @@ impl VirtioDevice for VhostUserNet {
     }
 
     fn features(&self) -> u64 {
-        self.connection.features() & PASSED | F_MAC | F_MTU
+        PASSED | F_MAC | F_MTU | F_STATUS
     }
 
     fn set_features(&mut self, accepted: u64) {
@@ -124,41 +252,34 @@ impl VirtioDevice for VhostUserNet {
         self.config.read(offset, data);
     }
 
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        self.config_call = Some(call);
+    }
+
     fn start_queue(
         &mut self,
         index: u16,
         resources: QueueResources,
-        state: Option<QueueState>,
+        _state: Option<QueueState>,
     ) -> Result<(), device::Error> {
-        let place = usize::from(index);
-        if place >= QUEUE_SIZES.len() {
-            return Err(device::Error::NoSuchQueue(index));
-        }
-        self.start(place, &resources, state).map_err(|source| device::Error::Backend {
-            operation: format!("hand queue {index} of network device {} over by vhost-user", self.config.mac),
-            source: source.into(),
-        })?;
-        self.running[place] = true;
+        let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
+        *place = Some(resources);
+        self.set_up_if_ready();
         Ok(())
     }
 
+    /// The back-end stops with its connection, within a turn of its event loop.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let running = self.running.get_mut(usize::from(index))?;
-        if !std::mem::take(running) {
-            return None;
+        let resources = self.queues.get_mut(usize::from(index))?.take()?;
+        if !matches!(self.connection, Connection::Waiting { .. }) {
+            self.disconnected(Disconnect::Stopped);
         }
-        match self.connection.stop(index.into()) {
-            // A back-end stops when it has completed what it took.
-            Ok(base) => Some(QueueState { next_avail: base, next_used: base }),
-            Err(error) => {
-                tracing::info!("network device {}: queue {index} is not given back: {error}", self.config.mac);
-                None
-            }
-        }
+        let at = used_index(&resources).ok()?;
+        Some(QueueState { next_avail: at, next_used: at })
     }
 
     fn reset(&mut self) {
-        self.set_up = false;
+        self.config_call = None;
     }
 }
 
