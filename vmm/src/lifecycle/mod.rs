@@ -15,6 +15,9 @@
 //!
 //! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
 //!
+//! The guests at a driver VM's ends come and go beside that: a life goes live without those that are away, or that do not answer
+//! in time, and serves them when they come.
+//!
 //! With a hot spare, a failure leads straight from any state with a life to the one that the spare has reached; fence and
 //! reset of the failed life's device follow beside it (`spare`).
 //!
@@ -57,6 +60,10 @@ const RELEASE: Duration = Duration::from_millis(250);
 /// autonegotiation takes up to three or four seconds.
 const CARRIER_PATIENCE: Duration = Duration::from_secs(6);
 
+/// How long the guests' splitters may take to replay and go live before the driver VM counts as live without the one that has
+/// not answered. A replay takes milliseconds; a guest that hangs must not hold up what the others, and the standby, wait for.
+const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(2);
+
 /// A reset that has not returned after this long will not; the kernel's own longest wait is 60 s for a device to
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
 const RESET_PATIENCE: Duration = Duration::from_secs(75);
@@ -68,8 +75,10 @@ pub struct Lifecycle {
     /// Of the present life, or of the last one.
     generation: Option<Generation>,
     history: History,
-    /// The ends whose guests run.
+    /// The ends whose guests are there.
     ends: BTreeSet<End>,
+    /// Of those, the ones that have not gone live with a life that is live: they came later, or did not answer in time.
+    late: BTreeSet<End>,
     suspects: Suspects,
     /// A sign of failure, and until when a better reason is waited for.
     suspicion: Option<(Time, Failure)>,
@@ -90,7 +99,7 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// A driver VM that serves `ends` ends and is restarted as `history`'s policy says, with what is `ahead`.
+    /// A driver VM that serves `ends` guests from the start (others come by [`Input::EndHere`]) and is restarted as `history`'s policy says, with what is `ahead`.
     pub fn new(history: History, ends: usize, ahead: Ahead) -> Self {
         let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
@@ -104,6 +113,7 @@ impl Lifecycle {
             generation: None,
             history,
             ends: (0..ends).collect(),
+            late: BTreeSet::new(),
             suspects: Suspects::default(),
             suspicion: None,
             silence: None,
@@ -137,11 +147,6 @@ impl Lifecycle {
         self.carrier
     }
 
-    /// The ends whose guests run: those that the next life is to serve.
-    pub fn ends(&self) -> impl Iterator<Item = End> {
-        self.ends.iter().copied()
-    }
-
     /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
     pub fn starts_clean(&self, end: End) -> bool {
         self.suspects.is_clean(end)
@@ -167,6 +172,7 @@ impl Lifecycle {
             | State::Booting { until }
             | State::Configuring { until }
             | State::WaitingCarrier { until } => Some(until),
+            State::GoingLive { until, .. } => Some(until),
             State::Fencing { patience, .. } => patience,
             _ => None,
         };
@@ -209,13 +215,13 @@ impl Lifecycle {
             Input::Heartbeat => self.on_heartbeat(now),
             Input::Starved => self.on_starved(),
             Input::EndLive(end) => self.on_end_live(now, end),
+            Input::EndHere(end) => self.on_end_here(end),
             Input::EndGone(end) => self.on_end_gone(now, end),
             Input::Failed(failure) => self.fail(now, failure),
             Input::Sign(failure) => self.on_sign(now, failure),
             Input::Released => self.on_released(now),
             Input::Evidence => self.on_evidence(),
             Input::ProcessGone(how) => self.on_process_gone(now, how),
-            Input::Replace(why) => self.on_replace(now, why),
             Input::Tick => self.on_tick(now),
             Input::Stop => self.on_stop(),
             Input::Restart { fresh } => self.on_restart(now, fresh),
@@ -249,14 +255,6 @@ impl Lifecycle {
         Vec::new()
     }
 
-    /// A guest was rebooted: what serves it, or is about to, has links to the life of it that is over.
-    fn on_replace(&mut self, now: Time, why: String) -> Vec<Action> {
-        if self.has_life() {
-            return self.fail(now, Failure { source: Source::Replaced, what: why, at: now });
-        }
-        self.drop_standby()
-    }
-
     /// Gives the standby up without a word.
     fn drop_standby(&mut self) -> Vec<Action> {
         if self.reserve.give_up() { vec![Action::DropStandby(None)] } else { Vec::new() }
@@ -287,12 +285,6 @@ impl Lifecycle {
         let next = self.newest.map_or(Generation::FIRST, Generation::next);
         self.newest = Some(next);
         next
-    }
-
-    /// The guest of `end` is on again (it was rebooted); the next life serves it.
-    pub fn end_is_back(&mut self, end: End) {
-        self.ends.insert(end);
-        self.suspects.clear(end);
     }
 
     fn on_start(&mut self, now: Time) -> Vec<Action> {
@@ -336,6 +328,7 @@ impl Lifecycle {
         self.silence = None;
         self.carrier = Carrier::Down;
         self.applying = false;
+        self.late.clear();
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
         // A spare has another device: it has been taken at the failure, or there was none.
         let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
@@ -389,7 +382,8 @@ impl Lifecycle {
     fn go_live(&mut self, now: Time) -> Vec<Action> {
         let ahead = std::mem::take(&mut self.ahead);
         let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
-        self.state = State::GoingLive { waiting: self.ends.iter().copied().filter(|end| !is_ahead(end)).collect() };
+        let waiting = self.ends.iter().copied().filter(|end| !is_ahead(end)).collect();
+        self.state = State::GoingLive { waiting, until: now + GOING_LIVE_PATIENCE };
         let mut actions: Vec<_> =
             self.ends.iter().map(|end| Action::GoLive(*end, self.suspects.replay(*end))).collect();
         actions.extend(self.check_all_live(now));
@@ -413,11 +407,15 @@ impl Lifecycle {
 
     fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
         match &mut self.state {
-            State::GoingLive { waiting } => {
+            State::GoingLive { waiting, .. } => {
                 let was_waiting = waiting.remove(&end);
                 if was_waiting {
                     self.suspects.clear(end);
                 }
+            }
+            State::Live { .. } if self.late.remove(&end) => {
+                self.suspects.clear(end);
+                return vec![Action::EndLive(end)];
             }
             // It was armed in the eyes of the splitter, and the supervisor has not got so far.
             State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
@@ -430,29 +428,51 @@ impl Lifecycle {
         self.check_all_live(now)
     }
 
+    fn on_end_here(&mut self, end: End) -> Vec<Action> {
+        self.ends.insert(end);
+        match &mut self.state {
+            State::GoingLive { waiting, .. } => drop(waiting.insert(end)),
+            State::Live { .. } => drop(self.late.insert(end)),
+            _ => return Vec::new(),
+        }
+        vec![Action::GoLive(end, self.suspects.replay(end))]
+    }
+
     fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
         self.ends.remove(&end);
-        self.suspects.clear(end);
+        self.late.remove(&end);
         self.ahead.remove(&end);
-        if let State::GoingLive { waiting } = &mut self.state {
+        if let State::GoingLive { waiting, .. } = &mut self.state {
             waiting.remove(&end);
         }
-        let mut actions = self.check_all_live(now);
-        // The standby has an end for the guest that is gone.
-        actions.extend(self.drop_standby());
-        self.want_next(now);
-        actions
+        self.check_all_live(now)
+    }
+
+    /// The guest of `end` is another one than that whose requests were recorded: it was started anew.
+    pub fn end_starts_over(&mut self, end: End) {
+        self.suspects.clear(end);
     }
 
     fn check_all_live(&mut self, now: Time) -> Vec<Action> {
         match &self.state {
-            State::GoingLive { waiting } if waiting.is_empty() => {
-                self.state = State::Live { since: now };
-                self.reserve.want(now);
-                vec![Action::Live]
-            }
+            State::GoingLive { waiting, .. } if waiting.is_empty() => self.live(now),
             _ => Vec::new(),
         }
+    }
+
+    fn live(&mut self, now: Time) -> Vec<Action> {
+        self.state = State::Live { since: now };
+        self.reserve.want(now);
+        vec![Action::Live]
+    }
+
+    /// The driver VM is live without those that have not answered.
+    fn leave_behind(&mut self, now: Time) -> Vec<Action> {
+        if let State::GoingLive { waiting, .. } = &mut self.state {
+            self.late = std::mem::take(waiting);
+        }
+        let late = self.late.iter().copied().map(Action::LeaveBehind).collect::<Vec<_>>();
+        self.live(now).into_iter().chain(late).collect()
     }
 
     fn on_sign(&mut self, now: Time, failure: Failure) -> Vec<Action> {
@@ -473,8 +493,14 @@ impl Lifecycle {
             failure.at = failure.at.min(sign.at);
         }
         let lived = match &self.state {
-            State::Live { since } => Some(now.since(*since)),
-            State::GoingLive { waiting } if failure.source.is_failure() => {
+            State::Live { since } => {
+                // What is replayed to it at an end that came late may be what has killed it.
+                if failure.source.is_failure() {
+                    self.suspects.died(&self.late, true);
+                }
+                Some(now.since(*since))
+            }
+            State::GoingLive { waiting, .. } if failure.source.is_failure() => {
                 self.suspects.died(waiting, true);
                 None
             }
@@ -487,12 +513,10 @@ impl Lifecycle {
             _ => None,
         };
         let source = failure.source;
-        if source != Source::Replaced
-            && let Some(actions) = self.take_over(now, &failure, lived)
-        {
+        if let Some(actions) = self.take_over(now, &failure, lived) {
             return actions;
         }
-        let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd | Source::Replaced);
+        let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd);
         let patience = (!over).then_some(now + RELEASE);
         self.state = State::Fencing { patience, lived, source };
         let next = if over { Action::Kill } else { Action::Release };
@@ -535,13 +559,6 @@ impl Lifecycle {
     /// The failed generation can do no more harm: what comes next?
     fn fenced(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
         let until = now + RESET_PATIENCE;
-        if source == Source::Replaced {
-            self.state = State::Resetting { until, next: Some(now) };
-            // The standby has a link to the life of the guest that is over.
-            let mut actions = vec![Action::Reset];
-            actions.extend(self.drop_standby());
-            return actions;
-        }
         if source == Source::Planned {
             self.state = State::Resetting { until, next: Some(now) };
             return vec![Action::Reset];
@@ -588,6 +605,7 @@ impl Lifecycle {
                 self.fail(now, Failure { source: Source::BootTimeout, what, at: now })
             }
             State::WaitingCarrier { until } if until <= now => self.go_live(now),
+            State::GoingLive { until, .. } if until <= now => self.leave_behind(now),
             State::BackOff { until } if until <= now => self.begin_life(now),
             State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(),
             State::Resetting { until, next } if until <= now => {

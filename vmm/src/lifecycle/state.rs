@@ -36,8 +36,6 @@ pub enum Source {
     BootTimeout,
     /// The link was closed, or broke a rule.
     Link,
-    /// No failure: `umbra run` replaces the driver VM because a guest was rebooted.
-    Replaced,
     /// No failure: `umbra restart`.
     Planned,
 }
@@ -45,7 +43,7 @@ pub enum Source {
 impl Source {
     /// Whether it counts.
     pub fn is_failure(self) -> bool {
-        !matches!(self, Self::Replaced | Self::Planned)
+        self != Self::Planned
     }
 }
 
@@ -81,7 +79,9 @@ pub enum Input {
     Starved,
     /// The splitter of this end went live.
     EndLive(End),
-    /// The guest of this end is off, or will not say more.
+    /// The guest of this end is there, and connected with the present life.
+    EndHere(End),
+    /// The guest of this end is off, or has lost its connection with the present life.
     EndGone(End),
     /// A certain failure.
     Failed(Failure),
@@ -93,8 +93,6 @@ pub enum Input {
     Evidence,
     /// The process is gone, and everything it held with it.
     ProcessGone(String),
-    /// Replace the driver VM without counting it a failure.
-    Replace(String),
     /// A deadline may have passed.
     Tick,
     /// No further life; end this one.
@@ -169,7 +167,11 @@ pub enum Action {
     /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its
     /// guest is told so, as in a quarantine.
     StartClean(End),
-    /// Everything flows.
+    /// This end, which had come late or again, is live.
+    EndLive(End),
+    /// This end has not gone live in time: the driver VM is live without it.
+    LeaveBehind(End),
+    /// Everything flows, at all ends but those that were left behind.
     Live,
     /// The generation is about to fail: let the guests' shadows answer already.
     Mask,
@@ -225,6 +227,8 @@ pub enum State {
     GoingLive {
         /// Those that are not live yet.
         waiting: BTreeSet<End>,
+        /// How long they are waited for.
+        until: Time,
     },
     /// In service.
     Live {

@@ -1,11 +1,11 @@
 //! Doing what the life cycle asks for.
 
-use umbra_shadow::Generation;
+use umbra_shadow::{Class, Generation};
 
 use super::class::settings::Which;
 use super::driver::dying::LAST;
 use super::driver::standby::renice_vcpus;
-use super::driver::{DeviceRef, EndRef, Role};
+use super::driver::EndRef;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
@@ -51,6 +51,8 @@ impl Supervisor {
             Action::Configure => self.configure(n, Which::Present),
             Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
             Action::StartClean(end) => self.start_clean(n, end),
+            Action::EndLive(end) => self.on_late_end_live(n, end),
+            Action::LeaveBehind(end) => self.leave_behind(n, end),
             Action::Live => self.on_live(n, now),
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, &failure, now),
@@ -84,19 +86,37 @@ impl Supervisor {
         let EndRef { guest, device } = driver.ends[end];
         let Some(generation) = driver.lifecycle.generation() else { return };
         let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
-        match device {
-            DeviceRef::Net { net, .. } => {
+        match device.class {
+            Class::Net => {
                 // First, so that the guest sees no link that comes and goes.
-                self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
-                self.tell_guest(guest, &ToVm::GoLive { net, generation, replay, announce });
+                self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
+                self.tell_guest(guest, &ToVm::GoLive { device, generation, replay, announce });
             }
             // It goes live by itself, and may have done so already.
-            DeviceRef::Sound(sound) => {
-                if self.guests[guest].sounds[usize::from(sound)].live == Some(generation) {
+            Class::Sound => {
+                if self.guests[guest].sound_mut(device).is_some_and(|sound| sound.live == Some(generation)) {
                     self.drive(n, Input::EndLive(end));
                 }
             }
         }
+    }
+
+    /// A guest that came later, or again, is served.
+    fn on_late_end_live(&mut self, n: usize, end: End) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        self.events.tell(&Event::EndLive {
+            guest: self.guests[guest].name.clone(),
+            device: device.to_string(),
+            driver: self.drivers[n].name.clone(),
+            generation: self.drivers[n].lifecycle.generation().map_or(0, Generation::get),
+        });
+        self.send_settings(n, Which::Present);
+    }
+
+    fn leave_behind(&mut self, n: usize, end: End) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
+        self.events.warn(format!("{driver}: {guest}.{device} does not answer; the driver VM serves without it until it does"));
     }
 
     fn reset(&mut self, n: usize) {
@@ -136,37 +156,9 @@ impl Supervisor {
         driver.present = Some(generation);
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
         match driver.start(&self.program, generation) {
-            Ok(()) => self.attach_links(n, Role::Serves),
+            Ok(()) => self.connect_ends(n),
             Err(error) => self.fail_driver(n, Source::Start, error.to_string(), Time::now()),
         }
-    }
-
-    /// Hands the links of the life of driver VM `n` in this role to the guests that have a process.
-    pub(super) fn attach_links(&mut self, n: usize, role: Role) {
-        let driver = &mut self.drivers[n];
-        let life = match role {
-            Role::Serves => driver.life.as_mut(),
-            Role::Waits | Role::Spare => driver.standby.as_mut().map(|standby| &mut standby.life),
-        };
-        let Some(life) = life else { return };
-        let mut waiting = Vec::new();
-        for (end, link) in std::mem::take(&mut life.links) {
-            let EndRef { guest, device } = driver.ends[end];
-            let later = role == Role::Waits && matches!(device, DeviceRef::Sound(_));
-            if later || self.guests[guest].process.is_none() || !self.guests[guest].listening {
-                waiting.push((end, link));
-                continue;
-            }
-            let generation = life.generation;
-            let message = match device {
-                DeviceRef::Net { net, .. } => ToVm::AttachLink { net, generation },
-                DeviceRef::Sound(sound) => ToVm::AttachSound { sound, generation },
-            };
-            if let Err(error) = self.guests[guest].tell(&message, Some(link)) {
-                self.events.warn(format!("{}: {error}", self.guests[guest].name));
-            }
-        }
-        life.links = waiting;
     }
 
     fn on_live(&mut self, n: usize, now: Time) {
@@ -178,7 +170,8 @@ impl Supervisor {
         driver.last_outage = outage.or(driver.last_outage);
         let parts = driver.timeline.parts(reset::word(driver.reset_method));
         let frames = std::mem::take(&mut driver.frames);
-        if let Some(report) = &mut driver.report {
+        // Kept after this: last words of the failed life, and a guest's word of it, may still come.
+        if let Some(report) = driver.report.as_mut().filter(|report| report.outage_ms.is_none()) {
             report.outage_ms = outage.map(milliseconds);
             report.parts = parts.clone();
             report.masks.clone_from(&driver.masks);
@@ -198,15 +191,13 @@ impl Supervisor {
         driver.told_to_mask = None;
         driver.has_settled();
         self.restarted(n, now);
-        let driver = &mut self.drivers[n];
-        // The last words of the failed life may still come.
-        driver.report = driver.report.take().filter(|_| driver.dying.is_some());
     }
 
     fn on_failed(&mut self, n: usize, failure: &Failure, now: Time) {
         // First of all: with a spare that is all that the guests wait for.
         self.mask(n, now);
         let driver = &mut self.drivers[n];
+        driver.collect_masks(now);
         let generation = driver.present;
         let masked = driver.outage_start(now);
         driver.timeline = Timeline::default();
@@ -241,11 +232,7 @@ impl Supervisor {
         driver.told_to_mask.get_or_insert(now);
         let Some(generation) = driver.present else { return };
         for EndRef { guest, device } in driver.ends.clone() {
-            let message = match device {
-                DeviceRef::Net { net, .. } => ToVm::Mask { net, generation },
-                DeviceRef::Sound(sound) => ToVm::MaskSound { sound, generation },
-            };
-            self.tell_guest(guest, &message);
+            self.tell_guest(guest, &ToVm::Mask { device, generation });
         }
     }
 
@@ -321,19 +308,13 @@ impl Supervisor {
         }
     }
 
-    fn tell_quarantine(&mut self, guest: usize, device: DeviceRef) {
-        match device {
-            DeviceRef::Net { net, .. } => self.tell_guest(guest, &ToVm::Quarantine { net }),
-            DeviceRef::Sound(sound) => self.tell_guest(guest, &ToVm::QuarantineSound { sound }),
-        }
-    }
-
     /// A new life of guest `guest` hears of what is quarantined; the one before had heard.
     pub(super) fn tell_quarantines(&mut self, guest: usize) {
         for (n, end) in self.guests[guest].drivers() {
             let driver = &self.drivers[n];
             if matches!(driver.lifecycle.state(), State::Quarantined | State::Resetting { next: None, .. }) {
-                self.tell_quarantine(guest, driver.ends[end].device);
+                let device = driver.ends[end].device;
+                self.tell_guest(guest, &ToVm::Quarantine { device });
             }
         }
     }
@@ -349,7 +330,7 @@ impl Supervisor {
             guest: self.guests[guest].name.clone(),
             device: device.to_string(),
         });
-        self.tell_quarantine(guest, device);
+        self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
     fn quarantine(&mut self, n: usize, why: &str) {
@@ -360,10 +341,10 @@ impl Supervisor {
         self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason: reason.clone() });
         self.fall_back(n, &format!("it is quarantined: {reason}"));
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
-            self.tell_quarantine(guest, device);
+            self.tell_guest(guest, &ToVm::Quarantine { device });
             if !self.guests[guest].has_cards() {
-                let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
-                return self.give_up(format!("{driver} never got its sound card to work, for which {guest} waits"));
+                let why = format!("{} never got its sound card to work", self.drivers[n].name);
+                self.guest_failed(guest, why);
             }
         }
     }

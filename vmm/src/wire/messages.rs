@@ -111,11 +111,7 @@ pub enum PortEnd {
     Listen(PathBuf),
     /// A connected stream socket, inherited under this number.
     Fd(i32),
-<<<<<<< HEAD:vmm/src/wire/messages.rs
     /// None yet: its peers come, one after the other, by [`ToVm::Connect`].
-=======
-    /// None until one is given, and another may take its place: [`Console::connect`](crate::virtio::console::Console::connect).
->>>>>>> 5dfcfae (console: a port whose peers are given one after the other):vmm/src/process/ipc.rs
     Attached,
 }
 

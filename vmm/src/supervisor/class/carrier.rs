@@ -4,11 +4,13 @@
 
 use std::time::Duration;
 
+use umbra_shadow::Class;
+
 use crate::base::time::Time;
 use crate::lifecycle::{Carrier, Input, Source, State};
 use crate::record::events::Event;
 use crate::record::timeline::Step;
-use crate::supervisor::driver::{DeviceRef, EndRef};
+use crate::supervisor::driver::EndRef;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
@@ -68,8 +70,8 @@ impl Supervisor {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         let up = carrier == Carrier::Up;
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
-            if let DeviceRef::Net { net, .. } = device {
-                self.tell_guest(guest, &ToVm::Carrier { net, generation, up });
+            if device.class == Class::Net {
+                self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
             }
         }
     }

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeSet;
 
+use umbra_shadow::DeviceId;
 use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
 
 use crate::base::lines::LineError;
 use crate::lifecycle::Input;
-use crate::supervisor::driver::{DeviceRef, DriverVm, EndRef, Life, Role, device_mac};
+use crate::supervisor::driver::{DriverVm, EndRef, Life, Role, device_mac};
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::run::Supervisor;
 
@@ -26,7 +27,7 @@ pub(in crate::supervisor) enum Settings {
     /// It has no plan, which will have everything.
     #[default]
     Unplanned,
-    /// It has one, and this has changed since, by position among the life's ends.
+    /// It has one, and this has changed since, by end.
     Changed(BTreeSet<(u16, Setting)>),
 }
 
@@ -87,7 +88,7 @@ impl Supervisor {
         let driver = &self.drivers[n];
         let Some(life) = driver.life_of(which) else { return };
         let (message, changed) = if driver.is_sound() {
-            let ends = u16::try_from(life.ends.len()).unwrap_or(u16::MAX);
+            let ends = u16::try_from(driver.ends.len()).unwrap_or(u16::MAX);
             (ToAgent::ConfigureSound { ends, device: life.role.device() }, BTreeSet::new())
         } else {
             plan_messages(net_plan(&self.guests, driver, life))
@@ -101,15 +102,24 @@ impl Supervisor {
     }
 
     /// A guest has asked for something else at an end: the agents that have their plan are told.
-    pub(in crate::supervisor) fn pass_on(&mut self, guest: usize, net: u16, setting: Setting) {
-        let Some((driver, end)) = self.served_by(guest, net) else { return };
+    pub(in crate::supervisor) fn pass_on(&mut self, guest: usize, device: DeviceId, setting: Setting) {
+        let Some((driver, end)) = self.served(guest, device) else { return };
+        let Ok(position) = u16::try_from(end) else { return };
         for which in [Which::Present, Which::Standby] {
-            let Some(life) = self.drivers[driver].life_of_mut(which) else { continue };
-            let position = life.ends.iter().position(|have| *have == end).and_then(|n| u16::try_from(n).ok());
-            if let Some(position) = position {
+            if let Some(life) = self.drivers[driver].life_of_mut(which) {
                 life.settings.change(position, setting);
                 self.send_settings(driver, which);
             }
+        }
+    }
+
+    /// Guest `n` begins anew, or is away: it asks for nothing but what a guest begins with.
+    pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: usize) {
+        let nets = (0..).zip(&self.guests[n].nets).filter(|(_, net)| net.driver.is_some());
+        let devices: Vec<_> = nets.map(|(index, _)| DeviceId::net(index)).collect();
+        for device in devices {
+            self.pass_on(n, device, Setting::Mode);
+            self.pass_on(n, device, Setting::Offloads);
         }
     }
 
@@ -121,18 +131,15 @@ impl Supervisor {
             if life.agent.as_ref().is_none_or(crate::base::lines::Lines::has_unsent) {
                 return;
             }
-            let end_at = |position: u16| life.ends.get(usize::from(position)).copied();
             // What has killed the lives before may be among it.
-            let is_clean = |position| end_at(position).is_some_and(|end| driver.lifecycle.starts_clean(end));
+            let is_clean = |position: u16| driver.lifecycle.starts_clean(usize::from(position));
             let next = life.settings.next(|position| which == Which::Present && is_clean(position));
             let Some((position, setting)) = next else { return };
-            let end = end_at(position);
             if let Some(life) = self.drivers[n].life_of_mut(which) {
                 life.settings.told(position, setting);
             }
-            let Some(end) = end else { continue };
-            let EndRef { guest, device: DeviceRef::Net { net, .. } } = self.drivers[n].ends[end] else { continue };
-            let net = &self.guests[guest].nets[usize::from(net)];
+            let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else { continue };
+            let Some(net) = self.guests[guest].net(device) else { continue };
             let message = match setting {
                 Setting::Mode => ToAgent::SetRxMode { end: position, mode: net.mode.clone() },
                 Setting::Offloads => ToAgent::SetOffloads { end: position, offloads: net.offloads },
@@ -159,30 +166,26 @@ impl Supervisor {
 
 /// What the guests of `driver` have asked for so far, for its life `life`.
 fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
-    let end = |(position, end): (usize, &usize)| {
-        let EndRef { guest, device: DeviceRef::Net { net, .. } } = &driver.ends[*end] else { return None };
-        let net = &guests[*guest].nets[usize::from(*net)];
-        let (mode, offloads) =
-            if driver.lifecycle.starts_clean(*end) { clean() } else { (net.mode.clone(), net.offloads) };
+    let end = |(position, end): (usize, &EndRef)| {
+        let net = guests[end.guest].net(end.device)?;
+        let clean_start = driver.lifecycle.starts_clean(position);
+        let (mode, offloads) = if clean_start { clean() } else { (net.mode.clone(), net.offloads) };
         Some(NetEnd { device_mac: device_mac(position), mode, offloads })
     };
-    let ends = life.ends.iter().enumerate().filter_map(end).collect();
-    let mtu = match driver.ends.first().map(|end| end.device) {
-        Some(DeviceRef::Net { mtu, .. }) => mtu,
-        _ => None,
-    };
+    let ends = driver.ends.iter().enumerate().filter_map(end).collect();
+    let mtu = driver.mtu;
     NetPlan { ends, mtu, device: life.role.device() }
 }
 
 impl DriverVm {
-    fn life_of(&self, which: Which) -> Option<&Life> {
+    pub(in crate::supervisor) fn life_of(&self, which: Which) -> Option<&Life> {
         match which {
             Which::Present => self.life.as_ref(),
             Which::Standby => self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life),
         }
     }
 
-    fn life_of_mut(&mut self, which: Which) -> Option<&mut Life> {
+    pub(in crate::supervisor) fn life_of_mut(&mut self, which: Which) -> Option<&mut Life> {
         match which {
             Which::Present => self.life.as_mut(),
             Which::Standby => self.standby.as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life),

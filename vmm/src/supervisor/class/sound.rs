@@ -1,24 +1,18 @@
 //! Sound: what is different from the network. A guest with sound is started when its card is known, and its device
 //! goes live by itself, as soon as the sound service has reported its card to it.
 
-use umbra_shadow::Generation;
+use umbra_shadow::{DeviceId, Generation};
 use umbra_shadow::sound::Card;
 
 use crate::base::time::Time;
-use crate::lifecycle::{Carrier, End, Input, Source};
+use crate::lifecycle::{Carrier, Input, Source};
 use crate::record::events::Event;
 use crate::record::timeline::Step;
-use crate::supervisor::driver::DeviceRef;
 use crate::supervisor::guest::GuestState;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::SoundCounts;
 
 impl Supervisor {
-    /// The driver VM behind a guest's sound device, and as which of its ends.
-    pub(in crate::supervisor) fn played_by(&self, guest: usize, sound: u16) -> Option<(usize, End)> {
-        self.guests[guest].sounds.get(usize::from(sound))?.driver
-    }
-
     /// The agent of driver VM `n` says that its card is ready.
     pub(in crate::supervisor) fn on_sound_card(&mut self, n: usize, kernel_driver: String, card: &Card) {
         let now = Time::now();
@@ -30,10 +24,10 @@ impl Supervisor {
         self.stage(n, Step::Nic, "sound", now, detail);
         self.stage(n, Step::Forwarding, "forwarding", now, String::new());
         for end in self.drivers[n].ends.clone() {
-            let DeviceRef::Sound(sound) = end.device else { continue };
             let guest = &mut self.guests[end.guest];
+            let Some(sound) = guest.sound_mut(end.device) else { continue };
             // The first card is the guest's for its life; later ones are compared with it by its splitter.
-            guest.sounds[usize::from(sound)].card.get_or_insert_with(|| card.clone());
+            sound.card.get_or_insert_with(|| card.clone());
             if guest.has_cards() && guest.process.is_none() && guest.state == GuestState::Starting {
                 self.restart_guest(end.guest);
             }
@@ -46,27 +40,27 @@ impl Supervisor {
     /// A guest's sound device is live.
     pub(in crate::supervisor) fn on_sound_live(
         &mut self,
-        guest: usize,
-        sound: u16,
+        (guest, device): (usize, DeviceId),
         generation: Generation,
-        at: Time,
         masked: SoundCounts,
     ) {
-        let Some((d, end)) = self.played_by(guest, sound) else { return };
+        let Some((d, end)) = self.served(guest, device) else { return };
         if !self.drivers[d].is_current(generation) {
             return;
         }
-        tracing::debug!(driver = self.drivers[d].name, end, at = at.0, ?masked, "sound live");
+        tracing::debug!(driver = self.drivers[d].name, end, ?masked, "sound live");
         if masked != SoundCounts::default() {
             self.events.tell(&Event::SoundLive {
                 guest: self.guests[guest].name.clone(),
-                device: format!("sound{sound}"),
+                device: device.to_string(),
                 driver: self.drivers[d].name.clone(),
                 generation: generation.get(),
                 samples: masked,
             });
         }
-        self.guests[guest].sounds[usize::from(sound)].live = Some(generation);
+        if let Some(sound) = self.guests[guest].sound_mut(device) {
+            sound.live = Some(generation);
+        }
         // Before the agent's word has come, this waits for it (`Action::GoLive`).
         self.drive(d, Input::EndLive(end));
     }

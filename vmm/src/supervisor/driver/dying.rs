@@ -167,8 +167,6 @@ impl Supervisor {
             if held {
                 self.drive(n, Input::SpareFenced);
             }
-            let driver = &mut self.drivers[n];
-            driver.report = driver.report.take().filter(|report| report.outage_ms.is_none());
         } else if let Some(mut report) = dying.report {
             report.take_evidence(exit, registers, dying.console.tail());
             self.write(&report);

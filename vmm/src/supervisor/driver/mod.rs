@@ -3,6 +3,7 @@
 pub(in crate::supervisor) mod console;
 pub(in crate::supervisor) mod device;
 pub(in crate::supervisor) mod dying;
+pub(in crate::supervisor) mod ends;
 pub(in crate::supervisor) mod spare;
 pub(in crate::supervisor) mod standby;
 mod starvation;
@@ -19,7 +20,9 @@ use thiserror::Error;
 use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac};
 use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_guest_images::image::Image;
-use umbra_shadow::Generation;
+use umbra_shadow::{Class, Generation};
+
+pub(super) use ends::{EndLink, EndRef};
 
 use super::class::carrier::Flaps;
 use super::class::settings::Settings;
@@ -70,38 +73,6 @@ pub(in crate::supervisor) enum StartError {
     Sockets(#[source] io::Error),
 }
 
-/// A guest's device that a driver VM serves.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::supervisor) struct EndRef {
-    /// Index of the guest.
-    pub(in crate::supervisor) guest: usize,
-    /// Which of its devices.
-    pub(in crate::supervisor) device: DeviceRef,
-}
-
-/// A device of a guest, by its index among those of its class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::supervisor) enum DeviceRef {
-    /// A network device.
-    Net {
-        /// Its index.
-        net: u16,
-        /// MTU, bytes; `None` where the spec names none.
-        mtu: Option<u16>,
-    },
-    /// A sound device.
-    Sound(u16),
-}
-
-impl fmt::Display for DeviceRef {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Net { net, .. } => write!(f, "net{net}"),
-            Self::Sound(sound) => write!(f, "sound{sound}"),
-        }
-    }
-}
-
 /// A driver VM.
 #[derive(Debug)]
 pub(in crate::supervisor) struct DriverVm {
@@ -117,6 +88,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) present: Option<Generation>,
     pub(in crate::supervisor) image: Image,
     pub(in crate::supervisor) ends: Vec<EndRef>,
+    /// MTU of the network, bytes; `None` where the spec names none.
+    pub(in crate::supervisor) mtu: Option<u16>,
     pub(in crate::supervisor) lifecycle: Lifecycle,
     pub(in crate::supervisor) life: Option<Life>,
     /// The look at the life's threads in the present silence.
@@ -172,10 +145,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) talking: bool,
     /// Whether the control channel is still of use.
     pub(in crate::supervisor) listening: bool,
-    /// The ends it serves, in the order of its network devices.
-    pub(in crate::supervisor) ends: Vec<End>,
-    /// Links for guests whose process is not there (a reboot).
-    pub(in crate::supervisor) links: Vec<(End, OwnedFd)>,
+    /// Its connection with each guest's device, by end.
+    pub(in crate::supervisor) links: Vec<EndLink>,
     /// pvpanic: its kernel has said what it had to say.
     pub(in crate::supervisor) panicked: bool,
     pub(in crate::supervisor) registers: String,
@@ -221,7 +192,7 @@ impl DriverVm {
     pub(in crate::supervisor) fn new(
         (name, spec): (&str, Driver),
         (device, spare, open, image): (HostDevice, Option<HostDevice>, Open, Image),
-        ends: Vec<EndRef>,
+        (ends, mtu): (Vec<EndRef>, Option<u16>),
         run_dir: &RunDir,
     ) -> Self {
         let ahead = match (&spare, spec.standby) {
@@ -231,7 +202,7 @@ impl DriverVm {
         };
         Self {
             name: name.into(),
-            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), ends.len(), ahead),
+            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), 0, ahead),
             spare: spare.map(|device| Spare::new(device, open)),
             holder: Holder::new(open),
             present: None,
@@ -241,6 +212,7 @@ impl DriverVm {
             device,
             image,
             ends,
+            mtu,
             life: None,
             watch: None,
             dying: None,
@@ -298,23 +270,15 @@ impl DriverVm {
         role: Role,
     ) -> Result<Life, StartError> {
         let name = format!("{}.{generation}", self.name);
-        let ends: Vec<End> = self.lifecycle.ends().collect();
         let mut inherited: Vec<OwnedFd> = Vec::new();
-        let (mut nets, mut sounds, mut links) = (Vec::new(), Vec::new(), Vec::new());
-        for (n, end) in ends.iter().enumerate() {
-            let (front, back) = UnixStream::pair().map_err(StartError::Sockets)?;
-            match self.ends[*end].device {
-                DeviceRef::Net { mtu, .. } => {
-                    let (mac, mtu) = (device_mac(n), mtu.unwrap_or(config::DEFAULT_MTU));
-                    nets.push(NetBackend::VhostUser { mac, mtu, fd: front.as_raw_fd() });
-                }
-                DeviceRef::Sound(_) => {
-                    let end = PortEnd::Fd(front.as_raw_fd());
-                    sounds.push(PortBackend { name: format!("{SOUND_PORT}.{n}"), end });
+        let (mut nets, mut sounds) = (Vec::new(), Vec::new());
+        for (n, end) in self.ends.iter().enumerate() {
+            match end.device.class {
+                Class::Net => nets.push(NetBackend::VhostUser { mac: device_mac(n), mtu: self.mtu() }),
+                Class::Sound => {
+                    sounds.push(PortBackend { name: format!("{SOUND_PORT}.{n}"), end: PortEnd::Attached });
                 }
             }
-            inherited.push(front.into());
-            links.push((*end, back.into()));
         }
         let device = match role {
             Role::Serves => Some((&self.device, &self.holder)),
@@ -357,8 +321,7 @@ impl DriverVm {
             agent: Some(Lines::new(agent, MAX_LINE)),
             talking: true,
             listening: true,
-            ends,
-            links,
+            links: self.ends.iter().map(|_| EndLink::default()).collect(),
             panicked: false,
             registers: String::new(),
             role,
@@ -367,9 +330,13 @@ impl DriverVm {
         })
     }
 
+    fn mtu(&self) -> u16 {
+        self.mtu.unwrap_or(config::DEFAULT_MTU)
+    }
+
     /// True if it serves sound devices.
     pub(in crate::supervisor) fn is_sound(&self) -> bool {
-        self.ends.iter().any(|end| matches!(end.device, DeviceRef::Sound(_)))
+        self.ends.iter().any(|end| end.device.class == Class::Sound)
     }
 
     /// Keeps a sound card from playing the same buffer over and over when nobody fills it any more.

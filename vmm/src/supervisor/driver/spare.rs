@@ -9,11 +9,11 @@ use std::time::Duration;
 use umbra_shadow::Generation;
 
 use super::device::{Holder, Open, ResetJob};
-use super::{DeviceRef, DriverVm, EndRef, Role, StandbyVm};
+use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::{Input, Source};
+use crate::lifecycle::{End, Input, Source};
 use crate::record::events::Event;
 use crate::record::timeline::Step;
 use crate::supervisor::run::Supervisor;
@@ -122,10 +122,14 @@ impl Supervisor {
 
     fn tell_armed(&mut self, n: usize, generation: Generation, armed: bool) {
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
-            if let DeviceRef::Net { net, .. } = device {
-                self.tell_guest(guest, &ToVm::Arm { net, generation, armed });
-            }
+            self.tell_guest(guest, &ToVm::Arm { device, generation, armed });
         }
+    }
+
+    /// The guest of `end` is connected with the spare, which is armed.
+    pub(in crate::supervisor) fn tell_armed_at(&mut self, n: usize, end: End, generation: Generation) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        self.tell_guest(guest, &ToVm::Arm { device, generation, armed: true });
     }
 
     /// A guest's own frame has come in through the spare.
@@ -195,7 +199,7 @@ impl Supervisor {
         let standby = if told { "armed" } else { "booting" };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
-        self.attach_links(n, Role::Serves);
+        self.connect_ends(n);
         if !alive {
             self.drive(n, Input::SpareFenced);
         }

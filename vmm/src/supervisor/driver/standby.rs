@@ -62,7 +62,7 @@ impl Supervisor {
                     dropped: false,
                     suspicion: None,
                 });
-                self.attach_links(n, role);
+                self.connect_ends(n);
             }
             Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),
         }
@@ -112,7 +112,7 @@ impl Supervisor {
         let standby = if told { "ready" } else { "booting" };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.plug(n);
-        self.attach_links(n, Role::Serves);
+        self.connect_ends(n);
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
     }
 
@@ -175,6 +175,10 @@ impl Supervisor {
                 Some(format!("device {device}: {what}"))
             }
             Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
+            Ok(Incoming::Message(FromVm::Disconnected { end, link, why }, _)) => {
+                self.on_disconnected(n, Which::Standby, end, link, why);
+                None
+            }
             Ok(Incoming::Message(..)) => None,
             Ok(Incoming::Closed) => {
                 standby.life.listening = false;

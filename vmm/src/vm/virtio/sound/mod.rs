@@ -18,10 +18,10 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use umbra_shadow::Generation;
 use umbra_shadow::sound::{Card, Counts, Mode, Policy};
+use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::queue::RingFault;
-use umbra_splitter::sound::link::Link;
+use umbra_splitter::sound::link::{Link, LinkError};
 use umbra_splitter::sound::{Notice, SoundSplitter};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,8 +31,9 @@ use super::device::{Error, QueueResources, QueueState, VirtioDevice};
 use super::events::{FIRST_DEVICE_TAG, QueueEvents, Wake};
 use super::pace::{Moved, Pace};
 use super::{Outbox, queue};
+use crate::base::error::chain;
 use crate::base::time::Time;
-use crate::wire::messages::{DeviceIndex, FromVm, SoundCounts};
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, SoundCounts};
 
 /// Device ID of a sound device.
 const DEVICE_ID: u16 = 25;
@@ -255,7 +256,7 @@ impl Sound {
     /// Tells what moved around an outage.
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.serving()) {
-            (self.outbox)(FromVm::Pace { device: DeviceIndex::Sound(self.index), generation, steps });
+            (self.outbox)(FromVm::Pace { device: self.device, generation, steps });
         }
     }
 
