@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use serde::Deserialize;
 
-use super::client::Connection;
+use super::connection::Connection;
 use crate::supervisor::events::EventLog;
 use crate::supervisor::rundir::{self, EVENT_LOG};
 

@@ -5,6 +5,7 @@
 
 pub mod bind;
 pub mod client;
+mod connection;
 pub mod doctor;
 pub mod events;
 pub mod generate;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::client::{Connection, Ended};
+use super::connection::{Connection, Dropped, Ended};
 
 /// Events shown below the status.
 const SHOWN: usize = 10;
@@ -58,6 +58,11 @@ pub(super) fn watch(machine: &mut Connection, vm: Option<&str>, json: bool, peri
     let ended = loop {
         let status = match machine.status(vm) {
             Err(error) if error.is::<Ended>() => break true,
+            // It was silent for too long between two looks.
+            Err(error) if error.is::<Dropped>() => {
+                machine.reopen()?;
+                continue;
+            }
             result => result?,
         };
         if json {

@@ -404,7 +404,7 @@ impl Supervisor {
             Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::SpareResetDone(n) => self.on_spare_reset_done(n),
-            Source::Listener => self.clients.accept(&self.listener),
+            Source::Listener => self.clients.accept(&self.listener, Time::now()),
             Source::Client(id) => self.read_client(id),
         }
     }

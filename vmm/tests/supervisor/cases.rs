@@ -11,7 +11,7 @@ use umbra_vmm::supervisor::status::DriverStatus;
 
 use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
 
-type Case = (&'static str, fn());
+pub type Case = (&'static str, fn());
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name as fn())),*] };

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod cases;
+mod clients;
 mod fake_vm;
 mod machine;
 
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, case) in cases::ALL {
+    for (name, case) in cases::ALL.iter().chain(clients::ALL) {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
         }
