@@ -237,7 +237,7 @@ impl DriverVm {
         let Some(dying) = self.dying.as_mut() else { return false };
         let mut released = false;
         for _ in 0..AT_ONCE {
-            match dying.life.process.channel().try_receive::<FromVm>() {
+            match dying.life.process.channel().try_receive_bare::<FromVm>() {
                 Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
                     dying.stage = Stage::Speaking(Time::now());
                 }

@@ -14,7 +14,7 @@ use super::run::Supervisor;
 use super::settings::{Setting, Which};
 use super::time::{Time, milliseconds};
 use super::timeline::Step;
-use crate::process::channel::Incoming;
+use crate::process::channel::{self, Incoming};
 use crate::process::ipc::{DeviceIndex, FromVm, MaskedCounts, PaceSteps, ToVm, VmEnd};
 use crate::process::spawn::describe_exit;
 
@@ -38,15 +38,28 @@ impl Supervisor {
         }
         for _ in 0..AT_ONCE {
             let Some(process) = &self.guests[n].process else { return };
-            match process.channel().try_receive::<FromVm>() {
+            match process.channel().try_receive_bare::<FromVm>() {
                 Ok(Incoming::Message(message, _)) => self.on_guest_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
                     self.guests[n].listening = false;
                     return;
                 }
-                Err(error) => self.events.warn(format!("{}: {error}", self.guests[n].name)),
+                Err(error) => return self.on_guest_fault(n, &error),
             }
+        }
+    }
+
+    /// A guest's process that breaks a rule of its channel is not the program that was started any more: it is killed.
+    fn on_guest_fault(&mut self, n: usize, error: &channel::Error) {
+        let guest = &mut self.guests[n];
+        self.events.warn(format!("{}: {error}", guest.name));
+        if error.is_fault()
+            && let Some(process) = &mut guest.process
+        {
+            guest.listening = false;
+            guest.error = Some(format!("its process broke a rule of its control channel: {error}"));
+            process.kill();
         }
     }
 
@@ -259,7 +272,7 @@ impl Supervisor {
     pub(super) fn read_driver(&mut self, n: usize) {
         for _ in 0..AT_ONCE {
             let Some(life) = &mut self.drivers[n].life else { return };
-            match life.process.channel().try_receive::<FromVm>() {
+            match life.process.channel().try_receive_bare::<FromVm>() {
                 Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {

@@ -164,7 +164,7 @@ impl Supervisor {
 
     fn read_standby(&mut self, n: usize) -> Option<String> {
         let standby = self.drivers[n].standby.as_mut()?;
-        match standby.life.process.channel().try_receive::<FromVm>() {
+        match standby.life.process.channel().try_receive_bare::<FromVm>() {
             Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
             Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
             Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),

@@ -87,6 +87,9 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::GoLive { net, generation, .. } => {
                 let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };
                 channel.send(&FromVm::Live { net, generation, at, masked }, &[]).unwrap();
+                if spec.cmdline.contains("descriptors ") {
+                    send_descriptors(channel);
+                }
                 if spec.cmdline.contains("flood ") {
                     flood(channel);
                 }
@@ -118,6 +121,12 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             _ => {}
         }
     }
+}
+
+/// Sends more descriptors than any message takes, with one that takes none.
+fn send_descriptors(channel: &Channel) {
+    let stdin = std::io::stdin();
+    channel.send(&FromVm::Running { at: Time::now().0 }, &[stdin.as_fd(); 20]).unwrap();
 }
 
 /// Asks for another receive mode, each as long as can be, again and again.
@@ -191,6 +200,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if told("garbage") {
         sender.lock().unwrap().write_all(b"{\"type\":\"root-shell\"}\n").unwrap();
+    }
+    if told("descriptors") {
+        send_descriptors(&channel);
     }
     if told("flood") {
         let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);

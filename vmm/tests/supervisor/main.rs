@@ -7,6 +7,7 @@
 mod cases;
 mod clients;
 mod fake_vm;
+mod hostile;
 mod machine;
 
 use std::panic::catch_unwind;
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, case) in cases::ALL.iter().chain(clients::ALL) {
+    for (name, case) in cases::ALL.iter().chain(clients::ALL).chain(hostile::ALL) {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
         }
