@@ -12,5 +12,6 @@ pub mod process;
 pub mod spec;
 pub mod supervisor;
 pub mod unix_socket;
+pub mod untrusted_text;
 pub mod vfio;
 pub mod virtio;

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::connection::Connection;
 use crate::supervisor::events::EventLog;
 use crate::supervisor::rundir::{self, EVENT_LOG};
+use crate::untrusted_text;
 
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]
@@ -67,6 +68,6 @@ fn print_file(path: &Path) -> anyhow::Result<u64> {
 
 fn print(line: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}")?;
+    writeln!(out, "{}", untrusted_text::json(line))?;
     Ok(out.flush()?)
 }

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::supervisor::RunError;
+use crate::untrusted_text::{self, block};
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
 #[derive(Debug, Parser)]
@@ -103,7 +104,8 @@ pub fn main() -> ExitCode {
         Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { told: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
             // With stderr gone, the exit code has to do.
-            let _ = writeln!(std::io::stderr(), "umbra: {error:#}");
+            // A VM may have had a word in it.
+            let _ = writeln!(std::io::stderr(), "umbra: {}", block(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -117,7 +119,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 /// Prints `value` on stdout as JSON.
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
-    print(&serde_json::to_string_pretty(value)?)
+    print(&untrusted_text::json(&serde_json::to_string_pretty(value)?))
 }
 
 /// The reader of our output went away, as in `umbra status | head -1`: no error of ours.

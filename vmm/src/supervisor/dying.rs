@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use super::bounds;
 use super::console::Console;
 use super::driver::{DriverVm, Life};
 use super::lifecycle::{Input, Source};
@@ -237,7 +238,7 @@ impl DriverVm {
         let Some(dying) = self.dying.as_mut() else { return false };
         let mut released = false;
         for _ in 0..AT_ONCE {
-            match dying.life.process.channel().try_receive_bare::<FromVm>() {
+            match bounds::hear(dying.life.process.channel()) {
                 Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
                     dying.stage = Stage::Speaking(Time::now());
                 }

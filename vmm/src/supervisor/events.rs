@@ -27,6 +27,7 @@ use super::time::Time;
 use super::wall;
 use crate::metrics::Metrics;
 use crate::process::ipc::{MaskedCounts, PaceSteps, SoundCounts};
+use crate::untrusted_text;
 use writer::{Queued, Trouble, Writer};
 
 /// How long the end of the run waits for lines that are not written yet, for each place.
@@ -448,7 +449,7 @@ impl Events {
         if let Some(metrics) = &self.metrics {
             metrics.observe(event);
         }
-        let text = event.sentence();
+        let text = event.sentence().map(|sentence| untrusted_text::line(&sentence));
         let mut lost = Vec::new();
         if let (Some(sentences), Some(sentence)) = (&mut self.sentences, &text) {
             if let Queued::TakenAfterLoss(told) = sentences.write(format!("umbra: {sentence}\n")) {
@@ -459,7 +460,8 @@ impl Events {
             }
         }
         let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text };
-        let Ok(mut line) = serde_json::to_string(&stamped) else { return };
+        let Ok(line) = serde_json::to_string(&stamped) else { return };
+        let mut line = untrusted_text::json(&line).into_owned();
         self.past.push(self.next, line.clone());
         self.next += 1;
         line.push('\n');
@@ -494,7 +496,8 @@ impl Events {
 
     /// Whether `sentence` was printed as the end of a guest.
     pub fn has_printed(&self, sentence: &str) -> bool {
-        self.ends.iter().any(|end| end == sentence)
+        let sentence = untrusted_text::line(sentence);
+        self.ends.contains(&sentence)
     }
 
     /// The events of late.

@@ -3,6 +3,7 @@
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
+use super::bounds::{self, MAX_MASKS, text};
 use super::console::Fatal;
 use super::driver::Role;
 use super::events::Event;
@@ -38,7 +39,7 @@ impl Supervisor {
         }
         for _ in 0..AT_ONCE {
             let Some(process) = &self.guests[n].process else { return };
-            match process.channel().try_receive_bare::<FromVm>() {
+            match bounds::hear(process.channel()) {
                 Ok(Incoming::Message(message, _)) => self.on_guest_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
@@ -227,14 +228,17 @@ impl Supervisor {
         if driver.lifecycle.generation() != Some(generation) && !retired {
             return;
         }
-        self.events.tell(&Event::Masked {
-            guest: guest.clone(),
-            device: device.clone(),
-            driver: driver.name.clone(),
-            generation: generation.get(),
-            cause: cause.into(),
-        });
-        driver.masks.push(Mask { guest: guest.clone(), device: device.clone(), at_ns: at.0, cause: cause.into() });
+        // A guest's process that says so without end fills neither the report nor the log.
+        if driver.masks.len() < MAX_MASKS {
+            self.events.tell(&Event::Masked {
+                guest: guest.clone(),
+                device: device.clone(),
+                driver: driver.name.clone(),
+                generation: generation.get(),
+                cause: cause.into(),
+            });
+            driver.masks.push(Mask { guest: guest.clone(), device: device.clone(), at_ns: at.0, cause: cause.into() });
+        }
         if driver.life.is_none() || retired || *driver.lifecycle.state() == State::Stopping {
             driver.timeline.mark(Step::Mask, at);
             return;
@@ -272,7 +276,7 @@ impl Supervisor {
     pub(super) fn read_driver(&mut self, n: usize) {
         for _ in 0..AT_ONCE {
             let Some(life) = &mut self.drivers[n].life else { return };
-            match life.process.channel().try_receive_bare::<FromVm>() {
+            match bounds::hear(life.process.channel()) {
                 Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
@@ -369,12 +373,9 @@ impl Supervisor {
                 // A spare has taken its place: what it has to say does not count any more.
                 return;
             }
-            match serde_json::from_str::<FromAgent>(&line) {
+            match bounds::heard(&line) {
                 Ok(message) => self.on_agent_message(n, message),
-                Err(error) => {
-                    let what = format!("its agent sent what is no message ({error})");
-                    return self.fail_driver(n, Source::ControlStream, what, Time::now());
-                }
+                Err(what) => return self.fail_driver(n, Source::ControlStream, what, Time::now()),
             }
         }
         if self.drivers[n].present != present {
@@ -412,8 +413,8 @@ impl Supervisor {
                     let what = format!("its agent says that it is generation {generation}");
                     return self.fail_driver(n, Source::ControlStream, what, now);
                 }
-                driver.kernel = Some(limited(&kernel));
-                self.stage(n, Step::Hello, "hello", now, limited(&kernel));
+                driver.kernel = Some(text(&kernel));
+                self.stage(n, Step::Hello, "hello", now, text(&kernel));
                 self.drive(n, Input::Hello);
                 self.rescan(n);
             }
@@ -421,11 +422,11 @@ impl Supervisor {
             FromAgent::Loaded { .. } => {}
             FromAgent::NicFound { .. } => self.drive(n, Input::Applying),
             FromAgent::Nic { driver, interface, .. } => {
-                self.drivers[n].kernel_driver = Some(limited(&driver));
-                let detail = format!("{} {}", limited(&driver), limited(&interface));
+                self.drivers[n].kernel_driver = Some(text(&driver));
+                let detail = format!("{} {}", text(&driver), text(&interface));
                 self.stage(n, Step::Nic, "nic", now, detail);
             }
-            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, limited(&driver), &card),
+            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
             FromAgent::Forwarding { .. } => {
                 self.stage(n, Step::Forwarding, "forwarding", now, String::new());
                 self.drive(n, Input::Forwarding);
@@ -435,7 +436,7 @@ impl Supervisor {
                 self.drivers[n].available_memory = Some(available_memory);
                 self.drive(n, Input::Heartbeat);
             }
-            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, limited(&what), now),
+            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, text(&what), now),
         }
     }
 
@@ -456,9 +457,4 @@ impl Supervisor {
         let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);
         self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
     }
-}
-
-/// What a driver VM says of itself, fit to be shown: no control characters, not too long.
-pub(super) fn limited(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
 }

@@ -4,6 +4,7 @@
 //! for what it supervises. `docs/recovery.md` describes states, timeouts and reports.
 
 mod actions;
+mod bounds;
 pub mod carrier;
 mod console;
 pub mod control;

@@ -90,6 +90,9 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 if spec.cmdline.contains("descriptors ") {
                     send_descriptors(channel);
                 }
+                if spec.cmdline.contains("lose-links ") {
+                    lose_links(channel, generation);
+                }
                 if spec.cmdline.contains("flood ") {
                     flood(channel);
                 }
@@ -120,6 +123,17 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             }
             _ => {}
         }
+    }
+}
+
+/// What a terminal would obey: a colour, a title, a cleared screen (C1), the other direction.
+pub const ESCAPES: &str = "\u{1b}[31mRED\u{1b}]0;OWNED\u{7}\u{9b}2J\u{202e}";
+
+/// Says again and again, at length, that the link is lost.
+fn lose_links(channel: &Channel, generation: Generation) {
+    for at in 0..600 {
+        let cause = format!("{ESCAPES}{}", "x".repeat(50_000));
+        let _ = channel.send(&FromVm::LinkLost { net: 0, generation, at: Time::now().0 + at, cause }, &[]);
     }
 }
 
@@ -155,8 +169,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
         thread::sleep(Duration::from_secs(100));
     }
     let sender = Arc::new(Mutex::new(agent.try_clone().unwrap()));
+    let release = if told("escapes") { ESCAPES } else { "6.12-fake" };
     let say = |message: FromAgent| send(&sender, &message);
-    say(FromAgent::Hello { generation, kernel: "6.12-fake".into(), uptime_ms: 1 });
+    say(FromAgent::Hello { generation, kernel: release.into(), uptime_ms: 1 });
     let mut lines = BufReader::new(agent).lines();
     let channel = Arc::new(channel);
     let heartbeats = || {
@@ -203,6 +218,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if told("descriptors") {
         send_descriptors(&channel);
+    }
+    if told("escapes") {
+        println!("[    9.9] Kernel panic - not syncing: {ESCAPES}");
     }
     if told("flood") {
         let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);
