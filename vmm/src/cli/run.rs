@@ -1,13 +1,12 @@
 //! `umbra run`: a machine from a file, or one guest from flags.
 
-use std::fs::File;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 
 use crate::metrics::Address;
 use crate::spec::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
-use crate::supervisor::events::Verbosity;
+use crate::supervisor::events::{Verbosity, file};
 use crate::supervisor::notify::Notify;
 use crate::supervisor::{self, Options, rundir};
 
@@ -30,7 +29,7 @@ pub struct Args {
     /// Do not print events.
     #[arg(long, short)]
     quiet: bool,
-    /// Write events to this file, one JSON object a line (docs/recovery.md).
+    /// Add events to this file, one JSON object a line (docs/recovery.md); each run's first has the number 1.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
     /// Serve metrics there: a socket's path, or a loopback address as 127.0.0.1:9464 (docs/observe.md).
@@ -106,7 +105,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return super::print(&machine.to_string());
     }
     let events =
-        args.events.map(|path| File::create(&path).with_context(|| format!("make the events file {}", path.display())));
+        args.events.map(|path| file::open(&path).with_context(|| format!("open the events file {}", path.display())));
     supervisor::run(
         &machine,
         Options {

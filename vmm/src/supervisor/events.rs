@@ -4,6 +4,7 @@
 //! for one that blocks: lines are written by threads. What `umbra events`, reports and metrics show comes from here alone:
 //! [`Past`] in memory, [`EventLog`] in the run directory.
 
+pub mod file;
 mod log;
 mod parts;
 mod past;
