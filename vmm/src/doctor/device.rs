@@ -51,7 +51,10 @@ fn group(root: &Root, device: &HostDevice) -> Finding {
     let blockers = device.group_obstacles().unwrap_or_default();
     let names: Vec<_> = others.iter().map(ToString::to_string).collect();
     if blockers.is_empty() {
-        let what = format!("{group}, shared with {}; no driver of the host is in the way", names.join(", "));
+        let what = format!(
+            "{group}, shared with {}: one VM alone can have the group; no driver of the host is in the way",
+            names.join(", ")
+        );
         return Finding::good(check, what);
     }
     let in_the_way: Vec<_> = blockers.iter().map(|(bdf, driver)| format!("{bdf} ({driver})")).collect();

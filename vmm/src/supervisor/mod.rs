@@ -11,6 +11,7 @@ pub mod control;
 mod driver;
 mod dying;
 pub mod events;
+mod groups;
 mod guest;
 mod holder;
 mod leftover;
