@@ -54,6 +54,15 @@ fn check_prints_the_machine_with_its_defaults() {
 }
 
 #[test]
+fn an_events_file_keeps_what_earlier_runs_have_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("events.jsonl");
+    std::fs::write(&file, "{\"seq\":1}\n").unwrap();
+    error(dir.path(), &["run", "--kernel", "/no/such/kernel", "--events", file.to_str().unwrap()]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "{\"seq\":1}\n");
+}
+
+#[test]
 fn what_is_missing_is_said_before_anything_starts() {
     let dir = tempfile::tempdir().unwrap();
     let run = |words: &[&str]| error(dir.path(), &[&["run"], words].concat());

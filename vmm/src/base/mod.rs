@@ -9,4 +9,5 @@ pub mod pci_config;
 pub mod saved_terminal;
 pub mod time;
 pub mod unix_socket;
+pub mod untrusted_text;
 pub mod wall;

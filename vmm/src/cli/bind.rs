@@ -1,17 +1,19 @@
-//! `umbra bind` and `umbra unbind`: take a PCI function from its driver for a VM, and give it back.
+//! `umbra bind` and `umbra unbind`: take PCI functions from their drivers for a VM, and give one back.
 
 use anyhow::bail;
 
 use crate::base::pci_address::Bdf;
 use crate::host::HostDevice;
+use crate::host::bind::bind_together;
 use crate::host::doctor::list::interface_up;
 
 /// Arguments of `umbra bind`.
 #[derive(Debug, clap::Args)]
 pub struct BindArgs {
-    /// The PCI function, as 0000:03:00.0 (`lspci -D` lists them).
-    device: Bdf,
-    /// Take it even if it has a network interface that is up.
+    /// The PCI functions, as 0000:03:00.0 (`lspci -D` lists them): all are bound, or none is.
+    #[arg(value_name = "DEVICE", required = true)]
+    devices: Vec<Bdf>,
+    /// Take them even if the host uses their network interfaces.
     #[arg(long)]
     force: bool,
 }
@@ -23,26 +25,30 @@ pub struct UnbindArgs {
     device: Bdf,
 }
 
-/// Binds a function to `vfio-pci`.
+/// Binds functions to `vfio-pci`, all or none.
 ///
 /// # Errors
 ///
-/// It is not there, is in use, or the host cannot do it.
+/// One is not there, is in use, or the host cannot do it: nothing has changed.
 pub fn bind(args: &BindArgs) -> anyhow::Result<()> {
-    let device = HostDevice::find(args.device)?;
-    if let Some(interface) = interface_up(&device)
-        && !args.force
-    {
-        bail!(
-            "{}: the host uses its network interface {interface}; take that down first (`ip link set {interface} down`), or \
-             use --force",
-            args.device
-        );
+    let devices = args.devices.iter().map(|device| HostDevice::find(*device)).collect::<Result<Vec<_>, _>>()?;
+    for device in &devices {
+        if let Some(interface) = interface_up(device)
+            && !args.force
+        {
+            bail!(
+                "{}: the host uses its network interface {interface}; take that down first (`ip link set {interface} down`), \
+                 or use --force",
+                device.bdf()
+            );
+        }
     }
-    let before = device.bind_to_vfio()?;
-    device.check_ready()?;
-    let from = before.map(|driver| format!(" (was {driver})")).unwrap_or_default();
-    super::print(&format!("{}: bound to vfio-pci{from}; {}", args.device, device.reset().describe()))
+    let before = bind_together(&devices)?;
+    for (device, before) in devices.iter().zip(before) {
+        let from = before.map(|driver| format!(" (was {driver})")).unwrap_or_default();
+        super::print(&format!("{}: bound to vfio-pci{from}; {}", device.bdf(), device.reset().describe()))?;
+    }
+    Ok(())
 }
 
 /// Gives a function back to the host's driver.

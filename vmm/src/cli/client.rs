@@ -1,19 +1,13 @@
 //! `umbra status`, `crash`, `restart`, `resume` and `stop`: requests to a running machine.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::CrashKind;
 
-use crate::record::status::Status;
+use super::connection::{Connection, UNEXPECTED};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
-use crate::supervisor::start::rundir;
-
-/// How long a machine may take to answer; its loop never waits for anything.
-const ANSWER: Duration = Duration::from_secs(10);
 
 /// Arguments of `umbra status`.
 #[derive(Debug, clap::Args)]
@@ -67,6 +61,8 @@ pub struct ResumeArgs {
 /// Arguments of `umbra stop`.
 #[derive(Debug, clap::Args)]
 pub struct StopArgs {
+    /// Only this guest; the machine goes on while it has another one.
+    guest: Option<String>,
     /// Kill the VMs instead of pressing the guests' power buttons.
     #[arg(long, short)]
     force: bool,
@@ -130,7 +126,7 @@ impl From<Kind> for CrashKind {
 ///
 /// No machine answers, or it has no VM of the given name.
 pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
-    let mut machine = Connection::open(&args.common)?;
+    let mut machine = Connection::open(args.common.name.as_deref())?;
     if args.watch {
         let period = Duration::try_from_secs_f64(args.interval).context("--interval is a number of seconds")?;
         return super::watch::watch(&mut machine, args.vm.as_deref(), args.common.json, period);
@@ -148,7 +144,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
 ///
 /// No machine answers, or there is nothing to crash.
 pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
-    let mut machine = Connection::open(&args.common)?;
+    let mut machine = Connection::open(args.common.name.as_deref())?;
     let request = Request::Crash { name: args.driver.clone(), kind: args.kind.into() };
     let response = machine.ask(&request)?;
     let Response::Crashing { name, generation, .. } = &response else { bail!(UNEXPECTED) };
@@ -179,9 +175,9 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<()> {
 
 /// Sends `request` and waits for the driver VM's next life, which its guests were without for a time (`how`).
 fn await_life(common: &Common, request: &Request, how: &str) -> anyhow::Result<()> {
-    let mut machine = Connection::open(common)?;
+    let mut machine = Connection::open(common.name.as_deref())?;
     // A boot has its own bounds, which the machine keeps.
-    machine.stream.get_ref().set_read_timeout(None).context("talk to the machine")?;
+    machine.wait_for_ever()?;
     let response = machine.ask(request)?;
     let Response::Restarted { name, generation, outage_ms } = &response else { bail!(UNEXPECTED) };
     if common.json {
@@ -197,129 +193,15 @@ fn await_life(common: &Common, request: &Request, how: &str) -> anyhow::Result<(
 ///
 /// No machine answers, or its guests do not react.
 pub fn stop(args: &StopArgs) -> anyhow::Result<()> {
-    let mut machine = Connection::open(&args.common)?;
+    let mut machine = Connection::open(args.common.name.as_deref())?;
     let how = if args.force { StopHow::Kill } else { StopHow::PowerButton };
+    if let Some(guest) = &args.guest {
+        return super::guest::stop(&mut machine, guest, how, args.timeout);
+    }
     let response = machine.ask(&Request::Stop { how })?;
     machine.wait_for_the_end(Duration::from_secs(args.timeout))?;
     if args.common.json {
         return super::print_json(&response);
     }
     super::print(&format!("{} has ended", machine.name))
-}
-
-/// What a machine of another version might answer.
-const UNEXPECTED: &str = "the machine gave an answer that this version does not know; is it of another version?";
-
-/// A connection to a machine.
-pub(super) struct Connection {
-    pub(super) name: String,
-    stream: BufReader<UnixStream>,
-}
-
-/// The machine has ended, and with it the connection.
-#[derive(Debug, thiserror::Error)]
-#[error("the machine {0} ended before it answered")]
-pub(super) struct Ended(String);
-
-impl Connection {
-    fn open(common: &Common) -> anyhow::Result<Self> {
-        let (name, stream) = rundir::connect(&rundir::base(), common.name.as_deref())?;
-        Self::over(name, stream)
-    }
-
-    pub(super) fn over(name: String, stream: UnixStream) -> anyhow::Result<Self> {
-        stream.set_read_timeout(Some(ANSWER)).context("talk to the machine")?;
-        Ok(Self { name, stream: BufReader::new(stream) })
-    }
-
-    /// The machine's status, or of one of its VMs alone.
-    pub(super) fn status(&mut self, vm: Option<&str>) -> anyhow::Result<Status> {
-        let Response::Status(mut status) = self.ask(&Request::Status)? else { bail!(UNEXPECTED) };
-        if let Some(vm) = vm
-            && !status.retain(vm)
-        {
-            bail!("{} has no guest or driver VM named {vm}", self.name);
-        }
-        Ok(*status)
-    }
-
-    /// Hands each event behind number `after` to `each`, as a line; with `follow` until the machine ends.
-    pub(super) fn events(
-        &mut self,
-        after: u64,
-        follow: bool,
-        mut each: impl FnMut(&str) -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
-        self.send(&Request::Events { after, follow })?;
-        if follow {
-            self.stream.get_ref().set_read_timeout(None).context("talk to the machine")?;
-        }
-        loop {
-            match self.line() {
-                Ok(line) if line.starts_with("{\"response\"") => {
-                    return match serde_json::from_str(&line).context(UNEXPECTED)? {
-                        Response::Error { what } => bail!(what),
-                        Response::EventsEnd => Ok(()),
-                        _ => bail!(UNEXPECTED),
-                    };
-                }
-                Ok(line) => each(line.trim_end())?,
-                Err(error) if follow && error.is::<Ended>() => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn send(&mut self, request: &Request) -> anyhow::Result<()> {
-        let what = || format!("talk to the machine {}", self.name);
-        let request = format!("{}\n", serde_json::to_string(request).with_context(what)?);
-        match self.stream.get_mut().write_all(request.as_bytes()) {
-            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
-                Err(Ended(self.name.clone()).into())
-            }
-            result => result.with_context(what),
-        }
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        match self.stream.read_line(&mut line) {
-            Err(error) if error.kind() != ErrorKind::ConnectionReset => {
-                Err(error).with_context(|| format!("talk to the machine {}", self.name))
-            }
-            Ok(n) if n > 0 => Ok(line),
-            _ => Err(Ended(self.name.clone()).into()),
-        }
-    }
-
-    /// Sends a request and waits for its answer; an error of the machine's is an error here.
-    fn ask(&mut self, request: &Request) -> anyhow::Result<Response> {
-        self.send(request)?;
-        let line = self.line()?;
-        match serde_json::from_str(&line).context(UNEXPECTED)? {
-            Response::Error { what } => bail!(what),
-            response => Ok(response),
-        }
-    }
-
-    /// Waits until the machine closes the connection, which it does at its end.
-    fn wait_for_the_end(&mut self, patience: Duration) -> anyhow::Result<()> {
-        let until = Instant::now() + patience;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!(
-                    "the guests of {} have not powered off after {} s; `umbra stop --force` kills them",
-                    self.name,
-                    patience.as_secs()
-                );
-            }
-            self.stream.get_ref().set_read_timeout(Some(left)).context("wait for the machine")?;
-            match self.stream.read_line(&mut String::new()) {
-                Ok(0) => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
-                Ok(_) | Err(_) => {}
-            }
-        }
-    }
 }

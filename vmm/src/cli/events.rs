@@ -7,7 +7,8 @@ use std::path::Path;
 use anyhow::Context;
 use serde::Deserialize;
 
-use super::client::Connection;
+use super::connection::Connection;
+use crate::base::untrusted_text;
 use crate::record::log::EVENT_LOG;
 use crate::record::log::EventLog;
 use crate::supervisor::start::rundir;
@@ -68,6 +69,6 @@ fn print_file(path: &Path) -> anyhow::Result<u64> {
 
 fn print(line: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}")?;
+    writeln!(out, "{}", untrusted_text::json(line))?;
     Ok(out.flush()?)
 }

@@ -11,6 +11,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::base::untrusted_text::whole_line;
 use crate::base::wall;
 
 /// Warnings and errors.
@@ -53,8 +54,10 @@ where
             // For those who look into it: where in the program.
             write!(writer, "[{}] ", meta.target())?;
         }
-        context.format_fields(writer.by_ref(), event)?;
-        writeln!(writer)
+        // What a VM said may be in them.
+        let mut fields = String::new();
+        context.format_fields(Writer::new(&mut fields), event)?;
+        writeln!(writer, "{}", whole_line(&fields))
     }
 }
 
@@ -77,14 +80,17 @@ mod tests {
         tracing::subscriber::with_default(subscriber, || {
             tracing::warn!(count = 3, "of none");
             let _vm = crate::supervisor::run::span("nic0", Some(3)).entered();
-            tracing::warn!("of one");
+            tracing::warn!("of one, \u{1b}[31m\u{202e}\n in one line");
             tracing::debug!("in detail");
         });
         std::io::stdout().flush().unwrap();
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         let lines: Vec<_> = text.lines().map(|line| &line["2026-01-02T03:04:05.678Z ".len()..]).collect();
-        assert_eq!(lines[..2], [" WARN supervisor: of none count=3", " WARN nic0.3: of one"]);
+        assert_eq!(
+            lines[..2],
+            [" WARN supervisor: of none count=3", r" WARN nic0.3: of one, \x1b[31m\u{202e}\n in one line"]
+        );
         assert_eq!(lines[2], format!("DEBUG nic0.3: [{}] in detail", module_path!()));
     }
 }

@@ -5,9 +5,11 @@
 
 pub mod bind;
 pub mod client;
+mod connection;
 pub mod doctor;
 pub mod events;
 pub mod generate;
+mod guest;
 pub mod image;
 mod logging;
 pub mod report;
@@ -20,6 +22,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::base::untrusted_text::{self, block};
 use crate::supervisor::RunError;
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
@@ -46,8 +49,12 @@ enum Command {
     Restart(client::RestartArgs),
     /// Try a quarantined driver VM again.
     Resume(client::ResumeArgs),
-    /// End a running machine.
+    /// End a running machine, or one of its guests.
     Stop(client::StopArgs),
+    /// Start a guest that is off or has failed.
+    Start(guest::StartArgs),
+    /// Have a guest power off and start it again.
+    Reboot(guest::RebootArgs),
     /// Say what this host can do, what is missing, and the command that mends it.
     Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
@@ -88,6 +95,8 @@ pub fn main() -> ExitCode {
         Command::Restart(args) => client::restart(&args),
         Command::Resume(args) => client::resume(&args),
         Command::Stop(args) => client::stop(&args),
+        Command::Start(args) => guest::start(&args),
+        Command::Reboot(args) => guest::reboot(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Bind(args) => bind::bind(&args),
@@ -102,7 +111,8 @@ pub fn main() -> ExitCode {
         Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { told: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
             // With stderr gone, the exit code has to do.
-            let _ = writeln!(std::io::stderr(), "umbra: {error:#}");
+            // A VM may have had a word in it.
+            let _ = writeln!(std::io::stderr(), "umbra: {}", block(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -116,7 +126,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 /// Prints `value` on stdout as JSON.
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
-    print(&serde_json::to_string_pretty(value)?)
+    print(&untrusted_text::json(&serde_json::to_string_pretty(value)?))
 }
 
 /// The reader of our output went away, as in `umbra status | head -1`: no error of ours.

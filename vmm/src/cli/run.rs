@@ -1,6 +1,5 @@
 //! `umbra run`: a machine from a file, or one guest from flags.
 
-use std::fs::File;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
@@ -8,6 +7,7 @@ use anyhow::{Context, bail, ensure};
 use crate::config::metrics_address::Address;
 use crate::config::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
 use crate::record::events::Verbosity;
+use crate::record::file;
 use crate::supervisor::front::notify::Notify;
 use crate::supervisor::start::rundir;
 use crate::supervisor::{self, Options};
@@ -31,12 +31,15 @@ pub struct Args {
     /// Do not print events.
     #[arg(long, short)]
     quiet: bool,
-    /// Write events to this file, one JSON object a line (docs/recovery.md).
+    /// Add events to this file, one JSON object a line (docs/recovery.md); each run's first has the number 1.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
     /// Serve metrics there: a socket's path, or a loopback address as 127.0.0.1:9464 (docs/observe.md).
     #[arg(long, value_name = "PLACE")]
     metrics: Option<Address>,
+    /// Run on when all guests have ended, until `umbra stop`: they can be started again (`umbra start GUEST`).
+    #[arg(long)]
+    keep: bool,
     /// Check the machine's text, print the machine with its defaults, and start nothing.
     #[arg(long)]
     check: bool,
@@ -107,7 +110,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return super::print(&machine.to_string());
     }
     let events =
-        args.events.map(|path| File::create(&path).with_context(|| format!("make the events file {}", path.display())));
+        args.events.map(|path| file::open(&path).with_context(|| format!("open the events file {}", path.display())));
     supervisor::run(
         &machine,
         Options {
@@ -119,6 +122,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             program: "/proc/self/exe".into(),
             host: supervisor::Host::default(),
             notify: Notify::from_env(),
+            keep: args.keep,
         },
     )?;
     Ok(())

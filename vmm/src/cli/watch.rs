@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::client::{Connection, Ended};
+use crate::base::untrusted_text;
+
+use super::connection::{Connection, Dropped, Ended};
 
 /// Events shown below the status.
 const SHOWN: usize = 10;
@@ -58,10 +60,15 @@ pub(super) fn watch(machine: &mut Connection, vm: Option<&str>, json: bool, peri
     let ended = loop {
         let status = match machine.status(vm) {
             Err(error) if error.is::<Ended>() => break true,
+            // It was silent for too long between two looks.
+            Err(error) if error.is::<Dropped>() => {
+                machine.reopen()?;
+                continue;
+            }
             result => result?,
         };
         if json {
-            super::print(&serde_json::to_string(&status)?)?;
+            super::print(&untrusted_text::json(&serde_json::to_string(&status)?))?;
         } else {
             let noted = machine.events(after, false, |line| {
                 note(line, vm, &mut after, &mut events);
@@ -93,7 +100,7 @@ fn note(line: &str, vm: Option<&str>, after: &mut u64, events: &mut VecDeque<Str
     *after = line.seq;
     let Some(text) = line.text.filter(|text| vm.is_none_or(|vm| text.contains(vm))) else { return };
     let clock = line.time.get(11..19).unwrap_or(&line.time);
-    events.push_back(format!("{clock}  {text}"));
+    events.push_back(untrusted_text::line(&format!("{clock}  {text}")));
     if events.len() > SHOWN {
         events.pop_front();
     }

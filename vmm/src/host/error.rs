@@ -74,8 +74,9 @@ pub enum Error {
     /// Functions of the group belong to host drivers.
     #[error(
         "{bdf} shares IOMMU group {group} with {}: everything in a group passes through together, so bind these to \
-         vfio-pci too, unbind them from their drivers, or put the device into another slot",
-        list(others)
+         vfio-pci too (`umbra bind {bdf} {}`), unbind them from their drivers, or put the device into another slot",
+        list(others),
+        addresses(others)
     )]
     GroupNotViable {
         /// The function.
@@ -219,6 +220,11 @@ pub enum Error {
         /// The limit.
         limit_s: u64,
     },
+}
+
+fn addresses(others: &[(Bdf, String)]) -> String {
+    let addresses: Vec<_> = others.iter().map(|(bdf, _)| bdf.to_string()).collect();
+    addresses.join(" ")
 }
 
 fn list(others: &[(Bdf, String)]) -> String {

@@ -207,12 +207,10 @@ fn a_restart_on_a_spare_without_carrier_is_refused_or_given_up() {
 }
 
 #[test]
-fn a_rebooted_guest_s_spare_is_replaced_too() {
+fn a_guest_that_reboots_leaves_the_spare_armed() {
     let mut life = armed();
-    let actions = life.handle(at(2001), Input::Replace("web was rebooted".into()));
-    assert!(matches!(&actions[..], [Action::Failed(_), Action::Kill]), "its links are the old guest's: {actions:?}");
-    let actions = life.handle(at(2002), Input::ProcessGone("killed".into()));
-    assert_eq!(actions, [Action::Reset, Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2001), Input::EndGone(0)), []);
+    assert!(life.is_armed());
 }
 
 #[test]
@@ -238,7 +236,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::Evidence),
         2 => Just(Input::Released),
         2 => Just(Input::ProcessGone("gone".into())),
-        1 => Just(Input::Replace("reboot".into())),
+        1 => (0_usize..2).prop_map(Input::EndHere),
         4 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),

@@ -43,6 +43,13 @@ fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
     life.handle(now, Input::Carrier(Carrier::Up))
 }
 
+/// The next life, started just now.
+fn bring_up_again(life: &mut Lifecycle, now: Time) -> Vec<Action> {
+    life.handle(now, Input::Hello);
+    life.handle(now, Input::Forwarding);
+    life.handle(now, Input::Carrier(Carrier::Up))
+}
+
 #[test]
 fn the_first_life_goes_through_its_stages_to_live() {
     let mut life = new(2);
@@ -268,25 +275,56 @@ fn a_reset_that_hangs_ends_in_quarantine() {
 }
 
 #[test]
-fn a_rebooted_guest_s_driver_is_replaced_without_counting() {
-    let mut life = live(1);
-    life.handle(at(2000), Input::EndGone(0));
-    life.end_is_back(0);
-    let actions = life.handle(at(2001), Input::Replace("web was rebooted".into()));
-    assert!(matches!(&actions[..], [Action::Failed(_), Action::Kill]));
-    assert_eq!(life.handle(at(2002), Input::ProcessGone("killed".into())), [Action::Reset]);
+fn a_guest_that_reboots_costs_its_own_end_and_is_served_again_when_it_is_back() {
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(2000), Input::EndGone(0)), []);
+    assert!(matches!(life.state(), State::Live { .. }) && life.standby().generation().is_some(), "both live on");
+    assert_eq!(life.handle(at(2100), Input::EndHere(0)), [Action::GoLive(0, Replay::Everything)]);
+    assert_eq!(life.handle(at(2101), Input::EndLive(0)), [Action::EndLive(0)]);
+    assert_eq!(life.handle(at(2102), Input::EndLive(0)), [], "told once");
     assert_eq!(life.history().total(), 0);
 }
 
 #[test]
-fn a_guest_that_is_rebooted_while_nothing_serves_it_gets_a_life_with_its_new_link() {
-    let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
-    life.handle(at(2000), Input::StandbyLoaded);
-    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
-    let actions = life.handle(at(3050), Input::Replace("web was rebooted".into()));
-    assert_eq!(actions, [Action::DropStandby(None)], "it has a link to the life of the guest that is over");
-    assert_eq!(life.handle(at(3100), Input::ResetDone), [Action::Spawn(generation(3))]);
+fn a_life_without_guests_goes_live_and_serves_those_that_come() {
+    let mut life = new(0);
+    life.handle(at(0), Input::Start);
+    assert_eq!(bring_up(&mut life, at(0)).last(), Some(&Action::Live));
+    assert_eq!(life.handle(at(100), Input::EndHere(3)), [Action::GoLive(3, Replay::Everything)]);
+    assert_eq!(life.handle(at(101), Input::EndLive(3)), [Action::EndLive(3)]);
+    // The next life waits for it.
+    life.handle(at(200), Input::Failed(failure(Source::Panic, 200)));
+    life.handle(at(201), Input::ProcessGone("gone".into()));
+    life.handle(at(202), Input::ResetDone);
+    let actions = bring_up_again(&mut life, at(300));
+    assert_eq!(actions, [Action::GoLive(3, Replay::Everything)]);
+    assert_eq!(life.handle(at(301), Input::EndLive(3)), [Action::Live]);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_holds_up_neither_the_others_nor_the_standby() {
+    let mut life = new(2);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(10), Input::EndLive(1));
+    let limit = at(0) + GOING_LIVE_PATIENCE;
+    life.handle(limit, Input::Heartbeat);
+    assert_eq!(life.deadline(), Some(limit));
+    assert_eq!(life.handle(limit, Input::Tick), [Action::Live, Action::LeaveBehind(0)]);
+    assert!(matches!(life.state(), State::Live { .. }));
+    assert_eq!(life.history().total(), 0, "it is no failure of the driver VM");
+    assert_eq!(life.handle(at(60_000), Input::EndLive(0)), [Action::EndLive(0)]);
+}
+
+#[test]
+fn a_replay_at_an_end_that_came_late_is_suspected_when_the_life_dies_of_it() {
+    let mut life = live(1);
+    life.handle(at(2000), Input::EndGone(0));
+    life.handle(at(2001), Input::EndHere(0));
+    life.handle(at(2002), Input::Failed(failure(Source::Panic, 2002)));
+    life.handle(at(2003), Input::ProcessGone("gone".into()));
+    life.handle(at(2004), Input::ResetDone);
+    assert_eq!(bring_up_again(&mut life, at(2100)), [Action::GoLive(0, Replay::ConfigurationOnly)]);
 }
 
 #[test]
@@ -303,12 +341,12 @@ fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
 }
 
 #[test]
-fn a_restart_of_a_cold_driver_vm_survives_a_guest_that_goes() {
+fn a_restart_of_a_cold_driver_vm_is_no_business_of_a_guest_that_goes() {
     let mut life = live(2);
     life.handle(at(2000), Input::Restart { fresh: false });
     assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))]);
-    assert_eq!(life.handle(at(2100), Input::EndGone(0)), [Action::DropStandby(None)]);
-    assert_eq!(life.handle(at(2100), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    assert_eq!(life.handle(at(2100), Input::EndGone(0)), []);
+    assert_eq!(life.handle(at(2100), Input::Tick), []);
 }
 
 #[test]
@@ -476,7 +514,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::Evidence),
         2 => Just(Input::Released),
         3 => Just(Input::ProcessGone("gone".into())),
-        1 => Just(Input::Replace("reboot".into())),
+        1 => (0_usize..3).prop_map(Input::EndHere),
         3 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),
@@ -539,7 +577,9 @@ proptest! {
                         prop_assert!((!alive || given_up) && !resetting, "reset under a life at {input:?}");
                         resetting = true;
                     }
-                    Action::Configure | Action::GoLive(..) | Action::Mask => prop_assert!(alive),
+                    Action::Configure | Action::GoLive(..) | Action::Mask | Action::EndLive(_) | Action::LeaveBehind(_) => {
+                        prop_assert!(alive);
+                    }
                     Action::ConfigureStandby => prop_assert!(standby.is_some()),
                     Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
                     Action::Bury => {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::parts::Parts;
 use super::timeline::Mark;
+use crate::base::untrusted_text::{self, block, line};
 use crate::lifecycle::Source;
 use crate::wire::messages::MaskedCounts;
 
@@ -155,8 +156,8 @@ impl CrashReport {
             let _ = fs::remove_file(file(old, "json"));
             let _ = fs::remove_file(file(old, "txt"));
         }
-        let json = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        replace(&file(self.generation, "json"), &json)?;
+        let json = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        replace(&file(self.generation, "json"), untrusted_text::json(&json).as_bytes())?;
         let text = file(self.generation, "txt");
         replace(&text, self.to_string().as_bytes())?;
         Ok(text)
@@ -176,13 +177,14 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 impl fmt::Display for CrashReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unknown = "unknown";
-        writeln!(f, "{} generation {} failed: {}", self.driver, self.generation, self.reason)?;
-        if let Some(line) = &self.kernel_says {
-            writeln!(f, "kernel:    {line}")?;
+        writeln!(f, "{} generation {} failed: {}", self.driver, self.generation, line(&self.reason))?;
+        if let Some(said) = &self.kernel_says {
+            writeln!(f, "kernel:    {}", line(said))?;
         }
-        writeln!(f, "device:    {}, driver {}", self.device, self.kernel_driver.as_deref().unwrap_or(unknown))?;
-        writeln!(f, "release:   {}", self.kernel.as_deref().unwrap_or(unknown))?;
-        writeln!(f, "noticed:   {:?}; {}", self.source, self.exit)?;
+        let said = |text: &Option<String>| text.as_deref().map_or_else(|| unknown.into(), line);
+        writeln!(f, "device:    {}, driver {}", self.device, said(&self.kernel_driver))?;
+        writeln!(f, "release:   {}", said(&self.kernel))?;
+        writeln!(f, "noticed:   {:?}; {}", self.source, line(&self.exit))?;
         writeln!(f, "then:      {} (failure {} since the start)", self.verdict, self.failures)?;
         match self.outage_ms {
             Some(ms) => writeln!(f, "outage:    {ms:.0} ms ({})", self.parts)?,
@@ -191,7 +193,7 @@ impl fmt::Display for CrashReport {
         let MaskedCounts { logged, replayed, dropped, unknown } = self.frames;
         writeln!(f, "frames:    {logged} logged, {replayed} replayed, {dropped} dropped, {unknown} of unknown fate")?;
         for mask in &self.masks {
-            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, mask.cause)?;
+            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, line(&mask.cause))?;
         }
         writeln!(f, "\ntime line")?;
         for mark in &self.timeline {
@@ -200,9 +202,9 @@ impl fmt::Display for CrashReport {
             writeln!(f, "  {:>12.3} ms  {}  {step}", mark.ms, mark.time)?;
         }
         if !self.registers.is_empty() {
-            writeln!(f, "\nregisters\n{}", self.registers.trim_end())?;
+            writeln!(f, "\nregisters\n{}", block(self.registers.trim_end()))?;
         }
-        writeln!(f, "\nconsole (the end)\n{}", self.console_tail.trim_end())
+        writeln!(f, "\nconsole (the end)\n{}", block(self.console_tail.trim_end()))
     }
 }
 
@@ -242,6 +244,31 @@ mod tests {
         assert!(said.contains("Kernel panic - not syncing: sysrq triggered crash"), "{said}");
         assert_eq!(kernel_says("[    1.0] BUG: trouble\n").unwrap(), "BUG: trouble");
         assert_eq!(kernel_says("all is well"), None);
+    }
+
+    #[test]
+    fn the_report_for_people_has_nothing_that_a_terminal_obeys_and_the_other_is_exact() {
+        let said = "Kernel panic - not syncing: \u{1b}[31mRED\u{1b}]0;OWNED\u{7}\u{9b}2J\u{202e}";
+        let mask = Mask { guest: "web".into(), device: "net0".into(), at_ns: 1, cause: said.into() };
+        let report = CrashReport {
+            kernel_driver: Some(said.into()),
+            kernel: Some(said.into()),
+            reason: said.into(),
+            kernel_says: Some(said.into()),
+            masks: vec![mask],
+            registers: format!("rip 0\n{said}"),
+            console_tail: format!("one\n\ttwo\n{said}"),
+            ..report(1)
+        };
+        let dir = tempfile::tempdir().unwrap();
+        report.write(dir.path()).unwrap();
+        let obeyed = |c: char| c.is_control() && !"\n\t".contains(c) || c == '\u{202e}';
+        let text = fs::read_to_string(dir.path().join("nic0-gen1.txt")).unwrap();
+        assert!(!text.contains(obeyed) && text.contains("one\n\ttwo\nKernel panic"), "{text}");
+        assert_eq!(text.matches("\\x1b[31mRED").count(), 7, "{text}");
+        let json = fs::read_to_string(dir.path().join("nic0-gen1.json")).unwrap();
+        assert!(!json.contains(obeyed), "{json}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["reason"], said);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::parts::{Ms, Parts};
 use super::recent::Past;
 use super::writer::{Queued, Trouble, Writer};
 use crate::base::time::Time;
+use crate::base::untrusted_text;
 use crate::base::wall;
 use crate::lifecycle::Source;
 use crate::wire::messages::{MaskedCounts, PaceSteps, SoundCounts};
@@ -45,6 +46,17 @@ pub enum Event {
         guest: String,
         /// How: `powered off`, `killed`, or what went wrong.
         how: String,
+    },
+    /// A guest's device that came later than its driver VM's life, or was connected with it again, is served.
+    EndLive {
+        /// The guest.
+        guest: String,
+        /// Its device.
+        device: String,
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
     },
     /// A generation of a driver VM is started.
     DriverStarting {
@@ -273,6 +285,9 @@ impl Event {
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),
             Self::GuestRebooted { guest } => format!("{guest}: reboots"),
+            Self::EndLive { guest, device, driver, generation } => {
+                format!("{guest}.{device} is served by {driver}, generation {generation}")
+            }
             Self::GuestEnded { guest, how } => format!("{guest}: {how}"),
             Self::DriverStarting { driver, generation } => format!("{driver}: generation {generation} starts"),
             Self::StandbyFailed { driver, generation, reason } => {
@@ -295,7 +310,7 @@ impl Event {
             Self::RestartFailed { driver, reason } => {
                 format!("{driver}: not restarted: {reason}")
             }
-            Self::DriverFailed { driver, generation, source: Source::Replaced | Source::Planned, reason, .. } => {
+            Self::DriverFailed { driver, generation, source: Source::Planned, reason, .. } => {
                 format!("{driver}: generation {generation} is replaced: {reason}")
             }
             Self::DriverFailed { driver, generation, reason, detect_ms, .. } => {
@@ -441,7 +456,7 @@ impl Events {
         if let Some(metrics) = &self.metrics {
             metrics.observe(event);
         }
-        let text = event.sentence();
+        let text = event.sentence().map(|sentence| untrusted_text::line(&sentence));
         let mut lost = Vec::new();
         if let (Some(sentences), Some(sentence)) = (&mut self.sentences, &text) {
             if let Queued::TakenAfterLoss(told) = sentences.write(format!("umbra: {sentence}\n")) {
@@ -452,7 +467,8 @@ impl Events {
             }
         }
         let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text };
-        let Ok(mut line) = serde_json::to_string(&stamped) else { return };
+        let Ok(line) = serde_json::to_string(&stamped) else { return };
+        let mut line = untrusted_text::json(&line).into_owned();
         self.past.push(self.next, line.clone());
         self.next += 1;
         line.push('\n');
@@ -487,7 +503,8 @@ impl Events {
 
     /// Whether `sentence` was printed as the end of a guest.
     pub fn has_printed(&self, sentence: &str) -> bool {
-        self.ends.iter().any(|end| end == sentence)
+        let sentence = untrusted_text::line(sentence);
+        self.ends.contains(&sentence)
     }
 
     /// The events of late.

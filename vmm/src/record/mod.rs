@@ -3,6 +3,7 @@
 
 pub mod crash_report;
 pub mod events;
+pub mod file;
 pub mod history;
 pub mod log;
 pub mod metrics;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::base::untrusted_text;
 use crate::wire::messages::{MaskedCounts, SoundCounts};
 
 /// A running machine.
@@ -234,10 +235,11 @@ impl DriverStatus {
     }
 }
 
-/// Columns as wide as their widest cell.
+/// Columns as wide as their widest cell. What a VM said is made fit for a terminal.
 pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| untrusted_text::line(cell))).collect();
     let mut widths = [0; N];
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
         }
@@ -322,6 +324,17 @@ nic0: it keeps its registers";
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed");
         spare.network = Some("silent".into());
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed, other network?");
+    }
+
+    #[test]
+    fn what_a_vm_said_is_shown_and_not_obeyed() {
+        let mut status = status();
+        status.drivers[0].reason = Some("kernel panic: \u{1b}[31mRED\u{1b}]0;OWNED\u{7}".into());
+        status.drivers[0].driver = Some("8139\ncp".into());
+        status.guests[0].nets[0].mode = "\u{9b}2J".into();
+        let text = status.to_string();
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text}");
+        assert!(text.contains("kernel panic: \\x1b[31mRED\\x1b]0;OWNED\\x07") && text.contains("8139\\ncp"), "{text}");
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use umbra_shadow::{Class, Generation};
 
 use super::class::settings::Which;
+use super::driver::EndRef;
 use super::driver::dying::LAST;
 use super::driver::standby::renice_vcpus;
-use super::driver::EndRef;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
@@ -116,7 +116,8 @@ impl Supervisor {
     fn leave_behind(&mut self, n: usize, end: End) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
-        self.events.warn(format!("{driver}: {guest}.{device} does not answer; the driver VM serves without it until it does"));
+        self.events
+            .warn(format!("{driver}: {guest}.{device} does not answer; the driver VM serves without it until it does"));
     }
 
     fn reset(&mut self, n: usize) {
@@ -166,6 +167,7 @@ impl Supervisor {
         // A splitter that went over to a spare did so some time ago.
         driver.timeline.mark(Step::Live, driver.live_at.take().unwrap_or(now));
         driver.was_live = true;
+        self.in_service |= driver.life.as_ref().is_some_and(|life| life.connected() > 0);
         let outage = driver.timeline.outage();
         driver.last_outage = outage.or(driver.last_outage);
         let parts = driver.timeline.parts(reset::word(driver.reset_method));
@@ -304,17 +306,6 @@ impl Supervisor {
                     self.events.warn(what);
                 }
                 None
-            }
-        }
-    }
-
-    /// A new life of guest `guest` hears of what is quarantined; the one before had heard.
-    pub(super) fn tell_quarantines(&mut self, guest: usize) {
-        for (n, end) in self.guests[guest].drivers() {
-            let driver = &self.drivers[n];
-            if matches!(driver.lifecycle.state(), State::Quarantined | State::Resetting { next: None, .. }) {
-                let device = driver.ends[end].device;
-                self.tell_guest(guest, &ToVm::Quarantine { device });
             }
         }
     }

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-use umbra_shadow::Generation;
 use umbra_shadow::sound::Card;
+use umbra_shadow::{Class, DeviceId, Generation};
 
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
@@ -14,7 +14,7 @@ use crate::lifecycle::End;
 use crate::record::status;
 use crate::wire::channel;
 use crate::wire::messages::{
-    FromVm, MaskedCounts, NetBackend, PortBackend, PortEnd, SoundBackend, SoundCounts, ToVm, VmEnd, VmSpec,
+    DeviceStatus, MaskedCounts, NetBackend, PortBackend, PortEnd, SoundBackend, SoundCounts, ToVm, VmEnd, VmSpec,
 };
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
@@ -31,6 +31,10 @@ pub(super) struct GuestVm {
     pub(super) started: Time,
     pub(super) nets: Vec<GuestNet>,
     pub(super) sounds: Vec<GuestSound>,
+    /// What is to become of it when its process ends.
+    pub(super) at_end: AtEnd,
+    /// Its vCPUs have run, in this life or one before.
+    pub(super) has_run: bool,
     /// How the VM ended, once its process has said so.
     pub(super) end: Option<VmEnd>,
     /// Why the process could not run the VM, once it has said so.
@@ -39,6 +43,18 @@ pub(super) struct GuestVm {
     pub(super) listening: bool,
     /// What its process has not taken yet, in its order.
     pub(super) unsent: VecDeque<(ToVm, Option<OwnedFd>)>,
+}
+
+/// What is to become of a guest when its process ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum AtEnd {
+    /// Whatever the guest does: off, or started again after its own reset.
+    #[default]
+    Whatever,
+    /// It stays off (`umbra stop GUEST`).
+    Stay,
+    /// It is started again (`umbra reboot GUEST`).
+    StartAgain,
 }
 
 /// Where a guest is in its life.
@@ -78,7 +94,7 @@ pub(super) struct GuestNet {
     pub(super) mode: RxMode,
     pub(super) offloads: Offloads,
     /// The last answer to `QueryStatus`.
-    pub(super) status: Option<FromVm>,
+    pub(super) status: Option<DeviceStatus>,
     /// Whether that answers the last question.
     pub(super) fresh: bool,
 }
@@ -93,7 +109,7 @@ pub(super) struct GuestSound {
     /// The generation that it is live with, or was last.
     pub(super) live: Option<Generation>,
     /// The last answer to `QueryStatus`.
-    pub(super) status: Option<FromVm>,
+    pub(super) status: Option<DeviceStatus>,
     /// Whether that answers the last question.
     pub(super) fresh: bool,
 }
@@ -101,7 +117,7 @@ pub(super) struct GuestSound {
 impl GuestSound {
     fn status(&self, index: usize, driver_name: impl Fn(usize) -> String) -> status::SoundStatus {
         let (mode, kept_bytes, sums) = match &self.status {
-            Some(FromVm::SoundStatus { mode, kept_bytes, sums, .. }) => (mode.clone(), *kept_bytes, *sums),
+            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => (mode.clone(), *kept_bytes, *sums),
             _ => ("unknown".into(), 0, SoundCounts::default()),
         };
         status::SoundStatus {
@@ -135,6 +151,8 @@ impl GuestVm {
             started: Time::now(),
             nets,
             sounds,
+            at_end: AtEnd::default(),
+            has_run: false,
             end: None,
             error: None,
             listening: false,
@@ -145,20 +163,71 @@ impl GuestVm {
     /// Starts the guest's process.
     pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
+        self.forget();
+        self.end = None;
+        self.error = None;
+        self.state = GuestState::Starting;
+        self.started = Time::now();
+        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
+        self.listening = true;
+        Ok(())
+    }
+
+    /// Its process is gone: what that had asked for and had not read is of no use any more.
+    pub(super) fn forget(&mut self) {
         for net in &mut self.nets {
             *net = GuestNet::new(net.mac, net.driver);
         }
         for sound in &mut self.sounds {
             (sound.live, sound.status) = (None, None);
         }
-        self.end = None;
-        self.error = None;
         self.unsent.clear();
-        self.state = GuestState::Starting;
-        self.started = Time::now();
-        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
-        self.listening = true;
-        Ok(())
+    }
+
+    /// Its network device `device`.
+    pub(super) fn net(&self, device: DeviceId) -> Option<&GuestNet> {
+        self.nets.get(usize::from(device.index)).filter(|_| device.class == Class::Net)
+    }
+
+    /// Its network device `device`.
+    pub(super) fn net_mut(&mut self, device: DeviceId) -> Option<&mut GuestNet> {
+        self.nets.get_mut(usize::from(device.index)).filter(|_| device.class == Class::Net)
+    }
+
+    /// Its sound device `device`.
+    pub(super) fn sound_mut(&mut self, device: DeviceId) -> Option<&mut GuestSound> {
+        self.sounds.get_mut(usize::from(device.index)).filter(|_| device.class == Class::Sound)
+    }
+
+    /// The driver VM behind `device`, and as which of its ends.
+    pub(super) fn driver_of(&self, device: DeviceId) -> Option<(usize, End)> {
+        let index = usize::from(device.index);
+        match device.class {
+            Class::Net => self.nets.get(index)?.driver,
+            Class::Sound => self.sounds.get(index)?.driver,
+        }
+    }
+
+    /// `device` is not live with a driver VM any more.
+    pub(super) fn forget_live(&mut self, device: DeviceId) {
+        if let Some(sound) = self.sound_mut(device) {
+            sound.live = None;
+        }
+    }
+
+    /// An answer to `QueryStatus`.
+    pub(super) fn keep_status(&mut self, device: DeviceId, status: DeviceStatus) {
+        let (kept, fresh) = match device.class {
+            Class::Net => match self.net_mut(device) {
+                Some(net) => (&mut net.status, &mut net.fresh),
+                None => return,
+            },
+            Class::Sound => match self.sound_mut(device) {
+                Some(sound) => (&mut sound.status, &mut sound.fresh),
+                None => return,
+            },
+        };
+        (*kept, *fresh) = (Some(status), true);
     }
 
     pub(super) fn has_terminal(&self) -> bool {
@@ -295,7 +364,7 @@ impl GuestNet {
             logged_now: 0,
             masked: MaskedCounts::default(),
         };
-        if let Some(FromVm::NetStatus { mode, frames_out, frames_in, logged_now, masked, .. }) = &self.status {
+        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, logged_now, masked }) = &self.status {
             status.mode.clone_from(mode);
             (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
             (status.logged_now, status.masked) = (*logged_now, *masked);

@@ -1,28 +1,24 @@
 //! What VM processes and agents say, and what the supervisor makes of it.
 
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
-use umbra_shadow::Generation;
+use umbra_shadow::{DeviceId, Generation};
 
+use super::bounds::{self, text};
 use super::class::settings::{Setting, Which};
-use super::driver::Role;
 use super::driver::console::Fatal;
 use super::guest::GuestState;
 use super::run::Supervisor;
 use crate::base::lines::LineError;
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Carrier, End, Failure, Input, Source, State};
-use crate::record::crash_report::Mask;
+use crate::lifecycle::{Carrier, End, Failure, Input, Source};
 use crate::record::events::Event;
 use crate::record::timeline::Step;
-use crate::wire::channel::Incoming;
-use crate::wire::messages::{DeviceIndex, FromVm, MaskedCounts, PaceSteps, ToVm, VmEnd};
+use crate::wire::channel::{self, Incoming};
+use crate::wire::messages::{FromVm, MaskedCounts, OutageCounts, PaceSteps, ToVm, VmEnd};
 use crate::wire::spawn::describe_exit;
 
 /// Messages handled at a turn of the loop for one process: one that floods must not starve the rest.
 const AT_ONCE: usize = 64;
-
-/// What a splitter says of a link whose other end is gone.
-const CLOSED: &str = "closed";
 
 impl Supervisor {
     /// Sends `message` to guest `n`.
@@ -33,20 +29,38 @@ impl Supervisor {
     }
 
     pub(super) fn read_guest(&mut self, n: usize) {
+        let waited = !self.guests[n].unsent.is_empty();
         if let Err(error) = self.guests[n].send_on() {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
         }
+        if waited && self.guests[n].unsent.is_empty() {
+            // It reads again: what it could not be connected with meanwhile.
+            self.connect_guest(n);
+        }
         for _ in 0..AT_ONCE {
             let Some(process) = &self.guests[n].process else { return };
-            match process.channel().try_receive::<FromVm>() {
+            match bounds::hear(process.channel()) {
                 Ok(Incoming::Message(message, _)) => self.on_guest_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
                     self.guests[n].listening = false;
                     return;
                 }
-                Err(error) => self.events.warn(format!("{}: {error}", self.guests[n].name)),
+                Err(error) => return self.on_guest_fault(n, &error),
             }
+        }
+    }
+
+    /// A guest's process that breaks a rule of its channel is not the program that was started any more: it is killed.
+    fn on_guest_fault(&mut self, n: usize, error: &channel::Error) {
+        let guest = &mut self.guests[n];
+        self.events.warn(format!("{}: {error}", guest.name));
+        if error.is_fault()
+            && let Some(process) = &mut guest.process
+        {
+            guest.listening = false;
+            guest.error = Some(format!("its process broke a rule of its control channel: {error}"));
+            process.kill();
         }
     }
 
@@ -62,183 +76,60 @@ impl Supervisor {
             FromVm::DeviceFailed { device, what, .. } => {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
-            FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } => {}
-            FromVm::LinkLost { net, generation, at, cause } => {
-                let served = self.served_by(n, net);
-                self.on_link_lost((n, format!("net{net}")), served, generation, Time(at), &cause);
+            FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } | FromVm::Disconnected { .. } => {}
+            FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), cause),
+            FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) } => {
+                self.on_end_live((n, device), generation, Time(at), masked);
             }
-            FromVm::SoundLost { sound, generation, at, cause } => {
-                let served = self.played_by(n, sound);
-                self.on_link_lost((n, format!("sound{sound}")), served, generation, Time(at), &cause);
+            FromVm::Live { device, generation, outage: OutageCounts::Sound(masked), .. } => {
+                self.on_sound_live((n, device), generation, masked);
             }
-            FromVm::SoundLive { sound, generation, at, masked } => {
-                self.on_sound_live(n, sound, generation, Time(at), masked);
-            }
-            FromVm::SoundStatus { sound, .. } => {
-                if let Some(device) = self.guests[n].sounds.get_mut(usize::from(sound)) {
-                    device.status = Some(message);
-                    device.fresh = true;
-                }
-            }
-            FromVm::Live { net, generation, at, masked } => self.on_end_live(n, net, generation, Time(at), masked),
-            FromVm::SameNetwork { net, generation } => {
-                if let Some((driver, _)) = self.served_by(n, net) {
+            FromVm::SameNetwork { device, generation } => {
+                if let Some((driver, _)) = self.served(n, device) {
                     self.on_same_network(driver, generation);
                 }
             }
             FromVm::Pace { device, generation, steps } => self.on_pace(n, device, generation, steps),
-            FromVm::RxMode { net, mode } => {
-                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
-                    device.mode = mode;
-                    self.pass_on(n, net, Setting::Mode);
+            FromVm::RxMode { device, mode } => {
+                if let Some(net) = self.guests[n].net_mut(device) {
+                    net.mode = mode;
+                    self.pass_on(n, device, Setting::Mode);
                 }
             }
-            FromVm::Offloads { net, offloads } => {
-                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
-                    device.offloads = offloads;
-                    self.pass_on(n, net, Setting::Offloads);
+            FromVm::Offloads { device, offloads } => {
+                if let Some(net) = self.guests[n].net_mut(device) {
+                    net.offloads = offloads;
+                    self.pass_on(n, device, Setting::Offloads);
                 }
             }
-            FromVm::NetStatus { net, .. } => {
-                if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
-                    device.status = Some(message);
-                    device.fresh = true;
-                }
-            }
+            FromVm::Status { device, status } => self.guests[n].keep_status(device, status),
         }
     }
 
-    fn on_pace(&mut self, guest: usize, device: DeviceIndex, generation: Generation, steps: PaceSteps) {
-        let (served, device) = match device {
-            DeviceIndex::Net(net) => (self.served_by(guest, net), format!("net{net}")),
-            DeviceIndex::Sound(sound) => (self.played_by(guest, sound), format!("sound{sound}")),
-        };
-        let Some((driver, _)) = served else { return };
+    fn on_pace(&mut self, guest: usize, device: DeviceId, generation: Generation, steps: PaceSteps) {
+        let Some((driver, _)) = self.served(guest, device) else { return };
         self.events.tell(&Event::Pace {
             guest: self.guests[guest].name.clone(),
-            device,
+            device: device.to_string(),
             driver: self.drivers[driver].name.clone(),
             generation: generation.get(),
             steps,
         });
     }
 
-    /// The driver VM behind a guest's network device, and as which of its ends.
-    pub(super) fn served_by(&self, guest: usize, net: u16) -> Option<(usize, usize)> {
-        self.guests[guest].nets.get(usize::from(net))?.driver
+    /// The driver VM behind a guest's device, and as which of its ends.
+    pub(super) fn served(&self, guest: usize, device: DeviceId) -> Option<(usize, End)> {
+        self.guests[guest].driver_of(device)
     }
 
-    fn on_guest_end(&mut self, n: usize, how: VmEnd) {
-        self.guests[n].end = Some(how);
-        if how == VmEnd::Reset && self.stopping.is_none() {
-            // Known before its process ends, so that driver VMs which miss its links are not taken for failed.
-            self.guests[n].state = GuestState::Rebooting;
-            self.events.tell(&Event::GuestRebooted { guest: self.guests[n].name.clone() });
-            for (driver, _) in self.guests[n].drivers() {
-                self.drive(driver, Input::Replace(format!("{} was rebooted", self.guests[n].name)));
-            }
-        }
-    }
-
-    pub(super) fn on_guest_exit(&mut self, n: usize) {
-        self.read_guest(n);
-        let guest = &mut self.guests[n];
-        let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
-        guest.process = None;
-        let never_ran = guest.state == GuestState::Starting;
-        if guest.state == GuestState::Rebooting && self.stopping.is_none() {
-            return self.restart_guest(n);
-        }
-        let failure = match (guest.error.take(), guest.end) {
-            (Some(error), _) => Some(error),
-            (None, Some(VmEnd::PowerOff | VmEnd::Reset | VmEnd::Killed)) => None,
-            (None, Some(VmEnd::TripleFault)) => Some("triple fault (its kernel crashed without a word)".into()),
-            (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
-            (None, None) if self.stopping.is_some() => None,
-            (None, None) => Some(describe_exit(status)),
-        };
-        let killed = guest.end.is_none_or(|end| end == VmEnd::Killed);
-        let told = failure.clone().unwrap_or_else(|| if killed { "killed" } else { "powered off" }.into());
-        self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: told });
-        guest.state = failure.clone().map_or(GuestState::Off, GuestState::Failed);
-        if let Some(why) = failure {
-            let why = format!("{}: {why}", self.guests[n].name);
-            // A machine that does not come up whole does not come up.
-            if never_ran {
-                self.give_up(why)
-            } else {
-                let _ = self.failure.get_or_insert(why);
-            }
-        }
-        for (driver, end) in self.guests[n].drivers() {
-            self.drive(driver, Input::EndGone(end));
-            if self.drivers[driver].lifecycle.ends().next().is_none() {
-                self.drive(driver, Input::Stop);
-            }
-        }
-    }
-
-    pub(super) fn restart_guest(&mut self, n: usize) {
-        if let Err(error) = self.guests[n].start(&self.program) {
-            let why = format!("{}: {error}", self.guests[n].name);
-            self.guests[n].state = GuestState::Failed(why.clone());
-            return self.give_up(why);
-        }
-        self.tell_quarantines(n);
-        for driver in 0..self.drivers.len() {
-            self.attach_links(driver, Role::Serves);
-        }
-    }
-
-    fn on_link_lost(
+    fn on_end_live(
         &mut self,
-        (guest, device): (usize, String),
-        served: Option<(usize, End)>,
+        (guest, device): (usize, DeviceId),
         generation: Generation,
         at: Time,
-        cause: &str,
+        masked: MaskedCounts,
     ) {
-        let Some((d, _)) = served else { return };
-        let guest = self.guests[guest].name.clone();
-        let driver = &mut self.drivers[d];
-        // It waits, and no guest has lost anything.
-        if driver.lifecycle.standby().generation() == Some(generation) {
-            let why = format!("its link to {guest}.{device}: {cause}");
-            // Mostly the echo of a death whose own sign is on its way; but a spare is not to be taken any more.
-            if cause == CLOSED && driver.spare.is_none() {
-                return driver.suspect_standby(why);
-            }
-            return self.drive(d, Input::StandbyFailed(why));
-        }
-        let retired = driver.has_retired(generation);
-        if driver.lifecycle.generation() != Some(generation) && !retired {
-            return;
-        }
-        self.events.tell(&Event::Masked {
-            guest: guest.clone(),
-            device: device.clone(),
-            driver: driver.name.clone(),
-            generation: generation.get(),
-            cause: cause.into(),
-        });
-        driver.masks.push(Mask { guest: guest.clone(), device: device.clone(), at_ns: at.0, cause: cause.into() });
-        if driver.life.is_none() || retired || *driver.lifecycle.state() == State::Stopping {
-            driver.timeline.mark(Step::Mask, at);
-            return;
-        }
-        let input = if cause == CLOSED {
-            Input::Sign(Failure { source: Source::Link, what: format!("it closed its link to {guest}.{device}"), at })
-        } else {
-            Input::Failed(Failure { source: Source::Link, what: format!("it broke a rule of its link: {cause}"), at })
-        };
-        self.drive(d, input);
-        if matches!(self.drivers[d].lifecycle.state(), State::Fencing { .. }) {
-            self.drivers[d].timeline.mark(Step::Mask, at);
-        }
-    }
-
-    fn on_end_live(&mut self, guest: usize, net: u16, generation: Generation, at: Time, masked: MaskedCounts) {
-        let Some((d, end)) = self.served_by(guest, net) else { return };
+        let Some((d, end)) = self.served(guest, device) else { return };
         let driver = &mut self.drivers[d];
         let by_itself = driver.is_spare(generation);
         if !by_itself && !driver.is_current(generation) {
@@ -259,7 +150,7 @@ impl Supervisor {
     pub(super) fn read_driver(&mut self, n: usize) {
         for _ in 0..AT_ONCE {
             let Some(life) = &mut self.drivers[n].life else { return };
-            match life.process.channel().try_receive::<FromVm>() {
+            match bounds::hear(life.process.channel()) {
                 Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
@@ -276,6 +167,7 @@ impl Supervisor {
         match message {
             FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
+            FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
             FromVm::Panicked { at } => {
                 if let Some(life) = &mut self.drivers[n].life {
@@ -311,8 +203,10 @@ impl Supervisor {
     /// A certain failure of driver VM `n`.
     pub(super) fn fail_driver(&mut self, n: usize, source: Source, what: String, at: Time) {
         let driver = &self.drivers[n];
-        // What a first start says of itself is a wrong set-up, which no restart mends.
-        let fatal = !driver.was_live && matches!(source, Source::Start | Source::Agent) && self.stopping.is_none();
+        // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
+        // driver VM's own affair.
+        let first = !driver.was_live && matches!(source, Source::Start | Source::Agent);
+        let fatal = first && !self.in_service && self.stopping.is_none();
         let why = format!("{}: {what}", driver.name);
         self.drive(n, Input::Failed(Failure { source, what, at }));
         if fatal {
@@ -356,12 +250,9 @@ impl Supervisor {
                 // A spare has taken its place: what it has to say does not count any more.
                 return;
             }
-            match serde_json::from_str::<FromAgent>(&line) {
+            match bounds::heard(&line) {
                 Ok(message) => self.on_agent_message(n, message),
-                Err(error) => {
-                    let what = format!("its agent sent what is no message ({error})");
-                    return self.fail_driver(n, Source::ControlStream, what, Time::now());
-                }
+                Err(what) => return self.fail_driver(n, Source::ControlStream, what, Time::now()),
             }
         }
         if self.drivers[n].present != present {
@@ -399,8 +290,8 @@ impl Supervisor {
                     let what = format!("its agent says that it is generation {generation}");
                     return self.fail_driver(n, Source::ControlStream, what, now);
                 }
-                driver.kernel = Some(limited(&kernel));
-                self.stage(n, Step::Hello, "hello", now, limited(&kernel));
+                driver.kernel = Some(text(&kernel));
+                self.stage(n, Step::Hello, "hello", now, text(&kernel));
                 self.drive(n, Input::Hello);
                 self.rescan(n);
             }
@@ -408,11 +299,11 @@ impl Supervisor {
             FromAgent::Loaded { .. } => {}
             FromAgent::NicFound { .. } => self.drive(n, Input::Applying),
             FromAgent::Nic { driver, interface, .. } => {
-                self.drivers[n].kernel_driver = Some(limited(&driver));
-                let detail = format!("{} {}", limited(&driver), limited(&interface));
+                self.drivers[n].kernel_driver = Some(text(&driver));
+                let detail = format!("{} {}", text(&driver), text(&interface));
                 self.stage(n, Step::Nic, "nic", now, detail);
             }
-            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, limited(&driver), &card),
+            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
             FromAgent::Forwarding { .. } => {
                 self.stage(n, Step::Forwarding, "forwarding", now, String::new());
                 self.drive(n, Input::Forwarding);
@@ -422,7 +313,7 @@ impl Supervisor {
                 self.drivers[n].available_memory = Some(available_memory);
                 self.drive(n, Input::Heartbeat);
             }
-            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, limited(&what), now),
+            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, text(&what), now),
         }
     }
 
@@ -443,9 +334,4 @@ impl Supervisor {
         let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);
         self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
     }
-}
-
-/// What a driver VM says of itself, fit to be shown: no control characters, not too long.
-pub(super) fn limited(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
 }

@@ -4,10 +4,12 @@
 //! supervises. `docs/recovery.md` describes states, timeouts and reports.
 
 mod actions;
+mod bounds;
 mod class;
 mod driver;
 pub mod front;
 mod guest;
+mod guest_lives;
 mod messages;
 pub mod run;
 pub mod start;

@@ -13,11 +13,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
+use umbra_shadow::DeviceId;
 
 use super::driver::device::Open;
 use super::driver::dying::DyingPart;
 use super::driver::standby::StandbyPart;
-use super::driver::{DeviceRef, DriverVm, EndRef};
+use super::driver::{DriverVm, EndRef};
 use super::front::notify::Notify;
 use super::front::protocol::StopHow;
 use super::front::server::Clients;
@@ -62,6 +63,8 @@ pub struct Options {
     pub host: Host,
     /// The service manager, if there is one.
     pub notify: Notify,
+    /// Whether the machine runs on when all its guests have ended, until it is stopped.
+    pub keep: bool,
 }
 
 /// Why a machine did not run to a good end.
@@ -136,6 +139,10 @@ pub(super) struct Supervisor {
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
     pub(super) failure: Option<String>,
+    /// A driver VM has served a guest: from here on nothing that concerns one of them alone ends the machine.
+    pub(super) in_service: bool,
+    /// The machine runs on without guests, until it is stopped.
+    keep: bool,
 }
 
 /// Runs `machine` until all its guests have ended, or it is stopped.
@@ -168,6 +175,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let mut supervisor = Supervisor::new(machine, checked, options.host.open, (run_dir, listener), signals, events);
     supervisor.program = options.program;
     supervisor.notify = options.notify;
+    supervisor.keep = options.keep;
     supervisor.start()?;
     let result = supervisor.run_to_the_end();
     supervisor.notify.stopping();
@@ -213,19 +221,19 @@ impl Supervisor {
         events: Events,
     ) -> Self {
         let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name);
-        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).unwrap_or_default();
+        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name);
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
-            let nets = machine.ends_of(name).filter_map(|(guest, net, spec)| {
-                let device = DeviceRef::Net { net: u16::try_from(net).ok()?, mtu: spec.mtu };
-                Some(EndRef { guest: guest_index(guest), device })
+            let nets = machine.ends_of(name).filter_map(|(guest, net, _)| {
+                Some(EndRef { guest: guest_index(guest)?, device: DeviceId::net(u16::try_from(net).ok()?) })
             });
             let sounds = machine.sounds_of(name).filter_map(|(guest, sound, _)| {
-                Some(EndRef { guest: guest_index(guest), device: DeviceRef::Sound(u16::try_from(sound).ok()?) })
+                Some(EndRef { guest: guest_index(guest)?, device: DeviceId::sound(u16::try_from(sound).ok()?) })
             });
-            let ends = nets.chain(sounds);
+            let mtu = machine.ends_of(name).next().and_then(|(_, _, spec)| spec.mtu);
+            let ends = (nets.chain(sounds).collect(), mtu);
             let (device, image) = checked.drivers.remove(name)?;
             let spare = checked.spares.remove(name);
-            Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends.collect(), &run_dir))
+            Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends, &run_dir))
         });
         let drivers: Vec<_> = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {
@@ -258,6 +266,8 @@ impl Supervisor {
             shelf_due: Time(0),
             stopping: None,
             failure: None,
+            in_service: false,
+            keep: false,
         }
     }
 
@@ -291,7 +301,12 @@ impl Supervisor {
         let stopped = |driver: &DriverVm| {
             driver.life.is_none() && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
         };
-        self.guests.iter().all(GuestVm::is_over) && self.drivers.iter().all(stopped)
+        self.is_without_guests() && self.drivers.iter().all(stopped)
+    }
+
+    /// All guests have ended, and nobody is to start one again.
+    fn is_without_guests(&self) -> bool {
+        self.guests.iter().all(GuestVm::is_over) && (!self.keep || self.stopping.is_some())
     }
 
     /// The next point in time at which something is due.
@@ -303,9 +318,11 @@ impl Supervisor {
         let metrics = self.events.metrics().map(|_| self.metrics_due);
         let failed = self.drivers.iter().filter(|driver| driver.reset_failed).map(|_| Time(0));
         let suspicions = self.drivers.iter().filter_map(DriverVm::suspicion_due);
+        let connections = self.drivers.iter().filter_map(DriverVm::connection_due);
         drivers
             .chain(failed)
             .chain(suspicions)
+            .chain(connections)
             .chain(dying)
             .chain(self.clients.deadline())
             .chain(self.notify.deadline())
@@ -405,7 +422,7 @@ impl Supervisor {
             Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::SpareResetDone(n) => self.on_spare_reset_done(n),
-            Source::Listener => self.clients.accept(&self.listener),
+            Source::Listener => self.clients.accept(&self.listener, Time::now()),
             Source::Client(id) => self.read_client(id),
         }
     }
@@ -423,6 +440,9 @@ impl Supervisor {
             if std::mem::take(&mut self.drivers[n].reset_failed) {
                 self.drive(n, Input::ResetDone);
             }
+            if self.drivers[n].connection_due().is_some_and(|due| due <= now) {
+                self.connect_ends(n);
+            }
             self.look_at_silence(n, now);
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
@@ -437,7 +457,7 @@ impl Supervisor {
         self.clients.tell_events(self.events.past());
         self.show(now);
         self.retry_reports(now);
-        if self.guests.iter().all(GuestVm::is_over) {
+        if self.is_without_guests() {
             self.stop_drivers();
         }
     }

@@ -2,20 +2,19 @@
 //! with file descriptors attached (`SCM_RIGHTS`).
 //!
 //! Messages are whole or not at all; every received descriptor is close-on-exec and owned at once, so that
-//! none leaks on an error path. A peer that ends is [`Incoming::Closed`], no signal (`MSG_NOSIGNAL`).
+//! none leaks on an error path, and none that was not asked for is closed by the receiver's own thread. A peer that ends is [`Incoming::Closed`], no signal (`MSG_NOSIGNAL`).
 
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
+
+use super::datagram;
 
 /// Longest message in bytes: the register dump of many vCPUs fits in; below the default socket buffer (208 KiB).
 pub const MAX_MESSAGE: usize = 128 * 1024;
@@ -54,6 +53,21 @@ pub enum Error {
     /// Not a message of the expected kind.
     #[error("decode a control message")]
     Decode(#[source] serde_json::Error),
+    /// More descriptors than belong to any message in this direction.
+    #[error("a control message came with {sent} file descriptors, of {most} that are allowed")]
+    Descriptors {
+        /// Those that came with it, at least.
+        sent: usize,
+        /// How many may come.
+        most: usize,
+    },
+}
+
+impl Error {
+    /// Whether the peer has broken a rule of the channel.
+    pub fn is_fault(&self) -> bool {
+        matches!(self, Self::TooLong(_) | Self::Decode(_) | Self::Descriptors { .. })
+    }
 }
 
 /// What a receive brought.
@@ -115,26 +129,25 @@ impl Channel {
 
     /// Waits for a message. Never returns [`Incoming::Empty`].
     pub fn receive<T: DeserializeOwned>(&self) -> Result<Incoming<T>, Error> {
-        self.receive_with(MsgFlags::empty())
+        self.receive_with(MsgFlags::empty(), MAX_FDS)
     }
 
     /// Takes a message if one waits.
     pub fn try_receive<T: DeserializeOwned>(&self) -> Result<Incoming<T>, Error> {
-        self.receive_with(MsgFlags::MSG_DONTWAIT)
+        self.receive_with(MsgFlags::MSG_DONTWAIT, MAX_FDS)
     }
 
-    fn receive_with<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<Incoming<T>, Error> {
+    /// Takes a message if one waits, from a peer that has no descriptors to send: with one it is [`Error::Descriptors`].
+    pub fn try_receive_bare<T: DeserializeOwned>(&self) -> Result<Incoming<T>, Error> {
+        self.receive_with(MsgFlags::MSG_DONTWAIT, 0)
+    }
+
+    fn receive_with<T: DeserializeOwned>(&self, flags: MsgFlags, most: usize) -> Result<Incoming<T>, Error> {
         let mut buffer = vec![0; MAX_MESSAGE];
-        let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         let mut reset = false;
-        let (length, truncated, fds) = loop {
-            let mut iov = [IoSliceMut::new(&mut buffer)];
-            match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut iov, Some(&mut control), flags) {
-                Ok(got) => {
-                    let fds = got.cmsgs().map(own_fds).unwrap_or_default();
-                    break (got.bytes, got.flags.contains(MsgFlags::MSG_TRUNC), fds);
-                }
+        let got = loop {
+            match datagram::receive(&self.0, &mut buffer, flags) {
+                Ok(got) => break got,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(Incoming::Empty),
                 // A peer that ended without reading everything; the kernel says so once, before what it had sent.
@@ -143,15 +156,19 @@ impl Channel {
                 Err(errno) => return Err(Error::Receive(errno)),
             }
         };
-        if truncated {
-            return Err(Error::TooLong(length));
+        let sent = got.descriptors.count();
+        if sent > most {
+            return Err(Error::Descriptors { sent, most });
+        }
+        if got.truncated {
+            return Err(Error::TooLong(got.length));
         }
         // Messages are never empty, so nothing is the end.
-        if length == 0 {
+        if got.length == 0 {
             return Ok(Incoming::Closed);
         }
-        let message = serde_json::from_slice(&buffer[..length]).map_err(Error::Decode)?;
-        Ok(Incoming::Message(message, fds))
+        let message = serde_json::from_slice(&buffer[..got.length]).map_err(Error::Decode)?;
+        Ok(Incoming::Message(message, got.descriptors.take()))
     }
 
     fn wait_writable(&self, timeout_ms: u16) -> Result<(), Error> {
@@ -174,15 +191,6 @@ impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
-}
-
-fn own_fds<'a>(messages: impl Iterator<Item = ControlMessageOwned> + 'a) -> Vec<OwnedFd> {
-    let rights = messages.filter_map(|message| match message {
-        ControlMessageOwned::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    // SAFETY: the kernel has just made these descriptors for this message, and nobody else knows their numbers.
-    rights.flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
 }
 
 #[cfg(test)]
@@ -258,5 +266,64 @@ mod tests {
         let (ours, theirs) = Channel::pair().unwrap();
         ours.send(&"no number", &[]).unwrap();
         assert!(matches!(Channel::from_fd(theirs).receive::<u32>(), Err(Error::Decode(_))));
+    }
+
+    /// Sends 1 with `count` descriptors of the end of a pipe for writing; returns the other end.
+    fn send_pipe(channel: &Channel, count: usize) -> OwnedFd {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        channel.send(&1u32, &vec![writer.as_fd(); count]).unwrap();
+        reader
+    }
+
+    /// Waits until nobody has the end for writing any more.
+    fn wait_closed(reader: &OwnedFd) {
+        let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, 20_000_u16).unwrap(), 1, "a descriptor has leaked");
+    }
+
+    #[test]
+    fn descriptors_that_belong_to_no_message_are_a_fault_and_none_leaks() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::from_fd(theirs);
+        for count in [MAX_FDS + 1, 253] {
+            let reader = send_pipe(&theirs, count);
+            let error = ours.try_receive::<u32>().unwrap_err();
+            assert!(matches!(error, Error::Descriptors { sent, most: MAX_FDS } if sent == count), "{error}");
+            wait_closed(&reader);
+        }
+        let reader = send_pipe(&theirs, 1);
+        let error = ours.try_receive_bare::<u32>().unwrap_err();
+        assert!(error.is_fault() && error.to_string().contains("1 file descriptors, of 0"), "{error}");
+        wait_closed(&reader);
+        ours.send(&1u32, &[]).unwrap();
+        assert!(matches!(theirs.try_receive_bare::<u32>().unwrap(), Incoming::Message(1, fds) if fds.is_empty()));
+    }
+
+    #[test]
+    fn descriptors_of_what_is_no_message_are_closed() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let reader = send_pipe(&Channel::from_fd(theirs), 1);
+        assert!(matches!(ours.try_receive::<String>(), Err(Error::Decode(_))));
+        wait_closed(&reader);
+    }
+
+    #[test]
+    fn a_descriptor_whose_close_blocks_holds_up_nobody() {
+        const LINGER_S: i32 = 60;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (deaf, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 65536]).is_ok() {}
+        let linger = libc::linger { l_onoff: 1, l_linger: LINGER_S };
+        nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+        let (ours, theirs) = Channel::pair().unwrap();
+        Channel::from_fd(theirs).send(&1u32, &[stream.as_fd()]).unwrap();
+        // Not the last of its descriptors: one is on its way.
+        drop(stream);
+        let start = std::time::Instant::now();
+        assert!(matches!(ours.try_receive_bare::<u32>(), Err(Error::Descriptors { .. })));
+        assert!(start.elapsed().as_secs() < 40, "it was closed by this thread");
+        drop(deaf);
     }
 }

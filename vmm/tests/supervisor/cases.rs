@@ -11,7 +11,7 @@ use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
 
 use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
 
-type Case = (&'static str, fn());
+pub type Case = (&'static str, fn());
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name as fn())),*] };
@@ -182,7 +182,7 @@ fn a_spare_in_the_device_s_own_group_is_refused() {
     std::os::unix::fs::symlink(machine.dir.path().join("groups/7"), &link).unwrap();
     machine.start_again();
     let error = machine.wait().unwrap_err().to_string();
-    assert!(error.contains("its spare 0000:04:00.0 are both in IOMMU group 7"), "{error}");
+    assert!(error.contains("the spare 0000:04:00.0 of [driver.nic0] are both in IOMMU group 7"), "{error}");
 }
 
 fn a_restart_goes_over_to_the_spare() {

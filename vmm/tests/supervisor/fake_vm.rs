@@ -1,6 +1,6 @@
 //! A process that says what a VM's process would say. What it is to do wrong is in its kernel command line.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -11,11 +11,16 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
-use umbra_shadow::Generation;
+use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
 use umbra_vmm::wire::channel::{Channel, Incoming};
-use umbra_vmm::wire::messages::{FromVm, MaskedCounts, NetBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use umbra_vmm::wire::messages::{
+    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ToVm, VmEnd, VmSpec,
+};
+
+/// The guest's only device.
+const NET: DeviceId = DeviceId { class: umbra_shadow::Class::Net, index: 0 };
 
 pub fn main(args: &[String]) -> ExitCode {
     let fd = args.iter().skip_while(|word| *word != "--control").nth(1).unwrap().parse().unwrap();
@@ -48,23 +53,22 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     let Console::File(path) = &spec.console else { return };
     let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
     // The one that serves, and those that wait behind it.
-    let mut links: Vec<(Generation, OwnedFd)> = Vec::new();
+    let mut links: Vec<(LinkId, OwnedFd)> = Vec::new();
     let (mut armed, mut live) = (None, None);
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
         fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
         poll(&mut fds, 10_000_u16).unwrap();
         if let Some(lost) = fds[1..].iter().position(|fd| fd.any().unwrap()) {
-            let (generation, _) = links.remove(lost);
+            let (link, _) = links.remove(lost);
             let at = Time::now().0;
-            channel.send(&FromVm::LinkLost { net: 0, generation, at, cause: "closed".into() }, &[]).unwrap();
+            channel.send(&FromVm::Lost { device: NET, link, at, cause: LinkEnd::Closed }, &[]).unwrap();
             if lost > 0 {
                 continue;
             }
-            if let Some((generation, _)) = links.first().filter(|(next, _)| armed == Some(*next)) {
+            if let Some((link, _)) = links.first().filter(|(next, _)| armed == Some(next.generation)) {
                 live = armed.take();
-                let (masked, generation) = (MaskedCounts::default(), *generation);
-                channel.send(&FromVm::Live { net: 0, generation, at, masked }, &[]).unwrap();
+                send_live(channel, link.generation, MaskedCounts::default());
             }
             continue;
         }
@@ -75,18 +79,27 @@ fn guest(spec: &VmSpec, channel: &Channel) {
         writeln!(log, "{message:?}").unwrap();
         let at = Time::now().0;
         match message {
-            ToVm::AttachLink { generation, .. } => links.push((generation, fds.remove(0))),
+            ToVm::Attach { link, .. } => {
+                links.retain(|(known, _)| known.generation != link.generation);
+                links.push((link, fds.remove(0)));
+                links.sort_by_key(|(link, _)| *link);
+            }
             ToVm::Arm { generation, armed: on, .. } => {
                 armed = on.then_some(generation);
                 if on && !spec.cmdline.contains("other-network") {
-                    channel.send(&FromVm::SameNetwork { net: 0, generation }, &[]).unwrap();
+                    channel.send(&FromVm::SameNetwork { device: NET, generation }, &[]).unwrap();
                 }
             }
             ToVm::GoLive { generation, .. } if live == Some(generation) => {}
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
-            ToVm::GoLive { net, generation, .. } => {
-                let masked = MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 };
-                channel.send(&FromVm::Live { net, generation, at, masked }, &[]).unwrap();
+            ToVm::GoLive { generation, .. } => {
+                send_live(channel, generation, MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 });
+                if spec.cmdline.contains("descriptors ") {
+                    send_descriptors(channel);
+                }
+                if spec.cmdline.contains("lose-links ") {
+                    lose_links(channel, generation);
+                }
                 if spec.cmdline.contains("flood ") {
                     flood(channel);
                 }
@@ -100,8 +113,8 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::QueryStatus => {
                 let masked = MaskedCounts::default();
                 let mode = if !links.is_empty() { "passive" } else { "masking" }.into();
-                let status = FromVm::NetStatus { net: 0, mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
-                channel.send(&status, &[]).unwrap();
+                let status = DeviceStatus::Net { mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
+                channel.send(&FromVm::Status { device: NET, status }, &[]).unwrap();
             }
             // Only in its first life.
             ToVm::Quarantine { .. }
@@ -120,11 +133,34 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     }
 }
 
+/// What a terminal would obey: a colour, a title, a cleared screen (C1), the other direction.
+pub const ESCAPES: &str = "\u{1b}[31mRED\u{1b}]0;OWNED\u{7}\u{9b}2J\u{202e}";
+
+/// Says again and again, at length, that the link is lost.
+fn lose_links(channel: &Channel, generation: Generation) {
+    for at in 0..600 {
+        let cause = format!("{ESCAPES}{}", "x".repeat(50_000));
+        let (link, at, cause) = (LinkId::first(generation), Time::now().0 + at, LinkEnd::Broken(cause));
+        let _ = channel.send(&FromVm::Lost { device: NET, link, at, cause }, &[]);
+    }
+}
+
+/// Sends more descriptors than any message takes, with one that takes none.
+fn send_descriptors(channel: &Channel) {
+    let stdin = std::io::stdin();
+    channel.send(&FromVm::Running { at: Time::now().0 }, &[stdin.as_fd(); 20]).unwrap();
+}
+
+fn send_live(channel: &Channel, generation: Generation, masked: MaskedCounts) {
+    let at = Time::now().0;
+    channel.send(&FromVm::Live { device: NET, generation, at, outage: OutageCounts::Net(masked) }, &[]).unwrap();
+}
+
 /// Asks for another receive mode, each as long as can be, again and again.
 fn flood(channel: &Channel) {
     for n in 0..600_u16 {
         let mode = RxMode { vlans: Some((0..4096).collect()), promiscuous: n % 2 == 0, ..RxMode::default() };
-        channel.send(&FromVm::RxMode { net: 0, mode }, &[]).unwrap();
+        channel.send(&FromVm::RxMode { device: NET, mode }, &[]).unwrap();
     }
 }
 
@@ -132,22 +168,21 @@ fn flood(channel: &Channel) {
 fn driver(spec: &VmSpec, channel: Channel) {
     let PortEnd::Fd(agent) = spec.ports[0].end else { return };
     println!("[    0.1] booting {} with {} descriptors", spec.name, open_descriptors());
-    // SAFETY: the supervisor opened both for this process.
+    // SAFETY: the supervisor opened it for this process.
     let agent = unsafe { UnixStream::from_raw_fd(agent) };
-    let Some(NetBackend::VhostUser { fd: link, .. }) = spec.nets.first() else {
+    if spec.nets.is_empty() {
         // That of a sound card, which never comes.
         return thread::sleep(Duration::from_secs(100));
-    };
-    // SAFETY: as above.
-    let _link = unsafe { File::from_raw_fd(*link) };
+    }
     let generation: u32 = spec.name.rsplit('.').next().unwrap().parse().unwrap();
     let told = |what: &str| spec.cmdline.contains(&format!("{what}={generation} "));
     if told("hang-at-boot") {
         thread::sleep(Duration::from_secs(100));
     }
     let sender = Arc::new(Mutex::new(agent.try_clone().unwrap()));
+    let release = if told("escapes") { ESCAPES } else { "6.12-fake" };
     let say = |message: FromAgent| send(&sender, &message);
-    say(FromAgent::Hello { generation, kernel: "6.12-fake".into(), uptime_ms: 1 });
+    say(FromAgent::Hello { generation, kernel: release.into(), uptime_ms: 1 });
     let mut lines = BufReader::new(agent).lines();
     let channel = Arc::new(channel);
     let heartbeats = || {
@@ -191,6 +226,12 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if told("garbage") {
         sender.lock().unwrap().write_all(b"{\"type\":\"root-shell\"}\n").unwrap();
+    }
+    if told("descriptors") {
+        send_descriptors(&channel);
+    }
+    if told("escapes") {
+        println!("[    9.9] Kernel panic - not syncing: {ESCAPES}");
     }
     if told("flood") {
         let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);

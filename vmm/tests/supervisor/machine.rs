@@ -93,6 +93,7 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         program: "/proc/self/exe".into(),
         host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
+        keep: false,
     };
     supervisor::run(&machine, options)
 }

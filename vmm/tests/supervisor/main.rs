@@ -5,8 +5,11 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod cases;
+mod clients;
 mod fake_vm;
+mod hostile;
 mod machine;
+mod refused;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, case) in cases::ALL {
+    for (name, case) in cases::ALL.iter().chain(clients::ALL).chain(hostile::ALL).chain(refused::ALL) {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
         }

@@ -51,21 +51,30 @@ fn group(root: &Root, device: &HostDevice) -> Finding {
     let blockers = device.group_obstacles().unwrap_or_default();
     let names: Vec<_> = others.iter().map(ToString::to_string).collect();
     if blockers.is_empty() {
-        let what = format!("{group}, shared with {}; no driver of the host is in the way", names.join(", "));
+        let what = format!(
+            "{group}, shared with {}: one VM alone can have the group; no driver of the host is in the way",
+            names.join(", ")
+        );
         return Finding::good(check, what);
     }
     let in_the_way: Vec<_> = blockers.iter().map(|(bdf, driver)| format!("{bdf} ({driver})")).collect();
-    let bind: Vec<_> = blockers.iter().map(|(bdf, _)| format!("`umbra bind {bdf}`")).collect();
     Finding::missing(
         check,
         format!("{group}: a group passes through as a whole, and the host uses {} of it", in_the_way.join(", ")),
-        format!("{}, or put the card into another slot", bind.join(", ")),
+        format!("{}, or put the card into another slot", bind_all(device)),
     )
+}
+
+/// The command that takes the card, and what is in the way of its group's passing through.
+fn bind_all(device: &HostDevice) -> String {
+    let others = device.group_obstacles().unwrap_or_default();
+    let all: Vec<_> = [device.bdf()].into_iter().chain(others.into_iter().map(|(bdf, _)| bdf)).collect();
+    format!("`umbra bind {}`", all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
 }
 
 fn binding(device: &HostDevice) -> Finding {
     let check = "binding";
-    let mend = format!("`umbra bind {}`", device.bdf());
+    let mend = bind_all(device);
     match device.driver() {
         Some(driver) if device.is_bound_to_vfio() => Finding::good(check, format!("held by {driver}, ready for a VM")),
         Some(driver) => Finding::missing(check, format!("held by the host's driver {driver}"), mend),
@@ -125,7 +134,7 @@ mod tests {
         std::fs::write(net.join("flags"), "0x1003").unwrap();
         let findings = findings(&Root::default(), &nic);
         assert_eq!(super::super::missing(&findings), 2, "{findings:#?}");
-        assert_eq!(of(&findings, "binding").mend.as_deref(), Some("`umbra bind 0000:01:00.0`"));
+        assert_eq!(of(&findings, "binding").mend.as_deref(), Some("`umbra bind 0000:01:00.0 0000:01:00.1`"));
         assert!(of(&findings, "IOMMU group").what.contains("0000:01:00.1 (snd_hda_intel)"));
         assert!(of(&findings, "in use").what.contains("eth0"));
         let reset = of(&findings, "reset");

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 
 use super::parts::{PARTS, duration, time_of, timed};
 use super::{Evidence, Failure, Frames, History, Outcome, chart, pace, percentile, timeline};
+use crate::base::untrusted_text::block;
 
 /// The page's style.
 const STYLE: &str = include_str!("page.css");
@@ -54,18 +55,16 @@ fn clock(time: &str) -> String {
     escaped(time.get(..19).unwrap_or(time)).replacen('T', " ", 1)
 }
 
-/// Text for HTML, and for attributes in quotes; control characters become spaces, but for line ends and tabs.
+/// Text for HTML, and for attributes in quotes, fit for people: with its line ends and tabs.
 pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
+    for c in block(text).chars() {
         match c {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
-            '\n' | '\t' => out.push(c),
-            c if c.is_control() => out.push(' '),
             c => out.push(c),
         }
     }

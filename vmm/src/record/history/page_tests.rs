@@ -44,7 +44,7 @@ fn what_a_driver_vm_says_cannot_become_markup() {
     let page = page(&history(), "2026-01-02T03:05:00.000Z");
     assert!(!page.contains("<script") && page.contains("&lt;script&gt;alert(1)"), "{page}");
     assert!(page.contains("m&amp;m: failures") && page.contains("&lt;oops&gt;"));
-    assert!(!page.contains('\u{1b}'));
+    assert!(!page.contains('\u{1b}') && page.contains("\\x1b[31m"), "shown, not obeyed");
 }
 
 #[test]

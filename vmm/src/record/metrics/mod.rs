@@ -121,10 +121,10 @@ impl Metrics {
     pub fn observe(&self, event: &Event) {
         match event {
             Event::DriverFailed { driver, source, .. } => {
-                let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
-                let source = source.unwrap_or_default();
-                // Replaced with a guest that was rebooted, or by plan: no failure.
-                if !["replaced", "planned"].contains(&source.as_str()) {
+                // Replaced by plan: no failure.
+                if source.is_failure() {
+                    let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
+                    let source = source.unwrap_or_default();
                     self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
                 }
             }

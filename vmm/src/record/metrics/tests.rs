@@ -13,7 +13,7 @@ fn events_are_counted() {
     let metrics = Metrics::new("m");
     metrics.observe(&failed(Source::Panic));
     metrics.observe(&failed(Source::Panic));
-    metrics.observe(&failed(Source::Replaced));
+    metrics.observe(&failed(Source::Planned));
     let parts = Parts { boot_ms: Some(500.0), ..Parts::default() };
     let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
     metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });

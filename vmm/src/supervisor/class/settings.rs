@@ -5,8 +5,8 @@
 
 use std::collections::BTreeSet;
 
-use umbra_shadow::DeviceId;
 use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+use umbra_shadow::DeviceId;
 
 use crate::base::lines::LineError;
 use crate::lifecycle::Input;
@@ -138,7 +138,9 @@ impl Supervisor {
             if let Some(life) = self.drivers[n].life_of_mut(which) {
                 life.settings.told(position, setting);
             }
-            let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else { continue };
+            let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else {
+                continue;
+            };
             let Some(net) = self.guests[guest].net(device) else { continue };
             let message = match setting {
                 Setting::Mode => ToAgent::SetRxMode { end: position, mode: net.mode.clone() },

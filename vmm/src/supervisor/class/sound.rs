@@ -1,8 +1,8 @@
 //! Sound: what is different from the network. A guest with sound is started when its card is known, and its device
 //! goes live by itself, as soon as the sound service has reported its card to it.
 
-use umbra_shadow::{DeviceId, Generation};
 use umbra_shadow::sound::Card;
+use umbra_shadow::{DeviceId, Generation};
 
 use crate::base::time::Time;
 use crate::lifecycle::{Carrier, Input, Source};
@@ -29,7 +29,7 @@ impl Supervisor {
             // The first card is the guest's for its life; later ones are compared with it by its splitter.
             sound.card.get_or_insert_with(|| card.clone());
             if guest.has_cards() && guest.process.is_none() && guest.state == GuestState::Starting {
-                self.restart_guest(end.guest);
+                self.start_guest_process(end.guest);
             }
         }
         self.drive(n, Input::Forwarding);

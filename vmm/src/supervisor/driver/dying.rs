@@ -12,6 +12,7 @@ use super::{DriverVm, Life};
 use crate::base::time::Time;
 use crate::lifecycle::{Input, Source};
 use crate::record::crash_report::CrashReport;
+use crate::supervisor::bounds;
 use crate::supervisor::run::Supervisor;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
@@ -235,7 +236,7 @@ impl DriverVm {
         let Some(dying) = self.dying.as_mut() else { return false };
         let mut released = false;
         for _ in 0..AT_ONCE {
-            match dying.life.process.channel().try_receive::<FromVm>() {
+            match bounds::hear(dying.life.process.channel()) {
                 Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
                     dying.stage = Stage::Speaking(Time::now());
                 }

@@ -20,6 +20,7 @@ use crate::lifecycle::{End, Failure, Input, Source, State};
 use crate::record::crash_report::Mask;
 use crate::record::events::Event;
 use crate::record::timeline::Step;
+use crate::supervisor::bounds::MAX_MASKS;
 use crate::supervisor::class::settings::Which;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{Disconnect, LinkEnd, ToVm};
@@ -101,7 +102,7 @@ impl Life {
         self.links.get(end)?.link
     }
 
-    fn connected(&self) -> usize {
+    pub(in crate::supervisor) fn connected(&self) -> usize {
         self.links.iter().filter(|end| end.link.is_some()).count()
     }
 
@@ -129,6 +130,14 @@ impl DriverVm {
         }
     }
 
+    /// Whether it is noted already that `device` of this guest lost this life.
+    fn has_mask(&self, generation: Generation, guest: &str, device: DeviceId) -> bool {
+        let report = self.report.iter().filter(|report| report.generation == generation.get());
+        let masks = report.flat_map(|report| &report.masks).chain(&self.masks);
+        let device = device.to_string();
+        masks.into_iter().any(|mask| mask.guest == guest && mask.device == device)
+    }
+
     /// The guest of `end` has another process from here on, or none.
     pub(in crate::supervisor) fn forget_guest(&mut self, end: End) {
         let lives = self.life.iter_mut().chain(self.standby.iter_mut().map(|vm| &mut vm.life));
@@ -143,6 +152,13 @@ impl Supervisor {
             for end in 0..self.drivers[n].ends.len() {
                 self.connect(n, which, end);
             }
+        }
+    }
+
+    /// Connects what guest `n` can be connected with.
+    pub(in crate::supervisor) fn connect_guest(&mut self, n: usize) {
+        for (driver, _) in self.guests[n].drivers() {
+            self.connect_ends(driver);
         }
     }
 
@@ -184,7 +200,13 @@ impl Supervisor {
     }
 
     /// A guest's splitter says that it has lost `link`.
-    pub(in crate::supervisor) fn on_lost(&mut self, guest: usize, device: DeviceId, link: LinkId, at: Time, cause: LinkEnd) {
+    pub(in crate::supervisor) fn on_lost(
+        &mut self,
+        (guest, device): (usize, DeviceId),
+        link: LinkId,
+        at: Time,
+        cause: LinkEnd,
+    ) {
         let Some((d, end)) = self.served(guest, device) else { return };
         let driver = &self.drivers[d];
         let is_of = |life: &Life| life.link(end) == Some(link);
@@ -193,7 +215,10 @@ impl Supervisor {
         } else if driver.standby.as_ref().is_some_and(|standby| is_of(&standby.life)) {
             self.lost_standby(d, end, &cause);
         } else if driver.present == Some(link.generation) || driver.has_retired(link.generation) {
-            // The echo of a death that is known.
+            // The echo of a death that is known; a guest's process that says so without end is heard once.
+            if self.drivers[d].has_mask(link.generation, &self.guests[guest].name, device) {
+                return;
+            }
             let mask = self.tell_masked(d, end, link.generation, at, &cause);
             self.add_mask(d, link.generation, mask);
         }
@@ -276,7 +301,14 @@ impl Supervisor {
     }
 
     /// The process of this life of driver VM `d` has lost a connection on its side.
-    pub(in crate::supervisor) fn on_disconnected(&mut self, d: usize, which: Which, end: u16, link: LinkId, why: Disconnect) {
+    pub(in crate::supervisor) fn on_disconnected(
+        &mut self,
+        d: usize,
+        which: Which,
+        end: u16,
+        link: LinkId,
+        why: Disconnect,
+    ) {
         let now = Time::now();
         let end = usize::from(end);
         let Some(life) = self.drivers[d].life_of_mut(which) else { return };
@@ -337,6 +369,7 @@ impl Supervisor {
         match report {
             Some(report) if report.outage_ms.is_some() => {
                 report.masks.push(mask);
+                report.masks.truncate(MAX_MASKS);
                 self.write_report(d);
             }
             _ if driver.timeline.at(Step::Live).is_none() => {

@@ -9,7 +9,6 @@ pub(in crate::supervisor) mod standby;
 mod starvation;
 pub(in crate::supervisor) mod upgrade;
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -40,7 +39,7 @@ use crate::host::DeviceFiles;
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::History;
-use crate::lifecycle::{Ahead, Carrier, End, Lifecycle};
+use crate::lifecycle::{Ahead, Carrier, Lifecycle};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;

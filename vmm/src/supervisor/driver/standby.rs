@@ -19,6 +19,7 @@ use crate::lifecycle::{Carrier, Input, Source};
 use crate::record::events::Event;
 use crate::record::status::StandbyStatus;
 use crate::record::timeline::Step;
+use crate::supervisor::bounds;
 use crate::supervisor::class::settings::Which;
 use crate::supervisor::run::Supervisor;
 use crate::wire::channel::Incoming;
@@ -164,7 +165,7 @@ impl Supervisor {
 
     fn read_standby(&mut self, n: usize) -> Option<String> {
         let standby = self.drivers[n].standby.as_mut()?;
-        match standby.life.process.channel().try_receive::<FromVm>() {
+        match bounds::hear(standby.life.process.channel()) {
             Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
             Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
             Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),
@@ -193,13 +194,13 @@ impl Supervisor {
         let flushed = agent.flush();
         let (lines, error) = agent.receive();
         for line in lines {
-            match serde_json::from_str::<FromAgent>(&line) {
+            match bounds::heard(&line) {
                 Ok(message) => {
                     if let Some(why) = self.on_standby_message(n, message) {
                         return Some(why);
                     }
                 }
-                Err(error) => return Some(format!("its agent sent what is no message ({error})")),
+                Err(why) => return Some(why),
             }
         }
         let Some(error) = error.or(flushed.err()) else {
@@ -218,7 +219,7 @@ impl Supervisor {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));
                 }
-                standby.kernel = Some(crate::supervisor::messages::limited(&kernel));
+                standby.kernel = Some(bounds::text(&kernel));
                 self.drive(n, Input::StandbyHello);
             }
             // A spare is ready when it forwards.
@@ -227,7 +228,7 @@ impl Supervisor {
                 self.drive(n, Input::StandbyLoaded);
             }
             FromAgent::Nic { driver: name, .. } if driver.spare.is_some() => {
-                standby.kernel_driver = Some(crate::supervisor::messages::limited(&name));
+                standby.kernel_driver = Some(bounds::text(&name));
             }
             FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
             FromAgent::Carrier { up, .. } => {
@@ -240,7 +241,7 @@ impl Supervisor {
                 standby.available_memory = Some(available_memory);
                 self.drive(n, Input::StandbyHeartbeat);
             }
-            FromAgent::Failed { what } => return Some(crate::supervisor::messages::limited(&what)),
+            FromAgent::Failed { what } => return Some(bounds::text(&what)),
             // Without a device there is nothing else to say.
             _ => {}
         }

@@ -43,6 +43,26 @@ pub enum Request {
         /// Which.
         name: String,
     },
+    /// Start a guest that is off or has failed. Answered by [`Response::Done`].
+    StartGuest {
+        /// Which.
+        name: String,
+    },
+    /// Have a guest power off, or kill it; the machine goes on while it has another one. Answered by [`Response::Done`] when
+    /// the guest has been told.
+    StopGuest {
+        /// Which.
+        name: String,
+        /// How.
+        how: StopHow,
+    },
+    /// Have a guest power off, or kill it, and start it again. Answered as [`Request::StopGuest`].
+    RebootGuest {
+        /// Which.
+        name: String,
+        /// How.
+        how: StopHow,
+    },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
         /// How.
@@ -64,6 +84,11 @@ pub enum StopHow {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "kebab-case")]
 pub enum Response {
+    /// It is done, or under way: `umbra status` shows how it goes on.
+    Done {
+        /// The guest.
+        name: String,
+    },
     /// The status.
     Status(Box<Status>),
     /// All past events have been told.

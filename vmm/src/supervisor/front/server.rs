@@ -1,4 +1,7 @@
 //! The control socket's end in the supervisor: few clients, short requests, nobody waited for.
+//!
+//! Invariant: a client that is connected and wants nothing keeps nobody out. One that cannot be served is told so at once,
+//! so that a connection that ends without a word means: the machine has ended, or the client was idle.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,8 +23,17 @@ use crate::supervisor::guest::GuestVm;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
-/// Clients at a time; more wait in the socket's queue. `umbra` itself holds one for a moment.
+/// Clients at a time: each costs the supervisor a descriptor and up to 256 KiB of unsent lines. `umbra` itself holds one
+/// connection for a moment.
 const MAX_CLIENTS: usize = 16;
+
+/// Clients among them that follow the events, for as long as they like: the rest stays free for `umbra status` and
+/// `umbra stop`.
+const MAX_FOLLOWERS: usize = 12;
+
+/// Silence after which a client that waits for nothing gives its place to a new one: many times what lies between the
+/// connection and the request of `umbra` on a busy machine, and short enough for a person who tries again.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// How long guests may take to say how their network devices are; a guest that hangs shows what it said before.
 const STATUS_PATIENCE: Duration = Duration::from_millis(250);
@@ -43,6 +55,10 @@ struct Client {
     status_due: Option<Time>,
     /// Events are owed.
     events: Option<Owed>,
+    /// The outcome of a restart, or the end of the machine, is waited for.
+    waits: bool,
+    /// When it was last heard.
+    heard: Time,
 }
 
 /// Which events a client is owed.
@@ -55,14 +71,55 @@ struct Owed {
 }
 
 impl Clients {
-    pub(in crate::supervisor) fn accept(&mut self, listener: &UnixListener) {
+    pub(in crate::supervisor) fn accept(&mut self, listener: &UnixListener, now: Time) {
         let Ok((stream, _)) = listener.accept() else { return };
-        if self.clients.len() >= MAX_CLIENTS || stream.set_nonblocking(true).is_err() {
+        if stream.set_nonblocking(true).is_err() {
             return;
         }
-        let client = Client { lines: Lines::new(stream, MAX_REQUEST), status_due: None, events: None };
+        let mut lines = Lines::new(stream, MAX_REQUEST);
+        if self.clients.len() >= MAX_CLIENTS && !self.drop_idle(now) {
+            // It fits into the empty buffer of a new socket, and is read there although the connection is closed.
+            if let Ok(line) = serde_json::to_string(&self.too_many()) {
+                let _ = lines.send(&line);
+            }
+            return;
+        }
+        let client = Client { lines, status_due: None, events: None, waits: false, heard: now };
         self.clients.insert(self.next_id, client);
         self.next_id += 1;
+    }
+
+    /// Drops the client that has been idle for longest; false if none is.
+    fn drop_idle(&mut self, now: Time) -> bool {
+        let idle = self.clients.iter().filter(|(_, client)| client.is_idle(now));
+        let Some(id) = idle.min_by_key(|(_, client)| client.heard).map(|(id, _)| *id) else { return false };
+        self.clients.remove(&id).is_some()
+    }
+
+    fn too_many(&self) -> Response {
+        let what = format!(
+            "too many clients of this machine: {} are connected; close some `umbra events`/`status --watch`",
+            self.clients.len()
+        );
+        Response::Error { what }
+    }
+
+    /// Client `id` follows the events from now on, unless too many do.
+    fn follow(&mut self, id: u64, owed: Owed) {
+        let follows = |client: &&Client| client.events.is_some_and(|owed| owed.follow);
+        let full = owed.follow && self.clients.values().filter(follows).count() >= MAX_FOLLOWERS;
+        if full {
+            return self.answer(id, &self.too_many());
+        }
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.events = Some(owed);
+        }
+    }
+
+    fn wait(&mut self, id: u64) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.waits = true;
+        }
     }
 
     pub(in crate::supervisor) fn watched(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>, PollFlags)> {
@@ -83,6 +140,7 @@ impl Clients {
 
     pub(in crate::supervisor) fn answer(&mut self, id: u64, response: &Response) {
         let Some(client) = self.clients.get_mut(&id) else { return };
+        client.waits = matches!(response, Response::Stopping { .. });
         let sent = serde_json::to_string(response).is_ok_and(|line| client.lines.send(&line).is_ok());
         if !sent {
             self.clients.remove(&id);
@@ -91,6 +149,12 @@ impl Clients {
 }
 
 impl Client {
+    /// Whether it wants nothing, as far as is known, and has not for some time.
+    fn is_idle(&self, now: Time) -> bool {
+        let wants = self.waits || self.events.is_some() || self.status_due.is_some() || self.lines.has_unsent();
+        !wants && now.since(self.heard) >= IDLE
+    }
+
     fn tell_events(&mut self, past: &Past) -> Result<(), LineError> {
         while let Some(owed) = &mut self.events
             && !self.lines.has_unsent()
@@ -114,6 +178,7 @@ impl Client {
 impl Supervisor {
     pub(in crate::supervisor) fn read_client(&mut self, id: u64) {
         let Some(client) = self.clients.clients.get_mut(&id) else { return };
+        client.heard = Time::now();
         let flushed = client.lines.flush();
         let (lines, error) = client.lines.receive();
         for line in lines {
@@ -133,26 +198,36 @@ impl Supervisor {
     fn on_request(&mut self, id: u64, request: Request) {
         match request {
             Request::Status => self.ask_for_status(id),
-            Request::Events { after, follow } => {
-                if let Some(client) = self.clients.clients.get_mut(&id) {
-                    client.events = Some(Owed { after, follow });
-                }
-            }
+            Request::Events { after, follow } => self.clients.follow(id, Owed { after, follow }),
             Request::Crash { name, kind } => {
                 let response = self.crash(&name, kind).unwrap_or_else(|what| Response::Error { what });
                 self.clients.answer(id, &response);
             }
             Request::Restart { name, image } => {
+                self.clients.wait(id);
                 let begun = self.driver_named(&name).and_then(|n| self.restart(n, image.as_deref(), id));
                 if let Err(what) = begun {
                     self.clients.answer(id, &Response::Error { what });
                 }
             }
             Request::Resume { name } => {
+                self.clients.wait(id);
                 let begun = self.driver_named(&name).and_then(|n| self.resume(n, id));
                 if let Err(what) = begun {
                     self.clients.answer(id, &Response::Error { what });
                 }
+            }
+            Request::StartGuest { name } => {
+                let done = self.start_guest(&name);
+                self.answer_done(id, name, done);
+            }
+            Request::StopGuest { name, how } => {
+                let done = self.stop_guest(&name, how);
+                self.answer_done(id, name, done);
+            }
+            Request::RebootGuest { name, how } => {
+                let done = self.reboot_guest(&name, how);
+                self.answer_done(id, name, done);
             }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
@@ -160,6 +235,11 @@ impl Supervisor {
                 self.stop(how, "`umbra stop`");
             }
         }
+    }
+
+    fn answer_done(&mut self, id: u64, name: String, done: Result<(), String>) {
+        let response = done.map_or_else(|what| Response::Error { what }, |()| Response::Done { name });
+        self.clients.answer(id, &response);
     }
 
     fn driver_named(&self, name: &str) -> Result<usize, String> {

@@ -10,6 +10,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use umbra_guest_images::image::{Image, ImageError};
 
+use super::groups::{Claim, Groups, Use};
 use crate::base::pci_address::{Bdf, ParseBdfError};
 use crate::config::{Guest, Machine, MemorySize};
 use crate::host;
@@ -79,19 +80,11 @@ pub enum PreflightError {
     },
     /// Two processes cannot open one group.
     #[error(
-        "{driver}: its device {device} and its spare {spare} are both in IOMMU group {group}, which one driver VM alone can \
-         have: take a spare in another group (`umbra doctor` lists them)"
+        "{} and {} are both in IOMMU group {}, which one VM alone can have, and a driver VM serves one device: move one of the \
+         cards to another slot, or take another one (`umbra doctor` lists the cards, `umbra doctor {}` says what is in its group)",
+        .0.0, .0.1, .0.2, .0.1.device
     )]
-    SharedGroup {
-        /// The driver VM.
-        driver: String,
-        /// Its device.
-        device: Bdf,
-        /// Its spare.
-        spare: Bdf,
-        /// Their group.
-        group: u32,
-    },
+    SharedGroup(Box<(Claim, Claim, u32)>),
     /// Passed-through devices need all of the VM's memory locked.
     #[error(
         "{user} needs {needed} of locked memory for its device, the limit is {limit}: raise it (`ulimit -l`, \
@@ -120,17 +113,19 @@ impl Checked {
     /// Checks what `machine` needs.
     pub(in crate::supervisor) fn new(machine: &Machine, host: &Host) -> Result<Self, PreflightError> {
         check_kvm(&host.kvm)?;
+        let mut groups = Groups::default();
         for (name, guest) in &machine.guest {
-            check_guest(name, guest, host)?;
+            check_guest(name, guest, host, &mut groups)?;
         }
         let (mut drivers, mut spares) = (BTreeMap::new(), BTreeMap::new());
         for (name, driver) in &machine.driver {
             let image =
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
             let device = check_device(name, &driver.device, host)?;
+            groups.claim(&device, Use::Device(name.clone()))?;
             if let Some(spare) = &driver.spare {
                 let spare = check_device(&format!("{name}, its spare"), spare, host)?;
-                check_groups(name, &device, &spare)?;
+                groups.claim(&spare, Use::Spare(name.clone()))?;
                 spares.insert(name.clone(), spare);
             }
             check_locked_memory(name, driver.memory)?;
@@ -148,7 +143,7 @@ fn check_kvm(kvm: &Path) -> Result<(), PreflightError> {
     }
 }
 
-fn check_guest(name: &str, guest: &Guest, host: &Host) -> Result<(), PreflightError> {
+fn check_guest(name: &str, guest: &Guest, host: &Host, groups: &mut Groups) -> Result<(), PreflightError> {
     let fail = |what, path: &Path| {
         let (guest, path) = (name.to_owned(), path.to_owned());
         move |source| PreflightError::File { guest, what, path, source }
@@ -162,7 +157,8 @@ fn check_guest(name: &str, guest: &Guest, host: &Host) -> Result<(), PreflightEr
         opened.map_err(fail("cannot open the disk", &disk.path))?;
     }
     for address in &guest.passthrough {
-        check_device(name, address, host)?;
+        let device = check_device(name, address, host)?;
+        groups.claim(&device, Use::Passthrough(name.into()))?;
         check_locked_memory(name, guest.memory)?;
     }
     Ok(())
@@ -177,15 +173,6 @@ fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, Pr
     let bdf: Bdf = address.parse()?;
     let ready = HostDevice::find_below(&host.pci, bdf).and_then(|device| device.check_ready().map(|()| device));
     ready.map_err(|source| PreflightError::Device { user: user.into(), source })
-}
-
-fn check_groups(driver: &str, device: &HostDevice, spare: &HostDevice) -> Result<(), PreflightError> {
-    match device.group().filter(|group| spare.group() == Some(*group)) {
-        Some(group) => {
-            Err(PreflightError::SharedGroup { driver: driver.into(), device: device.bdf(), spare: spare.bdf(), group })
-        }
-        None => Ok(()),
-    }
 }
 
 /// The kernel counts a VM's pinned memory against the limit, unless the process may lock as it likes.

@@ -88,6 +88,9 @@ pub struct Console {
 struct Watched(Option<(RawFd, EventSet)>);
 
 impl Console {
+    /// Placeholder of the merge.
+    pub fn connect(&mut self, _name: &str, _stream: std::os::unix::net::UnixStream) {}
+
     /// A console with `ports`, which are joined to their host's ends at once.
     pub fn new(ports: &[PortBackend]) -> Result<Self, Error> {
         if ports.len() > MAX_PORTS {

@@ -89,6 +89,7 @@ impl Port {
         let name = backend.name.clone();
         let (end, stream) = match &backend.end {
             PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)?, path: path.clone() }, None),
+            PortEnd::Attached => (End::Inherited, None),
             PortEnd::Fd(fd) => {
                 let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
                 (End::Inherited, Some(inherit(*fd).map_err(inherited)?))

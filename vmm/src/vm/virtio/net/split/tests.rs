@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::vm::virtio::net::vhost_user::VhostUserNet;
+use crate::wire::messages::MaskedCounts;
 use crate::vm::virtio::testing::{DriverQueue, Loop, SPAN, memory};
 
 const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
@@ -84,16 +85,18 @@ impl Guest {
 /// A driver VM's device with its queues started, receive buffers offered.
 struct DriverVm {
     /// `None` once it has died.
-    device: Option<VhostUserNet>,
+    device: Option<Arc<Mutex<VhostUserNet>>>,
     queues: [DriverQueue; 2],
 }
 
 impl DriverVm {
     fn attach(guest: &mut Guest, generation: Generation) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        guest.device().attach_link(generation, theirs);
-        let mut device = VhostUserNet::new(Mac([2, 0, 0, 0, 0, 1]), 1500, ours).unwrap();
+        let link = LinkId::first(generation);
+        guest.device().attach(link, theirs);
+        let mut device = VhostUserNet::new(0, Mac([2, 0, 0, 0, 0, 1]), 1500, Arc::new(|_| {})).unwrap();
         device.set_features(device.features() & !(1 << 29));
+        device.connect(link, ours);
         let file = std::fs::File::from(memfd_create("test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
         file.set_len(2 * SPAN).unwrap();
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
@@ -107,10 +110,10 @@ impl DriverVm {
             device.start_queue(index, queue.resources(), None).unwrap();
         }
         guest.wait(|message| match message {
-            FromVm::LinkUp { net: 0, generation: g, .. } => (g == generation).then_some(()),
+            FromVm::LinkUp { link: up, .. } => (up == link).then_some(()),
             _ => None,
         });
-        Self { device: Some(device), queues }
+        Self { device: Some(Arc::new(Mutex::new(device))), queues }
     }
 
     fn received(&mut self) -> Vec<Vec<u8>> {
@@ -122,7 +125,7 @@ impl DriverVm {
 fn go_live(guest: &mut Guest, generation: Generation) -> MaskedCounts {
     guest.device().go_live(generation, Replay::Everything, false);
     guest.wait(|message| match message {
-        FromVm::Live { generation: g, masked, .. } => (g == generation).then_some(masked),
+        FromVm::Live { generation: g, outage: OutageCounts::Net(masked), .. } => (g == generation).then_some(masked),
         _ => None,
     })
 }
@@ -137,10 +140,10 @@ fn a_guest_keeps_sending_through_the_death_of_a_driver_vm() {
 
     first.device = None;
     let cause = guest.wait(|message| match message {
-        FromVm::LinkLost { cause, .. } => Some(cause),
+        FromVm::Lost { cause, .. } => Some(cause),
         _ => None,
     });
-    assert_eq!(cause, "closed");
+    assert_eq!(cause, LinkEnd::Closed);
     guest.send(&[2; 100]);
     guest.send(&[3; 100]);
     assert_eq!(guest.queues[1].used().len(), 3, "completed at once");
@@ -181,7 +184,9 @@ fn quarantine_takes_the_link_down_with_a_configuration_change() {
     guest.device().quarantine();
     guest.events.run();
     assert_eq!((guest.status(), guest.config_call.read().ok()), ([0, 0], Some(1)));
-    let FromVm::NetStatus { mode, .. } = guest.device().status() else { panic!("no status") };
+    let FromVm::Status { status: DeviceStatus::Net { mode, .. }, .. } = guest.device().status() else {
+        panic!("no status")
+    };
     assert_eq!(mode, "quarantined");
     drop(vm);
 }

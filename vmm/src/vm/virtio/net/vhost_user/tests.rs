@@ -11,6 +11,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use umbra_shadow::Generation;
 use umbra_splitter::link::{LinkEvent, LinkServer, Outlet, What};
 use umbra_splitter::net::features;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;

@@ -1,0 +1,128 @@
+//! `umbra start`, `stop` and `reboot` of one guest of a running machine; the others go on.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+
+use super::connection::{Connection, UNEXPECTED};
+use crate::record::status::GuestStatus;
+use crate::supervisor::front::protocol::{Request, Response, StopHow};
+
+/// How often the machine is asked how far the guest is.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Arguments of `umbra start`.
+#[derive(Debug, clap::Args)]
+pub struct StartArgs {
+    /// The guest, which is off or has failed.
+    guest: String,
+    /// The machine, where several run.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
+/// Arguments of `umbra reboot`.
+#[derive(Debug, clap::Args)]
+pub struct RebootArgs {
+    /// The guest.
+    guest: String,
+    /// Kill it instead of pressing its power button.
+    #[arg(long, short)]
+    force: bool,
+    /// Seconds to wait for it to power off.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    timeout: u64,
+    /// The machine, where several run.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
+/// Starts a guest and waits until its vCPUs run.
+///
+/// # Errors
+///
+/// No machine answers, there is no such guest, it is not off, or it fails.
+pub fn start(args: &StartArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(args.name.as_deref())?;
+    done(&mut machine, &Request::StartGuest { name: args.guest.clone() })?;
+    wait_until_running(&mut machine, &args.guest)
+}
+
+/// Has a guest power off, starts it again, and waits until its vCPUs run.
+///
+/// # Errors
+///
+/// No machine answers, there is no such guest, it does not power off in time, or it fails.
+pub fn reboot(args: &RebootArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(args.name.as_deref())?;
+    let before = look(&mut machine, &args.guest)?.pid;
+    let how = if args.force { StopHow::Kill } else { StopHow::PowerButton };
+    done(&mut machine, &Request::RebootGuest { name: args.guest.clone(), how })?;
+    let what = "has not powered off; `umbra reboot --force` kills it";
+    wait_for(&mut machine, &args.guest, (args.timeout, what), |guest| guest.pid != before || before.is_none())?;
+    wait_until_running(&mut machine, &args.guest)
+}
+
+/// `umbra stop GUEST`: has it power off, or kills it.
+///
+/// # Errors
+///
+/// No machine answers, there is no such guest, or it does not power off in time.
+pub fn stop(machine: &mut Connection, guest: &str, how: StopHow, timeout: u64) -> anyhow::Result<()> {
+    done(machine, &Request::StopGuest { name: guest.into(), how })?;
+    let what = "has not powered off; `umbra stop --force GUEST` kills it";
+    // A machine ends with its last guest.
+    match wait_for(machine, guest, (timeout, what), |guest| is_over(guest)) {
+        Err(error) if error.is::<super::connection::Ended>() => {}
+        result => drop(result?),
+    }
+    super::print(&format!("{guest} is off"))
+}
+
+fn is_over(guest: &GuestStatus) -> bool {
+    matches!(guest.state.as_str(), "off" | "failed")
+}
+
+fn wait_until_running(machine: &mut Connection, name: &str) -> anyhow::Result<()> {
+    let what = "does not run yet; `umbra status` shows what it waits for";
+    let guest = wait_for(machine, name, (60, what), |guest| guest.state == "running" || is_over(guest))?;
+    match guest.reason {
+        Some(why) => bail!("{name} failed: {why}"),
+        None if is_over(&guest) => bail!("{name} is off again"),
+        None => super::print(&format!("{name} runs")),
+    }
+}
+
+fn done(machine: &mut Connection, request: &Request) -> anyhow::Result<()> {
+    match machine.ask(request)? {
+        Response::Done { .. } => Ok(()),
+        _ => bail!(UNEXPECTED),
+    }
+}
+
+fn look(machine: &mut Connection, name: &str) -> anyhow::Result<GuestStatus> {
+    match machine.status(Some(name))?.guests.pop() {
+        Some(guest) => Ok(guest),
+        None => bail!("{} has no guest named {name}", machine.name),
+    }
+}
+
+/// Looks until the guest is as `wanted` has it; `what` is said of one that is not after so many seconds.
+fn wait_for(
+    machine: &mut Connection,
+    name: &str,
+    (seconds, what): (u64, &str),
+    wanted: impl Fn(&GuestStatus) -> bool,
+) -> anyhow::Result<GuestStatus> {
+    let until = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        let guest = look(machine, name)?;
+        if wanted(&guest) {
+            return Ok(guest);
+        }
+        if Instant::now() >= until {
+            bail!("{name} {what}");
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}

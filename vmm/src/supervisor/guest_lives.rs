@@ -1,0 +1,163 @@
+//! The lives of guests: they start, reboot, end, are stopped and started again, each by itself while the machine runs.
+//!
+//! Invariant: whatever happens to a guest costs its own ends of the driver VMs that serve it, and nothing else.
+
+use super::front::protocol::StopHow;
+use super::guest::{AtEnd, GuestState};
+use super::run::Supervisor;
+use crate::lifecycle::{Input, State};
+use crate::record::events::Event;
+use crate::wire::messages::{ToVm, VmEnd};
+use crate::wire::spawn::describe_exit;
+
+impl Supervisor {
+    /// Guest `n` says how its VM ended; its process ends after this.
+    pub(super) fn on_guest_end(&mut self, n: usize, how: VmEnd) {
+        let guest = &mut self.guests[n];
+        guest.end = Some(how);
+        if how == VmEnd::Reset && self.stopping.is_none() && guest.at_end != AtEnd::Stay {
+            guest.state = GuestState::Rebooting;
+            self.events.tell(&Event::GuestRebooted { guest: guest.name.clone() });
+        }
+    }
+
+    /// The process of guest `n` may have ended.
+    pub(super) fn on_guest_exit(&mut self, n: usize) {
+        self.read_guest(n);
+        let stopping = self.stopping.is_some();
+        let guest = &mut self.guests[n];
+        let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
+        guest.process = None;
+        guest.forget();
+        self.leave_ends(n);
+        let guest = &mut self.guests[n];
+        if guest.state == GuestState::Rebooting && !stopping {
+            return self.start_guest_process(n);
+        }
+        let at_end = std::mem::take(&mut guest.at_end);
+        let failure = match (guest.error.take(), guest.end) {
+            (Some(error), _) => Some(error),
+            (None, Some(VmEnd::PowerOff | VmEnd::Reset | VmEnd::Killed)) => None,
+            (None, Some(VmEnd::TripleFault)) => Some("triple fault (its kernel crashed without a word)".into()),
+            (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
+            // Killed because that was asked for.
+            (None, None) if stopping || at_end != AtEnd::Whatever => None,
+            (None, None) => Some(describe_exit(status)),
+        };
+        let killed = guest.end.is_none_or(|end| end == VmEnd::Killed);
+        if let Some(why) = failure {
+            return self.guest_failed(n, why);
+        }
+        let how = if killed { "killed" } else { "powered off" };
+        self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: how.into() });
+        guest.state = GuestState::Off;
+        if at_end == AtEnd::StartAgain && !stopping {
+            self.start_guest_process(n);
+        }
+    }
+
+    /// Guest `n` has no process that could be served; its ends of the driver VMs are without a guest.
+    fn leave_ends(&mut self, n: usize) {
+        for (driver, end) in self.guests[n].drivers() {
+            self.drivers[driver].forget_guest(end);
+            self.drivers[driver].lifecycle.end_starts_over(end);
+            self.drive(driver, Input::EndGone(end));
+        }
+        self.pass_on_defaults(n);
+    }
+
+    /// Starts a process for guest `n`; where that fails, the guest has failed, alone.
+    pub(super) fn start_guest_process(&mut self, n: usize) {
+        if let Err(error) = self.guests[n].start(&self.program) {
+            return self.guest_failed(n, crate::base::error::chain(&error));
+        }
+        self.tell_quarantines(n);
+        self.connect_guest(n);
+    }
+
+    /// Guest `n` has failed. Where nothing has been served yet, a machine that does not come up whole does not come up.
+    pub(super) fn guest_failed(&mut self, n: usize, why: String) {
+        let guest = &mut self.guests[n];
+        let first = !guest.has_run && !self.in_service;
+        self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: why.clone() });
+        let named = format!("{}: {why}", guest.name);
+        guest.state = GuestState::Failed(why);
+        if first && self.stopping.is_none() {
+            self.give_up(named);
+        } else {
+            let _ = self.failure.get_or_insert(named);
+        }
+    }
+
+    /// `umbra start GUEST`.
+    pub(super) fn start_guest(&mut self, name: &str) -> Result<(), String> {
+        let n = self.guest_named(name)?;
+        if self.stopping.is_some() {
+            return Err("the machine is being stopped".into());
+        }
+        let guest = &mut self.guests[n];
+        if !guest.is_over() {
+            return Err(format!("{name} is not off: it is {}", guest.state.name()));
+        }
+        // What made the run a failure is put right, if this was it.
+        if self.failure.as_ref().is_some_and(|why| why.starts_with(&format!("{name}: "))) {
+            self.failure = None;
+        }
+        guest.at_end = AtEnd::Whatever;
+        guest.state = GuestState::Starting;
+        if guest.has_cards() {
+            self.start_guest_process(n);
+        }
+        Ok(())
+    }
+
+    /// `umbra stop GUEST`.
+    pub(super) fn stop_guest(&mut self, name: &str, how: StopHow) -> Result<(), String> {
+        let n = self.guest_named(name)?;
+        self.end_guest(n, how, AtEnd::Stay)
+    }
+
+    /// `umbra reboot GUEST`.
+    pub(super) fn reboot_guest(&mut self, name: &str, how: StopHow) -> Result<(), String> {
+        let n = self.guest_named(name)?;
+        self.end_guest(n, how, AtEnd::StartAgain)
+    }
+
+    fn end_guest(&mut self, n: usize, how: StopHow, at_end: AtEnd) -> Result<(), String> {
+        let guest = &mut self.guests[n];
+        if guest.is_over() {
+            return Err(format!("{} is not running: it is {}", guest.name, guest.state.name()));
+        }
+        guest.at_end = at_end;
+        let Some(process) = &mut guest.process else {
+            // It waits for its sound card.
+            if at_end == AtEnd::Stay {
+                guest.state = GuestState::Off;
+            }
+            return Ok(());
+        };
+        match how {
+            StopHow::PowerButton => self.tell_guest(n, &ToVm::PowerButton),
+            StopHow::Kill => process.kill(),
+        }
+        Ok(())
+    }
+
+    fn guest_named(&self, name: &str) -> Result<usize, String> {
+        self.guests.iter().position(|guest| guest.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.guests.iter().map(|guest| guest.name.as_str()).collect();
+            format!("there is no guest named {name}; there is {}", names.join(", "))
+        })
+    }
+
+    /// A new life of guest `n` hears of what is quarantined; the one before had heard.
+    fn tell_quarantines(&mut self, n: usize) {
+        for (driver, end) in self.guests[n].drivers() {
+            let driver = &self.drivers[driver];
+            if matches!(driver.lifecycle.state(), State::Quarantined | State::Resetting { next: None, .. }) {
+                let device = driver.ends[end].device;
+                self.tell_guest(n, &ToVm::Quarantine { device });
+            }
+        }
+    }
+}

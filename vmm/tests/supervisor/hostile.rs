@@ -1,0 +1,77 @@
+//! Processes of VMs that say more than they should: what they say is bounded, and costs them their life at most.
+
+use std::fs;
+
+use umbra_vmm::supervisor::front::protocol::StopHow;
+
+use crate::cases::Case;
+use crate::fake_vm::ESCAPES;
+use crate::machine::{TestMachine, start};
+
+/// All of them.
+pub const ALL: &[Case] = &[
+    ("a_driver_vm_that_sends_descriptors_is_replaced", a_driver_vm_that_sends_descriptors_is_replaced),
+    ("what_a_driver_vm_says_reaches_no_terminal_raw", what_a_driver_vm_says_reaches_no_terminal_raw),
+    ("a_guest_that_loses_links_without_end_fills_nothing", a_guest_that_loses_links_without_end_fills_nothing),
+    ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
+];
+
+fn a_driver_vm_that_sends_descriptors_is_replaced() {
+    let machine = start("", "descriptors=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!(report["source"], "control-stream", "{report}");
+    assert!(report["reason"].as_str().unwrap().contains("20 file descriptors, of 0"), "{report}");
+    machine.stop();
+}
+
+fn a_guest_that_sends_descriptors_is_killed() {
+    let mut machine = start("descriptors", "", "");
+    let error = machine.wait().unwrap_err().to_string();
+    assert!(error.starts_with("web: its process broke a rule") && error.contains("20 file descriptors"), "{error}");
+}
+
+fn said(machine: &TestMachine, words: &[&str]) -> String {
+    let output = machine.command_line(words).wait_with_output().unwrap();
+    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn what_a_driver_vm_says_reaches_no_terminal_raw() {
+    let mut machine = start("", "escapes=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert!(report["kernel_says"].as_str().unwrap().ends_with(ESCAPES), "JSON is exact: {report}");
+    let status = machine.wait_for("its words", |driver| driver.reason.as_ref().is_some_and(|why| why.contains("RED")));
+    assert!(status.reason.unwrap().ends_with(ESCAPES));
+    let page = machine.dir.path().join("page.html");
+    said(&machine, &["report", "-o", page.to_str().unwrap()]);
+    let shown = [
+        ("status", said(&machine, &["status"])),
+        ("status --json", said(&machine, &["status", "--json"])),
+        ("events", said(&machine, &["events"])),
+        ("the report's text", fs::read_to_string(machine.run_dir().join("reports/nic0-gen1.txt")).unwrap()),
+        ("the report's JSON", fs::read_to_string(machine.run_dir().join("reports/nic0-gen1.json")).unwrap()),
+        ("the page", fs::read_to_string(page).unwrap()),
+    ];
+    for (what, text) in shown {
+        assert!(text.contains("RED") && text.contains("OWNED"), "{what}: {text}");
+        let obeyed = text.chars().find(|c| c.is_control() && !"\n\t".contains(*c) || *c == '\u{202e}');
+        assert_eq!(obeyed, None, "{what}: {text}");
+    }
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+}
+
+fn a_guest_that_loses_links_without_end_fills_nothing() {
+    let mut machine = start("lose-links", "", "limit = 1, backoff_ms = 10");
+    machine.wait_for("the end of it", |driver| driver.state == "quarantined");
+    let report = machine.report(1);
+    let masks = report["masks"].as_array().unwrap();
+    assert!(masks.len() <= 256, "{}", masks.len());
+    assert!(masks.iter().all(|mask| mask["cause"].as_str().unwrap().len() <= 2048));
+    assert!(machine.events_text().matches("\"masked\"").count() <= 256);
+    assert!(report["reason"].as_str().unwrap().len() < 4096, "{report}");
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+}
