@@ -111,6 +111,8 @@ pub enum PortEnd {
     Listen(PathBuf),
     /// A connected stream socket, inherited under this number.
     Fd(i32),
+    /// None until one is given, and another may take its place: [`Console::connect`](crate::virtio::console::Console::connect).
+    Attached,
 }
 
 /// Supervisor to VM process.
