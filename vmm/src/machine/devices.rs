@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventManager, SubscriberOps};
 use thiserror::Error;
+use umbra_shadow::LinkId;
 
 use super::vm::Vm;
 use crate::pci::address::{Bdf, ParseBdfError, Slot};
@@ -286,7 +287,10 @@ impl Devices {
                 }
             }
             ToVm::AttachSound { sound, generation } => match fds.into_iter().next() {
-                Some(fd) => self.with_sound(sound, |sound| sound.attach(generation, UnixStream::from(fd))),
+                Some(fd) => {
+                    let link = LinkId::first(generation);
+                    self.with_sound(sound, |sound| sound.attach(link, UnixStream::from(fd)));
+                }
                 None => tracing::error!(sound, "a link without its socket"),
             },
             ToVm::MaskSound { sound, generation } => self.with_sound(sound, |sound| sound.mask(generation)),

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-use umbra_shadow::Generation;
 use umbra_shadow::sound::{Card, Policy};
+use umbra_shadow::{Generation, LinkId};
 
 use crate::spec::{Console, Disk, MemorySize};
 use crate::vfio::Snapshot;
@@ -351,8 +351,8 @@ pub enum FromVm {
     SoundLost {
         /// Index of the sound device.
         sound: u16,
-        /// Whose link.
-        generation: Generation,
+        /// Which link.
+        link: LinkId,
         /// When, ns.
         at: u64,
         /// Why: `closed`, or the violation.

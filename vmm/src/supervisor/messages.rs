@@ -67,9 +67,9 @@ impl Supervisor {
                 let served = self.served_by(n, net);
                 self.on_link_lost((n, format!("net{net}")), served, generation, Time(at), &cause);
             }
-            FromVm::SoundLost { sound, generation, at, cause } => {
+            FromVm::SoundLost { sound, link, at, cause } => {
                 let served = self.played_by(n, sound);
-                self.on_link_lost((n, format!("sound{sound}")), served, generation, Time(at), &cause);
+                self.on_link_lost((n, format!("sound{sound}")), served, link.generation, Time(at), &cause);
             }
             FromVm::SoundLive { sound, generation, at, masked } => {
                 self.on_sound_live(n, sound, generation, Time(at), masked);

@@ -18,8 +18,8 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use umbra_shadow::Generation;
 use umbra_shadow::sound::{Card, Counts, Mode, Policy};
+use umbra_shadow::{Generation, LinkId};
 use umbra_splitter::queue::RingFault;
 use umbra_splitter::sound::link::Link;
 use umbra_splitter::sound::{Notice, SoundSplitter};
@@ -114,8 +114,8 @@ impl Sound {
     }
 
     /// [`ToVm::AttachSound`](crate::process::ipc::ToVm::AttachSound).
-    pub fn attach(&mut self, generation: Generation, socket: UnixStream) {
-        self.splitter.attach(generation, socket, now());
+    pub fn attach(&mut self, link: LinkId, socket: UnixStream) {
+        self.splitter.attach(link, socket, now());
         self.call_loop();
     }
 
@@ -315,10 +315,10 @@ fn message(sound: u16, notice: Notice) -> FromVm {
     let at = now();
     match notice {
         Notice::Live(generation, masked) => FromVm::SoundLive { sound, generation, at, masked: counts(masked) },
-        Notice::Lost(generation, error) => {
+        Notice::Lost(link, error) => {
             let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |cause| cause.source());
             let cause = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-            FromVm::SoundLost { sound, generation, at, cause }
+            FromVm::SoundLost { sound, link, at, cause }
         }
     }
 }
