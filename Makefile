@@ -51,6 +51,8 @@ demo: build
 test: build browser
 	@echo '==> setting up the bench'
 	@$(BENCH) setup
+	@echo '==> testing the sound service, which has a workspace of its own'
+	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) test --release --quiet
 	@echo '==> running all tests (release; one test machine at a time)'
 	@$(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
 

@@ -1,23 +1,32 @@
 //! The sound protocol: binary messages over the virtio-console ports [`SOUND_PORT`]`.N`, one port a guest device.
 //!
 //! A message is a header of [`HEADER_BYTES`] and a body of at most [`MAX_BODY`] bytes, all little-endian: length of the
-//! body (4 bytes), kind (1), zero (1), stream (2), generation (4), epoch (4). Invariant: what [`decode`] gives back has
-//! every field in range; a message that has not is an error, and ends the link. Whether it is true is for the shadow
-//! to judge. Samples longer than a message are split by [`encode`].
+//! body (4 bytes), kind (1), zero (1), stream (2), generation (4), attempt (4), epoch (4). Generation and attempt are the
+//! [`LinkId`] of the session that the message belongs to. Invariant: what [`decode`] gives back has every field in range;
+//! a message that has not is an error, and ends the link. Whether it is true is for the shadow to judge. Samples longer
+//! than a message are split by [`encode`].
+//!
+//! A session begins with the host's [`FromHost::Begin`], the first message on its stream. The service answers it with
+//! [`FromService::Card`] and says nothing before. A message of an earlier session of the same life is no error: it may
+//! have waited in the driver VM's kernel. [`Taken::Earlier`] has it skipped, [`MAX_EARLIER_BYTES`] at most.
 
 use thiserror::Error;
-use umbra_shadow::Generation;
 use umbra_shadow::sound::params::{MAX_CHANNELS, MAX_STREAMS};
 use umbra_shadow::sound::{Card, Direction, Epoch, Format, FromCard, Params, Rate, StreamId, StreamInfo, ToCard};
+use umbra_shadow::{Generation, LinkId};
 
 /// Names of the virtio-console ports that carry this protocol begin so; the index of the guest's end follows.
 pub const SOUND_PORT: &str = "org.umbra.sound";
 
 /// Bytes of a header.
-pub const HEADER_BYTES: usize = 16;
+pub const HEADER_BYTES: usize = 20;
 
 /// Largest body: a twentieth of a second of the fattest stream; bounds what a receiver must buffer.
 pub const MAX_BODY: usize = 64 * 1024;
+
+/// Most bytes of earlier sessions that one session skips. A console port holds less: 128 requests of at most 32 KiB on
+/// their way to the host, one more of 1 MiB in the VM's process, and a socket's buffer.
+pub const MAX_EARLIER_BYTES: usize = 8 << 20;
 
 /// Longest name of a card, in bytes.
 pub const MAX_NAME: usize = 80;
@@ -28,6 +37,7 @@ const PLAY: u8 = 3;
 const START: u8 = 4;
 const STOP: u8 = 5;
 const RELEASE: u8 = 6;
+const BEGIN: u8 = 7;
 const CARD: u8 = 0x81;
 const POSITION: u8 = 0x82;
 const CAPTURED: u8 = 0x83;
@@ -39,10 +49,34 @@ const STREAM_BYTES: usize = 20;
 /// Bytes of a `SET_PARAMS` body.
 const PARAMS_BYTES: usize = 12;
 
+/// What the host sends to a sound service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FromHost {
+    /// First message: a session begins, and whatever was of an earlier one at this port is over.
+    Begin,
+    /// About a stream.
+    Stream(ToCard),
+}
+
+impl From<ToCard> for FromHost {
+    fn from(message: ToCard) -> Self {
+        Self::Stream(message)
+    }
+}
+
+/// What was taken off the front of a buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Taken<M> {
+    /// A message of the session.
+    Message(M),
+    /// A message of an earlier session of the same life.
+    Earlier,
+}
+
 /// What the sound service of a driver VM sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromService {
-    /// First message: the card is there, and this is what it can do.
+    /// The answer to [`FromHost::Begin`]: the card is there, and this is what it can do.
     Card(Card),
     /// About a stream.
     Stream(FromCard),
@@ -67,9 +101,9 @@ pub enum ProtocolError {
         /// Which field.
         field: &'static str,
     },
-    /// A generation that is none or another one.
-    #[error("a message of generation {0}")]
-    Generation(u32),
+    /// Of another life, or of a session that has not begun: generation and attempt.
+    #[error("a message of session {0}.{1}")]
+    Session(u32, u32),
 }
 
 /// One message, taken apart but for its body.
@@ -77,6 +111,7 @@ pub enum ProtocolError {
 struct Raw<'a> {
     kind: u8,
     stream: StreamId,
+    attempt: u32,
     epoch: Epoch,
     body: &'a [u8],
 }
@@ -86,9 +121,9 @@ fn split(buffer: &[u8], generation: Generation) -> Result<Option<(Raw<'_>, usize
     let Some(header) = buffer.get(..HEADER_BYTES) else { return Ok(None) };
     let length = u32::from_le_bytes(array(header, 0));
     let body_bytes = usize::try_from(length).ok().filter(|l| *l <= MAX_BODY).ok_or(ProtocolError::TooLong(length))?;
-    let from = u32::from_le_bytes(array(header, 8));
-    if from != generation.get() {
-        return Err(ProtocolError::Generation(from));
+    let (from, attempt) = (u32::from_le_bytes(array(header, 8)), u32::from_le_bytes(array(header, 12)));
+    if from != generation.get() || attempt == 0 {
+        return Err(ProtocolError::Session(from, attempt));
     }
     if header[5] != 0 {
         return Err(ProtocolError::Field { kind: "any", field: "reserved byte" });
@@ -96,8 +131,8 @@ fn split(buffer: &[u8], generation: Generation) -> Result<Option<(Raw<'_>, usize
     let end = HEADER_BYTES + body_bytes;
     let Some(body) = buffer.get(HEADER_BYTES..end) else { return Ok(None) };
     let stream = StreamId(u16::from_le_bytes(array(header, 6)));
-    let epoch = Epoch(u32::from_le_bytes(array(header, 12)));
-    Ok(Some((Raw { kind: header[4], stream, epoch, body }, end)))
+    let epoch = Epoch(u32::from_le_bytes(array(header, 16)));
+    Ok(Some((Raw { kind: header[4], stream, attempt, epoch, body }, end)))
 }
 
 /// `N` bytes of `bytes` from `at`; zeros past its end.
@@ -109,59 +144,60 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     array
 }
 
-fn header(buffer: &mut Vec<u8>, kind: u8, stream: StreamId, generation: Generation, epoch: Epoch, body: &[u8]) {
+fn header(buffer: &mut Vec<u8>, link: LinkId, kind: u8, (stream, epoch): (StreamId, Epoch), body: &[u8]) {
     // Bodies are built here and split to fit: at most MAX_BODY bytes.
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
     buffer.extend_from_slice(&length.to_le_bytes());
     buffer.extend_from_slice(&[kind, 0]);
     buffer.extend_from_slice(&stream.0.to_le_bytes());
-    buffer.extend_from_slice(&generation.get().to_le_bytes());
+    buffer.extend_from_slice(&link.generation.get().to_le_bytes());
+    buffer.extend_from_slice(&link.attempt.to_le_bytes());
     buffer.extend_from_slice(&epoch.0.to_le_bytes());
     buffer.extend_from_slice(body);
 }
 
-/// Appends a message of the host to `buffer`.
-pub fn encode(message: &ToCard, generation: Generation, buffer: &mut Vec<u8>) {
+/// Appends a message of the host's session `link` to `buffer`.
+pub fn encode(message: &FromHost, link: LinkId, buffer: &mut Vec<u8>) {
     let none = Epoch(0);
+    let FromHost::Stream(message) = message else { return header(buffer, link, BEGIN, (StreamId(0), none), &[]) };
     match message {
         ToCard::SetParams { stream, params } => {
             let mut body = Vec::with_capacity(PARAMS_BYTES);
             body.extend_from_slice(&[params.format.number(), params.rate.number(), params.channels, 0]);
             body.extend_from_slice(&params.period_bytes.to_le_bytes());
             body.extend_from_slice(&params.buffer_bytes.to_le_bytes());
-            header(buffer, SET_PARAMS, *stream, generation, none, &body);
+            header(buffer, link, SET_PARAMS, (*stream, none), &body);
         }
-        ToCard::Prepare { stream, epoch } => header(buffer, PREPARE, *stream, generation, *epoch, &[]),
+        ToCard::Prepare { stream, epoch } => header(buffer, link, PREPARE, (*stream, *epoch), &[]),
         ToCard::Play { stream, epoch, samples } => {
             for part in samples.chunks(MAX_BODY) {
-                header(buffer, PLAY, *stream, generation, *epoch, part);
+                header(buffer, link, PLAY, (*stream, *epoch), part);
             }
         }
-        ToCard::Start { stream } => header(buffer, START, *stream, generation, none, &[]),
-        ToCard::Stop { stream } => header(buffer, STOP, *stream, generation, none, &[]),
-        ToCard::Release { stream } => header(buffer, RELEASE, *stream, generation, none, &[]),
+        ToCard::Start { stream } => header(buffer, link, START, (*stream, none), &[]),
+        ToCard::Stop { stream } => header(buffer, link, STOP, (*stream, none), &[]),
+        ToCard::Release { stream } => header(buffer, link, RELEASE, (*stream, none), &[]),
     }
 }
 
-/// Appends a message of the service to `buffer`.
-pub fn encode_service(message: &FromService, generation: Generation, buffer: &mut Vec<u8>) {
+/// Appends a message of the service in session `link` to `buffer`.
+pub fn encode_service(message: &FromService, link: LinkId, buffer: &mut Vec<u8>) {
     let nothing = (StreamId(0), Epoch(0));
     match message {
-        FromService::Card(card) => header(buffer, CARD, nothing.0, generation, nothing.1, &card_body(card)),
+        FromService::Card(card) => header(buffer, link, CARD, nothing, &card_body(card)),
         FromService::Failed(what) => {
-            let text = &what.as_bytes()[..what.len().min(MAX_BODY)];
-            header(buffer, FAILED, nothing.0, generation, nothing.1, text);
+            header(buffer, link, FAILED, nothing, &what.as_bytes()[..what.len().min(MAX_BODY)]);
         }
         FromService::Stream(FromCard::Position { stream, epoch, heard }) => {
-            header(buffer, POSITION, *stream, generation, *epoch, &heard.to_le_bytes());
+            header(buffer, link, POSITION, (*stream, *epoch), &heard.to_le_bytes());
         }
         FromService::Stream(FromCard::Captured { stream, epoch, samples }) => {
             for part in samples.chunks(MAX_BODY) {
-                header(buffer, CAPTURED, *stream, generation, *epoch, part);
+                header(buffer, link, CAPTURED, (*stream, *epoch), part);
             }
         }
         FromService::Stream(FromCard::Xrun { stream, epoch }) => {
-            header(buffer, XRUN, *stream, generation, *epoch, &[]);
+            header(buffer, link, XRUN, (*stream, *epoch), &[]);
         }
     }
 }
@@ -182,13 +218,19 @@ fn card_body(card: &Card) -> Vec<u8> {
     body
 }
 
-/// Takes the next message of the service off the front of `buffer`: the message and how many bytes it took;
+/// Takes the next message of the service in session `link` off the front of `buffer`, and gives how many bytes it took;
 /// `None` while it is incomplete.
 ///
 /// # Errors
-/// When it is no message of a service of `generation`.
-pub fn decode_service(buffer: &[u8], generation: Generation) -> Result<Option<(FromService, usize)>, ProtocolError> {
-    let Some((raw, length)) = split(buffer, generation)? else { return Ok(None) };
+/// When it is no message of a service of that life, or of a session that has not begun.
+pub fn decode_service(buffer: &[u8], link: LinkId) -> Result<Option<(Taken<FromService>, usize)>, ProtocolError> {
+    let Some((raw, length)) = split(buffer, link.generation)? else { return Ok(None) };
+    if raw.attempt < link.attempt {
+        return Ok(Some((Taken::Earlier, length)));
+    }
+    if raw.attempt > link.attempt {
+        return Err(ProtocolError::Session(link.generation.get(), raw.attempt));
+    }
     let (stream, epoch) = (raw.stream, raw.epoch);
     let message = match raw.kind {
         CARD => FromService::Card(card(raw.body)?),
@@ -209,15 +251,41 @@ pub fn decode_service(buffer: &[u8], generation: Generation) -> Result<Option<(F
         FAILED => FromService::Failed(printable(raw.body)),
         kind => return Err(ProtocolError::UnknownKind(kind)),
     };
-    Ok(Some((message, length)))
+    Ok(Some((Taken::Message(message), length)))
 }
 
-/// Takes the next message of the host off the front of `buffer`, as [`decode_service`].
+/// Takes the next message of the host off the front of `buffer`, with the session that it belongs to and how many bytes
+/// it took; `None` while it is incomplete. `current` is the attempt at work, `None` before the first [`FromHost::Begin`]:
+/// until then everything else is of an earlier session.
 ///
 /// # Errors
-/// When it is no message of a host to `generation`.
-pub fn decode(buffer: &[u8], generation: Generation) -> Result<Option<(ToCard, usize)>, ProtocolError> {
+/// When it is no message of a host to the driver VM of `generation`, or belongs to a session that has not begun.
+pub fn decode(
+    buffer: &[u8],
+    generation: Generation,
+    current: Option<u32>,
+) -> Result<Option<(Taken<FromHost>, LinkId, usize)>, ProtocolError> {
     let Some((raw, length)) = split(buffer, generation)? else { return Ok(None) };
+    let link = LinkId { generation, attempt: raw.attempt };
+    let begins = raw.kind == BEGIN;
+    let earlier = current.map_or(!begins, |current| raw.attempt < current);
+    if earlier {
+        return Ok(Some((Taken::Earlier, link, length)));
+    }
+    // Each session begins once, and nothing of it comes before.
+    if begins == (current == Some(raw.attempt)) {
+        return Err(ProtocolError::Session(generation.get(), raw.attempt));
+    }
+    let message = if begins {
+        exact::<0>(raw.body, "begin")?;
+        FromHost::Begin
+    } else {
+        FromHost::Stream(to_card(&raw)?)
+    };
+    Ok(Some((Taken::Message(message), link, length)))
+}
+
+fn to_card(raw: &Raw<'_>) -> Result<ToCard, ProtocolError> {
     let (stream, epoch) = (raw.stream, raw.epoch);
     let empty = |kind| exact::<0>(raw.body, kind).map(|_| ());
     let message = match raw.kind {
@@ -241,7 +309,7 @@ pub fn decode(buffer: &[u8], generation: Generation) -> Result<Option<(ToCard, u
         }
         kind => return Err(ProtocolError::UnknownKind(kind)),
     };
-    Ok(Some((message, length)))
+    Ok(message)
 }
 
 fn exact<const N: usize>(body: &[u8], kind: &'static str) -> Result<[u8; N], ProtocolError> {
@@ -303,8 +371,13 @@ mod tests {
 
     use super::*;
 
-    fn generation() -> Generation {
-        Generation::new(3).unwrap()
+    fn link(attempt: u32) -> LinkId {
+        LinkId { generation: Generation::new(3).unwrap(), attempt }
+    }
+
+    /// As the service reads in session 3.2.
+    fn host_message(buffer: &[u8]) -> Result<Option<(Taken<FromHost>, LinkId, usize)>, ProtocolError> {
+        decode(buffer, link(2).generation, Some(2))
     }
 
     fn a_card() -> Card {
@@ -355,19 +428,19 @@ mod tests {
     fn messages_come_back_as_they_went_one_by_one() {
         let mut buffer = Vec::new();
         for message in host_messages() {
-            encode(&message, generation(), &mut buffer);
+            encode(&message.into(), link(2), &mut buffer);
         }
         for message in host_messages() {
-            let (decoded, length) = decode(&buffer, generation()).unwrap().unwrap();
-            assert_eq!(decoded, message);
+            let (decoded, of, length) = host_message(&buffer).unwrap().unwrap();
+            assert_eq!((decoded, of), (Taken::Message(message.into()), link(2)));
             buffer.drain(..length);
         }
         for message in service_messages() {
-            encode_service(&message, generation(), &mut buffer);
+            encode_service(&message, link(2), &mut buffer);
         }
         for message in service_messages() {
-            let (decoded, length) = decode_service(&buffer, generation()).unwrap().unwrap();
-            assert_eq!(decoded, message);
+            let (decoded, length) = decode_service(&buffer, link(2)).unwrap().unwrap();
+            assert_eq!(decoded, Taken::Message(message));
             buffer.drain(..length);
         }
         assert!(buffer.is_empty());
@@ -378,26 +451,58 @@ mod tests {
         let samples: Vec<u8> = (0..=255).cycle().take(3 * MAX_BODY + 5).collect();
         let mut buffer = Vec::new();
         let play = ToCard::Play { stream: StreamId(0), epoch: Epoch(1), samples: samples.clone() };
-        encode(&play, generation(), &mut buffer);
+        encode(&play.into(), link(2), &mut buffer);
         let mut seen = Vec::new();
-        while let Some((ToCard::Play { samples, .. }, length)) = decode(&buffer, generation()).unwrap() {
+        while let Some((Taken::Message(FromHost::Stream(ToCard::Play { samples, .. })), _, length)) =
+            host_message(&buffer).unwrap()
+        {
             seen.extend(samples);
             buffer.drain(..length);
         }
         assert_eq!(seen, samples);
     }
 
-    #[test]
-    fn another_generation_is_refused() {
+    fn bytes(message: impl Into<FromHost>, link: LinkId) -> Vec<u8> {
         let mut buffer = Vec::new();
-        encode(&ToCard::Start { stream: StreamId(0) }, Generation::FIRST, &mut buffer);
-        assert_eq!(decode(&buffer, generation()), Err(ProtocolError::Generation(1)));
+        encode(&message.into(), link, &mut buffer);
+        buffer
+    }
+
+    #[test]
+    fn another_life_is_refused() {
+        let start = ToCard::Start { stream: StreamId(0) };
+        let other = LinkId { generation: Generation::FIRST, attempt: 2 };
+        assert_eq!(host_message(&bytes(start, other)), Err(ProtocolError::Session(1, 2)));
+        let mut buffer = Vec::new();
+        encode_service(&FromService::Card(a_card()), other, &mut buffer);
+        assert_eq!(decode_service(&buffer, link(2)), Err(ProtocolError::Session(1, 2)));
+    }
+
+    #[test]
+    fn what_is_left_of_an_earlier_session_is_skipped_and_a_later_one_has_to_begin() {
+        let start = || ToCard::Start { stream: StreamId(0) };
+        let skipped = |attempt| Ok(Some((Taken::Earlier, link(attempt), HEADER_BYTES)));
+        let begun = |attempt| Ok(Some((Taken::Message(FromHost::Begin), link(attempt), HEADER_BYTES)));
+        assert_eq!(host_message(&bytes(start(), link(1))), skipped(1));
+        assert_eq!(host_message(&bytes(FromHost::Begin, link(1))), skipped(1));
+        assert_eq!(host_message(&bytes(FromHost::Begin, link(2))), Err(ProtocolError::Session(3, 2)), "twice");
+        assert_eq!(host_message(&bytes(start(), link(3))), Err(ProtocolError::Session(3, 3)), "not begun");
+        assert_eq!(host_message(&bytes(FromHost::Begin, link(7))), begun(7));
+        let before_any = |bytes: &[u8]| decode(bytes, link(1).generation, None);
+        assert_eq!(before_any(&bytes(start(), link(9))), skipped(9));
+        assert_eq!(before_any(&bytes(FromHost::Begin, link(1))), begun(1));
+        assert_eq!(before_any(&bytes(FromHost::Begin, link(0))), Err(ProtocolError::Session(3, 0)));
+
+        let mut buffer = Vec::new();
+        encode_service(&FromService::Card(a_card()), link(2), &mut buffer);
+        assert_eq!(decode_service(&buffer, link(3)), Ok(Some((Taken::Earlier, buffer.len()))));
+        assert_eq!(decode_service(&buffer, link(1)), Err(ProtocolError::Session(3, 2)));
     }
 
     #[test]
     fn a_length_without_bound_is_refused_before_its_body_comes() {
-        let header = [0xff, 0xff, 0xff, 0x7f, PLAY, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
-        assert_eq!(decode(&header, generation()), Err(ProtocolError::TooLong(0x7fff_ffff)));
+        let header = [0xff, 0xff, 0xff, 0x7f, PLAY, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(host_message(&header), Err(ProtocolError::TooLong(0x7fff_ffff)));
     }
 
     proptest! {
@@ -407,17 +512,21 @@ mod tests {
             if fit && bytes.len() >= HEADER_BYTES {
                 let body = u32::try_from(bytes.len() - HEADER_BYTES).unwrap();
                 bytes[..4].copy_from_slice(&body.to_le_bytes());
-                bytes[4..6].copy_from_slice(&[[1, 2, 3, 4, 5, 6, 0x81, 0x82, 0x83, 0x84, 0x85][usize::from(kind) % 11], 0]);
+                bytes[4..6].copy_from_slice(&[[1, 2, 3, 4, 5, 6, 7, 0x81, 0x82, 0x83, 0x84, 0x85][usize::from(kind) % 12], 0]);
                 bytes[8..12].copy_from_slice(&3u32.to_le_bytes());
+                bytes[12..16].copy_from_slice(&u32::from(1 + kind % 3).to_le_bytes());
             }
-            if let Ok(Some((message, length))) = decode_service(&bytes, generation()) {
+            if let Ok(Some((message, length))) = decode_service(&bytes, link(2)) {
                 prop_assert!(length <= bytes.len());
-                if let FromService::Card(card) = message {
+                if let Taken::Message(FromService::Card(card)) = message {
                     prop_assert!(card.is_sane());
                 }
             }
-            if let Ok(Some((ToCard::SetParams { params, .. }, _))) = decode(&bytes, generation()) {
-                prop_assert!(params.sizes_fit());
+            if let Ok(Some((message, _, length))) = host_message(&bytes) {
+                prop_assert!(length <= bytes.len());
+                if let Taken::Message(FromHost::Stream(ToCard::SetParams { params, .. })) = message {
+                    prop_assert!(params.sizes_fit());
+                }
             }
         }
     }

@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
-use umbra_driver_vm::sound_protocol::{decode, decode_service, encode, encode_service};
-use umbra_shadow::Generation;
+use umbra_driver_vm::sound_protocol::{Taken, decode, decode_service, encode, encode_service};
+use umbra_shadow::{Generation, LinkId};
 use umbra_vmm::supervisor::front::protocol::Request;
 
 fuzz_target!(|data: &[u8]| {
@@ -18,18 +18,23 @@ fuzz_target!(|data: &[u8]| {
         let _ = serde_json::from_str::<Request>(line);
     }
     let Some(generation) = Generation::new(1) else { return };
-    if let Ok(Some((message, length))) = decode_service(data, generation) {
+    let link = LinkId { generation, attempt: 2 };
+    if let Ok(Some((taken, length))) = decode_service(data, link) {
         assert!(length <= data.len());
-        let mut again = Vec::new();
-        encode_service(&message, generation, &mut again);
-        assert!(
-            matches!(decode_service(&again, generation), Ok(Some((same, n))) if same == message && n == again.len())
-        );
+        if let Taken::Message(message) = &taken {
+            let mut again = Vec::new();
+            encode_service(message, link, &mut again);
+            assert!(matches!(decode_service(&again, link), Ok(Some((same, n))) if same == taken && n == again.len()));
+        }
     }
-    if let Ok(Some((message, length))) = decode(data, generation) {
+    for current in [None, Some(link.attempt)] {
+        let Ok(Some((taken, of, length))) = decode(data, generation, current) else { continue };
         assert!(length <= data.len());
-        let mut again = Vec::new();
-        encode(&message, generation, &mut again);
-        assert!(matches!(decode(&again, generation), Ok(Some((same, n))) if same == message && n == again.len()));
+        if let Taken::Message(message) = &taken {
+            let mut again = Vec::new();
+            encode(message, of, &mut again);
+            let back = decode(&again, generation, current);
+            assert!(matches!(back, Ok(Some((same, link, n))) if same == taken && link == of && n == again.len()));
+        }
     }
 });

@@ -1,19 +1,22 @@
 //! The sound service of a driver VM: started by the agent, one thread a guest.
 //!
 //! It waits for the card, in a standby for as long as there is none, with everything done that can be done without;
-//! says on the console ports `org.umbra.sound.N` and on standard output (one JSON line, for the agent) what it can do,
-//! unmutes it, and then plays and records for the hosts at those ports. Nothing is played before the levels are set.
-//! Several guests are mixed by alsa-lib's dmix. Any failure of the card ends the service with a sentence: the driver VM
-//! has then failed.
+//! says on standard output (one JSON line, for the agent) what it can do, unmutes it, and then plays and records for the
+//! hosts at the console ports `org.umbra.sound.N`, each of which is told of the card when its session begins. Nothing is
+//! played before the levels are set. Several guests are mixed by alsa-lib's dmix. Sessions come and go, and one at fault
+//! ends alone. Any failure of the card ends the service with a sentence: the driver VM has then failed.
 
 mod card;
 mod config;
+mod fault;
 mod mixer;
 mod playback;
 mod port;
 mod record;
 mod session;
 mod startup;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -60,7 +63,7 @@ fn run() -> anyhow::Result<()> {
     }
     for (port, session) in ports {
         // Fails only if the thread has ended, which says why.
-        let _ = session.send(Session::greet(port, &card, std::mem::take(&mut open))?);
+        let _ = session.send(Session::new(port, &card, std::mem::take(&mut open)));
     }
     let line = serde_json::to_string(&card).context("cannot describe the card")?;
     let mut out = std::io::stdout().lock();
@@ -69,11 +72,11 @@ fn run() -> anyhow::Result<()> {
     mixer::set_levels()?;
     startup::mark("levels set");
     session::allow_sound();
-    // The first session that ends, ends the service: the host starts over with a new driver VM.
+    // A guest's end that gives up ends the service: the host starts over with a new driver VM.
     Err(ended.recv().context("no session")?)
 }
 
-/// A thread that runs a session as soon as it gets one.
+/// A thread that runs a guest's end as soon as it gets it.
 fn thread(ended: mpsc::Sender<anyhow::Error>) -> anyhow::Result<mpsc::Sender<Session>> {
     let (sender, session) = mpsc::channel::<Session>();
     let run = move || session.recv().ok().and_then(|session| ended.send(session.run()).ok());

@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 
 use alsa::pcm::{Access, HwParams, PCM, State};
 use alsa::{Direction as AlsaDirection, ValueOr};
-use anyhow::{Context, bail};
+use anyhow::Context;
 use umbra_shadow::sound::params::MAX_BUFFER_BYTES;
 use umbra_shadow::sound::{Epoch, FromCard, HELD_MAX_BYTES, Params, StreamId};
 
 use crate::card::alsa_format;
 use crate::config::PLAYBACK;
+use crate::fault::Fault;
 
 /// Periods a second that the card is asked for; the guest's own do not matter to it.
 const PERIODS_PER_SECOND: u32 = 100;
@@ -94,6 +95,11 @@ impl Playback {
         self.running
     }
 
+    /// The session is over: closes the stream and forgets its samples.
+    pub fn give_up(&mut self) {
+        *self = Self::new(self.id, self.spare.take());
+    }
+
     /// Nobody wants to play just now: lets the card rest.
     pub fn rest(&mut self) {
         self.spare = None;
@@ -104,19 +110,19 @@ impl Playback {
         self.params = Some(params);
     }
 
-    pub fn prepare(&mut self, epoch: Epoch) -> anyhow::Result<()> {
+    pub fn prepare(&mut self, epoch: Epoch) -> Result<(), Fault> {
         self.running = false;
         self.epoch = epoch;
         self.waiting.clear();
         (self.heard, self.in_card, self.reported) = (0, 0, 0);
-        let Some(params) = &self.params else { bail!("prepare before parameters") };
+        let Some(params) = &self.params else { return Err(Fault::Session("prepare before parameters".into())) };
         if self.pcm.is_none() {
             let pcm = open(PLAYBACK, AlsaDirection::Playback, self.spare.take(), params)?;
             let period = pcm.hw_params_current().and_then(|hardware| hardware.get_period_size());
             self.headroom = HEADROOM_PERIODS * period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
             self.pcm = Some(pcm);
         }
-        self.reset_card()
+        Ok(self.reset_card()?)
     }
 
     /// Puts the card into the state before a start.
@@ -131,15 +137,18 @@ impl Playback {
         Ok(())
     }
 
-    pub fn play(&mut self, epoch: Epoch, samples: &[u8], said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+    pub fn play(&mut self, epoch: Epoch, samples: &[u8], said: &mut Vec<FromCard>) -> Result<(), Fault> {
         if epoch != self.epoch {
             return Ok(());
         }
         if self.waiting.len() + samples.len() > MAX_WAITING {
-            bail!("the host sends more than it may");
+            return Err(Fault::Session("the host sends more than it may".into()));
         }
         self.waiting.extend(samples);
-        if self.running { self.feed(said) } else { Ok(()) }
+        if self.running {
+            self.feed(said)?;
+        }
+        Ok(())
     }
 
     pub fn start(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {

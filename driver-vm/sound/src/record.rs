@@ -2,10 +2,11 @@
 
 use alsa::Direction as AlsaDirection;
 use alsa::pcm::PCM;
-use anyhow::{Context, bail};
+use anyhow::Context;
 use umbra_shadow::sound::{Epoch, FromCard, Params, StreamId};
 
 use crate::config::CAPTURE;
+use crate::fault::Fault;
 use crate::playback::open;
 
 /// Most bytes taken at one look.
@@ -31,6 +32,11 @@ impl Record {
         self.running
     }
 
+    /// The session is over: closes the stream.
+    pub fn give_up(&mut self) {
+        *self = Self::new(self.id, self.spare.take());
+    }
+
     /// Nobody wants to record just now: lets the card rest.
     pub fn rest(&mut self) {
         self.spare = None;
@@ -41,18 +47,18 @@ impl Record {
         self.params = Some(params);
     }
 
-    pub fn prepare(&mut self, epoch: Epoch) -> anyhow::Result<()> {
+    pub fn prepare(&mut self, epoch: Epoch) -> Result<(), Fault> {
         self.running = false;
         self.epoch = epoch;
-        let Some(params) = &self.params else { bail!("prepare before parameters") };
+        let Some(params) = &self.params else { return Err(Fault::Session("prepare before parameters".into())) };
         if self.pcm.is_none() {
             self.pcm = Some(open(CAPTURE, AlsaDirection::Capture, self.spare.take(), params)?);
         }
-        self.stop()
+        Ok(self.stop()?)
     }
 
-    pub fn start(&mut self) -> anyhow::Result<()> {
-        let Some(pcm) = &self.pcm else { bail!("start before prepare") };
+    pub fn start(&mut self) -> Result<(), Fault> {
+        let Some(pcm) = &self.pcm else { return Err(Fault::Session("start before prepare".into())) };
         pcm.start().context("cannot start recording")?;
         self.running = true;
         Ok(())

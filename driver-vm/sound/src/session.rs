@@ -1,24 +1,24 @@
-//! One guest's session: the host's messages in, the card's positions out, every few milliseconds.
+//! One guest's end of the service: the host's sessions with it, one after the other. In a session the host's messages come
+//! in, and the card's positions go out every few milliseconds. A session ends with the host's end of the port, with a
+//! later one that begins, or with a fault of the host; its streams are closed with it, and nobody else hears of it.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use alsa::pcm::PCM;
-use anyhow::{Context, bail};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use umbra_driver_vm::sound_protocol::FromService;
+use umbra_driver_vm::sound_protocol::{FromHost, FromService};
 use umbra_shadow::sound::{Card, Direction, FromCard, StreamId, ToCard};
 
+use crate::fault::Fault;
 use crate::playback::Playback;
-use crate::port::Port;
+use crate::port::{Came, Port};
 use crate::record::Record;
 use crate::startup;
 
 /// How often a running stream is looked at. It bounds how old a position report is, and with it what policy `hold`
 /// may play twice.
 const TICK: Duration = Duration::from_millis(4);
-/// How long an idle session sleeps; a host that has closed its end is looked for again, as poll(2) cannot wait for it.
+/// How long nothing happens before the devices that were opened ahead are closed.
 const IDLE: Duration = Duration::from_millis(500);
 
 /// Set when the card's levels are.
@@ -34,36 +34,73 @@ enum Stream {
     Record(Record),
 }
 
+impl Stream {
+    fn runs(&self) -> bool {
+        match self {
+            Self::Playback(stream) => stream.runs(),
+            Self::Record(stream) => stream.runs(),
+        }
+    }
+
+    fn rest(&mut self) {
+        match self {
+            Self::Playback(stream) => stream.rest(),
+            Self::Record(stream) => stream.rest(),
+        }
+    }
+
+    fn give_up(&mut self) {
+        match self {
+            Self::Playback(stream) => stream.give_up(),
+            Self::Record(stream) => stream.give_up(),
+        }
+    }
+
+    fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+        match self {
+            Self::Playback(stream) => stream.tick(said),
+            Self::Record(stream) => stream.tick(said),
+        }
+    }
+}
+
+/// The end of one guest.
 pub struct Session {
     port: Port,
+    card: Card,
     streams: Vec<Stream>,
 }
 
 impl Session {
-    /// Greets the host at `port` with `card`, whose devices are `open`, in the order of its streams, or not.
-    pub fn greet(mut port: Port, card: &Card, open: Vec<PCM>) -> anyhow::Result<Self> {
-        port.send(&FromService::Card(card.clone()))?;
+    /// The end at `port`, of `card`, whose devices are `open`, in the order of its streams, or not.
+    pub fn new(port: Port, card: &Card, open: Vec<PCM>) -> Self {
         let mut open = open.into_iter();
         let streams = (0u16..).zip(&card.streams).map(|(n, info)| match info.direction {
             Direction::Playback => Stream::Playback(Playback::new(StreamId(n), open.next())),
             Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next())),
         });
         let streams = streams.collect();
-        Ok(Self { port, streams })
+        Self { port, card: card.clone(), streams }
     }
 
-    /// Works until something fails; tells the host.
+    /// Works until the card fails; tells the host.
     pub fn run(mut self) -> anyhow::Error {
         let mut next = Instant::now();
         loop {
-            if let Err(error) = self.turn(&mut next) {
-                let _ = self.port.send(&FromService::Failed(format!("{error:#}")));
-                return error;
-            }
+            let error = match self.turn(&mut next) {
+                Ok(()) => continue,
+                Err(Fault::Session(why)) => match self.hang_up(&why) {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                },
+                Err(Fault::Service(error)) => error,
+            };
+            let _ = self.port.send(&FromService::Failed(format!("{error:#}")));
+            return error;
         }
     }
 
-    fn turn(&mut self, next: &mut Instant) -> anyhow::Result<()> {
+    fn turn(&mut self, next: &mut Instant) -> Result<(), Fault> {
         let now = Instant::now();
         if self.runs() {
             // Ticks that were missed are not made up for, and an idle sleep is over.
@@ -71,64 +108,78 @@ impl Session {
         } else {
             *next = now + IDLE;
         }
-        if self.wait(*next)? == 0 && !self.runs() {
+        if !self.port.wait(next.saturating_duration_since(now))? && !self.runs() {
             self.rest();
         }
         self.port.flush()?;
-        if !self.port.receive()? {
-            std::thread::sleep(TICK);
+        if self.port.receive()? == Came::End {
+            if self.port.is_touched() {
+                self.end()?;
+            }
+            return Ok(());
         }
         while let Some(message) = self.port.next_message()? {
             self.obey(message)?;
+            // Threads of one real-time priority do not share time by themselves: a host that sends without end must not
+            // keep another guest's card from being fed.
+            std::thread::yield_now();
         }
         let mut said = Vec::new();
         for stream in &mut self.streams {
-            match stream {
-                Stream::Playback(stream) => stream.tick(&mut said)?,
-                Stream::Record(stream) => stream.tick(&mut said)?,
-            }
+            stream.tick(&mut said)?;
         }
         self.say(said)
     }
 
+    /// The host's session is at fault: tells it why, and ends it.
+    fn hang_up(&mut self, why: &str) -> anyhow::Result<()> {
+        startup::log(&format!("a session is ended: {why}"));
+        // A host that does not read is not told.
+        let _ = self.port.send(&FromService::Failed(why.into()));
+        self.end()
+    }
+
+    /// The session is over.
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.give_up();
+        self.port.reopen()
+    }
+
+    fn give_up(&mut self) {
+        self.streams.iter_mut().for_each(Stream::give_up);
+    }
+
     fn runs(&self) -> bool {
-        self.streams.iter().any(|stream| match stream {
-            Stream::Playback(stream) => stream.runs(),
-            Stream::Record(stream) => stream.runs(),
-        })
+        self.streams.iter().any(Stream::runs)
     }
 
     /// Nothing happens: what the start kept ready is not needed.
     fn rest(&mut self) {
         startup::end();
-        for stream in &mut self.streams {
-            match stream {
-                Stream::Playback(stream) => stream.rest(),
-                Stream::Record(stream) => stream.rest(),
+        self.streams.iter_mut().for_each(Stream::rest);
+    }
+
+    fn obey(&mut self, message: FromHost) -> Result<(), Fault> {
+        match message {
+            FromHost::Begin => {
+                self.give_up();
+                self.port.send(&FromService::Card(self.card.clone()))
             }
+            FromHost::Stream(message) => self.move_stream(message),
         }
     }
 
-    /// How many of the things that are waited for have happened.
-    fn wait(&self, until: Instant) -> anyhow::Result<usize> {
-        let write = if self.port.wants_to_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
-        let mut polled = [PollFd::new(self.port.descriptor(), PollFlags::POLLIN | write)];
-        let millis = until.saturating_duration_since(Instant::now()).as_millis();
-        match poll(&mut polled, PollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX))) {
-            Ok(ready) => Ok(usize::try_from(ready).unwrap_or(0)),
-            Err(Errno::EINTR) => Ok(1),
-            Err(error) => Err(error).context("cannot wait for the host"),
-        }
-    }
-
-    fn obey(&mut self, message: ToCard) -> anyhow::Result<()> {
+    fn move_stream(&mut self, message: ToCard) -> Result<(), Fault> {
         let (ToCard::SetParams { stream: id, .. }
         | ToCard::Prepare { stream: id, .. }
         | ToCard::Play { stream: id, .. }
         | ToCard::Start { stream: id }
         | ToCard::Stop { stream: id }
         | ToCard::Release { stream: id }) = message;
-        let Some(stream) = self.streams.get_mut(usize::from(id.0)) else { bail!("the card has no stream {}", id.0) };
+        let index = usize::from(id.0);
+        let (Some(stream), Some(info)) = (self.streams.get_mut(index), self.card.streams.get(index)) else {
+            return Err(Fault::Session(format!("the card has no stream {}", id.0)));
+        };
         let mut said = Vec::new();
         let starts = matches!(message, ToCard::Start { .. });
         if starts {
@@ -136,6 +187,9 @@ impl Session {
             LEVELS.wait();
         }
         match (message, stream) {
+            (ToCard::SetParams { params, .. }, _) if !params.fit(info) => {
+                return Err(Fault::Session(format!("parameters that the card was not offered with: {params:?}")));
+            }
             (ToCard::SetParams { params, .. }, Stream::Playback(stream)) => stream.set_params(params),
             (ToCard::SetParams { params, .. }, Stream::Record(stream)) => stream.set_params(params),
             (ToCard::Prepare { epoch, .. }, Stream::Playback(stream)) => stream.prepare(epoch)?,
@@ -143,7 +197,9 @@ impl Session {
             (ToCard::Play { epoch, samples, .. }, Stream::Playback(stream)) => {
                 stream.play(epoch, &samples, &mut said)?;
             }
-            (ToCard::Play { .. }, Stream::Record(_)) => bail!("samples for a stream that records"),
+            (ToCard::Play { .. }, Stream::Record(_)) => {
+                return Err(Fault::Session("samples for a stream that records".into()));
+            }
             (ToCard::Start { .. }, Stream::Playback(stream)) => stream.start(&mut said)?,
             (ToCard::Start { .. }, Stream::Record(stream)) => stream.start()?,
             (ToCard::Stop { .. }, Stream::Playback(stream)) => stream.stop(&mut said)?,
@@ -158,7 +214,7 @@ impl Session {
         self.say(said)
     }
 
-    fn say(&mut self, said: Vec<FromCard>) -> anyhow::Result<()> {
+    fn say(&mut self, said: Vec<FromCard>) -> Result<(), Fault> {
         said.into_iter().try_for_each(|message| self.port.send(&FromService::Stream(message)))
     }
 }

@@ -1,5 +1,5 @@
-//! What the start took, from the card's appearance to the first sample: one line in the kernel's log, where the console
-//! shows nothing of it.
+//! What the start took, from the card's appearance to the first sample: one line in the kernel's log. At its level the
+//! console does not show it.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -33,14 +33,19 @@ pub fn mark(what: &str) {
 pub fn end() {
     with(|marks| {
         if let Some(marks) = marks.take() {
-            // 6: informational. Works without.
-            let line = format!("<6>umbra-sound: since the card is there:{}\n", marks.line.trim_end_matches(','));
-            let _ = fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/kmsg")
-                .and_then(|mut log| std::io::Write::write_all(&mut log, line.as_bytes()));
+            log(&format!("since the card is there:{}", marks.line.trim_end_matches(',')));
         }
     });
+}
+
+/// Writes a line to the kernel's log, which bounds how many it takes. Works without.
+pub fn log(line: &str) {
+    // 6: informational.
+    let line = format!("<6>umbra-sound: {line}\n");
+    let _ = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/kmsg")
+        .and_then(|mut log| std::io::Write::write_all(&mut log, line.as_bytes()));
 }
 
 fn with(act: impl FnOnce(&mut Option<Marks>)) {

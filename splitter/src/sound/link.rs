@@ -1,7 +1,8 @@
 //! The link of a sound splitter: the host's end of a driver VM's console port `org.umbra.sound.N`, a stream socket.
 //! Never blocks. What comes in is taken apart and checked, what goes out waits in a bounded queue, from which a message
 //! goes when a later one makes it moot: a guest cannot fill it, whatever it asks for. A peer that breaks the protocol,
-//! talks without end, does not read or goes away ends the link.
+//! talks without end, does not read or goes away ends the link. A link begins with its `Begin`; what an earlier one of the
+//! same driver VM left on the port is skipped.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
@@ -9,8 +10,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use thiserror::Error;
-use umbra_driver_vm::sound_protocol::{FromService, HEADER_BYTES, MAX_BODY, ProtocolError, decode_service, encode};
-use umbra_shadow::Generation;
+use umbra_driver_vm::sound_protocol::{
+    FromHost, FromService, HEADER_BYTES, MAX_BODY, MAX_EARLIER_BYTES, ProtocolError, Taken, decode_service, encode,
+};
+use umbra_shadow::LinkId;
 use umbra_shadow::sound::params::{MAX_BUFFER_BYTES, MAX_STREAMS};
 use umbra_shadow::sound::{HELD_MAX_BYTES, StreamId, ToCard, Violation};
 
@@ -51,6 +54,9 @@ pub enum LinkError {
     /// More messages than anybody has to say.
     #[error("the driver VM sends more than {MESSAGES_PER_SECOND} messages a second")]
     Flood,
+    /// More of an earlier link than a port holds.
+    #[error("the driver VM goes on with an earlier session: more than {MAX_EARLIER_BYTES} bytes of it")]
+    Earlier,
     /// A second card, or a stream before the card.
     #[error("the driver VM's sound service greets in the wrong order")]
     Order,
@@ -63,7 +69,7 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct Link {
     socket: UnixStream,
-    generation: Generation,
+    id: LinkId,
     incoming: Vec<u8>,
     unsent: VecDeque<Unsent>,
     /// Bytes of all of `unsent`.
@@ -72,13 +78,15 @@ pub struct Link {
     sent: usize,
     /// A second's beginning, and how many messages came since.
     heard: (u64, u32),
+    /// Bytes of earlier links that were skipped.
+    earlier: usize,
 }
 
 /// A message that waits.
 #[derive(Debug)]
 struct Unsent {
-    stream: StreamId,
-    kind: Kind,
+    /// The stream that it is about, and what about it; `None` for the link's `Begin`, which nothing makes moot.
+    about: Option<(StreamId, Kind)>,
     bytes: Vec<u8>,
 }
 
@@ -120,26 +128,29 @@ impl Kind {
 }
 
 impl Link {
-    /// The link to the driver VM of `generation`.
+    /// A new link, with its `Begin` waiting to be sent.
     ///
     /// # Errors
     /// When the socket cannot be made non-blocking.
-    pub fn new(socket: UnixStream, generation: Generation) -> Result<Self, LinkError> {
+    pub fn new(socket: UnixStream, id: LinkId) -> Result<Self, LinkError> {
         socket.set_nonblocking(true).map_err(LinkError::Io)?;
-        Ok(Self {
+        let mut link = Self {
             socket,
-            generation,
+            id,
             incoming: Vec::new(),
             unsent: VecDeque::new(),
             waiting: 0,
             sent: 0,
             heard: (0, 0),
-        })
+            earlier: 0,
+        };
+        link.push(None, &FromHost::Begin);
+        Ok(link)
     }
 
-    /// Whose link this is.
-    pub fn generation(&self) -> Generation {
-        self.generation
+    /// Which link this is.
+    pub fn id(&self) -> LinkId {
+        self.id
     }
 
     /// True while something waits to be sent.
@@ -151,25 +162,30 @@ impl Link {
     ///
     /// # Errors
     /// When too much waits.
-    pub fn send(&mut self, message: &ToCard) -> Result<(), LinkError> {
-        let (stream, kind) = Kind::of(message);
+    pub fn send(&mut self, message: ToCard) -> Result<(), LinkError> {
+        let (stream, kind) = Kind::of(&message);
         // What has begun to go out has to go out to its end.
         let mut begun = self.sent > 0;
         self.unsent.retain(|earlier| {
-            let kept = std::mem::take(&mut begun) || earlier.stream != stream || !kind.moots(earlier.kind);
+            let moot = earlier.about.is_some_and(|(of, earlier)| of == stream && kind.moots(earlier));
+            let kept = std::mem::take(&mut begun) || !moot;
             if !kept {
                 self.waiting -= earlier.bytes.len();
             }
             kept
         });
-        let mut bytes = Vec::new();
-        encode(message, self.generation, &mut bytes);
-        self.waiting += bytes.len();
-        self.unsent.push_back(Unsent { stream, kind, bytes });
+        self.push(Some((stream, kind)), &message.into());
         if self.waiting > MAX_UNSENT {
             return Err(LinkError::NotReading);
         }
         Ok(())
+    }
+
+    fn push(&mut self, about: Option<(StreamId, Kind)>, message: &FromHost) {
+        let mut bytes = Vec::new();
+        encode(message, self.id, &mut bytes);
+        self.waiting += bytes.len();
+        self.unsent.push_back(Unsent { about, bytes });
     }
 
     /// Writes what waits, as far as the peer takes it.
@@ -238,10 +254,16 @@ impl Link {
     fn take_messages(&mut self, messages: &mut Vec<FromService>) -> Result<(), LinkError> {
         let mut at = 0;
         let result = loop {
-            match decode_service(&self.incoming[at..], self.generation) {
-                Ok(Some((message, length))) => {
-                    messages.push(message);
+            match decode_service(&self.incoming[at..], self.id) {
+                Ok(Some((taken, length))) => {
                     at += length;
+                    match taken {
+                        Taken::Message(message) => messages.push(message),
+                        Taken::Earlier => self.earlier += length,
+                    }
+                    if self.earlier > MAX_EARLIER_BYTES {
+                        break Err(LinkError::Earlier);
+                    }
                 }
                 Ok(None) => break Ok(()),
                 Err(error) => break Err(error.into()),

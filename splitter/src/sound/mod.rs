@@ -1,17 +1,18 @@
 //! The sound splitter: between a guest's sound device and the sound service of its driver VM, with a shadow beside.
 //!
-//! It masks at once when the link ends, whoever notices first, and replays as soon as the next service has reported
-//! its card; nobody needs to tell it. Time is given by the caller, who calls [`SoundSplitter::tick`] at
-//! [`SoundSplitter::deadline`], [`SoundSplitter::service`] when the link can be read or written, and takes the guest's
-//! finished messages from [`SoundSplitter::take_done`] after each call. Invariant: nothing waits for the driver VM.
+//! It masks at once when the link ends, whoever notices first, and replays as soon as the service at the next link has
+//! reported its card, be it that of the next driver VM or of the same again; nobody needs to tell it. Time is given by the
+//! caller, who calls [`SoundSplitter::tick`] at [`SoundSplitter::deadline`], [`SoundSplitter::service`] when the link can
+//! be read or written, and takes the guest's finished messages from [`SoundSplitter::take_done`] after each call.
+//! Invariant: nothing waits for the driver VM.
 
 pub mod link;
 
 use std::os::unix::net::UnixStream;
 
 use umbra_driver_vm::sound_protocol::FromService;
-use umbra_shadow::Generation;
 use umbra_shadow::sound::{Card, Command, Counts, Done, Mode, Out, Policy, Refusal, SoundShadow, StreamId, Token};
+use umbra_shadow::{Generation, LinkId};
 
 use link::{Link, LinkError};
 
@@ -20,8 +21,8 @@ use link::{Link, LinkError};
 pub enum Notice {
     /// The driver VM of this generation plays. Since the shadow began to mask: what became of samples.
     Live(Generation, Counts),
-    /// The link of this generation has ended; the shadow masks.
-    Lost(Generation, LinkError),
+    /// This link has ended; the shadow masks.
+    Lost(LinkId, LinkError),
 }
 
 /// Takes notices; it must neither block nor call the splitter.
@@ -82,22 +83,27 @@ impl SoundSplitter {
         self.shadow.deadline()
     }
 
-    /// The link of a new driver VM; one that was there ends.
-    pub fn attach(&mut self, generation: Generation, socket: UnixStream, now: u64) {
-        if self.link.as_ref().is_some_and(|old| old.generation() >= generation) {
+    /// A new link: to a new driver VM, or to the same one again. It takes the place of an older one that is there; it is
+    /// dropped if that one is not older.
+    pub fn attach(&mut self, id: LinkId, socket: UnixStream, now: u64) {
+        if self.link.as_ref().is_some_and(|old| old.id() >= id) {
             return;
         }
         self.retire();
         self.guarded(now, |this, out| this.shadow.mask(now, out));
-        match Link::new(socket, generation) {
-            Ok(link) => (self.link, self.greeted) = (Some(link), false),
-            Err(error) => (self.listener)(Notice::Lost(generation, error)),
+        match Link::new(socket, id) {
+            Ok(link) => {
+                (self.link, self.greeted) = (Some(link), false);
+                // Sends its first word.
+                self.guarded(now, |_, _| ());
+            }
+            Err(error) => (self.listener)(Notice::Lost(id, error)),
         }
     }
 
     /// The driver VM of `generation` has failed, says the supervisor.
     pub fn mask(&mut self, generation: Generation, now: u64) {
-        if self.link.as_ref().is_some_and(|link| link.generation() == generation) {
+        if self.link.as_ref().is_some_and(|link| link.id().generation == generation) {
             self.retire();
             self.guarded(now, |this, out| this.shadow.mask(now, out));
         }
@@ -147,7 +153,7 @@ impl SoundSplitter {
     /// Reads and writes the link.
     pub fn service(&mut self, now: u64) {
         let Some(link) = &mut self.link else { return };
-        let generation = link.generation();
+        let generation = link.id().generation;
         let (messages, mut error) = link.receive(now);
         for message in messages {
             if let Err(wrong) = self.hear(generation, message, now) {
@@ -186,7 +192,7 @@ impl SoundSplitter {
         self.done.append(&mut out.done);
         let mut result = Ok(());
         if let Some(link) = &mut self.link {
-            result = out.to_card.iter().try_for_each(|message| link.send(message)).and_then(|()| link.flush());
+            result = out.to_card.into_iter().try_for_each(|message| link.send(message)).and_then(|()| link.flush());
         }
         if let Err(error) = result {
             self.lose(error, now);
@@ -207,13 +213,13 @@ impl SoundSplitter {
 
     fn lose(&mut self, error: LinkError, now: u64) {
         let Some(link) = self.link.take() else { return };
-        let generation = link.generation();
+        let id = link.id();
         self.retired.push(link);
         self.announce = None;
         let mut out = Out::default();
         self.shadow.mask(now, &mut out);
         self.done.append(&mut out.done);
-        (self.listener)(Notice::Lost(generation, error));
+        (self.listener)(Notice::Lost(id, error));
     }
 
     fn retire(&mut self) {

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
 
-use umbra_driver_vm::sound_protocol::{decode, encode_service};
+use umbra_driver_vm::sound_protocol::{FromHost, HEADER_BYTES, MAX_EARLIER_BYTES, Taken, decode, encode_service};
 use umbra_shadow::sound::{Direction, Epoch, Format, FromCard, Outcome, Params, Rate, State, StreamInfo, ToCard};
 
 use super::*;
@@ -30,14 +30,16 @@ fn params() -> Params {
 /// The other end of a link: a service that says what the test wants.
 struct Service {
     socket: UnixStream,
-    generation: Generation,
+    link: LinkId,
+    /// The link's first word has come.
+    begun: bool,
     read: Vec<u8>,
 }
 
 impl Service {
     fn say(&mut self, message: &FromService) {
         let mut bytes = Vec::new();
-        encode_service(message, self.generation, &mut bytes);
+        encode_service(message, self.link, &mut bytes);
         self.socket.write_all(&bytes).unwrap();
     }
 
@@ -47,8 +49,14 @@ impl Service {
             self.read.extend_from_slice(&chunk[..length]);
         }
         let mut messages = Vec::new();
-        while let Some((message, length)) = decode(&self.read, self.generation).unwrap() {
-            messages.push(message);
+        let current = |begun: bool| begun.then_some(self.link.attempt);
+        while let Some((taken, of, length)) = decode(&self.read, self.link.generation, current(self.begun)).unwrap() {
+            assert_eq!(of, self.link);
+            match taken {
+                Taken::Message(FromHost::Begin) => self.begun = true,
+                Taken::Message(FromHost::Stream(message)) => messages.push(message),
+                Taken::Earlier => panic!("a message before the first word"),
+            }
             self.read.drain(..length);
         }
         messages
@@ -63,18 +71,31 @@ fn splitter(policy: Policy) -> (SoundSplitter, Notices) {
     let listener = move |notice| {
         into.lock().unwrap().push(match notice {
             Notice::Live(generation, _) => format!("live {generation}"),
-            Notice::Lost(generation, error) => format!("lost {generation}: {error}"),
+            Notice::Lost(link, error) => format!("lost {link}: {error}"),
         });
     };
     (SoundSplitter::new(card(), policy, Box::new(listener)), notices)
 }
 
-fn attach(splitter: &mut SoundSplitter, generation: u32, now: u64) -> Service {
+fn link(generation: u32, attempt: u32) -> LinkId {
+    LinkId { generation: Generation::new(generation).unwrap(), attempt }
+}
+
+/// Connects a service that has not greeted yet.
+fn connect(splitter: &mut SoundSplitter, link: LinkId, now: u64) -> Service {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let generation = Generation::new(generation).unwrap();
-    splitter.attach(generation, ours, now);
-    let mut service = Service { socket: theirs, generation, read: Vec::new() };
+    splitter.attach(link, ours, now);
+    Service { socket: theirs, link, begun: false, read: Vec::new() }
+}
+
+/// Connects the service of a generation's first link, which greets.
+fn attach(splitter: &mut SoundSplitter, generation: u32, now: u64) -> Service {
+    attach_again(splitter, link(generation, 1), now)
+}
+
+fn attach_again(splitter: &mut SoundSplitter, link: LinkId, now: u64) -> Service {
+    let mut service = connect(splitter, link, now);
     service.say(&FromService::Card(card()));
     splitter.service(now);
     service
@@ -115,7 +136,94 @@ fn a_closed_link_masks_at_once_and_the_next_one_is_brought_up_to_date() {
     assert_eq!(left, 7680 - 1920 - 12 * 192, "what was due is skipped");
     second.say(&FromService::Stream(FromCard::Position { stream: OUT, epoch: Epoch(2), heard: 1 }));
     splitter.service(30 * MS);
-    assert_eq!(*notices.lock().unwrap(), ["live 1", "lost 1: closed", "live 2"]);
+    assert_eq!(*notices.lock().unwrap(), ["live 1", "lost 1.1: closed", "live 2"]);
+}
+
+#[test]
+fn a_link_lost_and_made_again_in_one_life_is_brought_up_to_date_as_after_a_rebirth() {
+    let (mut splitter, notices) = splitter(Policy::Skip);
+    let mut first = attach(&mut splitter, 1, 0);
+    start(&mut splitter, 0);
+    first.say(&FromService::Stream(FromCard::Position { stream: OUT, epoch: Epoch(1), heard: 480 }));
+    splitter.service(10 * MS);
+    assert_eq!(splitter.take_done().len(), 1);
+    drop(first);
+    splitter.service(12 * MS);
+    assert_eq!(splitter.shadow().mode(), Mode::Masking);
+    splitter.tick(22 * MS);
+    assert_eq!(splitter.take_done().len(), 1, "the shadow goes on");
+
+    let mut second = attach_again(&mut splitter, link(1, 2), 24 * MS);
+    let heard = second.heard();
+    assert!(second.begun);
+    assert!(matches!(heard[..], [ToCard::SetParams { .. }, ToCard::Prepare { .. }, .., ToCard::Start { .. }]));
+    second.say(&FromService::Stream(FromCard::Position { stream: OUT, epoch: Epoch(2), heard: 1 }));
+    splitter.service(30 * MS);
+    assert_eq!(splitter.shadow().mode(), Mode::Passive(link(1, 1).generation));
+    assert_eq!(*notices.lock().unwrap(), ["live 1", "lost 1.1: closed", "live 1"]);
+}
+
+#[test]
+fn a_later_link_replaces_an_earlier_one_and_never_the_other_way_round() {
+    let (mut splitter, _) = splitter(Policy::Skip);
+    let mut second = attach_again(&mut splitter, link(1, 2), 0);
+    for older in [link(1, 1), link(1, 2)] {
+        let mut dropped = connect(&mut splitter, older, MS);
+        assert_eq!(dropped.socket.read(&mut [0; 1]).unwrap(), 0, "{older}");
+    }
+    assert_eq!(splitter.shadow().mode(), Mode::Passive(link(1, 1).generation));
+    assert!(second.heard().is_empty() && second.begun);
+    let mut third = connect(&mut splitter, link(1, 3), 2 * MS);
+    assert_eq!(splitter.shadow().mode(), Mode::Masking);
+    assert_eq!(splitter.take_retired().len(), 1);
+    assert_eq!(second.socket.read(&mut [0; 1]).unwrap(), 0, "the older one ends");
+    assert!(third.heard().is_empty() && third.begun, "told nothing before it has greeted");
+    let _next_life = attach(&mut splitter, 2, 3 * MS);
+    assert_eq!(splitter.link().map(Link::id), Some(link(2, 1)));
+}
+
+#[test]
+fn what_an_earlier_link_left_on_the_port_is_skipped_within_a_bound() {
+    let (mut splitter, notices) = splitter(Policy::Skip);
+    let mut service = connect(&mut splitter, link(1, 5), 0);
+    let left = FromService::Stream(FromCard::Captured { stream: OUT, epoch: Epoch(1), samples: vec![9; 32_000] });
+    let mut say_as = |service: &mut Service, attempt, message: &FromService| {
+        service.link.attempt = attempt;
+        service.say(message);
+        splitter.service(0);
+        splitter.link().is_some()
+    };
+    assert!(say_as(&mut service, 4, &left));
+    assert!(say_as(&mut service, 1, &FromService::Failed("long ago".into())));
+    assert!(say_as(&mut service, 5, &FromService::Card(card())));
+    assert_eq!(notices.lock().unwrap().concat(), "live 1");
+    let fit = MAX_EARLIER_BYTES / (HEADER_BYTES + 32_000);
+    let survived = (0..=fit).take_while(|_| say_as(&mut service, 4, &left)).count();
+    assert_eq!(survived, fit - 1, "one of them had come before");
+    assert!(notices.lock().unwrap()[1].contains("an earlier session"));
+}
+
+#[test]
+fn a_message_of_a_link_to_come_ends_the_link() {
+    let (mut splitter, notices) = splitter(Policy::Skip);
+    let mut service = attach(&mut splitter, 1, 0);
+    service.link.attempt = 2;
+    service.say(&FromService::Card(card()));
+    splitter.service(0);
+    assert_eq!(notices.lock().unwrap()[1], "lost 1.1: the driver VM broke the sound protocol");
+}
+
+#[test]
+fn a_guest_that_sets_up_at_once_does_not_make_the_first_word_moot() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let mut link = Link::new(ours, link(1, 1)).unwrap();
+    link.send(ToCard::SetParams { stream: OUT, params: params() }).unwrap();
+    link.send(ToCard::Release { stream: OUT }).unwrap();
+    link.flush().unwrap();
+    let mut service = Service { socket: theirs, link: link.id(), begun: false, read: Vec::new() };
+    assert_eq!(service.heard().len(), 2);
+    assert!(service.begun);
 }
 
 #[test]
@@ -144,13 +252,13 @@ fn streams_before_the_card_and_garbage_end_the_link() {
     for garbage in [true, false] {
         let (mut splitter, _) = splitter(Policy::Skip);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        splitter.attach(Generation::FIRST, ours, 0);
+        splitter.attach(link(1, 1), ours, 0);
         if garbage {
             theirs.write_all(&[0x55; 64]).unwrap();
         } else {
             let mut bytes = Vec::new();
             let early = FromService::Stream(FromCard::Xrun { stream: OUT, epoch: Epoch(1) });
-            encode_service(&early, Generation::FIRST, &mut bytes);
+            encode_service(&early, link(1, 1), &mut bytes);
             theirs.write_all(&bytes).unwrap();
         }
         splitter.service(0);

@@ -7,6 +7,7 @@ mod port;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
@@ -14,7 +15,7 @@ use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::control::{FromDriver, MESSAGE_SIZE, ToDriver};
 use self::port::{End, Port};
@@ -37,6 +38,10 @@ const CONTROL_RX: u16 = 2;
 const CONTROL_TX: u16 = 3;
 /// Most ports: each takes two queues and two interrupt vectors.
 pub const MAX_PORTS: usize = 31;
+/// Tag of the eventfd that calls the event loop, below those of the ports' descriptors.
+const WAKE: u32 = FIRST_DEVICE_TAG;
+/// First tag of the ports' descriptors.
+const FIRST_PORT_TAG: u32 = FIRST_DEVICE_TAG + 2;
 /// Messages that may wait for the driver to take them; until then its own are not read either.
 const MAX_PENDING: usize = 2 * MAX_PORTS;
 /// Rounds of control messages in one turn: as many as the driver's queue holds messages.
@@ -56,13 +61,15 @@ pub enum Error {
     EventFd(#[source] std::io::Error),
 }
 
-/// What a queue is for.
+/// What a queue, or a call of the event loop, is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     ControlRx,
     ControlTx,
     /// A port's, index into `ports`.
     Port(usize),
+    /// Those of all ports.
+    AllPorts,
     /// Port 0's.
     Unused,
 }
@@ -75,6 +82,8 @@ pub struct Console {
     queues: Vec<Option<Virtqueue>>,
     sizes: Vec<u16>,
     events: QueueEvents,
+    /// Calls the event loop to look at every port.
+    wake: EventFd,
     pending: VecDeque<ToDriver>,
     /// The driver asked for ports.
     driver_ready: bool,
@@ -88,9 +97,6 @@ pub struct Console {
 struct Watched(Option<(RawFd, EventSet)>);
 
 impl Console {
-    /// Placeholder of the merge.
-    pub fn connect(&mut self, _name: &str, _stream: std::os::unix::net::UnixStream) {}
-
     /// A console with `ports`, which are joined to their host's ends at once.
     pub fn new(ports: &[PortBackend]) -> Result<Self, Error> {
         if ports.len() > MAX_PORTS {
@@ -104,12 +110,30 @@ impl Console {
             queues: (0..count).map(|_| None).collect(),
             sizes: vec![QUEUE_SIZE; count],
             events: QueueEvents::new(count).map_err(Error::EventFd)?,
+            wake: EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?,
             pending: VecDeque::new(),
             driver_ready: false,
             broken: false,
             config_call: None,
             log: LogLimit::default(),
         })
+    }
+
+    /// Gives the attached port of this name a peer ([`PortEnd::Attached`](crate::wire::messages::PortEnd::Attached)). One
+    /// that is there is closed; the guest sees the port closed until a program has closed it, and with it what is left
+    /// of the older peer in the guest's kernel.
+    pub fn connect(&mut self, port_name: &str, stream: UnixStream) {
+        let attached = |port: &&mut Port| port.name == port_name && matches!(port.end, End::Attached { .. });
+        match self.ports.iter_mut().find(attached).map(|port| port.give(stream)) {
+            Some(Ok(())) => self.call_loop(),
+            Some(Err(error)) => tracing::error!("console port {port_name}: {error}"),
+            None => tracing::error!("console port {port_name}: there is none that can be given a peer"),
+        }
+    }
+
+    fn call_loop(&self) {
+        // Fails only when 2^64 - 2 calls wait: then one waits anyway.
+        let _ = self.wake.write(1);
     }
 
     fn served(&mut self, role: Role) -> Result<(), RingFault> {
@@ -126,6 +150,7 @@ impl Console {
                 (0..self.ports.len()).try_for_each(|index| self.pump(index))?;
             }
             Role::Port(index) => self.pump(index)?,
+            Role::AllPorts => (0..self.ports.len()).try_for_each(|index| self.pump(index))?,
             Role::Unused => {}
         }
         self.announce();
@@ -135,8 +160,17 @@ impl Console {
     fn pump(&mut self, index: usize) -> Result<(), RingFault> {
         let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
         let [rx, tx] = port_queues(index);
-        if let Some(queue) = &mut self.queues[tx] {
-            port.pump_to_host(queue)?;
+        let mut settled = false;
+        // Twice: the first round may end a peer, whose last bytes are dropped in the second.
+        for _ in 0..2 {
+            if let Some(queue) = self.queues[tx].as_mut().filter(|_| !settled) {
+                port.pump_to_host(queue)?;
+            }
+            settled = port.settle();
+        }
+        if !settled {
+            // Fails only when 2^64 - 2 calls wait: then one waits anyway.
+            let _ = self.wake.write(1);
         }
         // Data before the announcement would be thrown away by the driver.
         if let Some(queue) = self.queues[rx].as_mut().filter(|_| port.announced) {
@@ -182,6 +216,9 @@ impl Console {
                         if open { "opened" } else { "closed" }
                     );
                     port.open = open;
+                    if !open {
+                        port.closed();
+                    }
                 }
             }
             FromDriver::DeviceReady(_) => {}
@@ -327,7 +364,7 @@ fn port_index(id: u32) -> Option<usize> {
 /// Tags of a port's descriptors in the event loop: even for the listener, odd for the stream.
 fn listener_tag(index: usize) -> u32 {
     // At most `MAX_PORTS`.
-    FIRST_DEVICE_TAG + 2 * u32::try_from(index).unwrap_or(0)
+    FIRST_PORT_TAG + 2 * u32::try_from(index).unwrap_or(0)
 }
 
 fn stream_tag(index: usize) -> u32 {
@@ -337,6 +374,7 @@ fn stream_tag(index: usize) -> u32 {
 impl MutEventSubscriber for Console {
     fn init(&mut self, ops: &mut EventOps) {
         self.events.init(ops);
+        events::add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
         for (index, port) in self.ports.iter().enumerate() {
             if let End::Listen { listener, .. } = &port.end {
                 events::add(ops, Events::with_data(listener, listener_tag(index), EventSet::IN));
@@ -348,8 +386,12 @@ impl MutEventSubscriber for Console {
         for wake in self.events.process(events, ops) {
             match wake {
                 Wake::Started(queue) | Wake::Kicked(queue) => self.serve(role(queue)),
+                Wake::Device(WAKE) => {
+                    let _ = self.wake.read();
+                    self.serve(Role::AllPorts);
+                }
                 Wake::Device(tag) => {
-                    let index = ((tag - FIRST_DEVICE_TAG) / 2) as usize;
+                    let index = (tag.saturating_sub(FIRST_PORT_TAG) / 2) as usize;
                     if tag == listener_tag(index)
                         && let Some(port) = self.ports.get_mut(index)
                     {

@@ -1,6 +1,10 @@
 //! The host's end of a port, and the two pumps between it and the port's queues. Bounded: what the host does
 //! not read stays in the guest's queue but for one request of at most [`MAX_REQUEST`] bytes; what the guest
 //! does not read stays in the socket.
+//!
+//! An attached port ([`End::Attached`]) is given its peers one after the other, and no byte of one reaches the next. What
+//! has passed may still be in the guest's kernel, cut off in the middle of a message; the kernel forgets it when the
+//! program in the guest closes the port, as it does when it reads the end of the stream. The next peer waits for that.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
@@ -58,6 +62,15 @@ pub(super) enum End {
     Listen { listener: UnixListener, path: PathBuf },
     /// An inherited stream; once it is closed there is no other.
     Inherited,
+    /// Peers are given, one after the other.
+    Attached {
+        /// Joined as soon as the guest has nothing left of the one before.
+        next: Option<UnixStream>,
+        /// Bytes have passed since the guest closed the port last.
+        touched: bool,
+        /// The guest has closed the port; what it wrote before may still be in its queue.
+        hung_up: bool,
+    },
 }
 
 /// A port.
@@ -89,19 +102,25 @@ impl Port {
         let name = backend.name.clone();
         let (end, stream) = match &backend.end {
             PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)?, path: path.clone() }, None),
-            PortEnd::Attached => (End::Inherited, None),
             PortEnd::Fd(fd) => {
                 let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
                 (End::Inherited, Some(inherit(*fd).map_err(inherited)?))
             }
+            PortEnd::Attached => (End::Attached { next: None, touched: false, hung_up: false }, None),
         };
         let (ready, open, announced) = (false, false, false);
         let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
         Ok(Self { name, end, stream, gone, ready, open, announced, to_host, more: false, log })
     }
 
-    /// The guest's side starts anew; the host's end stays connected.
+    /// The guest's side starts anew; the host's end stays connected, but for a given peer that has lost bytes by it.
     pub(super) fn reset(&mut self) {
+        if let End::Attached { touched, hung_up, .. } = &mut self.end {
+            *hung_up = false;
+            if std::mem::take(touched) {
+                self.disconnect();
+            }
+        }
         self.ready = false;
         self.open = false;
         self.announced = false;
@@ -131,6 +150,54 @@ impl Port {
             tracing::warn!("console port {}: {error}", self.name);
         } else {
             self.stream = Some(client);
+        }
+    }
+
+    /// Gives an attached port its next peer, in place of the one that it has or waits for.
+    ///
+    /// # Errors
+    /// When the stream cannot be made non-blocking.
+    pub(super) fn give(&mut self, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        if let End::Attached { next, .. } = &mut self.end {
+            *next = Some(stream);
+            self.disconnect();
+        }
+        Ok(())
+    }
+
+    /// The guest has closed the port.
+    pub(super) fn closed(&mut self) {
+        if let End::Attached { hung_up, .. } = &mut self.end {
+            *hung_up = true;
+        }
+    }
+
+    /// To be called when the guest's queue was emptied: a guest that has hung up ends its peer, and the next peer is joined
+    /// once nothing of the one before is left. False if the guest's queue has to be emptied once more before.
+    pub(super) fn settle(&mut self) -> bool {
+        let End::Attached { next, touched, hung_up } = &mut self.end else { return true };
+        if *hung_up && *touched && self.stream.is_some() {
+            // What the peer has not taken by now is lost.
+            self.disconnect();
+            return false;
+        }
+        if self.stream.is_none() && self.more {
+            return false;
+        }
+        if std::mem::take(hung_up) {
+            *touched = false;
+        }
+        if self.stream.is_none() && !*touched {
+            self.stream = next.take();
+        }
+        true
+    }
+
+    /// A byte has passed between the guest and its peer.
+    fn touch(&mut self) {
+        if let End::Attached { touched, .. } = &mut self.end {
+            *touched = true;
         }
     }
 
@@ -176,6 +243,9 @@ impl Port {
                     }
                 }
             }
+            if written > 0 {
+                self.touch();
+            }
             ring.take(1);
             // At most `CHUNK`.
             ring.complete(head, u32::try_from(written).unwrap_or(0))?;
@@ -210,6 +280,9 @@ impl Port {
                 Ok(()) if chain.readable_len() <= MAX_REQUEST => {
                     self.to_host.resize(chain.readable_len(), 0);
                     gather(chain.readable(), 0, &mut self.to_host);
+                    if self.stream.is_some() {
+                        self.touch();
+                    }
                 }
                 Ok(()) => {
                     let length = chain.readable_len();

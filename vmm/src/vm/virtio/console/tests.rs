@@ -293,3 +293,188 @@ fn absurd_requests_are_dropped() {
     assert_eq!(read_now(&mut host), b"ok");
     assert_eq!(guest.queues[5].used().len(), 3);
 }
+
+const PORT: &str = "org.umbra.sound.0";
+
+fn attached() -> Guest {
+    let mut guest = Guest::new(&[PortBackend { name: PORT.into(), end: PortEnd::Attached }]);
+    guest.control(1, 3, 1);
+    guest.messages();
+    guest
+}
+
+/// Gives the port a peer; the other end of it.
+fn connect(guest: &mut Guest) -> UnixStream {
+    let (host, end) = UnixStream::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    guest.device.lock().unwrap().connect(PORT, end);
+    guest.events.run();
+    host
+}
+
+/// What the guest was told of the host's end.
+fn told(guest: &mut Guest) -> Vec<bool> {
+    guest.messages().into_iter().filter(|message| message.1 == 6).map(|message| message.2 == 1).collect()
+}
+
+fn has_ended(stream: &mut UnixStream) -> bool {
+    match stream.read(&mut [0; 1]) {
+        Ok(length) => length == 0,
+        // It ended with something that it had said and nobody has read.
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[test]
+fn attached_port_is_closed_until_a_peer_is_given() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    assert!(told(&mut guest).is_empty());
+    guest.write(5, b"into the void");
+    assert_eq!(guest.queues[5].used().len(), 1);
+    let mut host = connect(&mut guest);
+    assert_eq!(told(&mut guest), [true]);
+    guest.write(5, b"hello host");
+    assert_eq!(read_now(&mut host), b"hello host", "and nothing of what was written before");
+    host.write_all(b"hello guest").unwrap();
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"hello guest");
+}
+
+#[test]
+fn peer_given_before_the_guest_opens_waits_with_what_it_says() {
+    let mut guest = attached();
+    let mut host = connect(&mut guest);
+    host.write_all(b"begin").unwrap();
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"");
+    guest.control(1, 6, 1);
+    assert_eq!(guest.read(4), b"begin");
+}
+
+#[test]
+fn next_peer_is_joined_once_the_guest_has_let_go_of_the_one_before() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    first.write_all(b"half a mess").unwrap();
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"half a mess");
+    first.write_all(b"age").unwrap();
+    guest.messages();
+    let mut second = connect(&mut guest);
+    second.write_all(b"begin").unwrap();
+    assert!(has_ended(&mut first));
+    guest.room(4, 64);
+    assert_eq!((told(&mut guest), guest.read(4)), (vec![false], Vec::new()));
+    guest.write(5, b"an answer to the first");
+    // The program reads the end, closes the port and opens it again.
+    guest.control(1, 6, 0);
+    guest.control(1, 6, 1);
+    assert_eq!(told(&mut guest), [true]);
+    assert_eq!(guest.read(4), b"begin");
+    guest.write(5, b"an answer to the second");
+    assert_eq!(read_now(&mut second), b"an answer to the second");
+}
+
+#[test]
+fn peer_that_said_and_heard_nothing_is_replaced_without_a_word() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    assert_eq!(told(&mut guest), [true]);
+    let mut second = connect(&mut guest);
+    assert!(has_ended(&mut first));
+    second.write_all(b"begin").unwrap();
+    guest.room(4, 64);
+    assert_eq!((told(&mut guest), guest.read(4)), (Vec::new(), b"begin".to_vec()));
+}
+
+#[test]
+fn of_peers_that_wait_the_last_one_is_joined() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    first.write_all(b"x").unwrap();
+    guest.room(4, 64);
+    assert_eq!(guest.read(4), b"x");
+    let mut second = connect(&mut guest);
+    let mut third = connect(&mut guest);
+    assert!(has_ended(&mut second));
+    guest.control(1, 6, 0);
+    guest.control(1, 6, 1);
+    guest.write(5, b"third?");
+    assert_eq!(read_now(&mut third), b"third?");
+}
+
+#[test]
+fn peer_that_goes_closes_the_port_until_another_comes() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    first.write_all(b"x").unwrap();
+    drop(first);
+    guest.room(4, 64);
+    guest.room(4, 64);
+    assert_eq!((told(&mut guest), guest.read(4)), (vec![true, false], b"x".to_vec()));
+    guest.control(1, 6, 0);
+    guest.control(1, 6, 1);
+    let mut second = connect(&mut guest);
+    assert_eq!(told(&mut guest), [true]);
+    second.write_all(b"y").unwrap();
+    guest.events.run();
+    assert_eq!(guest.read(4), b"y");
+}
+
+#[test]
+fn guest_that_closes_the_port_hangs_up_even_if_the_peer_does_not_read() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    for _ in 0..QUEUE_SIZE {
+        guest.queues[5].add(&[&[1; 7000]], &[]);
+    }
+    guest.queues[5].kick();
+    guest.events.run();
+    let before = guest.queues[5].used().len();
+    assert!(before < usize::from(QUEUE_SIZE), "the socket cannot hold all of it");
+    guest.messages();
+    guest.control(1, 6, 0);
+    assert_eq!(before + guest.queues[5].used().len(), usize::from(QUEUE_SIZE), "the rest is dropped");
+    assert_eq!(told(&mut guest), [false]);
+    while !has_ended(&mut first) {}
+    guest.control(1, 6, 1);
+    let mut second = connect(&mut guest);
+    assert_eq!(told(&mut guest), [true]);
+    assert!(second.read(&mut [0; 1]).is_err(), "nothing of the first reaches it");
+}
+
+#[test]
+fn guest_that_starts_anew_ends_a_peer_that_has_lost_bytes() {
+    let mut guest = attached();
+    guest.control(1, 6, 1);
+    let mut first = connect(&mut guest);
+    first.write_all(b"x").unwrap();
+    guest.room(4, 64);
+    guest.device.lock().unwrap().reset();
+    assert!(!has_ended(&mut first), "closed when the event loop has forgotten it");
+    let mut second = connect(&mut guest);
+    guest.device.lock().unwrap().reset();
+    guest.events.run();
+    assert!(has_ended(&mut first) && !has_ended(&mut second));
+}
+
+#[test]
+fn connecting_a_port_that_takes_no_peers_changes_nothing() {
+    let (mut host, backend) = inherited();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    guest.control(1, 6, 1);
+    for name in ["org.umbra.control", "nobody"] {
+        let (mut other, end) = UnixStream::pair().unwrap();
+        guest.device.lock().unwrap().connect(name, end);
+        assert!(has_ended(&mut other));
+    }
+    guest.write(5, b"still there");
+    assert_eq!(read_now(&mut host), b"still there");
+}

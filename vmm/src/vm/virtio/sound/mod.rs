@@ -117,7 +117,7 @@ impl Sound {
 
     /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
     pub fn attach(&mut self, link: LinkId, socket: UnixStream) {
-        self.splitter.attach(link.generation, socket, now());
+        self.splitter.attach(link, socket, now());
         self.call_loop();
     }
 
@@ -326,7 +326,7 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
                 LinkError::NotReading => LinkEnd::Stalled(chain(&error)),
                 other => LinkEnd::Broken(chain(&other)),
             };
-            FromVm::Lost { device, link: LinkId::first(link), at, cause }
+            FromVm::Lost { device, link, at, cause }
         }
     }
 }

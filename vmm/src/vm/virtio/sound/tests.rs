@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use umbra_driver_vm::sound_protocol::{FromService, decode, encode_service};
+use umbra_driver_vm::sound_protocol::{FromHost, FromService, Taken, decode, encode_service};
 use umbra_shadow::sound::{Direction, Format, FromCard, Rate, StreamId, StreamInfo, ToCard};
 
 use super::*;
@@ -191,10 +191,10 @@ fn a_broken_ring_leaves_the_loop_idle_and_the_driver_vm_alive() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let mut say = |message: &FromService| {
         let mut bytes = Vec::new();
-        encode_service(message, Generation::FIRST, &mut bytes);
+        encode_service(message, LinkId::first(Generation::FIRST), &mut bytes);
         theirs.write_all(&bytes).unwrap();
     };
-    rig.device.lock().unwrap().attach(Generation::FIRST, ours);
+    rig.device.lock().unwrap().attach(LinkId::first(Generation::FIRST), ours);
     say(&FromService::Card(card()));
     rig.events.run();
     rig.set_up(1);
@@ -239,13 +239,13 @@ fn a_quarantined_card_is_a_dead_card() {
 }
 
 #[test]
-fn a_driver_vm_plays_and_dies_and_another_goes_on() {
+fn a_driver_vm_plays_and_is_lost_and_the_next_link_goes_on() {
     let mut rig = Rig::new();
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let first = Generation::FIRST;
-    let say = |socket: &mut UnixStream, generation, message: &FromService| {
+    let first = LinkId::first(Generation::FIRST);
+    let say = |socket: &mut UnixStream, link, message: &FromService| {
         let mut bytes = Vec::new();
-        encode_service(message, generation, &mut bytes);
+        encode_service(message, link, &mut bytes);
         socket.write_all(&bytes).unwrap();
     };
     rig.device.lock().unwrap().attach(first, ours);
@@ -268,9 +268,11 @@ fn a_driver_vm_plays_and_dies_and_another_goes_on() {
     rig.events.run();
     let mut heard = vec![0; 4096];
     let length = theirs.read(&mut heard).unwrap();
-    let (message, _) = decode(&heard[..length], second).unwrap().unwrap();
-    assert!(matches!(message, ToCard::SetParams { .. }), "{message:?}");
+    let (begin, link, begun) = decode(&heard[..length], second.generation, None).unwrap().unwrap();
+    assert_eq!((begin, link), (Taken::Message(FromHost::Begin), second));
+    let (message, ..) = decode(&heard[begun..length], second.generation, Some(2)).unwrap().unwrap();
+    assert!(matches!(message, Taken::Message(FromHost::Stream(ToCard::SetParams { .. }))), "{message:?}");
     let told = rig.told.lock().unwrap();
-    assert!(matches!(told[0], FromVm::SoundLive { generation, .. } if generation == first));
-    assert!(matches!(told[1], FromVm::SoundLost { generation, .. } if generation == first));
+    assert!(matches!(told[0], FromVm::Live { generation, .. } if generation == first.generation));
+    assert!(matches!(told[1], FromVm::Lost { link, .. } if link == first));
 }

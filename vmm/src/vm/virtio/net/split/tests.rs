@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::vm::virtio::net::vhost_user::VhostUserNet;
-use crate::wire::messages::MaskedCounts;
 use crate::vm::virtio::testing::{DriverQueue, Loop, SPAN, memory};
+use crate::wire::messages::MaskedCounts;
 
 const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
 
