@@ -3,23 +3,32 @@
 //! ```text
 //!                 GoLive(g)                 Drained
 //!      Masking ──────────────> Replaying(g) ─────────> Passive(g)
-//!       ^   ^                      │ Lost(g)              │ Lost(g)
-//!       │   └──────────────────────┘                      │
-//!       └─────────────────────────────────────────────────┘
-//!      each ── Quarantine ──> Quarantined ── GoLive(g) ──> Replaying(g)
+//!       ^   ^ │                  │ ^   │ Lost(g)          │ Lost(g)
+//!       │   └─│──────────────────│─│───┘                  │
+//!       │     │       CarrierDown│ │CarrierUp             │
+//!       │     │ GoLive(g)        v │                      │
+//!       │     └─────────────> WaitingCarrier(g) ──┐       │
+//!       │       no carrier                        │Lost(g)│
+//!       └─────────────────────────────────────────┴───────┘
+//!      each ── Quarantine ──> Quarantined ── GoLive(g) ──> as from Masking
 //! ```
 //! It starts in Masking, before the first driver VM. Invariants: a frame that was handed to a driver VM is never
-//! handed out again; logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
+//! handed out again; none of the log is handed to a NIC without carrier, and few to one that may not forward yet ([`pacing`]);
+//! logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
 //! [`log::MAX_FRAMES`]); `logged = replayed + dropped + frames in the log now`; an event of a generation that was
 //! given up changes nothing.
 
 pub mod log;
+pub mod pacing;
 pub mod rx_mode;
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Generation;
 use log::TransmitLog;
+use pacing::Pacing;
 use rx_mode::{Mac, RxFilter};
 
 /// What happened to frames during outages.
@@ -27,7 +36,7 @@ use rx_mode::{Mac, RxFilter};
 pub struct MaskedCounts {
     /// Accepted from the guest into the log.
     pub logged: u64,
-    /// Handed from the log to a new driver VM.
+    /// Sent: handed from the log to a new driver VM whose NIC had a carrier. Frames that wait in the log are not among them.
     pub replayed: u64,
     /// Lost from the log: it was full (oldest first), or its frames were suspects, or there was a quarantine.
     pub dropped: u64,
@@ -40,6 +49,8 @@ pub struct MaskedCounts {
 enum Mode {
     /// The driver VM is away: frames go into the log.
     Masking,
+    /// The driver VM is ready and its NIC has no carrier: frames go on into the log.
+    WaitingCarrier { generation: Generation, in_flight: u64 },
     /// The log is being handed to the driver VM; the guest's new frames wait in its queue.
     Replaying { generation: Generation, in_flight: u64 },
     /// Frames pass by.
@@ -48,11 +59,35 @@ enum Mode {
     Quarantined,
 }
 
+impl Mode {
+    fn generation(self) -> Option<Generation> {
+        match self {
+            Self::Passive { generation, .. }
+            | Self::Replaying { generation, .. }
+            | Self::WaitingCarrier { generation, .. } => Some(generation),
+            Self::Masking | Self::Quarantined => None,
+        }
+    }
+
+    fn in_flight(self) -> u64 {
+        match self {
+            Self::Passive { in_flight, .. }
+            | Self::Replaying { in_flight, .. }
+            | Self::WaitingCarrier { in_flight, .. } => in_flight,
+            Self::Masking | Self::Quarantined => 0,
+        }
+    }
+}
+
 /// What moves the state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The driver VM of this generation is ready for the log, then for live frames.
     GoLive(Generation),
+    /// The NIC of this generation has found its carrier.
+    CarrierUp(Generation),
+    /// The NIC of this generation has lost its carrier.
+    CarrierDown(Generation),
     /// The log is empty.
     Drained,
     /// The driver VM of this generation is gone, or is given up.
@@ -66,6 +101,8 @@ pub enum Event {
 pub enum ModeName {
     /// Answering the guest in the driver VM's place.
     Masking,
+    /// Keeping the log until the NIC of a new driver VM has a carrier.
+    WaitingCarrier,
     /// Handing the log to a new driver VM.
     Replaying,
     /// Recording.
@@ -79,6 +116,7 @@ impl ModeName {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Masking => "masking",
+            Self::WaitingCarrier => "waiting-carrier",
             Self::Replaying => "replaying",
             Self::Passive => "passive",
             Self::Quarantined => "quarantined",
@@ -110,6 +148,9 @@ pub struct NetShadow {
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
     next_carrier: Option<(Generation, bool)>,
+    /// The newest generation from whose NIC something came in before it was told to go live.
+    heard: Option<Generation>,
+    pacing: Pacing,
     features: u64,
     mtu: u16,
     filter: RxFilter,
@@ -126,6 +167,8 @@ impl NetShadow {
             barred: None,
             link_up: true,
             next_carrier: None,
+            heard: None,
+            pacing: Pacing::default(),
             features: 0,
             mtu,
             filter: RxFilter::new(mac),
@@ -142,7 +185,31 @@ impl NetShadow {
             (Mode::Masking | Mode::Quarantined, Event::GoLive(generation)) => {
                 self.link_up = self.next_carrier.is_none_or(|(g, up)| g != generation || up);
                 self.next_carrier = self.next_carrier.filter(|(g, _)| *g > generation);
-                Mode::Replaying { generation, in_flight: 0 }
+                let heard = self.link_up && self.heard == Some(generation);
+                self.pacing = if heard { Pacing::unbounded() } else { Pacing::default() };
+                if self.link_up {
+                    Mode::Replaying { generation, in_flight: 0 }
+                } else {
+                    Mode::WaitingCarrier { generation, in_flight: 0 }
+                }
+            }
+            (mode, Event::CarrierUp(g)) if mode.generation() == Some(g) && !self.link_up => {
+                self.link_up = true;
+                match mode {
+                    Mode::WaitingCarrier { generation, in_flight } => Mode::Replaying { generation, in_flight },
+                    _ => mode,
+                }
+            }
+            (mode, Event::CarrierDown(g)) if mode.generation() == Some(g) && self.link_up => {
+                self.link_up = false;
+                match mode {
+                    Mode::Replaying { generation, in_flight } => {
+                        // What it has brought in says nothing about the link that it will find next.
+                        self.pacing = Pacing::default();
+                        Mode::WaitingCarrier { generation, in_flight }
+                    }
+                    _ => mode,
+                }
             }
             (Mode::Replaying { generation, in_flight }, Event::Drained) if self.log.is_empty() => {
                 Mode::Passive { generation, in_flight }
@@ -153,7 +220,10 @@ impl NetShadow {
                 self.give_up(g, in_flight);
                 Mode::Masking
             }
-            (Mode::Replaying { generation, in_flight }, Event::Lost(g)) if g >= generation => {
+            (
+                Mode::Replaying { generation, in_flight } | Mode::WaitingCarrier { generation, in_flight },
+                Event::Lost(g),
+            ) if g >= generation => {
                 self.give_up(g, in_flight);
                 Mode::Masking
             }
@@ -166,8 +236,8 @@ impl NetShadow {
                 if matches!(mode, Mode::Passive { .. }) {
                     self.outage = MaskedCounts::default();
                 }
-                if let Mode::Passive { generation, in_flight } | Mode::Replaying { generation, in_flight } = mode {
-                    self.give_up(generation, in_flight);
+                if let Some(generation) = mode.generation() {
+                    self.give_up(generation, mode.in_flight());
                 }
                 self.drop_suspects();
                 self.link_up = false;
@@ -202,17 +272,17 @@ impl NetShadow {
     /// What to do with the guest's next frame.
     pub fn verdict(&self) -> Verdict {
         match self.mode {
-            Mode::Masking => Verdict::Log,
+            Mode::Masking | Mode::WaitingCarrier { .. } => Verdict::Log,
             Mode::Replaying { .. } => Verdict::Hold,
             Mode::Passive { .. } => Verdict::Pass,
             Mode::Quarantined => Verdict::Discard,
         }
     }
 
-    /// Takes a frame (virtio-net header first) into the log. Only in masking mode; otherwise it is ignored and
-    /// false returned.
+    /// Takes a frame (virtio-net header first) into the log. Only where [`Self::verdict`] says so; otherwise it is ignored
+    /// and false returned.
     pub fn log(&mut self, frame: Vec<u8>) -> bool {
-        if self.mode != Mode::Masking {
+        if self.verdict() != Verdict::Log {
             return false;
         }
         let dropped = self.log.push(frame);
@@ -223,12 +293,34 @@ impl NetShadow {
         true
     }
 
-    /// The next frame to hand over while replaying.
-    pub fn next_replay(&self) -> Option<&[u8]> {
+    /// The next frame to hand over while replaying, at `now` (any clock that does not go back). None: the log is empty, or the
+    /// rest of it has to wait ([`Self::is_paced`]).
+    pub fn next_replay(&mut self, now: Duration) -> Option<&[u8]> {
         match self.mode {
-            Mode::Replaying { .. } => self.log.front(),
+            Mode::Replaying { .. } if self.pacing.allows(now) => self.log.front(),
             _ => None,
         }
+    }
+
+    /// Whether more of the log is kept back than goes out at once, until something comes in from the wire or time has passed.
+    pub fn is_paced(&self) -> bool {
+        matches!(self.mode, Mode::Replaying { .. }) && self.pacing.is_bounded() && !self.log.is_empty()
+    }
+
+    /// The NIC of `generation` has brought in a frame from the wire: it forwards.
+    pub fn heard(&mut self, generation: Generation) {
+        if self.generation() == Some(generation) {
+            if matches!(self.mode, Mode::Replaying { .. }) {
+                self.pacing.note_heard();
+            }
+        } else if !self.is_barred(generation) {
+            self.heard = self.heard.max(Some(generation));
+        }
+    }
+
+    /// The frames in the log, oldest first.
+    pub fn logged(&self) -> impl Iterator<Item = &[u8]> {
+        self.log.iter()
     }
 
     /// The frame of [`Self::next_replay`] was handed over (it is out of the log from now on).
@@ -236,6 +328,7 @@ impl NetShadow {
         let Mode::Replaying { in_flight, .. } = &mut self.mode else { return };
         if self.log.pop() {
             *in_flight = in_flight.saturating_add(1);
+            self.pacing.note_handed();
             self.count(|c| c.replayed += 1);
         }
     }
@@ -258,7 +351,10 @@ impl NetShadow {
     /// At the end of a driver VM, before [`Event::Lost`]: of the frames handed over, only `in_flight` have not been
     /// taken. Without this call all are held for unknown.
     pub fn settle(&mut self, in_flight: u64) {
-        if let Mode::Passive { in_flight: held, .. } | Mode::Replaying { in_flight: held, .. } = &mut self.mode {
+        if let Mode::Passive { in_flight: held, .. }
+        | Mode::Replaying { in_flight: held, .. }
+        | Mode::WaitingCarrier { in_flight: held, .. } = &mut self.mode
+        {
             *held = in_flight.min(*held);
         }
     }
@@ -279,17 +375,11 @@ impl NetShadow {
         if self.is_barred(generation) {
             return false;
         }
-        match self.mode {
-            Mode::Passive { generation: live, .. } | Mode::Replaying { generation: live, .. } if generation <= live => {
-                let changed = generation == live && self.link_up != up;
-                self.link_up ^= changed;
-                changed
-            }
-            _ => {
-                self.next_carrier = Some((generation, up));
-                false
-            }
+        if self.generation().is_some_and(|live| generation <= live) {
+            return self.apply(if up { Event::CarrierUp(generation) } else { Event::CarrierDown(generation) });
         }
+        self.next_carrier = Some((generation, up));
+        false
     }
 
     /// The guest's driver accepted these features: a fresh start, its receive mode is at its default.
@@ -327,26 +417,21 @@ impl NetShadow {
     pub fn mode(&self) -> ModeName {
         match self.mode {
             Mode::Masking => ModeName::Masking,
+            Mode::WaitingCarrier { .. } => ModeName::WaitingCarrier,
             Mode::Replaying { .. } => ModeName::Replaying,
             Mode::Passive { .. } => ModeName::Passive,
             Mode::Quarantined => ModeName::Quarantined,
         }
     }
 
-    /// The generation that is being replayed to or live.
+    /// The generation that was told to go live, and has not been given up.
     pub fn generation(&self) -> Option<Generation> {
-        match self.mode {
-            Mode::Passive { generation, .. } | Mode::Replaying { generation, .. } => Some(generation),
-            Mode::Masking | Mode::Quarantined => None,
-        }
+        self.mode.generation()
     }
 
     /// Frames handed to the driver VM of which nobody has said yet that it took them.
     pub fn in_flight(&self) -> u64 {
-        match self.mode {
-            Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } => in_flight,
-            Mode::Masking | Mode::Quarantined => 0,
-        }
+        self.mode.in_flight()
     }
 
     /// Frames in the log.
