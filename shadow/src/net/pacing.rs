@@ -4,8 +4,8 @@
 //! there as a whole. A frame that was handed over is never handed over again (it may have arrived, and a second one may do harm), so
 //! the only frames that can still be saved are those that have *not* been handed over. Hence a slow start:
 //!
-//! - [`BATCH`] frames go at once, and [`BATCH`] more each time that the silence has lasted twice as long: at 100, 200, 400, 800 and 1600 ms.
-//!   At most 24 frames are lost in a NIC that forwards nothing.
+//! - [`BATCH`] frames go at once, and [`BATCH`] more each time that the silence has lasted twice as long: at 100, 200, 400, 800 and
+//!   1600 ms. At most 24 frames are lost in a NIC that forwards nothing.
 //! - The first frame that comes *in* from the wire shows that the NIC forwards: the rest of the log goes at once. A network that answers
 //!   does so within its round-trip time, so that a recovery takes no longer than without this. The splitter asks the guest's neighbours
 //!   for an answer, because a guest that only sends would get none.

@@ -3,8 +3,8 @@
 //!
 //! A guest has the address that it was configured with, plus those that nobody else has. An address is another's if it was configured for
 //! another end of the NIC, or if a frame with that source has come in within [`AGEING`]: from the wire, or from a neighbour through the
-//! driver VM's bridge. Frames with such a source, or with a group address, would make the bridge and the network's switches send the other's
-//! frames here, so they are dropped. The configured address passes always, whoever else uses it.
+//! driver VM's bridge. Frames with such a source, or with a group address, would make the bridge and the network's switches send the
+//! other's frames here, so they are dropped. The configured address passes always, whoever else uses it.
 //!
 //! Not covered: an address that has not been heard of (its owner has sent nothing that came here), and an attacker on the wire who fills
 //! the table with addresses until another's is forgotten.

@@ -73,6 +73,12 @@ pub enum NetBackend {
         mac: Mac,
         /// MTU, bytes.
         mtu: u16,
+        /// The addresses of the other guests' devices on the same NIC; none: it has the NIC for itself.
+        #[serde(default)]
+        neighbours: Vec<Mac>,
+        /// It may send with any source address, although there are neighbours.
+        #[serde(default)]
+        allow_any_source: bool,
     },
     /// Driver VM side: a vhost-user front-end on an inherited socket.
     VhostUser {
@@ -312,6 +318,14 @@ pub enum FromVm {
         /// The mode.
         mode: RxMode,
     },
+    /// Guest: it uses, or asks for the frames of, an address that is another's on the NIC that it shares; it gets neither. Told at the
+    /// first, then every five minutes at most.
+    ForeignAddress {
+        /// Index of the network device.
+        net: u16,
+        /// The address.
+        mac: Mac,
+    },
     /// Guest: its driver accepted these offloads.
     Offloads {
         /// Index of the network device.
@@ -323,12 +337,15 @@ pub enum FromVm {
     NetStatus {
         /// Index of the network device.
         net: u16,
-        /// `passive`, `masking`, `replaying` or `quarantined`.
+        /// `passive`, `masking`, `waiting-carrier`, `replaying` or `quarantined`.
         mode: String,
         /// Frames guest to NIC since start.
         frames_out: u64,
         /// Frames NIC to guest since start.
         frames_in: u64,
+        /// Frames of the guest dropped since start, because their source address is another's.
+        #[serde(default)]
+        foreign_source: u64,
         /// Frames in the log now.
         logged_now: u32,
         /// Sums over all outages.
@@ -424,7 +441,7 @@ pub enum Replay {
 pub struct MaskedCounts {
     /// Accepted from the guest into the log.
     pub logged: u64,
-    /// Sent from the log to the new driver VM.
+    /// Sent: handed from the log to a new driver VM whose NIC had a carrier.
     pub replayed: u64,
     /// Lost because the log was full (oldest first).
     pub dropped: u64,

@@ -52,10 +52,6 @@ const SUSPICION: Duration = Duration::from_millis(100);
 /// vCPUs may keep the machine busy.
 const RELEASE: Duration = Duration::from_millis(250);
 
-/// How long a NIC may take to find its link before the guest is told that there is none. Copper gigabit
-/// autonegotiation takes up to three or four seconds.
-const CARRIER_PATIENCE: Duration = Duration::from_secs(6);
-
 /// A reset that has not returned after this long will not; the kernel's own longest wait is 60 s for a device to
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
 const RESET_PATIENCE: Duration = Duration::from_secs(75);
@@ -185,6 +181,11 @@ impl Lifecycle {
     fn heartbeat_timeout(&self) -> Duration {
         let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
         if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
+    }
+
+    /// How long a NIC may take to find its link before the guests are told that there is none.
+    fn carrier_patience(&self) -> Duration {
+        Duration::from_secs(self.history.policy().carrier_timeout_s.into())
     }
 
     /// Whether there is a process that has not failed.
@@ -373,7 +374,7 @@ impl Lifecycle {
         let State::Configuring { .. } = self.state else { return Vec::new() };
         self.applying = true;
         self.silence = Some(Silence::since(now));
-        self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
+        self.state = State::WaitingCarrier { until: now + self.carrier_patience() };
         if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
     }
 

@@ -93,6 +93,13 @@ impl Supervisor {
                     self.pass_on(n, net, Setting::Mode);
                 }
             }
+            FromVm::ForeignAddress { net, mac } => {
+                self.events.warn(format!(
+                    "{}: net{net} uses {mac}, which is another's address on the NIC that it shares; frames with it are dropped \
+                     (`allow_any_source` lets them pass)",
+                    self.guests[n].name
+                ));
+            }
             FromVm::Offloads { net, offloads } => {
                 if let Some(device) = self.guests[n].nets.get_mut(usize::from(net)) {
                     device.offloads = offloads;

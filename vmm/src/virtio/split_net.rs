@@ -13,6 +13,7 @@ use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, 
 use nix::time::{ClockId, clock_gettime};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::Generation;
+use umbra_shadow::net::pacing;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::header::Offloads as FrameOffloads;
 use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
@@ -47,6 +48,9 @@ pub struct SplitNet {
     /// Runs while frames wait for the driver VM.
     looks: TimerFd,
     looking: bool,
+    /// Runs while a part of the log is kept back.
+    steps: TimerFd,
+    stepping: bool,
     pace: Pace,
     outbox: Outbox,
 }
@@ -65,9 +69,16 @@ impl SplitNet {
             operation: "cannot make a timer for the network splitter".into(),
             source: Box::new(source),
         };
-        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()))?;
+        let timer = || TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()));
+        let (looks, steps) = (timer()?, timer()?);
         let pace = Pace::new().map_err(failed)?;
-        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
+        let (looking, stepping) = (false, false);
+        Ok(Self { index, splitter, config_call, watched: Vec::new(), looks, looking, steps, stepping, pace, outbox })
+    }
+
+    /// The device shares its NIC with those that have these addresses; it may use no such address, unless it may use any.
+    pub fn share(&mut self, neighbours: &[Mac], any_source: bool) {
+        self.splitter.share(neighbours.iter().map(|mac| mac.0).collect(), any_source);
     }
 
     /// [`ToVm::AttachLink`](crate::process::ipc::ToVm::AttachLink).
@@ -105,6 +116,8 @@ impl SplitNet {
     /// [`ToVm::Carrier`](crate::process::ipc::ToVm::Carrier).
     pub fn carrier(&mut self, generation: Generation, up: bool) {
         self.splitter.carrier(generation, up);
+        self.note_pace();
+        self.look_if_needed();
     }
 
     /// [`ToVm::Quarantine`](crate::process::ipc::ToVm::Quarantine).
@@ -120,6 +133,7 @@ impl SplitNet {
             mode: status.mode.as_str().into(),
             frames_out: status.frames_out,
             frames_in: status.frames_in,
+            foreign_source: status.foreign_source,
             logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
             masked: counts(status.masked),
         }
@@ -153,6 +167,7 @@ impl SplitNet {
     /// Starts the timer that looks for a driver VM that takes nothing. Only [`Self::look`] stops it: a queue that is
     /// full and empty in turns costs no system call each time.
     fn look_if_needed(&mut self) {
+        self.step_if_needed();
         if self.looking || !self.splitter.waits_for_driver_vm() {
             return;
         }
@@ -163,7 +178,31 @@ impl SplitNet {
         }
     }
 
-    /// The timer has fired.
+    /// Starts the timer that goes on with a log of which a part is kept back.
+    fn step_if_needed(&mut self) {
+        if self.stepping || !self.splitter.is_paced() {
+            return;
+        }
+        match self.steps.set(Expiration::Interval(pacing::STEP.into()), TimerSetTimeFlags::empty()) {
+            Ok(()) => self.stepping = true,
+            Err(error) => tracing::warn!(%error, "cannot set a timer for the log of frames"),
+        }
+    }
+
+    /// That timer has fired.
+    fn step(&mut self) {
+        // Nothing to read if it was switched off a moment ago.
+        let _ = self.steps.wait();
+        self.splitter.go_on_replaying();
+        if !self.splitter.is_paced() {
+            match self.steps.unset() {
+                Ok(()) => self.stepping = false,
+                Err(error) => tracing::warn!(%error, "cannot stop the timer for the log of frames"),
+            }
+        }
+    }
+
+    /// The timer for frames that make no progress has fired.
     fn look(&mut self) {
         // Nothing to read if it was switched off a moment ago.
         let _ = self.looks.wait();
@@ -210,6 +249,7 @@ fn listener(index: u16, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(N
             Notice::SameNetwork(generation) => FromVm::SameNetwork { net, generation },
             Notice::RxMode(filter) => FromVm::RxMode { net, mode: rx_mode(&filter) },
             Notice::Offloads(offloads) => FromVm::Offloads { net, offloads: offloads_message(offloads) },
+            Notice::ForeignAddress(mac) => FromVm::ForeignAddress { net, mac: Mac(mac) },
             Notice::Config => {
                 if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
                     // Full only if an interrupt is due anyway.
@@ -316,9 +356,11 @@ impl MutEventSubscriber for SplitNet {
         if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
             tracing::error!(?error, "cannot watch the network splitter");
         }
-        for (timer, what) in
-            [(self.looks.as_fd(), "frames that make no progress"), (self.pace.timer(), "the pace of frames")]
-        {
+        for (timer, what) in [
+            (self.looks.as_fd(), "frames that make no progress"),
+            (self.steps.as_fd(), "the log of frames"),
+            (self.pace.timer(), "the pace of frames"),
+        ] {
             if let Err(error) = ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN)) {
                 tracing::error!(?error, "cannot watch for {what}");
             }
@@ -336,6 +378,8 @@ impl MutEventSubscriber for SplitNet {
             self.splitter.kicked(*source);
         } else if fd == self.looks.as_fd().as_raw_fd() {
             self.look();
+        } else if fd == self.steps.as_fd().as_raw_fd() {
+            self.step();
         } else if fd == self.pace.timer().as_raw_fd() {
             self.tell_pace();
         }
