@@ -1,8 +1,11 @@
 //! The network shadow through every mode, against a simple model of what was sent.
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 use umbra_shadow::net::log::{MAX_BYTES, MAX_FRAMES, TransmitLog};
+use umbra_shadow::net::pacing::{BATCH, LONGEST, Pacing, STEP};
 use umbra_shadow::net::rx_mode::{MAX_ADDRESSES, RxFilter};
 use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
 use umbra_shadow::{Generation, LinkId};
@@ -27,6 +30,9 @@ enum Step {
     Send(usize),
     /// The driver VM takes up to this many frames of the log.
     Replay(usize),
+    /// So many milliseconds pass.
+    Wait(u64),
+    Heard(Generation),
     Settle(u64),
     DropSuspects,
     Carrier(Generation, bool),
@@ -42,6 +48,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::Apply(Event::Drained)),
         8 => prop_oneof![9 => 14usize..1600, 1 => Just(65_000usize)].prop_map(Step::Send),
         4 => (0usize..30).prop_map(Step::Replay),
+        3 => (0u64..1000).prop_map(Step::Wait),
+        2 => number.clone().prop_map(Step::Heard),
         2 => (0u64..10).prop_map(Step::Settle),
         1 => Just(Step::DropSuspects),
         2 => (number, any::<bool>()).prop_map(|(g, up)| Step::Carrier(g, up)),
@@ -58,6 +66,7 @@ struct Run {
     last_handed: Option<u64>,
     handed: u64,
     lost_in_flight: u64,
+    now: Duration,
 }
 
 impl Run {
@@ -88,8 +97,9 @@ impl Run {
 
     fn replay(&mut self, count: usize) {
         for _ in 0..count {
-            let Some(frame) = self.shadow.next_replay() else { break };
+            let Some(frame) = self.shadow.next_replay(self.now) else { break };
             let number = u64::from_le_bytes(frame[..8].try_into().unwrap());
+            assert!(self.shadow.link_up(), "a frame into a NIC without carrier");
             self.shadow.replayed();
             self.hand(number);
         }
@@ -107,7 +117,11 @@ impl Run {
         match (event, applied) {
             (Event::GoLive(g), true) => {
                 assert!(matches!(mode, ModeName::Masking | ModeName::Quarantined));
-                assert_eq!((after, self.shadow.link()), (ModeName::Replaying, Some(g)));
+                let expected = if self.shadow.link_up() { ModeName::Replaying } else { ModeName::WaitingCarrier };
+                assert_eq!((after, self.shadow.link()), (expected, Some(g)));
+            }
+            (Event::CarrierUp(g) | Event::CarrierDown(g), true) => {
+                assert_eq!(self.shadow.link().map(|link| link.generation), Some(g));
             }
             (Event::Drained, true) => assert_eq!((mode, after), (ModeName::Replaying, ModeName::Passive)),
             (Event::Lost(_), true) => {
@@ -125,6 +139,8 @@ impl Run {
             Step::Apply(event) => self.apply(event),
             Step::Send(len) => self.send(len),
             Step::Replay(count) => self.replay(count),
+            Step::Wait(ms) => self.now += Duration::from_millis(ms),
+            Step::Heard(g) => self.shadow.heard(g),
             Step::Settle(count) => self.shadow.settle(count),
             Step::DropSuspects => {
                 self.shadow.drop_suspects();
@@ -157,11 +173,38 @@ proptest! {
 
     #[test]
     fn frames_go_out_once_in_order_within_bounds_and_the_counters_add_up(steps in steps()) {
-        let mut run = Run { shadow: shadow(), next: 0, last_handed: None, handed: 0, lost_in_flight: 0 };
+        let mut run = Run {
+            shadow: shadow(),
+            next: 0,
+            last_handed: None,
+            handed: 0,
+            lost_in_flight: 0,
+            now: Duration::ZERO,
+        };
         for step in steps {
             run.step(step);
             run.check();
         }
+    }
+
+    /// Whatever is asked when: what a NIC that brings nothing in can lose is bounded, and so is the time.
+    #[test]
+    fn a_silent_nic_gets_few_frames_and_not_for_long(waits in prop::collection::vec(0u64..300, 1..200)) {
+        let (mut pacing, mut now, mut handed) = (Pacing::default(), Duration::from_secs(7), 0);
+        for wait in waits {
+            while handed < 100 && pacing.allows(now) {
+                pacing.note_handed();
+                handed += 1;
+            }
+            let silence = now - Duration::from_secs(7);
+            prop_assert!(handed >= BATCH);
+            prop_assert_eq!(pacing.is_bounded(), silence < LONGEST);
+            prop_assert!(handed <= 6 * BATCH || silence >= LONGEST);
+            prop_assert!(handed == BATCH || silence >= STEP);
+            now += Duration::from_millis(wait);
+        }
+        pacing.note_heard();
+        prop_assert!(pacing.allows(now) && !pacing.is_bounded());
     }
 
     #[test]
@@ -230,7 +273,7 @@ fn an_outage_has_its_own_counters_and_a_crash_in_replay_goes_on_with_them() {
     assert_eq!(shadow.total(), MaskedCounts { logged: 3, replayed: 2, unknown: 3, dropped: 0 });
     // The one that was not handed over is the next.
     assert!(shadow.apply(Event::GoLive(link(3))));
-    assert_eq!(shadow.next_replay(), Some(&[3; 60][..]));
+    assert_eq!(shadow.next_replay(Duration::ZERO), Some(&[3; 60][..]));
 }
 
 #[test]
@@ -241,7 +284,7 @@ fn a_carrier_reported_before_going_live_is_shown_when_live() {
     shadow.apply(Event::GoLive(link(1)));
     assert!(!shadow.link_up());
     assert!(shadow.carrier(generation(1), true));
-    shadow.apply(Event::Drained);
+    assert!(shadow.apply(Event::Drained));
     assert!(!shadow.carrier(generation(2), false), "generation 2 is not live");
     shadow.apply(Event::Lost(link(1)));
     assert!(!shadow.carrier(generation(1), false), "generation 1 is over");
@@ -259,7 +302,7 @@ fn a_recovery_without_carrier_does_not_flap_the_guests_link() {
     shadow.carrier(generation(2), false);
     shadow.apply(Event::GoLive(link(2)));
     assert!(!shadow.link_up());
-    shadow.apply(Event::Drained);
+    assert!(!shadow.apply(Event::Drained), "it is not live without a carrier");
     // Told while another serves, as of one that waits; the last word counts.
     shadow.carrier(generation(3), true);
     shadow.carrier(generation(3), false);
@@ -274,4 +317,76 @@ fn a_recovery_without_carrier_does_not_flap_the_guests_link() {
     shadow.apply(Event::Lost(link(4)));
     shadow.apply(Event::GoLive(link(5)));
     assert!(!shadow.link_up());
+}
+
+#[test]
+fn the_log_waits_for_the_carrier_and_goes_on_growing_within_its_bounds() {
+    let mut shadow = shadow();
+    shadow.log(vec![1; 60]);
+    shadow.carrier(generation(1), false);
+    assert!(shadow.apply(Event::GoLive(link(1))));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::WaitingCarrier, Verdict::Log));
+    assert!(!shadow.apply(Event::Drained));
+    assert_eq!(shadow.next_replay(LONGEST), None);
+    for _ in 0..MAX_FRAMES + 4 {
+        assert!(shadow.log(vec![2; 60]));
+    }
+    let logged = MAX_FRAMES as u64 + 5;
+    assert_eq!(shadow.outage(), MaskedCounts { logged, dropped: 5, ..Default::default() });
+    assert!(shadow.carrier(generation(1), true));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Replaying, Verdict::Hold));
+    shadow.heard(generation(1));
+    while shadow.next_replay(Duration::ZERO).is_some() {
+        shadow.replayed();
+    }
+    assert!(shadow.apply(Event::Drained));
+    assert_eq!(shadow.outage(), MaskedCounts { logged, dropped: 5, replayed: MAX_FRAMES as u64, unknown: 0 });
+    // Live, a carrier that is lost is the guest's to see and nothing else.
+    assert!(shadow.carrier(generation(1), false));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Passive, Verdict::Pass));
+}
+
+#[test]
+fn a_carrier_lost_in_the_midst_of_the_replay_keeps_the_rest() {
+    let mut shadow = shadow();
+    (0..100).for_each(|_| assert!(shadow.log(vec![1; 60])));
+    shadow.apply(Event::GoLive(link(1)));
+    shadow.heard(generation(1));
+    (0..10).for_each(|_| shadow.replayed());
+    assert!(shadow.carrier(generation(1), false));
+    assert_eq!(shadow.next_replay(LONGEST), None);
+    assert_eq!((shadow.logged_now(), shadow.in_flight()), (90, 10));
+    assert!(shadow.carrier(generation(1), true));
+    // What came in before says nothing about the new link.
+    assert!(shadow.is_paced());
+    shadow.carrier(generation(1), false);
+    assert!(shadow.apply(Event::Lost(link(1))));
+    assert_eq!(shadow.outage(), MaskedCounts { logged: 100, replayed: 10, unknown: 10, dropped: 0 });
+}
+
+#[test]
+fn a_nic_that_has_brought_something_in_gets_the_log_at_once_and_another_bit_by_bit() {
+    let replay = |shadow: &mut NetShadow, now| {
+        let mut count = 0;
+        while shadow.next_replay(now).is_some() {
+            shadow.replayed();
+            count += 1;
+        }
+        count
+    };
+    for heard in [1, 2] {
+        let mut shadow = shadow();
+        (0..100).for_each(|_| assert!(shadow.log(vec![1; 60])));
+        shadow.heard(generation(heard));
+        shadow.apply(Event::GoLive(link(2)));
+        let at_once = replay(&mut shadow, Duration::ZERO);
+        assert_eq!((at_once, shadow.is_paced()), if heard == 2 { (100, false) } else { (4, true) });
+        assert_eq!(shadow.outage().replayed, at_once, "no more than was sent");
+        if heard == 1 {
+            assert_eq!(replay(&mut shadow, STEP), 4);
+            assert_eq!(replay(&mut shadow, STEP), 0);
+            shadow.heard(generation(2));
+            assert_eq!(replay(&mut shadow, STEP), 92);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Frames and bytes a second through the splitter on mock queues: both directions, small, full and segmented frames,
-//! recording on against off. Off bypasses the shadow: no in-flight record is kept, nothing else differs. Both are
+//! recording on against off. Off bypasses the shadow: no in-flight record is kept, nothing else differs. *Guarded* is a
+//! NIC that guests share: with recording, each source address is looked at, here one that is not the configured one. All are
 //! measured in the same run, in turn, so that the ratio holds where the machine's speed does not.
 //!
 //! `cargo bench -p umbra-splitter` for criterion's figures; the table of ratios stands at the end and in
@@ -16,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use common::{Driver, PLAIN, RINGS_LEN, Rx, TX_SLOT, memory};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use umbra_shadow::Generation;
 use umbra_shadow::net::{Event, NetShadow};
+use umbra_shadow::{Generation, LinkId};
 use umbra_splitter::header::{HEADER_LEN, Offloads};
 use umbra_splitter::net::in_flight::InFlight;
+use umbra_splitter::net::source::{Inward, Outward, Sources};
 use umbra_splitter::pump::{self, Counts, Flow, Off, Owner};
 use umbra_splitter::queue::Virtqueue;
 use vm_memory::{Bytes, GuestAddress};
@@ -46,6 +48,7 @@ struct Bed {
     counts: Counts,
     shadow: NetShadow,
     in_flight: InFlight,
+    sources: Sources,
     len: usize,
 }
 
@@ -57,7 +60,7 @@ impl Bed {
         rx.offer_all();
         let flow = Flow { source, negotiated: Offloads::all(), accepted: Offloads::all(), mergeable: true };
         let mut shadow = NetShadow::new([2; 6], 1500);
-        shadow.apply(Event::GoLive(Generation::FIRST));
+        shadow.apply(Event::GoLive(LinkId::first(Generation::FIRST)));
         shadow.apply(Event::Drained);
         let header = if len > 1514 { SEGMENTED } else { PLAIN };
         for head in 0..QUEUE {
@@ -66,7 +69,9 @@ impl Bed {
         }
         let (source, target) = (tx.device(), rx.driver.device());
         let (counts, in_flight) = (Counts::default(), InFlight::default());
-        Self { tx, rx, source, target, flow, counts, shadow, in_flight, len }
+        let mut sources = Sources::new([2; 6]);
+        sources.share((0..8).map(|n| [2, 0, 0, 0, 0, n]).collect(), false);
+        Self { tx, rx, source, target, flow, counts, shadow, in_flight, sources, len }
     }
 
     /// The kernels' part of one batch, not measured: completed frames and received ones away, new ones in.
@@ -85,6 +90,19 @@ impl Bed {
         let before = counts.frames;
         black_box(pump::pump(source, target, flow, in_flight, counts).unwrap());
         shadow.handed(counts.frames - before);
+    }
+
+    fn guarded(&mut self) {
+        let Self { source, target, flow, in_flight, counts, shadow, sources, .. } = self;
+        let before = counts.frames;
+        black_box(pump::pump(source, target, flow, &mut Outward { sources, in_flight }, counts).unwrap());
+        shadow.handed(counts.frames - before);
+    }
+
+    fn listening(&mut self) {
+        let Self { source, target, flow, counts, sources, .. } = self;
+        let mut tap = Inward { sources, heard: false };
+        black_box(pump::pump(source, target, flow, &mut tap, counts).unwrap());
     }
 
     fn bypassed(&mut self) {
@@ -128,6 +146,14 @@ fn criterion_figures(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("guest-to-nic", "off"), |b| {
             b.iter_custom(|frames| bed.time(frames, Bed::bypassed));
         });
+        let mut bed = Bed::new(Owner::Guest, len);
+        group.bench_function(BenchmarkId::new("guest-to-nic", "guarded"), |b| {
+            b.iter_custom(|frames| bed.time(frames, Bed::guarded));
+        });
+        let mut bed = Bed::new(Owner::DriverVm, len);
+        group.bench_function(BenchmarkId::new("nic-to-guest", "guarded"), |b| {
+            b.iter_custom(|frames| bed.time(frames, Bed::listening));
+        });
         // Towards the guest there is nothing to record: lost frames are the wire's business.
         let mut bed = Bed::new(Owner::DriverVm, len);
         group.bench_function("nic-to-guest", |b| b.iter_custom(|frames| bed.time(frames, Bed::bypassed)));
@@ -142,18 +168,22 @@ const SLICES: usize = 1000;
 /// the machine disturb least.
 fn ratios() -> Vec<String> {
     let mut rows = Vec::new();
-    println!("\n{:<12} {:>14} {:>12} {:>14} {:>8}", "frame", "frames/s on", "MB/s on", "frames/s off", "on/off");
+    println!(
+        "\n{:<12} {:>14} {:>12} {:>14} {:>8} {:>12}",
+        "frame", "frames/s on", "MB/s on", "frames/s off", "on/off", "guarded/off"
+    );
     for (len, name) in SIZES {
         let frames = if len > 10_000 { 100u64 } else { 3_200 };
         // One bed for both: another would lie elsewhere in memory and caches.
         let mut bed = Bed::new(Owner::Guest, len);
-        let (mut on_times, mut off_times) = (Vec::new(), Vec::new());
+        let (mut on_times, mut off_times, mut guarded_times) = (Vec::new(), Vec::new(), Vec::new());
         for slice in 0..SLICES {
             // The one that goes first alternates.
             if slice % 2 == 0 {
                 on_times.push(bed.time(frames, Bed::recorded));
             }
             off_times.push(bed.time(frames, Bed::bypassed));
+            guarded_times.push(bed.time(frames, Bed::guarded));
             if slice % 2 == 1 {
                 on_times.push(bed.time(frames, Bed::recorded));
             }
@@ -163,10 +193,11 @@ fn ratios() -> Vec<String> {
             frames as f64 / times[SLICES / 4].as_secs_f64()
         };
         let (on, off) = (rate(&mut on_times), rate(&mut off_times));
-        let ratio = on / off;
-        println!("{name:<12} {on:>14.0} {:>12.0} {off:>14.0} {ratio:>8.3}", on * len as f64 / 1e6);
+        let (ratio, guarded) = (on / off, rate(&mut guarded_times) / off);
+        println!("{name:<12} {on:>14.0} {:>12.0} {off:>14.0} {ratio:>8.3} {guarded:>12.3}", on * len as f64 / 1e6);
         rows.push(format!(
-            "{{\"frame_bytes\":{len},\"recording_frames_s\":{on:.0},\"off_frames_s\":{off:.0},\"ratio\":{ratio:.4}}}"
+            "{{\"frame_bytes\":{len},\"recording_frames_s\":{on:.0},\"off_frames_s\":{off:.0},\"ratio\":{ratio:.4},\
+             \"guarded_ratio\":{guarded:.4}}}"
         ));
     }
     rows

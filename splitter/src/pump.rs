@@ -102,10 +102,48 @@ pub struct Counts {
     pub not_accepted: u64,
     /// Dropped: the target's buffers cannot hold the frame.
     pub no_room: u64,
+    /// Dropped: the guest may not send with this source address.
+    pub foreign_source: u64,
 }
 
-/// What is told of each frame that is handed to the driver VM.
+/// Where a frame is to go and where it says that it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// The receiver.
+    pub destination: Mac,
+    /// The sender.
+    pub source: Mac,
+}
+
+/// Bytes of both, at the beginning of an Ethernet frame.
+const ADDRESSES_LEN: usize = 12;
+
+impl Addresses {
+    /// Of a frame behind its virtio-net header; it is at least [`crate::header::MIN_FRAME`] long.
+    fn of(chain: &Chain<'_>) -> Self {
+        let mut bytes = [0; ADDRESSES_LEN];
+        gather(chain.readable(), HEADER_LEN, &mut bytes);
+        let [a, b, c, d, e, f, source @ ..] = bytes;
+        Self { destination: [a, b, c, d, e, f], source }
+    }
+
+    fn to_bytes(self) -> [u8; ADDRESSES_LEN] {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.destination, self.source);
+        [a, b, c, d, e, f, g, h, i, j, k, l]
+    }
+}
+
+/// What is told of each frame that is moved.
 pub trait Tap {
+    /// Whether [`Self::admits`] is asked: where it is not, frames are not looked into.
+    const LOOKS: bool = false;
+
+    /// Whether a frame may pass. It passes with these addresses, whatever its owner writes there meanwhile.
+    #[inline]
+    fn admits(&mut self, _addresses: &Addresses) -> bool {
+        true
+    }
+
     /// A frame was put into buffers with these heads; `used` is the used index of the first.
     fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>);
 }
@@ -164,9 +202,15 @@ fn move_frames<T: Tap>(
         work += 1 + chain.cost;
         let put = match read {
             Ok((header, len)) if flow.accepted.contains(header.needs()) => {
-                let put = put_frame(&mut to, flow, &header, &Payload::Chain(&chain, len), &mut space, tap);
-                work += space.chain.cost;
-                put?
+                let addresses = T::LOOKS.then(|| Addresses::of(&chain));
+                if addresses.is_some_and(|addresses| !tap.admits(&addresses)) {
+                    Put::Foreign
+                } else {
+                    let payload = Payload::Chain(&chain, len, addresses);
+                    let put = put_frame(&mut to, flow, &header, &payload, &mut space, tap);
+                    work += space.chain.cost;
+                    put?
+                }
             }
             Ok(_) => Put::NotAccepted,
             Err(fault) if flow.source == Owner::Guest => {
@@ -190,6 +234,7 @@ fn move_frames<T: Tap>(
             Put::NotAccepted => counts.not_accepted += 1,
             Put::NoRoom => counts.no_room += 1,
             Put::Malformed => counts.malformed += 1,
+            Put::Foreign => counts.foreign_source += 1,
         }
         from.take(1);
         from.complete(head, 0).map_err(blame(flow.source))?;
@@ -216,20 +261,24 @@ pub struct InPlace<'a, 'm> {
 }
 
 impl InPlace<'_, '_> {
-    /// The source address of its Ethernet header.
-    pub fn source_address(&self) -> Mac {
-        let mut mac = Mac::default();
-        gather(self.chain.readable(), HEADER_LEN + mac.len(), &mut mac);
-        mac
+    /// The addresses of its Ethernet header.
+    pub fn addresses(&self) -> Addresses {
+        Addresses::of(self.chain)
     }
 
-    /// A copy, checked header first.
+    /// A copy, checked header first. Its source address is that of [`copied_source`], not of [`Self::addresses`], which may
+    /// have changed meanwhile.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut frame = vec![0; HEADER_LEN + self.len];
         frame[..HEADER_LEN].copy_from_slice(&self.header.to_bytes(1));
         gather(self.chain.readable(), HEADER_LEN, &mut frame[HEADER_LEN..]);
         frame
     }
+}
+
+/// The source address in a copy that [`InPlace::to_vec`] made.
+pub fn copied_source(frame: &[u8]) -> Mac {
+    frame.get(HEADER_LEN + 6..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default()
 }
 
 /// Takes frames out of `source` and shows each to `see` until it is empty or the budget is spent.
@@ -300,7 +349,7 @@ pub fn hand<T: Tap>(target: &mut Virtqueue, flow: &Flow, frame: &[u8], tap: &mut
             Put::Done(_) => return Ok(Handed::Yes),
             Put::Full(known) if to.listen(known).map_err(blame(flow.target()))? => {}
             Put::Full(_) => return Ok(Handed::Full),
-            Put::NotAccepted | Put::NoRoom | Put::Malformed => return Ok(Handed::Never),
+            Put::NotAccepted | Put::NoRoom | Put::Malformed | Put::Foreign => return Ok(Handed::Never),
         }
     }
 }
@@ -323,23 +372,31 @@ fn read_frame<'m>(
 
 /// A frame without its header, wherever it is.
 enum Payload<'a, 'm> {
-    Chain(&'a Chain<'m>, usize),
+    /// With its length, and the addresses that it passes with if they were looked at.
+    Chain(&'a Chain<'m>, usize, Option<Addresses>),
     Bytes(&'a [u8]),
 }
 
 impl Payload<'_, '_> {
     fn len(&self) -> usize {
         match self {
-            Self::Chain(_, len) => *len,
+            Self::Chain(_, len, _) => *len,
             Self::Bytes(bytes) => bytes.len(),
         }
     }
 
     fn copy_to(&self, space: &Chain<'_>) {
         match self {
-            Self::Chain(chain, len) => copy(chain.readable(), HEADER_LEN, space.writable(), HEADER_LEN, *len),
-            Self::Bytes(bytes) => scatter(bytes, space.writable(), HEADER_LEN),
-        };
+            Self::Chain(chain, len, addresses) => {
+                copy(chain.readable(), HEADER_LEN, space.writable(), HEADER_LEN, *len);
+                if let Some(addresses) = addresses {
+                    scatter(&addresses.to_bytes(), space.writable(), HEADER_LEN);
+                }
+            }
+            Self::Bytes(bytes) => {
+                scatter(bytes, space.writable(), HEADER_LEN);
+            }
+        }
     }
 }
 
@@ -358,6 +415,7 @@ enum Put {
     NotAccepted,
     NoRoom,
     Malformed,
+    Foreign,
 }
 
 #[inline]

@@ -96,6 +96,7 @@ fn a_crash_during_replay_keeps_the_rest_of_the_log_in_order() {
     guest.turn();
     let mut first = attached(&mut guest, 1);
     first.rx.offer(20);
+    first.tx.send(&frame(1000, 60));
     guest.splitter.go_live(generation(1), Log::Replay);
     assert_eq!(guest.splitter.status().mode, ModeName::Replaying);
     // While the log waits for buffers, so do new frames, in the guest's queue.
@@ -109,6 +110,7 @@ fn a_crash_during_replay_keeps_the_rest_of_the_log_in_order() {
     assert!(matches!(lost(&mut guest, 1), Cause::Closed));
 
     let mut second = attached(&mut guest, 2);
+    second.tx.send(&frame(1001, 60));
     let counts = live(&mut guest, &mut second, 2);
     // The five buffers offered again were filled before the loss was seen, or not: each frame counts once.
     let got: Vec<u32> = second.rx.receive_all().iter().map(|f| number(f)).collect();
@@ -223,9 +225,11 @@ fn a_recovery_without_carrier_tells_the_guest_nothing() {
     vm.rx.offer_all();
     guest.splitter.carrier(generation(2), false);
     guest.splitter.go_live(generation(2), Log::Replay);
-    let told: Vec<Notice> = guest.notices.try_iter().collect();
-    assert!(matches!(told[..], [Notice::Live(..)]), "{told:?}");
+    assert!(guest.notices.try_iter().next().is_none());
     assert!(!guest.splitter.shadow().link_up());
+    guest.splitter.carrier(generation(2), true);
+    let told: Vec<Notice> = guest.notices.try_iter().collect();
+    assert!(matches!(told[..], [Notice::Config, Notice::Live(..)]), "{told:?}");
 }
 
 #[test]

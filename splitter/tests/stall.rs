@@ -80,6 +80,7 @@ fn nothing_waits_for_a_driver_vm_that_is_lost() {
     assert!(!guest.splitter.waits_for_driver_vm());
     let mut second = attached(&mut guest, 2);
     second.rx.offer_all();
+    second.tx.send(&frame(9, 100));
     guest.splitter.go_live(generation(2), Log::Replay);
     assert!(!is_stalled(&mut guest));
     assert_eq!(guest.splitter.status().mode, ModeName::Passive);

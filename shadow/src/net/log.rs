@@ -39,6 +39,11 @@ impl TransmitLog {
         self.frames.front().map(Vec::as_slice)
     }
 
+    /// All frames, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        self.frames.iter().map(Vec::as_slice)
+    }
+
     /// Removes the oldest frame; false if there was none.
     pub fn pop(&mut self) -> bool {
         let Some(frame) = self.frames.pop_front() else { return false };

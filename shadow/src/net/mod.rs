@@ -3,23 +3,32 @@
 //! ```text
 //!                 GoLive(l)                 Drained
 //!      Masking ──────────────> Replaying(l) ─────────> Passive(l)
-//!       ^   ^                      │ Lost(l)              │ Lost(l)
-//!       │   └──────────────────────┘                      │
-//!       └─────────────────────────────────────────────────┘
-//!      each ── Quarantine ──> Quarantined ── GoLive(l) ──> Replaying(l)
+//!       ^   ^ │                  │ ^   │ Lost(l)          │ Lost(l)
+//!       │   └─│──────────────────│─│───┘                  │
+//!       │     │       CarrierDown│ │CarrierUp             │
+//!       │     │ GoLive(l)        v │                      │
+//!       │     └─────────────> WaitingCarrier(l) ──┐       │
+//!       │       no carrier                        │Lost(l)│
+//!       └─────────────────────────────────────────┴───────┘
+//!      each ── Quarantine ──> Quarantined ── GoLive(l) ──> as from Masking
 //! ```
 //! It starts in Masking, before the first driver VM. Invariants: a frame that was handed to a driver VM is never
-//! handed out again; logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
+//! handed out again; none of the log is handed to a NIC without carrier, and few to one that may not forward yet ([`pacing`]);
+//! logged frames leave in the order in which they came; the log is bounded ([`log::MAX_BYTES`],
 //! [`log::MAX_FRAMES`]); `logged = replayed + dropped + frames in the log now`; an event of a link that was
 //! given up changes nothing.
 
 pub mod log;
+pub mod pacing;
 pub mod rx_mode;
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Generation, LinkId};
 use log::TransmitLog;
+use pacing::Pacing;
 use rx_mode::{Mac, RxFilter};
 
 /// What happened to frames during outages.
@@ -27,7 +36,7 @@ use rx_mode::{Mac, RxFilter};
 pub struct MaskedCounts {
     /// Accepted from the guest into the log.
     pub logged: u64,
-    /// Handed from the log to a new driver VM.
+    /// Sent: handed from the log to a new driver VM whose NIC had a carrier. Frames that wait in the log are not among them.
     pub replayed: u64,
     /// Lost from the log: it was full (oldest first), or its frames were suspects, or there was a quarantine.
     pub dropped: u64,
@@ -40,6 +49,8 @@ pub struct MaskedCounts {
 enum Mode {
     /// The driver VM is away: frames go into the log.
     Masking,
+    /// The driver VM is ready and its NIC has no carrier: frames go on into the log.
+    WaitingCarrier { link: LinkId, in_flight: u64 },
     /// The log is being handed to the driver VM; the guest's new frames wait in its queue.
     Replaying { link: LinkId, in_flight: u64 },
     /// Frames pass by.
@@ -48,11 +59,37 @@ enum Mode {
     Quarantined,
 }
 
+impl Mode {
+    fn is_of(self, generation: Generation) -> bool {
+        self.link().is_some_and(|link| link.generation == generation)
+    }
+
+    fn link(self) -> Option<LinkId> {
+        match self {
+            Self::Passive { link, .. } | Self::Replaying { link, .. } | Self::WaitingCarrier { link, .. } => Some(link),
+            Self::Masking | Self::Quarantined => None,
+        }
+    }
+
+    fn in_flight(self) -> u64 {
+        match self {
+            Self::Passive { in_flight, .. }
+            | Self::Replaying { in_flight, .. }
+            | Self::WaitingCarrier { in_flight, .. } => in_flight,
+            Self::Masking | Self::Quarantined => 0,
+        }
+    }
+}
+
 /// What moves the state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The driver VM behind this link is ready for the log, then for live frames.
     GoLive(LinkId),
+    /// The NIC of this generation has found its carrier.
+    CarrierUp(Generation),
+    /// The NIC of this generation has lost its carrier.
+    CarrierDown(Generation),
     /// The log is empty.
     Drained,
     /// This link is lost, or is given up, and all before it.
@@ -66,6 +103,8 @@ pub enum Event {
 pub enum ModeName {
     /// Answering the guest in the driver VM's place.
     Masking,
+    /// Keeping the log until the NIC of a new driver VM has a carrier.
+    WaitingCarrier,
     /// Handing the log to a new driver VM.
     Replaying,
     /// Recording.
@@ -79,6 +118,7 @@ impl ModeName {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Masking => "masking",
+            Self::WaitingCarrier => "waiting-carrier",
             Self::Replaying => "replaying",
             Self::Passive => "passive",
             Self::Quarantined => "quarantined",
@@ -110,6 +150,9 @@ pub struct NetShadow {
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
     next_carrier: Option<(Generation, bool)>,
+    /// The newest generation from whose NIC something came in before it was told to go live.
+    heard: Option<Generation>,
+    pacing: Pacing,
     features: u64,
     mtu: u16,
     filter: RxFilter,
@@ -126,6 +169,8 @@ impl NetShadow {
             barred: None,
             link_up: true,
             next_carrier: None,
+            heard: None,
+            pacing: Pacing::default(),
             features: 0,
             mtu,
             filter: RxFilter::new(mac),
@@ -140,9 +185,34 @@ impl NetShadow {
         let next = match (self.mode, event) {
             (_, Event::GoLive(l) | Event::Lost(l)) if self.is_barred(l) => return false,
             (Mode::Masking | Mode::Quarantined, Event::GoLive(link)) => {
-                self.link_up = self.next_carrier.is_none_or(|(g, up)| g != link.generation || up);
-                self.next_carrier = self.next_carrier.filter(|(g, _)| *g > link.generation);
-                Mode::Replaying { link, in_flight: 0 }
+                let generation = link.generation;
+                self.link_up = self.next_carrier.is_none_or(|(g, up)| g != generation || up);
+                self.next_carrier = self.next_carrier.filter(|(g, _)| *g > generation);
+                let heard = self.link_up && self.heard == Some(generation);
+                self.pacing = if heard { Pacing::unbounded() } else { Pacing::default() };
+                if self.link_up {
+                    Mode::Replaying { link, in_flight: 0 }
+                } else {
+                    Mode::WaitingCarrier { link, in_flight: 0 }
+                }
+            }
+            (mode, Event::CarrierUp(g)) if mode.is_of(g) && !self.link_up => {
+                self.link_up = true;
+                match mode {
+                    Mode::WaitingCarrier { link, in_flight } => Mode::Replaying { link, in_flight },
+                    _ => mode,
+                }
+            }
+            (mode, Event::CarrierDown(g)) if mode.is_of(g) && self.link_up => {
+                self.link_up = false;
+                match mode {
+                    Mode::Replaying { link, in_flight } => {
+                        // What it has brought in says nothing about the link that it will find next.
+                        self.pacing = Pacing::default();
+                        Mode::WaitingCarrier { link, in_flight }
+                    }
+                    _ => mode,
+                }
             }
             (Mode::Replaying { link, in_flight }, Event::Drained) if self.log.is_empty() => {
                 Mode::Passive { link, in_flight }
@@ -153,7 +223,9 @@ impl NetShadow {
                 self.give_up(l, in_flight);
                 Mode::Masking
             }
-            (Mode::Replaying { link, in_flight }, Event::Lost(l)) if l >= link => {
+            (Mode::Replaying { link, in_flight } | Mode::WaitingCarrier { link, in_flight }, Event::Lost(l))
+                if l >= link =>
+            {
                 self.give_up(l, in_flight);
                 Mode::Masking
             }
@@ -166,8 +238,8 @@ impl NetShadow {
                 if matches!(mode, Mode::Passive { .. }) {
                     self.outage = MaskedCounts::default();
                 }
-                if let Mode::Passive { link, in_flight } | Mode::Replaying { link, in_flight } = mode {
-                    self.give_up(link, in_flight);
+                if let Some(link) = mode.link() {
+                    self.give_up(link, mode.in_flight());
                 }
                 self.drop_suspects();
                 self.link_up = false;
@@ -206,17 +278,17 @@ impl NetShadow {
     /// What to do with the guest's next frame.
     pub fn verdict(&self) -> Verdict {
         match self.mode {
-            Mode::Masking => Verdict::Log,
+            Mode::Masking | Mode::WaitingCarrier { .. } => Verdict::Log,
             Mode::Replaying { .. } => Verdict::Hold,
             Mode::Passive { .. } => Verdict::Pass,
             Mode::Quarantined => Verdict::Discard,
         }
     }
 
-    /// Takes a frame (virtio-net header first) into the log. Only in masking mode; otherwise it is ignored and
-    /// false returned.
+    /// Takes a frame (virtio-net header first) into the log. Only where [`Self::verdict`] says so; otherwise it is ignored
+    /// and false returned.
     pub fn log(&mut self, frame: Vec<u8>) -> bool {
-        if self.mode != Mode::Masking {
+        if self.verdict() != Verdict::Log {
             return false;
         }
         let dropped = self.log.push(frame);
@@ -227,12 +299,34 @@ impl NetShadow {
         true
     }
 
-    /// The next frame to hand over while replaying.
-    pub fn next_replay(&self) -> Option<&[u8]> {
+    /// The next frame to hand over while replaying, at `now` (any clock that does not go back). None: the log is empty, or the
+    /// rest of it has to wait ([`Self::is_paced`]).
+    pub fn next_replay(&mut self, now: Duration) -> Option<&[u8]> {
         match self.mode {
-            Mode::Replaying { .. } => self.log.front(),
+            Mode::Replaying { .. } if self.pacing.allows(now) => self.log.front(),
             _ => None,
         }
+    }
+
+    /// Whether more of the log is kept back than goes out at once, until something comes in from the wire or time has passed.
+    pub fn is_paced(&self) -> bool {
+        matches!(self.mode, Mode::Replaying { .. }) && self.pacing.is_bounded() && !self.log.is_empty()
+    }
+
+    /// The NIC of `generation` has brought in a frame from the wire: it forwards.
+    pub fn heard(&mut self, generation: Generation) {
+        if self.mode.is_of(generation) {
+            if matches!(self.mode, Mode::Replaying { .. }) {
+                self.pacing.note_heard();
+            }
+        } else if !self.is_barred(LinkId::last(generation)) {
+            self.heard = self.heard.max(Some(generation));
+        }
+    }
+
+    /// The frames in the log, oldest first.
+    pub fn logged(&self) -> impl Iterator<Item = &[u8]> {
+        self.log.iter()
     }
 
     /// The frame of [`Self::next_replay`] was handed over (it is out of the log from now on).
@@ -240,6 +334,7 @@ impl NetShadow {
         let Mode::Replaying { in_flight, .. } = &mut self.mode else { return };
         if self.log.pop() {
             *in_flight = in_flight.saturating_add(1);
+            self.pacing.note_handed();
             self.count(|c| c.replayed += 1);
         }
     }
@@ -262,7 +357,10 @@ impl NetShadow {
     /// At the end of a driver VM, before [`Event::Lost`]: of the frames handed over, only `in_flight` have not been
     /// taken. Without this call all are held for unknown.
     pub fn settle(&mut self, in_flight: u64) {
-        if let Mode::Passive { in_flight: held, .. } | Mode::Replaying { in_flight: held, .. } = &mut self.mode {
+        if let Mode::Passive { in_flight: held, .. }
+        | Mode::Replaying { in_flight: held, .. }
+        | Mode::WaitingCarrier { in_flight: held, .. } = &mut self.mode
+        {
             *held = in_flight.min(*held);
         }
     }
@@ -283,17 +381,11 @@ impl NetShadow {
         if self.is_barred(LinkId::last(generation)) {
             return false;
         }
-        match self.mode {
-            Mode::Passive { link, .. } | Mode::Replaying { link, .. } if generation <= link.generation => {
-                let changed = generation == link.generation && self.link_up != up;
-                self.link_up ^= changed;
-                changed
-            }
-            _ => {
-                self.next_carrier = Some((generation, up));
-                false
-            }
+        if self.link().is_some_and(|live| generation <= live.generation) {
+            return self.apply(if up { Event::CarrierUp(generation) } else { Event::CarrierDown(generation) });
         }
+        self.next_carrier = Some((generation, up));
+        false
     }
 
     /// The guest's driver accepted these features: a fresh start, its receive mode is at its default.
@@ -331,26 +423,21 @@ impl NetShadow {
     pub fn mode(&self) -> ModeName {
         match self.mode {
             Mode::Masking => ModeName::Masking,
+            Mode::WaitingCarrier { .. } => ModeName::WaitingCarrier,
             Mode::Replaying { .. } => ModeName::Replaying,
             Mode::Passive { .. } => ModeName::Passive,
             Mode::Quarantined => ModeName::Quarantined,
         }
     }
 
-    /// The link that is being replayed to or live.
+    /// The link that was told to go live, and has not been given up.
     pub fn link(&self) -> Option<LinkId> {
-        match self.mode {
-            Mode::Passive { link, .. } | Mode::Replaying { link, .. } => Some(link),
-            Mode::Masking | Mode::Quarantined => None,
-        }
+        self.mode.link()
     }
 
     /// Frames handed to the driver VM of which nobody has said yet that it took them.
     pub fn in_flight(&self) -> u64 {
-        match self.mode {
-            Mode::Passive { in_flight, .. } | Mode::Replaying { in_flight, .. } => in_flight,
-            Mode::Masking | Mode::Quarantined => 0,
-        }
+        self.mode.in_flight()
     }
 
     /// Frames in the log.

@@ -61,6 +61,12 @@ impl RxFilter {
         self.mac = mac;
     }
 
+    /// Takes away all unicast addresses but the permanent one.
+    pub fn keep_permanent(&mut self) {
+        self.mac = self.permanent;
+        self.unicast.clear();
+    }
+
     /// Promiscuous mode.
     pub fn set_promiscuous(&mut self, on: bool) {
         self.promiscuous = on;

@@ -6,7 +6,7 @@ use umbra_shadow::net::rx_mode::Mac;
 use crate::header::HEADER_LEN;
 
 /// Bytes of an Ethernet frame without its checksum that a network takes: shorter ones are padded.
-const SHORTEST: usize = 60;
+pub(super) const SHORTEST: usize = 60;
 
 /// What stands between the Ethernet addresses and the first hardware address (RFC 903, RFC 826): EtherType 0x8035,
 /// Ethernet and IPv4 with lengths 6 and 4, operation 3 (`request reverse`).

@@ -10,10 +10,15 @@ mod announce;
 pub mod features;
 pub mod in_flight;
 mod next;
+mod probe;
+mod replay;
+pub mod source;
 pub mod stall;
+mod traffic;
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
@@ -24,10 +29,12 @@ use crate::control::{self, Served};
 use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
 use crate::log_limit::LogLimit;
-use crate::pump::{self, Counts, Flow, Handed, Owner, PumpError, Stop};
-use crate::queue::{RingFault, Virtqueue};
+use crate::pump::{self, Counts, Owner, PumpError, Stop};
+use crate::queue::Virtqueue;
 use in_flight::InFlight;
 use next::Next;
+use replay::{Outcome, Replay};
+use source::Sources;
 
 /// The guest's queues, with their indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +81,8 @@ pub enum Notice {
     Offloads(Offloads),
     /// The device configuration (link state) has changed.
     Config,
+    /// The guest uses this address, which is another's on the NIC that it shares, or asks for its frames; it gets neither.
+    ForeignAddress(Mac),
 }
 
 /// What becomes of the log when a driver VM goes live.
@@ -97,6 +106,8 @@ pub struct Status {
     pub frames_out: u64,
     /// Frames to the guest.
     pub frames_in: u64,
+    /// Frames dropped, because the guest may not send with their source address.
+    pub foreign_source: u64,
     /// Frames in the log now.
     pub logged_now: usize,
     /// Sums over all outages.
@@ -164,6 +175,10 @@ pub struct NetSplitter {
     progress: stall::Progress,
     broken: bool,
     log: LogLimit,
+    sources: Sources,
+    /// When neighbours were asked last, to show that the NIC forwards.
+    asked: Option<Duration>,
+    started: Instant,
 }
 
 impl NetSplitter {
@@ -186,7 +201,15 @@ impl NetSplitter {
             progress: stall::Progress::default(),
             broken: false,
             log: LogLimit::default(),
+            sources: Sources::new(mac),
+            asked: None,
+            started: Instant::now(),
         })
+    }
+
+    /// The NIC has other ends, with these addresses, which the guest must not use unless it may use `any`.
+    pub fn share(&mut self, neighbours: Vec<Mac>, any: bool) {
+        self.sources.share(neighbours, any);
     }
 
     /// Readable when [`Self::service`] is to be called, or when the set of kicks changed.
@@ -220,7 +243,7 @@ impl NetSplitter {
     pub fn set_features(&mut self, accepted: u64) {
         self.shadow.set_features(accepted);
         (self.listener)(Notice::Offloads(features::receive(accepted)));
-        (self.listener)(Notice::RxMode(self.shadow.filter().clone()));
+        self.tell_rx_mode();
     }
 
     /// Takes one of the guest's queues.
@@ -300,10 +323,14 @@ impl NetSplitter {
         self.lose(LinkId::last(generation), Cause::GivenUp);
     }
 
-    /// The carrier that the NIC of `generation` reports.
+    /// The carrier that the NIC of `generation` reports. The log waits for it.
     pub fn carrier(&mut self, generation: Generation, up: bool) {
+        // What has come in says nothing about a carrier that is lost, or is found now.
+        self.inward();
         if self.shadow.carrier(generation, up) {
             (self.listener)(Notice::Config);
+            self.replay();
+            self.outward();
         }
     }
 
@@ -334,6 +361,16 @@ impl NetSplitter {
         self.progress.is_waiting()
     }
 
+    /// Whether a part of the log is kept back: [`Self::go_on_replaying`] is to be called every [`umbra_shadow::net::pacing::STEP`].
+    pub fn is_paced(&self) -> bool {
+        self.shadow.is_paced()
+    }
+
+    /// Time has passed in which a part of the log was kept back.
+    pub fn go_on_replaying(&mut self) {
+        self.replay();
+    }
+
     /// Gives a driver VM up that has taken no frame for 4 s though some wait.
     pub fn check_progress(&mut self) {
         // What came meanwhile is no stall.
@@ -352,6 +389,7 @@ impl NetSplitter {
             mode: self.shadow.mode(),
             frames_out: self.outward.frames,
             frames_in: self.inward.frames,
+            foreign_source: self.outward.foreign_source,
             logged_now: self.shadow.logged_now(),
             masked: self.shadow.total(),
         }
@@ -371,7 +409,10 @@ impl NetSplitter {
     pub fn kicked(&mut self, source: Source) {
         match source {
             Source::Guest(GuestQueue::Tx) => self.outward(),
-            Source::Guest(GuestQueue::Rx) | Source::Link(LinkQueue::Tx) => self.inward(),
+            Source::Guest(GuestQueue::Rx) | Source::Link(LinkQueue::Tx) => {
+                self.replay();
+                self.inward();
+            }
             Source::Guest(GuestQueue::Control) => self.control(),
             Source::Link(LinkQueue::Rx) => {
                 self.replay();
@@ -380,6 +421,7 @@ impl NetSplitter {
             Source::Spare => {
                 self.discard();
                 // It may serve by now.
+                self.replay();
                 self.inward();
             }
         }
@@ -400,6 +442,24 @@ impl NetSplitter {
     fn wake_up(&self) {
         // Full only if a wake-up is due anyway.
         let _ = self.wake.write(1);
+    }
+
+    /// Since this was made; it does not go back.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn tell_rx_mode(&mut self) {
+        self.sources.set_time(self.started.elapsed());
+        let mode = self.sources.narrowed(self.shadow.filter());
+        (self.listener)(Notice::RxMode(mode));
+        self.tell_foreign();
+    }
+
+    fn tell_foreign(&mut self) {
+        if let Some(mac) = self.sources.take_warning() {
+            (self.listener)(Notice::ForeignAddress(mac));
+        }
     }
 
     fn tell_config(&mut self, was_up: bool) {
@@ -473,62 +533,25 @@ impl NetSplitter {
             self.announce = None;
             self.announce_here();
         }
+        // First, because it shows whether the NIC forwards.
+        self.inward();
+        let now = self.now();
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
-        let outcome = replay_log(&mut self.shadow, link, in_flight, &mut self.outward);
         let id = link.id;
-        self.progress.note(matches!(outcome, Ok(false)));
+        let (shadow, counts, asked) = (&mut self.shadow, &mut self.outward, &mut self.asked);
+        let outcome = Replay { shadow, link, in_flight, counts, asked }.hand_over(now);
+        self.progress.note(matches!(outcome, Ok(Outcome::Full)));
         match outcome {
-            Ok(true) => {
+            Ok(Outcome::Empty) => {
                 if self.shadow.apply(Event::Drained) {
                     (self.listener)(Notice::Live(id.generation, self.shadow.outage()));
                     self.outward();
                     self.inward();
                 }
             }
-            Ok(false) => {}
+            Ok(Outcome::Full | Outcome::Paced) => {}
             Err(error) => self.lose(id, error.into()),
         }
-    }
-
-    /// Frames of the guest: to the driver VM, into the log, or nowhere.
-    fn outward(&mut self) {
-        let Some(queue) = &mut self.guest[GuestQueue::Tx as usize] else { return };
-        let negotiated = features::transmit(self.shadow.features());
-        let (shadow, counts) = (&mut self.shadow, &mut self.outward);
-        let outcome = match (shadow.verdict(), &mut self.link) {
-            (Verdict::Pass, LinkState::Up { link, in_flight, .. }) => {
-                let flow = outward_flow(negotiated, link.features);
-                let before = counts.frames;
-                let outcome = pump::pump(queue, &mut link.rx, &flow, in_flight, counts);
-                shadow.handed(counts.frames - before);
-                outcome
-            }
-            (Verdict::Log, _) => pump::drain(queue, negotiated, counts, |frame| {
-                shadow.log(frame.to_vec());
-            })
-            .map_err(guests_fault),
-            (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, |_| {}).map_err(guests_fault),
-            (Verdict::Hold | Verdict::Pass, _) => return,
-        };
-        self.progress.note(matches!(outcome, Ok(Stop::TargetFull)));
-        self.after(outcome, GuestQueue::Tx);
-    }
-
-    /// Frames for the guest: only from a live driver VM.
-    fn inward(&mut self) {
-        let LinkState::Up { link, .. } = &mut self.link else { return };
-        let Some(queue) = &mut self.guest[GuestQueue::Rx as usize] else { return };
-        if self.shadow.verdict() != Verdict::Pass {
-            return;
-        }
-        let flow = Flow {
-            source: Owner::DriverVm,
-            negotiated: features::transmit(link.features),
-            accepted: features::receive(self.shadow.features()),
-            mergeable: features::mergeable(self.shadow.features()),
-        };
-        let outcome = pump::pump(&mut link.tx, queue, &flow, &mut pump::Off, &mut self.inward);
-        self.after(outcome, GuestQueue::Rx);
     }
 
     fn control(&mut self) {
@@ -536,7 +559,7 @@ impl NetSplitter {
         match control::serve(queue, self.shadow.filter_mut()) {
             Ok(Served { changed, more }) => {
                 if changed {
-                    (self.listener)(Notice::RxMode(self.shadow.filter().clone()));
+                    self.tell_rx_mode();
                 }
                 if more {
                     self.wake_up();
@@ -568,45 +591,4 @@ impl NetSplitter {
         self.broken = true;
         (self.listener)(Notice::Config);
     }
-}
-
-fn guests_fault(fault: RingFault) -> PumpError {
-    PumpError { owner: Owner::Guest, fault: fault.into() }
-}
-
-fn outward_flow(negotiated: Offloads, link_features: u64) -> Flow {
-    Flow {
-        source: Owner::Guest,
-        negotiated,
-        accepted: features::receive(link_features),
-        mergeable: features::mergeable(link_features),
-    }
-}
-
-/// Hands logged frames over, oldest first. True: all are.
-fn replay_log(
-    shadow: &mut NetShadow,
-    link: &mut Link,
-    in_flight: &mut InFlight,
-    counts: &mut Counts,
-) -> Result<bool, PumpError> {
-    let flow = outward_flow(Offloads::all(), link.features);
-    let mut all = true;
-    while let Some(frame) = shadow.next_replay() {
-        let len = frame.len();
-        match pump::hand(&mut link.rx, &flow, frame, in_flight)? {
-            Handed::Yes => {
-                shadow.replayed();
-                counts.frames += 1;
-                counts.bytes += len.saturating_sub(crate::header::HEADER_LEN) as u64;
-            }
-            Handed::Never => shadow.skip_replay(),
-            Handed::Full => {
-                all = false;
-                break;
-            }
-        }
-    }
-    link.rx.notify().map_err(|fault| PumpError { owner: Owner::DriverVm, fault: fault.into() })?;
-    Ok(all)
 }

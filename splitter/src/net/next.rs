@@ -8,7 +8,8 @@ use umbra_shadow::net::ModeName;
 use umbra_shadow::{Generation, LinkId};
 
 use super::announce::announcement;
-use super::{InFlight, LinkState, NetSplitter, Notice, features, outward_flow};
+use super::traffic::outward_flow;
+use super::{InFlight, LinkState, NetSplitter, Notice, features};
 use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkServer, What};
 use crate::pump::{self, Counts, Handed, InPlace, Owner, PumpError, Stop};
@@ -76,7 +77,9 @@ impl NetSplitter {
         let flow = outward_flow(Offloads::all(), link.features);
         let id = link.id;
         let mut outcome = Ok(Handed::Yes);
-        for mac in self.shadow.filter().unicast() {
+        self.sources.set_time(self.started.elapsed());
+        self.sources.announced();
+        for mac in self.sources.own_of(self.shadow.filter()) {
             // Of the splitter's own: no frame of the guest's is missing if it is lost.
             outcome = pump::hand(&mut link.rx, &flow, &announcement(mac), &mut in_flight.uncounted());
             if !matches!(outcome, Ok(Handed::Yes)) {
@@ -162,11 +165,18 @@ impl NetSplitter {
     /// What an armed link brings in before it serves came to the guest through the serving one, or was not for it.
     pub(super) fn discard(&mut self) {
         let Next { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
-        let own = if *proven { Vec::new() } else { self.shadow.filter().unicast() };
-        let mut seen = false;
-        let from_guest = |frame: &InPlace<'_, '_>| seen |= !own.is_empty() && own.contains(&frame.source_address());
+        let own = if *proven { Vec::new() } else { self.sources.own_of(self.shadow.filter()) };
+        let (mut seen, mut heard) = (false, false);
+        let look = |frame: &InPlace<'_, '_>| {
+            let addresses = frame.addresses();
+            seen |= own.contains(&addresses.source);
+            heard |= self.sources.is_from_wire(&addresses);
+        };
         let (generation, offloads) = (link.id.generation, features::transmit(link.features));
-        let outcome = pump::drain(&mut link.tx, offloads, &mut Counts::default(), from_guest);
+        let outcome = pump::drain(&mut link.tx, offloads, &mut Counts::default(), look);
+        if heard {
+            self.shadow.heard(generation);
+        }
         if seen {
             *proven = true;
             (self.listener)(Notice::SameNetwork(generation));

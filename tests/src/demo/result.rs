@@ -79,7 +79,7 @@ pub struct CrashResult {
     pub umbra_outage_ms: Option<f64>,
     /// Its parts, ms.
     pub parts: Value,
-    /// Frames logged, replayed, dropped, of unknown fate.
+    /// Frames logged, sent, dropped, of unknown fate.
     pub frames: Value,
 }
 
@@ -132,7 +132,7 @@ impl CrashResult {
         lines.push(format!("  restored{total}: {}", parts.join(", ")));
         let count = |name: &str| self.frames.get(name).and_then(Value::as_u64).unwrap_or(0);
         lines.push(format!(
-            "  frames: {} logged, {} replayed, {} dropped, {} of unknown fate (never sent twice)",
+            "  frames: {} logged, {} sent, {} dropped, {} of unknown fate (never sent twice)",
             count("logged"),
             count("replayed"),
             count("dropped"),

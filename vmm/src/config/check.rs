@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use umbra_driver_vm::protocol::HEARTBEAT_MS;
+use umbra_driver_vm::protocol::{HEARTBEAT_MS, Mac};
 
 use crate::base::pci_address::Bdf;
 
@@ -190,6 +190,9 @@ impl Machine {
         match (&net.tap, &net.driver) {
             (None, None) => return place.problem("needs `tap = \"...\"` (a host interface) or `driver = \"...\"`"),
             (Some(_), Some(_)) => return place.key("driver").problem("`tap` and `driver` exclude each other"),
+            (Some(_), None) if net.allow_any_source => {
+                return place.key("allow_any_source").problem("only a NIC that guests share looks at source addresses");
+            }
             (Some(tap), None) => {
                 let place = place.key("tap");
                 if tap.is_empty() || tap.len() > MAX_INTERFACE || tap.contains(['/', ' ', '%', ':']) {
@@ -287,6 +290,14 @@ impl Machine {
             nets.filter(move |(_, net)| net.driver.as_deref() == Some(driver))
                 .map(move |(n, net)| (name.as_str(), n, net))
         })
+    }
+
+    /// The addresses of the devices that share the NIC of network device `net` of `guest`; none where it has none, or has it for itself.
+    pub fn neighbours_of(&self, guest: &str, net: usize) -> Vec<Mac> {
+        let device = self.guest.get(guest).and_then(|guest| guest.net.get(net));
+        let Some(driver) = device.and_then(|device| device.driver.as_deref()) else { return Vec::new() };
+        let others = self.ends_of(driver).filter(|(name, n, _)| (*name, *n) != (guest, net));
+        others.map(|(name, n, net)| net.mac_or_default(name, n)).collect()
     }
 }
 

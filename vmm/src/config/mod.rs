@@ -117,6 +117,9 @@ pub struct Net {
     pub mac: Option<Mac>,
     /// MTU in bytes, 68 to 65535; 1500 when not given.
     pub mtu: Option<u16>,
+    /// On a NIC that guests share: it may send with any source address, as one that bridges has to.
+    #[serde(default)]
+    pub allow_any_source: bool,
 }
 
 /// `[[guest.NAME.sound]]`: a sound card, in a driver VM.
@@ -237,6 +240,8 @@ pub struct Restart {
     pub boot_timeout_s: u32,
     /// Missing heartbeats for this many milliseconds are a failure.
     pub heartbeat_timeout_ms: u32,
+    /// A NIC that has found no link after this many seconds is served without: its guests see none, and their log waits.
+    pub carrier_timeout_s: u32,
     /// A device, one interrupt of which comes more often a second for two seconds, has failed; 0: it never has for that.
     pub interrupts_per_s: u32,
 }
@@ -250,6 +255,8 @@ impl Default for Restart {
             backoff_max_ms: 10_000,
             boot_timeout_s: 60,
             heartbeat_timeout_ms: 3_000,
+            // Copper gigabit autonegotiation takes up to three or four seconds.
+            carrier_timeout_s: 6,
             interrupts_per_s: 200_000,
         }
     }

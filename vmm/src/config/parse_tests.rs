@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
+use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::sound::Policy;
 
 use super::*;
@@ -171,6 +172,7 @@ fn what_the_types_cannot_say_is_checked_with_its_line() {
         ("tap = \"tap0\"", "tap = \"t\"\nmac = \"52:54:00:00:00:01\"", 18, "used by guest.web.net[0].mac already"),
         ("tap = \"tap0\"", "tap = \"t\"\nmac = \"01:00:5e:00:00:01\"", 18, "no unicast address"),
         ("tap = \"tap0\"", "tap = \"t\"\nmtu = 67", 18, "68 to 65535"),
+        ("tap = \"tap0\"", "tap = \"t\"\nallow_any_source = true", 18, "only a NIC that guests share"),
         ("tap = \"tap0\"", "driver = \"nic0\"\nmtu = 9000", 16, "share its NIC's MTU"),
         ("cpus = 2", "cpus = 0", 5, "1 to 64 vCPUs"),
         ("cpus = 2", "cpus = 65", 5, "1 to 64 vCPUs"),
@@ -290,5 +292,21 @@ proptest! {
         machine.driver.insert("nic0".into(), driver);
         let text = machine.to_string();
         prop_assert_eq!(parse(&text).map_err(|e| TestCaseError::fail(format!("{e}\n{text}")))?, machine);
+    }
+}
+
+#[test]
+fn the_devices_that_share_a_nic_know_each_others_addresses() {
+    let net = |driver: &str, mac| Net { driver: Some(driver.into()), mac, ..Net::default() };
+    let guest = |net| Guest { net, ..Guest::new("vmlinuz".into()) };
+    let set = Mac([2, 0, 0, 0, 0, 9]);
+    let mut machine = Machine::default();
+    machine.guest.insert("a".into(), guest(vec![net("nic0", None), net("nic1", None), net("nic0", Some(set))]));
+    machine.guest.insert("b".into(), guest(vec![net("nic0", None), Net { tap: Some("t".into()), ..Net::default() }]));
+    let made = |name: &str, n: usize| Net::default().mac_or_default(name, n);
+    assert_eq!(machine.neighbours_of("a", 0), [set, made("b", 0)]);
+    assert_eq!(machine.neighbours_of("b", 0), [made("a", 0), set]);
+    for (name, n) in [("a", 1), ("b", 1), ("b", 7), ("c", 0)] {
+        assert_eq!(machine.neighbours_of(name, n), [], "{name} {n}");
     }
 }

@@ -56,10 +56,6 @@ const SUSPICION: Duration = Duration::from_millis(100);
 /// vCPUs may keep the machine busy.
 const RELEASE: Duration = Duration::from_millis(250);
 
-/// How long a NIC may take to find its link before the guest is told that there is none. Copper gigabit
-/// autonegotiation takes up to three or four seconds.
-const CARRIER_PATIENCE: Duration = Duration::from_secs(6);
-
 /// How long the guests' splitters may take to replay and go live before the driver VM counts as live without the one that has
 /// not answered. A replay takes milliseconds; a guest that hangs must not hold up what the others, and the standby, wait for.
 const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(2);
@@ -192,6 +188,11 @@ impl Lifecycle {
     fn heartbeat_timeout(&self) -> Duration {
         let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
         if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
+    }
+
+    /// How long a NIC may take to find its link before the guests are told that there is none.
+    fn carrier_patience(&self) -> Duration {
+        Duration::from_secs(self.history.policy().carrier_timeout_s.into())
     }
 
     /// Whether there is a process that has not failed.
@@ -367,7 +368,7 @@ impl Lifecycle {
         let State::Configuring { .. } = self.state else { return Vec::new() };
         self.applying = true;
         self.silence = Some(Silence::since(now));
-        self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
+        self.state = State::WaitingCarrier { until: now + self.carrier_patience() };
         if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
     }
 

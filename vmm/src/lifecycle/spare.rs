@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::silence::Silence;
 use super::standby::Stage;
-use super::{Action, CARRIER_PATIENCE, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
+use super::{Action, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
 
 impl Lifecycle {
     pub(super) fn on_spare(&mut self, now: Time, input: &Input) -> Vec<Action> {
@@ -15,8 +15,9 @@ impl Lifecycle {
             Input::SpareForwarding => {
                 self.reserve.forwarding(now);
                 // What is left to wait for is its carrier.
+                let patience = self.carrier_patience();
                 if let Some(until) = self.restarting.as_mut().filter(|_| self.reserve.is_hot()) {
-                    *until = (*until).min(now + CARRIER_PATIENCE);
+                    *until = (*until).min(now + patience);
                 }
                 Vec::new()
             }
@@ -76,7 +77,7 @@ impl Lifecycle {
             Stage::Hello => self.state = State::Configuring { until },
             Stage::Forwarding(heard, armed) => {
                 self.silence = Some(Silence::since(heard));
-                self.state = State::WaitingCarrier { until: now + CARRIER_PATIENCE };
+                self.state = State::WaitingCarrier { until: now + self.carrier_patience() };
                 if armed {
                     self.carrier = Carrier::Up;
                     actions.extend(self.go_live(now));

@@ -65,6 +65,22 @@ fn the_first_life_goes_through_its_stages_to_live() {
 }
 
 #[test]
+fn a_carrier_is_waited_for_as_long_as_the_policy_says() {
+    for (policy, seconds) in [(Restart::default(), 6), (Restart { carrier_timeout_s: 20, ..Restart::default() }, 20)] {
+        let mut life = Lifecycle::new(History::new(policy), 1, Ahead::Nothing);
+        life.handle(at(0), Input::Start);
+        life.handle(at(0), Input::ResetDone);
+        life.handle(at(0), Input::Hello);
+        life.handle(at(1000), Input::Forwarding);
+        let over = at(1000 * (seconds + 1));
+        // Before the heartbeat is missed.
+        life.handle(Time(over.0 - 1_000_000), Input::Heartbeat);
+        assert_eq!(life.handle(Time(over.0 - 1), Input::Tick), []);
+        assert_eq!(life.handle(over, Input::Tick), [Action::GoLive(0, Replay::Everything)]);
+    }
+}
+
+#[test]
 fn a_panic_is_fenced_reported_reset_and_restarted() {
     let mut life = live(1);
     let panic = failure(Source::Panic, 2000);
@@ -471,9 +487,7 @@ fn a_restart_whose_driver_vm_does_not_come_up_changes_nothing() {
 }
 
 #[test]
-fn a_guest_that_goes_and_a_stop_take_the_standby_along() {
-    let mut life = with_standby();
-    assert_eq!(life.handle(at(1200), Input::EndGone(0)), [Action::DropStandby(None)]);
+fn a_stop_takes_the_standby_along() {
     let mut life = with_standby();
     assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(None), Action::Kill]);
 }

@@ -191,7 +191,7 @@ impl fmt::Display for CrashReport {
             None => writeln!(f, "outage:    not over when this was written")?,
         }
         let MaskedCounts { logged, replayed, dropped, unknown } = self.frames;
-        writeln!(f, "frames:    {logged} logged, {replayed} replayed, {dropped} dropped, {unknown} of unknown fate")?;
+        writeln!(f, "frames:    {logged} logged, {replayed} sent, {dropped} dropped, {unknown} of unknown fate")?;
         for mask in &self.masks {
             writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, line(&mask.cause))?;
         }

@@ -327,7 +327,7 @@ impl Event {
                 let MaskedCounts { logged, replayed, dropped, unknown } = frames;
                 format!(
                     "{driver}: generation {generation} live after {} ({parts}; frames: {logged} logged, {replayed} \
-                     replayed, {dropped} dropped, {unknown} of unknown fate)",
+                     sent, {dropped} dropped, {unknown} of unknown fate)",
                     Ms(*outage)
                 )
             }
@@ -549,7 +549,7 @@ mod tests {
         assert_eq!(
             live.sentence().unwrap(),
             "nic0: generation 2 live after 6.21 s (detect 0.4 ms, reset flr 104 ms, boot 5.12 s; frames: 14 logged, \
-             12 replayed, 0 dropped, 2 of unknown fate)"
+             12 sent, 0 dropped, 2 of unknown fate)"
         );
     }
 

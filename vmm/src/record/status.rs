@@ -68,12 +68,16 @@ pub struct NetStatus {
     pub tap: Option<String>,
     /// The driver VM, where there is one.
     pub driver: Option<String>,
-    /// `tap`, or the shadow's mode: `passive`, `masking`, `replaying`, `quarantined`; `unknown` before the guest's process has said.
+    /// `tap`, or the shadow's mode: `passive`, `masking`, `waiting-carrier`, `replaying`, `quarantined`;
+    /// `unknown` before the guest's process has said.
     pub mode: String,
     /// Frames guest to NIC.
     pub frames_out: u64,
     /// Frames NIC to guest.
     pub frames_in: u64,
+    /// Frames of the guest dropped, because their source address is another's on the NIC that it shares.
+    #[serde(default)]
+    pub foreign_source: u64,
     /// Frames in the log now.
     pub logged_now: u32,
     /// Sums over all outages.
@@ -195,6 +199,10 @@ impl fmt::Display for NetStatus {
             (Some(tap), _) => write!(f, "net{}: tap {tap}", self.index),
             (None, Some(driver)) => write!(f, "net{}: {driver} {}", self.index, self.mode),
             (None, None) => write!(f, "net{}", self.index),
+        }?;
+        match self.foreign_source {
+            0 => Ok(()),
+            frames => write!(f, " ({frames} frames with another's address dropped)"),
         }
     }
 }
@@ -264,6 +272,7 @@ mod tests {
             mode: "passive".into(),
             frames_out: 1,
             frames_in: 2,
+            foreign_source: 0,
             logged_now: 0,
             masked: MaskedCounts::default(),
         };

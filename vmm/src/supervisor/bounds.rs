@@ -73,6 +73,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::LinkUp { .. }
         | FromVm::Live { .. }
         | FromVm::SameNetwork { .. }
+        | FromVm::ForeignAddress { .. }
         | FromVm::Offloads { .. }
         | FromVm::Lost { cause: LinkEnd::Closed, .. }
         | FromVm::Disconnected { .. } => {}
@@ -121,7 +122,7 @@ mod tests {
         let end = of_vm(FromVm::Ended { at: 1, how: VmEnd::Reset, registers: long() });
         assert!(matches!(end, FromVm::Ended { registers, .. } if registers.len() <= MAX_REGISTERS));
         let (frames_out, frames_in, logged_now, masked) = (0, 0, 0, MaskedCounts::default());
-        let status = DeviceStatus::Net { mode: long(), frames_out, frames_in, logged_now, masked };
+        let status = DeviceStatus::Net { mode: long(), frames_out, frames_in, foreign_source: 0, logged_now, masked };
         let status = of_vm(FromVm::Status { device, status });
         assert!(
             matches!(status, FromVm::Status { status: DeviceStatus::Net { mode, .. }, .. } if mode.len() <= MAX_MODE)

@@ -90,6 +90,8 @@ pub(super) struct GuestNet {
     /// The driver VM that serves it, and as which of its ends.
     pub(super) driver: Option<(usize, End)>,
     pub(super) mac: Mac,
+    /// The addresses of the other devices on the same NIC.
+    neighbours: Vec<Mac>,
     /// What the guest's driver asked for last.
     pub(super) mode: RxMode,
     pub(super) offloads: Offloads,
@@ -160,6 +162,13 @@ impl GuestVm {
         }
     }
 
+    /// Says which other devices share the NIC of network device `n`, by their addresses.
+    pub(super) fn set_neighbours(&mut self, of: impl Fn(usize) -> Vec<Mac>) {
+        for (n, net) in self.nets.iter_mut().enumerate() {
+            net.neighbours = of(n);
+        }
+    }
+
     /// Starts the guest's process.
     pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
@@ -176,7 +185,7 @@ impl GuestVm {
     /// Its process is gone: what that had asked for and had not read is of no use any more.
     pub(super) fn forget(&mut self) {
         for net in &mut self.nets {
-            *net = GuestNet::new(net.mac, net.driver);
+            *net = GuestNet { neighbours: std::mem::take(&mut net.neighbours), ..GuestNet::new(net.mac, net.driver) };
         }
         for sound in &mut self.sounds {
             (sound.live, sound.status) = (None, None);
@@ -296,7 +305,12 @@ impl GuestVm {
             let (mac, mtu) = (net.mac, spec.mtu_or_default());
             match &spec.tap {
                 Some(interface) => NetBackend::Tap { interface: interface.clone(), mac, mtu },
-                None => NetBackend::Split { mac, mtu },
+                None => NetBackend::Split {
+                    mac,
+                    mtu,
+                    neighbours: net.neighbours.clone(),
+                    allow_any_source: spec.allow_any_source,
+                },
             }
         });
         let port = |port: &crate::config::Port| PortBackend {
@@ -349,7 +363,8 @@ impl GuestNet {
         // Until the guest's driver says otherwise: what a NIC receives after it was opened, and all multicast,
         // because a guest without the control queue never says.
         let mode = RxMode { all_multicast: true, unicast: vec![mac], ..RxMode::default() };
-        Self { driver, mac, mode, offloads: Offloads::default(), status: None, fresh: false }
+        let (neighbours, offloads) = (Vec::new(), Offloads::default());
+        Self { driver, mac, neighbours, mode, offloads, status: None, fresh: false }
     }
 
     fn status(&self, index: usize, tap: Option<String>, driver_name: impl Fn(usize) -> String) -> status::NetStatus {
@@ -361,10 +376,14 @@ impl GuestNet {
             tap,
             frames_out: 0,
             frames_in: 0,
+            foreign_source: 0,
             logged_now: 0,
             masked: MaskedCounts::default(),
         };
-        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, logged_now, masked }) = &self.status {
+        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, foreign_source, logged_now, masked }) =
+            &self.status
+        {
+            status.foreign_source = *foreign_source;
             status.mode.clone_from(mode);
             (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
             (status.logged_now, status.masked) = (*logged_now, *masked);

@@ -96,6 +96,13 @@ impl Supervisor {
                     self.pass_on(n, device, Setting::Mode);
                 }
             }
+            FromVm::ForeignAddress { device, mac } => {
+                self.events.warn(format!(
+                    "{}: {device} uses {mac}, which is another's address on the NIC that it shares; frames with it are dropped \
+                     (`allow_any_source` lets them pass)",
+                    self.guests[n].name
+                ));
+            }
             FromVm::Offloads { device, offloads } => {
                 if let Some(net) = self.guests[n].net_mut(device) {
                     net.offloads = offloads;

@@ -249,7 +249,9 @@ impl Supervisor {
                 let end = machine.sounds_of(driver_name).position(|(guest, sound, _)| guest == name && sound == n)?;
                 Some((driver, end))
             };
-            GuestVm::new(name, guest.clone(), net, sound)
+            let mut vm = GuestVm::new(name, guest.clone(), net, sound);
+            vm.set_neighbours(|n| machine.neighbours_of(name, n));
+            vm
         });
         Self {
             program: PathBuf::new(),

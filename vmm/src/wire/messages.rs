@@ -75,6 +75,12 @@ pub enum NetBackend {
         mac: Mac,
         /// MTU, bytes.
         mtu: u16,
+        /// The addresses of the other guests' devices on the same NIC; none: it has the NIC for itself.
+        #[serde(default)]
+        neighbours: Vec<Mac>,
+        /// It may send with any source address, although there are neighbours.
+        #[serde(default)]
+        allow_any_source: bool,
     },
     /// Driver VM side: a vhost-user front-end. Its connections come, and come again, by [`ToVm::Connect`].
     VhostUser {
@@ -312,6 +318,14 @@ pub enum FromVm {
         /// The mode.
         mode: RxMode,
     },
+    /// Guest: a network device uses, or asks for the frames of, an address that is another's on the NIC that it shares; it gets
+    /// neither. Told at the first, then every five minutes at most.
+    ForeignAddress {
+        /// The device.
+        device: DeviceId,
+        /// The address.
+        mac: Mac,
+    },
     /// Guest: its driver accepted these offloads of a network device.
     Offloads {
         /// The device.
@@ -371,7 +385,7 @@ pub enum OutageCounts {
     Sound(SoundCounts),
 }
 
-/// How a device of a driver VM is, by class. `mode`: `passive`, `masking`, `replaying` or `quarantined`.
+/// How a device of a driver VM is, by class. `mode`: `passive`, `masking`, `waiting-carrier`, `replaying` or `quarantined`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceStatus {
@@ -383,6 +397,9 @@ pub enum DeviceStatus {
         frames_out: u64,
         /// Frames NIC to guest since start.
         frames_in: u64,
+        /// Frames of the guest dropped since start, because their source address is another's.
+        #[serde(default)]
+        foreign_source: u64,
         /// Frames in the log now.
         logged_now: u32,
         /// Sums over all outages.

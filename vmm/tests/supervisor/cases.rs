@@ -568,7 +568,7 @@ fn a_report_shows_the_failures_of_a_machine_that_has_ended() {
         "Kernel panic - not syncing: fake crash",
         "umbra crash --kind panic",
         "generation 3 live",
-        "</b> replayed, ",
+        "</b> sent, ",
         "reset: <b>flr</b>",
         "2. nic0: its agent sent what is no message",
     ] {

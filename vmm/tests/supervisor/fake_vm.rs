@@ -113,7 +113,8 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::QueryStatus => {
                 let masked = MaskedCounts::default();
                 let mode = if !links.is_empty() { "passive" } else { "masking" }.into();
-                let status = DeviceStatus::Net { mode, frames_out: 7, frames_in: 0, logged_now: 0, masked };
+                let status =
+                    DeviceStatus::Net { mode, frames_out: 7, frames_in: 0, foreign_source: 0, logged_now: 0, masked };
                 channel.send(&FromVm::Status { device: NET, status }, &[]).unwrap();
             }
             // Only in its first life.

@@ -256,7 +256,7 @@ fn figures(out: &mut String, failure: &Failure) {
     }
     if logged + replayed + dropped + unknown > 0 {
         figures.push(format!(
-            "frames: <b>{logged}</b> logged, <b>{replayed}</b> replayed, <b>{dropped}</b> dropped, <b>{unknown}</b> of unknown fate"
+            "frames: <b>{logged}</b> logged, <b>{replayed}</b> sent, <b>{dropped}</b> dropped, <b>{unknown}</b> of unknown fate"
         ));
     }
     if !failure.parts.reset_method.is_empty() {

@@ -63,7 +63,7 @@ fn each_failure_says_what_where_and_how_it_ended() {
         "1. nic0: kernel panic",
         "generation 2 live",
         "outage <b>1.00 s</b>",
-        "<b>12</b> replayed",
+        "<b>12</b> sent",
         "web.net0: frames sent (above) and received (below)",
         "umbra crash --kind panic",
         "2026-01-02 03:04:05",

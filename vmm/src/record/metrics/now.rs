@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
@@ -34,6 +34,18 @@ impl Collector for Now {
         gauge(encoder, "guest_state", "State of a guest (1: the present one)", None, state)?;
         let uptime = guests.clone().map(|g| ([("guest", g.name.as_str())], g.uptime_s));
         gauge(encoder, "guest_uptime", "Since the guest's VM was started", Some(&Unit::Seconds), uptime)?;
+        let dropped = guests.clone().flat_map(|guest| {
+            let split = guest.nets.iter().filter(|net| net.driver.is_some());
+            split.map(|net| {
+                ([("guest", guest.name.clone()), ("device", format!("net{}", net.index))], net.foreign_source)
+            })
+        });
+        counter(
+            encoder,
+            "guest_foreign_source_frames",
+            "Frames dropped, because they had another's source address",
+            dropped,
+        )?;
         let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
         let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
         let resident =
@@ -62,6 +74,23 @@ fn gauge<'a, const N: usize, V: EncodeGaugeValue>(
     let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
     for (labels, value) in values {
         metric.encode_family(&labels)?.encode_gauge(&value)?;
+    }
+    Ok(())
+}
+
+fn counter<const N: usize>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    values: impl Iterator<Item = ([(&'static str, String); N], u64)>,
+) -> Result<(), Error> {
+    let mut values = values.peekable();
+    if values.peek().is_none() {
+        return Ok(());
+    }
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in values {
+        metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
     }
     Ok(())
 }

@@ -45,7 +45,9 @@ fn events_are_counted() {
 #[test]
 fn the_present_state_is_shown_with_the_memory_of_each_process() {
     let metrics = Metrics::new("m");
-    let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[]}],
+    let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[
+        {"index":0,"mac":"02:00:00:00:00:01","tap":null,"driver":"nic0","mode":"passive","frames_out":9,"frames_in":8,"foreign_source":3,
+        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0}}]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
         "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42}]}"#;
     let status = status.replace("PID", &std::process::id().to_string());
@@ -57,6 +59,7 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
         "umbra_driver_carrier{driver=\"nic0\"} 1",
         "umbra_driver_available_memory_bytes{driver=\"nic0\"} 42",
         "umbra_guest_uptime_seconds{guest=\"web\"} 2.5",
+        "umbra_guest_foreign_source_frames_total{guest=\"web\",device=\"net0\"} 3",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
     }

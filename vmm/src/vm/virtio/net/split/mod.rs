@@ -12,6 +12,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_shadow::net::pacing;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::header::Offloads as FrameOffloads;
@@ -49,6 +50,9 @@ pub struct SplitNet {
     /// Runs while frames wait for the driver VM.
     looks: TimerFd,
     looking: bool,
+    /// Runs while a part of the log is kept back.
+    steps: TimerFd,
+    stepping: bool,
     pace: Pace,
     outbox: Outbox,
 }
@@ -68,9 +72,16 @@ impl SplitNet {
             operation: "cannot make a timer for the network splitter".into(),
             source: Box::new(source),
         };
-        let looks = TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()))?;
+        let timer = || TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()));
+        let (looks, steps) = (timer()?, timer()?);
         let pace = Pace::new().map_err(failed)?;
-        Ok(Self { device, splitter, config_call, watched: Vec::new(), looks, looking: false, pace, outbox })
+        let (looking, stepping) = (false, false);
+        Ok(Self { device, splitter, config_call, watched: Vec::new(), looks, looking, steps, stepping, pace, outbox })
+    }
+
+    /// The device shares its NIC with those that have these addresses; it may use no such address, unless it may use any.
+    pub fn share(&mut self, neighbours: &[Mac], any_source: bool) {
+        self.splitter.share(neighbours.iter().map(|mac| mac.0).collect(), any_source);
     }
 
     /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
@@ -108,6 +119,8 @@ impl SplitNet {
     /// [`ToVm::Carrier`](crate::wire::messages::ToVm::Carrier).
     pub fn carrier(&mut self, generation: Generation, up: bool) {
         self.splitter.carrier(generation, up);
+        self.note_pace();
+        self.look_if_needed();
     }
 
     /// [`ToVm::Quarantine`](crate::wire::messages::ToVm::Quarantine).
@@ -122,6 +135,7 @@ impl SplitNet {
             mode: status.mode.as_str().into(),
             frames_out: status.frames_out,
             frames_in: status.frames_in,
+            foreign_source: status.foreign_source,
             logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
             masked: status.masked,
         };
@@ -156,6 +170,7 @@ impl SplitNet {
     /// Starts the timer that looks for a driver VM that takes nothing. Only [`Self::look`] stops it: a queue that is
     /// full and empty in turns costs no system call each time.
     fn look_if_needed(&mut self) {
+        self.step_if_needed();
         if self.looking || !self.splitter.waits_for_driver_vm() {
             return;
         }
@@ -166,7 +181,31 @@ impl SplitNet {
         }
     }
 
-    /// The timer has fired.
+    /// Starts the timer that goes on with a log of which a part is kept back.
+    fn step_if_needed(&mut self) {
+        if self.stepping || !self.splitter.is_paced() {
+            return;
+        }
+        match self.steps.set(Expiration::Interval(pacing::STEP.into()), TimerSetTimeFlags::empty()) {
+            Ok(()) => self.stepping = true,
+            Err(error) => tracing::warn!(%error, "cannot set a timer for the log of frames"),
+        }
+    }
+
+    /// That timer has fired.
+    fn step(&mut self) {
+        // Nothing to read if it was switched off a moment ago.
+        let _ = self.steps.wait();
+        self.splitter.go_on_replaying();
+        if !self.splitter.is_paced() {
+            match self.steps.unset() {
+                Ok(()) => self.stepping = false,
+                Err(error) => tracing::warn!(%error, "cannot stop the timer for the log of frames"),
+            }
+        }
+    }
+
+    /// The timer for frames that make no progress has fired.
     fn look(&mut self) {
         // Nothing to read if it was switched off a moment ago.
         let _ = self.looks.wait();
@@ -212,6 +251,7 @@ fn listener(device: DeviceId, config_call: ConfigCall, outbox: Outbox) -> impl F
             Notice::Live(generation, masked) => {
                 FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) }
             }
+            Notice::ForeignAddress(mac) => FromVm::ForeignAddress { device, mac: Mac(mac) },
             Notice::SameNetwork(generation) => FromVm::SameNetwork { device, generation },
             Notice::RxMode(filter) => FromVm::RxMode { device, mode: rx_mode(&filter) },
             Notice::Offloads(offloads) => FromVm::Offloads { device, offloads: offloads_message(offloads) },
@@ -319,9 +359,11 @@ impl MutEventSubscriber for SplitNet {
         if let Err(error) = ops.add(Events::new(self.splitter.wake(), EventSet::IN)) {
             tracing::error!(?error, "cannot watch the network splitter");
         }
-        for (timer, what) in
-            [(self.looks.as_fd(), "frames that make no progress"), (self.pace.timer(), "the pace of frames")]
-        {
+        for (timer, what) in [
+            (self.looks.as_fd(), "frames that make no progress"),
+            (self.steps.as_fd(), "the log of frames"),
+            (self.pace.timer(), "the pace of frames"),
+        ] {
             if let Err(error) = ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN)) {
                 tracing::error!(?error, "cannot watch for {what}");
             }
@@ -339,6 +381,8 @@ impl MutEventSubscriber for SplitNet {
             self.splitter.kicked(*source);
         } else if fd == self.looks.as_fd().as_raw_fd() {
             self.look();
+        } else if fd == self.steps.as_fd().as_raw_fd() {
+            self.step();
         } else if fd == self.pace.timer().as_raw_fd() {
             self.tell_pace();
         }

@@ -55,8 +55,17 @@ impl Guest {
     }
 
     /// Runs the loop until a message fits.
-    fn wait<T>(&mut self, mut pick: impl FnMut(FromVm) -> Option<T>) -> T {
-        for _ in 0..200 {
+    fn wait<T>(&mut self, pick: impl FnMut(FromVm) -> Option<T>) -> T {
+        self.wait_times(200, pick)
+    }
+
+    /// The same for what takes seconds by itself.
+    fn wait_long<T>(&mut self, pick: impl FnMut(FromVm) -> Option<T>) -> T {
+        self.wait_times(6000, pick)
+    }
+
+    fn wait_times<T>(&mut self, times: u32, mut pick: impl FnMut(FromVm) -> Option<T>) -> T {
+        for _ in 0..times {
             self.events.run();
             if let Some(found) = self.messages.try_iter().find_map(&mut pick) {
                 return found;
@@ -308,4 +317,57 @@ fn spares_take_over_in_turns_and_are_heard_by_their_kicks_alone() {
         assert_eq!(guest.queues[0].used().len(), 1, "round {round}, {received} in all");
         (serving, generation) = (spare, next);
     }
+}
+
+#[test]
+fn the_log_waits_for_the_carrier_and_the_guest_is_told_that_there_is_none() {
+    let mut guest = Guest::new();
+    (0..20).for_each(|n| guest.send(&[n; 100]));
+    let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    guest.device().carrier(Generation::FIRST, false);
+    guest.device().go_live(Generation::FIRST, Replay::Everything, false);
+    guest.send(&[20; 100]);
+    assert_eq!((guest.status(), guest.config_call.read().ok()), ([0, 0], Some(1)));
+    let FromVm::Status { status: DeviceStatus::Net { mode, logged_now, masked, .. }, .. } = guest.device().status()
+    else {
+        panic!("no status")
+    };
+    assert_eq!((mode.as_str(), logged_now, masked.replayed), ("waiting-carrier", 21, 0));
+    assert!(vm.received().is_empty() && !guest.device().stepping);
+
+    guest.device().carrier(Generation::FIRST, true);
+    assert_eq!((guest.status(), guest.config_call.read().ok()), ([1, 0], Some(1)));
+    assert_eq!(vm.received().len(), 4);
+    // Nothing comes in: the timer goes on with the rest, and is stopped.
+    assert!(guest.device().stepping);
+    let masked = guest.wait_long(|message| match message {
+        FromVm::Live { outage: OutageCounts::Net(masked), .. } => Some(masked),
+        _ => None,
+    });
+    assert_eq!(masked, MaskedCounts { logged: 21, replayed: 21, dropped: 0, unknown: 0 });
+    assert_eq!(vm.received().len(), 17);
+    guest.events.run();
+    assert!(!guest.device().stepping);
+}
+
+#[test]
+fn a_guest_that_uses_its_neighbours_address_is_told_of_and_counted() {
+    let neighbour = Mac([0x52, 0x54, 0, 0, 0, 8]);
+    let mut guest = Guest::new();
+    guest.device().share(&[neighbour], false);
+    let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    let from = |mac: Mac| [&[0xff; 6][..], &mac.0, &[0; 48]].concat();
+    guest.send(&from(neighbour));
+    guest.send(&from(MAC));
+    assert_eq!(vm.received(), [from(MAC)]);
+    let told = guest.wait(|message| match message {
+        FromVm::ForeignAddress { mac, .. } => Some(mac),
+        _ => None,
+    });
+    let FromVm::Status { status: DeviceStatus::Net { foreign_source, frames_out, .. }, .. } = guest.device().status()
+    else {
+        panic!("no status")
+    };
+    assert_eq!((told, foreign_source, frames_out), (neighbour, 1, 1));
 }
