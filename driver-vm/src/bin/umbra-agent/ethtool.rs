@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::calls::Calls;
+
 const SIOCETHTOOL: libc::c_ulong = 0x8946;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
@@ -24,18 +26,19 @@ const GET_BLOCK: usize = 4;
 #[derive(Debug)]
 pub struct Features {
     socket: OwnedFd,
+    calls: Calls,
     interface: String,
     bits: BTreeMap<String, usize>,
 }
 
 impl Features {
-    /// Asks an interface for the names of its features.
+    /// Asks an interface for the names of its features. Requests are counted among `calls`.
     ///
     /// # Errors
     /// When the interface or the request is unknown to the kernel.
-    pub fn of(interface: &str) -> Result<Self, Errno> {
+    pub fn of(calls: &Calls, interface: &str) -> Result<Self, Errno> {
         let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        let mut new = Self { socket, interface: interface.into(), bits: BTreeMap::new() };
+        let mut new = Self { socket, calls: calls.clone(), interface: interface.into(), bits: BTreeMap::new() };
         // cmd, reserved, mask of sets (64 bits), count
         let mut info = [ETHTOOL_GSSET_INFO, 0, 1 << ETH_SS_FEATURES, 0, 0];
         new.ioctl(&mut info)?;
@@ -97,7 +100,8 @@ impl Features {
         request.ifr_ifru.ifru_data = data.as_mut_ptr().cast();
         // SAFETY: the request points to `data`, which outlives the call and has the room that its own counts say:
         // the callers above size it by the count that they put in, and the kernel writes no more than that.
-        Errno::result(unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) }).map(drop)
+        let call = || unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+        Errno::result(self.calls.make(call)).map(drop)
     }
 }
 
@@ -107,9 +111,9 @@ mod tests {
 
     #[test]
     fn the_loopback_interface_has_features() {
-        let features = Features::of("lo").unwrap();
+        let features = Features::of(&Calls::default(), "lo").unwrap();
         assert!(features.is_on("loopback").unwrap());
         assert!(!features.is_on("no-such-feature").unwrap());
-        assert!(Features::of("no-such-if").is_err());
+        assert!(Features::of(&Calls::default(), "no-such-if").is_err());
     }
 }

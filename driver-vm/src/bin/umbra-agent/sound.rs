@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -16,6 +17,10 @@ use umbra_shadow::sound::Card;
 const PROGRAM: &str = "/bin/umbra-sound";
 /// Longest description of a card.
 const MAX_LINE: usize = 16 * 1024;
+/// How long the process of a service that has closed its output may take to end, before that is said without its status:
+/// a few heartbeats.
+const ENDS_WITHIN: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// The running service.
 #[derive(Debug)]
@@ -41,7 +46,10 @@ impl Service {
                 format!("cannot start the sound service {PROGRAM}; is this image one for a sound card?")
             })?;
         let output = child.stdout.take().context("the sound service has no output")?;
-        fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
+        let errors = child.stderr.as_ref().context("the sound service has no error output")?;
+        for pipe in [output.as_fd(), errors.as_fd()] {
+            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
+        }
         Ok(Self { child, output, line: Vec::new(), described: false })
     }
 
@@ -91,15 +99,24 @@ impl Service {
         Ok(Some(card))
     }
 
-    /// The service has ended: why?
+    /// The service has ended: why? Its process may end later, as when the kernel waits for the card to be closed.
     fn end(&mut self) -> anyhow::Error {
-        let mut said = String::new();
+        let deadline = Instant::now() + ENDS_WITHIN;
+        let status = loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => break status.to_string(),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK),
+                Ok(None) => break "its process has not".into(),
+                Err(error) => break error.to_string(),
+            }
+        };
+        let mut said = Vec::new();
         if let Some(errors) = &mut self.child.stderr {
-            let _ = errors.read_to_string(&mut said);
+            // It does not block: what has been read by the time that there is no more is kept.
+            let _ = errors.read_to_end(&mut said);
         }
-        let status = self.child.wait().map(|status| status.to_string()).unwrap_or_default();
-        let last = said.lines().last().unwrap_or_default();
-        anyhow::anyhow!("the sound service ended ({status}): {last}")
+        let said = String::from_utf8_lossy(&said);
+        anyhow::anyhow!("the sound service ended ({status}): {}", said.lines().last().unwrap_or_default())
     }
 }
 
