@@ -15,6 +15,7 @@ use umbra_driver_vm::protocol::{CrashKind, DevicePlace, FromAgent, HEARTBEAT_MS,
 use crate::modules::Loading;
 use crate::network_thread::{DEVICES_WITHIN, Missing, NetworkThread, Report};
 use crate::port::Port;
+use crate::self_test;
 use crate::sound::{self, Service};
 use crate::{kernel_log, pci, system};
 
@@ -185,6 +186,7 @@ impl Agent {
                 Ok(())
             }
             (CrashKind::Stall, Task::Sound(service)) => service.stall(),
+            (CrashKind::LockNetwork, _) => self_test::start(),
             // There is nothing to stall. A lock-up is the host's part.
             (CrashKind::Stall, Task::Idle) | (CrashKind::LockUp, _) => Ok(()),
         }

@@ -81,7 +81,7 @@ pub fn all(netlink: &mut Netlink) -> Result<Vec<Interface>, NetlinkError> {
 }
 
 /// The interface with this number, as it is now. Since Linux 6.8, asking also makes the kernel act at once on a link
-/// that has just come up, where it might let up to a second pass otherwise.
+/// that has just changed, where it might let up to a second pass otherwise.
 ///
 /// # Errors
 /// When there is none any more.

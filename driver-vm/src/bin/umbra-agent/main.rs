@@ -16,6 +16,7 @@ mod orders;
 mod pci;
 mod port;
 mod receive;
+mod self_test;
 mod sound;
 mod system;
 mod transmit;

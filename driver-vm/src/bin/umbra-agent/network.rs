@@ -9,7 +9,7 @@
 //!
 //! There is an end for each guest device, also while no guest is there: such an end has no carrier, and is part of the network
 //! all the same. A frame for it is dropped (`mirred`, a bridge's port, the queue of a device without carrier: none of them keeps
-//! it), and it takes part again as soon as its carrier is back.
+//! it, once the kernel has acted on the loss), and it takes part again as soon as its carrier is back.
 
 use std::time::Instant;
 
@@ -216,6 +216,18 @@ impl Network {
     pub fn carrier(&self, netlink: &mut Netlink) -> anyhow::Result<bool> {
         let nic = interface::by_index(netlink, self.nic.index);
         Ok(nic.with_context(|| format!("the NIC {} is gone", self.nic.name))?.carrier)
+    }
+
+    /// Has the kernel act at once on an end that has lost its link: it waits for up to a second otherwise, and keeps what comes for
+    /// that end in the meantime, to send it to whoever is there next.
+    ///
+    /// # Errors
+    /// When an end is gone.
+    pub fn look_at_ends(&self, netlink: &mut Netlink) -> anyhow::Result<()> {
+        for end in &self.ends {
+            interface::by_index(netlink, end.index).with_context(|| format!("{} is gone", end.name))?;
+        }
+        Ok(())
     }
 
     /// Looks whether the NIC sends and receives, as it should while there is a `carrier`. To be called once a second.

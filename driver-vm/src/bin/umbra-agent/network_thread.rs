@@ -333,11 +333,12 @@ impl<'a> Worker<'a> {
         self.next_look = now + if idle { LOOK_IDLE } else { LOOK };
         self.looks += 1;
         self.look_at_carrier()?;
-        if let State::Forwarding { network, carrier } = &mut self.state
-            && self.looks.is_multiple_of(LOOKS_PER_CHECK)
-        {
+        if let State::Forwarding { network, carrier } = &mut self.state {
+            network.look_at_ends(&mut self.requests)?;
             let carrier = *carrier;
-            self.calls.make(|| network.check_queues(carrier))?;
+            if self.looks.is_multiple_of(LOOKS_PER_CHECK) {
+                self.calls.make(|| network.check_queues(carrier))?;
+            }
         }
         Ok(())
     }
