@@ -181,3 +181,31 @@ fn end_comes_and_goes(vm: &mut DriverVm, end: usize, address: Mac) {
     vm.set_link(end, true);
     vm.comes_true("frames arrive again", |vm| vm.arrives(&to_it, end));
 }
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn a_driver_that_gets_no_interrupt_and_receives_nothing_is_noticed() {
+    /// The rtl8139's interrupt mask.
+    const MASK: u16 = 0x3c;
+    let _alone = alone();
+    let Some(mut vm) = DriverVm::forwarding("rtl8139", "8139cp", vec![mode_of(GUEST)]) else { return };
+    let base = vm.io_base("10ec:8139");
+    assert!(vm.arrives(&frame(GUEST, STATION, None), 0));
+    // Some heartbeats without a frame: nothing to receive is no failure.
+    vm.beats(8);
+    loop {
+        vm.write_register(base, MASK, 0);
+        // The ring has 64 places.
+        (0..16).for_each(|_| vm.send_on_wire(&frame(GUEST, STATION, None)));
+        let message = vm.expect(|m| matches!(m, FromAgent::Heartbeat { .. } | FromAgent::Failed { .. }));
+        match message {
+            FromAgent::Heartbeat { sequence, .. } => assert!(sequence < 4 * 600, "never noticed:\n{}", vm.console()),
+            FromAgent::Failed { what } => {
+                assert!(what.contains("has received no frame"), "{what}");
+                break;
+            }
+            _ => {}
+        }
+    }
+    vm.wait_for_end();
+}

@@ -175,6 +175,31 @@ impl DriverVm {
         beats.get() - 1
     }
 
+    /// Writes 16 bits to a register of the rtl8139 behind its driver's back, which begins at this I/O port.
+    pub fn write_register(&mut self, base: u16, register: u16, value: u16) {
+        self.monitor.write_all(format!("o /h {:#x} {value:#x}\n", base + register).as_bytes()).unwrap();
+    }
+
+    /// The first I/O port of the PCI device with these ids (`1234:abcd`).
+    pub fn io_base(&mut self, ids: &str) -> u16 {
+        self.monitor.write_all(b"info pci\n").unwrap();
+        self.monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut said, mut chunk) = (String::new(), [0; 4096]);
+        loop {
+            let length = self.monitor.read(&mut chunk).unwrap();
+            said.push_str(&String::from_utf8_lossy(&chunk[..length]));
+            let device = said.split_once(ids).and_then(|(_, rest)| rest.split_once("I/O at 0x"));
+            if let Some((base, _)) = device.and_then(|(_, rest)| rest.split_once(' ')) {
+                return u16::from_str_radix(base, 16).unwrap();
+            }
+        }
+    }
+
+    /// Sends a frame on the wire, whatever becomes of it.
+    pub fn send_on_wire(&self, frame: &[u8]) {
+        self.wire.send_to(frame, self.dir.path().join("wire.vm")).unwrap();
+    }
+
     /// Sets a guest's end's link, as its network device shows it to the driver VM.
     pub fn set_link(&mut self, guest: usize, up: bool) {
         let word = if up { "on" } else { "off" };

@@ -37,7 +37,7 @@ impl Service {
     /// # Errors
     /// When it is not in the image.
     pub fn start(generation: u32, ends: u16) -> anyhow::Result<Self> {
-        let mut child = Command::new(PROGRAM)
+        let child = Command::new(PROGRAM)
             .args([generation.to_string(), ends.to_string()])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -45,6 +45,10 @@ impl Service {
             .with_context(|| {
                 format!("cannot start the sound service {PROGRAM}; is this image one for a sound card?")
             })?;
+        Self::watch(child)
+    }
+
+    fn watch(mut child: Child) -> anyhow::Result<Self> {
         let output = child.stdout.take().context("the sound service has no output")?;
         let errors = child.stderr.as_ref().context("the sound service has no error output")?;
         for pipe in [output.as_fd(), errors.as_fd()] {
@@ -129,4 +133,37 @@ pub fn driver() -> String {
         .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("card")));
     let driver = card.and_then(|card| fs::read_link(card.path().join("device/driver")).ok());
     driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned())).unwrap_or_else(|| "unknown".into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn error_of(script: &str) -> (String, Service) {
+        let mut command = Command::new("sh");
+        let child = command.args(["-c", script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut service = Service::watch(child).unwrap();
+        loop {
+            match service.card() {
+                Ok(card) => assert_eq!(card, None),
+                Err(error) => return (error.to_string(), service),
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    #[test]
+    fn a_service_that_ends_is_reported_with_its_last_words() {
+        let (error, _) = error_of("echo 'first' >&2; echo 'no card' >&2; exit 3");
+        assert_eq!(error, "the sound service ended (exit status: 3): no card");
+    }
+
+    #[test]
+    fn one_that_cannot_end_is_reported_all_the_same() {
+        let (error, mut service) = error_of("echo 'no card' >&2; exec >&-; exec sleep 1000");
+        assert_eq!(error, "the sound service ended (its process has not): no card");
+        service.child.kill().unwrap();
+        service.child.wait().unwrap();
+    }
 }
