@@ -232,7 +232,8 @@ impl<'a> Worker<'a> {
     fn obey(&mut self, orders: Orders) -> anyhow::Result<()> {
         self.loaded |= orders.loaded;
         if orders.device_has_come {
-            self.deadline = Some(Instant::now() + DEVICES_WITHIN);
+            let now = Instant::now();
+            (self.deadline, self.next_look) = (Some(now + DEVICES_WITHIN), now);
         }
         match &mut self.state {
             State::Forwarding { network, .. } => {
