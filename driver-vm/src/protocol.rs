@@ -191,6 +191,9 @@ pub enum CrashKind {
     Unbind,
     /// Frames or samples of the guests are taken no more; kernel and agent live on.
     Stall,
+    /// The NIC's driver holds the network stack's lock (rtnl) for some seconds, as in a recovery of its own: an offline self-test,
+    /// where it has one (e1000e: 4 s and more). No failure in itself.
+    LockNetwork,
 }
 
 /// Agent to host.

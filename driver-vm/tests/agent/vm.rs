@@ -1,6 +1,7 @@
 //! A driver VM under plain QEMU (emulated: neither KVM nor Umbra is needed): the agent's control port, the wire at the
 //! NIC and the guests' ends are sockets that the test holds.
 
+use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -33,8 +34,11 @@ pub struct DriverVm {
     dir: TempDir,
     control: UnixStream,
     reader: LineReader,
+    monitor: UnixStream,
     wire: UnixDatagram,
     guests: Vec<UnixDatagram>,
+    /// Frames that came while others were waited for.
+    others: RefCell<Vec<Vec<u8>>>,
 }
 
 /// An Ethernet frame of the local experimental type.
@@ -79,21 +83,28 @@ impl DriverVm {
         let bind = |name: &str| UnixDatagram::bind(dir.path().join(format!("{name}.host"))).unwrap();
         let wire = bind("wire");
         let guests = (0..ends).map(|n| bind(&format!("guest{n}"))).collect();
-        let listener = UnixListener::bind(dir.path().join("control")).unwrap();
+        let listen = |name: &str| UnixListener::bind(dir.path().join(name)).unwrap();
+        let (control, monitor) = (listen("control"), listen("monitor"));
         let qemu = command(&image, dir.path(), nic, ends).spawn().unwrap();
-        let (control, _) = listener.accept().unwrap();
-        Some(Self { qemu, dir, control, reader: LineReader::new(), wire, guests })
+        let (monitor, _) = monitor.accept().unwrap();
+        let (control, _) = control.accept().unwrap();
+        Some(Self { qemu, dir, control, reader: LineReader::new(), monitor, wire, guests, others: RefCell::default() })
     }
 
     /// Boots and waits until frames are forwarded and the link is up.
     pub fn forwarding(nic: &str, driver: &str, modes: Vec<RxMode>) -> Option<Self> {
         let mut vm = Self::boot(Some(nic), driver, u8::try_from(modes.len()).unwrap())?;
-        vm.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
-        vm.send(&ToAgent::ConfigureNet(plan(modes)));
-        vm.expect(|m| matches!(m, FromAgent::Nic { mac: GUEST, mtu: 1500, .. }));
-        vm.expect(|m| matches!(m, FromAgent::Forwarding { .. }));
-        vm.expect(|m| matches!(m, FromAgent::Carrier { up: true, .. }));
+        vm.expect_forwarding(modes);
         Some(vm)
+    }
+
+    /// Waits until a VM that boots forwards frames and the link is up.
+    pub fn expect_forwarding(&mut self, modes: Vec<RxMode>) {
+        self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
+        self.send(&ToAgent::ConfigureNet(plan(modes)));
+        self.expect(|m| matches!(m, FromAgent::Nic { mac: GUEST, mtu: 1500, .. }));
+        self.expect(|m| matches!(m, FromAgent::Forwarding { .. }));
+        self.expect(|m| matches!(m, FromAgent::Carrier { up: true, .. }));
     }
 
     /// Sends the agent a message.
@@ -120,12 +131,24 @@ impl DriverVm {
         panic!("nothing of what was waited for has come:\n{}", self.console());
     }
 
-    /// Sets what a guest receives; when this returns, it is so.
+    /// Sets what a guest receives; it is so a little later.
     pub fn set_mode(&mut self, end: u16, mode: RxMode) {
-        self.forget();
         self.send(&ToAgent::SetRxMode { end, mode });
-        // The beat after the next was made after the message was read.
-        for _ in 0..2 {
+    }
+
+    /// Waits until something is so, while the agent lives.
+    pub fn comes_true(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so(self) {
+            self.expect(|m| matches!(m, FromAgent::Heartbeat { .. }));
+            assert!(Instant::now() < deadline, "never true: {what}\n{}", self.console());
+        }
+    }
+
+    /// Waits for so many heartbeats from now on: time that passes for the VM.
+    pub fn beats(&mut self, count: u32) {
+        self.forget();
+        for _ in 0..count {
             self.expect(|m| matches!(m, FromAgent::Heartbeat { .. }));
         }
     }
@@ -142,6 +165,47 @@ impl DriverVm {
         self.control.set_nonblocking(false).unwrap();
     }
 
+    /// Heartbeats until something is so.
+    pub fn beats_until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) -> u32 {
+        let beats = Cell::new(0);
+        self.comes_true(what, |vm| {
+            beats.set(beats.get() + 1);
+            is_so(vm)
+        });
+        beats.get() - 1
+    }
+
+    /// Writes 16 bits to a register of the rtl8139 behind its driver's back, which begins at this I/O port.
+    pub fn write_register(&mut self, base: u16, register: u16, value: u16) {
+        self.monitor.write_all(format!("o /h {:#x} {value:#x}\n", base + register).as_bytes()).unwrap();
+    }
+
+    /// The first I/O port of the PCI device with these ids (`1234:abcd`).
+    pub fn io_base(&mut self, ids: &str) -> u16 {
+        self.monitor.write_all(b"info pci\n").unwrap();
+        self.monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut said, mut chunk) = (String::new(), [0; 4096]);
+        loop {
+            let length = self.monitor.read(&mut chunk).unwrap();
+            said.push_str(&String::from_utf8_lossy(&chunk[..length]));
+            let device = said.split_once(ids).and_then(|(_, rest)| rest.split_once("I/O at 0x"));
+            if let Some((base, _)) = device.and_then(|(_, rest)| rest.split_once(' ')) {
+                return u16::from_str_radix(base, 16).unwrap();
+            }
+        }
+    }
+
+    /// Sends a frame on the wire, whatever becomes of it.
+    pub fn send_on_wire(&self, frame: &[u8]) {
+        self.wire.send_to(frame, self.dir.path().join("wire.vm")).unwrap();
+    }
+
+    /// Sets a guest's end's link, as its network device shows it to the driver VM.
+    pub fn set_link(&mut self, guest: usize, up: bool) {
+        let word = if up { "on" } else { "off" };
+        self.monitor.write_all(format!("set_link end{guest} {word}\n").as_bytes()).unwrap();
+    }
+
     /// Whether a frame on the wire reaches a guest.
     pub fn arrives(&self, frame: &[u8], guest: usize) -> bool {
         self.passes(&self.wire, "wire", &self.guests[guest], frame)
@@ -155,6 +219,11 @@ impl DriverVm {
     /// Whether one guest's frame reaches another.
     pub fn crosses(&self, frame: &[u8], from: usize, to: usize) -> bool {
         self.passes(&self.guests[from], &format!("guest{from}"), &self.guests[to], frame)
+    }
+
+    /// Whether a frame came while others were waited for.
+    pub fn has_passed(&self, frame: &[u8]) -> bool {
+        self.others.borrow().iter().any(|other| other == frame)
     }
 
     /// Whatever the VM has sent anywhere so far.
@@ -191,7 +260,7 @@ impl DriverVm {
             to.set_read_timeout(Some(left)).unwrap();
             match to.recv(&mut received) {
                 Ok(length) if received[..length] == *frame => return true,
-                Ok(_) => {}
+                Ok(length) => self.others.borrow_mut().push(received[..length].to_vec()),
                 Err(_) => break,
             }
         }
@@ -234,6 +303,7 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
         .arg("-initrd")
         .arg(&image.initramfs)
         .args(["-serial", &format!("file:{place}/console")])
+        .args(["-monitor", &format!("unix:{place}/monitor")])
         .args(["-chardev", &format!("socket,id=control,path={place}/control")])
         .args(["-device", "virtserialport,chardev=control,name=org.umbra.control"])
         .stdin(Stdio::null());
@@ -242,7 +312,7 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
     }
     for n in 0..ends {
         let (name, mac) = (format!("guest{n}"), Mac([2, 0, 0, 0, 0, n + 1]));
-        let device = format!("virtio-net-pci,netdev={name},mac={mac},romfile=");
+        let device = format!("virtio-net-pci,id=end{n},netdev={name},mac={mac},romfile=");
         command.args(["-netdev", &netdev(&name), "-device", &device]);
     }
     command

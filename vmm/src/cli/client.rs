@@ -103,6 +103,9 @@ enum Kind {
     Unbind,
     /// Frames or samples of the guests are taken no more; all else lives on.
     Stall,
+    /// The NIC's driver tests it offline for some seconds (e1000e: 4 to 10) and holds the network stack's lock meanwhile, which
+    /// is to be outlived without a restart.
+    LockNetwork,
 }
 
 impl From<Kind> for CrashKind {
@@ -116,6 +119,7 @@ impl From<Kind> for CrashKind {
             Kind::OutOfMemory => Self::OutOfMemory,
             Kind::Unbind => Self::Unbind,
             Kind::Stall => Self::Stall,
+            Kind::LockNetwork => Self::LockNetwork,
         }
     }
 }

@@ -183,7 +183,7 @@ impl Supervisor {
                 self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at));
             }
             FromVm::Ended { at, how, registers } => {
-                let panicked = self.drivers[n].console.fatal() == Some(Fatal::Panic);
+                let panicked = self.drivers[n].console.fatal().is_some_and(Fatal::panics);
                 let Some(life) = &mut self.drivers[n].life else { return };
                 life.registers = registers;
                 let what = match how {
@@ -229,7 +229,7 @@ impl Supervisor {
             life.talking = driver.console.read(pipe);
             let Some(fatal) = driver.console.fatal().filter(|_| before.is_none()) else { return };
             let source = match fatal {
-                Fatal::Panic => Source::Panic,
+                Fatal::Panic | Fatal::StuckCpu => Source::Panic,
                 Fatal::DeadInterrupt => Source::Device,
             };
             self.fail_driver(n, source, fatal.in_words().into(), Time::now());

@@ -285,7 +285,12 @@ fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
             channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
             std::process::exit(0);
         }
-        CrashKind::Spin | CrashKind::LockUp | CrashKind::OutOfMemory | CrashKind::Unbind | CrashKind::Stall => {
+        CrashKind::Spin
+        | CrashKind::LockUp
+        | CrashKind::OutOfMemory
+        | CrashKind::Unbind
+        | CrashKind::Stall
+        | CrashKind::LockNetwork => {
             unimplemented!("{kind:?} takes a kernel")
         }
     }

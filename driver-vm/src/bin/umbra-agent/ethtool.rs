@@ -1,4 +1,5 @@
-//! Features (offloads) of an interface by their names, as `ethtool -k` shows them (linux/ethtool.h, `SIOCETHTOOL`).
+//! Features (offloads) of an interface by their names, as `ethtool -k` shows them, and the self-test of `ethtool -t`
+//! (linux/ethtool.h, `SIOCETHTOOL`).
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -6,17 +7,24 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::calls::Calls;
+
 const SIOCETHTOOL: libc::c_ulong = 0x8946;
+const ETHTOOL_TEST: u32 = 0x1a;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
 const ETHTOOL_GFEATURES: u32 = 0x3a;
 const ETHTOOL_SFEATURES: u32 = 0x3b;
+/// The set of the names of self-tests.
+const ETH_SS_TEST: u32 = 0;
 /// The set of feature names.
 const ETH_SS_FEATURES: u32 = 4;
 /// Length of one name.
 const ETH_GSTRING_LEN: usize = 32;
 /// Features are 64 today; the bound keeps a strange answer small.
 const MAX_FEATURES: usize = 1024;
+/// `ETH_TEST_FL_OFFLINE`: with those tests that interrupt the traffic.
+const OFFLINE: u32 = 1;
 /// Words of `struct ethtool_get_features_block`: available, requested, active, never_changed.
 const GET_BLOCK: usize = 4;
 
@@ -24,22 +32,20 @@ const GET_BLOCK: usize = 4;
 #[derive(Debug)]
 pub struct Features {
     socket: OwnedFd,
+    calls: Calls,
     interface: String,
     bits: BTreeMap<String, usize>,
 }
 
 impl Features {
-    /// Asks an interface for the names of its features.
+    /// Asks an interface for the names of its features. Requests are counted among `calls`.
     ///
     /// # Errors
     /// When the interface or the request is unknown to the kernel.
-    pub fn of(interface: &str) -> Result<Self, Errno> {
+    pub fn of(calls: &Calls, interface: &str) -> Result<Self, Errno> {
         let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        let mut new = Self { socket, interface: interface.into(), bits: BTreeMap::new() };
-        // cmd, reserved, mask of sets (64 bits), count
-        let mut info = [ETHTOOL_GSSET_INFO, 0, 1 << ETH_SS_FEATURES, 0, 0];
-        new.ioctl(&mut info)?;
-        let count = usize::try_from(info[4]).unwrap_or(0).min(MAX_FEATURES);
+        let mut new = Self { socket, calls: calls.clone(), interface: interface.into(), bits: BTreeMap::new() };
+        let count = new.count(ETH_SS_FEATURES)?;
         let mut names = vec![0u32; 3 + count * ETH_GSTRING_LEN / 4];
         names[..3].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES, u32::try_from(count).unwrap_or(0)]);
         new.ioctl(&mut names)?;
@@ -82,6 +88,25 @@ impl Features {
         self.ioctl(&mut features)
     }
 
+    /// Has the driver test the NIC, offline, and waits for it.
+    ///
+    /// # Errors
+    /// When the driver has no such test.
+    pub fn self_test(&self) -> Result<(), Errno> {
+        // cmd, flags, reserved, count; a result of 64 bits for each test. The kernel writes as many as the driver has.
+        let mut test = vec![0u32; 4 + self.count(ETH_SS_TEST)? * 2];
+        test[..2].copy_from_slice(&[ETHTOOL_TEST, OFFLINE]);
+        self.ioctl(&mut test)
+    }
+
+    /// How many strings are in a set of the interface's.
+    fn count(&self, set: u32) -> Result<usize, Errno> {
+        // cmd, reserved, mask of sets (64 bits), count
+        let mut info = [ETHTOOL_GSSET_INFO, 0, 1 << set, 0, 0];
+        self.ioctl(&mut info)?;
+        Ok(usize::try_from(info[4]).unwrap_or(0).min(MAX_FEATURES))
+    }
+
     fn blocks(&self) -> usize {
         self.bits.len().div_ceil(32)
     }
@@ -97,7 +122,8 @@ impl Features {
         request.ifr_ifru.ifru_data = data.as_mut_ptr().cast();
         // SAFETY: the request points to `data`, which outlives the call and has the room that its own counts say:
         // the callers above size it by the count that they put in, and the kernel writes no more than that.
-        Errno::result(unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) }).map(drop)
+        let call = || unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+        Errno::result(self.calls.make(call)).map(drop)
     }
 }
 
@@ -107,9 +133,9 @@ mod tests {
 
     #[test]
     fn the_loopback_interface_has_features() {
-        let features = Features::of("lo").unwrap();
+        let features = Features::of(&Calls::default(), "lo").unwrap();
         assert!(features.is_on("loopback").unwrap());
         assert!(!features.is_on("no-such-feature").unwrap());
-        assert!(Features::of("no-such-if").is_err());
+        assert!(Features::of(&Calls::default(), "no-such-if").is_err());
     }
 }

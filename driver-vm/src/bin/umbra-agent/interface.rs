@@ -35,7 +35,8 @@ pub const IFF_UP: u32 = libc::IFF_UP.cast_unsigned();
 pub const IFF_NOARP: u32 = libc::IFF_NOARP.cast_unsigned();
 /// Everything on the wire.
 pub const IFF_PROMISC: u32 = libc::IFF_PROMISC.cast_unsigned();
-const IFF_LINK: u32 = (libc::IFF_LOWER_UP | libc::IFF_RUNNING).cast_unsigned();
+const IFF_LOWER_UP: u32 = libc::IFF_LOWER_UP.cast_unsigned();
+const IFF_RUNNING: u32 = libc::IFF_RUNNING.cast_unsigned();
 /// All multicast frames.
 pub const IFF_ALLMULTI: u32 = libc::IFF_ALLMULTI.cast_unsigned();
 
@@ -63,6 +64,8 @@ pub struct Interface {
     pub permanent: Option<Mac>,
     /// MTU, bytes.
     pub mtu: u32,
+    /// The driver says that the link is up.
+    pub link: bool,
     /// The link is up and the kernel sends on it.
     pub carrier: bool,
 }
@@ -78,7 +81,7 @@ pub fn all(netlink: &mut Netlink) -> Result<Vec<Interface>, NetlinkError> {
 }
 
 /// The interface with this number, as it is now. Since Linux 6.8, asking also makes the kernel act at once on a link
-/// that has just come up, where it might let up to a second pass otherwise.
+/// that has just changed, where it might let up to a second pass otherwise.
 ///
 /// # Errors
 /// When there is none any more.
@@ -168,7 +171,8 @@ fn parse(message: &Message) -> Option<Interface> {
     let index = Index(i32::from_ne_bytes(*message.payload.get(4..)?.first_chunk()?));
     let flags = u32::from_ne_bytes(*message.payload.get(8..)?.first_chunk()?);
     // LOWER_UP is the driver's word; RUNNING follows once the kernel has attached its queues.
-    let carrier = flags & IFF_LINK == IFF_LINK;
+    let link = flags & IFF_LOWER_UP != 0;
+    let carrier = link && flags & IFF_RUNNING != 0;
     let (mut name, mut address, mut permanent, mut mtu) = (String::new(), None, None, 0);
     for (kind, value) in attributes(message.payload.get(16..)?) {
         match kind {
@@ -179,16 +183,17 @@ fn parse(message: &Message) -> Option<Interface> {
             _ => {}
         }
     }
-    Some(Interface { index, name, address, permanent, mtu, carrier })
+    Some(Interface { index, name, address, permanent, mtu, link, carrier })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::Calls;
 
     #[test]
     fn the_loopback_interface_is_listed() {
-        let mut netlink = Netlink::requests().unwrap();
+        let mut netlink = Netlink::requests(Calls::default()).unwrap();
         let found = all(&mut netlink).unwrap();
         let loopback = found.iter().find(|interface| interface.name == "lo").unwrap();
         assert_eq!(by_index(&mut netlink, loopback.index).unwrap().name, "lo");

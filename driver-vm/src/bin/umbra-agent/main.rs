@@ -2,6 +2,7 @@
 //! host says until something fails; then it says so and resets the VM.
 
 mod agent;
+mod calls;
 mod ethtool;
 mod filter;
 mod forward;
@@ -10,8 +11,12 @@ mod kernel_log;
 mod modules;
 mod netlink;
 mod network;
+mod network_thread;
+mod orders;
 mod pci;
 mod port;
+mod receive;
+mod self_test;
 mod sound;
 mod system;
 mod transmit;
@@ -37,7 +42,7 @@ fn start() -> anyhow::Result<agent::Agent> {
     system::mount_all()?;
     kernel_log::follow()?;
     system::set_all();
-    system::go_first();
+    system::go_first(system::BEAT_PRIORITY);
     if system::awaits_device() {
         pci::hold_all();
     }

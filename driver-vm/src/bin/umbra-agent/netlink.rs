@@ -9,6 +9,8 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
 };
 
+use crate::calls::Calls;
+
 const HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
 /// `NLA_F_NESTED`.
@@ -134,15 +136,16 @@ pub struct Netlink {
     socket: OwnedFd,
     sequence: u32,
     buffer: Vec<u8>,
+    calls: Calls,
 }
 
 impl Netlink {
-    /// A socket for requests.
+    /// A socket for requests, which are counted among `calls`.
     ///
     /// # Errors
     /// When there is none to be had.
-    pub fn requests() -> Result<Self, NetlinkError> {
-        let new = Self::open(SockFlag::SOCK_CLOEXEC, 0)?;
+    pub fn requests(calls: Calls) -> Result<Self, NetlinkError> {
+        let new = Self::open(SockFlag::SOCK_CLOEXEC, 0, calls)?;
         // The kernel's words for a refusal; a kernel before 4.12 does not know the option and says the number alone.
         let on: libc::c_int = 1;
         // SAFETY: the descriptor is open and the value is a c_int that outlives the call.
@@ -162,14 +165,19 @@ impl Netlink {
     ///
     /// # Errors
     /// When there is none to be had.
-    pub fn link_changes() -> Result<Self, NetlinkError> {
-        Self::open(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, RTMGRP_LINK)
+    pub fn link_changes(calls: Calls) -> Result<Self, NetlinkError> {
+        Self::open(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, RTMGRP_LINK, calls)
     }
 
-    fn open(flags: SockFlag, groups: u32) -> Result<Self, NetlinkError> {
+    fn open(flags: SockFlag, groups: u32, calls: Calls) -> Result<Self, NetlinkError> {
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
-        Ok(Self { socket, sequence: 0, buffer: vec![0; MAX_MESSAGE] })
+        Ok(Self { socket, sequence: 0, buffer: vec![0; MAX_MESSAGE], calls })
+    }
+
+    /// Where this socket's requests are counted.
+    pub fn calls(&self) -> &Calls {
+        &self.calls
     }
 
     /// For polling.
@@ -181,7 +189,12 @@ impl Netlink {
     ///
     /// # Errors
     /// When the kernel refuses or the socket fails.
-    pub fn call(&mut self, mut request: Request) -> Result<Vec<Message>, NetlinkError> {
+    pub fn call(&mut self, request: Request) -> Result<Vec<Message>, NetlinkError> {
+        // The kernel waits for its lock within send(2) or recv(2), whichever of them begins the answer.
+        self.calls.clone().make(|| self.exchange(request))
+    }
+
+    fn exchange(&mut self, mut request: Request) -> Result<Vec<Message>, NetlinkError> {
         self.sequence += 1;
         request.finish(self.sequence);
         send(self.socket.as_raw_fd(), &request.bytes, MsgFlags::empty())?;
@@ -271,7 +284,7 @@ mod tests {
 
     #[test]
     fn the_kernel_says_what_it_refuses() {
-        let mut netlink = Netlink::requests().unwrap();
+        let mut netlink = Netlink::requests(Calls::default()).unwrap();
         let mut fixed = [0u8; 16];
         fixed[4..8].copy_from_slice(&0x7fff_fff0_i32.to_ne_bytes());
         let error = netlink.call(Request::new(libc::RTM_GETLINK, 0, &fixed)).unwrap_err();

@@ -6,19 +6,24 @@
 //! ```
 //! Each is brought up as soon as it is there: the NIC, because its link takes longest; the ends, because in a standby they
 //! wait for the NIC.
+//!
+//! There is an end for each guest device, also while no guest is there: such an end has no carrier, and is part of the network
+//! all the same. A frame for it is dropped (`mirred`, a bridge's port, the queue of a device without carrier: none of them keeps
+//! it, once the kernel has acted on the loss), and it takes part again as soon as its carrier is back.
 
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
 
+use crate::calls::Calls;
 use crate::ethtool::Features;
 use crate::filter::{self, Filter};
 use crate::forward;
 use crate::interface::{self, IFF_NOARP, IFF_PROMISC, IFF_UP, Index, Interface};
 use crate::kernel_log;
 use crate::netlink::Netlink;
-use crate::transmit::{self, Watch};
+use crate::{receive, transmit};
 
 /// Merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
 const LRO: (&str, bool) = ("rx-lro", false);
@@ -56,8 +61,6 @@ struct End {
     name: String,
     mtu: u32,
     mode: RxMode,
-    /// It has had its link.
-    up: bool,
 }
 
 /// The virtio-net ends, up.
@@ -69,22 +72,19 @@ pub struct Ends(Vec<End>);
 pub struct Network {
     nic: Nic,
     ends: Vec<End>,
-    watch: Watch,
+    transmit: transmit::Watch,
+    receive: receive::Watch,
 }
 
 impl Nic {
     /// Looks for the NIC; if it is there, says so to `tell` and brings it up.
     ///
     /// # Errors
-    /// When it is there but cannot be set up, and those of `tell`.
-    pub fn find(
-        netlink: &mut Netlink,
-        plan: &NetPlan,
-        tell: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<Option<Self>> {
+    /// When it is there but cannot be set up.
+    pub fn find(netlink: &mut Netlink, plan: &NetPlan, tell: impl FnOnce()) -> anyhow::Result<Option<Self>> {
         for found in interface::all(netlink)? {
             if let Some(driver) = interface::pci_driver(&found.name) {
-                tell()?;
+                tell();
                 return Self::set_up(netlink, found, driver, plan).map(Some);
             }
         }
@@ -99,7 +99,8 @@ impl Nic {
             interface::set_mtu(netlink, index, mtu)
                 .with_context(|| format!("{driver} does not take an MTU of {mtu}"))?;
         }
-        let features = Features::of(&name).with_context(|| format!("cannot read the features of {name}"))?;
+        let features =
+            Features::of(netlink.calls(), &name).with_context(|| format!("cannot read the features of {name}"))?;
         let (lro, off) = (LRO.0, |feature| features.is_on(feature).map(|on| !on));
         let mut tags_dropped = !off(VLAN_FILTER).unwrap_or(true);
         if tags_dropped || !off(lro).unwrap_or(true) {
@@ -148,24 +149,28 @@ impl Ends {
         Ok(Some(Self(ends)))
     }
 
-    /// Whether all have their link; a bridge would leave one without out.
+    /// Whether the kernel sends on each end that has a link; it begins up to a second after the link has come, and a bridge
+    /// leaves the end out until then. An end without a link has no guest, and is not waited for.
     ///
     /// # Errors
     /// When an end is gone.
-    pub fn are_up(&mut self, netlink: &mut Netlink) -> anyhow::Result<bool> {
-        for end in self.0.iter_mut().filter(|end| !end.up) {
-            end.up = interface::by_index(netlink, end.index)?.carrier;
+    pub fn are_settled(&self, netlink: &mut Netlink) -> anyhow::Result<bool> {
+        for end in &self.0 {
+            let now = interface::by_index(netlink, end.index).with_context(|| format!("{} is gone", end.name))?;
+            if now.link != now.carrier {
+                return Ok(false);
+            }
         }
-        Ok(self.0.iter().all(|end| end.up))
+        Ok(true)
     }
 
     /// Sets what a guest can take.
     ///
     /// # Errors
     /// When there is no such end, or its driver refuses.
-    pub fn set_offloads(&self, end: u16, offloads: Offloads) -> anyhow::Result<()> {
+    pub fn set_offloads(&self, calls: &Calls, end: u16, offloads: Offloads) -> anyhow::Result<()> {
         let end = self.0.get(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
-        set_offloads(&end.name, offloads)
+        set_offloads(calls, &end.name, offloads)
     }
 }
 
@@ -201,7 +206,7 @@ impl Network {
                 filter::place_at_port(netlink, end.index, &[], &end.mode.unicast);
             }
         }
-        Ok(Self { nic, ends, watch: Watch::default() })
+        Ok(Self { nic, ends, transmit: transmit::Watch::default(), receive: receive::Watch::default() })
     }
 
     /// Whether the NIC's link is up.
@@ -213,23 +218,45 @@ impl Network {
         Ok(nic.with_context(|| format!("the NIC {} is gone", self.nic.name))?.carrier)
     }
 
-    /// Looks whether the NIC's transmit queue moves, as it should while there is a `carrier`.
+    /// Has the kernel act at once on an end that has lost its link: it waits for up to a second otherwise, and keeps what comes for
+    /// that end in the meantime, to send it to whoever is there next.
     ///
     /// # Errors
-    /// When it stands still although its driver has reset the NIC.
-    pub fn check_transmit(&mut self, carrier: bool) -> anyhow::Result<()> {
+    /// When an end is gone.
+    pub fn look_at_ends(&self, netlink: &mut Netlink) -> anyhow::Result<()> {
+        for end in &self.ends {
+            interface::by_index(netlink, end.index).with_context(|| format!("{} is gone", end.name))?;
+        }
+        Ok(())
+    }
+
+    /// Looks whether the NIC sends and receives, as it should while there is a `carrier`. To be called once a second.
+    ///
+    /// # Errors
+    /// When its transmit queue stands still although its driver has reset the NIC, or its receive queue although frames come.
+    pub fn check_queues(&mut self, carrier: bool) -> anyhow::Result<()> {
         if !carrier {
-            self.watch.pause();
+            self.transmit.pause();
+            self.receive.pause();
             return Ok(());
         }
-        let name = &self.nic.name;
-        let Some(timeouts) = transmit::timeouts(name) else { return Ok(()) };
-        // What several guests send may be for one another, and never come to the NIC.
-        let flow = || if let [end] = &self.ends[..] { transmit::flow(name, &end.name) } else { None };
-        match self.watch.look(Instant::now(), timeouts, flow) {
-            Some(why) => bail!("the driver of {name} is stuck: {why}"),
+        match self.stuck_sending().or_else(|| self.stuck_receiving()) {
+            Some(why) => bail!("the driver of {} is stuck: {why}", self.nic.name),
             None => Ok(()),
         }
+    }
+
+    fn stuck_sending(&mut self) -> Option<String> {
+        let name = &self.nic.name;
+        let timeouts = transmit::timeouts(name)?;
+        // What several guests send may be for one another, and never come to the NIC.
+        let flow = || if let [end] = &self.ends[..] { transmit::flow(name, &end.name) } else { None };
+        self.transmit.look(Instant::now(), timeouts, flow)
+    }
+
+    fn stuck_receiving(&mut self) -> Option<String> {
+        let name = &self.nic.name;
+        self.receive.look(receive::received(name)?, || receive::missed(name))
     }
 
     /// Sets what a guest receives.
@@ -254,20 +281,20 @@ impl Network {
     ///
     /// # Errors
     /// When there is no such end, or its driver refuses.
-    pub fn set_offloads(&self, end: u16, offloads: Offloads) -> anyhow::Result<()> {
+    pub fn set_offloads(&self, calls: &Calls, end: u16, offloads: Offloads) -> anyhow::Result<()> {
         let end = self.ends.get(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
-        set_offloads(&end.name, offloads)
+        set_offloads(calls, &end.name, offloads)
     }
 }
 
 impl End {
     fn set_up(netlink: &mut Netlink, found: &Interface, end: &NetEnd, mtu: Option<u16>) -> anyhow::Result<Self> {
         let (index, name) = (found.index, found.name.clone());
-        let mut new = Self { index, name, mtu: found.mtu, mode: end.mode.clone(), up: false };
+        let mut new = Self { index, name, mtu: found.mtu, mode: end.mode.clone() };
         if let Some(mtu) = mtu {
             new.fit(netlink, mtu.into());
         }
-        set_offloads(&new.name, end.offloads)?;
+        set_offloads(netlink.calls(), &new.name, end.offloads)?;
         // Promiscuous: what comes from the guest is for the wire, not for this end's own address.
         let flags = IFF_UP | IFF_NOARP | IFF_PROMISC;
         interface::set_flags(netlink, index, flags, flags).with_context(|| format!("cannot bring {} up", new.name))?;
@@ -291,11 +318,13 @@ impl End {
 
 /// The kernel computes checksums and cuts segments for what the guest does not take. What the virtio device does not
 /// offer stays off whatever is asked.
-fn set_offloads(name: &str, offloads: Offloads) -> anyhow::Result<()> {
+fn set_offloads(calls: &Calls, name: &str, offloads: Offloads) -> anyhow::Result<()> {
     let features = [
         ("tx-checksum-ip-generic", offloads.checksum),
         ("tx-tcp-segmentation", offloads.checksum && offloads.tso4),
         ("tx-tcp6-segmentation", offloads.checksum && offloads.tso6),
     ];
-    Features::of(name).and_then(|of| of.set(&features)).with_context(|| format!("cannot set the offloads of {name}"))
+    Features::of(calls, name)
+        .and_then(|of| of.set(&features))
+        .with_context(|| format!("cannot set the offloads of {name}"))
 }

@@ -61,12 +61,19 @@ fn functions() -> impl Iterator<Item = PathBuf> {
     fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten().map(|function| function.path())
 }
 
-/// Takes the driver away from each function that is neither virtio nor a bridge, as `unbind` in sysfs does.
-pub fn unbind_all() {
-    for function in functions().filter(|function| describe_one(function).is_some()) {
-        let name = function.file_name().unwrap_or_default();
-        let _ = fs::write(function.join("driver/unbind"), name.as_encoded_bytes());
-    }
+/// Takes the driver away from each function that is neither virtio nor a bridge, as `unbind` in sysfs does. In a thread: the
+/// driver takes the network stack's lock for it, or waits for those who have its card open.
+///
+/// # Errors
+/// When no thread can be made.
+pub fn unbind_all() -> anyhow::Result<()> {
+    let unbind = || {
+        for function in functions().filter(|function| describe_one(function).is_some()) {
+            let name = function.file_name().unwrap_or_default();
+            let _ = fs::write(function.join("driver/unbind"), name.as_encoded_bytes());
+        }
+    };
+    std::thread::Builder::new().name("unbind".into()).spawn(unbind).map(drop).context("cannot start a thread")
 }
 
 /// The functions that are neither virtio nor a bridge, each with its ids and driver, in a sentence's form.

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -16,6 +17,10 @@ use umbra_shadow::sound::Card;
 const PROGRAM: &str = "/bin/umbra-sound";
 /// Longest description of a card.
 const MAX_LINE: usize = 16 * 1024;
+/// How long the process of a service that has closed its output may take to end, before that is said without its status:
+/// a few heartbeats.
+const ENDS_WITHIN: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// The running service.
 #[derive(Debug)]
@@ -32,7 +37,7 @@ impl Service {
     /// # Errors
     /// When it is not in the image.
     pub fn start(generation: u32, ends: u16) -> anyhow::Result<Self> {
-        let mut child = Command::new(PROGRAM)
+        let child = Command::new(PROGRAM)
             .args([generation.to_string(), ends.to_string()])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -40,8 +45,15 @@ impl Service {
             .with_context(|| {
                 format!("cannot start the sound service {PROGRAM}; is this image one for a sound card?")
             })?;
+        Self::watch(child)
+    }
+
+    fn watch(mut child: Child) -> anyhow::Result<Self> {
         let output = child.stdout.take().context("the sound service has no output")?;
-        fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
+        let errors = child.stderr.as_ref().context("the sound service has no error output")?;
+        for pipe in [output.as_fd(), errors.as_fd()] {
+            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
+        }
         Ok(Self { child, output, line: Vec::new(), described: false })
     }
 
@@ -91,15 +103,24 @@ impl Service {
         Ok(Some(card))
     }
 
-    /// The service has ended: why?
+    /// The service has ended: why? Its process may end later, as when the kernel waits for the card to be closed.
     fn end(&mut self) -> anyhow::Error {
-        let mut said = String::new();
+        let deadline = Instant::now() + ENDS_WITHIN;
+        let status = loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => break status.to_string(),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK),
+                Ok(None) => break "its process has not".into(),
+                Err(error) => break error.to_string(),
+            }
+        };
+        let mut said = Vec::new();
         if let Some(errors) = &mut self.child.stderr {
-            let _ = errors.read_to_string(&mut said);
+            // It does not block: what has been read by the time that there is no more is kept.
+            let _ = errors.read_to_end(&mut said);
         }
-        let status = self.child.wait().map(|status| status.to_string()).unwrap_or_default();
-        let last = said.lines().last().unwrap_or_default();
-        anyhow::anyhow!("the sound service ended ({status}): {last}")
+        let said = String::from_utf8_lossy(&said);
+        anyhow::anyhow!("the sound service ended ({status}): {}", said.lines().last().unwrap_or_default())
     }
 }
 
@@ -112,4 +133,37 @@ pub fn driver() -> String {
         .find(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("card")));
     let driver = card.and_then(|card| fs::read_link(card.path().join("device/driver")).ok());
     driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned())).unwrap_or_else(|| "unknown".into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn error_of(script: &str) -> (String, Service) {
+        let mut command = Command::new("sh");
+        let child = command.args(["-c", script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut service = Service::watch(child).unwrap();
+        loop {
+            match service.card() {
+                Ok(card) => assert_eq!(card, None),
+                Err(error) => return (error.to_string(), service),
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    #[test]
+    fn a_service_that_ends_is_reported_with_its_last_words() {
+        let (error, _) = error_of("echo 'first' >&2; echo 'no card' >&2; exit 3");
+        assert_eq!(error, "the sound service ended (exit status: 3): no card");
+    }
+
+    #[test]
+    fn one_that_cannot_end_is_reported_all_the_same() {
+        let (error, mut service) = error_of("echo 'no card' >&2; exec >&-; exec sleep 1000");
+        assert_eq!(error, "the sound service ended (its process has not): no card");
+        service.child.kill().unwrap();
+        service.child.wait().unwrap();
+    }
 }

@@ -15,10 +15,14 @@ const MOUNTS: [(&str, &str); 3] = [("devtmpfs", "/dev"), ("proc", "/proc"), ("sy
 
 /// Whatever goes wrong in the kernel ends this VM at once; the host starts the next one. And nothing of this system's
 /// own may appear on the wire or towards the guest. A setting that the kernel does not have is passed over.
-const SETTINGS: [(&str, &str); 11] = [
+const SETTINGS: [(&str, &str); 13] = [
     ("kernel/panic", "-1"), // reboot at once
     ("kernel/panic_on_oops", "1"),
     ("kernel/softlockup_panic", "1"),
+    // Of several CPUs one may be stuck while the others, and the agent on them, go on. The second needs counters that not every
+    // host gives its VMs; the first needs nothing, and takes twice as long (21 s).
+    ("kernel/panic_on_rcu_stall", "1"),
+    ("kernel/hardlockup_panic", "1"),
     ("kernel/hung_task_panic", "1"),
     // Above what a slow firmware download in a probe takes, below the kernel's 120 s.
     ("kernel/hung_task_timeout_secs", "30"),
@@ -59,10 +63,16 @@ pub fn set_all() {
     }
 }
 
-/// Lets this thread, and none that it starts, go before ordinary ones: its heartbeats tell that the kernel lives, not how
-/// much there is to do. A kernel that refuses beats as well, if later.
-pub fn go_first() {
-    if let Err(error) = schedule(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) {
+/// Real-time priority of the main loop: its heartbeats tell that the kernel lives, not how much there is to do, be it by the
+/// network thread.
+pub const BEAT_PRIORITY: i32 = 2;
+/// Real-time priority of the network thread: a recovery does not wait for ordinary threads.
+pub const NETWORK_PRIORITY: i32 = 1;
+
+/// Lets this thread, and none that it starts, go before ordinary ones, and before those of a lower real-time priority (1 to
+/// 99). A kernel that refuses runs it as well, if later.
+pub fn go_first(priority: i32) {
+    if let Err(error) = schedule(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, priority) {
         kernel_log::error(&format!("cannot go before other threads: {error}"));
     }
 }

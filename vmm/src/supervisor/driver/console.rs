@@ -21,6 +21,8 @@ const MAX_FILE: u64 = 4 << 20;
 pub enum Fatal {
     /// It panics.
     Panic,
+    /// One of its CPUs is stuck: a soft or hard lock-up, or an RCU grace period that does not end.
+    StuckCpu,
     /// It has switched an interrupt off for good, because it came 100,000 times and no driver knew of it
     /// (`kernel/irq/spurious.c`).
     DeadInterrupt,
@@ -31,19 +33,32 @@ impl Fatal {
     pub fn in_words(self) -> &'static str {
         match self {
             Self::Panic => "kernel panic",
+            Self::StuckCpu => "a CPU of its kernel is stuck",
             Self::DeadInterrupt => "its kernel switched an interrupt off that nobody handled",
         }
+    }
+
+    /// Whether a panic is what comes of it.
+    pub fn panics(self) -> bool {
+        matches!(self, Self::Panic | Self::StuckCpu)
     }
 }
 
 /// How Linux begins to say so. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver VM's
-/// kernel is told to panic on every oops: what begins one is as certain as the panic itself, and thousands of characters earlier.
-const SIGNS: [(&[u8], Fatal); 6] = [
+/// kernel is told to panic on every oops, lock-up and RCU stall: what begins one is as certain as the panic itself, and thousands of
+/// characters earlier (the stacks of all CPUs). The words of lock-ups and stalls are those of `kernel/watchdog.c` and
+/// `kernel/rcu/tree_stall.h`, without the prefixes that differ between kernels.
+const SIGNS: [(&[u8], Fatal); 11] = [
     (b"Kernel panic - not syncing", Fatal::Panic),
     (b"BUG: unable to handle", Fatal::Panic),
     (b"BUG: kernel NULL pointer dereference", Fatal::Panic),
     (b"kernel BUG at ", Fatal::Panic),
     (b"Oops: ", Fatal::Panic),
+    (b"BUG: soft lockup - CPU#", Fatal::StuckCpu),
+    (b"Watchdog detected hard LOCKUP on cpu", Fatal::StuckCpu),
+    (b" self-detected stall on CPU", Fatal::StuckCpu),
+    (b" detected stalls on CPUs/tasks:", Fatal::StuckCpu),
+    (b" detected expedited stalls on CPUs", Fatal::StuckCpu),
     (b": nobody cared (try booting with", Fatal::DeadInterrupt),
 ];
 
@@ -226,6 +241,43 @@ mod tests {
         console.begin("the next life");
         console.take(b": sysrq");
         assert_eq!(console.fatal(), None);
+    }
+
+    #[test]
+    fn a_stuck_cpu_is_seen_in_the_words_of_each_kernel() {
+        for line in [
+            "[   52.1] watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [kworker/1:2:71]",
+            "[   52.1] NMI watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [swapper/0:1]",
+            "[   31.7] watchdog: Watchdog detected hard LOCKUP on cpu 1",
+            "[   31.7] NMI watchdog: Watchdog detected hard LOCKUP on cpu 3",
+            "[   63.0] rcu: INFO: rcu_preempt self-detected stall on CPU",
+            "[   63.0] INFO: rcu_sched self-detected stall on CPU { 1}  (t=5250 jiffies g=271 c=270 q=0)",
+            "[   63.0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "[   63.0] rcu: INFO: rcu_sched detected stalls on CPUs/tasks:",
+            "[   63.0] rcu: INFO: rcu_preempt detected expedited stalls on CPUs/tasks: { 1-.... } 5253 jiffies s: 497 root: 0x2/.",
+        ] {
+            let mut console = Console::in_memory();
+            console.take(format!("{line}\n").as_bytes());
+            assert_eq!(console.fatal(), Some(Fatal::StuckCpu), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_a_kernel_says_of_its_watch_is_no_stuck_cpu() {
+        for line in [
+            "[    0.2] rcu: \tRCU calculated value of scheduler-enlistment delay is 25 jiffies.",
+            "[    0.2] NMI watchdog: Perf NMI watchdog permanently disabled",
+            "[    0.4] NMI watchdog: Enabled. Permanently consumes one hw-PMU counter.",
+            "[   40.0] rcu: INFO: rcu_preempt kthread starved for 5252 jiffies! g697 f0x0 RCU_GP_WAIT_FQS(5) ->state=0x0 ->cpu=1",
+            "[   40.0] BUG: workqueue lockup - pool cpus=1 node=0 flags=0x0 nice=0 stuck for 34s!",
+            "[   40.0] workqueue: e1000_watchdog_task [e1000e] hogged CPU for >10000us 4 times, consider switching to WQ_UNBOUND",
+            "[   40.0] INFO: task kworker/0:1:9 blocked for more than 30 seconds.",
+            "[   40.0] clocksource: Long readout interval, skipping watchdog check: cs_nsec: 1024",
+        ] {
+            let mut console = Console::in_memory();
+            console.take(format!("{line}\n").as_bytes());
+            assert_eq!(console.fatal(), None, "{line}");
+        }
     }
 
     #[test]
