@@ -63,6 +63,8 @@ struct State {
     idle: bool,
     /// Pieces written so far.
     pieces: u64,
+    /// Pieces that were written when the end was last waited for in vain.
+    given_up_at: Option<u64>,
     closed: bool,
 }
 
@@ -124,17 +126,18 @@ impl BackgroundWriter {
         self.shared.lock().lost
     }
 
-    /// Waits until everything is written. Gives up once nothing was written for `patience`.
+    /// Waits until everything is written. Gives up once nothing was written for `patience`; asked again, it does not wait again
+    /// unless something was written since.
     pub fn finish(&self, patience: Duration) {
         let mut state = self.shared.lock();
-        while !state.is_done() {
+        while !state.is_done() && state.given_up_at != Some(state.pieces) {
             let before = state.pieces;
             let waits = |state: &mut State| state.pieces == before && !state.is_done() && !self.is_over();
             let waited = self.shared.progress.wait_timeout_while(state, patience, waits);
             let timeout;
             (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() || self.is_over() {
-                return;
+                state.given_up_at = Some(state.pieces);
             }
         }
     }
@@ -332,6 +335,8 @@ mod tests {
         let writer = BackgroundWriter::start("stuck", 10, Held { go, text: Arc::default() }, mark, |_| {}).unwrap();
         writer.push(b"x");
         writer.finish(Duration::from_millis(20));
+        // Nor does it a second time.
+        writer.finish(Duration::MAX);
     }
 
     #[test]
