@@ -147,4 +147,28 @@ mod tests {
         assert_eq!(lines[..2], [" WARN supervisor: of none count=3", " WARN nic0.3: of one"]);
         assert_eq!(lines[2], format!("DEBUG nic0.3: [{}] in detail", module_path!()));
     }
+
+    #[test]
+    fn a_stderr_that_nobody_reads_holds_up_nobody_and_the_last_lines_are_kept() {
+        let (mut reader, pipe) = std::io::pipe().unwrap();
+        let queue = BackgroundWriter::start("log", BUFFER, pipe, mark, |_| {}).unwrap();
+        let queue: &'static BackgroundWriter = Box::leak(Box::new(queue));
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || Queued(queue))
+            .with_ansi(false)
+            .event_format(Lines { subject: "web".into() })
+            .finish();
+        // Several times what pipe and buffer hold: this returns, or the test hangs.
+        tracing::subscriber::with_default(subscriber, || (0..40_000).for_each(|n| tracing::warn!("line {n}")));
+        assert!(queue.lost() > 0);
+        let end = format!("web: line {}\n", 39_999);
+        let mut text = Vec::new();
+        while !text.ends_with(end.as_bytes()) {
+            let mut chunk = [0; 4096];
+            let read = reader.read(&mut chunk).unwrap();
+            text.extend_from_slice(&chunk[..read]);
+        }
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(&format!("umbra: {} bytes of the log are lost here", queue.lost())), "the count");
+    }
 }
