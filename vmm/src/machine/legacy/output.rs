@@ -97,3 +97,37 @@ impl Write for Output {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::rotating_file::MAX_FILE;
+
+    #[test]
+    fn a_file_is_bounded_and_keeps_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web.log");
+        let mut output = Output::open(&Console::File(path.clone())).unwrap();
+        let line = [b'x'; 1024];
+        for _ in 0..100 {
+            (0..100).for_each(|_| output.write_all(&line).unwrap());
+            output.finish();
+        }
+        output.write_all(b"the end").unwrap();
+        output.finish();
+        let sizes = [path.clone(), dir.path().join("web.log.1")].map(|path| std::fs::metadata(path).unwrap().len());
+        assert!(sizes.iter().all(|size| *size <= MAX_FILE), "{sizes:?}");
+        assert!(std::fs::read(&path).unwrap().ends_with(b"the end"));
+    }
+
+    #[test]
+    fn a_full_disk_costs_the_output_alone() {
+        let mut output = Output::open(&Console::File("/dev/full".into())).unwrap();
+        output.write_all(b"lost").unwrap();
+        output.finish();
+        output.write_all(b"lost, too").unwrap();
+        output.finish();
+        assert_eq!(output.0.as_ref().unwrap().lost(), 13);
+    }
+}
