@@ -152,3 +152,36 @@ fn the_terminal_is_as_it_was_after_each_end() {
         assert!(vm.ended());
     }
 }
+
+/// A guest that prints more than a pipe holds runs to its end though nobody reads.
+#[test]
+fn a_pipe_that_nobody_reads_holds_up_nobody() {
+    const PRINTED: u32 = 100_000;
+    if !kvm() {
+        return;
+    }
+    // mov ecx, PRINTED; mov edx, 0x3f8; mov al, 'x'; out dx, al; dec ecx; jnz back to out
+    let flood =
+        [&[0xb9][..], &PRINTED.to_le_bytes(), &[0xba, 0xf8, 0x03, 0, 0, 0xb0, b'x', 0xee, 0xff, 0xc9, 0x75, 0xfb]];
+    let code = Code::new().raw(&flood.concat()).out8(0xcf9, 6).spin();
+    let files = Files::new(&elf(&code.0));
+    let mut spec = files.spec();
+    spec.console = Console::Terminal;
+    let path = files.dir.path().join("spec.json");
+    std::fs::write(&path, serde_json::to_vec(&spec).unwrap()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
+    command.args(["vm", "--spec"]).arg(path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("the pipe holds the VM");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(child.wait().unwrap().success());
+    let mut pipe = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut pipe).unwrap();
+    assert!((4096..PRINTED as usize).contains(&pipe.len()), "{} bytes in the pipe", pipe.len());
+}

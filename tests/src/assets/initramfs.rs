@@ -34,6 +34,8 @@ const HOST_MODULES: &[&str] = &[
     "ahci",
     "sd_mod",
     "loop",
+    "configfs",
+    "null_blk",
     "snd_ens1370",
     "snd_intel8x0",
     "snd_hda_intel",

@@ -12,13 +12,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, kill, mute, net, port, reinit, serve, storm};
+use umbra_tests::probe::{client::Client, flush, kill, mute, net, port, reinit, serve, storm};
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | storm FUNCTION SECONDS
-       | mute FUNCTION SECONDS";
+       | mute FUNCTION SECONDS | flush DISK SECONDS";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -56,6 +56,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
         ["reinit", address, peer] => print(&reinit::reinit(address, peer.parse()?)?)?,
         ["storm", function, length] => print(&storm::storm(function, seconds(length)?)?)?,
         ["mute", function, length] => print(&mute::mute(function, seconds(length)?)?)?,
+        ["flush", disk, length] => print(&flush::flush(Path::new(disk), seconds(length)?)?)?,
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {
             eprintln!("{USAGE}");

@@ -63,6 +63,8 @@ pub struct MachineSpec {
     pub sound: Option<SoundCard>,
     /// More archives for the guests' initramfs, in the share.
     pub archives: Vec<String>,
+    /// Files or block devices of the place, disks of every guest.
+    pub disks: Vec<String>,
     /// More words for the guests' kernels.
     pub guest_options: &'static str,
     /// `[driver.*.restart]` limit.
@@ -86,6 +88,7 @@ impl MachineSpec {
             attach: Attach::DriverVm,
             sound: None,
             archives: Vec::new(),
+            disks: Vec::new(),
             guest_options: "",
             restart_limit: 5,
             interrupts_per_s: 200_000,
@@ -108,11 +111,13 @@ impl MachineSpec {
                 format!("[[guest.{name}.sound]]\ndriver = \"{SOUND_DRIVER}\"\npolicy = \"{}\"\n", card.policy)
             });
             let sound = card.unwrap_or_default();
+            let disk = |path: &String| format!("[[guest.{name}.disk]]\npath = \"{path}\"\n");
+            let disks: String = self.disks.iter().map(disk).collect();
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
                  cmdline = \"console=ttyS0 quiet ip4={address} {}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
-                 {nic}{sound}\
+                 {nic}{sound}{disks}\
                  [[guest.{name}.port]]\nname = \"{PORT_NAME}\"\nsocket = \"{}\"\n\
                  [[guest.{name}.port]]\nname = \"{LONG_PORT_NAME}\"\nsocket = \"{}\"\n\n",
                 self.guest_options,
@@ -325,5 +330,6 @@ mod tests {
         let machine = umbra_vmm::config::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!((machine.guest["web"].sound.len(), machine.driver.len()), (1, 2));
+        assert_eq!(machine.guest["web"].disk[0].path, Path::new("/dev/slow"));
     }
 }

@@ -5,6 +5,7 @@
 //! is part of every guest's initramfs.
 
 pub mod client;
+pub mod flush;
 pub mod kill;
 pub mod mute;
 pub mod net;

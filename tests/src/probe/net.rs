@@ -49,6 +49,8 @@ pub struct RoundTrips {
     pub p50_us: u64,
     /// 99th percentile.
     pub p99_us: u64,
+    /// Worst.
+    pub max_us: u64,
 }
 
 /// Sends a tick `every` so long to the peer until killed; errors of single sends are what is being measured. It never waits for
@@ -166,10 +168,10 @@ pub fn ping(peer: Ipv4Addr, count: u32) -> io::Result<RoundTrips> {
     }
     times.sort_unstable();
     let at = |percent: usize| times.get((times.len().saturating_sub(1)) * percent / 100).copied();
-    match (at(0), at(50), at(99)) {
-        (Some(min_us), Some(p50_us), Some(p99_us)) => {
+    match (at(0), at(50), at(99), at(100)) {
+        (Some(min_us), Some(p50_us), Some(p99_us), Some(max_us)) => {
             let answered = u32::try_from(times.len()).unwrap_or(u32::MAX);
-            Ok(RoundTrips { sent: count, lost: count - answered, min_us, p50_us, p99_us })
+            Ok(RoundTrips { sent: count, lost: count - answered, min_us, p50_us, p99_us, max_us })
         }
         _ => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer from {peer}"))),
     }

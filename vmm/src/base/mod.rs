@@ -1,11 +1,13 @@
 //! What every part of the program needs and that knows nothing of Umbra: time, lines of text, sockets, terminals, addresses.
 
+pub mod background_writer;
 pub mod error;
 pub mod high_duplicate;
 pub mod lines;
 pub mod lock;
 pub mod pci_address;
 pub mod pci_config;
+pub mod rotating_file;
 pub mod saved_terminal;
 pub mod time;
 pub mod unix_socket;

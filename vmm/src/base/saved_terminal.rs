@@ -20,10 +20,10 @@ impl SavedTerminal {
         self.0.as_ref()
     }
 
-    /// Puts the state back.
+    /// Puts the state back. Does not wait until what was printed is out: a terminal that is held would hold us.
     pub fn restore(&self) {
         if let Self(Some(state)) = self
-            && let Err(error) = tcsetattr(io::stdin(), SetArg::TCSADRAIN, state)
+            && let Err(error) = tcsetattr(io::stdin(), SetArg::TCSANOW, state)
         {
             tracing::warn!(%error, "restore the terminal (`stty sane` does it by hand)");
         }

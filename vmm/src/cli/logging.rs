@@ -1,33 +1,93 @@
 //! Logs: to stderr, quiet by default, each line with the VM and the life that it is about.
 //!
+//! The supervisor and the VMs' processes have event loops, which must not wait for a stderr that is held: a thread writes
+//! their lines. Other commands write theirs themselves.
+//!
 //! A VM's process is about that VM alone. The supervisor's lines are about the VM whose span they are in (`vm`, made where
 //! the supervisor turns to one), or about none.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::base::background_writer::{BackgroundWriter, PATIENCE};
 use crate::base::untrusted_text::whole_line;
 use crate::base::wall;
 
 /// Warnings and errors.
 const DEFAULT: &str = "warn";
 
+/// Bytes of lines that wait for a stderr that takes none: some thousand lines.
+const BUFFER: usize = 512 << 10;
+
+/// The lines' way to stderr, where a thread writes them.
+static QUEUE: OnceLock<BackgroundWriter> = OnceLock::new();
+
+/// Who writes the lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WrittenBy {
+    /// Whoever logs.
+    Caller,
+    /// A thread of its own.
+    Thread,
+}
+
 /// Starts logging; lines that are about no VM are about `subject`. `UMBRA_LOG` takes a filter, as `debug` or
 /// `umbra_vmm::vfio=trace`.
-pub(super) fn init(subject: &str) {
+pub(super) fn init(subject: &str, written_by: WrittenBy) {
     let filter = EnvFilter::try_from_env("UMBRA_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     let format = Lines { subject: subject.into() };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .event_format(format)
-        .init();
+    let queue = match written_by {
+        WrittenBy::Caller => None,
+        WrittenBy::Thread => queue_to_stderr().ok().map(|queue| QUEUE.get_or_init(|| queue)),
+    };
+    let writer = match queue {
+        Some(queue) => BoxMakeWriter::new(move || Queued(queue)),
+        None => BoxMakeWriter::new(io::stderr),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).event_format(format).init();
+}
+
+/// Waits a bounded time until all lines are written.
+pub(super) fn finish() {
+    if let Some(queue) = QUEUE.get() {
+        queue.finish(PATIENCE);
+    }
+}
+
+/// Writes past the lock of [`io::stderr`], which others would wait for while stderr is held.
+fn queue_to_stderr() -> io::Result<BackgroundWriter> {
+    let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    // With stderr gone there is nobody to tell.
+    BackgroundWriter::start("log", BUFFER, stderr, mark, |_| {})
+}
+
+/// What stands in the log in place of `lost` bytes, which may end within a line.
+fn mark(lost: u64) -> String {
+    format!("\numbra: {lost} bytes of the log are lost here: they were not taken in time\n")
+}
+
+/// Takes whole lines, which the subscriber writes with one call each.
+struct Queued(&'static BackgroundWriter);
+
+impl Write for Queued {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.push(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// `2026-01-02T03:04:05.678Z  WARN nic0.3: the message field=value`.
@@ -92,5 +152,29 @@ mod tests {
             [" WARN supervisor: of none count=3", r" WARN nic0.3: of one, \x1b[31m\u{202e}\n in one line"]
         );
         assert_eq!(lines[2], format!("DEBUG nic0.3: [{}] in detail", module_path!()));
+    }
+
+    #[test]
+    fn a_stderr_that_nobody_reads_holds_up_nobody_and_the_last_lines_are_kept() {
+        let (mut reader, pipe) = std::io::pipe().unwrap();
+        let queue = BackgroundWriter::start("log", BUFFER, pipe, mark, |_| {}).unwrap();
+        let queue: &'static BackgroundWriter = Box::leak(Box::new(queue));
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || Queued(queue))
+            .with_ansi(false)
+            .event_format(Lines { subject: "web".into() })
+            .finish();
+        // Several times what pipe and buffer hold: this returns, or the test hangs.
+        tracing::subscriber::with_default(subscriber, || (0..40_000).for_each(|n| tracing::warn!("line {n}")));
+        assert!(queue.lost() > 0);
+        let end = format!("web: line {}\n", 39_999);
+        let mut text = Vec::new();
+        while !text.ends_with(end.as_bytes()) {
+            let mut chunk = [0; 4096];
+            let read = reader.read(&mut chunk).unwrap();
+            text.extend_from_slice(&chunk[..read]);
+        }
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(&format!("umbra: {} bytes of the log are lost here", queue.lost())), "the count");
     }
 }

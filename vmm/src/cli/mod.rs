@@ -80,12 +80,20 @@ impl Command {
             _ => "umbra",
         }
     }
+
+    /// Who writes the process's log: a thread, where an event loop must not wait for it.
+    fn log_written_by(&self) -> logging::WrittenBy {
+        match self {
+            Self::Run(_) | Self::Vm(_) => logging::WrittenBy::Thread,
+            _ => logging::WrittenBy::Caller,
+        }
+    }
 }
 
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
-    logging::init(command.subject());
+    logging::init(command.subject(), command.log_written_by());
     let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => client::status(&args),
@@ -104,6 +112,8 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Vm(args) => vm::run(args),
     };
+    // The last line is the error's.
+    logging::finish();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

@@ -192,6 +192,8 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     };
     tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
+    // Last words come before the word that it has ended.
+    vm.serial.lock().unwrap_or_else(PoisonError::into_inner).finish_output();
     if let Some(id) = terminal {
         // Gives the terminal back before anybody prints.
         drop(events.remove_subscriber(id));

@@ -3,18 +3,16 @@
 //! A full disk or a file that cannot be written costs the file's content and one warning, never more.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use crate::base::rotating_file::RotatingFile;
+
 /// Bytes of the console that a crash report holds: a panic with the stacks of all CPUs fits in.
 const TAIL: usize = 64 * 1024;
-
-/// The file is renamed to `*.log.1` at this size, which bounds the two to twice as much.
-const MAX_FILE: u64 = 4 << 20;
 
 /// What a kernel says that cannot serve any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +69,8 @@ const READ_AT_ONCE: usize = 64 * 1024;
 /// The captured output of one driver VM, across its lives.
 #[derive(Debug)]
 pub struct Console {
-    path: Option<PathBuf>,
-    file: Option<File>,
+    file: Option<(PathBuf, RotatingFile)>,
+    /// Bytes captured so far.
     size: u64,
     tail: VecDeque<u8>,
     warned: Option<String>,
@@ -82,12 +80,12 @@ pub struct Console {
 impl Console {
     /// Captures into the file `path`.
     pub fn new(path: PathBuf) -> Self {
-        Self { path: Some(path), ..Self::in_memory() }
+        Self { file: Some((path.clone(), RotatingFile::new(path))), ..Self::in_memory() }
     }
 
     /// Captures the tail alone.
     pub fn in_memory() -> Self {
-        Self { path: None, file: None, size: 0, tail: VecDeque::new(), warned: None, fatal: None }
+        Self { file: None, size: 0, tail: VecDeque::new(), warned: None, fatal: None }
     }
 
     /// Begins a new life, of which `earlier` has captured what it printed so far.
@@ -172,28 +170,11 @@ impl Console {
 
     fn write_file(&mut self, bytes: &[u8]) {
         self.size = self.size.saturating_add(bytes.len() as u64);
-        let Some(path) = self.path.clone() else { return };
-        if let Err(error) = self.try_write(&path, bytes) {
-            self.file = None;
+        let Some((path, file)) = &mut self.file else { return };
+        if let Err(error) = file.write_all(bytes) {
             self.warned.get_or_insert(format!("the console log {} is incomplete: {error}", path.display()));
         }
     }
-
-    fn try_write(&mut self, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-        if self.size > MAX_FILE && self.file.take().is_some() {
-            std::fs::rename(path, path.with_extension("log.1"))?;
-            self.size = bytes.len() as u64;
-        }
-        let file = match &mut self.file {
-            Some(file) => file,
-            None => self.file.insert(open(path)?),
-        };
-        file.write_all(bytes)
-    }
-}
-
-fn open(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
 }
 
 #[cfg(test)]
@@ -215,7 +196,7 @@ mod tests {
         assert_eq!(console.tail().len(), TAIL - 1);
         assert!(console.tail().ends_with("xKernel panic\n"));
         let sizes = [&path, &path.with_extension("log.1")].map(|p| std::fs::metadata(p).unwrap().len());
-        assert!(sizes.iter().all(|size| *size <= MAX_FILE), "{sizes:?}");
+        assert!(sizes.iter().all(|size| *size <= crate::base::rotating_file::MAX_FILE), "{sizes:?}");
         console.begin("nic0 generation 2");
         assert_eq!(console.tail(), "");
         assert!(console.take_warning().is_none());

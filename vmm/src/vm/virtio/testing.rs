@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventSubscriber, MutEventSubscriber, SubscriberOps};
 use virtio_queue::{Queue, QueueT};
@@ -50,6 +51,17 @@ impl DriverQueue {
             kick: event(),
             call: event(),
         }
+    }
+
+    /// A fresh queue number `index` in the same memory, which is cleared there.
+    pub fn another(&self, index: u64, size: u16) -> Self {
+        self.memory.write_slice(&vec![0; SPAN as usize], GuestAddress(index * SPAN)).unwrap();
+        Self::new(&self.memory, index, size)
+    }
+
+    /// Index of the last descriptor.
+    pub fn last(&self) -> u16 {
+        self.next_descriptor - 1
     }
 
     fn rings(&self) -> [u64; 3] {
@@ -173,5 +185,14 @@ impl Loop {
             }
         }
         panic!("the event loop spins");
+    }
+
+    /// Runs until `done` says so, which takes other threads; fails if that never comes.
+    pub fn run_until(&mut self, mut done: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(60), "what is waited for does not come");
+            self.0.run_with_timeout(1).unwrap();
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! port to device; what nobody answers reads as ones.
 
 mod cmos;
+mod output;
 mod power;
 mod pvpanic;
 mod serial;

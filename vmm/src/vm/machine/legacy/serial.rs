@@ -1,15 +1,14 @@
-//! COM1: a 16550 whose output goes to the terminal, a file or nowhere. Output is written through, a byte at a
-//! time, so that the last words of a VM that dies are kept.
+//! COM1: a 16550 whose output goes to the terminal, a file or nowhere ([`Output`]). Output is handed on byte by byte as it
+//! comes, so that the last words of a VM that dies are kept.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::path::PathBuf;
+use std::io;
 
 use thiserror::Error;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::output::{self, Output};
 use crate::config::Console;
 
 /// Errors of the serial line.
@@ -18,15 +17,9 @@ pub enum Error {
     /// No eventfd.
     #[error("create an eventfd for the serial line")]
     EventFd(#[source] io::Error),
-    /// The console's file.
-    #[error("open the console file {path}")]
-    Open {
-        /// Which.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
+    /// Its output.
+    #[error(transparent)]
+    Output(#[from] output::Error),
 }
 
 struct Interrupt(EventFd);
@@ -55,22 +48,23 @@ impl SerialEvents for Drained {
 
 /// The serial line.
 pub struct SerialLine {
-    uart: Serial<Interrupt, Drained, Box<dyn Write + Send>>,
+    uart: Serial<Interrupt, Drained, Output>,
 }
 
 impl SerialLine {
     /// A line to `console` that interrupts by `interrupt`.
     pub fn new(console: &Console, interrupt: EventFd) -> Result<Self, Error> {
-        let out: Box<dyn Write + Send> = match console {
-            Console::Off => Box::new(io::sink()),
-            Console::Terminal => Box::new(io::stdout()),
-            Console::File(path) => {
-                let opened = OpenOptions::new().append(true).create(true).open(path);
-                Box::new(opened.map_err(|source| Error::Open { path: path.clone(), source })?)
-            }
-        };
+        Self::with_output(Output::open(console)?, interrupt)
+    }
+
+    fn with_output(out: Output, interrupt: EventFd) -> Result<Self, Error> {
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
         Ok(Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), out) })
+    }
+
+    /// Waits a bounded time until what the guest has printed is written.
+    pub fn finish_output(&self) {
+        self.uart.writer().finish();
     }
 
     /// Readable when the guest has read all input.
@@ -118,7 +112,44 @@ mod tests {
         std::fs::write(file.path(), "before ").unwrap();
         let (mut line, _) = line(&Console::File(file.path().to_owned()));
         b"after".iter().for_each(|byte| line.write(0, *byte));
+        line.finish_output();
         assert_eq!(std::fs::read(file.path()).unwrap(), b"before after");
+    }
+
+    #[test]
+    fn a_terminal_that_nobody_reads_costs_the_guest_nothing() {
+        use std::io::Read;
+        use std::os::fd::AsFd;
+
+        let (mut reader, pipe) = io::pipe().unwrap();
+        let shared = pipe.as_fd().try_clone_to_owned().unwrap();
+        let output = Output::to(std::fs::File::from(std::os::fd::OwnedFd::from(pipe))).unwrap();
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut line = SerialLine::with_output(output, interrupt.try_clone().unwrap()).unwrap();
+        // Several times what the pipe and the buffer hold: this returns, or the test hangs.
+        for n in 0..2_000_000u32 {
+            line.write(0, if n % 64 == 63 { b'\n' } else { b'x' });
+        }
+        line.write(1, 1);
+        line.input(b"k");
+        assert_eq!((line.read(0), interrupt.read().unwrap()), (b'k', 1), "input goes on");
+        let flags = nix::fcntl::fcntl(&shared, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & nix::fcntl::OFlag::O_NONBLOCK.bits(), 0, "others share it");
+        drop(shared);
+        // When it is read again, what did not fit is counted in its place.
+        let reading = std::thread::spawn(move || {
+            let mut text = String::new();
+            reader.read_to_string(&mut text).map(|_| text).unwrap()
+        });
+        line.finish_output();
+        b"the end".iter().for_each(|byte| line.write(0, *byte));
+        drop(line);
+        let text = reading.join().unwrap();
+        let (before, rest) = text.split_once("\r\n[umbra: ").unwrap();
+        let (lost, end) = rest.split_once(" bytes of the console's output are lost here]\r\n").unwrap();
+        let end = end.strip_suffix("the end").unwrap();
+        assert_eq!(before.len() + lost.parse::<usize>().unwrap() + end.len(), 2_000_000);
+        assert!(end.len() >= 64 << 10, "the last words are kept");
     }
 
     #[test]

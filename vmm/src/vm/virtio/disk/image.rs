@@ -1,20 +1,18 @@
 //! The file or block device behind a disk: opened, measured, and locked so that no two VMs write to it. Data
-//! goes through the host's page cache; [`Image::flush`] makes it durable.
+//! goes through the host's page cache; a flush makes it durable. Reads, writes and flushes block for as long as the host's
+//! file system wants: they are for the disk's threads ([`super::worker`]), not for the event loop.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use vm_memory::VolatileSlice;
 
-use super::request::SECTOR;
+use super::request::{Limits, SECTOR};
+use super::worker::Backing;
 use crate::config::Disk;
-
-/// Most vectors of one system call (`UIO_MAXIOV`).
-const MAX_VECTORS: usize = 1024;
 
 /// Formats that would be corrupted as a raw disk: magic bytes at the start, and a name.
 const FORMATS: [(&[u8], &str); 3] = [(b"QFI\xFB", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx")];
@@ -102,28 +100,22 @@ impl Image {
         Ok(Self { file, sectors: size / SECTOR, read_only })
     }
 
-    /// Size in sectors of 512 bytes.
-    pub fn sectors(&self) -> u64 {
-        self.sectors
+    /// Size and permission.
+    pub fn limits(&self) -> Limits {
+        Limits { sectors: self.sectors, read_only: self.read_only }
+    }
+}
+
+impl Backing for Image {
+    fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, position)
     }
 
-    /// It cannot be written to.
-    pub fn read_only(&self) -> bool {
-        self.read_only
+    fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, position)
     }
 
-    /// Fills `slices` from byte `position` on.
-    pub(super) fn read(&self, position: u64, slices: &[VolatileSlice<'_>]) -> io::Result<()> {
-        transfer(&self.file, position, slices, libc::preadv)
-    }
-
-    /// Writes `slices` from byte `position` on.
-    pub(super) fn write(&self, position: u64, slices: &[VolatileSlice<'_>]) -> io::Result<()> {
-        transfer(&self.file, position, slices, libc::pwritev)
-    }
-
-    /// Makes all that was written durable.
-    pub(super) fn flush(&self) -> io::Result<()> {
+    fn flush(&self) -> io::Result<()> {
         if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
 }
@@ -147,61 +139,4 @@ fn check_format(file: &mut File, path: &Path) -> Result<(), Error> {
         Some(&(_, format)) => Err(Error::Format { path: path.into(), format }),
         None => Ok(()),
     }
-}
-
-type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
-
-/// Moves all of `slices`, in as many calls as it takes.
-fn transfer(file: &File, mut position: u64, slices: &[VolatileSlice<'_>], call: Call) -> io::Result<()> {
-    let mut slices = slices.to_vec();
-    while !slices.is_empty() {
-        let moved = match once(file, position, &slices, call) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(moved) => moved,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        position += moved as u64;
-        slices = rest(&slices, moved)?;
-    }
-    Ok(())
-}
-
-/// `slices` without their first `skip` bytes.
-pub(super) fn rest<'m>(slices: &[VolatileSlice<'m>], mut skip: usize) -> io::Result<Vec<VolatileSlice<'m>>> {
-    let mut left = Vec::with_capacity(slices.len());
-    for slice in slices {
-        let taken = skip.min(slice.len());
-        skip -= taken;
-        if taken < slice.len() {
-            left.push(slice.offset(taken).map_err(io::Error::other)?);
-        }
-    }
-    Ok(left)
-}
-
-/// The first `length` bytes of `slices`, or all.
-pub(super) fn first<'m>(slices: &[VolatileSlice<'m>], mut length: usize) -> io::Result<Vec<VolatileSlice<'m>>> {
-    let mut kept = Vec::with_capacity(slices.len());
-    for slice in slices {
-        let taken = length.min(slice.len());
-        if taken == 0 {
-            break;
-        }
-        length -= taken;
-        kept.push(slice.subslice(0, taken).map_err(io::Error::other)?);
-    }
-    Ok(kept)
-}
-
-fn once(file: &File, position: u64, slices: &[VolatileSlice<'_>], call: Call) -> io::Result<usize> {
-    let guards: Vec<_> = slices.iter().take(MAX_VECTORS).map(VolatileSlice::ptr_guard_mut).collect();
-    let vectors: Vec<_> =
-        guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
-    let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
-    let offset = libc::off_t::try_from(position).map_err(io::Error::other)?;
-    // SAFETY: each vector is a slice of guest memory, mapped as long as the guards live; the guest may change it
-    // meanwhile, which the kernel takes as it comes.
-    let moved = unsafe { call(file.as_raw_fd(), vectors.as_ptr(), count, offset) };
-    usize::try_from(moved).map_err(|_| io::Error::last_os_error())
 }

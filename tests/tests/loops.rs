@@ -1,0 +1,137 @@
+//! What holds up a disk, a terminal or a pipe of the host holds up nothing else of a guest; and what a guest prints fills no
+//! disk of the host.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{OrTell, STEP, place_with, say, scenario};
+use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::peer_address;
+use umbra_tests::probe::flush::Flushes;
+use umbra_tests::probe::net::RoundTrips;
+
+/// How long the slow disk takes for each request, ms.
+const FLUSH_MS: u32 = 500;
+/// Round trips of a measurement. Each flush that holds the network up would make one of them slow: with some tens of round trips
+/// between two flushes these are more than one in a hundred.
+const PINGS: u32 = 400;
+/// Longest run of the guest's flushes: it ends with the measurement beside it.
+const FLUSHING: Duration = Duration::from_secs(120);
+
+/// A block device of 64 MiB in the test host's memory whose every request takes `$LATENCY_NS`.
+const SLOW_DISK: &str =
+    "modprobe -a configfs null_blk nr_devices=0 2>/dev/null || { modprobe configfs; modprobe null_blk nr_devices=0; }
+mount -t configfs config /sys/kernel/config 2>/dev/null
+N=/sys/kernel/config/nullb/slow; mkdir $N && echo 64 > $N/size && echo 1 > $N/memory_backed && echo 2 > $N/irqmode &&
+echo $LATENCY_NS > $N/completion_nsec && echo 1 > $N/power && await 10 test -b /dev/slow";
+
+/// The file of a machine with one guest `g` and this console; `$1` is its name, and more of the guest comes behind it.
+const MACHINE: &str = r#"mkdir -p /tmp/w && cd /tmp/w && for f in vmlinux guest.cpio; do [ -e $f ] || fetch /share/$f $f; done
+machine() { cat > $1.toml <<END
+[guest.g]
+kernel = "/tmp/w/vmlinux"
+initrd = ["/tmp/w/guest.cpio"]
+cmdline = "console=ttyS0 quiet ip4=10.88.0.3/24"
+cpus = 2
+memory = "192M"
+console = $2
+$3
+[[guest.g.port]]
+name = "umbra.bench"
+socket = "/run/umbra-bench/g.sock"
+END
+}
+g() { umbra-probe exec /run/umbra-bench/g.sock "$@"; }
+"#;
+
+#[test]
+fn disk_terminal_and_pipe_hold_up_nothing_else() {
+    scenario(nothing_else_is_held_up);
+}
+
+fn nothing_else_is_held_up() {
+    let (mut place, mut spec) = place_with("loops", "e1000e");
+    place.expect(&format!("LATENCY_NS={}\n{SLOW_DISK}", u64::from(FLUSH_MS) * 1_000_000), STEP).or_tell();
+    spec.disks = vec!["/dev/slow".into()];
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    machine.await_standby("nic0", 3 * STEP).or_tell();
+    flushes_do_not_slow_the_network(&mut place);
+    machine.stop(&mut place).or_tell();
+    a_pipe_that_nobody_reads_costs_output_alone(&mut place);
+    a_guest_that_prints_without_end_fills_no_disk(&mut place);
+}
+
+fn round_trips(place: &mut Place) -> RoundTrips {
+    let script = format!("umbra-probe ping {} {PINGS}", peer_address(0));
+    serde_json::from_str(&place.in_guest("web", &script, 3 * STEP).or_tell()).unwrap()
+}
+
+/// Round trips of a guest that calls `fsync` in a loop are those of a guest that does not.
+fn flushes_do_not_slow_the_network(place: &mut Place) {
+    let quiet = round_trips(place);
+    let flush =
+        format!("umbra-probe flush /dev/vda {} > /tmp/flushes & echo $! > /tmp/flusher; wait", FLUSHING.as_secs());
+    let _flushing = place.start_in_guest("web", &flush, 2 * FLUSHING).or_tell();
+    place.in_guest("web", "while ! grep -q [1-9] /sys/block/vda/inflight; do usleep 20000; done", STEP).or_tell();
+    let before = done_flushes(place);
+    let beside = round_trips(place);
+    let flushes = done_flushes(place) - before;
+    place.in_guest("web", "kill $(cat /tmp/flusher)", STEP).or_tell();
+    let one: Flushes =
+        serde_json::from_str(&place.in_guest("web", "umbra-probe flush /dev/vda 0", STEP).or_tell()).unwrap();
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for humans")]
+    let ratio = beside.p99_us as f64 / quiet.p99_us as f64;
+    say(&format!("round trips, quiet: {quiet:?}"));
+    say(&format!("beside {flushes} flushes of {:.0} ms: {beside:?}; p99 {ratio:.2} times the quiet one", one.min_ms));
+    assert!(one.min_ms >= FLUSH_MS.into(), "the disk is not slow: {one:?}");
+    assert!(flushes > 2, "{flushes} flushes in {PINGS} round trips");
+    assert!(beside.p99_us < u64::from(FLUSH_MS) * 1000 / 2, "a gap as long as a flush, again and again: {beside:?}");
+}
+
+/// Flushes that the guest's disk has done since its boot (`Documentation/block/stat.rst`).
+fn done_flushes(place: &mut Place) -> u64 {
+    place.in_guest("web", "awk '{print $16}' /sys/block/vda/stat", STEP).or_tell().trim().parse().unwrap()
+}
+
+fn a_pipe_that_nobody_reads_costs_output_alone(place: &mut Place) {
+    let script = format!(
+        "{MACHINE}
+tunctl -t tap3 >/dev/null && ip addr add 10.88.0.1/24 dev tap3 && ip link set tap3 up
+machine pipe '\"terminal\"' '[[guest.g.net]]
+tap = \"tap3\"'
+(umbra run pipe.toml -q </dev/null 2>pipe.err | sleep 600 >/dev/null 2>&1) &
+await 120 g true 10 || exit 2
+ping -c 5 -i 0.2 -w 20 10.88.0.3 >/dev/null || exit 3
+g '(yes 0123456789 >/dev/ttyS0 </dev/null 2>/dev/null &)' 10
+# Until the loss is told, more was printed than pipe and buffer hold.
+await 120 grep -q 'what does not fit is lost' pipe.err || {{ echo 'no word of the loss'; cat pipe.err; exit 4; }}
+ping -c 40 -i 0.2 -w 60 10.88.0.3 | tail -2
+g 'echo the exec port answers' 20 || exit 5
+ping -c 1 -w 10 10.88.0.3 >/dev/null || exit 6
+umbra stop --force; s=$?; cat pipe.err; exit $s"
+    );
+    let said = place.expect(&script, 6 * STEP).or_tell();
+    let answered = said.lines().find_map(|line| line.split_once(" packets received").map(|(before, _)| before));
+    let answered: u32 = answered.and_then(|line| line.rsplit(' ').next()).unwrap().parse().unwrap();
+    say(&format!("with the pipe full: {answered} of 40 pings answered"));
+    assert!(answered >= 20, "{said}");
+}
+
+fn a_guest_that_prints_without_end_fills_no_disk(place: &mut Place) {
+    let script = format!(
+        "{MACHINE}
+dd if=/dev/zero bs=1M count=8 2>/dev/null | tr '\\0' x > g.log
+machine file '{{ file = \"/tmp/w/g.log\" }}' ''
+umbra run file.toml >/dev/null 2>file.err &
+await 120 g true 10 || {{ cat file.err; exit 2; }}
+g 'yes 012345678901234567890123456789 >/dev/ttyS0 2>/dev/null & sleep 10; kill $!' 60
+ls -l g.log* >&2; cat g.log | tail -c 100 >&2
+umbra stop --force >/dev/null; cat g.log* | wc -c"
+    );
+    let kept: u64 = place.expect(&script, 6 * STEP).or_tell().trim().parse().unwrap();
+    say(&format!("{kept} bytes kept of 8 MiB and what the guest printed"));
+    assert!(kept <= 8 << 20, "{kept} bytes kept");
+}

@@ -1,0 +1,280 @@
+//! A disk that does not answer until it is told to: what the event loop and a reset do meanwhile.
+
+use std::io;
+use std::sync::Condvar;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::vm::virtio::disk::worker::Backing;
+
+/// Sectors of the disk.
+const SECTORS: u64 = 1 << 15;
+
+/// What the disk is told and has been asked.
+#[derive(Default)]
+struct Told {
+    /// Kinds of requests that hang.
+    held: Vec<u32>,
+    /// What a flush comes to.
+    flush_fails: bool,
+    /// Requests that have begun: kind and position.
+    begun: Vec<(u32, u64)>,
+}
+
+struct SlowDisk {
+    told: Mutex<Told>,
+    changed: Condvar,
+}
+
+impl SlowDisk {
+    fn begin(&self, kind: u32, position: u64) {
+        let mut told = self.told.lock().unwrap();
+        told.begun.push((kind, position));
+        self.changed.notify_all();
+        drop(self.changed.wait_while(told, |told| told.held.contains(&kind)).unwrap());
+    }
+
+    /// From now on these kinds of requests hang, others do not any more.
+    fn hold(&self, kinds: &[u32]) {
+        self.told.lock().unwrap().held = kinds.to_vec();
+        self.changed.notify_all();
+    }
+
+    /// Waits until `count` requests have begun; all of them.
+    fn begun(&self, count: usize) -> Vec<(u32, u64)> {
+        let told = self.told.lock().unwrap();
+        let patience = Duration::from_secs(60);
+        let (told, _) = self.changed.wait_timeout_while(told, patience, |told| told.begun.len() < count).unwrap();
+        assert!(told.begun.len() >= count, "{:?}", told.begun);
+        told.begun.clone()
+    }
+}
+
+impl Backing for SlowDisk {
+    fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()> {
+        self.begin(IN, position);
+        into.fill(0xDD);
+        Ok(())
+    }
+
+    fn write(&self, position: u64, _: &[u8]) -> io::Result<()> {
+        self.begin(OUT, position);
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.begin(FLUSH, 0);
+        if self.told.lock().unwrap().flush_fails { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+/// A guest with a disk on which these kinds of requests hang.
+fn guest(held: &[u32], queues: u64) -> (Arc<SlowDisk>, Guest) {
+    let told = Mutex::new(Told { held: held.to_vec(), ..Told::default() });
+    let disk = Arc::new(SlowDisk { told, changed: Condvar::new() });
+    let limits = Limits { sectors: SECTORS, read_only: false };
+    let block = Block::on(limits, disk.clone(), 0).unwrap();
+    (disk, Guest::with(block, tempfile::tempdir().unwrap(), queues, 256))
+}
+
+impl Guest {
+    fn add(&mut self, kind: u32, sector: u64) -> u16 {
+        let head = match kind {
+            IN => self.queue.add(&[&header(IN, sector)], &[512, 1]),
+            OUT => self.queue.add(&[&header(OUT, sector), &[7; 512]], &[1]),
+            _ => self.queue.add(&[&header(kind, sector)], &[1]),
+        };
+        self.queue.kick();
+        head
+    }
+}
+
+#[test]
+fn the_loop_and_other_requests_go_on_while_a_flush_hangs() {
+    let (disk, mut guest) = guest(&[FLUSH], 1);
+    let flush = guest.add(FLUSH, 0);
+    guest.events.run();
+    disk.begun(1);
+    for n in 0..10 {
+        assert_eq!(guest.request(&[&header(OUT, n), &[7; 512]], &[1]).0, 0);
+        assert_eq!(guest.request(&[&header(IN, n)], &[512, 1]), (0, vec![0xDD; 512]));
+        guest.events.run();
+    }
+    assert_eq!(guest.queue.used(), [], "a flush is answered when it is done");
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(flush, 1)]);
+}
+
+#[test]
+fn flushes_go_on_while_a_read_hangs() {
+    let (disk, mut guest) = guest(&[IN], 1);
+    let read = guest.add(IN, 0);
+    guest.events.run();
+    disk.begun(1);
+    assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(read, 513)]);
+}
+
+#[test]
+fn a_flush_covers_what_was_done_before_it_and_those_that_wait_share_the_next() {
+    let (disk, mut guest) = guest(&[FLUSH], 1);
+    guest.add(FLUSH, 0);
+    guest.events.run();
+    disk.begun(1);
+    // Done behind the beginning of the first flush: that one says nothing about it.
+    assert_eq!(guest.request(&[&header(OUT, 3), &[7; 512]], &[1]).0, 0);
+    let heads = [guest.add(FLUSH, 0), guest.add(FLUSH, 0), guest.add(FLUSH, 0)];
+    guest.events.run();
+    disk.told.lock().unwrap().flush_fails = true;
+    disk.hold(&[]);
+    guest.answered(4);
+    assert_eq!(disk.begun(3), [(FLUSH, 0), (OUT, 3 * 512), (FLUSH, 0)]);
+    for head in heads {
+        assert_eq!(guest.queue.buffer(head + 1, 1), [1], "the kernel tells an error once: it is everyone's");
+    }
+}
+
+/// Stops the device as a driver's reset does; it must not wait.
+fn reset(device: &Mutex<Block>) -> Option<QueueState> {
+    let start = Instant::now();
+    let mut device = device.lock().unwrap();
+    let state = device.stop_queue(0);
+    device.reset();
+    assert!(start.elapsed() < Duration::from_secs(30), "a reset waits for no disk");
+    state
+}
+
+#[test]
+fn a_reset_does_not_wait_and_nothing_of_the_past_reaches_the_guest() {
+    for kind in [FLUSH, IN, OUT] {
+        let (disk, mut guest) = guest(&[FLUSH, IN, OUT], 2);
+        let head = guest.add(kind, 0);
+        guest.add(kind, 1);
+        guest.events.run();
+        disk.begun(1);
+        assert!(reset(&guest.device).is_some());
+        guest.events.run();
+        disk.hold(&[]);
+        // The next life, on another queue in the same memory.
+        let mut next = guest.queue.another(1, 256);
+        std::mem::swap(&mut guest.queue, &mut next);
+        guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), None).unwrap();
+        assert_eq!(guest.request(&[&header(IN, 9)], &[512, 1]), (0, vec![0xDD; 512]));
+        assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
+        assert_eq!(next.used(), [], "no answer");
+        let (index, length) = if kind == IN { (head + 1, 512) } else { (next.last(), 1) };
+        assert_eq!(next.buffer(index, length), vec![0; length as usize], "no byte");
+        let begun = disk.begun(3);
+        assert!(!begun.contains(&(kind, 512)), "what had not begun is not done: {begun:?}");
+    }
+}
+
+#[test]
+fn a_write_that_a_reset_has_left_behind_ends_before_the_next_begins() {
+    let (disk, mut guest) = guest(&[OUT], 1);
+    guest.add(OUT, 5);
+    guest.events.run();
+    disk.begun(1);
+    reset(&guest.device);
+    guest.queue = guest.queue.another(0, 256);
+    guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), None).unwrap();
+    let write = guest.add(OUT, 6);
+    let flush = guest.add(FLUSH, 0);
+    assert_eq!(guest.answered(1), [(flush, 1)]);
+    assert_eq!(disk.begun(2), [(OUT, 5 * 512), (FLUSH, 0)]);
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(write, 1)]);
+}
+
+#[test]
+fn a_driver_that_resets_again_and_again_holds_no_more_memory() {
+    let (disk, mut guest) = guest(&[OUT], 12);
+    for _ in 0..20 {
+        for _ in 0..8 {
+            guest.queue.add(&[&header(OUT, 0), &vec![7; serve::PART]], &[1]);
+        }
+        guest.queue.kick();
+        guest.events.run();
+        let in_flight = guest.device.lock().unwrap().in_flight.len();
+        assert!((1..=5).contains(&in_flight), "{in_flight} of a megabyte each");
+        reset(&guest.device);
+        guest.queue = guest.queue.another(0, 256);
+        guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), None).unwrap();
+    }
+    assert_eq!(disk.begun(1).len(), 1, "what waited is dropped");
+    disk.hold(&[]);
+}
+
+#[test]
+fn what_is_in_flight_is_bounded_and_the_rest_is_served_in_time() {
+    let (disk, mut guest) = guest(&[OUT], 12);
+    for _ in 0..8 {
+        guest.queue.add(&[&header(OUT, 0), &vec![7; serve::PART]], &[1]);
+    }
+    guest.queue.kick();
+    guest.events.run();
+    assert!((4..=5).contains(&guest.device.lock().unwrap().in_flight.len()));
+    disk.hold(&[]);
+    assert_eq!(guest.answered(8).len(), 8);
+    assert_eq!(guest.device.lock().unwrap().in_flight.len(), 0);
+}
+
+#[test]
+fn a_queue_that_goes_on_gets_the_answers_of_what_was_in_flight() {
+    let (disk, mut guest) = guest(&[FLUSH], 1);
+    let flush = guest.add(FLUSH, 0);
+    guest.events.run();
+    disk.begun(1);
+    let state = guest.device.lock().unwrap().stop_queue(0);
+    assert_eq!(state, Some(QueueState { next_avail: 1, next_used: 0 }));
+    disk.hold(&[]);
+    guest.events.run();
+    assert_eq!(guest.queue.used(), [], "stopped");
+    guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), state).unwrap();
+    assert_eq!(guest.answered(1), [(flush, 1)]);
+}
+
+#[test]
+fn a_driver_that_changes_a_request_in_flight_gets_what_was_checked() {
+    let (disk, mut guest) = guest(&[OUT], 12);
+    let whole = 2 * serve::PART;
+    guest.queue.add(&[&header(OUT, 0), &vec![7; whole]], &[1]);
+    guest.queue.kick();
+    guest.events.run();
+    disk.begun(1);
+    // Past the disk's end now.
+    guest.queue.overwrite(&[], &[], 0, &header(OUT, SECTORS));
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(0, 1)]);
+    assert_eq!(disk.begun(2), [(OUT, 0), (OUT, serve::PART as u64)], "the header was read once");
+    assert_eq!(guest.queue.buffer(2, 1), [0]);
+}
+
+#[test]
+fn a_driver_that_takes_its_buffers_away_gets_an_error() {
+    let (disk, mut guest) = guest(&[OUT], 12);
+    guest.queue.add(&[&header(OUT, 0), &vec![7; 2 * serve::PART]], &[1]);
+    guest.queue.kick();
+    guest.events.run();
+    disk.begun(1);
+    // The descriptors are a header and a status of a byte each now.
+    let status = 0x8000 + 64;
+    guest.queue.overwrite(&[(0x8000, 16, 1, 2), (0, 0, 0, 0), (status, 1, 2, 0)], &[], 0, &[]);
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(0, 1)]);
+    assert_eq!((guest.queue.buffer(2, 1), disk.begun(1).len()), (vec![1], 1));
+}
+
+#[test]
+fn the_end_does_not_wait_for_a_disk_that_does_not_answer() {
+    let (disk, mut guest) = guest(&[FLUSH, IN], 1);
+    guest.add(FLUSH, 0);
+    guest.add(IN, 0);
+    guest.events.run();
+    disk.begun(2);
+    let start = Instant::now();
+    drop(guest);
+    assert!(start.elapsed() < Duration::from_secs(30));
+    disk.hold(&[]);
+}

@@ -1,0 +1,225 @@
+//! The threads of a disk, which wait for the host's file system in place of the event loop: one for reads and writes, which it
+//! carries out in their order, and one for flushes, so that neither waits for the other.
+//!
+//! Invariants: a job has its own buffer, so that no thread touches a VM's memory, however late the file system answers. After
+//! [`Worker::forget`] nothing of the earlier jobs is heard any more, and at most one of each thread is still under way; a write
+//! among them ends before any later write begins. A flush begins after the jobs that were done when it was handed over; flushes
+//! that wait together are one, and share its outcome (the kernel tells an error of write-back once).
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How long the end waits for jobs under way: longer than a disk that works takes for one. A thread that a frozen file system
+/// holds is left to the kernel.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is behind a disk. Its calls may block without end.
+pub(super) trait Backing: Send + Sync {
+    /// Fills `into` from byte `position` on.
+    fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()>;
+    /// Writes `bytes` from byte `position` on.
+    fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Makes durable what was written.
+    fn flush(&self) -> io::Result<()>;
+}
+
+/// Names a job, once in the life of a worker.
+pub(super) type Tag = u64;
+
+/// What a job does; positions in bytes.
+#[derive(Debug)]
+pub(super) enum Work {
+    Read { position: u64, length: usize },
+    Write { position: u64, bytes: Vec<u8> },
+    Flush,
+}
+
+/// A job that is done.
+#[derive(Debug)]
+pub(super) struct Done {
+    pub tag: Tag,
+    /// The bytes that were read.
+    pub result: io::Result<Vec<u8>>,
+}
+
+/// A thread's kind of jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    Transfers,
+    Flushes,
+}
+
+/// The threads.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    backing: Arc<dyn Backing>,
+    state: Mutex<State>,
+    /// There is a transfer, a flush, or an end.
+    wake: [Condvar; 2],
+    /// A thread has ended.
+    ended: Condvar,
+    /// Signalled when a job is done.
+    done: EventFd,
+}
+
+#[derive(Default)]
+struct State {
+    transfers: VecDeque<(Tag, Work)>,
+    flushes: VecDeque<(Tag, Work)>,
+    done: VecDeque<Done>,
+    /// Grows with each [`Worker::forget`].
+    life: u64,
+    stopping: bool,
+    /// Threads that have ended.
+    ended: usize,
+}
+
+impl Worker {
+    /// Starts the threads of the disk `name`.
+    pub fn start(name: &str, backing: Arc<dyn Backing>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            backing,
+            state: Mutex::default(),
+            wake: Default::default(),
+            ended: Condvar::new(),
+            done: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        });
+        let mut worker = Self { shared, threads: Vec::new() };
+        for (lane, name) in [(Lane::Transfers, name.to_owned()), (Lane::Flushes, format!("{name}-flush"))] {
+            let shared = Arc::clone(&worker.shared);
+            worker.threads.push(thread::Builder::new().name(name).spawn(move || shared.work(lane))?);
+        }
+        Ok(worker)
+    }
+
+    /// Hands a job over. Whoever does so bounds their number and size.
+    pub fn submit(&self, tag: Tag, work: Work) {
+        let mut state = self.shared.lock();
+        let lane = if matches!(work, Work::Flush) { Lane::Flushes } else { Lane::Transfers };
+        state.queue(lane).push_back((tag, work));
+        self.shared.wake[lane as usize].notify_one();
+    }
+
+    /// A job that is done, if there is one.
+    pub fn take_done(&self) -> Option<Done> {
+        self.shared.lock().done.pop_front()
+    }
+
+    /// Readable when a job is done.
+    pub fn done_event(&self) -> &EventFd {
+        &self.shared.done
+    }
+
+    /// Drops all jobs: those that have not begun are not carried out, of the others nothing is heard.
+    pub fn forget(&self) {
+        let mut state = self.shared.lock();
+        state.transfers.clear();
+        state.flushes.clear();
+        state.done.clear();
+        state.life += 1;
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.forget();
+        let mut state = self.shared.lock();
+        state.stopping = true;
+        self.shared.wake.iter().for_each(Condvar::notify_one);
+        let count = self.threads.len();
+        let waited = self.shared.ended.wait_timeout_while(state, PATIENCE, |state| state.ended < count);
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(state);
+        if timeout.timed_out() {
+            tracing::warn!("a disk's file does not answer; what it does to a request under way is not waited for");
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl State {
+    fn queue(&mut self, lane: Lane) -> &mut VecDeque<(Tag, Work)> {
+        match lane {
+            Lane::Transfers => &mut self.transfers,
+            Lane::Flushes => &mut self.flushes,
+        }
+    }
+
+    /// The next job, or all flushes that wait.
+    fn take(&mut self, lane: Lane) -> Option<(Vec<Tag>, Work)> {
+        let (tag, work) = self.queue(lane).pop_front()?;
+        let more = match lane {
+            Lane::Transfers => VecDeque::new(),
+            Lane::Flushes => std::mem::take(&mut self.flushes),
+        };
+        Some(([tag].into_iter().chain(more.into_iter().map(|(tag, _)| tag)).collect(), work))
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A thread's life.
+    fn work(&self, lane: Lane) {
+        while let Some((life, tags, work)) = self.next(lane) {
+            let result = self.carry_out(work);
+            let mut state = self.lock();
+            if state.life == life {
+                state.done.extend(each(tags, result));
+                drop(state);
+                // Fails only when 2^64 - 2 signals wait: then one waits anyway.
+                let _ = self.done.write(1);
+            }
+        }
+        self.lock().ended += 1;
+        self.ended.notify_all();
+    }
+
+    /// Waits for a job; `None` at the end.
+    fn next(&self, lane: Lane) -> Option<(u64, Vec<Tag>, Work)> {
+        let mut state = self.lock();
+        while !state.stopping {
+            if let Some((tags, work)) = state.take(lane) {
+                return Some((state.life, tags, work));
+            }
+            state = self.wake[lane as usize].wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    fn carry_out(&self, work: Work) -> io::Result<Vec<u8>> {
+        match work {
+            Work::Read { position, length } => {
+                let mut bytes = vec![0; length];
+                self.backing.read(position, &mut bytes).map(|()| bytes)
+            }
+            Work::Write { position, bytes } => self.backing.write(position, &bytes).map(|()| Vec::new()),
+            Work::Flush => self.backing.flush().map(|()| Vec::new()),
+        }
+    }
+}
+
+/// The outcome of one job for each of its tags.
+fn each(tags: Vec<Tag>, result: io::Result<Vec<u8>>) -> impl Iterator<Item = Done> {
+    let error = result.as_ref().err().map(|error| (error.kind(), error.to_string()));
+    let mut first = Some(result);
+    tags.into_iter().map(move |tag| {
+        let again =
+            || error.as_ref().map_or_else(|| Ok(Vec::new()), |(kind, what)| Err(io::Error::new(*kind, what.clone())));
+        Done { tag, result: first.take().unwrap_or_else(again) }
+    })
+}
