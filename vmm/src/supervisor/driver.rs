@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -107,7 +108,7 @@ pub(super) struct DriverVm {
     pub(super) spare: Option<Spare>,
     /// The generation that is, or was last, the present life.
     pub(super) present: Option<Generation>,
-    pub(super) image: Image,
+    pub(super) image: Arc<Image>,
     pub(super) ends: Vec<EndRef>,
     pub(super) lifecycle: Lifecycle,
     pub(super) life: Option<Life>,
@@ -157,6 +158,8 @@ pub(super) struct DriverVm {
 #[derive(Debug)]
 pub(super) struct Life {
     pub(super) generation: Generation,
+    /// What it was started from.
+    pub(super) image: Arc<Image>,
     pub(super) process: VmProcess,
     /// Until it is closed or broken.
     pub(super) agent: Option<Lines<UnixStream>>,
@@ -231,7 +234,7 @@ impl DriverVm {
             spec,
             reset_method: device.reset().best(),
             device,
-            image,
+            image: Arc::new(image),
             ends,
             life: None,
             watch: None,
@@ -316,10 +319,11 @@ impl DriverVm {
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
         let awaits = if role == Role::Waits { " umbra.awaits" } else { "" };
+        let image = if role == Role::Serves { &self.image } else { self.next_image() };
         let spec = VmSpec {
             name,
-            kernel: self.image.vmlinux.clone(),
-            initrd: vec![self.image.initramfs.clone()],
+            kernel: image.vmlinux.clone(),
+            initrd: vec![image.initramfs.clone()],
             cmdline: format!("{CMDLINE} umbra.generation={generation}{awaits} {}", self.spec.cmdline),
             cpus: self.spec.cpus,
             memory: self.spec.memory,
@@ -340,6 +344,7 @@ impl DriverVm {
         }
         Ok(Life {
             generation,
+            image: Arc::clone(image),
             process,
             agent: Some(Lines::new(agent, MAX_LINE)),
             talking: true,

@@ -80,6 +80,8 @@ pub struct Lifecycle {
     reserve: Reserve,
     /// A restart was asked for; it waits for the standby until then.
     restarting: Option<Time>,
+    /// That standby was started since, from what is to be given up together with the restart.
+    fresh: bool,
     /// The device's reset has not returned within its time, nor since.
     reset_hangs: bool,
     /// The newest number that a process has had.
@@ -99,6 +101,7 @@ impl Lifecycle {
             reset_hangs: false,
             ahead: BTreeMap::new(),
             restarting: None,
+            fresh: false,
             state: State::Idle,
             generation: None,
             history,
@@ -564,7 +567,7 @@ impl Lifecycle {
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
         if self.restarting.is_some_and(|until| until <= now) {
-            actions.extend(self.give_restart_up());
+            actions.extend(self.give_restart_up(now));
         }
         actions.extend(self.tick_life(now));
         actions

@@ -1,15 +1,18 @@
 //! `umbra restart`: the next driver VM, perhaps of another image, is booted beside the serving one and takes over masked.
 //!
-//! Invariant: a restart that does not come about changes nothing, and one that takes over and fails while it is on trial
-//! gives way to the image of before by itself.
+//! Invariants: a restart that does not come about changes nothing, and one that takes over and fails while it is on trial
+//! gives way to the image of before by itself. Whatever waits to take over is of an image that is trusted: while one is on
+//! trial, standby and spare are of the image before it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 
 use super::control::Response;
+use super::driver::DriverVm;
 use super::events::Event;
 use super::lifecycle::{Input, State};
 use super::run::Supervisor;
@@ -25,11 +28,13 @@ pub(super) struct Trial {
     /// The generation that is to be replaced.
     from: Option<Generation>,
     /// The image of before, where another one is tried.
-    before: Option<Image>,
+    before: Option<Arc<Image>>,
     /// Who waits for the outcome.
     client: Option<u64>,
     /// When it took over.
     live: Option<Time>,
+    /// What was on trial already; it goes on if this one does not come about.
+    earlier: Option<Box<Trial>>,
 }
 
 impl Trial {
@@ -51,13 +56,14 @@ impl Supervisor {
             return Err(format!("{} is being restarted already", driver.name));
         }
         let image = image.map(Image::open).transpose().map_err(|error| format!("{:#}", anyhow::Error::new(error)))?;
-        let fresh = image.is_some();
+        let earlier = driver.trial.take().filter(|trial| trial.is_on(Time::now()));
+        let other = image.is_some();
+        let replaced = image.map(|image| std::mem::replace(&mut driver.image, Arc::new(image)));
         // An image that is on trial itself has one before it, which is the one that is known to work.
-        let trusted = driver.trial.take().filter(|trial| trial.is_on(Time::now())).and_then(|trial| trial.before);
-        let replaced = image.map(|image| std::mem::replace(&mut driver.image, image));
-        let before = trusted.or(replaced);
+        let before = earlier.as_ref().and_then(|trial| trial.before.clone()).or(replaced);
         let from = driver.lifecycle.generation();
-        driver.trial = Some(Trial { from, before, client: Some(client), live: None });
+        driver.trial = Some(Trial { from, before, client: Some(client), live: None, earlier: earlier.map(Box::new) });
+        let fresh = other || !driver.standby_is_of(&driver.image);
         self.drive(n, Input::Restart { fresh });
         Ok(())
     }
@@ -72,8 +78,13 @@ impl Supervisor {
         if driver.resetting.is_some() {
             return Err(format!("{}: the reset of {} still hangs in the kernel", driver.name, driver.spec.device));
         }
-        driver.trial =
-            Some(Trial { from: driver.lifecycle.generation(), before: None, client: Some(client), live: None });
+        driver.trial = Some(Trial {
+            from: driver.lifecycle.generation(),
+            before: None,
+            client: Some(client),
+            live: None,
+            earlier: None,
+        });
         self.events.tell(&Event::Resumed { driver: driver.name.clone() });
         self.drive(n, Input::Resume);
         Ok(())
@@ -82,7 +93,17 @@ impl Supervisor {
     /// The next driver VM did not come up: the serving one goes on.
     pub(super) fn restart_off(&mut self, n: usize, why: &str) {
         let what = format!("the new driver VM did not come up: {why}");
+        let driver = &mut self.drivers[n];
+        let serving = driver.life.as_ref().map(|life| Arc::clone(&life.image));
+        let Some(trial) = driver.trial.as_mut() else { return };
+        let earlier = trial.earlier.take();
+        if let Some(image) = serving {
+            // What serves goes on, be it on trial itself.
+            trial.before = Some(image).filter(|image| !Arc::ptr_eq(image, &driver.image));
+        }
         self.fall_back(n, &what);
+        self.drivers[n].trial = earlier.map(|trial| *trial);
+        self.renew_standby(n);
     }
 
     /// The present life of driver VM `n` has failed: was it on trial?
@@ -97,8 +118,23 @@ impl Supervisor {
             return;
         }
         let why = driver.reason.clone().unwrap_or_default();
-        if self.fall_back(n, &format!("the new driver VM failed: {why}")) {
-            // It may have been started from the image that failed.
+        self.fall_back(n, &format!("the new driver VM failed: {why}"));
+        self.renew_standby(n);
+    }
+
+    /// An image that has served for as long as its trial is kept: the next standby is of it as well.
+    pub(super) fn end_trial(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        if driver.trial.as_ref().is_some_and(|trial| !trial.is_on(now)) {
+            driver.trial = None;
+            self.renew_standby(n);
+        }
+    }
+
+    /// A standby of another image than the next one would be of is of no use.
+    fn renew_standby(&mut self, n: usize) {
+        let driver = &self.drivers[n];
+        if !driver.standby_is_of(driver.next_image()) {
             self.drive(n, Input::StandbyUseless);
         }
     }
@@ -119,10 +155,10 @@ impl Supervisor {
         }
     }
 
-    /// Back to the image of before, and whoever waits is told why. Whether there was another one.
-    pub(super) fn fall_back(&mut self, n: usize, why: &str) -> bool {
+    /// Back to the image of before, if there was another one, and whoever waits is told why.
+    pub(super) fn fall_back(&mut self, n: usize, why: &str) {
         let driver = &mut self.drivers[n];
-        let Some(Trial { before, client, .. }) = driver.trial.take() else { return false };
+        let Some(Trial { before, client, .. }) = driver.trial.take() else { return };
         let changed = before.is_some();
         if let Some(image) = before {
             driver.image = image;
@@ -136,6 +172,19 @@ impl Supervisor {
             let what = format!("{name}: {why}; {next}");
             self.clients.answer(client, &Response::Error { what });
         }
-        changed
+    }
+}
+
+impl DriverVm {
+    /// The image of a standby that is started now: one that is on trial is not relied on.
+    pub(super) fn next_image(&self) -> &Arc<Image> {
+        let tried = self.trial.as_ref().filter(|trial| trial.from != self.present);
+        tried.and_then(|trial| trial.before.as_ref()).unwrap_or(&self.image)
+    }
+
+    /// Whether the standby, if there is one that is of use, was started from `image`.
+    fn standby_is_of(&self, image: &Arc<Image>) -> bool {
+        let standby = self.standby.as_ref().filter(|standby| !standby.dropped);
+        standby.is_none_or(|standby| Arc::ptr_eq(&standby.life.image, image))
     }
 }

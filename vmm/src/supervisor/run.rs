@@ -428,6 +428,7 @@ impl Supervisor {
             }
             self.drivers[n].hasten_death(now);
             self.ask_about_network(n, now);
+            self.end_trial(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
                 self.events.warn(warning);
             }

@@ -322,6 +322,21 @@ fn a_restart_does_not_wait_for_ever() {
     assert!(actions.iter().any(|action| matches!(action, Action::RestartOff(_))), "{actions:?}");
 }
 
+#[test]
+fn a_fresh_standby_goes_with_the_restart_that_is_given_up() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    // It waits for its turn, and boots when the patience with the restart is almost over.
+    let until = life.restarting.unwrap();
+    life.handle(Time(until.0 - 1_000_000), Input::Heartbeat);
+    assert_eq!(life.handle(Time(until.0 - 1_000_000), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    let actions = life.handle(until, Input::Tick);
+    assert_eq!(actions, [Action::RestartOff("it was not ready in time".into()), Action::DropStandby(None)]);
+    assert!(matches!(life.standby(), Standby::Due(_)), "the next one is as those before");
+}
+
 /// Warm, live since 10 ms, its standby ready at 2 s.
 fn with_standby() -> Lifecycle {
     let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
