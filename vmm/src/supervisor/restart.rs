@@ -75,6 +75,14 @@ impl Supervisor {
         if *state != State::Quarantined {
             return Err(format!("{} is not quarantined: it is {}", driver.name, state.name()));
         }
+        if let Some(life) = driver.life.as_ref().filter(|_| driver.lifecycle.process_hangs()) {
+            return Err(format!(
+                "{}: its killed process ({}) still hangs in the kernel and holds {}; `dmesg` may say where",
+                driver.name,
+                life.process.pid(),
+                driver.device.bdf()
+            ));
+        }
         if driver.resetting.is_some() {
             return Err(format!("{}: the reset of {} still hangs in the kernel", driver.name, driver.spec.device));
         }
