@@ -25,6 +25,7 @@
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod fencing;
 pub mod policy;
 mod restart;
 mod silence;
@@ -40,6 +41,7 @@ use umbra_shadow::Generation;
 
 use crate::base::time::Time;
 use crate::lifecycle::policy::{History, Verdict};
+use fencing::Killed;
 use silence::Silence;
 use standby::PATIENCE;
 
@@ -86,8 +88,14 @@ pub struct Lifecycle {
     reserve: Reserve,
     /// A restart was asked for; it waits for the standby until then.
     restarting: Option<Time>,
+    /// That standby was started since, from what is to be given up together with the restart.
+    fresh: bool,
     /// The device's reset has not returned within its time, nor since.
     reset_hangs: bool,
+    /// The failed process was killed and has not ended.
+    killed: Option<Killed>,
+    /// It has not ended within its time, nor since.
+    process_hangs: bool,
     /// The newest number that a process has had.
     newest: Option<Generation>,
     /// The ends that have gone live by themselves, and with which generation.
@@ -103,8 +111,11 @@ impl Lifecycle {
             reserve: Reserve::new(ahead, boot, heartbeat),
             newest: None,
             reset_hangs: false,
+            killed: None,
+            process_hangs: false,
             ahead: BTreeMap::new(),
             restarting: None,
+            fresh: false,
             state: State::Idle,
             generation: None,
             history,
@@ -169,7 +180,8 @@ impl Lifecycle {
             | State::Configuring { until }
             | State::WaitingCarrier { until } => Some(until),
             State::GoingLive { until, .. } => Some(until),
-            State::Fencing { patience, .. } => patience,
+            State::Fencing { patience, .. } => patience.or(self.killed.map(Killed::due)),
+            State::Stopping => self.killed.map(Killed::due),
             _ => None,
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
@@ -221,10 +233,10 @@ impl Lifecycle {
             Input::Failed(failure) => self.fail(now, failure),
             Input::Sign(failure) => self.on_sign(now, failure),
             Input::Released => self.on_released(now),
-            Input::Evidence => self.on_evidence(),
+            Input::Evidence => self.on_evidence(now),
             Input::ProcessGone(how) => self.on_process_gone(now, how),
             Input::Tick => self.on_tick(now),
-            Input::Stop => self.on_stop(),
+            Input::Stop => self.on_stop(now),
             Input::Restart { fresh } => self.on_restart(now, fresh),
             Input::StandbyUseless => self.on_standby_useless(now),
             Input::Resume => self.on_resume(now),
@@ -298,7 +310,7 @@ impl Lifecycle {
 
     fn on_resume(&mut self, now: Time) -> Vec<Action> {
         // A second reset beside one that hangs would help nobody.
-        if self.state != State::Quarantined || self.reset_hangs {
+        if self.state != State::Quarantined || self.reset_hangs || self.process_hangs {
             return Vec::new();
         }
         self.history.forgive();
@@ -520,14 +532,15 @@ impl Lifecycle {
         let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd);
         let patience = (!over).then_some(now + RELEASE);
         self.state = State::Fencing { patience, lived, source };
+        self.killed = over.then(|| Killed::at(now));
         let next = if over { Action::Kill } else { Action::Release };
         vec![Action::Failed(failure), next]
     }
 
-    fn on_evidence(&mut self) -> Vec<Action> {
+    fn on_evidence(&mut self, now: Time) -> Vec<Action> {
         match &mut self.state {
             State::Fencing { patience: patience @ Some(_), .. } => {
-                *patience = None;
+                (*patience, self.killed) = (None, Some(Killed::at(now)));
                 vec![Action::Kill]
             }
             _ => Vec::new(),
@@ -551,9 +564,11 @@ impl Lifecycle {
         }
         match self.state {
             State::Fencing { lived, source, .. } => actions.extend(self.fenced(now, lived, source)),
+            State::Quarantined if self.process_hangs => actions.extend(self.hung_process_gone(now)),
             State::Stopping => self.state = State::Stopped,
             _ => {}
         }
+        self.killed = None;
         actions
     }
 
@@ -583,7 +598,7 @@ impl Lifecycle {
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
         if self.restarting.is_some_and(|until| until <= now) {
-            actions.extend(self.give_restart_up());
+            actions.extend(self.give_restart_up(now));
         }
         actions.extend(self.tick_life(now));
         actions
@@ -608,7 +623,9 @@ impl Lifecycle {
             State::WaitingCarrier { until } if until <= now => self.go_live(now),
             State::GoingLive { until, .. } if until <= now => self.leave_behind(now),
             State::BackOff { until } if until <= now => self.begin_life(now),
-            State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(),
+            State::Fencing { patience: Some(until), .. } if until <= now => self.on_evidence(now),
+            State::Fencing { patience: None, lived, source } => self.tick_killed(now, lived, source),
+            State::Stopping => self.tick_stopping(now),
             State::Resetting { until, next } if until <= now => {
                 self.state = State::Quarantined;
                 self.reset_hangs = true;
@@ -621,10 +638,13 @@ impl Lifecycle {
         }
     }
 
-    fn on_stop(&mut self) -> Vec<Action> {
+    fn on_stop(&mut self, now: Time) -> Vec<Action> {
         (self.suspicion, self.restarting) = (None, None);
         let process = self.has_life() || matches!(self.state, State::Fencing { .. } | State::Stopping);
         self.state = if process { State::Stopping } else { State::Stopped };
+        if process {
+            self.killed.get_or_insert(Killed::at(now));
+        }
         let mut actions = self.drop_standby();
         actions.extend(process.then_some(Action::Kill));
         actions

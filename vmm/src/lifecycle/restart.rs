@@ -1,7 +1,8 @@
 //! A restart that was asked for: it waits for the next driver VM beside the serving one, and goes over to it. Pure, a part of
 //! the life cycle.
 //!
-//! Invariant: it has an end, [`Action::RestartOff`] at the latest.
+//! Invariants: it has an end, [`Action::RestartOff`] at the latest; a fresh standby whose restart is given up goes with it, so
+//! that nothing that was started for the restart ever takes over.
 
 use super::{Action, Failure, Lifecycle, Source, Standby, State, Time};
 
@@ -14,17 +15,21 @@ impl Lifecycle {
             return vec![Action::RestartOff("its spare has no carrier".into())];
         }
         let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
-        self.restarting = Some(now + self.reserve.longest());
+        (self.restarting, self.fresh) = (Some(now + self.reserve.longest()), fresh);
         self.reserve.want_now(now);
         actions.extend(self.switch_over(now));
         actions
     }
 
     /// The next driver VM has not been ready in time.
-    pub(super) fn give_restart_up(&mut self) -> Vec<Action> {
+    pub(super) fn give_restart_up(&mut self, now: Time) -> Vec<Action> {
         let why = if self.reserve.is_hot() { "its spare has no carrier" } else { "it was not ready in time" };
         self.restarting = None;
-        vec![Action::RestartOff(why.into())]
+        let mut actions = vec![Action::RestartOff(why.into())];
+        if self.fresh {
+            actions.extend(self.on_standby_useless(now));
+        }
+        actions
     }
 
     /// Hands over to the standby if that was asked for and it is ready.

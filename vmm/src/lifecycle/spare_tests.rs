@@ -203,7 +203,13 @@ fn a_restart_on_a_spare_without_carrier_is_refused_or_given_up() {
     life.handle(at(2200), Input::SpareForwarding);
     life.handle(at(8199), Input::Heartbeat);
     life.handle(at(8199), Input::StandbyHeartbeat);
-    assert_eq!(life.handle(at(8200), Input::Tick), [Action::RestartOff(why)], "as long as a NIC may take");
+    let off = [Action::RestartOff(why), Action::DropStandby(None)];
+    assert_eq!(life.handle(at(8200), Input::Tick), off, "as long as a NIC may take");
+    // What was started for the restart is never armed.
+    assert_eq!(life.handle(at(8201), Input::SpareCarrier(Carrier::Up)), []);
+    life.handle(at(8300), Input::Heartbeat);
+    life.handle(at(8300), Input::SpareFenced);
+    arm(&mut life, at(9200), 4);
 }
 
 #[test]

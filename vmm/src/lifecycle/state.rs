@@ -183,6 +183,8 @@ pub enum Action {
     Bury,
     /// Kill the process; answered by [`Input::ProcessGone`].
     Kill,
+    /// Tell people, with the driver VM's name before it: something takes longer than it should.
+    Warn(String),
     /// The failed generation is fenced: keep the report.
     Report,
     /// The life that has failed, and whose place the spare has taken, is fenced: complete its report.

@@ -7,7 +7,7 @@ use super::*;
 use crate::config::Restart;
 use crate::wire::messages::Replay;
 
-fn at(ms: u64) -> Time {
+pub(super) fn at(ms: u64) -> Time {
     Time(ms * 1_000_000)
 }
 
@@ -15,7 +15,7 @@ fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
 
-fn failure(source: Source, ms: u64) -> Failure {
+pub(super) fn failure(source: Source, ms: u64) -> Failure {
     Failure { source, what: "it broke".into(), at: at(ms) }
 }
 
@@ -24,7 +24,7 @@ fn new(ends: usize) -> Lifecycle {
 }
 
 /// A driver VM in its first life, live since 10 ms.
-fn live(ends: usize) -> Lifecycle {
+pub(super) fn live(ends: usize) -> Lifecycle {
     let mut life = new(ends);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
@@ -376,8 +376,23 @@ fn a_restart_does_not_wait_for_ever() {
     assert!(actions.iter().any(|action| matches!(action, Action::RestartOff(_))), "{actions:?}");
 }
 
+#[test]
+fn a_fresh_standby_goes_with_the_restart_that_is_given_up() {
+    let mut life = with_standby();
+    life.handle(at(2000), Input::StandbyHello);
+    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    // It waits for its turn, and boots when the patience with the restart is almost over.
+    let until = life.restarting.unwrap();
+    life.handle(Time(until.0 - 1_000_000), Input::Heartbeat);
+    assert_eq!(life.handle(Time(until.0 - 1_000_000), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    let actions = life.handle(until, Input::Tick);
+    assert_eq!(actions, [Action::RestartOff("it was not ready in time".into()), Action::DropStandby(None)]);
+    assert!(matches!(life.standby(), Standby::Due(_)), "the next one is as those before");
+}
+
 /// Warm, live since 10 ms, its standby ready at 2 s.
-fn with_standby() -> Lifecycle {
+pub(super) fn with_standby() -> Lifecycle {
     let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
@@ -602,7 +617,7 @@ proptest! {
                     }
                     Action::Quarantine(_) => over = true,
                     Action::StartClean(_) => prop_assert!(resetting && !over, "no life to come at {input:?}"),
-                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) => {}
+                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) | Action::Warn(_) => {}
                     other => prop_assert!(false, "{other:?} without a spare"),
                 }
             }

@@ -75,6 +75,7 @@ impl Supervisor {
                 }
                 None => self.process_gone(n, "it was not started".into()),
             },
+            Action::Warn(what) => self.events.warn(format!("{}: {what}", self.drivers[n].name)),
             Action::Report => self.report(n),
             Action::Quarantine(why) => self.quarantine(n, &why),
         }
@@ -271,6 +272,20 @@ impl Supervisor {
         });
     }
 
+    /// The killed process of the failed life does not end: its report has to do without that.
+    fn report_hung(&mut self, n: usize) {
+        let driver = &mut self.drivers[n];
+        let pid = driver.life.as_ref().map_or(0, |life| life.process.pid());
+        let registers = driver.life.as_ref().map(|life| life.registers.clone()).unwrap_or_default();
+        let tail = driver.console.tail();
+        driver.take_evidence(format!("its process ({pid}) was killed and has not ended"), registers, tail);
+        let total = driver.lifecycle.history().total();
+        if let Some(report) = &mut driver.report {
+            (report.verdict, report.failures) = ("quarantine", total);
+        }
+        self.complete_report(n);
+    }
+
     /// Writes the report with the time line as far as it has come.
     pub(super) fn complete_report(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
@@ -325,6 +340,9 @@ impl Supervisor {
     }
 
     fn quarantine(&mut self, n: usize, why: &str) {
+        if self.drivers[n].lifecycle.process_hangs() {
+            self.report_hung(n);
+        }
         let driver = &mut self.drivers[n];
         let last = driver.reason.take().map_or_else(String::new, |last| format!(" (the last: {last})"));
         let reason = format!("{why}{last}");

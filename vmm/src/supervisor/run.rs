@@ -301,7 +301,8 @@ impl Supervisor {
     /// All guests have ended, and so have the driver VMs.
     fn is_over(&self) -> bool {
         let stopped = |driver: &DriverVm| {
-            driver.life.is_none() && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
+            let gone = driver.life.is_none() || driver.lifecycle.process_hangs();
+            gone && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
         };
         self.is_without_guests() && self.drivers.iter().all(stopped)
     }
@@ -451,6 +452,7 @@ impl Supervisor {
             }
             self.drivers[n].hasten_death(now);
             self.ask_about_network(n, now);
+            self.end_trial(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
                 self.events.warn(warning);
             }
@@ -561,13 +563,14 @@ impl Supervisor {
     }
 
     /// A reset that is under way has the kernel's order of reset methods put aside: it is waited for, or left to the next run
-    /// of the machine to put back.
+    /// of the machine to put back, as is a killed process that has not ended.
     fn finish_resets(&mut self) {
         let until = Time::now() + LAST_RESET;
         let mut jobs = self.drivers.iter().flat_map(|driver| {
             driver.resetting.iter().chain(driver.spare.iter().filter_map(|spare| spare.resetting.as_ref()))
         });
-        if !jobs.all(|job| job.wait(until)) {
+        let hangs = self.drivers.iter().any(|driver| driver.lifecycle.process_hangs());
+        if !jobs.all(|job| job.wait(until)) || hangs {
             self.run_dir.leave_to_the_next();
         }
     }

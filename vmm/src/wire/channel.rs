@@ -1,8 +1,9 @@
 //! A message channel between two processes: one JSON document a datagram on a `SOCK_SEQPACKET` socket pair,
 //! with file descriptors attached (`SCM_RIGHTS`).
 //!
-//! Messages are whole or not at all; every received descriptor is close-on-exec and owned at once, so that
-//! none leaks on an error path, and none that was not asked for is closed by the receiver's own thread. A peer that ends is [`Incoming::Closed`], no signal (`MSG_NOSIGNAL`).
+//! Messages are whole or not at all; every received descriptor is close-on-exec and owned at once, so that none leaks on an
+//! error path, and none that was not asked for is closed by the receiver's own thread. A peer that ends is
+//! [`Incoming::Closed`], no signal (`MSG_NOSIGNAL`).
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -106,7 +106,7 @@ fn spare(driver: &DriverStatus) -> (String, String, u32) {
     (standby.state, standby.device.unwrap(), standby.generation.unwrap_or_default())
 }
 
-fn wait_armed(machine: &TestMachine, serving: u32, device: &str, next: u32) -> DriverStatus {
+pub fn wait_armed(machine: &TestMachine, serving: u32, device: &str, next: u32) -> DriverStatus {
     let armed = ("armed".to_owned(), device.to_owned(), next);
     machine.wait_for("an armed spare", |driver| driver.generation == Some(serving) && spare(driver) == armed)
 }
@@ -503,7 +503,7 @@ fn a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped() {
     machine.wait().unwrap();
 }
 
-fn kill(pid: u32) {
+pub fn kill(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
 }

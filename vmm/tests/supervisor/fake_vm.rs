@@ -181,9 +181,10 @@ fn driver(spec: &VmSpec, channel: Channel) {
         thread::sleep(Duration::from_secs(100));
     }
     let sender = Arc::new(Mutex::new(agent.try_clone().unwrap()));
-    let release = if told("escapes") { ESCAPES } else { "6.12-fake" };
+    let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default().to_string_lossy();
+    let release = if told("escapes") { ESCAPES.into() } else { format!("6.12-fake of {image}") };
     let say = |message: FromAgent| send(&sender, &message);
-    say(FromAgent::Hello { generation, kernel: release.into(), uptime_ms: 1 });
+    say(FromAgent::Hello { generation, kernel: release, uptime_ms: 1 });
     let mut lines = BufReader::new(agent).lines();
     let channel = Arc::new(channel);
     let heartbeats = || {
@@ -220,7 +221,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let mac = Mac([2, 0, 0, 0, 0, 1]);
     say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
     say(FromAgent::Forwarding { uptime_ms: 3 });
-    say(FromAgent::Carrier { up: true, uptime_ms: 4 });
+    say(FromAgent::Carrier { up: image != "image-without-carrier", uptime_ms: 4 });
     if told("die-after-forwarding") {
         thread::sleep(Duration::from_millis(100));
         std::process::exit(9);

@@ -124,7 +124,8 @@ fn make_host(dir: &Path) {
         // A command register with bus mastering on.
         fs::write(device.join("config"), [0x86, 0x80, 0xd3, 0x10, 0x06, 0x00, 0, 0]).unwrap();
     }
-    for name in ["image", "image-that-does-not-boot", "image-without-the-driver"] {
+    for name in ["image", "image-new", "image-that-does-not-boot", "image-without-carrier", "image-without-the-driver"]
+    {
         make_image(&dir.join(name));
     }
     fs::write(dir.join("kvm"), "").unwrap();

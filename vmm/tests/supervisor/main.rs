@@ -10,6 +10,7 @@ mod fake_vm;
 mod hostile;
 mod machine;
 mod refused;
+mod upgrade;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
@@ -32,7 +33,9 @@ fn main() -> ExitCode {
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, case) in cases::ALL.iter().chain(clients::ALL).chain(hostile::ALL).chain(refused::ALL) {
+    for (name, case) in
+        cases::ALL.iter().chain(clients::ALL).chain(hostile::ALL).chain(refused::ALL).chain(upgrade::ALL)
+    {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
         }

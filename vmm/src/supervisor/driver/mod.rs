@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -85,7 +86,7 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) spare: Option<Spare>,
     /// The generation that is, or was last, the present life.
     pub(in crate::supervisor) present: Option<Generation>,
-    pub(in crate::supervisor) image: Image,
+    pub(in crate::supervisor) image: Arc<Image>,
     pub(in crate::supervisor) ends: Vec<EndRef>,
     /// MTU of the network, bytes; `None` where the spec names none.
     pub(in crate::supervisor) mtu: Option<u16>,
@@ -137,6 +138,8 @@ pub(in crate::supervisor) struct DriverVm {
 #[derive(Debug)]
 pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) generation: Generation,
+    /// What it was started from.
+    pub(in crate::supervisor) image: Arc<Image>,
     pub(in crate::supervisor) process: VmProcess,
     /// Until it is closed or broken.
     pub(in crate::supervisor) agent: Option<Lines<UnixStream>>,
@@ -209,7 +212,7 @@ impl DriverVm {
             spec,
             reset_method: device.reset().best(),
             device,
-            image,
+            image: Arc::new(image),
             ends,
             mtu,
             life: None,
@@ -292,10 +295,11 @@ impl DriverVm {
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
         let awaits = if role == Role::Waits { " umbra.awaits" } else { "" };
+        let image = if role == Role::Serves { &self.image } else { self.next_image() };
         let spec = VmSpec {
             name,
-            kernel: self.image.vmlinux.clone(),
-            initrd: vec![self.image.initramfs.clone()],
+            kernel: image.vmlinux.clone(),
+            initrd: vec![image.initramfs.clone()],
             cmdline: format!("{CMDLINE} umbra.generation={generation}{awaits} {}", self.spec.cmdline),
             cpus: self.spec.cpus,
             memory: self.spec.memory,
@@ -316,6 +320,7 @@ impl DriverVm {
         }
         Ok(Life {
             generation,
+            image: Arc::clone(image),
             process,
             agent: Some(Lines::new(agent, MAX_LINE)),
             talking: true,

@@ -1,9 +1,11 @@
 //! `umbra restart`: the next driver VM, perhaps of another image, is booted beside the serving one and takes over masked.
 //!
-//! Invariant: a restart that does not come about changes nothing, and one that takes over and fails while it is on trial
-//! gives way to the image of before by itself.
+//! Invariants: a restart that does not come about changes nothing, and one that takes over and fails while it is on trial
+//! gives way to the image of before by itself. Whatever waits to take over is of an image that is trusted: while one is on
+//! trial, standby and spare are of the image before it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use umbra_guest_images::image::Image;
@@ -13,6 +15,7 @@ use crate::base::error::chain;
 use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
+use crate::supervisor::driver::DriverVm;
 use crate::supervisor::front::protocol::Response;
 use crate::supervisor::run::Supervisor;
 
@@ -26,11 +29,13 @@ pub(in crate::supervisor) struct Trial {
     /// The generation that is to be replaced.
     from: Option<Generation>,
     /// The image of before, where another one is tried.
-    before: Option<Image>,
+    before: Option<Arc<Image>>,
     /// Who waits for the outcome.
     client: Option<u64>,
     /// When it took over.
     live: Option<Time>,
+    /// What was on trial already; it goes on if this one does not come about.
+    earlier: Option<Box<Trial>>,
 }
 
 impl Trial {
@@ -52,13 +57,14 @@ impl Supervisor {
             return Err(format!("{} is being restarted already", driver.name));
         }
         let image = image.map(Image::open).transpose().map_err(|error| chain(&error))?;
-        let fresh = image.is_some();
+        let earlier = driver.trial.take().filter(|trial| trial.is_on(Time::now()));
+        let other = image.is_some();
+        let replaced = image.map(|image| std::mem::replace(&mut driver.image, Arc::new(image)));
         // An image that is on trial itself has one before it, which is the one that is known to work.
-        let trusted = driver.trial.take().filter(|trial| trial.is_on(Time::now())).and_then(|trial| trial.before);
-        let replaced = image.map(|image| std::mem::replace(&mut driver.image, image));
-        let before = trusted.or(replaced);
+        let before = earlier.as_ref().and_then(|trial| trial.before.clone()).or(replaced);
         let from = driver.lifecycle.generation();
-        driver.trial = Some(Trial { from, before, client: Some(client), live: None });
+        driver.trial = Some(Trial { from, before, client: Some(client), live: None, earlier: earlier.map(Box::new) });
+        let fresh = other || !driver.standby_is_of(&driver.image);
         self.drive(n, Input::Restart { fresh });
         Ok(())
     }
@@ -70,11 +76,24 @@ impl Supervisor {
         if *state != State::Quarantined {
             return Err(format!("{} is not quarantined: it is {}", driver.name, state.name()));
         }
+        if let Some(life) = driver.life.as_ref().filter(|_| driver.lifecycle.process_hangs()) {
+            return Err(format!(
+                "{}: its killed process ({}) still hangs in the kernel and holds {}; `dmesg` may say where",
+                driver.name,
+                life.process.pid(),
+                driver.device.bdf()
+            ));
+        }
         if driver.resetting.is_some() {
             return Err(format!("{}: the reset of {} still hangs in the kernel", driver.name, driver.spec.device));
         }
-        driver.trial =
-            Some(Trial { from: driver.lifecycle.generation(), before: None, client: Some(client), live: None });
+        driver.trial = Some(Trial {
+            from: driver.lifecycle.generation(),
+            before: None,
+            client: Some(client),
+            live: None,
+            earlier: None,
+        });
         self.events.tell(&Event::Resumed { driver: driver.name.clone() });
         self.drive(n, Input::Resume);
         Ok(())
@@ -83,7 +102,17 @@ impl Supervisor {
     /// The next driver VM did not come up: the serving one goes on.
     pub(in crate::supervisor) fn restart_off(&mut self, n: usize, why: &str) {
         let what = format!("the new driver VM did not come up: {why}");
+        let driver = &mut self.drivers[n];
+        let serving = driver.life.as_ref().map(|life| Arc::clone(&life.image));
+        let Some(trial) = driver.trial.as_mut() else { return };
+        let earlier = trial.earlier.take();
+        if let Some(image) = serving {
+            // What serves goes on, be it on trial itself.
+            trial.before = Some(image).filter(|image| !Arc::ptr_eq(image, &driver.image));
+        }
         self.fall_back(n, &what);
+        self.drivers[n].trial = earlier.map(|trial| *trial);
+        self.renew_standby(n);
     }
 
     /// The present life of driver VM `n` has failed: was it on trial?
@@ -98,8 +127,23 @@ impl Supervisor {
             return;
         }
         let why = driver.reason.clone().unwrap_or_default();
-        if self.fall_back(n, &format!("the new driver VM failed: {why}")) {
-            // It may have been started from the image that failed.
+        self.fall_back(n, &format!("the new driver VM failed: {why}"));
+        self.renew_standby(n);
+    }
+
+    /// An image that has served for as long as its trial is kept: the next standby is of it as well.
+    pub(in crate::supervisor) fn end_trial(&mut self, n: usize, now: Time) {
+        let driver = &mut self.drivers[n];
+        if driver.trial.as_ref().is_some_and(|trial| !trial.is_on(now)) {
+            driver.trial = None;
+            self.renew_standby(n);
+        }
+    }
+
+    /// A standby of another image than the next one would be of is of no use.
+    fn renew_standby(&mut self, n: usize) {
+        let driver = &self.drivers[n];
+        if !driver.standby_is_of(driver.next_image()) {
             self.drive(n, Input::StandbyUseless);
         }
     }
@@ -120,10 +164,10 @@ impl Supervisor {
         }
     }
 
-    /// Back to the image of before, and whoever waits is told why. Whether there was another one.
-    pub(in crate::supervisor) fn fall_back(&mut self, n: usize, why: &str) -> bool {
+    /// Back to the image of before, if there was another one, and whoever waits is told why.
+    pub(in crate::supervisor) fn fall_back(&mut self, n: usize, why: &str) {
         let driver = &mut self.drivers[n];
-        let Some(Trial { before, client, .. }) = driver.trial.take() else { return false };
+        let Some(Trial { before, client, .. }) = driver.trial.take() else { return };
         let changed = before.is_some();
         if let Some(image) = before {
             driver.image = image;
@@ -137,6 +181,19 @@ impl Supervisor {
             let what = format!("{name}: {why}; {next}");
             self.clients.answer(client, &Response::Error { what });
         }
-        changed
+    }
+}
+
+impl DriverVm {
+    /// The image of a standby that is started now: one that is on trial is not relied on.
+    pub(super) fn next_image(&self) -> &Arc<Image> {
+        let tried = self.trial.as_ref().filter(|trial| trial.from != self.present);
+        tried.and_then(|trial| trial.before.as_ref()).unwrap_or(&self.image)
+    }
+
+    /// Whether the standby, if there is one that is of use, was started from `image`.
+    fn standby_is_of(&self, image: &Arc<Image>) -> bool {
+        let standby = self.standby.as_ref().filter(|standby| !standby.dropped);
+        standby.is_none_or(|standby| Arc::ptr_eq(&standby.life.image, image))
     }
 }

@@ -1,0 +1,171 @@
+//! A killed process that does not end: the kernel holds it, in a call to a device or a file system that does not return.
+//! Pure, a part of the life cycle.
+//!
+//! Invariant: what was killed is waited for as long as a reset, and no longer; people hear of it before. Its device is neither
+//! reset nor given to a next life before it has ended.
+
+use std::time::Duration;
+
+use super::{Action, Lifecycle, RESET_PATIENCE, Source, State, Time};
+
+/// Age of a kill at which people are warned: a process with gigabytes of pinned memory takes a second or two to end.
+const ALARM: Duration = Duration::from_secs(10);
+
+/// A process that was killed and has not ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Killed {
+    since: Time,
+    /// People have been warned.
+    warned: bool,
+}
+
+impl Killed {
+    pub(super) fn at(now: Time) -> Self {
+        Self { since: now, warned: false }
+    }
+
+    /// When something is to be done about it.
+    pub(super) fn due(self) -> Time {
+        self.since + if self.warned { RESET_PATIENCE } else { ALARM }
+    }
+}
+
+impl Lifecycle {
+    /// Whether it is quarantined because of a killed process that has not ended, nor since.
+    pub fn process_hangs(&self) -> bool {
+        self.process_hangs
+    }
+
+    /// The failed life, which had `lived` so long, was killed and is still there.
+    pub(super) fn tick_killed(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
+        if !self.hangs_for_good(now) {
+            return self.alarm(now, "its guests wait, and it is quarantined");
+        }
+        self.state = State::Quarantined;
+        if source.is_failure() {
+            // It is given up, whatever the policy says of the number of failures.
+            let _ = self.history.failed(now, lived);
+        }
+        let why = format!("its killed process has not ended for {} s: the kernel holds it", RESET_PATIENCE.as_secs());
+        let mut actions = vec![Action::Quarantine(why)];
+        actions.extend(self.drop_standby());
+        actions
+    }
+
+    /// The life that was killed because the machine ends is still there.
+    pub(super) fn tick_stopping(&mut self, now: Time) -> Vec<Action> {
+        if !self.hangs_for_good(now) {
+            return self.alarm(now, "the machine ends without it");
+        }
+        self.state = State::Stopped;
+        Vec::new()
+    }
+
+    /// Whether what was killed is not waited for any more.
+    fn hangs_for_good(&mut self, now: Time) -> bool {
+        let over = self.killed.take_if(|killed| killed.since + RESET_PATIENCE <= now).is_some();
+        self.process_hangs |= over;
+        over
+    }
+
+    /// Tells people, once, what comes next.
+    fn alarm(&mut self, now: Time, next: &str) -> Vec<Action> {
+        let Some(killed) = self.killed.as_mut().filter(|killed| killed.due() <= now) else { return Vec::new() };
+        killed.warned = true;
+        vec![Action::Warn(format!(
+            "its process was killed {} s ago and has not ended: the kernel holds it, mostly in a call to a device that hangs \
+             (`dmesg`); {next} {} s after the kill",
+            ALARM.as_secs(),
+            RESET_PATIENCE.as_secs()
+        ))]
+    }
+
+    /// The process that was killed has ended after all: its device is reset, and it can be resumed.
+    pub(super) fn hung_process_gone(&mut self, now: Time) -> Vec<Action> {
+        self.process_hangs = false;
+        self.state = State::Resetting { until: now + RESET_PATIENCE, next: None };
+        vec![Action::Reset, Action::Report]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{at, failure, live, with_standby};
+    use super::*;
+    use crate::lifecycle::Input;
+
+    /// Killed at 2250 ms, because it did not give its device up.
+    fn killed(mut life: Lifecycle) -> Lifecycle {
+        life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
+        assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
+        life
+    }
+
+    #[test]
+    fn a_killed_process_that_hangs_is_told_of_and_then_quarantined() {
+        let mut life = killed(with_standby());
+        assert_eq!(life.deadline(), Some(at(12_250)));
+        assert_eq!(life.handle(at(12_249), Input::Tick), []);
+        let actions = life.handle(at(12_250), Input::Tick);
+        assert!(matches!(&actions[..], [Action::Warn(what)] if what.contains("killed 10 s ago")), "{actions:?}");
+        assert_eq!(life.deadline(), Some(at(77_250)));
+        assert_eq!(life.handle(at(77_249), Input::Tick), [], "told once");
+        let actions = life.handle(at(77_250), Input::Tick);
+        assert!(
+            matches!(&actions[..], [Action::Quarantine(why), Action::DropStandby(None)] if why.contains("for 75 s")),
+            "{actions:?}"
+        );
+        assert_eq!((life.state(), life.process_hangs(), life.history().total()), (&State::Quarantined, true, 1));
+        assert_eq!(life.deadline(), None);
+    }
+
+    #[test]
+    fn it_is_resumed_when_the_process_has_ended_and_not_before() {
+        let mut life = killed(live(1));
+        life.handle(at(80_000), Input::Tick);
+        assert!(life.process_hangs(), "though nobody looked at 10 s");
+        assert_eq!(life.handle(at(90_000), Input::Resume), [], "the device is not free");
+        assert_eq!(life.handle(at(100_000), Input::ProcessGone("killed".into())), [Action::Reset, Action::Report]);
+        assert_eq!(life.handle(at(100_100), Input::ResetDone), []);
+        assert_eq!((life.state(), life.process_hangs()), (&State::Quarantined, false));
+        assert_eq!(life.handle(at(101_000), Input::Resume), [Action::Reset]);
+        assert!(matches!(life.handle(at(101_100), Input::ResetDone)[..], [Action::Spawn(_)]));
+    }
+
+    #[test]
+    fn a_kill_that_needed_no_patience_has_its_end_as_well() {
+        for source in [Source::VmEnd, Source::ProcessExit] {
+            let mut life = live(1);
+            assert_eq!(life.handle(at(2000), Input::Failed(failure(source, 2000))).last(), Some(&Action::Kill));
+            assert!(matches!(life.handle(at(12_000), Input::Tick)[..], [Action::Warn(_)]));
+            assert!(matches!(life.handle(at(77_000), Input::Tick)[..], [Action::Quarantine(_)]));
+            assert_eq!(life.history().total(), u64::from(source.is_failure()));
+        }
+    }
+
+    #[test]
+    fn a_killed_process_that_ends_in_time_is_no_alarm() {
+        let mut life = killed(live(1));
+        assert_eq!(life.handle(at(12_000), Input::ProcessGone("killed".into())), [Action::Reset, Action::Report]);
+        life.handle(at(12_100), Input::ResetDone);
+        assert!(!life.handle(at(12_250), Input::Tick).iter().any(|action| matches!(action, Action::Warn(_))));
+    }
+
+    #[test]
+    fn a_stop_does_not_wait_for_what_hangs() {
+        let mut life = killed(live(1));
+        life.handle(at(80_000), Input::Tick);
+        assert_eq!(life.handle(at(81_000), Input::Stop), []);
+        assert_eq!(life.state(), &State::Stopped);
+        let mut life = killed(live(1));
+        assert_eq!(life.handle(at(5000), Input::Stop), [Action::Kill]);
+        assert!(matches!(life.handle(at(12_250), Input::Tick)[..], [Action::Warn(_)]), "since the first kill");
+        assert_eq!(life.handle(at(77_250), Input::Tick), []);
+        assert_eq!((life.state(), life.process_hangs()), (&State::Stopped, true));
+        let mut life = live(1);
+        life.handle(at(2000), Input::ProcessGone("signal 9".into()));
+        life.handle(at(2001), Input::ResetDone);
+        life.handle(at(90_000), Input::Stop);
+        assert_eq!(life.deadline(), Some(at(100_000)), "that of the life that is stopped, not of one before");
+    }
+}
