@@ -242,6 +242,7 @@ impl Supervisor {
     /// The process of driver VM `n` is gone, and with it its memory, its links and its hold of the device.
     pub(super) fn process_gone(&mut self, n: usize, how: String) {
         let driver = &mut self.drivers[n];
+        driver.collect_masks(Time::now());
         driver.registers = driver.life.take().map(|life| life.registers).unwrap_or_default();
         driver.exit.clone_from(&how);
         driver.available_memory = None;

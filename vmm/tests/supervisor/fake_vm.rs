@@ -253,6 +253,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
 
 /// The supervisor's messages to the process.
 fn obey(control: &Channel) {
+    let mut connections = Vec::new();
     while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
             ToVm::Kill => {
@@ -260,6 +261,8 @@ fn obey(control: &Channel) {
                 let _ = control.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Killed, registers }, &[]);
                 std::process::exit(0);
             }
+            // They end with this process.
+            ToVm::Connect { .. } => connections.extend(files),
             ToVm::Release => control.send(&FromVm::Released { at: Time::now().0 }, &[]).unwrap(),
             ToVm::Plug { .. } => {
                 assert_eq!(files.len(), 3, "container, group, device");
