@@ -14,7 +14,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::config::Machine;
 use umbra_vmm::host::{self, DeviceFiles, HostDevice};
 use umbra_vmm::record::events::Verbosity;
-use umbra_vmm::record::status::{DriverStatus, Status};
+use umbra_vmm::record::status::{DriverStatus, GuestStatus, Status};
 use umbra_vmm::supervisor::front::notify::Notify;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 use umbra_vmm::supervisor::start::rundir;
@@ -67,6 +67,18 @@ pub fn start_elsewhere() -> TestMachine {
     machine
 }
 
+/// Starts a machine whose driver VM is shared by the guests `web`, with this kernel command line, and `db`; it runs on when
+/// both are off.
+pub fn start_shared(web: &str, driver: &str) -> TestMachine {
+    let mut machine = make(web, driver, "");
+    let path = machine.dir.path().join("m.toml");
+    let db = "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\nnet = [{ driver = \"nic0\" }]\n";
+    fs::write(&path, fs::read_to_string(&path).unwrap() + db).unwrap();
+    fs::write(machine.dir.path().join("keep"), "").unwrap();
+    machine.start_again();
+    machine
+}
+
 /// Makes a machine and starts nothing.
 pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
@@ -93,7 +105,7 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         program: "/proc/self/exe".into(),
         host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
-        keep: false,
+        keep: dir.join("keep").exists(),
     };
     supervisor::run(&machine, options)
 }
@@ -181,6 +193,38 @@ impl TestMachine {
         assert!(matches!(response, Some(Response::Crashing { .. })), "{response:?}");
     }
 
+    /// A request about a guest: what went wrong, if anything did.
+    pub fn ask_about(&self, request: &Request) -> Result<(), String> {
+        match self.ask(request) {
+            Some(Response::Done { .. }) => Ok(()),
+            Some(Response::Error { what }) => Err(what),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits until guest `name` is as `wanted` has it.
+    pub fn wait_for_guest(&self, name: &str, what: &str, wanted: impl Fn(&GuestStatus) -> bool) -> GuestStatus {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let guests = self.status().map(|status| status.guests).unwrap_or_default();
+            let guest = guests.into_iter().find(|guest| guest.name == name);
+            match guest {
+                Some(guest) if wanted(&guest) => return guest,
+                _ if Instant::now() > until => panic!("waited in vain for {what}: {guest:#?}\n{}", self.events_text()),
+                _ => thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// Waits until the events contain `text` this many times.
+    pub fn wait_for_event(&self, text: &str, times: usize) {
+        let until = Instant::now() + PATIENCE;
+        while self.events_text().matches(text).count() < times {
+            assert!(Instant::now() < until, "waited in vain for {times} of {text}:\n{}", self.events_text());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// `umbra restart`; waits for the outcome.
     pub fn restart(&self, image: Option<&str>) -> Response {
         let image = image.map(|name| self.dir.path().join(name));
@@ -261,7 +305,12 @@ impl TestMachine {
 
     /// What the guest's process was told.
     pub fn guest_log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("web.log")).unwrap()
+        self.log_of("web")
+    }
+
+    /// What the process of this guest was told.
+    pub fn log_of(&self, guest: &str) -> String {
+        fs::read_to_string(self.dir.path().join(format!("{guest}.log"))).unwrap()
     }
 
     pub fn events_text(&self) -> String {

@@ -8,6 +8,7 @@ mod cases;
 mod clients;
 mod fake_vm;
 mod hostile;
+mod lives;
 mod machine;
 mod refused;
 mod upgrade;
@@ -33,8 +34,13 @@ fn main() -> ExitCode {
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, case) in
-        cases::ALL.iter().chain(clients::ALL).chain(hostile::ALL).chain(refused::ALL).chain(upgrade::ALL)
+    for (name, case) in cases::ALL
+        .iter()
+        .chain(clients::ALL)
+        .chain(hostile::ALL)
+        .chain(refused::ALL)
+        .chain(upgrade::ALL)
+        .chain(lives::ALL)
     {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;

@@ -1,0 +1,175 @@
+//! Lives that end apart: what happens to a guest costs its own end of a driver VM, and nobody else's.
+
+use std::fs;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::record::status::DriverStatus;
+use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
+
+use crate::machine::{TestMachine, start, start_shared};
+
+/// All of them.
+pub const ALL: &[crate::cases::Case] = &[
+    ("a_guest_s_reboot_costs_nobody_else_anything", a_guest_s_reboot_costs_nobody_else_anything),
+    (
+        "a_killed_guest_costs_nobody_else_anything_and_can_be_started",
+        a_killed_guest_costs_nobody_else_anything_and_can_be_started,
+    ),
+    ("a_guest_that_stands_still_holds_up_no_recovery", a_guest_that_stands_still_holds_up_no_recovery),
+    (
+        "a_guest_that_accuses_a_shared_driver_vm_loses_its_own_end",
+        a_guest_that_accuses_a_shared_driver_vm_loses_its_own_end,
+    ),
+    ("the_only_guest_that_accuses_its_driver_vm_is_believed", the_only_guest_that_accuses_its_driver_vm_is_believed),
+    ("a_guest_that_cannot_start_again_fails_alone", a_guest_that_cannot_start_again_fails_alone),
+    ("guests_are_stopped_started_and_rebooted_by_themselves", guests_are_stopped_started_and_rebooted_by_themselves),
+    ("a_rebooted_guest_keeps_its_driver_vm_and_standby", a_rebooted_guest_keeps_its_driver_vm_and_standby),
+];
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
+}
+
+/// Waits for the first life, live, with its standby ready.
+fn wait_ready(machine: &TestMachine) -> DriverStatus {
+    machine.wait_for("a standby", |driver| {
+        driver.state == "live" && driver.standby.as_ref().is_some_and(|standby| standby.state == "ready")
+    })
+}
+
+/// The driver VM and its standby are the processes that they were, and nothing was said to `db` but what it heard before.
+fn assert_undisturbed(machine: &TestMachine, before: &DriverStatus, heard: &str) {
+    let now = machine.wait_live(1);
+    assert_eq!((now.pid, now.failures, now.last_outage_ms), (before.pid, 0, None));
+    let (standby, was) = (now.standby.unwrap(), before.standby.clone().unwrap());
+    assert_eq!((standby.pid, standby.generation), (was.pid, was.generation), "{}", machine.events_text());
+    let news = machine.log_of("db").replace(heard, "");
+    assert!(!news.contains("Mask") && !news.contains("Attach") && !news.contains("Carrier"), "{news}");
+}
+
+fn a_guest_s_reboot_costs_nobody_else_anything() {
+    let machine = start_shared("reset-in=1", "");
+    let before = wait_ready(&machine);
+    let heard = machine.log_of("db");
+    // It resets 300 ms after each time that it goes live.
+    machine.wait_for_event("\"guest-rebooted\"", 5);
+    machine.wait_for_event("\"end-live\"", 4);
+    assert_undisturbed(&machine, &before, &heard);
+    machine.press(StopHow::Kill);
+}
+
+fn a_killed_guest_costs_nobody_else_anything_and_can_be_started() {
+    let machine = start_shared("", "");
+    let before = wait_ready(&machine);
+    let heard = machine.log_of("db");
+    let web = machine.wait_for_guest("web", "a process", |guest| guest.pid.is_some());
+    signal(web.pid.unwrap(), Signal::SIGKILL);
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    assert!(web.reason.unwrap().contains("signal 9"));
+    machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
+    machine.wait_for_event("\"end-live\"", 1);
+    assert_eq!(machine.wait_for_guest("web", "it", |guest| guest.state == "running").reason, None);
+    assert_undisturbed(&machine, &before, &heard);
+    machine.stop();
+}
+
+fn a_guest_that_stands_still_holds_up_no_recovery() {
+    let machine = start_shared("", "");
+    machine.wait_live(1);
+    let web = machine.wait_for_guest("web", "a process", |guest| guest.pid.is_some()).pid.unwrap();
+    signal(web, Signal::SIGSTOP);
+    for generation in 2..4 {
+        machine.crash(CrashKind::Panic);
+        machine.wait_live(generation);
+        let told = format!("generation: Generation({generation}), replay: Everything");
+        assert!(machine.log_of("db").contains(&told), "{}", machine.log_of("db"));
+    }
+    machine.wait_for_event("does not answer", 2);
+    assert!(!machine.events_text().contains("quarantined"));
+    signal(web, Signal::SIGCONT);
+    machine.wait_for_event("\"guest\":\"web\",\"device\":\"net0\",\"driver\":\"nic0\",\"generation\":3", 1);
+    machine.stop();
+}
+
+fn a_guest_that_accuses_a_shared_driver_vm_loses_its_own_end() {
+    let machine = start_shared("accuse ", "");
+    let before = wait_ready(&machine);
+    let heard = machine.log_of("db");
+    // Connected again after each accusation, later and later, and at last left alone.
+    machine.wait_for_event("is left alone until", 1);
+    assert!(machine.guest_log().contains("attempt: 3") && machine.guest_log().contains("Quarantine"));
+    assert_undisturbed(&machine, &before, &heard);
+    machine.stop();
+}
+
+fn the_only_guest_that_accuses_its_driver_vm_is_believed() {
+    let machine = start("accuse ", "", "limit = 1");
+    machine.wait_for("the end of it", |driver| driver.state == "quarantined");
+    let report = machine.report(1);
+    assert_eq!(report["source"], "link");
+    assert!(report["reason"].as_str().unwrap().contains("a rule"), "{report}");
+    machine.stop();
+}
+
+fn a_guest_that_cannot_start_again_fails_alone() {
+    let machine = start_shared("", "");
+    let before = wait_ready(&machine);
+    let heard = machine.log_of("db");
+    fs::rename(machine.dir.path().join("kernel"), machine.dir.path().join("gone")).unwrap();
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    assert!(web.reason.unwrap().contains("its kernel is gone"));
+    assert_undisturbed(&machine, &before, &heard);
+    fs::rename(machine.dir.path().join("gone"), machine.dir.path().join("kernel")).unwrap();
+    machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
+    machine.wait_for_event("\"end-live\"", 1);
+    assert_undisturbed(&machine, &before, &heard);
+    machine.stop();
+}
+
+fn guests_are_stopped_started_and_rebooted_by_themselves() {
+    let machine = start_shared("", "");
+    let before = wait_ready(&machine);
+    let name = || "web".to_owned();
+    let first = machine.wait_for_guest("web", "it", |guest| guest.state == "running").pid;
+    assert!(machine.ask_about(&Request::StartGuest { name: name() }).unwrap_err().contains("it is running"));
+    machine.ask_about(&Request::RebootGuest { name: name(), how: StopHow::PowerButton }).unwrap();
+    let second = machine.wait_for_guest("web", "it", |guest| guest.state == "running" && guest.pid != first).pid;
+    machine.ask_about(&Request::RebootGuest { name: name(), how: StopHow::Kill }).unwrap();
+    machine.wait_for_guest("web", "it", |guest| guest.state == "running" && guest.pid != second && guest.pid != first);
+    for how in [StopHow::PowerButton, StopHow::Kill] {
+        machine.ask_about(&Request::StopGuest { name: name(), how }).unwrap();
+        machine.wait_for_guest("web", "its end", |guest| guest.state == "off");
+        assert!(machine.ask_about(&Request::StopGuest { name: name(), how }).unwrap_err().contains("it is off"));
+        machine.ask_about(&Request::StartGuest { name: name() }).unwrap();
+        machine.wait_for_guest("web", "it", |guest| guest.state == "running");
+    }
+    let unknown = machine.ask_about(&Request::StopGuest { name: "www".into(), how: StopHow::Kill }).unwrap_err();
+    assert!(unknown.contains("there is web, db") || unknown.contains("there is db, web"), "{unknown}");
+    // The machine was told to go on without guests.
+    for guest in ["web", "db"] {
+        machine.ask_about(&Request::StopGuest { name: guest.into(), how: StopHow::PowerButton }).unwrap();
+        machine.wait_for_guest(guest, "its end", |guest| guest.state == "off");
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(machine.wait_live(1).pid, before.pid);
+    machine.ask_about(&Request::StartGuest { name: "db".into() }).unwrap();
+    machine.wait_for_guest("db", "it", |guest| guest.state == "running");
+    machine.stop();
+}
+
+fn a_rebooted_guest_keeps_its_driver_vm_and_standby() {
+    let machine = start("reset-in=1", "", "");
+    let before = wait_ready(&machine);
+    machine.wait_for_event("\"guest-rebooted\"", 2);
+    machine.wait_for_event("\"end-live\"", 2);
+    let now = machine.wait_live(1);
+    assert_eq!((now.pid, now.failures), (before.pid, 0));
+    assert_eq!(now.standby.unwrap().pid, before.standby.unwrap().pid);
+    assert!(machine.guest_log().contains("attempt: 3"), "{}", machine.guest_log());
+    assert!(!machine.events_text().contains("\"masked\""), "it is not the driver VM that was lost");
+    machine.press(StopHow::Kill);
+}
