@@ -505,15 +505,17 @@ impl Lifecycle {
         if let Some((_, sign)) = self.suspicion.take() {
             failure.at = failure.at.min(sign.at);
         }
+        // Without a carrier nothing of the log has gone out that could be what killed it.
+        let replays = self.carrier == Carrier::Up;
         let lived = match &self.state {
             State::Live { since } => {
                 // What is replayed to it at an end that came late may be what has killed it.
-                if failure.source.is_failure() {
+                if failure.source.is_failure() && replays {
                     self.suspects.died(&self.late, true);
                 }
                 Some(now.since(*since))
             }
-            State::GoingLive { waiting, .. } if failure.source.is_failure() => {
+            State::GoingLive { waiting, .. } if failure.source.is_failure() && replays => {
                 self.suspects.died(waiting, true);
                 None
             }

@@ -16,26 +16,7 @@ use crate::record::timeline::{Step, Timeline};
 use crate::wire::messages::{MaskedCounts, Replay, ToVm};
 
 impl Supervisor {
-    /// Gives `input` to the life cycle of driver VM `n` and does what it asks for.
-    pub(super) fn drive(&mut self, n: usize, input: Input) {
-        let _about = self.drivers[n].span().entered();
-        let now = Time::now();
-        let before = self.drivers[n].lifecycle.state().name();
-        let actions = self.drivers[n].lifecycle.handle(now, input);
-        let after = self.drivers[n].lifecycle.state().name();
-        if before != after {
-            tracing::debug!(before, after, "state");
-        }
-        for action in actions {
-            self.act(n, action, now);
-        }
-        let driver = &mut self.drivers[n];
-        if matches!(driver.lifecycle.state(), State::Quarantined | State::Stopped) {
-            driver.close_files();
-        }
-    }
-
-    fn act(&mut self, n: usize, action: Action, now: Time) {
+    pub(super) fn act(&mut self, n: usize, action: Action, now: Time) {
         match action {
             Action::Reset => self.reset(n),
             Action::Spawn(generation) => self.spawn(n, generation),
@@ -128,8 +109,8 @@ impl Supervisor {
         match driver.holder.begin_reset(driver.device.clone(), driver.span()) {
             Ok(job) => driver.resetting = Some(job),
             Err(error) => {
-                driver.reset_failed = true;
                 self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
+                self.drive(n, Input::ResetDone);
             }
         }
     }

@@ -24,6 +24,7 @@ use super::front::protocol::StopHow;
 use super::front::server::Clients;
 use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
+use super::inbox::Inbox;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
 use super::start::rundir::{RunDir, RunDirError};
@@ -143,6 +144,8 @@ pub(super) struct Supervisor {
     pub(super) in_service: bool,
     /// The machine runs on without guests, until it is stopped.
     keep: bool,
+    /// What the life cycles are still to be told.
+    pub(super) inbox: Inbox,
 }
 
 /// Runs `machine` until all its guests have ended, or it is stopped.
@@ -270,6 +273,7 @@ impl Supervisor {
             failure: None,
             in_service: false,
             keep: false,
+            inbox: Inbox::default(),
         }
     }
 
@@ -319,11 +323,9 @@ impl Supervisor {
         let questions = self.drivers.iter().filter_map(DriverVm::question_due);
         let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
-        let failed = self.drivers.iter().filter(|driver| driver.reset_failed).map(|_| Time(0));
         let suspicions = self.drivers.iter().filter_map(DriverVm::suspicion_due);
         let connections = self.drivers.iter().filter_map(DriverVm::connection_due);
         drivers
-            .chain(failed)
             .chain(suspicions)
             .chain(connections)
             .chain(dying)
@@ -439,9 +441,6 @@ impl Supervisor {
             }
             if let Some(why) = self.drivers[n].take_suspicion(now) {
                 self.drive(n, Input::StandbyFailed(why));
-            }
-            if std::mem::take(&mut self.drivers[n].reset_failed) {
-                self.drive(n, Input::ResetDone);
             }
             if self.drivers[n].connection_due().is_some_and(|due| due <= now) {
                 self.connect_ends(n);

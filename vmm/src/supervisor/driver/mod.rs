@@ -101,8 +101,6 @@ pub(in crate::supervisor) struct DriverVm {
     /// The next life, while it waits.
     pub(in crate::supervisor) standby: Option<StandbyVm>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
-    /// A reset could not even begin; the life cycle is told at the end of this turn of the loop.
-    pub(in crate::supervisor) reset_failed: bool,
     pub(in crate::supervisor) console: Console,
     pub(in crate::supervisor) reset_method: Option<ResetMethod>,
     /// Steps since the last failure, or since the start.
@@ -219,7 +217,6 @@ impl DriverVm {
             watch: None,
             dying: None,
             ending: Vec::new(),
-            reset_failed: false,
             standby: None,
             resetting: None,
             console: Console::new(run_dir.console_log(name)),
