@@ -122,7 +122,10 @@ impl Addresses {
     /// Of a frame behind its virtio-net header; it is at least [`crate::header::MIN_FRAME`] long.
     fn of(chain: &Chain<'_>) -> Self {
         let mut bytes = [0; ADDRESSES_LEN];
-        gather(chain.readable(), HEADER_LEN, &mut bytes);
+        match chain.readable().first().and_then(|first| first.subslice(HEADER_LEN, ADDRESSES_LEN).ok()) {
+            Some(all) => all.copy_to(&mut bytes[..]),
+            None => gather(chain.readable(), HEADER_LEN, &mut bytes),
+        };
         let [a, b, c, d, e, f, source @ ..] = bytes;
         Self { destination: [a, b, c, d, e, f], source }
     }
@@ -206,7 +209,8 @@ fn move_frames<T: Tap>(
                 if addresses.is_some_and(|addresses| !tap.admits(&addresses)) {
                     Put::Foreign
                 } else {
-                    let payload = Payload::Chain(&chain, len, addresses);
+                    // What a driver VM writes there meanwhile decides nothing.
+                    let payload = Payload::Chain(&chain, len, addresses.filter(|_| flow.source == Owner::Guest));
                     let put = put_frame(&mut to, flow, &header, &payload, &mut space, tap);
                     work += space.chain.cost;
                     put?

@@ -1,4 +1,5 @@
-//! Two guests share one NIC: both reach the peer and each other, and both outlive a crash of the driver VM.
+//! Two guests share one NIC: both reach the peer and each other, and both outlive a crash of the driver VM; neither can take the
+//! other's address.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -16,6 +17,22 @@ fn all_reach_all(place: &mut Place) {
     }
 }
 
+/// The guest `db` takes the address of `web` for its device.
+fn take_the_address(place: &mut Place) {
+    let address = "cat /sys/class/net/eth0/address";
+    let web = place.in_guest("web", address, STEP).or_tell().trim().to_owned();
+    let own = place.in_guest("db", address, STEP).or_tell().trim().to_owned();
+    let take =
+        |address: &str| format!("ip link set eth0 down; ip link set eth0 address {address}; ip link set eth0 up");
+    place.in_guest("db", &take(&web), STEP).or_tell();
+    let peer = peer_address(0);
+    place.in_guest("db", &format!("! ping -c 2 -W 2 {peer}"), STEP).or_tell();
+    place.in_guest("web", &format!("ping -c 5 -W 5 {peer} | grep ' 0% packet loss'"), STEP).or_tell();
+    place.expect("umbra events | grep \"db: net0 uses .* another's address\"", STEP).or_tell();
+    place.expect("umbra status --json | grep -q '\"foreign_source\": *[1-9]'", STEP).or_tell();
+    place.in_guest("db", &take(&own), STEP).or_tell();
+}
+
 #[test]
 fn two_guests_share_a_nic_through_a_crash() {
     scenario(share_a_nic_through_a_crash);
@@ -30,6 +47,9 @@ fn share_a_nic_through_a_crash() {
     place.expect("umbra crash nic0", STEP).or_tell();
     machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
     say("after the crash");
+    all_reach_all(&mut place);
+    say("one takes the other's address");
+    take_the_address(&mut place);
     all_reach_all(&mut place);
     machine.stop(&mut place).or_tell();
 }

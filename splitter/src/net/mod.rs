@@ -178,6 +178,7 @@ pub struct NetSplitter {
     sources: Sources,
     /// When neighbours were asked last, to show that the NIC forwards.
     asked: Option<Duration>,
+    /// When this was made: the zero of the times that the shadow and the guard of sources get.
     started: Instant,
 }
 
@@ -444,11 +445,6 @@ impl NetSplitter {
         let _ = self.wake.write(1);
     }
 
-    /// Since this was made; it does not go back.
-    fn now(&self) -> Duration {
-        self.started.elapsed()
-    }
-
     fn tell_rx_mode(&mut self) {
         self.sources.set_time(self.started.elapsed());
         let mode = self.sources.narrowed(self.shadow.filter());
@@ -535,7 +531,7 @@ impl NetSplitter {
         }
         // First, because it shows whether the NIC forwards.
         self.inward();
-        let now = self.now();
+        let now = self.started.elapsed();
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let id = link.id;
         let (shadow, counts, asked) = (&mut self.shadow, &mut self.outward, &mut self.asked);
