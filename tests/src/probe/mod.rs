@@ -8,6 +8,7 @@ pub mod client;
 pub mod kill;
 pub mod mute;
 pub mod net;
+pub mod patience;
 pub mod port;
 pub mod registers;
 pub mod reinit;

@@ -1,9 +1,6 @@
 //! Two guests share one NIC: both reach the peer and each other, and both outlive a crash of the driver VM.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
-use common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
+use crate::common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
 use umbra_tests::demo::machine::Machine;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::{guest_address, peer_address};
@@ -12,7 +9,9 @@ fn all_reach_all(place: &mut Place) {
     for (name, other) in [("web", 1), ("db", 0)] {
         let peer = peer_address(0);
         place.in_guest(name, &format!("umbra-probe first-answer {peer} 20"), STEP).or_tell();
-        place.in_guest(name, &format!("ping -c 2 -W 5 {}", guest_address(0, other)), STEP).or_tell();
+        place
+            .in_guest(name, &format!("ping -c 2 -W $((5 * UMBRA_PATIENCE)) {}", guest_address(0, other)), STEP)
+            .or_tell();
     }
 }
 
