@@ -342,7 +342,8 @@ fn sound_alone(demo: &mut Demo<'_>, kind: Kind) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// A panic, then `kill -9` of the next life as soon as its link is up: the supervisor then has the log replayed. A watcher in the place does it, which is quicker than this process could be.
+/// A panic, then `kill -9` of the next life as soon as its link is up: the supervisor then has the log replayed. A watcher
+/// in the place does it, which is quicker than this process could be.
 fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     let events = format!("{}/events.jsonl", demo.place.share_inside());
     let mut watcher = demo.place.start(&format!("umbra-probe kill-at carrier {events}"))?;

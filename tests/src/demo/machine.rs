@@ -18,7 +18,7 @@ use crate::probe::wire::{LONG_PORT_NAME, PORT_NAME};
 
 /// Longest time in which a machine that starts may tell and print nothing, as on the reference machine; two minutes on an idle
 /// one are unheard of.
-const START_LIMIT: Duration = Duration::from_secs(240);
+const START_LIMIT: Duration = Duration::from_secs(150);
 /// The same for a single command.
 const STEP: Duration = Duration::from_secs(60);
 

@@ -15,7 +15,7 @@ use umbra_tests::suite::Needed;
 /// Longest time in which nothing may move during a single step, as on the reference machine (`umbra_tests::bench::patience`).
 pub const STEP: Duration = Duration::from_secs(60);
 /// The same during a recovery or the boot of a standby.
-pub const RECOVERY: Duration = Duration::from_secs(240);
+pub const RECOVERY: Duration = Duration::from_secs(150);
 
 /// The target whose scenarios run as on a machine four times slower.
 const BRAKED: &str = "braked";
