@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::common::{OrTell, STEP, assets, scenario};
+use crate::common::{OrTell, STEP, assets, braked};
 use umbra_tests::bench::{Bench, BenchError, BenchSpec, Storage};
 
 #[test]
 fn scripts_run_devices_are_where_they_should_be_and_a_nic_reaches_the_peer() {
-    scenario(scripts_run);
+    braked(crate::SPEED, scripts_run);
 }
 
 fn scripts_run() {

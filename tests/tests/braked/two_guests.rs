@@ -1,6 +1,6 @@
 //! Two guests share one NIC: both reach the peer and each other, and both outlive a crash of the driver VM.
 
-use crate::common::{OrTell, RECOVERY, STEP, place_with, say, scenario};
+use crate::common::{OrTell, RECOVERY, STEP, braked, place_with, say};
 use umbra_tests::demo::machine::Machine;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::{guest_address, peer_address};
@@ -17,7 +17,7 @@ fn all_reach_all(place: &mut Place) {
 
 #[test]
 fn two_guests_share_a_nic_through_a_crash() {
-    scenario(share_a_nic_through_a_crash);
+    braked(crate::HALF, share_a_nic_through_a_crash);
 }
 
 fn share_a_nic_through_a_crash() {

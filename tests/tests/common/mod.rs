@@ -17,10 +17,6 @@ pub const STEP: Duration = Duration::from_secs(60);
 /// The same during a recovery or the boot of a standby.
 pub const RECOVERY: Duration = Duration::from_secs(150);
 
-/// The target whose scenarios run as on a machine four times slower.
-const BRAKED: &str = "braked";
-const BRAKED_SPEED: f64 = 0.25;
-
 /// Set to 1 to leave out what needs QEMU.
 const SKIP: &str = "UMBRA_SKIP_BENCH";
 
@@ -40,9 +36,6 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
     if skipped() {
         return;
     }
-    if env!("CARGO_CRATE_NAME") == BRAKED {
-        brake::at_most(BRAKED_SPEED);
-    }
     let attempts = attempts::allowed();
     let note = |attempts, ok| Needed { scenario: this_scenario(), attempts, ok }.note();
     for attempt in 1..=attempts {
@@ -55,6 +48,12 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
             Err(_) => say(&format!("attempt {attempt} of {attempts} failed on an emulated machine (above); once more")),
         }
     }
+}
+
+/// As [`scenario`], as on a machine so much slower: `speed` is a share of this one's.
+pub fn braked(speed: f64, run: impl Fn() + std::panic::RefUnwindSafe) {
+    brake::at_most(speed);
+    scenario(run);
 }
 
 /// Target and test, as far as the runner names its threads.
