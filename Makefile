@@ -1,5 +1,6 @@
 # Umbra's commands. `make` alone lists them.
 #   NIC=e1000e|rtl8139|igb  SOUND=hda|es1370|ac97|none  CRASHES=3  UMBRA_CACHE=folder for what is fetched
+#   UMBRA_BENCH_SPEED=0.25: the emulator runs as on a machine four times slower
 #   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
 SOUND   ?= hda
@@ -27,15 +28,15 @@ toolchain:
 	@.ci/toolchain
 
 build: toolchain
-	@echo '==> building Umbra (release, static)'
-	@$(CARGO) build --release --bins --quiet
+	@echo '==> building Umbra (release, static); some minutes the first time'
+	@$(CARGO) build --release --bins
 	@$(MAKE) --no-print-directory sound
 
 # The one program that is linked dynamically (driver-vm/sound/Cargo.toml says why): flags and folder of its own.
 sound: toolchain
 	@pkg-config --exists alsa || { echo '==> installing alsa-lib, with which the sound service is built'; \
-	  apt-get -qq update && apt-get -qq install -y --no-install-recommends libasound2-dev pkg-config >/dev/null; }
-	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) build --release --quiet
+	  .ci/apt-get install -y --no-install-recommends libasound2-dev pkg-config; }
+	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) build --release
 	@install -m 755 target/sound/$(notdir $(patsubst %/,%,$(dir $(TARGET))))/release/umbra-sound $(TARGET)/umbra-sound
 
 browser:
@@ -54,7 +55,7 @@ test: build browser
 	@echo '==> testing the sound service, which has a workspace of its own'
 	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) test --release --quiet
 	@echo '==> running all tests (release; one test machine at a time)'
-	@$(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
+	@$(BENCH) suite -- $(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

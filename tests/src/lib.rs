@@ -2,7 +2,8 @@
 //! scripts in it and in the guests inside it, and measures from outside. Scenarios, the demo and the benchmarks are
 //! built on it; `docs/bench.md` shows how to use it for one's own CI.
 //!
-//! This crate runs on a developer's machine and trusts what it boots as little as it must: every wait has a deadline.
+//! This crate runs on a developer's machine and trusts what it boots as little as it must: every wait ends when nothing
+//! moves any more ([`bench::patience`]).
 
 pub mod assets;
 pub mod bench;
@@ -12,4 +13,5 @@ pub mod measure;
 pub mod peer;
 pub mod probe;
 pub mod sound;
+pub mod suite;
 pub mod wav;

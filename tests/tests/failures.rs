@@ -5,6 +5,7 @@ mod common;
 
 use common::{OrTell, RECOVERY, STEP, carrier_changes, guest_reaches_peer, place_with, say, scenario};
 use umbra_tests::demo::machine::{Machine, NIC_DRIVER};
+use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
 
 fn live(machine: &mut Machine) -> u32 {
@@ -18,16 +19,17 @@ fn the_guest_outlives_kills_and_sees_link_down_only_in_quarantine() {
 
 fn outlive_kills_until_quarantine() {
     let (mut place, mut spec) = place_with("failures", "e1000e");
-    // The fifth failure is one too many.
-    spec.restart_limit = 4;
+    // The eighth failure is one too many.
+    spec.restart_limit = 7;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_reaches_peer(&mut place);
+    start_over(&mut machine, &mut place);
     let before = carrier_changes(&mut place);
 
     say("kill -9 of the driver VM's process");
     let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
     place.expect(&format!("kill -9 {pid}"), STEP).or_tell();
-    assert_eq!(live(&mut machine), 2);
+    live(&mut machine);
     guest_reaches_peer(&mut place);
 
     say("kill -9 while the log is replayed");
@@ -37,7 +39,7 @@ fn outlive_kills_until_quarantine() {
         .in_guest("web", &format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", peer_address(0)), STEP)
         .or_tell();
     place.expect("umbra crash nic0", STEP).or_tell();
-    assert!(watcher.poll(RECOVERY).or_tell(), "the watcher saw no replay");
+    place.await_end(&mut watcher, RECOVERY, |_| Ok(())).or_tell();
     let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or_else(|_| panic!("{:?}", watcher.output()));
     while live(&mut machine) <= killed {}
     guest_reaches_peer(&mut place);
@@ -50,7 +52,7 @@ fn outlive_kills_until_quarantine() {
     machine.await_event(RECOVERY, |event| event.event == "quarantined").or_tell();
     let status = place.expect("umbra status", STEP).or_tell();
     assert!(status.contains("quarantined"), "{status}");
-    let down = "n=0; while grep -q 1 /sys/class/net/e*/carrier 2>/dev/null; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 50000; done; dmesg | tail -n 3";
+    let down = "await 10 sh -c '! grep -q 1 /sys/class/net/e*/carrier' && dmesg | tail -n 3";
     place.in_guest("web", down, STEP).or_tell();
 
     say("the quarantine is ended");
@@ -64,22 +66,17 @@ fn outlive_kills_until_quarantine() {
     assert!(!left.ok(), "processes are left: {}", left.stdout);
 }
 
-#[test]
-fn after_two_deaths_on_its_way_up_the_guest_s_device_starts_over() {
-    scenario(start_over);
-}
-
-fn start_over() {
-    let (mut place, spec) = place_with("start-over", "e1000e");
-    let mut machine = Machine::start(&mut place, &spec).or_tell();
-    guest_reaches_peer(&mut place);
-    let before = carrier_changes(&mut place);
+/// After two deaths on its way up the guest's device starts over.
+fn start_over(machine: &mut Machine, place: &mut Place) {
+    say("killed twice while it is set up");
+    let before = carrier_changes(place);
     // Its link takes half a second, so that the blow falls while the NIC is set up as the guest has asked.
     let strike = format!("umbra-probe kill-at forwarding {}/events.jsonl", place.share_inside());
     let mut watcher = place.start(&strike).or_tell();
     place.expect("umbra crash nic0", STEP).or_tell();
     for blow in ["first", "second"] {
-        assert!(watcher.poll(RECOVERY).or_tell(), "the {blow} blow did not fall");
+        say(blow);
+        place.await_end(&mut watcher, RECOVERY, |_| Ok(())).or_tell();
         assert!(watcher.output().ok(), "{:?}", watcher.output());
         if blow == "first" {
             watcher = place.start(&strike).or_tell();
@@ -87,8 +84,7 @@ fn start_over() {
     }
     let told = machine.await_event(RECOVERY, |event| event.event == "clean-start").or_tell();
     assert_eq!((told.text("guest"), told.text("device")), ("web", "net0"));
-    live(&mut machine);
-    guest_reaches_peer(&mut place);
-    assert_eq!(carrier_changes(&mut place), before + 2, "the link went down and came up again");
-    machine.stop(&mut place).or_tell();
+    live(machine);
+    guest_reaches_peer(place);
+    assert_eq!(carrier_changes(place), before + 2, "the link went down and came up again");
 }

@@ -8,8 +8,8 @@ use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::machine::{Machine, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::Sound;
 use umbra_tests::sound::player::{PATIENT, Player};
+use umbra_tests::sound::{Length, Sound};
 
 const GUEST: &str = "web";
 const SECONDS: u32 = 60;
@@ -21,7 +21,7 @@ fn a_card_that_is_gone_is_a_dead_card_until_it_is_back() {
 
 fn lose_the_card() {
     let assets = assets();
-    let sound = Sound::new(&["hda".into()], SECONDS, &assets).or_tell();
+    let sound = Sound::new(&["hda".into()], Length::Seconds(SECONDS), &assets).or_tell();
     let mut bench = BenchSpec::new("given-up").nics(&[]);
     sound.add_to(&mut bench);
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
@@ -35,7 +35,7 @@ fn lose_the_card() {
     let given_up = machine.await_event(RECOVERY, |event| event.event == "quarantined").or_tell();
     say(given_up.text("reason"));
     assert!(given_up.text("reason").contains("no PCI device"), "{given_up:?}");
-    let ended = player.wait(&mut place, STEP).or_tell();
+    let ended = player.wait(&mut place).or_tell();
     say(&format!("mpg123: status {}, said {:?}", ended.status, ended.said.trim()));
     assert!(ended.status != 0 || !ended.said.is_empty(), "the player was told nothing of a card that is gone");
     let status = place.expect("umbra status", STEP).or_tell();
@@ -45,7 +45,7 @@ fn lose_the_card() {
 
     say("the card is back");
     place
-        .expect("echo 1 > /sys/bus/pci/rescan; await 5 test -e /sys/bus/pci/devices/$SND0 && vfio $SND0", STEP)
+        .expect("echo 1 > /sys/bus/pci/rescan; await 10 test -e /sys/bus/pci/devices/$SND0 && vfio $SND0", STEP)
         .or_tell();
     let serves = place.expect(&format!("umbra resume {SOUND_DRIVER}"), RECOVERY).or_tell();
     assert!(serves.contains("serves"), "{serves}");

@@ -4,15 +4,18 @@
 
 mod common;
 
+use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
+use umbra_tests::bench::patience::whole_factor;
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
 use umbra_tests::sound::player::{PATIENT, Player};
-use umbra_tests::sound::{RATE, Sound, recording};
+use umbra_tests::sound::{Length, RATE, Sound, recording};
 use umbra_tests::wav::{Wav, tone};
 
 const GUEST: &str = "web";
@@ -48,10 +51,10 @@ fn play(place: &mut Place, spec: &MachineSpec, records: bool) -> usize {
     std::thread::sleep(Duration::from_secs(2));
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
-    let ended = player.wait(place, RECOVERY).or_tell();
+    let ended = player.wait(place).or_tell();
     assert_eq!((ended.status, ended.said.as_str()), (0, ""), "the player noticed");
     if let Some(recorder) = recorder {
-        let ended = recorder.wait(place, RECOVERY).or_tell();
+        let ended = recorder.wait(place).or_tell();
         let bytes = 44 + u64::from(seconds) * u64::from(RATE) * 4;
         assert_eq!((ended.status, ended.said.trim()), (0, bytes.to_string().as_str()), "the recorder noticed");
     }
@@ -61,27 +64,22 @@ fn play(place: &mut Place, spec: &MachineSpec, records: bool) -> usize {
     rest
 }
 
-fn hold_on_every_card() {
-    let assets = assets();
-    let models: Vec<_> = CARDS.iter().map(|card| card.model.into()).collect();
-    let sound = Sound::new(&models, SECONDS, &assets).or_tell();
-    let mut bench = BenchSpec::new("sound").nics(&[]);
-    sound.add_to(&mut bench);
-    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
-    sound.prepare(&mut place).or_tell();
-    let (mut begins, mut rests) = (Vec::new(), Vec::new());
+/// A machine for each card; where each begins in the recording, and what its guest's driver kept to itself.
+fn hold_on_every_card(place: &mut Place, sound: &Sound) -> Vec<(Range<usize>, usize)> {
+    let mut parts = Vec::new();
     for (n, card) in CARDS.iter().enumerate() {
         say(card.model);
-        let spec = sound.machine(n, &mut place, "hold").or_tell();
-        begins.push(recording::frames_so_far(&place.wav()).unwrap());
-        rests.push(play(&mut place, &spec, card.records));
+        let spec = sound.machine(n, place, "hold").or_tell();
+        let begin = recording::frames_so_far(&place.wav()).unwrap();
+        let rest = play(place, &spec, card.records);
+        parts.push((begin..recording::frames_so_far(&place.wav()).unwrap(), rest));
     }
-    begins.push(recording::frames_so_far(&place.wav()).unwrap());
-    let Place::Bench(bench) = place else { unreachable!("it is one") };
-    let wav = bench.wav();
-    bench.shutdown().or_tell();
-    for ((Case { model, exact, .. }, rest), part) in CARDS.iter().zip(rests).zip(begins.windows(2)) {
-        let heard = recording::judge(&wav, part[0]..part[1], &sound.song).or_tell().analysis;
+    parts
+}
+
+fn judge_holding(wav: &Path, sound: &Sound, parts: Vec<(Range<usize>, usize)>) {
+    for (Case { model, exact, .. }, (part, rest)) in CARDS.iter().zip(parts) {
+        let heard = recording::judge(wav, part, &sound.song).or_tell().analysis;
         say(&format!("{model}: {}, {rest} frames not sent", serde_json::to_string(&heard).unwrap()));
         assert!(!heard.silences.is_empty(), "{model}: no crash is heard");
         if *exact {
@@ -93,44 +91,34 @@ fn hold_on_every_card() {
     }
 }
 
-/// What a desktop does: a sound server has the card, and a player speaks to the server.
-fn a_sound_server() {
-    let assets = assets();
-    let sound = Sound::new(&["hda".into()], SECONDS, &assets).or_tell();
-    let server = assets.sound_server().or_tell();
-    let mut bench = BenchSpec::new("sound-server").nics(&[]);
-    sound.add_to(&mut bench);
-    bench.files.push(server.clone());
-    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
-    sound.prepare(&mut place).or_tell();
-    let mut spec = sound.machine(0, &mut place, "skip").or_tell();
-    spec.archives.push(server.file_name().unwrap().to_string_lossy().into_owned());
-    let mut machine = Machine::start(&mut place, &spec).or_tell();
+/// What a desktop does: a sound server has the card, and a player speaks to the server. Its part of the recording.
+fn a_sound_server(place: &mut Place, machine: &mut Machine) -> Range<usize> {
+    say("a sound server");
     machine.await_standby(SOUND_DRIVER, RECOVERY).or_tell();
-    let before = GuestLog::read(&mut place, GUEST).or_tell();
+    let begin = recording::frames_so_far(&place.wav()).unwrap();
+    let before = GuestLog::read(place, GUEST).or_tell();
     // As root and without the message bus of a desktop.
     let start = format!(
         "mkdir -p /run /root; mpg123 -q -w /tmp/song.wav /song.mp3 && export PULSE_RUNTIME_PATH=/tmp/pulse && \
          {{ pulseaudio -n --exit-idle-time=-1 -L 'module-alsa-sink device=hw:0 rate={RATE}' -L module-native-protocol-unix \
-         </dev/null >/tmp/pulseaudio.log 2>&1 & }}; n=0; while ! [ -S /tmp/pulse/native ] && [ $n -lt 200 ]; do n=$((n+1)); usleep 50000; done; \
-         cat /tmp/pulseaudio.log; [ -S /tmp/pulse/native ]"
+         </dev/null >/tmp/pulseaudio.log 2>&1 & }}; await 30 test -S /tmp/pulse/native; cat /tmp/pulseaudio.log; [ -S /tmp/pulse/native ]"
     );
     say(place.in_guest(GUEST, &start, RECOVERY).or_tell().trim());
-    let player =
-        Player::run(&mut place, GUEST, "paplay", "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav").or_tell();
-    std::thread::sleep(Duration::from_secs(4));
+    let play = "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav";
+    let player = Player::run(place, GUEST, "paplay", play).or_tell();
+    recording::await_sound(&place.wav(), Duration::from_secs(2), RECOVERY).or_tell();
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
-    let ended = player.wait(&mut place, RECOVERY).or_tell();
+    let ended = player.wait(place).or_tell();
     assert_eq!((ended.status, ended.said.as_str()), (0, ""), "the player noticed");
     say(place.in_guest(GUEST, "cat /tmp/pulseaudio.log", STEP).or_tell().trim());
-    let log = GuestLog::read(&mut place, GUEST).or_tell().since(&before);
+    let log = GuestLog::read(place, GUEST).or_tell().since(&before);
     assert!(log.is_clean(), "{:#?}", log.lines);
-    machine.stop(&mut place).or_tell();
-    let Place::Bench(bench) = place else { unreachable!("it is one") };
-    let wav = bench.wav();
-    bench.shutdown().or_tell();
-    let heard = recording::judge(&wav, 0..usize::MAX, &sound.song).or_tell().analysis;
+    begin..recording::frames_so_far(&place.wav()).unwrap()
+}
+
+fn judge_server(wav: &Path, sound: &Sound, part: Range<usize>) {
+    let heard = recording::judge(wav, part, &sound.song).or_tell().analysis;
     say(&serde_json::to_string(&heard).unwrap());
     assert!(!heard.silences.is_empty(), "no crash is heard");
     // The server fills its last period up.
@@ -145,41 +133,34 @@ const AUDIBLE: f64 = 500.0;
 /// So much of the recording is looked at.
 const WINDOW: Duration = Duration::from_secs(2);
 
-fn mix_two_guests() {
-    let assets = assets();
-    let sound = Sound::new(&["hda".into()], 1, &assets).or_tell();
-    let mut bench = BenchSpec::new("mixing").nics(&[]);
-    sound.add_to(&mut bench);
-    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
-    sound.prepare(&mut place).or_tell();
-    let mut spec = sound.machine(0, &mut place, "skip").or_tell();
-    spec.guests.push((OTHER.into(), String::new()));
-    let mut machine = Machine::start(&mut place, &spec).or_tell();
+/// Two guests play at once, before and after a crash; the parts of the recording that are to be looked at.
+fn mix_two_guests(place: &mut Place, machine: &mut Machine) -> Vec<Range<usize>> {
+    say("two guests on one card");
     machine.await_standby(SOUND_DRIVER, RECOVERY).or_tell();
     let players = TONES.map(|(guest, hz)| {
-        let play = format!("speaker-test -t sine -f {hz} -c 2 -r 48000 -l 4");
-        Player::run(&mut place, guest, "speaker-test", &play).or_tell()
+        let play = format!("speaker-test -t sine -f {hz} -c 2 -r 48000 -l {}", 4 * whole_factor());
+        Player::run(place, guest, "speaker-test", &play).or_tell()
     });
     let mut windows = Vec::new();
     let mut listen = |place: &Place| {
-        std::thread::sleep(WINDOW / 2);
+        recording::await_sound(&place.wav(), WINDOW / 2, RECOVERY).or_tell();
         let begin = recording::frames_so_far(&place.wav()).unwrap();
-        std::thread::sleep(WINDOW);
+        recording::await_sound(&place.wav(), WINDOW, RECOVERY).or_tell();
         windows.push(begin..recording::frames_so_far(&place.wav()).unwrap());
     };
-    listen(&place);
+    listen(place);
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
-    listen(&place);
+    listen(place);
     for player in players {
-        let ended = player.wait(&mut place, RECOVERY).or_tell();
+        let ended = player.wait(place).or_tell();
         assert_eq!(ended.status, 0, "{}", ended.said);
     }
-    machine.stop(&mut place).or_tell();
-    let Place::Bench(bench) = place else { unreachable!("it is one") };
-    let wav = bench.wav();
-    bench.shutdown().or_tell();
-    let heard = Wav::read(&wav).or_tell();
+    windows
+}
+
+fn judge_mixing(wav: &Path, windows: Vec<Range<usize>>) {
+    let heard = Wav::read(wav).or_tell();
     for (window, when) in windows.into_iter().zip(["before", "after"]) {
         let levels = TONES.map(|(_, hz)| tone::amplitude(&heard.frames[window.clone()], heard.rate, hz));
         say(&format!("{when} the crash: {levels:.0?}"));
@@ -189,17 +170,36 @@ fn mix_two_guests() {
     }
 }
 
-#[test]
-fn two_guests_are_mixed_on_one_card_through_a_crash() {
-    scenario(mix_two_guests);
+/// All in one test host: its recording is whole when it is off, and is judged then.
+fn sound_survives() {
+    let assets = assets();
+    let models: Vec<_> = CARDS.iter().map(|card| card.model.into()).collect();
+    let sound = Sound::new(&models, Length::Seconds(SECONDS), &assets).or_tell();
+    let server = assets.sound_server().or_tell();
+    let mut bench = BenchSpec::new("sound").nics(&[]);
+    sound.add_to(&mut bench);
+    bench.files.push(server.clone());
+    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
+    sound.prepare(&mut place).or_tell();
+
+    let mut spec = sound.machine(0, &mut place, "skip").or_tell();
+    spec.guests.push((OTHER.into(), String::new()));
+    spec.archives.push(server.file_name().unwrap().to_string_lossy().into_owned());
+    let mut machine = Machine::start(&mut place, &spec).or_tell();
+    let mixed = mix_two_guests(&mut place, &mut machine);
+    let served = a_sound_server(&mut place, &mut machine);
+    machine.stop(&mut place).or_tell();
+    let held = hold_on_every_card(&mut place, &sound);
+
+    let Place::Bench(bench) = place else { unreachable!("it is one") };
+    let wav = bench.wav();
+    bench.shutdown().or_tell();
+    judge_mixing(&wav, mixed);
+    judge_server(&wav, &sound, served);
+    judge_holding(&wav, &sound, held);
 }
 
 #[test]
-fn a_sound_server_outlives_a_crash() {
-    scenario(a_sound_server);
-}
-
-#[test]
-fn every_sample_is_heard_through_a_crash_on_every_card() {
-    scenario(hold_on_every_card);
+fn guests_players_and_a_sound_server_outlive_crashes_on_every_card() {
+    scenario(sound_survives);
 }

@@ -8,8 +8,9 @@ mod common;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, say, scenario};
+use common::{OrTell, RECOVERY, STEP, assets, guest_reaches_peer, most_ms, say, scenario};
 use serde_json::Value;
+use umbra_tests::bench::patience::{Stall, scaled};
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, NIC_DRIVER};
@@ -39,16 +40,20 @@ fn armed(machine: &mut Machine, place: &mut Place) -> (String, u64) {
         if spare["state"] == "armed" && spare["network"] == "same" {
             return (spare["device"].as_str().unwrap().into(), spare["pid"].as_u64().unwrap());
         }
-        assert!(start.elapsed() < STEP, "{spare}");
+        assert!(start.elapsed() < scaled(RECOVERY), "{spare}");
         std::thread::sleep(Duration::from_millis(200));
     }
 }
 
 /// Waits until the guest has `bytes` of the download.
 fn reach(machine: &mut Machine, place: &mut Place, bytes: u64) {
-    let start = Instant::now();
-    while place.peer().progress().or_tell().acknowledged < bytes {
-        if start.elapsed() > STEP {
+    let mut stall = Stall::new(STEP);
+    loop {
+        let acknowledged = place.peer().progress().or_tell().acknowledged;
+        if acknowledged >= bytes {
+            return;
+        }
+        if stall.is_over(acknowledged) {
             stands(machine, place);
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -86,7 +91,7 @@ fn crashes_in_turns(nic: &str, spare: &str) {
     place.peer().offer(content.bytes, RATE, 0).or_tell();
     let url = format!("http://{peer}:{}/file", ports::HTTP);
     let fetch = format!("set -o pipefail; wget -q -O - {url} | sha256sum");
-    let mut get = place.start_in_guest("web", &fetch, 5 * RECOVERY).or_tell();
+    let mut get = place.start_in_guest("web", &fetch).or_tell();
 
     for (n, way) in (0..).zip(ways) {
         let (device, _) = armed(&mut machine, &mut place);
@@ -103,7 +108,7 @@ fn crashes_in_turns(nic: &str, spare: &str) {
         assert_eq!((adopted.text("standby"), adopted.text("device")), ("armed", device.as_str()));
         let live = machine.await_live("nic0", RECOVERY).or_tell();
         let outage = live.number("outage_ms").unwrap();
-        assert!(outage < 3000.0, "{live:?}");
+        assert!(outage < most_ms(3000.0), "{live:?}");
         reach(&mut machine, &mut place, SHARE * (n + 1) - 1);
         let ticks = place.peer().take_ticks().or_tell();
         let gap = longest(&ticks, guest, begin - 500_000, now_us()).map(|outage| outage.gap_ms);
@@ -116,7 +121,8 @@ fn crashes_in_turns(nic: &str, spare: &str) {
     machine.await_event(STEP, |event| event.event == "standby-failed").or_tell();
     place.peer().allow(content.bytes).or_tell();
     armed(&mut machine, &mut place);
-    if !get.poll(RECOVERY).or_tell() {
+    let acknowledged = |place: &mut Place| Ok(place.peer().progress()?.acknowledged);
+    if place.await_end(&mut get, RECOVERY, acknowledged).is_err() {
         stands(&mut machine, &mut place);
     }
     let sum = get.output().stdout.split_whitespace().next().unwrap_or_default().to_owned();

@@ -28,9 +28,10 @@ pub use playback::HELD_MAX_BYTES;
 use crate::Generation;
 use stream::{Stream, refuse};
 
-/// A card that moved before and does not move for this long, with samples to play or record, is stuck. Half a
-/// second is what a heard gap may last; the keep-alive carries the guest's player over it.
-const STALL_LIMIT_NS: u64 = 500_000_000;
+/// A card that moved before and does not move for this long, with samples to play or record, is stuck. Two seconds: on a machine
+/// that is busy beyond measure whole VMs have been seen to stand still for more than one, and that is no fault of the driver
+/// VM. The keep-alive carries the guest's player over it.
+const STALL_LIMIT_NS: u64 = 2_000_000_000;
 /// The same before the first movement: codecs may need a while to power up.
 const START_LIMIT_NS: u64 = 3_000_000_000;
 /// Linux waits for at least 100 ms or 1.1 buffers for a position to move before it reports `EIO`; the keep-alive

@@ -6,10 +6,19 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::{AssetError, Say};
 
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/umbra-backports.sources";
+
+/// What apt says when another package manager holds one of its locks.
+const LOCKED: [&str; 4] = ["Could not get lock", "Unable to acquire", "Unable to lock", "is another process using it"];
+/// How long apt itself waits for dpkg's locks, s, so that a quick one costs no word; for those of the index and of the downloads it
+/// does not wait.
+const LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=3";
+/// Time between two looks whether the other package manager is done.
+const LOOK_AGAIN: Duration = Duration::from_secs(3);
 
 /// Packages that the bench needs, and the program by which each is recognised.
 const PACKAGES: [(&str, &str); 9] = [
@@ -55,7 +64,7 @@ pub(super) fn install_missing(say: Say<'_>) -> Result<(), AssetError> {
             arguments.extend(["-t", suite]);
         }
         arguments.push(package);
-        apt_get(&arguments, None)?;
+        apt_get(&arguments, None, say)?;
     }
     Ok(())
 }
@@ -77,7 +86,7 @@ pub(super) fn download_kernel(dir: &Path, say: Say<'_>) -> Result<PathBuf, Asset
     let name = newest("linux-image-6.12").or_else(|| newest("linux-image-")).ok_or(AssetError::NoKernelPackage)?;
     say(&format!("downloading the kernel package {name} (about 100 MB)"));
     let fresh = tempfile::tempdir_in(dir).map_err(|e| AssetError::file("make a folder in", dir, e))?;
-    apt_get(&["download", &name], Some(fresh.path()))?;
+    apt_get(&["download", &name], Some(fresh.path()), say)?;
     let entries = fs::read_dir(fresh.path()).map_err(|e| AssetError::file("list", fresh.path(), e))?;
     let package = entries.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "deb"));
     let package = package.ok_or(AssetError::NoKernelPackage)?;
@@ -109,7 +118,7 @@ fn refresh(say: Say<'_>) -> Result<(), AssetError> {
         add_backports("bookworm", say)?;
     }
     say("updating the package index");
-    apt_get(&["update"], None)
+    apt_get(&["update"], None, say)
 }
 
 fn codename() -> Option<String> {
@@ -157,9 +166,12 @@ fn mirror_of(text: &str, codename: &str) -> Option<String> {
     })
 }
 
-fn apt_get(arguments: &[&str], dir: Option<&Path>) -> Result<(), AssetError> {
+fn apt_get(arguments: &[&str], dir: Option<&Path>, say: Say<'_>) -> Result<(), AssetError> {
     let mut command = Command::new("apt-get");
-    command.args(["-q", "-o", "Dpkg::Use-Pty=0"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    command
+        .args(["-q", "-o", "Dpkg::Use-Pty=0", "-o", LOCK_TIMEOUT])
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive");
     if let Some(dir) = dir {
         command.current_dir(dir);
         if nix::unistd::geteuid().is_root() {
@@ -167,13 +179,30 @@ fn apt_get(arguments: &[&str], dir: Option<&Path>) -> Result<(), AssetError> {
         }
     }
     let failed = |what: String| AssetError::Apt { arguments: arguments.join(" "), what };
-    let output = command.stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
-    if output.status.success() {
-        return Ok(());
+    command.stdin(Stdio::null());
+    wait_for_others(&mut command, say).map_err(failed)
+}
+
+/// Runs a package manager until it is not turned away because another one is at work; the end of its complaints where it fails for
+/// another reason. How long the other one takes is not ours to bound: the user is told, and can end it or this program.
+fn wait_for_others(command: &mut Command, say: Say<'_>) -> Result<(), String> {
+    let mut told = false;
+    loop {
+        let output = command.output().map_err(|e| e.to_string())?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        if !LOCKED.iter().any(|words| text.contains(words)) {
+            let lines: Vec<_> = text.lines().collect();
+            return Err(lines[lines.len().saturating_sub(8)..].join("\n"));
+        }
+        if !told {
+            say("another package manager is at work; waiting until it is done");
+            told = true;
+        }
+        std::thread::sleep(LOOK_AGAIN);
     }
-    let text = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<_> = text.lines().collect();
-    Err(failed(lines[lines.len().saturating_sub(8)..].join("\n")))
 }
 
 #[cfg(test)]
@@ -188,6 +217,23 @@ mod tests {
                    URIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\n";
         assert_eq!(mirror_of(new, "bookworm").as_deref(), Some("http://mirror.example/debian"));
         assert_eq!(mirror_of(new, "trixie"), None);
+    }
+
+    #[test]
+    fn a_busy_package_manager_is_waited_for_with_a_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let done = dir.path().join("done");
+        // Turned away the first time, as apt says it; through the second.
+        let script = format!(
+            "[ -e {0} ] && exit 0; : >{0}; echo 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 9' >&2; exit 100",
+            done.display()
+        );
+        let said = std::cell::RefCell::new(Vec::new());
+        let say = |what: &str| said.borrow_mut().push(what.to_owned());
+        wait_for_others(Command::new("sh").args(["-c", &script]), &say).unwrap();
+        assert_eq!(*said.borrow(), ["another package manager is at work; waiting until it is done"]);
+        let failed = wait_for_others(Command::new("sh").args(["-c", "echo 'E: no such package' >&2; exit 100"]), &say);
+        assert_eq!(failed, Err("E: no such package".into()));
     }
 
     #[test]

@@ -36,9 +36,9 @@ fetch() {
     dd if="$1" of="$2" bs=256k 2>/dev/null && chmod 755 "$2"
   fi
 }
-# await SECONDS COMMAND...: runs the command until it succeeds
+# await SECONDS COMMAND...: runs the command until it succeeds; the seconds are those of the reference machine
 await() {
-  local n=$(($1 * 20)); shift
+  local n=$(($1 * 20 * ${UMBRA_PATIENCE:-1})); shift
   while ! "$@" >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || return 1; usleep 50000; done
 }
 [ -f /etc/umbra/places.sh ] && . /etc/umbra/places.sh

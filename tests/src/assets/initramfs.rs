@@ -78,8 +78,11 @@ impl Recipe<'_> {
 
     /// A guest's.
     pub(super) fn guest(&self) -> Result<PathBuf, AssetError> {
-        let files =
-            [("init", 0o755, include_str!("guest-init.sh")), ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh"))];
+        let files = [
+            ("init", 0o755, include_str!("guest-init.sh")),
+            ("bin/await", 0o755, include_str!("guest-await.sh")),
+            ("bin/dhcp-bound", 0o755, include_str!("dhcp-bound.sh")),
+        ];
         self.make("guest", GUEST_MODULES, &files)
     }
 

@@ -6,6 +6,7 @@
 mod apt;
 mod emulator;
 mod initramfs;
+mod song;
 mod sound;
 
 use std::fs;
@@ -21,7 +22,7 @@ use umbra_guest_images::kernel::{Kernel, KernelError};
 
 use crate::bench::{Model, has_nested_kvm};
 use crate::wav::WavError;
-pub use sound::Song;
+pub use song::{PIECES_INSIDE, Song};
 
 /// Names a kernel package to use instead of the distribution's newest 6.12.
 pub const KERNEL_VARIABLE: &str = "UMBRA_KERNEL_DEB";
@@ -214,7 +215,15 @@ impl Assets {
     /// # Errors
     /// It could not be encoded.
     pub fn song(&self, rate: u32, seconds: u32) -> Result<Song, AssetError> {
-        sound::make_song(&self.cache, rate, seconds)
+        song::make(&self.cache, rate, seconds)
+    }
+
+    /// A song at `rate` Hz in pieces, which goes on for as long as it is fed; a round of it has about `seconds`.
+    ///
+    /// # Errors
+    /// It could not be encoded.
+    pub fn song_in_pieces(&self, rate: u32, seconds: u32) -> Result<Song, AssetError> {
+        song::make_in_pieces(&self.cache, rate, seconds)
     }
 
     /// What every bench finds in its shared folder, and under which name.
@@ -348,7 +357,7 @@ fn kernel_package(say: Say<'_>) -> Result<PathBuf, AssetError> {
 }
 
 /// The same folder as [`Cache::of_user`].
-fn cache_dir() -> PathBuf {
+pub(crate) fn cache_dir() -> PathBuf {
     let from = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("UMBRA_CACHE")
         .or_else(|| from("XDG_CACHE_HOME").map(|dir| dir.join("umbra")))

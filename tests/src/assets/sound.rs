@@ -1,8 +1,6 @@
 //! What sound scenarios play with, from the distribution: mpg123, alsa-utils and what they need, as an archive that
-//! is put behind any initramfs; PulseAudio as another; and a song, encoded by lame, with what mpg123 makes of it, to
-//! compare recordings with.
+//! is put behind any initramfs; PulseAudio as another.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -10,12 +8,11 @@ use umbra_guest_images::cache::{Cache, sha256};
 use umbra_guest_images::initramfs::Initramfs;
 
 use super::AssetError;
-use crate::wav::{Wav, song::song};
 
 /// The player itself; the distribution's `mpg123` is a script that says `-o alsa`.
 const PLAYER: &str = "/usr/bin/mpg123.bin";
 /// Where that script is, and the player where it is none.
-const PLAYER_COMMAND: &str = "/usr/bin/mpg123";
+pub(super) const PLAYER_COMMAND: &str = "/usr/bin/mpg123";
 /// Other programs: `arecord` is a link to `aplay`.
 const PROGRAMS: [&str; 3] = ["/usr/bin/aplay", "/usr/bin/amixer", "/usr/bin/speaker-test"];
 /// The player's output to ALSA, below the library folder.
@@ -29,15 +26,6 @@ const SERVER_PROGRAMS: [&str; 2] = ["/usr/bin/pulseaudio", "/usr/bin/paplay"];
 /// Its modules: the card, the players' socket, and what both load.
 const SERVER_MODULES: [&str; 4] =
     ["module-alsa-sink.so", "module-native-protocol-unix.so", "libalsa-util.so", "libprotocol-native.so"];
-
-/// A song as a file to play, and as it should be heard.
-#[derive(Clone, Debug)]
-pub struct Song {
-    /// An archive with `/song.mp3`, to be put behind an initramfs.
-    pub archive: PathBuf,
-    /// What an undisturbed card plays.
-    pub reference: PathBuf,
-}
 
 /// The archive with the programs.
 pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
@@ -112,34 +100,12 @@ fn library_folder() -> PathBuf {
     if multiarch.join(OUTPUT).exists() { multiarch.into() } else { "/usr/lib".into() }
 }
 
-/// `seconds` of the song at `rate`.
-pub(super) fn make_song(cache: &Cache, rate: u32, seconds: u32) -> Result<Song, AssetError> {
-    let made_of = format!("{}{}", include_str!("../wav/song.rs"), include_str!("sound.rs"));
-    let key = format!("{rate}-{seconds}-{}", &sha256(made_of.as_bytes())[..16]);
-    let dir = cache.dir("songs", &key, |dir| {
-        let (plain, mp3, reference) = (dir.join("plain.wav"), dir.join("song.mp3"), dir.join("reference.wav"));
-        song(rate, seconds).write(&plain).map_err(|e| AssetError::file("write", &plain, e))?;
-        run(Command::new("lame").args(["--quiet", "-b", "128"]).arg(&plain).arg(&mp3))?;
-        run(Command::new(PLAYER_COMMAND).args(["-q", "-w"]).arg(&reference).arg(&mp3))?;
-        fs::remove_file(&plain).map_err(|e| AssetError::file("remove", &plain, e))?;
-        let mut archive = Initramfs::new();
-        archive.add_host_file(&mp3, "song.mp3")?;
-        let path = dir.join("song.cpio");
-        let bytes = archive.to_bytes()?;
-        fs::write(&path, bytes).map_err(|e| AssetError::file("write", &path, e))
-    })?;
-    let song = Song { archive: dir.join("song.cpio"), reference: dir.join("reference.wav") };
-    // A reference that is none would make every comparison fail, with a misleading story.
-    Wav::read(&song.reference)?;
-    Ok(song)
-}
-
-fn failed(command: &Command, what: String) -> AssetError {
+pub(super) fn failed(command: &Command, what: String) -> AssetError {
     AssetError::Program { command: format!("{command:?}"), what }
 }
 
 /// What it printed.
-fn run(command: &mut Command) -> Result<String, AssetError> {
+pub(super) fn run(command: &mut Command) -> Result<String, AssetError> {
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(|error| failed(command, error.to_string()))?;
     if output.status.success() {

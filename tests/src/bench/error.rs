@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Output;
+use super::brake::SpeedError;
 use crate::assets::AssetError;
 use crate::peer::PeerError;
 use crate::probe::client::ClientError;
@@ -17,6 +18,9 @@ pub enum BenchError {
     /// The network could not be made.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The brake's variable.
+    #[error(transparent)]
+    Speed(#[from] SpeedError),
     /// A file or process operation.
     #[error("cannot {operation} {}", path.display())]
     File {
@@ -60,6 +64,23 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// What failed, in one line.
+    pub fn headline(&self) -> String {
+        match self {
+            Self::Boot { what, .. } => format!("the test host is not running: {what}"),
+            Self::Script { source: ClientError::Deadline { limit, .. }, .. } => {
+                format!("a command in the test host does not end (nothing has moved for {:.0} s)", limit.as_secs_f64())
+            }
+            Self::Script { source: ClientError::Gone { .. }, .. } => "the test host went away".into(),
+            Self::Script { .. } => "the test host does not answer".into(),
+            Self::Status { output, .. } => {
+                let last = output.stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+                format!("a command in the test host ended with status {}: {}", output.status, last.trim())
+            }
+            other => other.to_string().lines().next().unwrap_or_default().to_owned(),
+        }
+    }
+
     pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
         Self::File { operation, path: path.into(), source }
     }
@@ -68,7 +89,12 @@ impl BenchError {
 /// The first line of a script that says something.
 pub(super) fn first_line(script: &str) -> String {
     let lines = script.lines().map(str::trim);
-    let mut telling =
-        lines.filter(|l| !l.is_empty() && !l.starts_with("set ") && !l.starts_with(". /etc") && *l != "cd /share");
+    let mut telling = lines.filter(|l| {
+        !l.is_empty()
+            && !l.starts_with("set ")
+            && !l.starts_with(". /etc")
+            && !l.starts_with("export UMBRA_PATIENCE")
+            && *l != "cd /share"
+    });
     telling.next().unwrap_or_default().to_owned()
 }

@@ -18,6 +18,7 @@ pub fn long_socket(name: &str) -> String {
 }
 
 fn exec(socket: &str, script: &str, limit: Duration) -> String {
+    // Scaled by `umbra-probe` itself, as is every time in its command line.
     format!("umbra-probe exec {socket} {} {}", quote(script), limit.as_secs_f64())
 }
 
@@ -47,7 +48,7 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// As [`Bench::run_for`].
     pub fn run_for(&mut self, script: &str, limit: Duration) -> Result<Output, BenchError> {
-        let slack = Duration::from_secs(5);
+        let slack = Duration::from_secs(10);
         self.bench.run_for(&Self::command(&self.name, script, limit), limit + slack)
     }
 
@@ -64,7 +65,7 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// As [`Bench::expect`].
     pub fn expect(&mut self, script: &str, limit: Duration) -> Result<String, BenchError> {
-        let slack = Duration::from_secs(5);
+        let slack = Duration::from_secs(10);
         self.bench.expect(&Self::command(&self.name, script, limit), limit + slack)
     }
 }

@@ -4,10 +4,12 @@
 //! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
 //! processes are known by their handle. One bench at a time: a lock keeps a second one waiting.
 
+pub mod brake;
 mod error;
 mod files;
 pub mod guest;
 mod lock;
+pub mod patience;
 pub mod pcap;
 mod qemu;
 pub mod spec;
@@ -27,11 +29,16 @@ use crate::assets::Assets;
 use crate::peer::Peer;
 pub use crate::probe::client::Output;
 use crate::probe::client::{Client, ClientError, Run};
+use brake::Brake;
 pub use error::BenchError;
 pub use guest::Guest;
 use lock::Lock;
+use patience::Stall;
 pub use qemu::real_kvm as has_nested_kvm;
 pub use spec::{Accel, BenchSpec, Model, Storage};
+
+/// Longest time in which a test host that is powering off may print nothing and live on.
+const POWER_OFF: Duration = Duration::from_secs(60);
 
 /// Console lines shown with a failure.
 const TAIL_LINES: usize = 25;
@@ -40,6 +47,8 @@ const TAIL_LINES: usize = 25;
 pub struct Bench {
     spec: BenchSpec,
     dir: PathBuf,
+    /// Declared before the process that it brakes, so that it is let go first.
+    brake: Option<Brake>,
     qemu: Child,
     exec: Client,
     peer: Peer,
@@ -52,6 +61,7 @@ impl Bench {
     /// # Errors
     /// What is missing on this machine, or the last lines of the test host's console.
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
+        let speed = brake::speed()?;
         let lock = Lock::take(assets.out())?;
         assets.check_models(&spec.nics)?;
         let mut spec = spec;
@@ -65,20 +75,32 @@ impl Bench {
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
         let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
-        let mut bench = Self { spec, dir, qemu, exec, peer, _lock: lock };
+        let mut bench = Self { spec, dir, brake: None, qemu, exec, peer, _lock: lock };
+        let brake = Brake::on(bench.qemu.id(), speed);
+        bench.brake = Some(brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?);
+        let start = Instant::now();
         bench.await_boot()?;
+        patience::note_boot(start.elapsed());
         Ok(bench)
     }
 
     fn await_boot(&mut self) -> Result<(), BenchError> {
-        let start = Instant::now();
-        while start.elapsed() < self.spec.boot_limit {
+        let mut stall = Stall::new(self.spec.boot_silence);
+        while !stall.is_over(self.printed()) {
             if self.exec.hello(Duration::from_secs(1)).is_ok() {
                 return Ok(());
             }
             self.check_alive()?;
         }
-        Err(self.boot_error(format!("it did not come up within {:?}", self.spec.boot_limit)))
+        Err(self.boot_error(format!("it does not come up; its console has printed nothing for {:.0?}", stall.limit())))
+    }
+
+    /// Bytes that the test host and its guests have printed: as long as they grow, something goes on.
+    fn printed(&self) -> u64 {
+        let length = |path: &Path| fs::metadata(path).map_or(0, |meta| meta.len());
+        let logs = fs::read_dir(self.share()).into_iter().flatten().flatten().map(|entry| entry.path());
+        let logs = logs.filter(|path| path.extension().is_some_and(|e| e == "log" || e == "jsonl"));
+        length(&self.console()) + logs.map(|path| length(&path)).sum::<u64>()
     }
 
     fn boot_error(&self, what: String) -> BenchError {
@@ -93,25 +115,28 @@ impl Bench {
         }
     }
 
-    /// Runs a script in the test host, at most `limit` long, and returns what it printed and its status.
+    /// Runs a script in the test host and returns what it printed and its status. It is given up when for `limit`, scaled to this
+    /// machine ([`patience`]), neither it nor a console has printed anything.
     ///
     /// The functions of `/etc/umbra/bench.sh` (`vfio BDF`, ...) and the variables `NIC0`, `SND0`, ... are there.
     ///
     /// # Errors
-    /// The script did not end in time, or the test host died; not a status other than 0.
+    /// The script was given up, or the test host died; not a status other than 0.
     pub fn run_for(&mut self, script: &str, limit: Duration) -> Result<Output, BenchError> {
         let mut run = self.start(script)?;
-        let until = Instant::now() + limit;
+        let mut stall = Stall::new(limit);
         loop {
-            let step = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
-            match run.poll(step) {
+            match run.poll(Duration::from_millis(500).min(stall.limit())) {
                 Ok(true) => return Ok(run.output().clone()),
-                Ok(false) if Instant::now() >= until => {
-                    let so_far = format!("{}{}", run.output().stdout, run.output().stderr);
-                    let source = ClientError::Deadline { limit, so_far };
-                    return Err(self.script_error(script, source));
+                Ok(false) => {
+                    let printed = (run.output().stdout.len(), run.output().stderr.len(), self.printed());
+                    if stall.is_over(printed) {
+                        let so_far = format!("{}{}", run.output().stdout, run.output().stderr);
+                        let source = ClientError::Deadline { limit: stall.limit(), so_far };
+                        return Err(self.script_error(script, source));
+                    }
+                    self.check_alive()?;
                 }
-                Ok(false) => self.check_alive()?,
                 Err(source) => return Err(self.script_error(script, source)),
             }
         }
@@ -143,7 +168,8 @@ impl Bench {
     /// The test host is gone.
     pub fn start(&mut self, script: &str) -> Result<Run, BenchError> {
         self.check_alive()?;
-        let script = format!(". /etc/umbra/bench.sh\ncd /share\n{script}");
+        let patience = patience::whole_factor();
+        let script = format!("export UMBRA_PATIENCE={patience}\n. /etc/umbra/bench.sh\ncd /share\n{script}");
         self.exec.start(&script).map_err(|source| self.script_error(&script, source))
     }
 
@@ -202,23 +228,24 @@ impl Bench {
     /// Shuts the test host down and returns when it is off, so that captures are complete.
     ///
     /// # Errors
-    /// It did not power off within 20 s; it is killed then.
+    /// It does not power off; it is killed then.
     pub fn shutdown(mut self) -> Result<PathBuf, BenchError> {
         // Kept until the end: dropping a run kills it.
         let _off = self.start("sync; sleep 0.1; poweroff -f")?;
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(20) {
+        let mut stall = Stall::new(POWER_OFF);
+        while !stall.is_over(self.printed()) {
             if matches!(self.qemu.try_wait(), Ok(Some(_))) {
                 return Ok(self.dir.clone());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Err(self.boot_error("it did not power off within 20 s".into()))
+        Err(self.boot_error("it does not power off".into()))
     }
 }
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        self.brake = None;
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }

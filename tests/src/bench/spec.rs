@@ -113,8 +113,8 @@ pub struct BenchSpec {
     pub cmdline: String,
     /// Files copied into the shared folder, `/share` in the test host.
     pub files: Vec<PathBuf>,
-    /// How long the boot may take.
-    pub boot_limit: Duration,
+    /// Longest time in which its console may print nothing while it boots, as on the reference machine ([`super::patience`]).
+    pub boot_silence: Duration,
     /// Give the terminal to a shell in the test host.
     pub shell: bool,
 }
@@ -136,7 +136,7 @@ impl BenchSpec {
             capture: Some(128),
             cmdline: String::new(),
             files: Vec::new(),
-            boot_limit: Duration::from_secs(120),
+            boot_silence: Duration::from_secs(120),
             shell: false,
         }
     }

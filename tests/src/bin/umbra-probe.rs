@@ -1,5 +1,6 @@
 //! `umbra-probe`: the small program inside machines under test, and the bench's peer outside.
 //!
+//! Time limits are multiplied by what the environment says of this machine (`UMBRA_PATIENCE`), lengths of transfers are not.
 //! Arguments are few and their caller is a script of this crate; the usage line is the documentation.
 
 use std::error::Error;
@@ -11,6 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use umbra_tests::probe::patience::scaled;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
 use umbra_tests::probe::{client::Client, flush, kill, mute, net, port, reinit, serve, storm};
 
@@ -19,6 +21,9 @@ const USAGE: &str =
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | storm FUNCTION SECONDS
        | mute FUNCTION SECONDS | flush DISK SECONDS";
+
+/// Longest time until a port appears.
+const PORT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -34,10 +39,10 @@ fn main() -> ExitCode {
 
 fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
     match *words {
-        ["serve"] => serve::serve(port::open(PORT_NAME, Duration::from_secs(10))?)?,
-        ["serve", name] => serve::serve(port::open(name, Duration::from_secs(10))?)?,
-        ["exec", socket, script] => return exec(socket, script, Duration::from_secs(600)),
-        ["exec", socket, script, limit] => return exec(socket, script, seconds(limit)?),
+        ["serve"] => serve::serve(port::open(PORT_NAME, scaled(PORT))?)?,
+        ["serve", name] => serve::serve(port::open(name, scaled(PORT))?)?,
+        ["exec", socket, script] => return exec(socket, script, scaled(Duration::from_secs(600))),
+        ["exec", socket, script, limit] => return exec(socket, script, scaled(seconds(limit)?)),
         ["peer", nics, ref wires @ ..] => {
             let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned()?;
             let control = UnixStream::from(stdin);
@@ -51,11 +56,11 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
         ["ping", peer, count] => print(&net::ping(peer.parse()?, count.parse()?)?)?,
         ["first-answer", peer, limit] => {
             let peer: Ipv4Addr = peer.parse()?;
-            print(&net::first_answer(peer, seconds(limit)?)?.as_secs_f64())?;
+            print(&net::first_answer(peer, scaled(seconds(limit)?))?.as_secs_f64())?;
         }
         ["reinit", address, peer] => print(&reinit::reinit(address, peer.parse()?)?)?,
-        ["storm", function, length] => print(&storm::storm(function, seconds(length)?)?)?,
-        ["mute", function, length] => print(&mute::mute(function, seconds(length)?)?)?,
+        ["storm", function, length] => print(&storm::storm(function, scaled(seconds(length)?))?)?,
+        ["mute", function, length] => print(&mute::mute(function, scaled(seconds(length)?))?)?,
         ["flush", disk, length] => print(&flush::flush(Path::new(disk), seconds(length)?)?)?,
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {
@@ -75,18 +80,29 @@ fn print(result: &impl serde::Serialize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Runs a script; it is given up when it has printed nothing for `limit`.
 fn exec(socket: &str, script: &str, limit: Duration) -> Result<ExitCode, Box<dyn Error>> {
     let mut run = Client::connect(Path::new(socket), limit)?.start(script)?;
-    let ended = run.poll_each(limit, |reply| match reply {
-        Reply::Stdout { text, .. } => {
-            print!("{text}");
-            let _ = std::io::stdout().flush();
+    loop {
+        let mut printed = false;
+        let ended = run.poll_some(limit, |reply| match reply {
+            Reply::Stdout { text, .. } => {
+                printed = true;
+                print!("{text}");
+                let _ = std::io::stdout().flush();
+            }
+            Reply::Stderr { text, .. } => {
+                printed = true;
+                eprint!("{text}");
+            }
+            Reply::Hello { .. } | Reply::Exit { .. } => {}
+        })?;
+        if ended {
+            break;
         }
-        Reply::Stderr { text, .. } => eprint!("{text}"),
-        Reply::Hello { .. } | Reply::Exit { .. } => {}
-    })?;
-    if !ended {
-        return Err(format!("the script in the guest did not end within {limit:?}").into());
+        if !printed {
+            return Err(format!("the script in the guest did not end, and printed nothing for {limit:?}").into());
+        }
     }
     Ok(ExitCode::from(u8::try_from(run.output().status).unwrap_or(255)))
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use crate::assets::target_dir;
-use crate::demo::{self, DemoSpec, attempts, hardware::Wire};
+use crate::demo::{self, DemoSpec, hardware::Wire};
 
 /// Arguments of `umbra-bench demo`.
 #[derive(Clone, Debug, clap::Args)]
@@ -54,8 +54,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         DemoSpec { nic: args.nic.as_str().into(), crashes: args.crashes, bytes: args.mib << 20, sound, hardware };
     let dir = target_dir().join("demo");
     let say = |line: &str| println!("{line}");
-    let run = || demo::run(&spec, &dir, &say);
-    let result = if spec.hardware.is_some() { run() } else { attempts::in_test_host(&say, |result| result.ok, run) }?;
+    let Ok(result) = demo::run_attempts(&spec, &dir, &say) else { return Ok(ExitCode::FAILURE) };
     println!("written to {}", dir.join("result.json").display());
     Ok(if result.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -9,11 +9,14 @@ mod outages;
 mod run;
 mod soak;
 mod sound;
+mod suite;
 mod wav;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::bench::brake;
 
 /// Boots a test host under QEMU with the devices you name, and runs scripts, the demo or the measurements in it.
 #[derive(Debug, Parser)]
@@ -39,6 +42,8 @@ enum Command {
     Sound(sound::Args),
     /// Load network and sound fully with nothing failing; every failure that Umbra sees is a false alarm.
     Soak(soak::Args),
+    /// Run the test suite and close with the attempts that scenarios needed.
+    Suite(suite::Args),
     /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
     Wav(wav::Args),
     /// Give the terminal to a shell in a fresh test host.
@@ -47,7 +52,12 @@ enum Command {
 
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if let Err(error) = brake::speed() {
+        eprintln!("umbra-bench: {error}");
+        return ExitCode::from(2);
+    }
+    let result = match command {
         Command::Setup => run::setup(),
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
@@ -55,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Outages(args) => outages::run(&args),
         Command::Sound(args) => sound::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Suite(args) => suite::run(&args),
         Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),
     };

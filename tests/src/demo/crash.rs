@@ -5,12 +5,14 @@
 //! download is half way through its share of the file, which waits at the share's end until the guest is served again.
 //! Before the next one the download trickles on until a standby is ready, as it mostly is when a driver crashes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::error::During;
 use super::machine::{NIC_DRIVER, SOUND_DRIVER};
 use super::result::{CrashResult, span};
 use super::sound::SoundCrash;
-use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, outage};
+use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, STEP, outage};
+use crate::bench::patience::Stall;
 use crate::peer::{Content, Tick, now_us};
 use crate::probe::client::Run;
 
@@ -125,6 +127,16 @@ impl Crashes {
         (self.0.len() + 1).saturating_sub(count as usize)
     }
 
+    /// The last crash of the NIC is one of the sound card's as well, where there is one.
+    fn is_together(&self, index: usize, sound: bool) -> bool {
+        sound && index + 1 == self.0.len() && self.0[index] != Kind::InReplay
+    }
+
+    /// How the NIC's driver VM fails in crash `index`.
+    fn kind(&self, index: usize, sound: bool) -> Kind {
+        if self.is_together(index, sound) { Kind::Panic } else { self.0[index] }
+    }
+
     /// So many halves of a crash's share of the file, bytes.
     fn share(&self, halves: u64, bytes: u64) -> u64 {
         // In 128 bits: the product does not fit otherwise.
@@ -153,48 +165,73 @@ pub(super) fn run(
 ) -> Result<Vec<CrashResult>, DemoError> {
     let mut ticks = Vec::new();
     let mut results = Vec::new();
-    for (index, &kind) in plan.0.iter().enumerate() {
-        let before = index.checked_sub(1).map_or(0, |before| plan.allowance(before, content.bytes));
-        let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
-        await_standbys(demo, &mut pace, get)?;
-        if demo.sound.is_some() && index >= plan.quiet_until(demo.spec.crashes) {
-            sound_alone(demo, plan.of_sound(index))?;
-            check_player(demo, &mut ticks)?;
-            await_standbys(demo, &mut pace, get)?;
-            check_player(demo, &mut ticks)?;
-        }
-        demo.place.peer().allow(plan.allowance(index, content.bytes))?;
-        reach(demo, plan.threshold(index, content.bytes), get, &mut ticks)?;
+    for index in 0..plan.0.len() {
         let number = results.len() + 1;
-        let together = demo.sound.is_some() && kind != Kind::InReplay && index + 1 == plan.0.len();
-        let kind = if together { Kind::Panic } else { kind };
-        demo.tell(&format!("crash {number} of {}: {}", demo.spec.crashes, kind.describe()));
-        let begin_us = now_us();
-        let seen = demo.machine.seen.len();
-        demo.place.peer().mark_stall()?;
-        let lives = if together { both(demo)? } else { issue(demo, kind)? };
-        reach(demo, plan.allowance(index, content.bytes), get, &mut ticks)?;
-        await_tick(demo, &mut ticks)?;
-        let stall = demo.place.peer().progress()?.longest_stall_ms;
-        let gap = outage::longest(&ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
-        demo.machine.drain();
-        let result = CrashResult::new(kind, gap, stall, &demo.machine.seen[seen..]);
-        for line in result.lines() {
-            demo.tell(&line);
-        }
-        check_player(demo, &mut ticks)?;
-        results.push(result);
-        if lives > 1 {
-            results.push(CrashResult::second_of_pair());
-        }
+        let (kind, total) = (plan.kind(index, demo.sound.is_some()), demo.spec.crashes);
+        let pace = ready(demo, plan, index, &mut ticks, (content, &mut *get));
+        pace.during(|| format!("before crash {number} of {total}"))?;
+        demo.tell(&format!("crash {number} of {total}: {}", kind.describe()));
+        let crash = one(demo, plan, index, &mut ticks, (content, &mut *get));
+        results.extend(crash.during(|| format!("at crash {number} of {total} ({})", kind.describe()))?);
     }
     Ok(results)
 }
 
+/// Waits for the standbys, crashes the sound card alone where the plan says so, and waits until the download is where it is to be
+/// hit.
+fn ready(
+    demo: &mut Demo<'_>,
+    plan: &Crashes,
+    index: usize,
+    ticks: &mut Vec<Tick>,
+    (content, get): (Content, &mut Run),
+) -> Result<(), DemoError> {
+    let before = index.checked_sub(1).map_or(0, |before| plan.allowance(before, content.bytes));
+    let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
+    await_standbys(demo, &mut pace, get)?;
+    if demo.sound.is_some() && index >= plan.quiet_until(demo.spec.crashes) {
+        sound_alone(demo, plan.of_sound(index)).during(|| "in a crash of the sound card alone".into())?;
+        check_player(demo, ticks)?;
+        await_standbys(demo, &mut pace, get)?;
+        check_player(demo, ticks)?;
+    }
+    demo.place.peer().allow(plan.allowance(index, content.bytes))?;
+    reach(demo, plan.threshold(index, content.bytes), get, ticks)
+}
+
+/// Crash number `index` of the NIC's driver VM and what was seen of it; two results where it was two crashes.
+fn one(
+    demo: &mut Demo<'_>,
+    plan: &Crashes,
+    index: usize,
+    ticks: &mut Vec<Tick>,
+    (content, get): (Content, &mut Run),
+) -> Result<Vec<CrashResult>, DemoError> {
+    let kind = plan.kind(index, demo.sound.is_some());
+    let begin_us = now_us();
+    let seen = demo.machine.seen.len();
+    demo.place.peer().mark_stall()?;
+    let together = plan.is_together(index, demo.sound.is_some());
+    let lives = if together { both(demo)? } else { issue(demo, kind)? };
+    reach(demo, plan.allowance(index, content.bytes), get, ticks)?;
+    await_tick(demo, ticks)?;
+    let stall = demo.place.peer().progress()?.longest_stall_ms;
+    let gap = outage::longest(ticks, demo.guest, begin_us.saturating_sub(500_000), now_us());
+    demo.machine.drain();
+    let result = CrashResult::new(kind, gap, stall, &demo.machine.seen[seen..]);
+    for line in result.lines() {
+        demo.tell(&line);
+    }
+    check_player(demo, ticks)?;
+    let second = (lives > 1).then(CrashResult::second_of_pair);
+    Ok(std::iter::once(result).chain(second).collect())
+}
+
 /// Waits for the guest's next tick, so that the gap behind the last one is over: a download that was ahead is no sign of that.
 fn await_tick(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
-    let (start, since) = (Instant::now(), now_us());
-    while start.elapsed() < RECOVERY_LIMIT {
+    let (mut stall, since) = (Stall::new(RECOVERY_LIMIT), now_us());
+    while !stall.is_over(demo.machine.seen.len()) {
+        demo.machine.drain();
         ticks.extend(demo.place.peer().take_ticks()?);
         if ticks.last().is_some_and(|tick| tick.arrived_us > since) {
             return Ok(());
@@ -209,13 +246,12 @@ fn await_tick(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoErro
 fn check_player(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
     let Some(player) = &demo.player else { return Ok(()) };
     let Err(error) = player.plays(&mut demo.place) else { return Ok(()) };
-    (demo.say)(&demo.machine.said());
     ticks.extend(demo.place.peer().take_ticks()?);
     if let Some(still) = outage::longest_standstill(ticks, demo.guest) {
         let ago = now_us().saturating_sub(still.arrived_us) / 1000;
         demo.tell(&format!("the guest itself stood still for {} at most, {ago} ms ago", span(still.ms)));
     }
-    Err(error)
+    Err(error.with(&demo.machine.said()))
 }
 
 /// How far the download may trickle on, bytes.
@@ -226,7 +262,7 @@ struct Pace {
 
 /// Waits until each driver VM has a standby again; says how long they booted.
 fn await_standbys(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result<(), DemoError> {
-    let start = Instant::now();
+    let mut stall = Stall::new(RECOVERY_LIMIT);
     let drivers = if demo.sound.is_some() { vec![NIC_DRIVER, SOUND_DRIVER] } else { vec![NIC_DRIVER] };
     loop {
         let ready: Option<Vec<f64>> = drivers.iter().map(|driver| demo.machine.standby_ready(driver)).collect();
@@ -235,9 +271,13 @@ fn await_standbys(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result
             demo.tell(&format!("the next driver VM stands by, booted in {}", boots.join(" and ")));
             return Ok(());
         }
-        if start.elapsed() > RECOVERY_LIMIT || get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)? {
-            let what = "there is no standby after the recovery".to_owned();
-            return Err(DemoError::Umbra { what, said: demo.machine.said() });
+        if get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)? {
+            return Err(demo.download_failed("the download ended before the next driver VM stood by", get));
+        }
+        // The boot of a standby tells nothing but its end: its limit is a whole one, not that of a single event.
+        if stall.is_over(demo.machine.seen.len()) {
+            let what = "the next driver VM does not come up".to_owned();
+            return Err(DemoError::Still { what, limit: stall.limit(), said: demo.machine.said() });
         }
         pace.at = (pace.at + TRICKLE).min(pace.most);
         demo.place.peer().allow(pace.at)?;
@@ -246,33 +286,26 @@ fn await_standbys(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result
 
 /// Waits until the guest has acknowledged `bytes` of the download, collecting ticks.
 fn reach(demo: &mut Demo<'_>, bytes: u64, get: &mut Run, ticks: &mut Vec<Tick>) -> Result<(), DemoError> {
-    let start = Instant::now();
+    let mut stall = Stall::new(RECOVERY_LIMIT);
     loop {
         ticks.extend(demo.place.peer().take_ticks()?);
-        let progress = demo.place.peer().progress()?;
-        let reached = progress.acknowledged;
+        let reached = demo.place.peer().progress()?.acknowledged;
         if reached >= bytes {
             return Ok(());
         }
-        let ended = get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
-        if ended || start.elapsed() > RECOVERY_LIMIT {
-            let what = if ended { "the download ended early" } else { "the download does not go on" };
-            let tick = ticks.last().map_or(0, |tick| now_us().saturating_sub(tick.arrived_us) / 1000);
-            let said = format!(
-                "{}{}{progress:?}, the last tick {tick} ms ago\n{}\n{}",
-                get.output().stdout,
-                get.output().stderr,
-                demo.machine.said(),
-                demo.place.tail()
-            );
-            return Err(DemoError::Umbra { what: format!("{what} at {reached} bytes"), said });
+        if get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)? {
+            return Err(demo.download_failed("the download ended early", get));
+        }
+        demo.machine.drain();
+        if stall.is_over((reached, demo.machine.seen.len())) {
+            return Err(demo.download_failed("the download does not go on", get));
         }
     }
 }
 
 fn fail(demo: &mut Demo<'_>, driver: &str, kind: Kind) -> Result<(), DemoError> {
     let pid = demo.machine.driver_pid(&mut demo.place, driver)?;
-    demo.place.expect(&kind.command(driver, pid), Duration::from_secs(20)).map(drop)
+    demo.place.expect(&kind.command(driver, pid), STEP).map(drop)
 }
 
 /// Crashes the driver VM and waits until the next life is live; how many lives it cost.
@@ -289,7 +322,7 @@ fn issue(demo: &mut Demo<'_>, kind: Kind) -> Result<u32, DemoError> {
 fn both(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     demo.tell("  and of the sound card's driver VM, at the same moment");
     let script = format!("umbra crash {NIC_DRIVER} & umbra crash {SOUND_DRIVER} && wait");
-    demo.place.expect(&script, Duration::from_secs(20))?;
+    demo.place.expect(&script, STEP)?;
     for event in demo.machine.await_lives(&[NIC_DRIVER, SOUND_DRIVER], RECOVERY_LIMIT)? {
         if event.text("driver") == SOUND_DRIVER {
             demo.sound_crashes.push(SoundCrash::new(&event, true));
@@ -309,16 +342,17 @@ fn sound_alone(demo: &mut Demo<'_>, kind: Kind) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// A panic, then `kill -9` of the next life as soon as its link is up: the supervisor then has the log replayed. A watcher in the place does it, which is quicker than this process could be.
+/// A panic, then `kill -9` of the next life as soon as its link is up: the supervisor then has the log replayed. A watcher
+/// in the place does it, which is quicker than this process could be.
 fn in_replay(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
     let events = format!("{}/events.jsonl", demo.place.share_inside());
     let mut watcher = demo.place.start(&format!("umbra-probe kill-at carrier {events}"))?;
-    demo.place.expect("umbra crash nic0", Duration::from_secs(20))?;
+    demo.place.expect("umbra crash nic0", STEP)?;
     let live = |demo: &mut Demo<'_>| demo.machine.await_live(NIC_DRIVER, RECOVERY_LIMIT);
     let first = live(demo)?;
-    let ended = watcher.poll(Duration::from_secs(5)).map_err(DemoError::Exec)?;
+    demo.place.await_end(&mut watcher, STEP, |_| Ok(()))?;
     let killed: u32 = watcher.output().stdout.trim().parse().unwrap_or(0);
-    if !ended || killed == 0 {
+    if killed == 0 {
         let said = format!("{}{}", watcher.output().stdout, watcher.output().stderr);
         return Err(DemoError::Umbra { what: "the watcher of the replay killed nothing".into(), said });
     }

@@ -3,7 +3,8 @@
 //! Scenarios use it as well as the demo. Images are copied to memory of the test host first: every cold start of a
 //! driver VM reads them.
 
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -11,11 +12,18 @@ use super::DemoError;
 use super::events::{Event, Follow};
 use super::place::Place;
 use crate::bench::guest::{self, SOCKETS};
+use crate::bench::patience::{Stall, factor, whole_factor};
 use crate::probe::client::Run;
 use crate::probe::wire::{LONG_PORT_NAME, PORT_NAME};
 
-/// Longest time for a first start on an emulated and loaded machine; two minutes on an idle one is unheard of.
-const START_LIMIT: Duration = Duration::from_secs(180);
+/// Longest time in which a machine that starts may tell and print nothing, as on the reference machine; two minutes on an idle
+/// one are unheard of.
+const START_LIMIT: Duration = Duration::from_secs(150);
+/// The same for a single command.
+const STEP: Duration = Duration::from_secs(60);
+
+/// `boot_timeout_s` of driver VMs on the reference machine: Umbra's own default.
+const BOOT_S: f64 = 60.0;
 
 /// Names of the driver VMs.
 pub const NIC_DRIVER: &str = "nic0";
@@ -99,6 +107,7 @@ impl MachineSpec {
 
     /// The file for `umbra run`; `work` is a folder of the place with kernel and images.
     pub fn to_toml(&self, work: &str, share: &str) -> String {
+        let patience = whole_factor();
         let mut text = String::new();
         for (name, address) in &self.guests {
             let nic = match self.attach {
@@ -115,7 +124,7 @@ impl MachineSpec {
             let disks: String = self.disks.iter().map(disk).collect();
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
-                 cmdline = \"console=ttyS0 quiet ip4={address} {}\"\nmemory = \"256M\"\n\
+                 cmdline = \"console=ttyS0 quiet ip4={address} umbra.patience={patience} {}\"\nmemory = \"256M\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
                  {nic}{sound}{disks}\
                  [[guest.{name}.port]]\nname = \"{PORT_NAME}\"\nsocket = \"{}\"\n\
@@ -135,8 +144,11 @@ impl MachineSpec {
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
                  standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n\
-                 interrupts_per_s = {}\n",
-                self.standby, self.restart_limit, self.interrupts_per_s
+                 boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
+                self.standby,
+                self.restart_limit,
+                BOOT_S * factor(),
+                self.interrupts_per_s
             ));
         }
         text
@@ -160,6 +172,8 @@ impl MachineSpec {
 pub struct Machine {
     run: Run,
     events: Follow,
+    /// Folder with the guests' consoles.
+    share: PathBuf,
     /// Everything it told so far.
     pub seen: Vec<Event>,
 }
@@ -179,7 +193,8 @@ impl Machine {
             START_LIMIT,
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
-        let mut machine = Self { run, events: Follow::new(place.share().join("events.jsonl")), seen: Vec::new() };
+        let share = place.share();
+        let mut machine = Self { run, events: Follow::new(share.join("events.jsonl")), share, seen: Vec::new() };
         machine.await_lives(&spec.drivers(), START_LIMIT)?;
         for (name, _) in &spec.guests {
             place.in_guest(name, "true", START_LIMIT)?;
@@ -190,10 +205,10 @@ impl Machine {
     /// Waits for an event that `wanted` accepts, among those not looked at yet.
     ///
     /// # Errors
-    /// `umbra run` ended, or `limit` is over.
+    /// `umbra run` ended, or for `limit`, scaled to this machine, it and its guests told and printed nothing.
     pub fn await_event(&mut self, limit: Duration, wanted: impl Fn(&Event) -> bool) -> Result<Event, DemoError> {
-        let start = Instant::now();
-        while start.elapsed() < limit {
+        let mut stall = Stall::new(limit);
+        while !stall.is_over(self.told()) {
             while let Some(event) = self.events.take() {
                 self.seen.push(event.clone());
                 if wanted(&event) {
@@ -202,10 +217,21 @@ impl Machine {
             }
             let ended = self.run.poll(Duration::from_millis(20)).map_err(DemoError::Exec)?;
             if ended {
-                return Err(DemoError::Umbra { what: "`umbra run` ended".into(), said: self.said() });
+                let said = self.said();
+                let last = said.lines().last().unwrap_or("it said nothing").trim_start_matches("umbra: ");
+                return Err(DemoError::Umbra { what: format!("`umbra run` ended ({last})"), said });
             }
         }
-        Err(DemoError::Umbra { what: format!("nothing of the kind happened within {limit:?}"), said: self.said() })
+        let what = "Umbra did not tell what was waited for".into();
+        Err(DemoError::Still { what, limit: stall.limit(), said: self.said() })
+    }
+
+    /// What it and its guests have told and printed, to see whether something goes on: events, and bytes of consoles.
+    fn told(&self) -> (usize, usize, u64) {
+        let files = std::fs::read_dir(&self.share).into_iter().flatten().flatten();
+        let consoles = files.filter(|file| file.path().extension().is_some_and(|e| e == "log"));
+        let bytes = consoles.filter_map(|file| Some(file.metadata().ok()?.len())).sum();
+        (self.seen.len(), self.run.output().stdout.len(), bytes)
     }
 
     /// How long the boot of the standby of `driver` took, ms, if there is one and it is ready.
@@ -247,7 +273,7 @@ impl Machine {
     /// # Errors
     /// It failed or gave no JSON.
     pub fn status(&mut self, place: &mut Place) -> Result<Value, DemoError> {
-        let text = place.expect("umbra status --json", Duration::from_secs(20))?;
+        let text = place.expect("umbra status --json", STEP)?;
         serde_json::from_str(&text)
             .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
     }
@@ -295,13 +321,15 @@ impl Machine {
     /// Ends the machine. Its guests' init knows no power button, so they are switched off.
     ///
     /// # Errors
-    /// It did not end in time.
+    /// It does not end.
     pub fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
-        let _ = place.run("umbra stop --force", Duration::from_secs(30))?;
-        if self.run.poll(Duration::from_secs(30)).map_err(DemoError::Exec)? {
-            return Ok(());
-        }
-        Err(DemoError::Umbra { what: "`umbra stop --force` did not end it within 30 s".into(), said: self.said() })
+        let _ = place.run("umbra stop --force", STEP)?;
+        place.await_end(&mut self.run, STEP, |_| Ok(())).map_err(|error| match error {
+            DemoError::Still { limit, said, .. } => {
+                DemoError::Still { what: "`umbra stop --force` does not end the machine".into(), limit, said }
+            }
+            other => other,
+        })
     }
 }
 

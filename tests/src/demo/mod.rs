@@ -1,12 +1,17 @@
 //! The demonstration: a guest downloads a file over a NIC and plays a song on a sound card whose driver VMs are crashed
-//! again and again, by turns and at last together; a peer outside watches, and a recording is judged. A transcript for people, `result.json` for machines.
+//! again and again, by turns and at last together; a peer outside watches, and a recording is judged. A transcript for people,
+//! `result.json` for machines.
 //!
-//! The download is paced by progress: it is never over before the last crash, and each crash hits it under way.
+//! The download is paced by progress: it is never over before the last crash, and each crash hits it under way. The song lasts
+//! until the plan of crashes is done.
 //! Everything that decides over success is measured outside the guest, or read in it before and after.
 
 pub mod attempts;
 mod crash;
+mod error;
 pub mod events;
+mod evidence;
+mod forecast;
 pub mod guest_log;
 pub mod hardware;
 pub mod machine;
@@ -15,86 +20,25 @@ pub mod place;
 mod result;
 mod sound;
 
-use std::io;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::assets::{AssetError, Assets, Say};
-use crate::bench::{Bench, BenchError, BenchSpec, Model, pcap};
-use crate::peer::{Content, DEFAULT_RATE, PeerError, guest_address, peer_address};
-use crate::probe::client::ClientError;
-use crate::sound::Sound;
+use crate::assets::{Assets, Say, target_dir};
+use crate::bench::{Bench, BenchSpec, Model, brake, pcap};
+use crate::peer::{Content, DEFAULT_RATE, guest_address, peer_address};
+use crate::probe::client::Run;
 use crate::sound::player::{Ended, PATIENT, PATIENT_KERNEL, Player};
-use crate::wav::WavError;
+use crate::sound::{Length, Sound};
 use crash::Crashes;
+pub use error::DemoError;
+use error::During;
+use forecast::{Forecast, Part};
 use guest_log::GuestLog;
 use machine::{Machine, MachineSpec};
 use place::{Here, Place};
 pub use result::{CrashResult, DemoResult, NicResult};
 pub use sound::{SoundCrash, SoundResult};
-
-/// Why there was no demonstration. (One that failed has a [`DemoResult`] whose `ok` is false.)
-#[derive(Debug, thiserror::Error)]
-pub enum DemoError {
-    /// Something is not installed or built.
-    #[error(transparent)]
-    Assets(#[from] AssetError),
-    /// The test host.
-    #[error(transparent)]
-    Bench(#[from] BenchError),
-    /// The peer.
-    #[error(transparent)]
-    Peer(#[from] PeerError),
-    /// A recording.
-    #[error(transparent)]
-    Wav(#[from] WavError),
-    /// A script.
-    #[error("a script could not be run")]
-    Exec(#[source] ClientError),
-    /// Umbra did not do what was asked.
-    #[error("{what}; it said:\n{said}")]
-    Umbra {
-        /// What was seen.
-        what: String,
-        /// Its output.
-        said: String,
-    },
-    /// The player did not play on.
-    #[error("{name} in the guest plays no more:\n{said}")]
-    Player {
-        /// Which.
-        name: &'static str,
-        /// How it ended, if it has, and what the guest knows of it.
-        said: String,
-    },
-    /// The real device cannot be used.
-    #[error("{0}")]
-    Device(String),
-    /// A file operation.
-    #[error("cannot {operation} {}", path.display())]
-    File {
-        /// What was tried.
-        operation: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl DemoError {
-    /// The test host or the guest in it did not answer, or not as it should: on an emulated machine perhaps for no fault of
-    /// Umbra's.
-    pub fn may_be_emulation(&self) -> bool {
-        matches!(self, Self::Umbra { .. } | Self::Player { .. } | Self::Exec(_) | Self::Bench(_))
-    }
-
-    pub(crate) fn file(operation: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File { operation, path: path.into(), source }
-    }
-}
 
 /// What is to be shown.
 #[derive(Clone, Debug)]
@@ -112,22 +56,30 @@ pub struct DemoSpec {
 }
 
 impl DemoSpec {
-    fn song_seconds(&self) -> u32 {
-        SONG_SECONDS * (self.crashes + 1)
+    fn devices(&self) -> String {
+        let devices = [Some(&self.nic), self.sound.as_ref()];
+        devices.into_iter().flatten().map(Model::to_string).collect::<Vec<_>>().join(" and ")
     }
 }
 
 /// The guest in the demonstration.
 const GUEST: &str = "web";
 
+/// The test host of demonstrations.
+const BENCH: &str = "demo";
+
 /// The page of all failures, in the share and beside the result.
 const REPORT: &str = "report.html";
 
-/// So much song for each crash, and once more: two recoveries, one after the other, on an emulated machine.
-const SONG_SECONDS: u32 = 30;
+/// Length of a round of the song, seconds: longer than what an outage or a card's buffer could be taken for another round by.
+const ROUND_SECONDS: u32 = 120;
 
-/// Longest time for one recovery, emulated machines included.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
+/// Longest time in which nothing may move during a recovery or the boot of a standby, as on the reference machine
+/// ([`crate::bench::patience`]); standbys of up to 100 s have been seen on machines that were only twice as slow.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(150);
+
+/// The same for a single command.
+const STEP: Duration = Duration::from_secs(60);
 
 /// A demonstration under way.
 struct Demo<'a> {
@@ -141,25 +93,70 @@ struct Demo<'a> {
     guest: Ipv4Addr,
     peer: Ipv4Addr,
     start: Instant,
+    forecast: Forecast,
 }
 
-/// Runs the demonstration; writes `result.json`, the recording with its picture, and the report of all failures to `dir`.
+/// Runs the demonstration, in a test host as often as [`attempts::allowed`] if need be; of attempts that failed evidence is kept in
+/// `dir`.
 ///
 /// # Errors
 /// It could not be run to its end. A result with `ok: false` is no error here.
-pub fn run(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, DemoError> {
+pub fn run_attempts(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, DemoError> {
+    evidence::clear(dir);
+    let from = if spec.hardware.is_some() { dir.join("here") } else { target_dir().join("bench").join(BENCH) };
+    let attempt = |attempt| {
+        let result = run(spec, dir, attempt, say);
+        let failure = match &result {
+            Ok(result) if result.ok => return Ok(result.clone()),
+            Ok(result) => result.failures().join("; "),
+            Err(error) => error.in_full(),
+        };
+        let kept = evidence::keep(dir, attempt, &failure, &from);
+        if let Err(error) = &result {
+            say("");
+            say(&format!("The demo failed {}.", error.headline()));
+        }
+        for line in kept {
+            say(&line);
+        }
+        result
+    };
+    if spec.hardware.is_some() { attempt(1) } else { attempts::in_test_host(say, |result| result.ok, attempt) }
+}
+
+/// Runs the demonstration once, as attempt number `attempt`; writes `result.json`, the recording with its picture, and the report of
+/// all failures to `dir`.
+///
+/// # Errors
+/// It could not be run to its end. A result with `ok: false` is no error here.
+pub fn run(spec: &DemoSpec, dir: &Path, attempt: u32, say: Say<'_>) -> Result<DemoResult, DemoError> {
     std::fs::create_dir_all(dir).map_err(|e| DemoError::file("make", dir, e))?;
+    let speed = brake::speed().map_err(crate::bench::BenchError::from)?;
     let assets = Assets::prepare(say)?;
+    let mut forecast = Forecast::of(spec);
+    for line in forecast.lines(&spec.devices()) {
+        say(&line);
+    }
+    if speed < 1.0 {
+        say(&format!("the emulator is braked to {speed} of its speed ({})", brake::SPEED_VARIABLE));
+    }
     let start = Instant::now();
-    let Stage { mut place, machine, guest, peer, bound, sound } = set_up(spec, &assets, dir, say)?;
+    let stage =
+        set_up(spec, &assets, dir, say).during(|| format!("while a test host with {} was set up", spec.devices()));
+    let Stage { mut place, machine, guest, peer, bound, sound } = stage?;
+    forecast.done(Part::Host);
     let drivers = machine.drivers().join("` and `");
     say(&format!("starting the guest `{GUEST}` and driver VMs `{drivers}` (stock Debian kernels, cold boot)"));
-    let result = Machine::start(&mut place, &machine).and_then(|machine| {
+    let started = Machine::start(&mut place, &machine).during(|| "while the guest and its driver VMs started".into());
+    let result = started.and_then(|machine| {
         let guest = match guest {
             Some(guest) => guest,
             None => hardware::address_of_guest(&mut place, GUEST)?,
         };
-        Demo { spec, place, machine, sound, sound_crashes: Vec::new(), player: None, say, guest, peer, start }.show(dir)
+        forecast.done(Part::Start);
+        let sound_crashes = Vec::new();
+        Demo { spec, place, machine, sound, sound_crashes, player: None, say, guest, peer, start, forecast }
+            .show(dir, attempt)
     });
     drop(bound);
     let result = result?;
@@ -189,20 +186,18 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
     }
     say(&format!("building the driver VM image for {}", spec.nic));
     let image = assets.driver_image(&spec.nic)?;
-    let mut bench = BenchSpec::new("demo");
+    let mut bench = BenchSpec::new(BENCH);
     bench.nics = vec![spec.nic.clone()];
     bench.files = vec![image.clone()];
-    let seconds = spec.song_seconds();
-    let sound =
-        spec.sound.as_ref().map(|model| Sound::new(std::slice::from_ref(model), seconds, assets)).transpose()?;
+    let song = Length::Fed(ROUND_SECONDS);
+    let sound = spec.sound.as_ref().map(|model| Sound::new(std::slice::from_ref(model), song, assets)).transpose()?;
     if let Some(sound) = &sound {
         sound.add_to(&mut bench);
     }
     let accel = if crate::bench::has_nested_kvm() { "KVM" } else { "emulation: this machine's CPU has no VMX or SVM" };
-    let devices: Vec<_> = [Some(&spec.nic), spec.sound.as_ref()].into_iter().flatten().map(Model::to_string).collect();
-    say(&format!("booting the test host in QEMU with {} ({accel})", devices.join(" and ")));
+    say(&format!("booting the test host in QEMU with {} ({accel})", spec.devices()));
     let mut bench = Bench::boot(bench, assets)?;
-    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", Duration::from_secs(30))?;
+    let device = bench.expect("vfio $NIC0 && printf %s $NIC0", STEP)?;
     let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut place = Place::Bench(Box::new(bench));
     let mut card = None;
@@ -225,23 +220,20 @@ impl Demo<'_> {
         (self.say)(&format!("[{:6.1} s] {what}", self.start.elapsed().as_secs_f64()));
     }
 
-    fn show(mut self, dir: &Path) -> Result<DemoResult, DemoError> {
+    fn show(mut self, dir: &Path, attempt: u32) -> Result<DemoResult, DemoError> {
         let content = Content { bytes: self.spec.bytes };
-        let before = GuestLog::read(&mut self.place, GUEST)?;
-        let kernel = self.place.in_guest(GUEST, "uname -r", Duration::from_secs(20))?;
-        self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
-        let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
-        self.place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-        self.start_player()?;
-        let (crashes, fetched) = self.download(content)?;
+        let before = self.begin().during(|| "while the guest began its work".into())?;
+        let (crashes, mut get) = self.download(content)?;
+        self.forecast.done(Part::Crashes);
+        let fetched = self.finish_download(&mut get).during(|| "after the last crash".into())?;
         let progress = self.place.peer().progress()?;
-        let ended = self.await_player()?;
+        let ended = self.await_player().during(|| "at the end of the song".into())?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
-        self.keep_report(dir)?;
-        let Self { spec, place, machine, sound, sound_crashes, say, start, .. } = self;
+        self.keep_report(dir).during(|| "while the report was made".into())?;
+        let Self { spec, place, machine, sound, sound_crashes, say, start, mut forecast, .. } = self;
         let wav = place.wav();
-        let (wire_resets, place_kept) = end(place, machine)?;
+        let (wire_resets, place_kept) = end(place, machine).during(|| "while the machine was ended".into())?;
         let sound = match (sound, ended) {
             (Some(sound), Some(ended)) => Some(SoundResult::judge(&sound, &ended, sound_crashes, &wav, dir)?),
             _ => None,
@@ -261,7 +253,9 @@ impl Demo<'_> {
             outage_ms: result::outages(&crashes),
             per_crash: crashes,
         };
-        let result = DemoResult::new(nic, sound, spec.crashes, start.elapsed());
+        let result = DemoResult::new(nic, sound, (spec.crashes, attempt), start.elapsed());
+        forecast.done(Part::End);
+        forecast.keep();
         for line in result.closing_lines() {
             say(&line);
         }
@@ -269,45 +263,65 @@ impl Demo<'_> {
         Ok(result)
     }
 
+    /// Has the guest send ticks and play; its log before.
+    fn begin(&mut self) -> Result<GuestLog, DemoError> {
+        let before = GuestLog::read(&mut self.place, GUEST)?;
+        let kernel = self.place.in_guest(GUEST, "uname -r", STEP)?;
+        self.tell(&format!("the guest is up: Linux {}, {} on virtio-net", kernel.trim(), self.guest));
+        let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
+        self.place.in_guest(GUEST, &ticks, STEP)?;
+        if self.sound.is_some() {
+            self.player = Some(Player::start_fed(&mut self.place, GUEST, PATIENT)?);
+            self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
+        }
+        Ok(before)
+    }
+
     /// `umbra report` of everything that has failed.
     fn keep_report(&mut self, dir: &Path) -> Result<(), DemoError> {
         let (from, to) = (self.place.share().join(REPORT), dir.join(REPORT));
         let script = format!("umbra report -o {}/{REPORT}", self.place.share_inside());
-        self.place.expect(&script, Duration::from_secs(60))?;
+        self.place.expect(&script, STEP)?;
         std::fs::copy(&from, &to).map(drop).map_err(|e| DemoError::file("copy", &from, e))
     }
 
-    fn start_player(&mut self) -> Result<(), DemoError> {
-        if self.sound.is_some() {
-            self.player = Some(Player::start(&mut self.place, GUEST, PATIENT)?);
-            self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
-        }
-        Ok(())
-    }
-
-    fn await_player(&mut self) -> Result<Option<Ended>, DemoError> {
+    fn await_player(&mut self) -> Result<Option<(Ended, usize)>, DemoError> {
         let Some(player) = self.player.take() else { return Ok(None) };
-        self.tell("the song plays on to its end");
-        let limit = Duration::from_secs(u64::from(self.spec.song_seconds()) + 60);
-        player.wait(&mut self.place, limit).map(Some)
+        self.tell("the song comes to its end");
+        player.finish(&mut self.place).map(Some)
     }
 
-    /// Downloads while crashing; what `sha256sum` printed in the guest.
-    fn download(&mut self, content: Content) -> Result<(Vec<CrashResult>, String), DemoError> {
+    /// Crashes while the guest downloads; the download is not yet over then.
+    fn download(&mut self, content: Content) -> Result<(Vec<CrashResult>, Run), DemoError> {
         let plan = Crashes::plan(self.spec.crashes);
         let mib = content.bytes >> 20;
         self.tell(&format!("the guest downloads {mib} MiB from {} by TCP and sends a UDP tick every 10 ms", self.peer));
         self.place.peer().offer(content.bytes, DEFAULT_RATE, 0)?;
         let url = format!("http://{}:{}/file", self.peer, crate::peer::ports::HTTP);
-        let limit = Duration::from_secs(120) + RECOVERY_LIMIT * self.spec.crashes;
-        let mut get =
-            self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -O - {url} | sha256sum"), limit)?;
-        let results = crash::run(self, &plan, content, &mut get)?;
+        let mut get = self.place.start_in_guest(GUEST, &format!("set -o pipefail; wget -q -O - {url} | sha256sum"))?;
+        Ok((crash::run(self, &plan, content, &mut get)?, get))
+    }
+
+    /// Lets the download come to its end; what `sha256sum` printed in the guest.
+    fn finish_download(&mut self, get: &mut Run) -> Result<String, DemoError> {
         self.place.peer().allow(u64::MAX)?;
-        if !get.poll(Duration::from_secs(120)).map_err(DemoError::Exec)? {
-            self.tell("the download did not come to its end within two minutes after the last crash");
+        let acknowledged = |place: &mut Place| Ok(place.peer().progress()?.acknowledged);
+        match self.place.await_end(get, RECOVERY_LIMIT, acknowledged) {
+            Ok(()) => Ok(get.output().stdout.clone()),
+            Err(DemoError::Still { .. }) => Err(self.download_failed("the download does not come to its end", get)),
+            Err(error) => Err(error),
         }
-        Ok((results, get.output().stdout.clone()))
+    }
+
+    /// A download that failed, with what everybody says of it.
+    fn download_failed(&mut self, what: &str, get: &Run) -> DemoError {
+        let progress = self.place.peer().progress();
+        let (megabytes, of) = (progress.as_ref().map_or(0, |p| p.acknowledged) >> 20, self.spec.bytes >> 20);
+        let (output, said) = (get.output(), self.machine.said());
+        DemoError::Umbra {
+            what: format!("{what} ({megabytes} of {of} MiB)"),
+            said: format!("{}{}{progress:?}\n{said}\n{}", output.stdout, output.stderr, self.place.tail()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::DemoError;
 use crate::assets::Assets;
 use crate::bench::guest::Guest;
+use crate::bench::patience::{Stall, scaled, whole_factor};
 use crate::bench::{Bench, Output};
 use crate::peer::Peer;
 use crate::probe::client::{Client, Run};
@@ -53,6 +54,12 @@ impl Here {
         Ok(Self { client, peer, dir, programs })
     }
 }
+
+/// Longest silence of a script that another wait watches.
+const LONG: Duration = Duration::from_secs(24 * 3600);
+
+/// Time between two looks at what a script has done.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Lines of a failed script's output that are shown.
 const SHOWN_LINES: usize = 25;
@@ -111,8 +118,9 @@ impl Place {
         match self {
             Self::Bench(bench) => Ok(bench.start(script)?),
             Self::Here(here) => {
-                let path = format!("export PATH={}:$PATH\n{script}", here.programs.display());
-                here.client.start(&path).map_err(DemoError::Exec)
+                let (patience, programs) = (whole_factor(), here.programs.display());
+                let script = format!("export UMBRA_PATIENCE={patience} PATH={programs}:$PATH\n{script}");
+                here.client.start(&script).map_err(DemoError::Exec)
             }
         }
     }
@@ -120,11 +128,11 @@ impl Place {
     /// Runs a script.
     ///
     /// # Errors
-    /// It did not end within `limit`, or the place is gone.
+    /// It was given up, because nothing was printed for `limit` (scaled to this machine), or the place is gone.
     pub fn run(&mut self, script: &str, limit: Duration) -> Result<Output, DemoError> {
         match self {
             Self::Bench(bench) => Ok(bench.run_for(script, limit)?),
-            Self::Here(_) => self.start(script)?.wait(limit).map_err(DemoError::Exec),
+            Self::Here(_) => self.start(script)?.wait(scaled(limit)).map_err(DemoError::Exec),
         }
     }
 
@@ -138,7 +146,7 @@ impl Place {
             return Ok(output.stdout);
         }
         let said = last_lines(&format!("{}{}", output.stdout, output.stderr));
-        Err(DemoError::Umbra { what: format!("`{script}` ended with status {}", output.status), said })
+        Err(DemoError::Command { script: script.into(), status: output.status, said })
     }
 
     /// Runs a script in a guest of the place; it has to succeed.
@@ -150,12 +158,34 @@ impl Place {
     }
 
     /// Starts a script in a guest of the place, where [`Self::in_guest`] may run others meanwhile. One at a time: it has a port
-    /// of its own, with one client.
+    /// of its own, with one client. Its caller watches how it goes on: it may be silent for long.
     ///
     /// # Errors
     /// The place is gone.
-    pub fn start_in_guest(&mut self, name: &str, script: &str, limit: Duration) -> Result<Run, DemoError> {
-        self.start(&Guest::long_command(name, script, limit))
+    pub fn start_in_guest(&mut self, name: &str, script: &str) -> Result<Run, DemoError> {
+        self.start(&Guest::long_command(name, script, LONG))
+    }
+
+    /// Waits for the end of a script that was started; gives it up when for `limit`, scaled to this machine, what `moved` tells has
+    /// not changed.
+    ///
+    /// # Errors
+    /// It was given up ([`DemoError::Still`]), or the place is gone.
+    pub fn await_end<T: PartialEq>(
+        &mut self,
+        run: &mut Run,
+        limit: Duration,
+        mut moved: impl FnMut(&mut Self) -> Result<T, DemoError>,
+    ) -> Result<(), DemoError> {
+        let mut stall = Stall::new(limit);
+        while !run.poll(LOOK).map_err(DemoError::Exec)? {
+            let printed = run.output().stdout.len() + run.output().stderr.len();
+            if stall.is_over((printed, moved(self)?)) {
+                let said = format!("{}{}", run.output().stdout, run.output().stderr);
+                return Err(DemoError::Still { what: "a script does not end".into(), limit: stall.limit(), said });
+            }
+        }
+        Ok(())
     }
 
     /// What the sound cards of a test host play.

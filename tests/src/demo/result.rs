@@ -12,14 +12,21 @@ use super::events::Event;
 use super::machine::NIC_DRIVER;
 use super::outage::{Outage, median_and_max};
 use super::sound::SoundResult;
+use crate::bench::brake;
 
 /// `result.json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct DemoResult {
     /// The checksum holds, no connection was reset, the guest's log is clean, and all crashes took place.
     pub ok: bool,
+    /// Which attempt this was: 1, unless an emulated test host had to be booted again.
+    pub attempts: u32,
+    /// The share of its full speed at which the emulator ran.
+    pub speed: f64,
     /// How long it took, s.
     pub seconds: f64,
+    /// Crashes of each driver VM that were to be survived.
+    pub wanted: u32,
     /// The NIC's part.
     pub nic: NicResult,
     /// The sound card's part, where there is one.
@@ -163,7 +170,13 @@ pub(super) fn outages(crashes: &[CrashResult]) -> Option<OutageFigures> {
 }
 
 impl DemoResult {
-    pub(super) fn new(nic: NicResult, sound: Option<SoundResult>, wanted: u32, took: Duration) -> Self {
+    /// With the crashes that were `wanted`, and the number of the attempt.
+    pub(super) fn new(
+        nic: NicResult,
+        sound: Option<SoundResult>,
+        (wanted, attempts): (u32, u32),
+        took: Duration,
+    ) -> Self {
         let ok = nic.sha256_ok
             && nic.connection_resets == 0
             && nic.connections == 1
@@ -171,7 +184,23 @@ impl DemoResult {
             && nic.crashes >= wanted
             && nic.outage_ms.is_some()
             && sound.as_ref().is_none_or(SoundResult::is_ok);
-        Self { ok, seconds: took.as_secs_f64(), nic, sound }
+        let speed = brake::speed().unwrap_or(1.0);
+        Self { ok, attempts, speed, seconds: took.as_secs_f64(), wanted, nic, sound }
+    }
+
+    /// What is not as it should be, in the reader's words.
+    pub fn failures(&self) -> Vec<String> {
+        let nic = &self.nic;
+        let mut all = Vec::new();
+        let mut when = |failed: bool, what: String| all.extend(failed.then_some(what));
+        when(!nic.sha256_ok, "the guest did not get the file that was sent".into());
+        when(nic.connection_resets > 0, format!("{} connections were reset", nic.connection_resets));
+        when(nic.connections != 1, format!("the download took {} connections", nic.connections));
+        when(!nic.guest_log_clean, "the guest's kernel noticed something".into());
+        when(nic.crashes < self.wanted, format!("{} of {} crashes took place", nic.crashes, self.wanted));
+        when(nic.outage_ms.is_none(), "no outage was seen by the peer".into());
+        when(self.sound.as_ref().is_some_and(|sound| !sound.is_ok()), "the song was not played as it should be".into());
+        all
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<(), DemoError> {
@@ -183,13 +212,16 @@ impl DemoResult {
     pub(super) fn closing_lines(&self) -> Vec<String> {
         let nic = &self.nic;
         let good = |yes: bool| if yes { "yes" } else { "NO" };
-        let mut lines = vec![
-            String::new(),
+        let mut lines = vec![String::new()];
+        if !self.ok {
+            lines.push(format!("The demo failed: {}.", self.failures().join("; ")));
+        }
+        lines.extend([
             format!("{}: {} crashes of the driver VM, {:.0} s in all", nic.model, nic.crashes, self.seconds),
             format!("  checksum of the {} MiB download holds    {}", nic.bytes >> 20, good(nic.sha256_ok)),
             format!("  connections reset                        {}", nic.connection_resets),
             format!("  guest's kernel log clean                 {}", good(nic.guest_log_clean)),
-        ];
+        ]);
         if !nic.guest_log_clean {
             lines.extend(nic.guest_log_new.iter().map(|line| format!("    {line}")));
             lines.push(format!("    carrier changes: {}", nic.carrier_changes));
@@ -205,6 +237,9 @@ impl DemoResult {
             lines.extend(sound.closing_lines());
         }
         lines.push("  all failures on a page                   report.html".into());
+        if self.attempts > 1 {
+            lines.push(format!("  attempts needed                          {}", self.attempts));
+        }
         lines.push(if self.ok { "The guest noticed nothing but time.".into() } else { "NOT as it should be.".into() });
         lines
     }

@@ -69,15 +69,19 @@ pub struct SoundResult {
 }
 
 impl SoundResult {
-    /// Judges the recording of a test host that is off; writes it and its picture to `dir`.
+    /// Judges the recording of a test host that is off, in which a player was fed so many `pieces` of the song; writes it, what
+    /// should have been heard, and its picture to `dir`.
     pub(super) fn judge(
         sound: &Sound,
-        ended: &Ended,
+        (ended, pieces): &(Ended, usize),
         per_crash: Vec<SoundCrash>,
         wav: &Path,
         dir: &Path,
     ) -> Result<Self, DemoError> {
-        let Judged { heard, analysis, .. } = recording::judge(wav, 0..usize::MAX, &sound.song)?;
+        let Judged { heard, analysis, .. } = {
+            let song = sound.song.played(*pieces, &dir.join("song.wav"))?;
+            recording::judge(wav, 0..usize::MAX, &song)?
+        };
         let model = sound.models.iter().map(ToString::to_string).collect::<String>();
         let title = format!("{model} through {} crashes of its driver", per_crash.len());
         let svg = dir.join("sound.svg");

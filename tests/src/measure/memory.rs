@@ -51,7 +51,7 @@ pub(super) fn smallest(place: &mut Place, spec: &MachineSpec, say: Say<'_>) -> R
                 machine.stop(place)?;
                 true
             }
-            Err(DemoError::Umbra { .. }) => {
+            Err(DemoError::Umbra { .. } | DemoError::Still { .. } | DemoError::Command { .. }) => {
                 place.run("umbra stop --force; sleep 1", Duration::from_secs(40))?;
                 false
             }

@@ -13,8 +13,8 @@ use crate::demo::events::Event;
 use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER, SOUND_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
-use crate::sound::Sound;
 use crate::sound::player::{PATIENT, PATIENT_KERNEL};
+use crate::sound::{Length, Sound};
 
 const GUEST: &str = "web";
 const STEP: Duration = Duration::from_secs(120);
@@ -72,7 +72,7 @@ pub struct SoakResult {
 pub fn run(spec: &SoakSpec, say: Say<'_>) -> Result<SoakResult, DemoError> {
     let assets = Assets::prepare(say)?;
     let image = assets.driver_image(&spec.nic)?;
-    let sound = Sound::new(std::slice::from_ref(&spec.sound), SONG_SECONDS, &assets)?;
+    let sound = Sound::new(std::slice::from_ref(&spec.sound), Length::Seconds(SONG_SECONDS), &assets)?;
     let mut bench = BenchSpec { nics: vec![spec.nic.clone()], capture: None, ..BenchSpec::new("soak") };
     bench.files = vec![image.clone()];
     sound.add_to(&mut bench);

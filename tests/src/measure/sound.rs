@@ -10,13 +10,14 @@ use serde_json::Value;
 
 use super::outages::Spread;
 use crate::assets::{Assets, Say};
+use crate::bench::patience::whole_factor;
 use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
 use crate::demo::place::Place;
-use crate::sound::Sound;
 use crate::sound::player::{PATIENT, PATIENT_KERNEL, Player};
 use crate::sound::recording::{self, Judged};
+use crate::sound::{Length, Sound};
 use crate::wav::analysis::Analysis;
 
 const GUEST: &str = "web";
@@ -143,15 +144,15 @@ struct Stage<'a> {
 /// One could not be made.
 pub fn run(spec: &SoundMeasureSpec, say: Say<'_>) -> Result<SoundResults, DemoError> {
     let assets = Assets::prepare(say)?;
-    let seconds = (SONG_SECONDS * (spec.crashes + 1)).max(spec.seconds);
-    let sound = Sound::new(std::slice::from_ref(&spec.model), seconds, &assets)?;
+    let seconds = (SONG_SECONDS * whole_factor() * (spec.crashes + 1)).max(spec.seconds);
+    let sound = Sound::new(std::slice::from_ref(&spec.model), Length::Seconds(seconds), &assets)?;
     let mut bench = BenchSpec::new("measure-sound").nics(&[]);
     sound.add_to(&mut bench);
     say(&format!("booting the test host with {}", spec.model));
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets)?));
     sound.prepare(&mut place)?;
     let mut stage = Stage { place, sound, spec, say };
-    let crashed = if spec.crashes > 0 { Some(stage.crashed(seconds)?) } else { None };
+    let crashed = if spec.crashes > 0 { Some(stage.crashed()?) } else { None };
     let mut undisturbed = Vec::new();
     if spec.seconds > 0 {
         undisturbed.push(stage.undisturbed("driver VM")?);
@@ -188,8 +189,7 @@ impl Stage<'_> {
         recording::frames_so_far(&wav).map_err(|e| DemoError::file("read", &wav, e))
     }
 
-    /// `seconds`: the length of the song.
-    fn crashed(&mut self, seconds: u32) -> Result<(Crashed, Range<usize>), DemoError> {
+    fn crashed(&mut self) -> Result<(Crashed, Range<usize>), DemoError> {
         (self.say)(&format!("a song through {} crashes ({})", self.spec.crashes, self.spec.policy));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
@@ -206,8 +206,7 @@ impl Stage<'_> {
             (self.say)(&format!("    served again after {:.0} ms", live.number("outage_ms").unwrap_or_default()));
             outages.push(Value::Object(live.fields));
         }
-        let limit = STEP + Duration::from_secs(seconds.into());
-        let ended = player.wait(&mut self.place, limit)?;
+        let ended = player.wait(&mut self.place)?;
         let sums = machine.status(&mut self.place)?["guests"][0]["sounds"][0]["sums"].take();
         machine.stop(&mut self.place)?;
         let (player_status, player_said) = (ended.status, ended.said);

@@ -207,7 +207,12 @@ mod tests {
             let mut all = Vec::new();
             io::Read::read_to_end(&mut stream, &mut all).map(|_| all)
         });
-        thread::sleep(Duration::from_millis(500));
+        let start = Instant::now();
+        while download.lock().unwrap().progress.sent < 50_000 {
+            assert!(start.elapsed() < Duration::from_secs(60), "the allowance is not reached");
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(300));
         assert_eq!(download.lock().unwrap().progress.sent, 50_000);
         download.lock().unwrap().allow = u64::MAX;
         let all = reader.join().unwrap().unwrap();

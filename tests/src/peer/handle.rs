@@ -11,10 +11,14 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::{ONE_WIRE, Progress, Reply, Request, Tick};
+use crate::bench::patience::scaled;
 use crate::probe::wire::{Lines, write_line};
 
 /// NICs a bench can have: as many TAP descriptors as one message is made to carry.
 pub(crate) const MAX_NICS: usize = 8;
+
+/// Longest time in which the peer, a process of this machine, may leave a question unanswered.
+const SILENT: Duration = Duration::from_secs(60);
 
 /// What can go wrong with the peer process.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +74,7 @@ impl Peer {
     fn spawn(probe: &Path, network: &[&str], nics: usize) -> Result<Self, PeerError> {
         let failed = |source| PeerError::Start { program: probe.display().to_string(), source };
         let (control, theirs) = UnixStream::pair().map_err(PeerError::Talk)?;
-        control.set_read_timeout(Some(Duration::from_secs(20))).map_err(PeerError::Talk)?;
+        control.set_read_timeout(Some(scaled(SILENT))).map_err(PeerError::Talk)?;
         let mut command = Command::new(probe);
         command.arg("peer").args(network).stdin(OwnedFd::from(theirs));
         // SAFETY: prctl is async-signal-safe and touches no memory of this process.

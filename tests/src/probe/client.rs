@@ -1,6 +1,6 @@
 //! The exec protocol's client: starts scripts over a Unix socket that ends in a machine's virtio-console port.
 //!
-//! One reader thread hands answers to the runs they belong to. Every wait has a deadline.
+//! One reader thread hands answers to the runs they belong to. Every wait ends when nothing has been said for its limit.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -47,10 +47,10 @@ pub enum ClientError {
     /// The exec server does not answer.
     #[error("the exec server did not answer within {0:?}")]
     Silent(Duration),
-    /// A run did not end in time.
-    #[error("the script did not end within {limit:?}; so far it printed:\n{so_far}")]
+    /// A run was given up.
+    #[error("the script did not end, and nothing was printed for {limit:.0?}; so far it printed:\n{so_far}")]
     Deadline {
-        /// The time limit.
+        /// The longest silence allowed.
         limit: Duration,
         /// Both outputs until then.
         so_far: String,
@@ -222,6 +222,25 @@ impl Run {
         Ok(true)
     }
 
+    /// Takes one answer, waiting for it within `limit`, and shows it to `see`; `true` once the script has ended.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`].
+    pub fn poll_some(&mut self, limit: Duration, mut see: impl FnMut(&Reply)) -> Result<bool, ClientError> {
+        if self.ended {
+            return Ok(true);
+        }
+        match self.replies.recv_timeout(limit) {
+            Ok(reply) => {
+                see(&reply);
+                self.take(reply);
+                Ok(self.ended)
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(ClientError::Gone { so_far: self.so_far() }),
+        }
+    }
+
     fn take(&mut self, reply: Reply) {
         match reply {
             Reply::Stdout { text, .. } => self.output.stdout.push_str(&text),
@@ -244,15 +263,20 @@ impl Run {
         format!("{}{}", self.output.stdout, self.output.stderr)
     }
 
-    /// Waits for its end.
+    /// Waits for its end; gives it up when it has printed nothing for `limit`.
     ///
     /// # Errors
-    /// [`ClientError::Deadline`] after `limit` (the script is killed), or [`ClientError::Gone`].
+    /// [`ClientError::Deadline`] (the script is killed), or [`ClientError::Gone`].
     pub fn wait(mut self, limit: Duration) -> Result<Output, ClientError> {
-        if self.poll(limit)? {
-            return Ok(std::mem::take(&mut self.output));
+        loop {
+            let mut printed = false;
+            if self.poll_some(limit, |_| printed = true)? {
+                return Ok(std::mem::take(&mut self.output));
+            }
+            if !printed {
+                return Err(ClientError::Deadline { limit, so_far: self.so_far() });
+            }
         }
-        Err(ClientError::Deadline { limit, so_far: self.so_far() })
     }
 }
 
@@ -277,24 +301,30 @@ mod tests {
         let port = File::from(OwnedFd::from(theirs));
         thread::spawn(move || serve(port));
         let client = Client::new(ours).unwrap();
-        client.hello(Duration::from_secs(5)).unwrap();
+        client.hello(Duration::from_secs(60)).unwrap();
         client
     }
 
     #[test]
     fn output_and_status_come_back() {
         let run = pair().start("echo out; echo err >&2; exit 3").unwrap();
-        let output = run.wait(Duration::from_secs(10)).unwrap();
+        let output = run.wait(Duration::from_secs(60)).unwrap();
         assert_eq!(output, Output { stdout: "out\n".into(), stderr: "err\n".into(), status: 3 });
     }
 
     #[test]
     fn runs_go_side_by_side() {
         let client = pair();
-        let slow = client.start("sleep 1; echo slow").unwrap();
+        let slow = client.start("sleep 2; echo slow").unwrap();
         let quick = client.start("echo quick").unwrap();
-        assert_eq!(quick.wait(Duration::from_millis(900)).unwrap().stdout, "quick\n");
-        assert_eq!(slow.wait(Duration::from_secs(5)).unwrap().stdout, "slow\n");
+        assert_eq!(quick.wait(Duration::from_secs(60)).unwrap().stdout, "quick\n");
+        assert_eq!(slow.wait(Duration::from_secs(60)).unwrap().stdout, "slow\n");
+    }
+
+    #[test]
+    fn a_script_that_prints_is_not_given_up() {
+        let run = pair().start("for n in 1 2 3 4 5 6; do echo $n; sleep 0.5; done").unwrap();
+        assert!(run.wait(Duration::from_secs(2)).unwrap().stdout.ends_with("6\n"));
     }
 
     #[test]

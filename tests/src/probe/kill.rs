@@ -11,16 +11,17 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use super::patience::scaled;
 use crate::demo::events::{Event, Follow};
 
-/// As long as the longest recovery.
+/// Longest time without any event.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Follows the events file from its end, finds the process of the next life as soon as its agent speaks, and kills it when
 /// it has come to the stage `wanted`. Returns the generation.
 ///
 /// # Errors
-/// No new life came within two minutes, or `umbra status` knows no process.
+/// Nothing was told for [`PATIENCE`] before a new life came, or `umbra status` knows no process.
 pub fn kill_at(wanted: &str, events: &Path) -> Result<u32, Box<dyn Error>> {
     let mut follow = Follow::new(events.into());
     while follow.take().is_some() {}
@@ -34,11 +35,11 @@ pub fn kill_at(wanted: &str, events: &Path) -> Result<u32, Box<dyn Error>> {
 }
 
 fn await_event(follow: &mut Follow, wanted: impl Fn(&Event) -> bool) -> Result<Event, Box<dyn Error>> {
-    let start = Instant::now();
-    while start.elapsed() < PATIENCE {
+    let (mut start, patience) = (Instant::now(), scaled(PATIENCE));
+    while start.elapsed() < patience {
         match follow.take() {
             Some(event) if wanted(&event) => return Ok(event),
-            Some(_) => {}
+            Some(_) => start = Instant::now(),
             None => thread::sleep(Duration::from_micros(200)),
         }
     }

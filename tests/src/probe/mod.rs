@@ -9,6 +9,7 @@ pub mod flush;
 pub mod kill;
 pub mod mute;
 pub mod net;
+pub mod patience;
 pub mod port;
 pub mod registers;
 pub mod reinit;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::net::first_answer;
+use super::patience::scaled;
 
 /// How long it took, ms.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,7 +48,7 @@ pub fn reinit(address: &str, peer: Ipv4Addr) -> io::Result<Reinit> {
     let carrier = format!("/sys/class/net/{interface}/carrier");
     wait(|| fs::read_to_string(&carrier).ok().filter(|text| text.trim() == "1"))?;
     let link_ms = ms(bound);
-    first_answer(peer, PATIENCE)?;
+    first_answer(peer, scaled(PATIENCE))?;
     Ok(Reinit { bind_ms, link_ms, total_ms: ms(start) })
 }
 
@@ -67,8 +68,8 @@ fn physical_nic() -> io::Result<PathBuf> {
 }
 
 fn wait<T>(mut get: impl FnMut() -> Option<T>) -> io::Result<T> {
-    let start = Instant::now();
-    while start.elapsed() < PATIENCE {
+    let (start, patience) = (Instant::now(), scaled(PATIENCE));
+    while start.elapsed() < patience {
         if let Some(value) = get() {
             return Ok(value);
         }

@@ -27,6 +27,15 @@ const CLOCK_MODULE: &str = "snd_ens1370";
 /// Longest time for a single step on an emulated machine.
 const STEP: Duration = Duration::from_secs(60);
 
+/// How long a song is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// So many seconds.
+    Seconds(u32),
+    /// As long as it is fed; a round of it has about so many seconds.
+    Fed(u32),
+}
+
 /// What a test host needs for sound.
 #[derive(Clone, Debug)]
 pub struct Sound {
@@ -45,13 +54,17 @@ fn file_name(path: &std::path::Path) -> String {
 }
 
 impl Sound {
-    /// Cards of these models, and `seconds` of the song at [`RATE`].
+    /// Cards of these models, and a song of this length at [`RATE`].
     ///
     /// # Errors
     /// An image or the song could not be made.
-    pub fn new(models: &[Model], seconds: u32, assets: &Assets) -> Result<Self, DemoError> {
+    pub fn new(models: &[Model], length: Length, assets: &Assets) -> Result<Self, DemoError> {
         let images = models.iter().map(|model| assets.driver_image(model)).collect::<Result<_, _>>()?;
-        let (song, programs) = (assets.song(RATE, seconds)?, assets.sound_programs().to_owned());
+        let song = match length {
+            Length::Seconds(seconds) => assets.song(RATE, seconds)?,
+            Length::Fed(seconds) => assets.song_in_pieces(RATE, seconds)?,
+        };
+        let programs = assets.sound_programs().to_owned();
         Ok(Self { models: models.to_vec(), images, song, programs })
     }
 

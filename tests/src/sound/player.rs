@@ -1,17 +1,23 @@
 //! The player in the guest: started, watched and asked how it ended, through the guest's exec server.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::assets::PIECES_INSIDE;
+use crate::bench::patience::Stall;
 use crate::demo::DemoError;
 use crate::demo::place::Place;
 
 /// Longest time for a single step on an emulated machine.
 const STEP: Duration = Duration::from_secs(60);
+/// Longest time in which the streams of a player that is waited for may stand still.
+const STILL: Duration = Duration::from_secs(60);
 /// How often a player is asked whether it has ended: each question costs the emulated machine time.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// What the guest's kernel tells of its playback stream.
 const STATUS: &str = "/proc/asound/card0/pcm0p/sub0/status";
+/// The same of its recording stream.
+const STATUS_CAPTURE: &str = "/proc/asound/card0/pcm0c/sub0/status";
 /// What its player has set.
 const HW_PARAMS: &str = "/proc/asound/card0/pcm0p/sub0/hw_params";
 
@@ -21,6 +27,13 @@ const HW_PARAMS: &str = "/proc/asound/card0/pcm0p/sub0/hw_params";
 pub const PATIENT: &str = "--devbuffer 1";
 /// What lets the guest's kernel have such a buffer: 480 ms of the largest samples, 1.04 s of a CD's.
 pub const PATIENT_KERNEL: &str = "virtio_snd.pcm_buffer_ms=480";
+
+/// The pipe through which a song in pieces is fed.
+const PIPE: &str = "/tmp/song.pipe";
+/// Where the feeder notes how many pieces it has fed.
+const FED: &str = "/tmp/song.fed";
+/// The feeder ends with its piece when this is there.
+const ENOUGH: &str = "/tmp/song.enough";
 
 /// How a player ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,11 +57,27 @@ impl Player {
     /// # Errors
     /// It does not play.
     pub fn start(place: &mut Place, guest: &str, options: &str) -> Result<Self, DemoError> {
-        let player = Self::run(place, guest, "mpg123", &format!("mpg123 -q {options} /song.mp3"))?;
-        let script = format!(
-            "n=0; while ! grep -q RUNNING {STATUS}; do n=$((n+1)); [ $n -lt 200 ] || exit 1; usleep 50000; done"
+        Self::start_with(place, guest, &format!("mpg123 -q {options} /song.mp3"))
+    }
+
+    /// Starts mpg123 with `options` on a song in pieces, which goes on until [`Self::finish`], and waits until the card's position
+    /// moves.
+    ///
+    /// # Errors
+    /// It does not play.
+    pub fn start_fed(place: &mut Place, guest: &str, options: &str) -> Result<Self, DemoError> {
+        // The pipe is opened behind the other redirections: until the player reads, that waits.
+        let feed = format!(
+            "rm -f {FED} {ENOUGH} {PIPE}; mkfifo {PIPE}; (exec >{PIPE}; n=0; while :; do for piece in {PIECES_INSIDE}/*; do \
+             cat $piece || exit; n=$((n+1)); echo $n >{FED}; [ ! -e {ENOUGH} ] || exit; done; done) </dev/null >/dev/null 2>&1 &"
         );
-        if let Err(error) = place.in_guest(guest, &script, STEP) {
+        place.in_guest(guest, &feed, STEP)?;
+        Self::start_with(place, guest, &format!("mpg123 -q {options} - <{PIPE}"))
+    }
+
+    fn start_with(place: &mut Place, guest: &str, command: &str) -> Result<Self, DemoError> {
+        let player = Self::run(place, guest, "mpg123", command)?;
+        if let Err(error) = place.in_guest(guest, &format!("await 30 grep -q RUNNING {STATUS}"), STEP) {
             let said = place.in_guest(guest, "cat /tmp/mpg123.said /proc/asound/cards; dmesg | tail -n 5", STEP);
             return Err(DemoError::Umbra { what: format!("the player does not play: {error}"), said: said? });
         }
@@ -95,7 +124,8 @@ impl Player {
     /// It has ended, or its stream does not run; with all that the guest knows of it.
     pub fn plays(&self, place: &mut Place) -> Result<(), DemoError> {
         let script = format!(
-            "n=0; while [ ! -e /tmp/{0}.status ] && [ $n -lt 20 ]; do grep -q RUNNING {STATUS} && exit 0; n=$((n+1)); usleep 100000; done; exit 1",
+            "plays() {{ [ -e /tmp/{0}.status ] || grep -q RUNNING {STATUS}; }}; \
+             n=0; while ! plays; do n=$((n+1)); [ $n -lt $((20 * ${{UMBRA_PATIENCE:-1}})) ] || exit 1; usleep 100000; done; [ ! -e /tmp/{0}.status ]",
             self.name
         );
         let Err(error) = place.in_guest(&self.guest, &script, STEP) else { return Ok(()) };
@@ -104,19 +134,38 @@ impl Player {
         Err(DemoError::Player { name: self.name, said })
     }
 
+    /// Ends a song in pieces with the piece that is being fed, and waits for the player's end: how it ended, and how many pieces it
+    /// was fed.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn finish(&self, place: &mut Place) -> Result<(Ended, usize), DemoError> {
+        place.in_guest(&self.guest, &format!(": >{ENOUGH}"), STEP)?;
+        let ended = self.wait(place)?;
+        let said = place.in_guest(&self.guest, &format!("cat {FED}"), STEP)?;
+        let none = |_| DemoError::Umbra { what: "the player was fed nothing".into(), said: said.clone() };
+        Ok((ended, said.trim().parse().map_err(none)?))
+    }
+
     /// Waits for its end.
     ///
     /// # Errors
-    /// It does not end within `limit`.
-    pub fn wait(&self, place: &mut Place, limit: Duration) -> Result<Ended, DemoError> {
-        let start = Instant::now();
-        while start.elapsed() < limit {
+    /// It does not end, and its stream moves no more.
+    pub fn wait(&self, place: &mut Place) -> Result<Ended, DemoError> {
+        let mut stall = Stall::new(STILL);
+        loop {
             if let Some(ended) = self.ended(place)? {
                 return Ok(ended);
             }
+            let state =
+                place.in_guest(&self.guest, &format!("cat {STATUS} {STATUS_CAPTURE} 2>/dev/null || true"), STEP)?;
+            let position = |line: &&str| line.starts_with("hw_ptr");
+            if stall.is_over(state.lines().filter(position).map(str::to_owned).collect::<Vec<_>>()) {
+                let said = place.in_guest(&self.guest, "dmesg | tail -n 5", STEP)?;
+                let what = format!("{} in the guest does not end", self.name);
+                return Err(DemoError::Still { what, limit: stall.limit(), said: state + &said });
+            }
             std::thread::sleep(PAUSE);
         }
-        let said = place.in_guest(&self.guest, &format!("cat {STATUS}; dmesg | tail -n 5"), STEP)?;
-        Err(DemoError::Umbra { what: format!("{} did not end within {limit:?}", self.name), said })
     }
 }

@@ -1,14 +1,21 @@
 //! The recording of a test host, cut to the song and judged.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
+use super::RATE;
 use crate::assets::Song;
+use crate::bench::patience::Stall;
 use crate::wav::analysis::Analysis;
 use crate::wav::{Wav, WavError};
 
 /// Bytes before the first sample.
 const HEADER_BYTES: u64 = 44;
+/// Time between two looks at a recording.
+const LOOK: Duration = Duration::from_millis(50);
 /// What is left of the time before and after the song, seconds.
 const MARGIN: usize = 1;
 
@@ -19,6 +26,28 @@ const MARGIN: usize = 1;
 pub fn frames_so_far(wav: &Path) -> std::io::Result<usize> {
     let bytes = std::fs::metadata(wav)?.len().saturating_sub(HEADER_BYTES);
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX) / 4)
+}
+
+/// Waits until `length` of sound has been recorded from now on, and gives it up when for `limit`, scaled to this machine, none has.
+///
+/// # Errors
+/// The recording cannot be read, or there is no sound in it.
+pub fn await_sound(wav: &Path, length: Duration, limit: Duration) -> std::io::Result<()> {
+    let (mut at, mut heard) = (frames_so_far(wav)?, 0);
+    let (mut stall, mut file) = (Stall::new(limit), File::open(wav)?);
+    while Duration::from_millis(1000 * heard / u64::from(RATE)) < length {
+        let end = frames_so_far(wav)?;
+        let mut new = vec![0; 4 * (end - at)];
+        file.seek(SeekFrom::Start(HEADER_BYTES + 4 * at as u64))?;
+        file.read_exact(&mut new)?;
+        at = end;
+        heard += new.chunks_exact(4).filter(|frame| *frame != [0; 4]).count() as u64;
+        if stall.is_over(heard) {
+            return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no sound is recorded"));
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
 }
 
 /// The part of a recording that has the song in it.

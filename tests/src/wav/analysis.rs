@@ -1,7 +1,8 @@
 //! Compares a recording with its source: which pieces of the source were heard, in which order, and what was between.
 //!
 //! Pieces are found by blocks of [`WINDOW`] frames that are equal sample by sample, so a changed pitch, level or
-//! format is no piece at all but unknown sound. The source should not repeat itself within a window.
+//! format is no piece at all but unknown sound. The source should not repeat itself within a window, and where it does, as a
+//! song that is played in rounds, not sooner than after [`AHEAD`].
 
 use std::collections::HashMap;
 
@@ -14,6 +15,11 @@ use super::{Frame, Wav};
 const WINDOW: usize = 64;
 /// Windows of the source that look alike and are remembered.
 const ALIKE: usize = 64;
+/// How far ahead of where it was a recording is looked for first, in frames: 15 s at 44.1 kHz, longer than most outages.
+const AHEAD: usize = 15 * 44_100;
+/// How far behind it is looked for then, where a card repeats its buffer: 5 s at 44.1 kHz. What is not there either is looked for
+/// further ahead.
+const BEHIND: usize = 5 * 44_100;
 /// A shorter silence is part of the music, milliseconds.
 const SILENCE_MS: usize = 10;
 /// A jump between neighbouring samples that counts as a click: a quarter of full scale.
@@ -144,12 +150,17 @@ impl<'a> Index<'a> {
         pieces
     }
 
-    /// The first place from `expected` on where `window` is, or the last before it.
+    /// The first place from `expected` on where `window` is, if it is not further than [`AHEAD`]; else the last one before it, if it is not
+    /// further than [`BEHIND`]; else any.
     fn nearest(&self, places: &[usize], expected: usize, window: &[Frame]) -> Option<usize> {
         // A block that begins before `expected` may hold it.
         let next = places.partition_point(|place| *place + WINDOW <= expected);
         let same = |place: &&usize| self.source.get(**place..**place + WINDOW) == Some(window);
-        places[next..].iter().find(same).or_else(|| places[..next].iter().rev().find(same)).copied()
+        let ahead = places[next..].iter().find(same);
+        let behind = places[..next].iter().rev().find(same);
+        let near_ahead = ahead.filter(|place| **place <= expected + AHEAD);
+        let near_behind = behind.filter(|place| **place + BEHIND >= expected);
+        near_ahead.or(near_behind).or(ahead).or(behind).copied()
     }
 
     /// The piece around the window at `at`, which is `source` in the source; it begins no earlier than `begin`.
@@ -248,6 +259,22 @@ mod tests {
         let gap = vec![[0, 0]; 9600];
         let analysis = Analysis::of(&heard(&[&source.frames[..20_100], &gap, &source.frames[20_000..]]), &source);
         assert_eq!((analysis.lost, analysis.doubled), (0, 100));
+    }
+
+    #[test]
+    fn a_stutter_in_a_song_of_rounds_is_no_leap_to_the_next_round() {
+        let round: Vec<Frame> = source().frames.iter().cycle().take(AHEAD + 48_000).copied().collect();
+        let mut round = round;
+        // No two parts of a round are alike.
+        for (n, frame) in round.iter_mut().enumerate() {
+            frame[1] ^= i16::try_from(n / 48_000).unwrap();
+        }
+        let source = Wav { rate: 48_000, frames: round.repeat(3) };
+        let again = &round[18_000..20_000];
+        let parts = [&source.frames[..20_000], again, &source.frames[24_000..]];
+        let analysis = Analysis::of(&heard(&parts), &source);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (4000, 2000, 0));
+        assert_eq!(analysis.unheard_ends, (0, 0));
     }
 
     #[test]

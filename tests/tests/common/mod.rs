@@ -5,16 +5,17 @@
 use std::time::Duration;
 
 use umbra_tests::assets::Assets;
-use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::bench::{Bench, BenchSpec, brake, patience};
 use umbra_tests::demo::attempts;
 use umbra_tests::demo::machine::MachineSpec;
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::{guest_address, peer_address};
+use umbra_tests::suite::Needed;
 
-/// Long enough for any single step on an emulated machine.
+/// Longest time in which nothing may move during a single step, as on the reference machine (`umbra_tests::bench::patience`).
 pub const STEP: Duration = Duration::from_secs(60);
-/// Long enough for a recovery.
-pub const RECOVERY: Duration = Duration::from_secs(120);
+/// The same during a recovery or the boot of a standby.
+pub const RECOVERY: Duration = Duration::from_secs(150);
 
 /// Set to 1 to leave out what needs QEMU.
 const SKIP: &str = "UMBRA_SKIP_BENCH";
@@ -29,19 +30,42 @@ pub fn skipped() -> bool {
 }
 
 /// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown and the
-/// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts.
+/// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts. How many attempts were needed
+/// is in the suite's closing lines.
 pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
     if skipped() {
         return;
     }
     let attempts = attempts::allowed();
-    for attempt in 1..attempts {
-        if std::panic::catch_unwind(&run).is_ok() {
-            return;
+    let note = |attempts, ok| Needed { scenario: this_scenario(), attempts, ok }.note();
+    for attempt in 1..=attempts {
+        match std::panic::catch_unwind(&run) {
+            Ok(()) => return note(attempt, true),
+            Err(panic) if attempt == attempts => {
+                note(attempt, false);
+                std::panic::resume_unwind(panic);
+            }
+            Err(_) => say(&format!("attempt {attempt} of {attempts} failed on an emulated machine (above); once more")),
         }
-        say(&format!("attempt {attempt} of {attempts} failed on an emulated machine (above); once more"));
     }
-    run();
+}
+
+/// As [`scenario`], as on a machine so much slower: `speed` is a share of this one's.
+pub fn braked(speed: f64, run: impl Fn() + std::panic::RefUnwindSafe) {
+    brake::at_most(speed);
+    scenario(run);
+}
+
+/// Target and test, as far as the runner names its threads.
+fn this_scenario() -> String {
+    let thread = std::thread::current();
+    let test = thread.name().filter(|name| *name != "main");
+    test.map_or_else(|| env!("CARGO_CRATE_NAME").into(), |test| format!("{}: {test}", env!("CARGO_CRATE_NAME")))
+}
+
+/// A limit of an outage, ms, as it is on this machine: the figures in scenarios are those of the reference machine.
+pub fn most_ms(reference: f64) -> f64 {
+    reference * patience::factor()
 }
 
 pub fn say(what: &str) {

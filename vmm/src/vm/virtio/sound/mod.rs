@@ -18,7 +18,7 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use umbra_shadow::sound::{Card, Counts, Mode, Policy};
+use umbra_shadow::sound::{Card, Counts, Mode, Policy, Violation};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::queue::RingFault;
 use umbra_splitter::sound::link::{Link, LinkError};
@@ -323,7 +323,9 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
         Notice::Lost(link, error) => {
             let cause = match error {
                 LinkError::Closed => LinkEnd::Closed,
-                LinkError::NotReading => LinkEnd::Stalled(chain(&error)),
+                LinkError::NotReading | LinkError::Violation(Violation::Stalled { .. }) => {
+                    LinkEnd::Stalled(chain(&error))
+                }
                 other => LinkEnd::Broken(chain(&other)),
             };
             FromVm::Lost { device, link, at, cause }
