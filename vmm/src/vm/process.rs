@@ -17,7 +17,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 
 use super::devices::{self, Devices};
-use super::host::Host;
+use super::host::{Host, Supervisor};
 use super::machine::terminal::TerminalInput;
 use super::machine::vm::{self, Vm};
 use crate::base::error::chain;
@@ -100,7 +100,7 @@ pub fn main(source: Source) -> Result<(), Error> {
             // The supervisor notices by it that this process is gone.
             let channel = Channel::from_fd(twin(&fd).unwrap_or(fd));
             let (spec, files) = receive_spec(&channel)?;
-            (spec, files, Arc::new(Host::Supervisor(channel)))
+            (spec, files, Arc::new(Host::Supervisor(Supervisor::new(channel))))
         }
         Source::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
     };
@@ -108,6 +108,7 @@ pub fn main(source: Source) -> Result<(), Error> {
     match (&*host, result) {
         (Host::Supervisor(_), Err(error)) => {
             host.tell(&FromVm::Failed { what: chain(&error) });
+            host.finish();
             Ok(())
         }
         (Host::Supervisor(_), Ok(_)) => Ok(()),
@@ -199,6 +200,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         drop(events.remove_subscriber(id));
     }
     host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
+    host.finish();
     Ok((how, registers))
 }
 
@@ -231,8 +233,8 @@ const SUPERVISOR: u32 = 3;
 impl Control {
     fn receive(&mut self) {
         let host = Arc::clone(&self.host);
-        let Host::Supervisor(channel) = &*host else { return };
-        match channel.try_receive::<ToVm>() {
+        let Host::Supervisor(supervisor) = &*host else { return };
+        match supervisor.channel().try_receive::<ToVm>() {
             Ok(Incoming::Message(message, fds)) => self.handle(message, fds),
             Ok(Incoming::Empty) => {}
             Ok(Incoming::Closed) => self.vm.end.set(VmEnd::Killed),
@@ -269,8 +271,8 @@ impl MutEventSubscriber for Control {
             Events::with_data(&self.vm.panicked, PANICKED, EventSet::IN),
             Events::with_data(&self.signals, SIGNAL, EventSet::IN),
         ];
-        if let Host::Supervisor(channel) = &*self.host {
-            watched.push(Events::with_data(channel, SUPERVISOR, EventSet::IN));
+        if let Host::Supervisor(supervisor) = &*self.host {
+            watched.push(Events::with_data(supervisor.channel(), SUPERVISOR, EventSet::IN));
         }
         for events in watched {
             if let Err(error) = ops.add(events) {
