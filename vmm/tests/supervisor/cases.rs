@@ -52,12 +52,7 @@ pub const ALL: &[Case] = cases![
     a_client_that_says_nonsense_is_told_and_a_silent_one_disturbs_nobody,
     a_kill_ends_everything_at_once,
     a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped,
-    metrics_count_failures_and_show_the_present,
-    a_service_manager_hears_of_ready_watchdog_and_stopping,
     a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up,
-    events_are_told_from_the_past_and_as_they_come,
-    a_report_shows_the_failures_of_a_machine_that_has_ended,
-    the_watch_shows_status_and_events_until_the_end,
 ];
 
 fn a_panicked_driver_vm_is_replaced_and_reported() {
@@ -493,115 +488,6 @@ fn a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped() {
 pub fn kill(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-}
-
-fn events_are_told_from_the_past_and_as_they_come() {
-    let mut machine = start("", "", "");
-    machine.wait_live(1);
-    let follower = machine.command_line(&["events", "--follow"]);
-    // One that asks for all and reads nothing disturbs nobody.
-    let mut deaf = UnixStream::connect(machine.run_dir().join("control.sock")).unwrap();
-    deaf.write_all(b"{\"request\":\"events\",\"after\":0,\"follow\":true}\n").unwrap();
-    machine.crash(CrashKind::Panic);
-    machine.wait_live(2);
-    let now = machine.command_line(&["events"]).wait_with_output().unwrap();
-    let now = String::from_utf8(now.stdout).unwrap();
-    assert!(now.contains("\"event\":\"driver-failed\"") && now.ends_with('\n'), "{now}");
-    machine.press(StopHow::PowerButton);
-    machine.wait().unwrap();
-    let followed = follower.wait_with_output().unwrap();
-    assert!(followed.status.success());
-    let followed = String::from_utf8(followed.stdout).unwrap();
-    assert!(followed.starts_with(&now), "{followed}");
-    let log = fs::read_to_string(machine.run_dir().join("reports/events.jsonl")).unwrap();
-    assert_eq!(followed, log, "the log has the same lines");
-    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let numbers: Vec<_> = lines.iter().map(|line| line["seq"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, (1..=lines.len() as u64).collect::<Vec<_>>());
-    let live = lines.iter().filter(|line| line["event"] == "driver-live").count();
-    assert_eq!(live, 2);
-}
-
-fn the_watch_shows_status_and_events_until_the_end() {
-    let machine = start("", "", "");
-    machine.wait_live(1);
-    let watch = machine.command_line(&["status", "--watch", "--interval", "0.05"]);
-    machine.crash(CrashKind::Panic);
-    machine.wait_live(2);
-    std::thread::sleep(Duration::from_millis(300));
-    machine.stop();
-    let output = watch.wait_with_output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.matches("DRIVER VM").count() > 3 && text.ends_with("m has ended\n"), "{text}");
-    assert!(text.contains("  nic0: generation 2 live after "), "{text}");
-    assert!(!text.contains('\x1b'), "no terminal, no control sequences");
-}
-
-fn a_report_shows_the_failures_of_a_machine_that_has_ended() {
-    let mut machine = start("", "garbage=2", "");
-    machine.wait_live(1);
-    machine.crash(CrashKind::Panic);
-    machine.wait_live(3);
-    machine.press(StopHow::PowerButton);
-    machine.wait().unwrap();
-    let page = machine.dir.path().join("page.html");
-    let output = machine.command_line(&["report", "-o", page.to_str().unwrap()]).wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(String::from_utf8(output.stdout).unwrap().contains("page.html: 2 failures of m, "));
-    let page = fs::read_to_string(page).unwrap();
-    for words in [
-        "1. nic0: kernel panic",
-        "Kernel panic - not syncing: fake crash",
-        "umbra crash --kind panic",
-        "generation 3 live",
-        "</b> sent, ",
-        "reset: <b>flr</b>",
-        "2. nic0: its agent sent what is no message",
-    ] {
-        assert!(page.contains(words), "{words}: {page}");
-    }
-}
-
-fn metrics_count_failures_and_show_the_present() {
-    let machine = start("", "", "");
-    machine.wait_live(1);
-    // Clients that ask for nothing, and for too much, hold up nobody.
-    let socket = machine.dir.path().join("metrics.sock");
-    let _silent = UnixStream::connect(&socket).unwrap();
-    machine.crash(CrashKind::Panic);
-    machine.wait_live(2);
-    std::thread::sleep(Duration::from_millis(1200));
-    let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    for line in [
-        "umbra_driver_failures_total{driver=\"nic0\",source=\"panic\"} 1",
-        "umbra_driver_outage_seconds_count{driver=\"nic0\"} 1",
-        "umbra_driver_frames_total{driver=\"nic0\",fate=\"replayed\"} 2",
-        "umbra_driver_generation{driver=\"nic0\"} 2",
-        "umbra_driver_state{driver=\"nic0\",state=\"live\"} 1",
-        "umbra_guest_state{guest=\"web\",state=\"running\"} 1",
-    ] {
-        assert!(text.lines().any(|have| have == line), "{line}: {text}");
-    }
-    machine.stop();
-}
-
-fn a_service_manager_hears_of_ready_watchdog_and_stopping() {
-    let mut machine = start("", "", "");
-    machine.wait_live(1);
-    machine.press(StopHow::PowerButton);
-    machine.wait().unwrap();
-    machine.manager.set_nonblocking(true).unwrap();
-    let (mut words, mut chunk) = (String::new(), [0; 4096]);
-    while let Ok(n) = machine.manager.recv(&mut chunk) {
-        words.push_str(std::str::from_utf8(&chunk[..n]).unwrap());
-    }
-    let at = |line: &str| words.lines().position(|have| have == line).unwrap_or_else(|| panic!("{line}: {words}"));
-    assert!(at("WATCHDOG=1") <= at("READY=1") && at("READY=1") < at("STOPPING=1"), "{words}");
-    assert!(at("STATUS=1 of 1 guests running, 1 of 1 driver VMs live") < at("STOPPING=1"));
 }
 
 fn a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up() {

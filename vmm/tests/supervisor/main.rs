@@ -10,6 +10,7 @@ mod fake_vm;
 mod hostile;
 mod lives;
 mod machine;
+mod observers;
 mod refused;
 mod upgrade;
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         .chain(refused::ALL)
         .chain(upgrade::ALL)
         .chain(lives::ALL)
+        .chain(observers::ALL)
     {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
