@@ -137,7 +137,7 @@ impl Addresses {
 }
 
 /// What is told of each frame that is moved.
-pub trait Tap {
+pub trait HandoverLog {
     /// Whether [`Self::admits`] is asked: where it is not, frames are not looked into.
     const LOOKS: bool = false;
 
@@ -154,13 +154,13 @@ pub trait Tap {
 /// Records nothing: frames towards the guest, and the measure for what recording costs.
 pub struct Off;
 
-impl Tap for Off {
+impl HandoverLog for Off {
     #[inline]
     fn handed(&mut self, _used: u16, _heads: impl Iterator<Item = u16>) {}
 }
 
 /// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
-pub fn pump<T: Tap>(
+pub fn pump<T: HandoverLog>(
     source: &mut Virtqueue,
     target: &mut Virtqueue,
     flow: &Flow,
@@ -179,7 +179,7 @@ fn blame<F: Into<Fault>>(owner: Owner) -> impl Fn(F) -> PumpError {
     move |fault| PumpError { owner, fault: fault.into() }
 }
 
-fn move_frames<T: Tap>(
+fn move_frames<T: HandoverLog>(
     source: &mut Virtqueue,
     target: &mut Virtqueue,
     flow: &Flow,
@@ -343,7 +343,12 @@ pub enum Handed {
 }
 
 /// Hands one logged frame (header first) to the driver VM. The caller notifies it after the last.
-pub fn hand<T: Tap>(target: &mut Virtqueue, flow: &Flow, frame: &[u8], tap: &mut T) -> Result<Handed, PumpError> {
+pub fn hand<T: HandoverLog>(
+    target: &mut Virtqueue,
+    flow: &Flow,
+    frame: &[u8],
+    tap: &mut T,
+) -> Result<Handed, PumpError> {
     let mut to = target.open().map_err(blame(flow.target()))?;
     let Some((header, payload)) = frame.split_first_chunk::<HEADER_LEN>() else { return Ok(Handed::Never) };
     let Ok(header) = Header::check(*header, payload.len(), flow.accepted) else { return Ok(Handed::Never) };
@@ -423,7 +428,7 @@ enum Put {
 }
 
 #[inline]
-fn put_frame<'m, T: Tap>(
+fn put_frame<'m, T: HandoverLog>(
     to: &mut Ring<'m>,
     flow: &Flow,
     header: &Header,
@@ -453,7 +458,7 @@ fn put_frame<'m, T: Tap>(
 }
 
 #[inline]
-fn finish<T: Tap>(to: &mut Ring<'_>, space: &Space<'_>, len: usize, tap: &mut T) -> Result<(), RingFault> {
+fn finish<T: HandoverLog>(to: &mut Ring<'_>, space: &Space<'_>, len: usize, tap: &mut T) -> Result<(), RingFault> {
     let mut left = len;
     tap.handed(to.next_used(), space.buffers.iter().map(|(head, _)| *head));
     for (head, capacity) in &space.buffers {

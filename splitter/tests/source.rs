@@ -10,7 +10,7 @@ use common::{Rx, Tx, frame};
 use umbra_splitter::header::HEADER_LEN;
 use umbra_splitter::net::in_flight::InFlight;
 use umbra_splitter::net::{Log, Notice};
-use umbra_splitter::pump::{self, Addresses, Counts, Flow, Owner, Tap};
+use umbra_splitter::pump::{self, Addresses, Counts, Flow, HandoverLog, Owner};
 use vm_memory::{Bytes, GuestAddress};
 
 const NEIGHBOUR: [u8; 6] = [0x52, 0x54, 0, 1, 2, 4];
@@ -118,7 +118,7 @@ fn asking_for_anothers_frames_and_announcing_its_address_are_of_no_use() {
 /// Lets everything pass, after it has seen it and time has gone by.
 struct Slow<'a>(InFlight, &'a AtomicBool);
 
-impl Tap for Slow<'_> {
+impl HandoverLog for Slow<'_> {
     const LOOKS: bool = true;
 
     fn admits(&mut self, addresses: &Addresses) -> bool {

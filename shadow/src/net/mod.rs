@@ -99,7 +99,8 @@ pub enum Event {
 }
 
 /// The mode's name, as users see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ModeName {
     /// Answering the guest in the driver VM's place.
     Masking,

@@ -5,7 +5,7 @@
 //! data path it costs one store a buffer; what is in flight is worked out when a link ends. A driver VM that lies in
 //! its ring changes what is counted about itself, within the size of its queue, and nothing else.
 
-use crate::pump::Tap;
+use crate::pump::HandoverLog;
 use crate::queue::{MAX_SIZE, Virtqueue};
 
 const SIZE: usize = MAX_SIZE as usize;
@@ -66,7 +66,7 @@ impl InFlight {
     }
 }
 
-impl Tap for InFlight {
+impl HandoverLog for InFlight {
     #[inline]
     fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>) {
         self.record(used, heads, FIRST);
@@ -76,7 +76,7 @@ impl Tap for InFlight {
 /// See [`InFlight::uncounted`].
 pub struct Uncounted<'a>(&'a mut InFlight);
 
-impl Tap for Uncounted<'_> {
+impl HandoverLog for Uncounted<'_> {
     fn handed(&mut self, used: u16, heads: impl Iterator<Item = u16>) {
         self.0.record(used, heads, 0);
     }

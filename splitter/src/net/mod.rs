@@ -32,7 +32,7 @@ use crate::log_limit::LogLimit;
 use crate::pump::{self, Counts, Owner, PumpError, Stop};
 use crate::queue::Virtqueue;
 use in_flight::InFlight;
-use next::Next;
+use next::WaitingLink;
 use replay::{Outcome, Replay};
 use source::Sources;
 
@@ -160,7 +160,7 @@ pub struct NetSplitter {
     guest: [Option<Virtqueue>; 3],
     link: LinkState,
     /// The link of a driver VM that waits to take over.
-    next: Next,
+    next: WaitingLink,
     /// The generation whose going live the network is told of.
     announce: Option<Generation>,
     events: Receiver<LinkEvent>,
@@ -190,7 +190,7 @@ impl NetSplitter {
             shadow: NetShadow::new(mac, mtu),
             guest: [None, None, None],
             link: LinkState::None,
-            next: Next::default(),
+            next: WaitingLink::default(),
             announce: None,
             events,
             sender,

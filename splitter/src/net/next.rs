@@ -16,14 +16,14 @@ use crate::pump::{self, Counts, Handed, InPlace, Owner, PumpError, Stop};
 
 /// The waiting link.
 #[derive(Default)]
-pub(super) struct Next {
+pub(super) struct WaitingLink {
     link: LinkState,
     armed: bool,
     /// It has brought in a frame that the guest had sent through the serving one: both are on one network.
     proven: bool,
 }
 
-impl Next {
+impl WaitingLink {
     pub(super) fn id(&self) -> Option<LinkId> {
         self.link.id()
     }
@@ -113,7 +113,7 @@ impl NetSplitter {
 
     /// The link that waits from now on.
     fn wait_behind(&mut self, link: LinkState) {
-        let old = std::mem::replace(&mut self.next, Next { link, ..Next::default() });
+        let old = std::mem::replace(&mut self.next, WaitingLink { link, ..WaitingLink::default() });
         self.forget(old.link);
         // The set of kicks has changed.
         self.wake_up();
@@ -164,7 +164,7 @@ impl NetSplitter {
 
     /// What an armed link brings in before it serves came to the guest through the serving one, or was not for it.
     pub(super) fn discard(&mut self) {
-        let Next { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
+        let WaitingLink { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
         let own = if *proven { Vec::new() } else { self.sources.own_of(self.shadow.filter()) };
         let (mut seen, mut heard) = (false, false);
         let look = |frame: &InPlace<'_, '_>| {
@@ -195,7 +195,7 @@ impl NetSplitter {
             return;
         }
         self.discard();
-        let Next { link, armed, .. } = std::mem::take(&mut self.next);
+        let WaitingLink { link, armed, .. } = std::mem::take(&mut self.next);
         self.link = link;
         let Some(id) = self.link.id() else { return };
         self.wake_up();

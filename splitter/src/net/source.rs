@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 
-use crate::pump::{Addresses, Tap};
+use crate::pump::{Addresses, HandoverLog};
 
 use super::in_flight::InFlight;
 
@@ -219,7 +219,7 @@ pub struct Outward<'a> {
     pub in_flight: &'a mut InFlight,
 }
 
-impl Tap for Outward<'_> {
+impl HandoverLog for Outward<'_> {
     const LOOKS: bool = true;
 
     #[inline]
@@ -241,7 +241,7 @@ pub struct Inward<'a> {
     pub heard: bool,
 }
 
-impl Tap for Inward<'_> {
+impl HandoverLog for Inward<'_> {
     const LOOKS: bool = true;
 
     #[inline]

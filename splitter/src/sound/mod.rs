@@ -90,12 +90,12 @@ impl SoundSplitter {
             return;
         }
         self.retire();
-        self.guarded(now, |this, out| this.shadow.mask(now, out));
+        self.deliver(now, |this, out| this.shadow.mask(now, out));
         match Link::new(socket, id) {
             Ok(link) => {
                 (self.link, self.greeted) = (Some(link), false);
                 // Sends its first word.
-                self.guarded(now, |_, _| ());
+                self.deliver(now, |_, _| ());
             }
             Err(error) => (self.listener)(Notice::Lost(id, error)),
         }
@@ -105,20 +105,20 @@ impl SoundSplitter {
     pub fn mask(&mut self, generation: Generation, now: u64) {
         if self.link.as_ref().is_some_and(|link| link.id().generation == generation) {
             self.retire();
-            self.guarded(now, |this, out| this.shadow.mask(now, out));
+            self.deliver(now, |this, out| this.shadow.mask(now, out));
         }
     }
 
     /// There will be no further driver VM.
     pub fn quarantine(&mut self, now: u64) {
         self.retire();
-        self.guarded(now, |this, out| this.shadow.die(out));
+        self.deliver(now, |this, out| this.shadow.die(out));
     }
 
     /// The guest's driver has reset its device.
     pub fn reset(&mut self, now: u64) {
         self.done.clear();
-        self.guarded(now, |this, out| this.shadow.reset(out));
+        self.deliver(now, |this, out| this.shadow.reset(out));
     }
 
     /// A control request of the guest.
@@ -127,24 +127,24 @@ impl SoundSplitter {
     /// Why it is refused.
     pub fn command(&mut self, stream: StreamId, command: Command, now: u64) -> Result<(), Refusal> {
         let mut answer = Ok(());
-        self.guarded(now, |this, out| answer = this.shadow.command(stream, command, now, out));
+        self.deliver(now, |this, out| answer = this.shadow.command(stream, command, now, out));
         answer
     }
 
     /// Samples of the guest.
     pub fn play(&mut self, stream: StreamId, token: Token, samples: Vec<u8>, now: u64) {
-        self.guarded(now, |this, out| this.shadow.play(stream, token, samples, now, out));
+        self.deliver(now, |this, out| this.shadow.play(stream, token, samples, now, out));
     }
 
     /// Room of the guest for samples.
     pub fn record(&mut self, stream: StreamId, token: Token, bytes: usize, now: u64) {
-        self.guarded(now, |this, out| this.shadow.record(stream, token, bytes, now, out));
+        self.deliver(now, |this, out| this.shadow.record(stream, token, bytes, now, out));
     }
 
     /// Does what is due.
     pub fn tick(&mut self, now: u64) {
         let mut result = Ok(());
-        self.guarded(now, |this, out| result = this.shadow.tick(now, out));
+        self.deliver(now, |this, out| result = this.shadow.tick(now, out));
         if let Err(violation) = result {
             self.lose(violation.into(), now);
         }
@@ -163,7 +163,7 @@ impl SoundSplitter {
         }
         match error {
             Some(error) => self.lose(error, now),
-            None => self.guarded(now, |_, _| ()),
+            None => self.deliver(now, |_, _| ()),
         }
     }
 
@@ -172,21 +172,21 @@ impl SoundSplitter {
         match message {
             FromService::Card(card) if !self.greeted => {
                 self.greeted = true;
-                self.guarded(now, |this, out| result = this.shadow.replay(generation, &card, now, out));
+                self.deliver(now, |this, out| result = this.shadow.replay(generation, &card, now, out));
                 self.announce = Some(generation);
             }
             FromService::Card(_) => return Err(LinkError::Order),
             FromService::Failed(what) => return Err(LinkError::Service(what)),
             FromService::Stream(_) if !self.greeted => return Err(LinkError::Order),
             FromService::Stream(message) => {
-                self.guarded(now, |this, out| result = this.shadow.from_card(generation, message, now, out));
+                self.deliver(now, |this, out| result = this.shadow.from_card(generation, message, now, out));
             }
         }
         Ok(result?)
     }
 
     /// Runs `act` and delivers what it asks for; a link that cannot take it is lost.
-    fn guarded(&mut self, now: u64, act: impl FnOnce(&mut Self, &mut Out)) {
+    fn deliver(&mut self, now: u64, act: impl FnOnce(&mut Self, &mut Out)) {
         let mut out = Out::default();
         act(self, &mut out);
         self.done.append(&mut out.done);

@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 const HIGH: i32 = 900;
 
 /// Another descriptor for the same file, which is closed early; an ordinary one where the limit is too low.
-pub(crate) fn twin(file: impl AsFd) -> std::io::Result<OwnedFd> {
+pub(crate) fn high_duplicate(file: impl AsFd) -> std::io::Result<OwnedFd> {
     let file = file.as_fd();
     let high = fcntl(file, FcntlArg::F_DUPFD_CLOEXEC(HIGH));
     let raw = high.or_else(|_| fcntl(file, FcntlArg::F_DUPFD_CLOEXEC(3)))?;
@@ -33,11 +33,11 @@ mod tests {
     #[test]
     fn a_twin_is_high_and_the_same_file() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let twin = twin(&theirs).unwrap();
-        assert!(twin.as_raw_fd() >= HIGH);
+        let high = high_duplicate(&theirs).unwrap();
+        assert!(high.as_raw_fd() >= HIGH);
         drop(theirs);
-        nix::unistd::write(&twin, b"x").unwrap();
-        drop(twin);
+        nix::unistd::write(&high, b"x").unwrap();
+        drop(high);
         let mut got = Vec::new();
         ours.read_to_end(&mut got).unwrap();
         assert_eq!(got, b"x");

@@ -72,7 +72,7 @@ pub fn stop(machine: &mut Connection, guest: &str, how: StopHow, timeout: u64) -
     done(machine, &Request::StopGuest { name: guest.into(), how })?;
     let what = "has not powered off; `umbra stop --force GUEST` kills it";
     // A machine ends with its last guest.
-    match wait_for(machine, guest, (timeout, what), |guest| is_over(guest)) {
+    match wait_for(machine, guest, (timeout, what), is_over) {
         Err(error) if error.is::<super::connection::Ended>() => {}
         result => drop(result?),
     }

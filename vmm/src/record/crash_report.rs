@@ -23,11 +23,11 @@ const WAITING: usize = 64;
 
 /// Reports that could not be written: they wait here until they can.
 #[derive(Debug, Default)]
-pub struct Shelf {
+pub struct PendingReports {
     waiting: Vec<CrashReport>,
 }
 
-impl Shelf {
+impl PendingReports {
     /// Writes `report` into `dir`, or keeps it.
     ///
     /// # Errors
@@ -289,7 +289,7 @@ mod tests {
     fn a_report_without_room_waits_is_told_once_and_written_later() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("reports");
-        let mut shelf = Shelf::default();
+        let mut shelf = PendingReports::default();
         assert!(matches!(shelf.write(&folder, &report(1)), Err(Some(_))));
         assert!(matches!(shelf.write(&folder, &report(1)), Err(None)), "the same once more");
         assert!(matches!(shelf.write(&folder, &report(2)), Err(None)));

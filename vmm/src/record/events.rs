@@ -2,7 +2,7 @@
 //!
 //! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
 //! for one that blocks: lines are written by threads. What `umbra events`, reports and metrics show comes from here alone:
-//! [`Past`] in memory, [`EventLog`] in the run directory.
+//! [`RecentEvents`] in memory, [`EventLog`] in the run directory.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::log::EventLog;
 use super::metrics::Metrics;
 use super::parts::{Ms, Parts};
-use super::recent::Past;
+use super::recent::RecentEvents;
 use super::writer::{Queued, Trouble, Writer};
 use crate::base::time::Time;
 use crate::base::untrusted_text;
@@ -383,7 +383,7 @@ pub struct Events {
     /// What the writers have to tell.
     warnings: (Sender<String>, Receiver<String>),
     metrics: Option<Metrics>,
-    past: Past,
+    past: RecentEvents,
     next: u64,
     /// The ends of guests that were printed, to say none twice.
     ends: Vec<String>,
@@ -411,7 +411,7 @@ impl Events {
             lines: Vec::new(),
             warnings,
             metrics: None,
-            past: Past::default(),
+            past: RecentEvents::default(),
             next: 1,
             ends: Vec::new(),
         };
@@ -508,7 +508,7 @@ impl Events {
     }
 
     /// The events of late.
-    pub fn past(&self) -> &Past {
+    pub fn past(&self) -> &RecentEvents {
         &self.past
     }
 }

@@ -10,12 +10,12 @@ const KEEP_BYTES: usize = 1 << 20;
 
 /// Numbered lines, the newest at the end; the oldest go when there are too many.
 #[derive(Debug, Default)]
-pub struct Past {
+pub struct RecentEvents {
     lines: VecDeque<(u64, String)>,
     bytes: usize,
 }
 
-impl Past {
+impl RecentEvents {
     pub(super) fn push(&mut self, seq: u64, line: String) {
         self.bytes += line.len();
         self.lines.push_back((seq, line));
@@ -38,7 +38,7 @@ mod tests {
 
     #[test]
     fn the_oldest_go_and_the_rest_is_found_by_number() {
-        let mut past = Past::default();
+        let mut past = RecentEvents::default();
         assert_eq!(past.after(0), None);
         for seq in 1..=KEEP as u64 + 5 {
             past.push(seq, format!("event {seq}"));
@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn large_events_count_by_their_bytes() {
-        let mut past = Past::default();
+        let mut past = RecentEvents::default();
         for seq in 1..=40 {
             past.push(seq, "x".repeat(KEEP_BYTES / 10));
         }

@@ -7,16 +7,13 @@ use umbra_driver_vm::protocol::{FromAgent, RxMode};
 
 use crate::base::untrusted_text::{MAX_TEXT, bounded};
 use crate::wire::channel::{Channel, Error, Incoming};
-use crate::wire::messages::{DeviceStatus, Disconnect, FromVm, LinkEnd};
+use crate::wire::messages::{Disconnect, FromVm, LinkEnd};
 
 /// Longest text of an agent that is kept, in bytes: a name of a kernel or driver, or a sentence.
 const MAX_AGENT_TEXT: usize = 512;
 
 /// Longest dump of registers in bytes: that of 64 vCPUs has about 40 KiB.
 const MAX_REGISTERS: usize = 64 << 10;
-
-/// Longest name of a shadow's mode in bytes; the longest is `quarantined`.
-const MAX_MODE: usize = 32;
 
 /// Addresses of each kind in a receive mode, as the protocol has it (`umbra_driver_vm::protocol::RxMode`).
 const MAX_ADDRESSES: usize = 64;
@@ -58,9 +55,6 @@ fn of_vm(mut message: FromVm) -> FromVm {
         FromVm::Failed { what } => cut(what, MAX_TEXT),
         FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what), .. }
         | FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } => cut(what, MAX_TEXT),
-        FromVm::Status { status: DeviceStatus::Net { mode, .. } | DeviceStatus::Sound { mode, .. }, .. } => {
-            cut(mode, MAX_MODE);
-        }
         FromVm::RxMode { mode, .. } => limit_mode(mode),
         FromVm::Pace { steps, .. } => {
             steps.out.truncate(MAX_STEPS);
@@ -71,6 +65,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::Released { .. }
         | FromVm::Panicked { .. }
         | FromVm::LinkUp { .. }
+        | FromVm::Status { .. }
         | FromVm::Live { .. }
         | FromVm::SameNetwork { .. }
         | FromVm::ForeignAddress { .. }
@@ -107,7 +102,7 @@ mod tests {
     use umbra_shadow::{DeviceId, Generation, LinkId};
 
     use super::*;
-    use crate::wire::messages::{MaskedCounts, VmEnd};
+    use crate::wire::messages::VmEnd;
 
     #[test]
     fn what_a_vm_s_process_says_is_bounded() {
@@ -121,12 +116,6 @@ mod tests {
         assert!(matches!(end, FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } if what.len() <= MAX_TEXT));
         let end = of_vm(FromVm::Ended { at: 1, how: VmEnd::Reset, registers: long() });
         assert!(matches!(end, FromVm::Ended { registers, .. } if registers.len() <= MAX_REGISTERS));
-        let (frames_out, frames_in, logged_now, masked) = (0, 0, 0, MaskedCounts::default());
-        let status = DeviceStatus::Net { mode: long(), frames_out, frames_in, foreign_source: 0, logged_now, masked };
-        let status = of_vm(FromVm::Status { device, status });
-        assert!(
-            matches!(status, FromVm::Status { status: DeviceStatus::Net { mode, .. }, .. } if mode.len() <= MAX_MODE)
-        );
     }
 
     #[test]

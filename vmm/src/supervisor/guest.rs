@@ -119,7 +119,7 @@ pub(super) struct GuestSound {
 impl GuestSound {
     fn status(&self, index: usize, driver_name: impl Fn(usize) -> String) -> status::SoundStatus {
         let (mode, kept_bytes, sums) = match &self.status {
-            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => (mode.clone(), *kept_bytes, *sums),
+            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => (mode.as_str().into(), *kept_bytes, *sums),
             _ => ("unknown".into(), 0, SoundCounts::default()),
         };
         status::SoundStatus {
@@ -173,6 +173,7 @@ impl GuestVm {
     pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
+        self.at_end = AtEnd::default();
         self.end = None;
         self.error = None;
         self.state = GuestState::Starting;
@@ -384,7 +385,7 @@ impl GuestNet {
             &self.status
         {
             status.foreign_source = *foreign_source;
-            status.mode.clone_from(mode);
+            status.mode = mode.as_str().into();
             (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
             (status.logged_now, status.masked) = (*logged_now, *masked);
         }

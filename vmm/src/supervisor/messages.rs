@@ -77,7 +77,7 @@ impl Supervisor {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
             FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } | FromVm::Disconnected { .. } => {}
-            FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), cause),
+            FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
             FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) } => {
                 self.on_end_live((n, device), generation, Time(at), masked);
             }
@@ -174,7 +174,7 @@ impl Supervisor {
         match message {
             FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
-            FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, why),
+            FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, &why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
             FromVm::Panicked { at } => {
                 if let Some(life) = &mut self.drivers[n].life {

@@ -32,7 +32,7 @@ use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
 use crate::lifecycle::{Input, State};
-use crate::record::crash_report::Shelf;
+use crate::record::crash_report::PendingReports;
 use crate::record::events::{Event, Events, Verbosity};
 use crate::record::log::EventLog;
 use crate::record::metrics::{Metrics, Server, ServerError};
@@ -135,7 +135,7 @@ pub(super) struct Supervisor {
     notify: Notify,
     metrics_due: Time,
     /// Crash reports that wait for room on the disk, and when they are tried again.
-    pub(super) shelf: Shelf,
+    pub(super) shelf: PendingReports,
     shelf_due: Time,
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
@@ -267,7 +267,7 @@ impl Supervisor {
             clients: Clients::default(),
             notify: Notify::default(),
             metrics_due: Time(0),
-            shelf: Shelf::default(),
+            shelf: PendingReports::default(),
             shelf_due: Time(0),
             stopping: None,
             failure: None,

@@ -71,7 +71,7 @@ impl Supervisor {
             *thread = self.start_thread();
         }
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        if !thread.as_ref().is_some_and(|thread| thread.try_send(message.clone()).is_ok()) {
+        if thread.as_ref().is_none_or(|thread| thread.try_send(message.clone()).is_err()) {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             let before = self.left_out.fetch_add(1, Ordering::Relaxed);
             if before.is_multiple_of(MAX_WAITING) {

@@ -21,7 +21,7 @@ use super::host::{Host, Supervisor};
 use super::machine::terminal::TerminalInput;
 use super::machine::vm::{self, Vm};
 use crate::base::error::chain;
-use crate::base::high_duplicate::twin;
+use crate::base::high_duplicate::high_duplicate;
 use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
@@ -98,7 +98,7 @@ pub fn main(source: Source) -> Result<(), Error> {
     let (spec, files, host) = match source {
         Source::Control(fd) => {
             // The supervisor notices by it that this process is gone.
-            let channel = Channel::from_fd(twin(&fd).unwrap_or(fd));
+            let channel = Channel::from_fd(high_duplicate(&fd).unwrap_or(fd));
             let (spec, files) = receive_spec(&channel)?;
             (spec, files, Arc::new(Host::Supervisor(Supervisor::new(channel))))
         }

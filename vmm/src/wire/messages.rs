@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-pub use umbra_shadow::net::MaskedCounts;
+pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::sound::{Card, Policy};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 
@@ -385,14 +385,14 @@ pub enum OutageCounts {
     Sound(SoundCounts),
 }
 
-/// How a device of a driver VM is, by class. `mode`: `passive`, `masking`, `waiting-carrier`, `replaying` or `quarantined`.
+/// How a device of a driver VM is, by class.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceStatus {
     /// A network device.
     Net {
         /// What its shadow does.
-        mode: String,
+        mode: ShadowMode,
         /// Frames guest to NIC since start.
         frames_out: u64,
         /// Frames NIC to guest since start.
@@ -408,7 +408,7 @@ pub enum DeviceStatus {
     /// A sound device.
     Sound {
         /// What its shadow does.
-        mode: String,
+        mode: ShadowMode,
         /// Bytes of samples kept for the card now.
         kept_bytes: u64,
         /// Sums since the start.

@@ -16,7 +16,7 @@ use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
-    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ToVm, VmEnd, VmSpec,
+    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, ToVm, VmEnd, VmSpec,
 };
 
 /// The guest's only device.
@@ -123,7 +123,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             }
             ToVm::QueryStatus => {
                 let masked = MaskedCounts::default();
-                let mode = if !links.is_empty() { "passive" } else { "masking" }.into();
+                let mode = if links.is_empty() { ShadowMode::Masking } else { ShadowMode::Passive };
                 let status =
                     DeviceStatus::Net { mode, frames_out: 7, frames_in: 0, foreign_source: 0, logged_now: 0, masked };
                 channel.send(&FromVm::Status { device: NET, status }, &[]).unwrap();

@@ -120,13 +120,11 @@ impl Metrics {
     /// Counts `event`.
     pub fn observe(&self, event: &Event) {
         match event {
-            Event::DriverFailed { driver, source, .. } => {
-                // Replaced by plan: no failure.
-                if source.is_failure() {
-                    let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
-                    let source = source.unwrap_or_default();
-                    self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
-                }
+            // Replaced by plan: no failure.
+            Event::DriverFailed { driver, source, .. } if source.is_failure() => {
+                let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
+                let source = source.unwrap_or_default();
+                self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
             }
             Event::DriverLive { driver, outage_ms: Some(outage), parts, frames, .. } => {
                 self.outage.get_or_create(&Driver { driver: driver.clone() }).observe(outage / 1000.0);

@@ -205,7 +205,7 @@ impl Supervisor {
         (guest, device): (usize, DeviceId),
         link: LinkId,
         at: Time,
-        cause: LinkEnd,
+        cause: &LinkEnd,
     ) {
         let Some((d, end)) = self.served(guest, device) else { return };
         let driver = &self.drivers[d];
@@ -213,19 +213,19 @@ impl Supervisor {
         if driver.life.as_ref().is_some_and(is_of) {
             self.lost_present(d, end, at, cause);
         } else if driver.standby.as_ref().is_some_and(|standby| is_of(&standby.life)) {
-            self.lost_standby(d, end, &cause);
+            self.lost_standby(d, end, cause);
         } else if driver.present == Some(link.generation) || driver.has_retired(link.generation) {
             // The echo of a death that is known; a guest's process that says so without end is heard once.
             if self.drivers[d].has_mask(link.generation, &self.guests[guest].name, device) {
                 return;
             }
-            let mask = self.tell_masked(d, end, link.generation, at, &cause);
+            let mask = self.tell_masked(d, end, link.generation, at, cause);
             self.add_mask(d, link.generation, mask);
         }
     }
 
     /// The present life of driver VM `d` is not connected at `end` any more.
-    fn lost_present(&mut self, d: usize, end: End, at: Time, cause: LinkEnd) {
+    fn lost_present(&mut self, d: usize, end: End, at: Time, cause: &LinkEnd) {
         let now = Time::now();
         let driver = &mut self.drivers[d];
         let stopping = *driver.lifecycle.state() == State::Stopping;
@@ -234,11 +234,11 @@ impl Supervisor {
         let Some(life) = &mut driver.life else { return };
         let alone = life.connected() <= 1 || life.is_accused_by_another(end, now) || armed;
         let (generation, this) = (life.generation, &mut life.links[end]);
-        let excused = this.excused && cause == LinkEnd::Closed;
+        let excused = this.excused && *cause == LinkEnd::Closed;
         let again = this.lost(now);
         let EndRef { guest, device } = driver.ends[end];
         self.guests[guest].forget_live(device);
-        let mask = self.tell_masked(d, end, generation, at, &cause);
+        let mask = self.tell_masked(d, end, generation, at, cause);
         if stopping {
             return;
         }
@@ -248,7 +248,7 @@ impl Supervisor {
         if excused || !alone {
             self.drive(d, Input::EndGone(end));
             if !again {
-                self.give_end_up(d, end, &cause);
+                self.give_end_up(d, end, cause);
             }
             return;
         }
@@ -257,14 +257,14 @@ impl Supervisor {
             life.links[end].due = Some(now + ECHO);
         }
         let name = self.end_name(d, end);
-        let what = match &cause {
+        let what = match cause {
             LinkEnd::Closed => format!("it closed its link to {name}"),
             LinkEnd::Stalled(what) => format!("its link to {name}: {what}"),
             LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
         };
         let failure = Failure { source: Source::Link, what, at };
         // A closed link is mostly the echo of a death whose own sign is on its way.
-        let closed = cause == LinkEnd::Closed;
+        let closed = *cause == LinkEnd::Closed;
         self.drive(d, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
     }
 
@@ -307,7 +307,7 @@ impl Supervisor {
         which: Which,
         end: u16,
         link: LinkId,
-        why: Disconnect,
+        why: &Disconnect,
     ) {
         let now = Time::now();
         let end = usize::from(end);

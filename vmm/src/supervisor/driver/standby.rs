@@ -177,7 +177,7 @@ impl Supervisor {
             }
             Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
             Ok(Incoming::Message(FromVm::Disconnected { end, link, why }, _)) => {
-                self.on_disconnected(n, Which::Standby, end, link, why);
+                self.on_disconnected(n, Which::Standby, end, link, &why);
                 None
             }
             Ok(Incoming::Message(..)) => None,

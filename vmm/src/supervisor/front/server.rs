@@ -17,7 +17,7 @@ use crate::base::lines::{LineError, Lines};
 use crate::base::time::Time;
 use crate::lifecycle::State;
 use crate::record::events::Event;
-use crate::record::recent::Past;
+use crate::record::recent::RecentEvents;
 use crate::record::status::Status;
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::run::Supervisor;
@@ -134,7 +134,7 @@ impl Clients {
     }
 
     /// Sends each client the events it is owed, as far as it reads: one that does not holds a line, not the past.
-    pub(in crate::supervisor) fn tell_events(&mut self, past: &Past) {
+    pub(in crate::supervisor) fn tell_events(&mut self, past: &RecentEvents) {
         self.clients.retain(|_, client| client.tell_events(past).is_ok());
     }
 
@@ -155,7 +155,7 @@ impl Client {
         !wants && now.since(self.heard) >= IDLE
     }
 
-    fn tell_events(&mut self, past: &Past) -> Result<(), LineError> {
+    fn tell_events(&mut self, past: &RecentEvents) -> Result<(), LineError> {
         while let Some(owed) = &mut self.events
             && !self.lines.has_unsent()
         {

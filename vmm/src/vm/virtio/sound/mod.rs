@@ -33,7 +33,7 @@ use super::pace::{Moved, Pace};
 use super::{Outbox, queue};
 use crate::base::error::chain;
 use crate::base::time::Time;
-use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, SoundCounts};
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ShadowMode, SoundCounts};
 
 /// Device ID of a sound device.
 const DEVICE_ID: u16 = 25;
@@ -137,13 +137,13 @@ impl Sound {
     pub fn status(&self) -> FromVm {
         let shadow = self.splitter.shadow();
         let mode = match shadow.mode() {
-            Mode::Passive(_) => "passive",
-            Mode::Masking => "masking",
-            Mode::Replaying(_) => "replaying",
-            Mode::Dead => "quarantined",
+            Mode::Passive(_) => ShadowMode::Passive,
+            Mode::Masking => ShadowMode::Masking,
+            Mode::Replaying(_) => ShadowMode::Replaying,
+            Mode::Dead => ShadowMode::Quarantined,
         };
         let kept_bytes = u64::try_from(shadow.kept_bytes()).unwrap_or(u64::MAX);
-        let status = DeviceStatus::Sound { mode: mode.into(), kept_bytes, sums: counts(shadow.counts()) };
+        let status = DeviceStatus::Sound { mode, kept_bytes, sums: counts(shadow.counts()) };
         FromVm::Status { device: self.device, status }
     }
 

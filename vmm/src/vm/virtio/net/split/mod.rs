@@ -132,7 +132,7 @@ impl SplitNet {
     pub fn status(&self) -> FromVm {
         let status = self.splitter.status();
         let status = DeviceStatus::Net {
-            mode: status.mode.as_str().into(),
+            mode: status.mode,
             frames_out: status.frames_out,
             frames_in: status.frames_in,
             foreign_source: status.foreign_source,

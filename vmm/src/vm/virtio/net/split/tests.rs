@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use super::*;
 use crate::vm::virtio::net::vhost_user::VhostUserNet;
 use crate::vm::virtio::testing::{DriverQueue, Loop, SPAN, memory};
-use crate::wire::messages::MaskedCounts;
+use crate::wire::messages::{MaskedCounts, ShadowMode};
 
 const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
 
@@ -196,7 +196,7 @@ fn quarantine_takes_the_link_down_with_a_configuration_change() {
     let FromVm::Status { status: DeviceStatus::Net { mode, .. }, .. } = guest.device().status() else {
         panic!("no status")
     };
-    assert_eq!(mode, "quarantined");
+    assert_eq!(mode, ShadowMode::Quarantined);
     drop(vm);
 }
 
@@ -332,7 +332,7 @@ fn the_log_waits_for_the_carrier_and_the_guest_is_told_that_there_is_none() {
     else {
         panic!("no status")
     };
-    assert_eq!((mode.as_str(), logged_now, masked.replayed), ("waiting-carrier", 21, 0));
+    assert_eq!((mode, logged_now, masked.replayed), (ShadowMode::WaitingCarrier, 21, 0));
     assert!(vm.received().is_empty() && !guest.device().stepping);
 
     guest.device().carrier(Generation::FIRST, true);

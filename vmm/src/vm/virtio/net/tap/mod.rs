@@ -3,7 +3,7 @@
 //! gives it. Invariant: a frame is read from the host only when there is a buffer of the guest for it.
 
 mod frames;
-pub mod tap;
+pub mod interface;
 
 use std::os::fd::AsRawFd;
 
@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::frames::{End, Receiver};
-use self::tap::Tap;
+use self::interface::Tap;
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use crate::vm::virtio::net::config::NetConfig;
@@ -42,7 +42,7 @@ const TAG_AGAIN: u32 = FIRST_DEVICE_TAG + 1;
 pub enum Error {
     /// The interface.
     #[error(transparent)]
-    Tap(#[from] tap::Error),
+    Tap(#[from] interface::Error),
     /// No eventfd.
     #[error("create an eventfd for a network device")]
     EventFd(#[source] std::io::Error),

@@ -14,7 +14,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::base::high_duplicate::twin;
+use crate::base::high_duplicate::high_duplicate;
 use crate::vm::virtio::device::QueueResources;
 
 /// Longest set-up. The back-end's thread answers within microseconds; a back-end whose process is stopped or starved does
@@ -136,7 +136,7 @@ impl SetUp {
         socket.set_nonblocking(false).map_err(Error::Socket)?;
         let _deadline = Deadline::start(socket)?;
         let queues = self.vrings.len() as u64;
-        let mut frontend = Frontend::from_stream(twin(socket).map_err(Error::Socket)?.into(), queues);
+        let mut frontend = Frontend::from_stream(high_duplicate(socket).map_err(Error::Socket)?.into(), queues);
         frontend.set_owner().or_else(at("SET_OWNER"))?;
         let offered = frontend.get_features().or_else(at("GET_FEATURES"))?;
         if offered & PROTOCOL_FEATURES == 0 {

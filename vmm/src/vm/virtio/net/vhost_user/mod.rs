@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::frontend::{SetUp, Vring, used_index};
 use super::config::{F_MAC, F_MTU, F_STATUS, NetConfig};
 use crate::base::error::chain;
-use crate::base::high_duplicate::twin;
+use crate::base::high_duplicate::high_duplicate;
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::{Outbox, events};
 use crate::wire::messages::{Disconnect, FromVm};
@@ -48,6 +48,9 @@ const PASSED: u64 = umbra_splitter::net::features::DRIVER_VM;
 /// Tags in the event loop.
 const TAG_WAKE: u32 = 0;
 const TAG_SOCKET: u32 = 1;
+
+/// How the set-up of a connection has ended.
+type Outcome = (LinkId, Result<Frontend, LinkError>);
 
 /// How far the connection is.
 enum Connection {
@@ -79,7 +82,7 @@ pub struct VhostUserNet {
     config_call: Option<EventFd>,
     /// For the event loop: a set-up has ended, or a socket is to be watched no more.
     wake: EventFd,
-    set_up: (Sender<(LinkId, Result<Frontend, LinkError>)>, Receiver<(LinkId, Result<Frontend, LinkError>)>),
+    set_up: (Sender<Outcome>, Receiver<Outcome>),
     /// Sockets that the event loop may still watch.
     retired: Vec<UnixStream>,
     outbox: Outbox,
@@ -107,7 +110,7 @@ impl VhostUserNet {
     pub fn connect(&mut self, link: LinkId, socket: UnixStream) {
         self.hang_up();
         // The guest notices by it that this process is gone.
-        let socket = twin(&socket).map_or(socket, UnixStream::from);
+        let socket = high_duplicate(&socket).map_or(socket, UnixStream::from);
         self.link = Some(link);
         self.connection = Connection::Waiting { socket };
         self.set_up_if_ready();
@@ -172,7 +175,7 @@ impl VhostUserNet {
         let vrings = queues.iter().map(|queue| Vring::new(queue)).collect::<Result<_, _>>()?;
         let Some(memory) = queues.first().map(|queue| queue.memory.clone()) else { unreachable!("both queues run") };
         let set_up = SetUp { features: self.accepted & PASSED, memory, vrings };
-        let (ours, theirs) = (twin(socket).map(UnixStream::from), socket.try_clone());
+        let (ours, theirs) = (high_duplicate(socket).map(UnixStream::from), socket.try_clone());
         let (ours, theirs) = (ours.map_err(LinkError::Socket)?, theirs.map_err(LinkError::Socket)?);
         let wake = self.wake.try_clone().map_err(LinkError::EventFd)?;
         let sender = self.set_up.0.clone();
