@@ -4,6 +4,7 @@
 //! contains NAME.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod carriers;
 mod cases;
 mod clients;
 mod fake_vm;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     let mut failed = Vec::new();
     for (name, case) in cases::ALL
         .iter()
+        .chain(carriers::ALL)
         .chain(clients::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)

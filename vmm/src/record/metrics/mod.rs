@@ -121,7 +121,7 @@ impl Metrics {
     pub fn observe(&self, event: &Event) {
         match event {
             Event::DriverFailed { driver, source, .. } => {
-                // Replaced by plan: no failure.
+                // Replaced by plan, or because of its NIC's carrier: no failure.
                 if source.is_failure() {
                     let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
                     let source = source.unwrap_or_default();
