@@ -12,6 +12,7 @@ mod hostile;
 mod lives;
 mod machine;
 mod refused;
+mod settings;
 mod upgrade;
 
 use std::panic::catch_unwind;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         .chain(clients::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)
+        .chain(settings::ALL)
         .chain(upgrade::ALL)
         .chain(lives::ALL)
     {
