@@ -178,6 +178,10 @@ pub struct Driver {
     /// the first fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spare: Option<String>,
+    /// How long the serving NIC may be without a carrier that it has lost before the spare takes over, if it has one, in
+    /// milliseconds; 0: for ever.
+    #[serde(default = "default_spare_after_ms")]
+    pub spare_after_ms: u32,
     /// The driver VM image that `umbra image` made.
     pub image: PathBuf,
     /// Memory of the driver VM.
@@ -214,6 +218,7 @@ impl Driver {
         Self {
             device,
             spare: None,
+            spare_after_ms: DEFAULT_SPARE_AFTER_MS,
             image,
             memory: default_driver_memory(),
             cpus: default_cpus(),
@@ -273,6 +278,14 @@ pub enum Console {
     Terminal,
     /// Appended to a file: `console = { file = "web.log" }`.
     File(PathBuf),
+}
+
+/// [`Driver::spare_after_ms`] where the file names none: long enough for most cables that are moved and drivers that reset their
+/// adapter, short enough for the guests' connections.
+pub const DEFAULT_SPARE_AFTER_MS: u32 = 2_000;
+
+fn default_spare_after_ms() -> u32 {
+    DEFAULT_SPARE_AFTER_MS
 }
 
 fn default_cpus() -> u8 {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::{Action, Lifecycle, RESET_PATIENCE, Source, State, Time};
 
 /// Age of a kill at which people are warned: a process with gigabytes of pinned memory takes a second or two to end.
-const ALARM: Duration = Duration::from_secs(10);
+pub(super) const ALARM: Duration = Duration::from_secs(10);
 
 /// A process that was killed and has not ended.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,11 @@ impl Lifecycle {
         self.process_hangs
     }
 
+    /// Why there is no spare, where a process that was to give the spare's device up holds it for longer than it should.
+    pub fn spare_is_held(&self) -> Option<String> {
+        self.reserve.held()
+    }
+
     /// The failed life, which had `lived` so long, was killed and is still there.
     pub(super) fn tick_killed(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
         if !self.hangs_for_good(now) {
@@ -48,7 +53,7 @@ impl Lifecycle {
         }
         let why = format!("its killed process has not ended for {} s: the kernel holds it", RESET_PATIENCE.as_secs());
         let mut actions = vec![Action::Quarantine(why)];
-        actions.extend(self.drop_standby());
+        actions.extend(self.drop_standby(now));
         actions
     }
 

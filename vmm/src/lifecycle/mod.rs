@@ -19,12 +19,14 @@
 //! in time, and serves them when they come.
 //!
 //! With a hot spare, a failure leads straight from any state with a life to the one that the spare has reached; fence and
-//! reset of the failed life's device follow beside it (`spare`).
+//! reset of the failed life's device follow beside it (`spare`). A NIC without carrier is left for an armed spare (`carrier`).
 //!
 //! Invariant: at most one generation has a device. [`Action::Spawn`], [`Action::Adopt`] and a spare's
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod carrier;
+mod ends;
 mod fencing;
 pub mod policy;
 mod restart;
@@ -41,6 +43,7 @@ use umbra_shadow::Generation;
 
 use crate::base::time::Time;
 use crate::lifecycle::policy::{History, Verdict};
+use carrier::CarrierWatch;
 use fencing::Killed;
 use silence::Silence;
 use standby::PATIENCE;
@@ -82,7 +85,7 @@ pub struct Lifecycle {
     suspicion: Option<(Time, Failure)>,
     /// Since the last sign of life from the agent, once it forwards.
     silence: Option<Silence>,
-    carrier: Carrier,
+    carrier: CarrierWatch,
     /// The present life has got as far as to apply what was recorded to its device.
     applying: bool,
     reserve: Reserve,
@@ -103,7 +106,8 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// A driver VM that serves `ends` guests from the start (others come by [`Input::EndHere`]) and is restarted as `history`'s policy says, with what is `ahead`.
+    /// A driver VM that serves `ends` guests from the start (others come by [`Input::EndHere`]) and is restarted as `history`'s
+    /// policy says, with what is `ahead`.
     pub fn new(history: History, ends: usize, ahead: Ahead) -> Self {
         let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
@@ -124,7 +128,7 @@ impl Lifecycle {
             suspects: Suspects::default(),
             suspicion: None,
             silence: None,
-            carrier: Carrier::Down,
+            carrier: CarrierWatch::new(),
             applying: false,
         }
     }
@@ -149,11 +153,6 @@ impl Lifecycle {
         &self.history
     }
 
-    /// The NIC's carrier, as far as the present life has said.
-    pub fn carrier(&self) -> Carrier {
-        self.carrier
-    }
-
     /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
     pub fn starts_clean(&self, end: End) -> bool {
         self.suspects.is_clean(end)
@@ -166,7 +165,7 @@ impl Lifecycle {
 
     /// The standby of another driver boots: one that is due waits for its turn, unless somebody waits for it.
     pub fn wait_turn(&mut self, now: Time) {
-        if self.restarting.is_none() {
+        if self.restarting.is_none() && !self.awaits_spare() {
             self.reserve.wait_turn(now);
         }
     }
@@ -185,8 +184,8 @@ impl Lifecycle {
             _ => None,
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
-        let deadlines =
-            [state, suspicion, self.silence().map(|(_, over)| over), self.reserve.deadline(), self.restarting];
+        let silence = self.silence().map(|(_, over)| over);
+        let deadlines = [state, suspicion, silence, self.reserve.deadline(), self.restarting, self.leave_due()];
         deadlines.into_iter().flatten().min()
     }
 
@@ -200,11 +199,6 @@ impl Lifecycle {
     fn heartbeat_timeout(&self) -> Duration {
         let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
         if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
-    }
-
-    /// How long a NIC may take to find its link before the guests are told that there is none.
-    fn carrier_patience(&self) -> Duration {
-        Duration::from_secs(self.history.policy().carrier_timeout_s.into())
     }
 
     /// Whether there is a process that has not failed.
@@ -269,8 +263,8 @@ impl Lifecycle {
     }
 
     /// Gives the standby up without a word.
-    fn drop_standby(&mut self) -> Vec<Action> {
-        if self.reserve.give_up() { vec![Action::DropStandby(None)] } else { Vec::new() }
+    fn drop_standby(&mut self, now: Time) -> Vec<Action> {
+        if self.reserve.give_up(now) { vec![Action::DropStandby(None)] } else { Vec::new() }
     }
 
     /// The time has come for the next standby, or for the present one to be given up.
@@ -279,7 +273,7 @@ impl Lifecycle {
             return self.on_standby(now, Input::StandbyFailed(why));
         }
         match (self.reserve.state(), &self.state) {
-            (Standby::Due(at), State::Live { .. }) if at <= now && self.reserve.is_spare() => {
+            (Standby::Due(at), _) if at <= now && self.reserve.is_spare() && self.may_start_spare() => {
                 self.reserve.resetting();
                 vec![Action::ResetSpare]
             }
@@ -289,7 +283,7 @@ impl Lifecycle {
                 vec![Action::SpawnStandby(generation)]
             }
             // Not beside a recovery; the next life that is live asks again.
-            (Standby::Due(at), _) if at <= now => self.drop_standby(),
+            (Standby::Due(at), _) if at <= now => self.drop_standby(now),
             _ => Vec::new(),
         }
     }
@@ -339,7 +333,7 @@ impl Lifecycle {
     fn begin_life(&mut self, now: Time) -> Vec<Action> {
         self.suspicion = None;
         self.silence = None;
-        self.carrier = Carrier::Down;
+        self.carrier.begin();
         self.applying = false;
         self.late.clear();
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
@@ -381,26 +375,12 @@ impl Lifecycle {
         self.applying = true;
         self.silence = Some(Silence::since(now));
         self.state = State::WaitingCarrier { until: now + self.carrier_patience() };
-        if self.carrier == Carrier::Up { self.go_live(now) } else { Vec::new() }
-    }
-
-    fn on_carrier(&mut self, now: Time, carrier: Carrier) -> Vec<Action> {
-        self.carrier = carrier;
-        match self.state {
-            State::WaitingCarrier { .. } if carrier == Carrier::Up => self.go_live(now),
-            _ => Vec::new(),
+        if self.carrier() == Carrier::Up {
+            return self.go_live(now);
         }
-    }
-
-    fn go_live(&mut self, now: Time) -> Vec<Action> {
-        let ahead = std::mem::take(&mut self.ahead);
-        let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
-        let waiting = self.ends.iter().copied().filter(|end| !is_ahead(end)).collect();
-        self.state = State::GoingLive { waiting, until: now + GOING_LIVE_PATIENCE };
-        let mut actions: Vec<_> =
-            self.ends.iter().map(|end| Action::GoLive(*end, self.suspects.replay(*end))).collect();
-        actions.extend(self.check_all_live(now));
-        actions
+        // The other NIC may have one: its spare need not wait for this one's.
+        self.reserve.want_beside(now);
+        Vec::new()
     }
 
     fn on_heartbeat(&mut self, now: Time) -> Vec<Action> {
@@ -416,76 +396,6 @@ impl Lifecycle {
             silence.excuse(timeout);
         }
         Vec::new()
-    }
-
-    fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
-        match &mut self.state {
-            State::GoingLive { waiting, .. } => {
-                let was_waiting = waiting.remove(&end);
-                if was_waiting {
-                    self.suspects.clear(end);
-                }
-            }
-            State::Live { .. } if self.late.remove(&end) => {
-                self.suspects.clear(end);
-                return vec![Action::EndLive(end)];
-            }
-            // It was armed in the eyes of the splitter, and the supervisor has not got so far.
-            State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
-                if self.reserve.is_spare() =>
-            {
-                self.ahead.extend(self.generation.map(|generation| (end, generation)));
-            }
-            _ => {}
-        }
-        self.check_all_live(now)
-    }
-
-    fn on_end_here(&mut self, end: End) -> Vec<Action> {
-        self.ends.insert(end);
-        match &mut self.state {
-            State::GoingLive { waiting, .. } => drop(waiting.insert(end)),
-            State::Live { .. } => drop(self.late.insert(end)),
-            _ => return Vec::new(),
-        }
-        vec![Action::GoLive(end, self.suspects.replay(end))]
-    }
-
-    fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
-        self.ends.remove(&end);
-        self.late.remove(&end);
-        self.ahead.remove(&end);
-        if let State::GoingLive { waiting, .. } = &mut self.state {
-            waiting.remove(&end);
-        }
-        self.check_all_live(now)
-    }
-
-    /// The guest of `end` is another one than that whose requests were recorded: it was started anew.
-    pub fn end_starts_over(&mut self, end: End) {
-        self.suspects.clear(end);
-    }
-
-    fn check_all_live(&mut self, now: Time) -> Vec<Action> {
-        match &self.state {
-            State::GoingLive { waiting, .. } if waiting.is_empty() => self.live(now),
-            _ => Vec::new(),
-        }
-    }
-
-    fn live(&mut self, now: Time) -> Vec<Action> {
-        self.state = State::Live { since: now };
-        self.reserve.want(now);
-        vec![Action::Live]
-    }
-
-    /// The driver VM is live without those that have not answered.
-    fn leave_behind(&mut self, now: Time) -> Vec<Action> {
-        if let State::GoingLive { waiting, .. } = &mut self.state {
-            self.late = std::mem::take(waiting);
-        }
-        let late = self.late.iter().copied().map(Action::LeaveBehind).collect::<Vec<_>>();
-        self.live(now).into_iter().chain(late).collect()
     }
 
     fn on_sign(&mut self, now: Time, failure: Failure) -> Vec<Action> {
@@ -577,7 +487,7 @@ impl Lifecycle {
     /// The failed generation can do no more harm: what comes next?
     fn fenced(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
         let until = now + RESET_PATIENCE;
-        if source == Source::Planned {
+        if !source.is_failure() {
             self.state = State::Resetting { until, next: Some(now) };
             return vec![Action::Reset];
         }
@@ -591,7 +501,7 @@ impl Lifecycle {
                 self.state = State::Resetting { until, next: None };
                 let why = self.history.passed(now);
                 let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
-                actions.extend(self.drop_standby());
+                actions.extend(self.drop_standby(now));
                 actions
             }
         }
@@ -599,10 +509,12 @@ impl Lifecycle {
 
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
+        actions.extend(self.reserve.alarm(now).map(Action::Warn));
         if self.restarting.is_some_and(|until| until <= now) {
             actions.extend(self.give_restart_up(now));
         }
         actions.extend(self.tick_life(now));
+        actions.extend(self.leave_for_spare(now));
         actions
     }
 
@@ -632,7 +544,7 @@ impl Lifecycle {
                 self.state = State::Quarantined;
                 self.reset_hangs = true;
                 let why = format!("the device's reset has not returned for {} s", RESET_PATIENCE.as_secs());
-                let mut actions = self.drop_standby();
+                let mut actions = self.drop_standby(now);
                 actions.extend(next.map(|_| Action::Quarantine(why)));
                 actions
             }
@@ -647,12 +559,14 @@ impl Lifecycle {
         if process {
             self.killed.get_or_insert(Killed::at(now));
         }
-        let mut actions = self.drop_standby();
+        let mut actions = self.drop_standby(now);
         actions.extend(process.then_some(Action::Kill));
         actions
     }
 }
 
+#[cfg(test)]
+mod any_order_tests;
 #[cfg(test)]
 mod spare_tests;
 #[cfg(test)]

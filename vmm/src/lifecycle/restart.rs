@@ -14,7 +14,7 @@ impl Lifecycle {
         if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
             return vec![Action::RestartOff("its spare has no carrier".into())];
         }
-        let mut actions = if fresh { self.drop_standby() } else { Vec::new() };
+        let mut actions = if fresh { self.drop_standby(now) } else { Vec::new() };
         (self.restarting, self.fresh) = (Some(now + self.reserve.longest()), fresh);
         self.reserve.want_now(now);
         actions.extend(self.switch_over(now));
@@ -42,7 +42,7 @@ impl Lifecycle {
     }
 
     pub(super) fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {
-        let actions = self.drop_standby();
+        let actions = self.drop_standby(now);
         self.want_next(now);
         actions
     }

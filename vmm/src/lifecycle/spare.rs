@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::silence::Silence;
 use super::standby::Stage;
-use super::{Action, Carrier, Failure, Input, Lifecycle, Source, Standby, State, Time};
+use super::{Action, Carrier, Failure, Input, Lifecycle, Standby, State, Time};
 
 impl Lifecycle {
     pub(super) fn on_spare(&mut self, now: Time, input: &Input) -> Vec<Action> {
@@ -42,11 +42,12 @@ impl Lifecycle {
         }
         let mut actions = vec![Action::Arm(up)];
         actions.extend(self.switch_over(now));
+        actions.extend(self.leave_for_spare(now));
         actions
     }
 
     fn spawn_spare(&mut self, now: Time) -> Vec<Action> {
-        if !matches!(self.state, State::Live { .. }) {
+        if !self.may_start_spare() {
             // Not beside a recovery; the next life that is live asks again.
             return Vec::new();
         }
@@ -58,7 +59,7 @@ impl Lifecycle {
     /// The serving life has failed after it `lived` so long: the spare takes over as far as it has come, even if it still
     /// boots, because its device needs neither fence nor reset. `None`: there is no spare, or no restart is allowed.
     pub(super) fn take_over(&mut self, now: Time, failure: &Failure, lived: Option<Duration>) -> Option<Vec<Action>> {
-        let counts = failure.source != Source::Planned;
+        let counts = failure.source.is_failure();
         if !self.reserve.is_spare() || (counts && self.history.is_exhausted(now, lived)) {
             return None;
         }
@@ -69,7 +70,8 @@ impl Lifecycle {
         }
         self.generation = Some(generation);
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
-        (self.silence, self.carrier) = (None, Carrier::Down);
+        self.silence = None;
+        self.carrier.begin();
         self.applying = matches!(stage, Stage::Forwarding(..));
         let mut actions = vec![Action::Failed(failure.clone()), Action::TakeOver(generation)];
         match stage {
@@ -79,7 +81,7 @@ impl Lifecycle {
                 self.silence = Some(Silence::since(heard));
                 self.state = State::WaitingCarrier { until: now + self.carrier_patience() };
                 if armed {
-                    self.carrier = Carrier::Up;
+                    self.carrier.change(now, Carrier::Up);
                     actions.extend(self.go_live(now));
                 }
             }

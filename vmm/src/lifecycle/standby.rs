@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use umbra_shadow::Generation;
 
+use super::fencing::ALARM;
 use crate::base::time::Time;
 
 /// After a recovery the machine is left in peace for so long before the next standby boots.
@@ -138,6 +139,10 @@ pub(super) struct Reserve {
     waits_since: Option<Time>,
     boot_patience: Duration,
     heartbeat_patience: Duration,
+    /// Since when a process that is to give the spare's device up still holds it.
+    held_since: Option<Time>,
+    /// People have been warned of that.
+    warned: bool,
 }
 
 impl Reserve {
@@ -145,7 +150,9 @@ impl Reserve {
         // A spare may have to serve at any moment.
         let heartbeat_patience = heartbeat_timeout * if ahead == Ahead::Spare { 1 } else { PATIENCE };
         let boot_patience = boot_timeout * PATIENCE;
-        Self { ahead, state: Standby::Absent, deaths: 0, waits_since: None, boot_patience, heartbeat_patience }
+        let (state, deaths, waits_since) = (Standby::Absent, 0, None);
+        let (held_since, warned) = (None, false);
+        Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned }
     }
 
     pub(super) fn state(&self) -> Standby {
@@ -173,6 +180,13 @@ impl Reserve {
             Standby::Fencing { next: next @ None, .. } => *next = Some(now + SETTLE),
             Standby::Resetting { wanted } => *wanted = true,
             _ => {}
+        }
+    }
+
+    /// The life that forwards has no carrier: a spare is wanted already, because its NIC may have one.
+    pub(super) fn want_beside(&mut self, now: Time) {
+        if self.is_spare() {
+            self.want(now);
         }
     }
 
@@ -256,23 +270,25 @@ impl Reserve {
             _ => return None,
         };
         self.deaths = 0;
-        self.state = match self.ahead {
-            Ahead::Spare => Standby::Fencing { next: Some(now + SETTLE), served: true },
-            Ahead::Nothing | Ahead::Warm => Standby::Absent,
-        };
+        match self.ahead {
+            // Without a carrier it is a last resort: nothing is left in peace for it.
+            Ahead::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
+            Ahead::Spare => self.fence(now, Some(now + SETTLE), true),
+            Ahead::Nothing | Ahead::Warm => self.state = Standby::Absent,
+        }
         Some(taken)
     }
 
     /// No standby any more, and none due. Whether there was one.
-    pub(super) fn give_up(&mut self) -> bool {
-        let was = self.state.generation().is_some();
+    pub(super) fn give_up(&mut self, now: Time) -> bool {
+        let (was, is_spare) = (self.state.generation().is_some(), self.is_spare());
         self.waits_since = None;
-        self.state = match self.state {
-            Standby::Fencing { served, .. } => Standby::Fencing { next: None, served },
-            Standby::Resetting { .. } => Standby::Resetting { wanted: false },
-            _ if was && self.is_spare() => Standby::Fencing { next: None, served: false },
-            _ => Standby::Absent,
-        };
+        match &mut self.state {
+            Standby::Fencing { next, .. } => *next = None,
+            Standby::Resetting { wanted } => *wanted = false,
+            _ if was && is_spare => self.fence(now, None, false),
+            _ => self.state = Standby::Absent,
+        }
         was
     }
 
@@ -283,19 +299,47 @@ impl Reserve {
         }
         let delay = BACK_OFF.saturating_mul(1_u32.checked_shl(self.deaths).unwrap_or(u32::MAX)).min(BACK_OFF_MAX);
         self.deaths = self.deaths.saturating_add(1);
-        self.state = match self.ahead {
-            Ahead::Nothing => Standby::Absent,
-            Ahead::Warm => Standby::Due(now + delay),
-            Ahead::Spare => Standby::Fencing { next: Some(now + delay), served: false },
-        };
+        match self.ahead {
+            Ahead::Nothing => self.state = Standby::Absent,
+            Ahead::Warm => self.state = Standby::Due(now + delay),
+            Ahead::Spare => self.fence(now, Some(now + delay), false),
+        }
         true
+    }
+
+    /// The spare's device is held by a process that is to give it up, or was killed, just now.
+    fn fence(&mut self, now: Time, next: Option<Time>, served: bool) {
+        self.state = Standby::Fencing { next, served };
+        (self.held_since, self.warned) = (Some(now), false);
     }
 
     /// The process that held the spare's device is gone, or has given it up. Whether it was a life that had served.
     pub(super) fn fenced(&mut self) -> bool {
         let Standby::Fencing { next, served } = self.state else { return false };
         self.state = next.map_or(Standby::Absent, Standby::Due);
+        self.held_since = None;
         served
+    }
+
+    fn alarm_due(&self) -> Option<Time> {
+        self.held_since.filter(|_| !self.warned).map(|since| since + ALARM)
+    }
+
+    /// Tells people, once, that the spare's device is still held.
+    pub(super) fn alarm(&mut self, now: Time) -> Option<String> {
+        self.alarm_due().filter(|due| *due <= now)?;
+        self.warned = true;
+        self.held()
+    }
+
+    /// What holds the spare's device, where that takes longer than it should.
+    pub(super) fn held(&self) -> Option<String> {
+        self.held_since.filter(|_| self.warned)?;
+        let seconds = ALARM.as_secs();
+        Some(format!(
+            "the process that had the spare's device was to give it up and has not ended for {seconds} s and more: the kernel \
+             holds it, mostly in a call to a device that hangs (`dmesg`); there is no spare until it has ended"
+        ))
     }
 
     /// The reset of the spare's device has returned. Whether a spare is to start.
@@ -307,8 +351,10 @@ impl Reserve {
 
     pub(super) fn deadline(&self) -> Option<Time> {
         match self.state {
-            // The kernel's reset returns, and a killed process ends; nothing waits for either.
-            Standby::Absent | Standby::Fencing { .. } | Standby::Resetting { .. } => None,
+            // A killed process ends; nothing waits for it, but people are warned.
+            Standby::Fencing { .. } => self.alarm_due(),
+            // The kernel's reset returns; nothing waits for it.
+            Standby::Absent | Standby::Resetting { .. } => None,
             Standby::Due(at) => Some(at),
             Standby::Booting { until, .. } => Some(until),
             Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.heartbeat_patience),

@@ -38,12 +38,14 @@ pub enum Source {
     Link,
     /// No failure: `umbra restart`.
     Planned,
+    /// No failure: the NIC has no carrier, and that of the spare has one.
+    Carrier,
 }
 
 impl Source {
     /// Whether it counts.
     pub fn is_failure(self) -> bool {
-        self != Self::Planned
+        !matches!(self, Self::Planned | Self::Carrier)
     }
 }
 
@@ -156,7 +158,8 @@ pub enum Action {
     Arm(bool),
     /// Reset the spare's device; answered by [`Input::SpareResetDone`].
     ResetSpare,
-    /// Kill the standby (where it is a spare, its end is answered by [`Input::SpareFenced`]); it has failed, and this is why, or it is of no use any more.
+    /// Kill the standby (where it is a spare, its end is answered by [`Input::SpareFenced`]); it has failed, and this is why, or
+    /// it is of no use any more.
     DropStandby(Option<String>),
     /// The restart that was asked for is off, because its driver VM did not come up: nothing has changed.
     RestartOff(String),

@@ -293,7 +293,7 @@ impl Event {
             Self::StandbyFailed { driver, generation, reason } => {
                 format!("{driver}: the standby (generation {generation}) failed: {reason}; another one follows")
             }
-            Self::DriverAdopted { driver, generation, device, standby: standby @ "armed" } => {
+            Self::DriverAdopted { driver, generation, device, standby: standby @ ("armed" | "no-carrier") } => {
                 format!("{driver}: the spare {device} takes over as generation {generation} (it was {standby})")
             }
             Self::SpareCarrier { driver, up: true, .. } => format!("{driver}: the spare has a carrier"),
@@ -310,7 +310,7 @@ impl Event {
             Self::RestartFailed { driver, reason } => {
                 format!("{driver}: not restarted: {reason}")
             }
-            Self::DriverFailed { driver, generation, source: Source::Planned, reason, .. } => {
+            Self::DriverFailed { driver, generation, source: Source::Planned | Source::Carrier, reason, .. } => {
                 format!("{driver}: generation {generation} is replaced: {reason}")
             }
             Self::DriverFailed { driver, generation, reason, detect_ms, .. } => {

@@ -138,6 +138,9 @@ pub struct StandbyStatus {
     pub generation: Option<u32>,
     /// Its process, while there is one.
     pub pid: Option<u32>,
+    /// Why there is none for longer than there should be.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 impl Status {
@@ -176,6 +179,11 @@ impl fmt::Display for Status {
         }
         for driver in self.drivers.iter().filter(|driver| driver.reset_method == "none") {
             parts.push(format!("{}: {}\n", driver.name, driver.reset_meaning));
+        }
+        for driver in &self.drivers {
+            if let Some(reason) = driver.standby.as_ref().and_then(|standby| standby.reason.as_ref()) {
+                parts.push(format!("{}: {reason}\n", driver.name));
+            }
         }
         f.write_str(parts.join("\n").trim_end())
     }
@@ -307,6 +315,7 @@ mod tests {
                 network: None,
                 generation: Some(4),
                 pid: Some(10),
+                reason: None,
             }),
         };
         Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
@@ -333,6 +342,14 @@ nic0: it keeps its registers";
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed");
         spare.network = Some("silent".into());
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed, other network?");
+    }
+
+    #[test]
+    fn a_spare_that_does_not_recover_says_why() {
+        let mut status = status();
+        let standby = status.drivers[0].standby.as_mut().unwrap();
+        (standby.state, standby.reason) = ("recovering".into(), Some("its process hangs".into()));
+        assert!(status.to_string().ends_with("\n\nnic0: its process hangs"), "{status}");
     }
 
     #[test]

@@ -184,7 +184,12 @@ impl Supervisor {
         driver.collect_masks(now);
         let generation = driver.present;
         let masked = driver.outage_start(now);
-        driver.timeline = Timeline::default();
+        // Nobody has been served since the failure before: what follows is the rest of its recovery.
+        let served = driver.timeline.at(Step::Live).is_some();
+        if failure.source != Source::Carrier || served || driver.report.is_none() {
+            driver.timeline = Timeline::default();
+            driver.report = failure.source.is_failure().then(|| driver.begin_report(failure));
+        }
         if let Some(masked) = masked {
             driver.timeline.mark(Step::Mask, masked);
         }
@@ -194,7 +199,6 @@ impl Supervisor {
         if failure.source == Source::Device {
             driver.holder.doubt();
         }
-        driver.report = failure.source.is_failure().then(|| driver.begin_report(failure));
         self.events.tell(&Event::DriverFailed {
             driver: driver.name.clone(),
             generation: generation.map_or(0, Generation::get),
@@ -202,7 +206,8 @@ impl Supervisor {
             reason: failure.what.clone(),
             detect_ms: milliseconds(now.since(failure.at)),
         });
-        if failure.source.is_failure() {
+        // A new image whose driver has lost its carrier does not pass: the spare that takes over is of the image before.
+        if failure.source.is_failure() || (failure.source == Source::Carrier && driver.tries_an_image()) {
             self.judge_trial(n);
         }
     }

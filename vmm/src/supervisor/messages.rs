@@ -288,7 +288,7 @@ impl Supervisor {
         self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
     }
 
-    fn on_agent_message(&mut self, n: usize, message: FromAgent) {
+    pub(super) fn on_agent_message(&mut self, n: usize, message: FromAgent) {
         let now = Time::now();
         match message {
             FromAgent::Hello { generation, kernel, .. } => {

@@ -98,6 +98,10 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
             ToVm::GoLive { generation, .. } => {
                 send_live(channel, generation, MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 });
+                if spec.cmdline.contains(&format!("asks-in={generation} ")) {
+                    let mode = RxMode { all_multicast: true, ..RxMode::default() };
+                    channel.send(&FromVm::RxMode { device: NET, mode }, &[]).unwrap();
+                }
                 if spec.cmdline.contains("descriptors ") {
                     send_descriptors(channel);
                 }
@@ -235,7 +239,11 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let mac = Mac([2, 0, 0, 0, 0, 1]);
     say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
     say(FromAgent::Forwarding { uptime_ms: 3 });
-    say(FromAgent::Carrier { up: image != "image-without-carrier", uptime_ms: 4 });
+    say(FromAgent::Carrier { up: image != "image-without-carrier" && !told("no-carrier"), uptime_ms: 4 });
+    if told("carrier-lost") {
+        thread::sleep(Duration::from_millis(200));
+        say(FromAgent::Carrier { up: false, uptime_ms: 5 });
+    }
     if told("die-after-forwarding") {
         thread::sleep(Duration::from_millis(100));
         std::process::exit(9);
@@ -259,8 +267,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
         thread::sleep(Duration::from_secs(2));
     }
     for line in lines {
-        if let Ok(ToAgent::Crash { kind }) = serde_json::from_str(&line.unwrap()) {
-            crash(kind, &sender, &channel);
+        match serde_json::from_str(&line.unwrap()) {
+            Ok(ToAgent::Crash { kind }) => crash(kind, &sender, &channel),
+            order => println!("[    5.0] {}: {order:?}", spec.name),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! contains NAME.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod carriers;
 mod cases;
 mod clients;
 mod fake_vm;
@@ -12,6 +13,7 @@ mod lives;
 mod machine;
 mod observers;
 mod refused;
+mod settings;
 mod upgrade;
 
 use std::panic::catch_unwind;
@@ -37,9 +39,11 @@ fn main() -> ExitCode {
     let mut failed = Vec::new();
     for (name, case) in cases::ALL
         .iter()
+        .chain(carriers::ALL)
         .chain(clients::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)
+        .chain(settings::ALL)
         .chain(upgrade::ALL)
         .chain(lives::ALL)
         .chain(observers::ALL)

@@ -259,8 +259,8 @@ impl Reader {
         self.masked = rest;
         let mine: Vec<(String, String)> = mine;
         failure.masked = mine.into_iter().map(|(_, device)| device).collect();
-        // Replaced because its guest was rebooted, or by plan: no failure.
-        if !["replaced", "planned"].contains(&failure.source.as_str()) {
+        // Replaced because its guest was rebooted, by plan, or because its NIC had no carrier: no failure.
+        if !["replaced", "planned", "carrier"].contains(&failure.source.as_str()) {
             self.history.failures.push(failure);
         }
     }

@@ -120,7 +120,7 @@ impl Metrics {
     /// Counts `event`.
     pub fn observe(&self, event: &Event) {
         match event {
-            // Replaced by plan: no failure.
+            // Replaced by plan, or because of its NIC's carrier: no failure.
             Event::DriverFailed { driver, source, .. } if source.is_failure() => {
                 let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
                 let source = source.unwrap_or_default();

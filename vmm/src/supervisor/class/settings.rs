@@ -27,25 +27,33 @@ pub(in crate::supervisor) enum Settings {
     /// It has no plan, which will have everything.
     #[default]
     Unplanned,
-    /// It has one, and this has changed since, by end.
-    Changed(BTreeSet<(u16, Setting)>),
+    /// It has one.
+    Planned {
+        /// What has changed since, by end.
+        changed: BTreeSet<(u16, Setting)>,
+        /// Ends of which the plan has nothing that their guests had asked for (a clean start), until they ask for something.
+        clean: BTreeSet<u16>,
+    },
 }
 
 impl Settings {
     fn change(&mut self, position: u16, setting: Setting) {
-        if let Self::Changed(changed) = self {
-            changed.insert((position, setting));
+        let Self::Planned { changed, clean } = self else { return };
+        changed.insert((position, setting));
+        // The first thing that is asked for brings back all of it.
+        if clean.remove(&position) {
+            changed.extend([(position, Setting::Mode), (position, Setting::Offloads)]);
         }
     }
 
     /// What the agent is to be told next, of positions that are not held back.
     fn next(&self, is_held: impl Fn(u16) -> bool) -> Option<(u16, Setting)> {
-        let Self::Changed(changed) = self else { return None };
+        let Self::Planned { changed, .. } = self else { return None };
         changed.iter().find(|(position, _)| !is_held(*position)).copied()
     }
 
     fn told(&mut self, position: u16, setting: Setting) {
-        if let Self::Changed(changed) = self {
+        if let Self::Planned { changed, .. } = self {
             changed.remove(&(position, setting));
         }
     }
@@ -93,9 +101,10 @@ impl Supervisor {
         } else {
             plan_messages(net_plan(&self.guests, driver, life))
         };
+        let clean = self.drivers[n].clean_ends().collect();
         let sent = self.drivers[n].send(which, &message);
         if let Some(life) = self.drivers[n].life_of_mut(which) {
-            life.settings = Settings::Changed(changed);
+            life.settings = Settings::Planned { changed, clean };
         }
         self.after_sending(n, which, sent);
         self.send_settings(n, which);
@@ -180,6 +189,12 @@ fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
 }
 
 impl DriverVm {
+    /// The ends that start clean with the next plan.
+    fn clean_ends(&self) -> impl Iterator<Item = u16> {
+        let positions = (0..).take(self.ends.len());
+        positions.filter(|position| self.lifecycle.starts_clean(usize::from(*position)))
+    }
+
     pub(in crate::supervisor) fn life_of(&self, which: Which) -> Option<&Life> {
         match which {
             Which::Present => self.life.as_ref(),
@@ -230,6 +245,16 @@ mod tests {
         RxMode { unicast: macs(2), multicast: macs(1), vlans, ..RxMode::default() }
     }
 
+    fn planned<const N: usize>(clean: [u16; N]) -> Settings {
+        Settings::Planned { changed: BTreeSet::new(), clean: clean.into() }
+    }
+
+    fn take(settings: &mut Settings) -> Option<(u16, Setting)> {
+        let next = settings.next(|_| false);
+        next.into_iter().for_each(|(position, setting)| settings.told(position, setting));
+        next
+    }
+
     fn plan(ends: u8) -> NetPlan {
         let end = |n| NetEnd { device_mac: Mac([2, 0, 0, 0, 0, n]), mode: full_mode(), offloads: Offloads::default() };
         NetPlan { ends: (0..ends).map(end).collect(), mtu: None, device: DevicePlace::Present }
@@ -256,19 +281,28 @@ mod tests {
         let mut settings = Settings::default();
         settings.change(0, Setting::Mode);
         assert_eq!(settings.next(|_| false), None);
-        let mut settings = Settings::Changed(BTreeSet::new());
+        let mut settings = planned([]);
         for _ in 0..1000 {
             settings.change(1, Setting::Offloads);
             settings.change(0, Setting::Mode);
         }
         assert_eq!(settings.next(|position| position < 2), None, "both are held back");
-        let take = |settings: &mut Settings| {
-            let next = settings.next(|_| false);
-            next.into_iter().for_each(|(position, setting)| settings.told(position, setting));
-            next
-        };
         assert_eq!(take(&mut settings), Some((0, Setting::Mode)));
         assert_eq!(take(&mut settings), Some((1, Setting::Offloads)));
         assert_eq!(take(&mut settings), None);
+    }
+
+    #[test]
+    fn the_first_thing_that_is_asked_for_after_a_clean_start_brings_back_everything() {
+        for first in [Setting::Mode, Setting::Offloads] {
+            let mut settings = planned([1]);
+            settings.change(0, first);
+            settings.change(1, first);
+            assert_eq!(take(&mut settings), Some((0, first)), "that end had its settings");
+            assert_eq!(take(&mut settings), Some((1, Setting::Mode)));
+            assert_eq!(take(&mut settings), Some((1, Setting::Offloads)));
+            settings.change(1, first);
+            assert_eq!((take(&mut settings), take(&mut settings)), (Some((1, first)), None), "once");
+        }
     }
 }

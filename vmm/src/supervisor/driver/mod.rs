@@ -202,7 +202,8 @@ impl DriverVm {
         };
         Self {
             name: name.into(),
-            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), 0, ahead),
+            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), 0, ahead)
+                .with_spare_after(spec.spare_after_ms),
             spare: spare.map(|device| Spare::new(device, open)),
             holder: Holder::new(open),
             present: None,

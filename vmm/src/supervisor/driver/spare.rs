@@ -13,7 +13,7 @@ use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::{End, Input, Source};
+use crate::lifecycle::{Carrier, End, Input, Source, State};
 use crate::record::events::Event;
 use crate::record::timeline::Step;
 use crate::supervisor::run::Supervisor;
@@ -154,6 +154,11 @@ impl Supervisor {
             spare.network = None;
             return;
         };
+        // What cannot go out says nothing about who would hear it.
+        if driver.lifecycle.carrier() == Carrier::Down {
+            spare.network = Some(Network::Asked(left, now + QUESTION_PERIOD));
+            return;
+        }
         let Some(left) = left.checked_sub(1) else {
             spare.network = Some(Network::Silent);
             let (serving, other) = (driver.device.bdf(), spare.device.bdf());
@@ -196,7 +201,11 @@ impl Supervisor {
             super::standby::renice(life.process.pid(), 0);
         }
         (driver.life, driver.present) = (Some(life), Some(generation));
-        let standby = if told { "armed" } else { "booting" };
+        let standby = match (driver.lifecycle.carrier(), driver.lifecycle.state()) {
+            (Carrier::Up, _) => "armed",
+            (Carrier::Down, State::WaitingCarrier { .. }) => "no-carrier",
+            (Carrier::Down, _) => "booting",
+        };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
         self.connect_ends(n);

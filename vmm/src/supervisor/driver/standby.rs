@@ -48,7 +48,7 @@ impl Supervisor {
         let role = if driver.spare.is_some() { Role::Spare } else { Role::Waits };
         match driver.launch(&self.program, generation, role) {
             Ok(life) => {
-                if may_renice() {
+                if may_renice() && !driver.lifecycle.awaits_spare() {
                     renice(life.process.pid(), NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
@@ -190,11 +190,19 @@ impl Supervisor {
     }
 
     fn read_standby_agent(&mut self, n: usize) -> Option<String> {
-        let agent = self.drivers[n].standby.as_mut()?.life.agent.as_mut()?;
+        let life = &mut self.drivers[n].standby.as_mut()?.life;
+        let (generation, agent) = (life.generation, life.agent.as_mut()?);
         let flushed = agent.flush();
         let (lines, error) = agent.receive();
         for line in lines {
+            // By what it said before it may have become the present life.
+            let serves = self.drivers[n].is_current(generation);
             match bounds::heard(&line) {
+                Ok(message) if serves => self.on_agent_message(n, message),
+                Err(what) if serves => {
+                    self.fail_driver(n, Source::ControlStream, what, Time::now());
+                    return None;
+                }
                 Ok(message) => {
                     if let Some(why) = self.on_standby_message(n, message) {
                         return Some(why);
@@ -331,6 +339,7 @@ impl DriverVm {
             network: self.spare.as_ref().map(|spare| spare.network().into()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
+            reason: self.lifecycle.spare_is_held(),
         })
     }
 }

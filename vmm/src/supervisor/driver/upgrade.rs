@@ -191,6 +191,11 @@ impl DriverVm {
         tried.and_then(|trial| trial.before.as_ref()).unwrap_or(&self.image)
     }
 
+    /// Whether another image than that of before is on trial.
+    pub(in crate::supervisor) fn tries_an_image(&self) -> bool {
+        self.trial.as_ref().is_some_and(|trial| trial.before.is_some())
+    }
+
     /// Whether the standby, if there is one that is of use, was started from `image`.
     fn standby_is_of(&self, image: &Arc<Image>) -> bool {
         let standby = self.standby.as_ref().filter(|standby| !standby.dropped);

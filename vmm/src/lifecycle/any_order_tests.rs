@@ -1,0 +1,111 @@
+//! The lives of a driver VM in any order of inputs at all.
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::tests::{at, failure};
+use super::*;
+use crate::config::Restart;
+
+fn any_input() -> impl Strategy<Value = Input> {
+    prop_oneof![
+        1 => Just(Input::Start),
+        4 => Just(Input::ResetDone),
+        4 => Just(Input::Hello),
+        2 => Just(Input::Applying),
+        4 => Just(Input::Forwarding),
+        4 => Just(Input::Carrier(Carrier::Up)),
+        1 => Just(Input::Carrier(Carrier::Down)),
+        1 => Just(Input::Heartbeat),
+        4 => (0_usize..3).prop_map(Input::EndLive),
+        1 => (0_usize..3).prop_map(Input::EndGone),
+        1 => Just(Input::Failed(failure(Source::Panic, 0))),
+        1 => Just(Input::Sign(failure(Source::Link, 0))),
+        1 => Just(Input::Evidence),
+        2 => Just(Input::Released),
+        3 => Just(Input::ProcessGone("gone".into())),
+        1 => (0_usize..3).prop_map(Input::EndHere),
+        3 => Just(Input::Tick),
+        1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
+        1 => Just(Input::StandbyUseless),
+        1 => Just(Input::Resume),
+        2 => Just(Input::StandbyHello),
+        2 => Just(Input::StandbyLoaded),
+        1 => Just(Input::StandbyHeartbeat),
+        1 => Just(Input::StandbyFailed("gone".into())),
+    ]
+}
+
+proptest! {
+    /// Whatever happens in whatever order: one process at a time beside one standby, generations count up by one, the reset has
+    /// returned before a start, nothing goes live that does not run, and nothing starts after quarantine or stop.
+    #[test]
+    fn any_order_of_inputs_keeps_the_invariants(
+        inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
+        stop_at in 0_usize..250,
+        warm in any::<bool>(),
+    ) {
+        let mut life = Lifecycle::new(History::new(Restart::default()), 3, if warm { Ahead::Warm } else { Ahead::Nothing });
+        let (mut standby, mut asked) = (None, false);
+        let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
+        for (n, (input, gap)) in inputs.into_iter().enumerate() {
+            now += gap;
+            let input = if n == stop_at { Input::Stop } else { input };
+            asked |= matches!(input, Input::Restart { .. });
+            // A process can only be gone, and a reset only return, if there is one.
+            match input {
+                Input::ProcessGone(_) if !alive => continue,
+                Input::ProcessGone(_) => alive = false,
+                Input::ResetDone if !resetting => continue,
+                Input::ResetDone => resetting = false,
+                _ => {}
+            }
+            over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
+            let actions = life.handle(at(now), input.clone());
+            let given_up = actions.contains(&Action::Bury);
+            for action in actions {
+                match action {
+                    Action::Spawn(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "started at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        alive = true;
+                    }
+                    Action::SpawnStandby(generation) => {
+                        prop_assert!((warm || asked) && alive && standby.is_none() && !over, "standby at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        standby = Some(generation);
+                    }
+                    Action::Adopt(generation) => {
+                        prop_assert!(!alive && !resetting && !over, "adopted at {input:?}");
+                        prop_assert_eq!(standby.take(), Some(generation));
+                        alive = true;
+                    }
+                    Action::DropStandby(_) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
+                    Action::Reset => {
+                        prop_assert!((!alive || given_up) && !resetting, "reset under a life at {input:?}");
+                        resetting = true;
+                    }
+                    Action::Configure | Action::GoLive(..) | Action::Mask | Action::EndLive(_) | Action::LeaveBehind(_) => {
+                        prop_assert!(alive);
+                    }
+                    Action::ConfigureStandby => prop_assert!(standby.is_some()),
+                    Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
+                    Action::Bury => {
+                        prop_assert!(alive, "bury nothing at {input:?}");
+                        alive = false;
+                    }
+                    Action::Quarantine(_) => over = true,
+                    Action::StartClean(_) => prop_assert!(resetting && !over, "no life to come at {input:?}"),
+                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) | Action::Warn(_) => {}
+                    other => prop_assert!(false, "{other:?} without a spare"),
+                }
+            }
+            over |= matches!(input, Input::Stop);
+            if let Some(deadline) = life.deadline() {
+                prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
+            }
+        }
+    }
+}
