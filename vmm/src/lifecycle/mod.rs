@@ -2,18 +2,20 @@
 //!
 //! ```text
 //!            start            reset done            hello                 forwarding
-//!   Idle ----------> Resetting ---------> Booting ---------> Configuring ------------> WaitingCarrier
+//!   idle ----------> resetting ---------> booting ---------> configuring ------------> waiting-carrier
 //!                     ^     | ^              :                    :                          | carrier, or patience over
 //!           gone, or  |     | | back-off     :                    :                          v
-//!           no life   |     v | over         : failure            : failure             GoingLive (replay)
-//!                     |    BackOff           v                    v                          | every end is live
-//!                   Fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -   v
-//!                     |        (of any state with a life)                        failure : Live
+//!           no life   |     v | over         : failure            : failure              replaying
+//!                     |   back-off           v                    v                          | every end is live, or 2 s over
+//!                  fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -    v
+//!                     |        (of any state with a life)                        failure :  live
 //!                     v restart limit reached
-//!                Quarantined --resume--> Resetting        any state --stop--> Stopping --gone--> Stopped
+//!                quarantined --resume--> resetting        any state --stop--> stopping --gone--> stopped
 //! ```
 //!
-//! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
+//! The names are those of [`State::name`]; `docs/recovery.md` has the same picture (held by `vmm/tests/docs.rs`).
+//!
+//! With a warm [`Standby`], the next life is adopted in the place of `resetting -> booting`, as far as it has come.
 //!
 //! The guests at a driver VM's ends come and go beside that: a life goes live without those that are away, or that do not answer
 //! in time, and serves them when they come.
