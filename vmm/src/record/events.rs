@@ -1,6 +1,6 @@
-//! What `umbra run` tells: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
+//! What `umbra run` reports: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
 //!
-//! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
+//! `docs/events.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
 //! for one that blocks: lines are written by threads. What `umbra events`, reports and metrics show comes from here alone:
 //! [`Past`] in memory, [`EventLog`] in the run directory.
 
