@@ -1,5 +1,5 @@
 //! What the documents repeat of the code is held against the code: diagrams of states, events, crash reports, status, sources of
-//! failures. The code's text is read, so that nothing has to be listed a third time here. No line of a document is too long.
+//! failures, paths. The code's text is read, so that nothing has to be listed a third time here. Lines of documents are short.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -61,7 +61,10 @@ fn names(body: &[String], indent: usize) -> Vec<String> {
     let lines = body.iter().filter_map(|line| line.strip_prefix(&" ".repeat(indent)));
     let lines = lines.map(|line| line.strip_prefix("pub ").unwrap_or(line));
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
-    lines.filter(|line| line.starts_with(is_name)).map(|line| line.split(|c| !is_name(c)).next().unwrap().into()).collect()
+    lines
+        .filter(|line| line.starts_with(is_name))
+        .map(|line| line.split(|c| !is_name(c)).next().unwrap().into())
+        .collect()
 }
 
 fn kebab(name: &str) -> String {
@@ -129,7 +132,10 @@ fn the_event_table_names_every_event_and_field() {
     let (table, _) = table.split_once("\n\n").unwrap();
     for row in table.lines().filter_map(|row| row.strip_prefix("| `")) {
         let event = row.split('`').next().unwrap();
-        assert!(events.iter().any(|(known, _)| known == event), "docs/events.md has the event {event}, the code has not");
+        assert!(
+            events.iter().any(|(known, _)| known == event),
+            "docs/events.md has the event {event}, the code has not"
+        );
     }
 }
 
@@ -163,7 +169,10 @@ fn every_field_of_reports_and_status_is_named() {
             let fields = names(&body(path, "struct", structure), 4);
             assert!(!fields.is_empty(), "{path}: {structure}");
             for field in fields {
-                assert!(text.contains(&format!("`{field}`")), "{document}: no word of `{field}` of {structure} ({path})");
+                assert!(
+                    text.contains(&format!("`{field}`")),
+                    "{document}: no word of `{field}` of {structure} ({path})"
+                );
             }
         }
     }
@@ -185,10 +194,10 @@ fn lines_of_documents_are_short_and_so_is_the_readme() {
     let folder = |path: &Path| fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
     let paths = folder(&root()).into_iter().chain(folder(&root().join("docs")));
     for path in paths.filter(|path| path.extension().is_some_and(|extension| extension == "md")) {
-        for (n, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
-            let length = line.chars().count();
-            assert!(length <= LONGEST_LINE, "{}:{}: {length} characters", path.display(), n + 1);
-        }
+        let text = fs::read_to_string(&path).unwrap();
+        let long = text.lines().enumerate().filter(|(_, line)| line.chars().count() > LONGEST_LINE);
+        let long: Vec<_> = long.map(|(n, line)| format!("{}:{}: {line}", path.display(), n + 1)).collect();
+        assert!(long.is_empty(), "longer than {LONGEST_LINE} characters:\n{}", long.join("\n"));
     }
     assert!(read("README.md").lines().count() <= LONGEST_README);
 }
@@ -212,6 +221,18 @@ fn links_between_documents_lead_somewhere() {
                 assert!(found, "{}: {link}: no such heading", path.display());
             }
         }
+    }
+}
+
+#[test]
+fn paths_in_contributing_exist() {
+    let text = read("CONTRIBUTING.md");
+    let paths: Vec<_> = text.split('`').skip(1).step_by(2).filter(|word| word.contains('/')).collect();
+    let crates = ["vmm/", "splitter/", "shadow/", "driver-vm/", "guest-images/", "tests/", "fuzz/", "docs/"];
+    let paths: Vec<_> = paths.into_iter().filter(|word| crates.iter().any(|name| word.starts_with(name))).collect();
+    assert!(paths.len() > 40, "{paths:?}");
+    for path in paths {
+        assert!(root().join(path).exists(), "CONTRIBUTING.md names {path}, which is not there");
     }
 }
 

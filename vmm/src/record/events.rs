@@ -347,7 +347,7 @@ impl Event {
             }
             Self::Quarantined { driver, reason } => {
                 format!(
-                    "{driver}: quarantined: {reason}; its guests go without (a NIC shows no link, a sound card is dead). \
+                    "{driver}: quarantined: {reason}; its guests have no service (a NIC shows no link, a sound card is dead). \
                      `umbra resume {driver}` tries again"
                 )
             }
