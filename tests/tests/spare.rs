@@ -136,7 +136,7 @@ fn crashes_in_turns(nic: &str, spare: &str) {
     assert!(!left.ok(), "processes are left: {}", left.stdout);
 }
 
-/// Questions that are asked before a network counts as silent, one a second (docs/recovery.md), and some time.
+/// Questions that are asked before a network counts as silent, one a second (docs/standby.md), and some time.
 const SILENT: Duration = Duration::from_secs(90);
 
 #[test]

@@ -1,4 +1,4 @@
-//! Follows the events file of `umbra run --events` (JSON lines; `docs/recovery.md` describes them).
+//! Follows the events file of `umbra run --events` (JSON lines; `docs/events.md` describes them).
 
 use std::collections::VecDeque;
 use std::fs::File;

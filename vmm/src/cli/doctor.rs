@@ -1,4 +1,4 @@
-//! `umbra doctor`: what this host can do, what is missing, and the command that mends it.
+//! `umbra doctor` checks the host: what works, what is missing, how to fix it; and lists candidate cards.
 
 use anyhow::bail;
 use serde::Serialize;

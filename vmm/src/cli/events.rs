@@ -1,4 +1,4 @@
-//! `umbra events`: what a machine has told, as JSON lines: of one that runs, and of one that has ended.
+//! `umbra events`: the events of a machine as JSON lines, of one that runs and of one that has ended.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -16,7 +16,7 @@ use crate::supervisor::start::rundir;
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Each line is a JSON object; docs/recovery.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'"
+    after_help = "Each line is a JSON object; docs/events.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'"
 )]
 pub struct Args {
     /// Go on with the events to come, until the machine ends.

@@ -55,7 +55,7 @@ enum Command {
     Start(guest::StartArgs),
     /// Have a guest power off and start it again.
     Reboot(guest::RebootArgs),
-    /// Say what this host can do, what is missing, and the command that mends it.
+    /// Check the host: what works, what is missing, how to fix it.
     Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
     Image(image::Args),

@@ -31,7 +31,7 @@ pub struct Args {
     /// Do not print events.
     #[arg(long, short)]
     quiet: bool,
-    /// Add events to this file, one JSON object a line (docs/recovery.md); each run's first has the number 1.
+    /// Add events to this file, one JSON object a line (docs/events.md); each run's first has the number 1.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
     /// Serve metrics there: a socket's path, or a loopback address as 127.0.0.1:9464 (docs/observe.md).

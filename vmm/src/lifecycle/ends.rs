@@ -4,7 +4,7 @@
 //! Invariant: no guest is waited for without a limit: a life goes live without those that are away or do not answer in time, and
 //! serves them when they come.
 
-use super::{Action, End, GOING_LIVE_PATIENCE, Lifecycle, State, Time};
+use super::{Action, Carrier, End, GOING_LIVE_PATIENCE, Lifecycle, State, Time};
 
 impl Lifecycle {
     pub(super) fn go_live(&mut self, now: Time) -> Vec<Action> {
@@ -84,7 +84,9 @@ impl Lifecycle {
         if let State::GoingLive { waiting, .. } = &mut self.state {
             self.late = std::mem::take(waiting);
         }
-        let late = self.late.iter().copied().map(Action::LeaveBehind).collect::<Vec<_>>();
+        // Without a carrier they wait for that, and are not to blame.
+        let silent = self.late.iter().filter(|_| self.carrier() == Carrier::Up);
+        let late = silent.copied().map(Action::LeaveBehind).collect::<Vec<_>>();
         self.live(now).into_iter().chain(late).collect()
     }
 }

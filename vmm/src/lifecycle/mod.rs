@@ -2,18 +2,20 @@
 //!
 //! ```text
 //!            start            reset done            hello                 forwarding
-//!   Idle ----------> Resetting ---------> Booting ---------> Configuring ------------> WaitingCarrier
+//!   idle ----------> resetting ---------> booting ---------> configuring ------------> waiting-carrier
 //!                     ^     | ^              :                    :                          | carrier, or patience over
 //!           gone, or  |     | | back-off     :                    :                          v
-//!           no life   |     v | over         : failure            : failure             GoingLive (replay)
-//!                     |    BackOff           v                    v                          | every end is live
-//!                   Fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -   v
-//!                     |        (of any state with a life)                        failure : Live
+//!           no life   |     v | over         : failure            : failure              replaying
+//!                     |   back-off           v                    v                          | every end is live, or 5 s over
+//!                  fencing <- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -    v
+//!                     |        (of any state with a life)                        failure :  live
 //!                     v restart limit reached
-//!                Quarantined --resume--> Resetting        any state --stop--> Stopping --gone--> Stopped
+//!                quarantined --resume--> resetting        any state --stop--> stopping --gone--> stopped
 //! ```
 //!
-//! With a warm [`Standby`], the next life is adopted in the place of `Resetting -> Booting`, as far as it has come.
+//! The names are those of [`State::name`]; `docs/recovery.md` has the same picture (held by `vmm/tests/docs.rs`).
+//!
+//! With a warm [`Standby`], the next life is adopted in the place of `resetting -> booting`, as far as it has come.
 //!
 //! The guests at a driver VM's ends come and go beside that: a life goes live without those that are away, or that do not answer
 //! in time, and serves them when they come.
@@ -62,8 +64,9 @@ const SUSPICION: Duration = Duration::from_millis(100);
 const RELEASE: Duration = Duration::from_millis(250);
 
 /// How long the guests' splitters may take to replay and go live before the driver VM counts as live without the one that has
-/// not answered. A replay takes milliseconds; a guest that hangs must not hold up what the others, and the standby, wait for.
-const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(2);
+/// not answered. A replay takes milliseconds, and two seconds into a network that does not answer; a guest that hangs must not
+/// hold up what the standby waits for.
+const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A reset that has not returned after this long will not; the kernel's own longest wait is 60 s for a device to
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
@@ -416,7 +419,7 @@ impl Lifecycle {
             failure.at = failure.at.min(sign.at);
         }
         // Without a carrier nothing of the log has gone out that could be what killed it.
-        let replays = self.carrier == Carrier::Up;
+        let replays = self.carrier() == Carrier::Up;
         let lived = match &self.state {
             State::Live { since } => {
                 // What is replayed to it at an end that came late may be what has killed it.

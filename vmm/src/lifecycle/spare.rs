@@ -1,5 +1,13 @@
 //! The hot spare: the standby with a device of its own, which takes over as it is. Pure, a part of the life cycle.
 //!
+//! ```text
+//!           live            1 s later, reset     hello, forwarding          carrier         failure of the
+//!   none ----------> due ----------------> booting -------------> no-carrier <-----> armed --------------> the present life
+//!                     ^                       | death                 | death          | death  serving one
+//!                     |                       v                       v                v
+//!                     +---- back-off --- recovering (given up or killed) <---- the failed life, with its device
+//! ```
+//!
 //! Invariants: it takes over only if the policy allows another restart; the life that has failed is fenced and its device
 //! reset before the next spare starts there; a spare that fails changes nothing for the guests.
 

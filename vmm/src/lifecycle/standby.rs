@@ -1,11 +1,11 @@
 //! The standby of a driver VM: its next life, booted ahead, without the device. Pure, a part of the life cycle.
 //!
 //! ```text
-//!           live            settled           hello, loaded           failure
-//!   Absent ------> Due ----------------> Booting ---------> Ready ------------> adopted
-//!     ^             ^                       |  death           | death            (so is one that still boots)
-//!     |             +-------- back-off -----+------------------+
-//!     +--- quarantine, stop, a guest that came or went
+//!           live            1 s later           hello, modules loaded         failure
+//!   none ----------> due -------------> booting --------------------> ready ---------> the present life
+//!    ^                ^                    | death                      | death   (so does one that still boots)
+//!    |                +---- 1, 2 .. 60 s --+----------------------------+
+//!    +--- quarantine, stop
 //! ```
 //!
 //! A hot spare has a device of its own, which is reset before it boots (`Resetting`) and fenced after each of its lives

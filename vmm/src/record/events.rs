@@ -1,6 +1,6 @@
-//! What `umbra run` tells: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
+//! What `umbra run` reports: each event as a sentence on stderr, and as a JSON line in the file of `--events`.
 //!
-//! `docs/recovery.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
+//! `docs/events.md` describes the fields. A file that cannot be written costs a warning, never a recovery, and none waits
 //! for one that blocks: lines are written by threads. What `umbra events`, reports and metrics show comes from here alone:
 //! [`RecentEvents`] in memory, [`EventLog`] in the run directory.
 
@@ -347,7 +347,7 @@ impl Event {
             }
             Self::Quarantined { driver, reason } => {
                 format!(
-                    "{driver}: quarantined: {reason}; its guests go without (a NIC shows no link, a sound card is dead). \
+                    "{driver}: quarantined: {reason}; its guests have no service (a NIC shows no link, a sound card is dead). \
                      `umbra resume {driver}` tries again"
                 )
             }

@@ -1,7 +1,7 @@
 //! The supervisor: starts the process of each VM, watches them, and replaces driver VMs that fail.
 //!
 //! [`crate::lifecycle`] decides and is pure; this is the I/O around it, in one thread that never waits for what it
-//! supervises. `docs/recovery.md` describes states, timeouts and reports.
+//! supervises. `docs/recovery.md` describes states and timeouts, `docs/events.md` events and reports.
 
 mod actions;
 mod bounds;

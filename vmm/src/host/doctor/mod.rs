@@ -1,4 +1,4 @@
-//! What this host can do for Umbra and what is missing, in plain words, each with the command that mends it.
+//! What works on this host and what is missing, in plain words, each with the command that fixes it.
 //!
 //! Looks and changes nothing: `umbra doctor` may be run by anybody at any time. [`host`] looks at the host as a whole,
 //! [`device`] at one PCI function, [`list`] at all that a driver VM could have.
@@ -33,7 +33,7 @@ pub struct Finding {
     pub grade: Grade,
     /// What was found, as a sentence without its full stop.
     pub what: String,
-    /// The command, or the step, that mends it.
+    /// The command, or the step, that fixes it.
     pub mend: Option<String>,
 }
 
@@ -61,7 +61,7 @@ pub fn missing(findings: &[Finding]) -> usize {
     findings.iter().filter(|finding| finding.grade == Grade::Missing).count()
 }
 
-/// Findings as a text for people: a mark, the check, what was found, and below it what mends it.
+/// Findings as a text for people: a mark, the check, what was found, and below it what fixes it.
 #[derive(Debug)]
 pub struct Text<'a>(pub &'a [Finding]);
 

@@ -337,7 +337,7 @@ impl Supervisor {
         let name = self.end_name(d, end);
         self.events.warn(format!(
             "{}: its connection with {name} was lost {MOST_LOSSES} times in a row (the last: {cause}); it is left alone until \
-             {} or the driver VM starts anew (`umbra restart {}`)",
+             {} or the driver VM starts again (`umbra restart {}`)",
             self.drivers[d].name, self.guests[guest].name, self.drivers[d].name
         ));
         self.tell_guest(guest, &ToVm::Quarantine { device });
