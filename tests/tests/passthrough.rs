@@ -38,24 +38,18 @@ fn start(place: &mut Place, variable: &str, address: &str) -> Machine {
 }
 
 #[test]
-fn a_guest_drives_nics_of_every_kind_and_finds_sound_cards() {
-    scenario(drive_everything);
+fn a_guest_drives_nics_of_every_kind() {
+    scenario(drive_nics);
 }
 
-fn drive_everything() {
-    let nics: Vec<_> = NICS.iter().map(|(model, _)| *model).collect();
-    let cards: Vec<_> = SOUND.iter().map(|(model, ..)| *model).collect();
-    let bench = Bench::boot(BenchSpec::new("passthrough").nics(&nics).sound(&cards), &assets()).or_tell();
+fn drive_nics() {
+    let models: Vec<_> = NICS.iter().map(|(model, _)| *model).collect();
+    let bench = Bench::boot(BenchSpec::new("passthrough-nics").nics(&models), &assets()).or_tell();
     let mut place = Place::Bench(Box::new(bench));
-    drive_nics(&mut place);
-    find_sound_cards(&mut place);
-}
-
-fn drive_nics(place: &mut Place) {
     place.peer().offer(BYTES, 100 << 20, u64::MAX).or_tell();
     for (index, (model, interrupt)) in NICS.iter().enumerate() {
         say(model);
-        let machine = start(place, &format!("NIC{index}"), &format!("{}/24", guest_address(index, 0)));
+        let machine = start(&mut place, &format!("NIC{index}"), &format!("{}/24", guest_address(index, 0)));
         let peer = peer_address(index);
         let script = format!("umbra-probe first-answer {peer} 20 >&2; wget -q -O - http://{peer}:8000/x | sha256sum");
         let sum = place.in_guest("web", &script, Duration::from_secs(60)).or_tell();
@@ -65,22 +59,30 @@ fn drive_nics(place: &mut Place) {
         let complaints =
             place.in_guest("web", "dmesg | grep -iE 'nobody cared|transmit queue.*timed out' || true", STEP);
         assert_eq!(complaints.or_tell(), "", "{model}");
-        machine.stop(place).or_tell();
+        machine.stop(&mut place).or_tell();
     }
 }
 
-fn find_sound_cards(place: &mut Place) {
+#[test]
+fn a_guest_finds_sound_cards() {
+    scenario(find_sound_cards);
+}
+
+fn find_sound_cards() {
+    let models: Vec<_> = SOUND.iter().map(|(model, ..)| *model).collect();
+    let bench = Bench::boot(BenchSpec::new("passthrough-sound").nics(&[]).sound(&models), &assets()).or_tell();
+    let mut place = Place::Bench(Box::new(bench));
     for (index, (model, modules, card, interrupt)) in SOUND.iter().enumerate() {
         say(model);
-        let machine = start(place, &format!("SND{index}"), "");
+        let machine = start(&mut place, &format!("SND{index}"), "");
         // The codec's driver before the controller's: no module is loaded behind the kernel's back here.
         let script = format!(
-            "rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; sleep 1; cat /proc/asound/cards"
+            "rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; await 20 grep -q {card} /proc/asound/cards; cat /proc/asound/cards"
         );
         let cards = place.in_guest("web", &script, STEP).or_tell();
         assert!(cards.contains(card), "{model}: {cards}");
         let lines = place.in_guest("web", "grep snd_ /proc/interrupts", STEP).or_tell();
         assert!(lines.contains(interrupt), "{model}: {lines}");
-        machine.stop(place).or_tell();
+        machine.stop(&mut place).or_tell();
     }
 }

@@ -1,9 +1,9 @@
 //! The player in the guest: started, watched and asked how it ended, through the guest's exec server.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::assets::PIECES_INSIDE;
-use crate::bench::patience::Stall;
+use crate::bench::patience::{Stall, scaled};
 use crate::demo::DemoError;
 use crate::demo::place::Place;
 
@@ -11,6 +11,10 @@ use crate::demo::place::Place;
 const STEP: Duration = Duration::from_secs(60);
 /// Longest time in which the streams of a player that is waited for may stand still.
 const STILL: Duration = Duration::from_secs(60);
+/// The player of a sound server, whose stream goes on when the player hangs.
+const SERVED: &str = "paplay";
+/// Longest time that it may take in all.
+const LONGEST: Duration = Duration::from_secs(300);
 /// How often a player is asked whether it has ended: each question costs the emulated machine time.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -150,9 +154,9 @@ impl Player {
     /// Waits for its end.
     ///
     /// # Errors
-    /// It does not end, and its stream moves no more.
+    /// It does not end: its stream moves no more, or has moved for too long.
     pub fn wait(&self, place: &mut Place) -> Result<Ended, DemoError> {
-        let mut stall = Stall::new(STILL);
+        let (mut stall, start) = (Stall::new(STILL), Instant::now());
         loop {
             if let Some(ended) = self.ended(place)? {
                 return Ok(ended);
@@ -160,7 +164,9 @@ impl Player {
             let state =
                 place.in_guest(&self.guest, &format!("cat {STATUS} {STATUS_CAPTURE} 2>/dev/null || true"), STEP)?;
             let position = |line: &&str| line.starts_with("hw_ptr");
-            if stall.is_over(state.lines().filter(position).map(str::to_owned).collect::<Vec<_>>()) {
+            let still = stall.is_over(state.lines().filter(position).map(str::to_owned).collect::<Vec<_>>());
+            let too_long = self.name == SERVED && start.elapsed() > scaled(LONGEST);
+            if still || too_long {
                 let said = place.in_guest(&self.guest, "dmesg | tail -n 5", STEP)?;
                 let what = format!("{} in the guest does not end", self.name);
                 return Err(DemoError::Still { what, limit: stall.limit(), said: state + &said });
