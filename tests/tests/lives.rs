@@ -8,7 +8,7 @@
 mod common;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
@@ -91,12 +91,12 @@ fn lives() {
     judge(&recording::judge(&wav, told.part, &song).or_tell(), &told.disturbed);
 }
 
-fn file_name(path: &std::path::Path) -> String {
+fn file_name(path: &Path) -> String {
     path.file_name().unwrap().to_string_lossy().into_owned()
 }
 
 /// Two guests on one NIC and one card.
-fn machine(place: &mut Place, sound: &Sound, nic: &std::path::Path) -> MachineSpec {
+fn machine(place: &mut Place, sound: &Sound, nic: &Path) -> MachineSpec {
     let device = place.expect("vfio $NIC0 && printf %s $NIC0", STEP).or_tell();
     let mut spec = MachineSpec::one_guest(&device, &file_name(nic), "");
     spec.guests = (0..).zip(GUESTS).map(|(n, name)| (name.into(), format!("{}/24", guest_address(0, n)))).collect();
@@ -111,7 +111,7 @@ fn reaches_peer(place: &mut Place, guest: &str) {
 }
 
 /// The NIC's driver VM is live, and a guest without a card is served, while the card's driver VM boots; then its guest comes too.
-fn a_slow_card_holds_up_no_nic(place: &mut Place, spec: &MachineSpec, slow: &PathBuf) {
+fn a_slow_card_holds_up_no_nic(place: &mut Place, spec: &MachineSpec, slow: &Path) {
     say("a card that takes long to boot");
     let mut spec = MachineSpec { without_card: vec![NEIGHBOUR.into()], standby: "cold".into(), ..spec.clone() };
     spec.slow_boot_s = SLOW_BOOT_S * whole_factor();
@@ -211,7 +211,7 @@ fn check_events(told: &[Event]) {
 
 /// Restarts the guest, by the command or by its own reset in turn.
 fn reboot(place: &mut Place, machine: &mut Machine, n: u64) {
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         place.expect(&format!("umbra reboot {GUEST} --force"), RECOVERY).or_tell();
     } else {
         // Its answer does not come any more.
