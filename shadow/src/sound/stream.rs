@@ -246,6 +246,8 @@ impl Stream {
     pub(super) fn position(&mut self, epoch: Epoch, heard: u64, now: u64, out: &mut Out) -> Result<(), Violation> {
         match (&mut self.side, &self.params) {
             (Side::Playback(side), Some(params)) => side.report(epoch, heard, params, now, out)?,
+            // Under way when the guest reset its device, as at a reboot in the middle of a song.
+            (Side::Playback(_), None) => {}
             _ => return Err(Violation::NoSuchStream(self.id.0)),
         }
         if self.tail && matches!(&self.side, Side::Playback(side) if !side.has_tail()) {
@@ -257,6 +259,8 @@ impl Stream {
     pub(super) fn captured(&mut self, epoch: Epoch, samples: &[u8], now: u64, out: &mut Out) -> Result<(), Violation> {
         match (&mut self.side, &self.params) {
             (Side::Capture(side), Some(params)) => side.captured(epoch, samples, params, now, out),
+            // As a position that is late.
+            (Side::Capture(_), None) => Ok(()),
             _ => Err(Violation::NoSuchStream(self.id.0)),
         }
     }

@@ -6,6 +6,7 @@
 mod apt;
 mod emulator;
 mod initramfs;
+mod slow;
 mod song;
 mod sound;
 
@@ -261,6 +262,16 @@ impl Assets {
         };
         let dir = self.out.join("images").join(drivers.join("+"));
         recipe.build(&dir, &self.cache).map(|_: Image| dir).map_err(Into::into)
+    }
+
+    /// A copy of the driver VM image `image` whose boot waits for `seconds` before its agent starts.
+    ///
+    /// # Errors
+    /// The image is not whole, or the copy could not be written.
+    pub fn slow_image(&self, image: &Path, seconds: u32) -> Result<PathBuf, AssetError> {
+        let name = image.file_name().unwrap_or_default().to_string_lossy();
+        let dir = self.out.join("images").join(format!("{name}-after-{seconds}-s"));
+        slow::make(image, &self.programs.join("umbra-agent"), &dir, seconds)
     }
 
     /// QEMU 7's emulation now and then trips over code that the test host's kernel patches while two CPUs run.

@@ -69,6 +69,10 @@ pub struct MachineSpec {
     pub attach: Attach,
     /// Sound beside the network.
     pub sound: Option<SoundCard>,
+    /// Guests that do not have the card.
+    pub without_card: Vec<String>,
+    /// How long a driver VM's image waits in its boot by itself, seconds: `boot_timeout_s` is longer by that.
+    pub slow_boot_s: u32,
     /// More archives for the guests' initramfs, in the share.
     pub archives: Vec<String>,
     /// Files or block devices of the place, disks of every guest.
@@ -95,6 +99,8 @@ impl MachineSpec {
             guests: vec![("web".into(), address.into())],
             attach: Attach::DriverVm,
             sound: None,
+            without_card: Vec::new(),
+            slow_boot_s: 0,
             archives: Vec::new(),
             disks: Vec::new(),
             guest_options: "",
@@ -116,7 +122,7 @@ impl MachineSpec {
                 Attach::Without => String::new(),
             };
             let archives: String = self.archives.iter().map(|name| format!(", \"{work}/{name}\"")).collect();
-            let card = self.sound.as_ref().map(|card| {
+            let card = self.sound.as_ref().filter(|_| !self.without_card.contains(name)).map(|card| {
                 format!("[[guest.{name}.sound]]\ndriver = \"{SOUND_DRIVER}\"\npolicy = \"{}\"\n", card.policy)
             });
             let sound = card.unwrap_or_default();
@@ -147,7 +153,7 @@ impl MachineSpec {
                  boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
                 self.standby,
                 self.restart_limit,
-                BOOT_S * factor(),
+                BOOT_S * factor() + f64::from(self.slow_boot_s),
                 self.interrupts_per_s
             ));
         }
@@ -184,6 +190,19 @@ impl Machine {
     /// # Errors
     /// It ended, or did not come up in time; with what it said.
     pub fn start(place: &mut Place, spec: &MachineSpec) -> Result<Self, DemoError> {
+        let mut machine = Self::launch(place, spec)?;
+        machine.await_lives(&spec.drivers(), START_LIMIT)?;
+        for (name, _) in &spec.guests {
+            place.in_guest(name, "true", START_LIMIT)?;
+        }
+        Ok(machine)
+    }
+
+    /// Writes the file and starts `umbra run`; waits for nothing.
+    ///
+    /// # Errors
+    /// The place did not do it.
+    pub fn launch(place: &mut Place, spec: &MachineSpec) -> Result<Self, DemoError> {
         let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
         let file = place.share().join("machine.toml");
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
@@ -194,12 +213,7 @@ impl Machine {
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
         let share = place.share();
-        let mut machine = Self { run, events: Follow::new(share.join("events.jsonl")), share, seen: Vec::new() };
-        machine.await_lives(&spec.drivers(), START_LIMIT)?;
-        for (name, _) in &spec.guests {
-            place.in_guest(name, "true", START_LIMIT)?;
-        }
-        Ok(machine)
+        Ok(Self { run, events: Follow::new(share.join("events.jsonl")), share, seen: Vec::new() })
     }
 
     /// Waits for an event that `wanted` accepts, among those not looked at yet.
@@ -276,6 +290,18 @@ impl Machine {
         let text = place.expect("umbra status --json", STEP)?;
         serde_json::from_str(&text)
             .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
+    }
+
+    /// The process of guest `name`.
+    ///
+    /// # Errors
+    /// Status says of none.
+    pub fn guest_pid(&mut self, place: &mut Place, name: &str) -> Result<u64, DemoError> {
+        let status = self.status(place)?;
+        let guests = status["guests"].as_array().into_iter().flatten();
+        let pid = guests.filter(|guest| guest["name"] == name).find_map(|guest| guest["pid"].as_u64());
+        let what = format!("status has no process for {name}");
+        pid.ok_or_else(|| DemoError::Umbra { what, said: status.to_string() })
     }
 
     /// The process of driver VM `name`.
@@ -355,6 +381,7 @@ mod tests {
         let (device, image, policy) = ("0000:02:00.0".into(), "hda".into(), "hold".into());
         spec.sound = Some(SoundCard { device, image, policy });
         spec.archives = vec!["song.cpio".into()];
+        spec.disks = vec!["/dev/slow".into()];
         let machine = umbra_vmm::config::Machine::parse(&spec.to_toml("/work", "/share"), Path::new("x"))
             .unwrap_or_else(|e| panic!("{e}: {e:?}"));
         assert_eq!((machine.guest["web"].sound.len(), machine.driver.len()), (1, 2));
