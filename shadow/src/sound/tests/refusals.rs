@@ -176,3 +176,19 @@ fn another_card_is_refused_unless_it_does_as_much() {
     shadow.replay(generation(1), &other, 0, &mut Out::default()).unwrap();
     assert_eq!(shadow.card(), &card());
 }
+
+#[test]
+fn what_the_card_said_before_it_heard_of_a_reset_is_no_violation() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    play_for(&mut rig, &mut source, 100);
+    rig.reset();
+    let epoch = Epoch(1);
+    let mut say = |message| rig.with(|s, now, out| s.from_card(generation(1), message, now, out));
+    assert_eq!(say(FromCard::Position { stream: OUT, epoch, heard: 4410 }), Ok(()));
+    assert_eq!(say(FromCard::Captured { stream: IN, epoch, samples: vec![0; 4] }), Ok(()));
+    assert_eq!(say(FromCard::Xrun { stream: OUT, epoch }), Ok(()));
+    let direction = say(FromCard::Captured { stream: OUT, epoch, samples: vec![0; 4] });
+    assert_eq!(direction, Err(Violation::NoSuchStream(0)));
+}
