@@ -96,6 +96,7 @@ impl Supervisor {
     }
 
     fn leave_behind(&mut self, n: usize, end: End) {
+        self.await_greeting(n, end);
         let EndRef { guest, device } = self.drivers[n].ends[end];
         let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
         self.events

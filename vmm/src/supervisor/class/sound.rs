@@ -61,6 +61,7 @@ impl Supervisor {
         if let Some(sound) = self.guests[guest].sound_mut(device) {
             sound.live = Some(generation);
         }
+        self.has_greeted(d, end);
         // Before the agent's word has come, this waits for it (`Action::GoLive`).
         self.drive(d, Input::EndLive(end));
     }

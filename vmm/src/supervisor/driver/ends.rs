@@ -51,6 +51,10 @@ const SAME_FAULT: Duration = Duration::from_secs(10);
 /// How long after the driver VM's side of a connection has ended the guest's word of it is waited for.
 const ECHO: Duration = Duration::from_secs(5);
 
+/// How long a sound service that serves other guests may take to greet a new session before the session is connected again: it
+/// greets within milliseconds, unless it hangs at this guest's port.
+const GREETING: Duration = Duration::from_secs(20);
+
 /// How long after a full channel another attempt is made.
 const FULL: Duration = Duration::from_millis(50);
 
@@ -77,6 +81,13 @@ pub(in crate::supervisor) struct EndLink {
 impl EndLink {
     fn is_wanted(&self, now: Time) -> bool {
         !self.given_up && self.due.map_or(self.link.is_none(), |due| due <= now)
+    }
+
+    /// A session with a sound service has begun, and its greeting is awaited.
+    fn await_greeting(&mut self, now: Time) {
+        if self.link.is_some() {
+            self.due = Some(now + GREETING);
+        }
     }
 
     /// The guest's process is another one from here on.
@@ -189,6 +200,9 @@ impl Supervisor {
             excused: false,
             ..std::mem::take(&mut life.links[end])
         };
+        if which == Which::Present {
+            self.await_greeting(n, end);
+        }
         if let Err(error) = told {
             self.events.warn(format!("{}: {error}", self.guests[self.drivers[n].ends[end].guest].name));
         }
@@ -196,6 +210,23 @@ impl Supervisor {
             Which::Present => self.drive(n, Input::EndHere(end)),
             Which::Standby if armed => self.tell_armed_at(n, end, generation),
             Which::Standby => {}
+        }
+    }
+
+    /// Where the life of driver VM `n` serves already, a sound device that is connected now is expected to be live soon.
+    pub(in crate::supervisor) fn await_greeting(&mut self, n: usize, end: End) {
+        let driver = &mut self.drivers[n];
+        let serves = matches!(driver.lifecycle.state(), State::Live { .. });
+        let is_sound = driver.ends[end].device.class == Class::Sound;
+        if let Some(life) = driver.life.as_mut().filter(|_| serves && is_sound) {
+            life.links[end].await_greeting(Time::now());
+        }
+    }
+
+    /// The sound device at `end` of driver VM `n` is live.
+    pub(in crate::supervisor) fn has_greeted(&mut self, n: usize, end: End) {
+        if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
+            link.due = None;
         }
     }
 
