@@ -8,7 +8,7 @@ use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::machine::{Machine, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::player::{PATIENT, Player};
+use umbra_tests::sound::player::{Player, patient};
 use umbra_tests::sound::{Length, Sound};
 
 const GUEST: &str = "web";
@@ -28,7 +28,7 @@ fn lose_the_card() {
     sound.prepare(&mut place).or_tell();
     let spec = sound.machine(0, &mut place, "skip").or_tell();
     let mut machine = Machine::start(&mut place, &spec).or_tell();
-    let player = Player::start(&mut place, GUEST, PATIENT).or_tell();
+    let player = Player::start(&mut place, GUEST, &patient()).or_tell();
 
     say("the host's kernel takes the card off the bus");
     place.expect("echo 1 > /sys/bus/pci/devices/$SND0/remove", STEP).or_tell();

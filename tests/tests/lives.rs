@@ -21,7 +21,7 @@ use umbra_tests::demo::machine::{Machine, MachineSpec, NIC_DRIVER, SOUND_DRIVER}
 use umbra_tests::demo::outage::{longest, longest_standstill};
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::{Tick, guest_address, now_us, peer_address};
-use umbra_tests::sound::player::{Ended, PATIENT, PATIENT_KERNEL, Player};
+use umbra_tests::sound::player::{Ended, Player, patient, patient_kernel};
 use umbra_tests::sound::recording::{self, Judged};
 use umbra_tests::sound::{Length, Sound};
 
@@ -102,7 +102,7 @@ fn machine(place: &mut Place, sound: &Sound, nic: &Path) -> MachineSpec {
     spec.guests = (0..).zip(GUESTS).map(|(n, name)| (name.into(), format!("{}/24", guest_address(0, n)))).collect();
     spec.sound = Some(sound.card(0, place, "skip").or_tell());
     spec.archives = sound.archives();
-    spec.guest_options = PATIENT_KERNEL;
+    spec.guest_options = patient_kernel();
     spec
 }
 
@@ -263,7 +263,7 @@ impl Neighbour {
         let log = GuestLog::read(place, NEIGHBOUR).or_tell();
         let tick = format!("(umbra-probe tick {} 10 & echo $! >/tmp/tick) </dev/null >/dev/null 2>&1", peer_address(0));
         place.in_guest(NEIGHBOUR, &tick, STEP).or_tell();
-        let player = Player::start_fed(place, NEIGHBOUR, PATIENT).or_tell();
+        let player = Player::start_fed(place, NEIGHBOUR, &patient()).or_tell();
         Self { player, ticks: Vec::new(), log }
     }
 

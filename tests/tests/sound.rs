@@ -14,7 +14,7 @@ use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::player::{PATIENT, Player};
+use umbra_tests::sound::player::{Player, patient};
 use umbra_tests::sound::{Length, RATE, Sound, recording};
 use umbra_tests::wav::{Wav, tone};
 
@@ -46,7 +46,7 @@ fn play(place: &mut Place, spec: &MachineSpec, records: bool) -> usize {
     let seconds = 2 * SECONDS;
     let record = format!("arecord -q -f cd -d {seconds} /tmp/recorded.wav && stat -c %s /tmp/recorded.wav");
     let recorder = records.then(|| Player::run(place, GUEST, "arecord", &record).or_tell());
-    let player = Player::start(place, GUEST, PATIENT).or_tell();
+    let player = Player::start(place, GUEST, &patient()).or_tell();
     let rest = (SECONDS * RATE) as usize % player.period(place).or_tell();
     std::thread::sleep(Duration::from_secs(2));
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();

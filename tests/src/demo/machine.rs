@@ -78,7 +78,7 @@ pub struct MachineSpec {
     /// Files or block devices of the place, disks of every guest.
     pub disks: Vec<String>,
     /// More words for the guests' kernels.
-    pub guest_options: &'static str,
+    pub guest_options: String,
     /// `[driver.*.restart]` limit.
     pub restart_limit: u32,
     /// `[driver.*.restart]` interrupts_per_s.
@@ -103,7 +103,7 @@ impl MachineSpec {
             slow_boot_s: 0,
             archives: Vec::new(),
             disks: Vec::new(),
-            guest_options: "",
+            guest_options: String::new(),
             restart_limit: 5,
             interrupts_per_s: 200_000,
             driver_memory: "128M".into(),

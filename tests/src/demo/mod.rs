@@ -28,7 +28,7 @@ use crate::assets::{Assets, Say, target_dir};
 use crate::bench::{Bench, BenchSpec, Model, brake, pcap};
 use crate::peer::{Content, DEFAULT_RATE, guest_address, peer_address};
 use crate::probe::client::Run;
-use crate::sound::player::{Ended, PATIENT, PATIENT_KERNEL, Player};
+use crate::sound::player::{Ended, Player, patient, patient_kernel};
 use crate::sound::{Length, Sound};
 use crash::Crashes;
 pub use error::DemoError;
@@ -209,7 +209,7 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
         restart_limit,
         sound: card,
         archives: sound.as_ref().map(Sound::archives).unwrap_or_default(),
-        guest_options: PATIENT_KERNEL,
+        guest_options: patient_kernel(),
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
     };
     Ok(Stage { place, machine, guest: Some(guest_address(0, 0)), peer: peer_address(0), bound: None, sound })
@@ -271,7 +271,7 @@ impl Demo<'_> {
         let ticks = format!("umbra-probe tick {} </dev/null >/dev/null 2>&1 & echo", self.peer);
         self.place.in_guest(GUEST, &ticks, STEP)?;
         if self.sound.is_some() {
-            self.player = Some(Player::start_fed(&mut self.place, GUEST, PATIENT)?);
+            self.player = Some(Player::start_fed(&mut self.place, GUEST, &patient())?);
             self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         }
         Ok(before)

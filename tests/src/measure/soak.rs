@@ -13,7 +13,7 @@ use crate::demo::events::Event;
 use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER, SOUND_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
-use crate::sound::player::{PATIENT, PATIENT_KERNEL};
+use crate::sound::player::{patient, patient_kernel};
 use crate::sound::{Length, Sound};
 
 const GUEST: &str = "web";
@@ -84,7 +84,7 @@ pub fn run(spec: &SoakSpec, say: Say<'_>) -> Result<SoakResult, DemoError> {
     let mut place = Place::Bench(Box::new(bench));
     sound.prepare(&mut place)?;
     let machine = MachineSpec {
-        guest_options: PATIENT_KERNEL,
+        guest_options: patient_kernel(),
         sound: Some(sound.card(0, &mut place, "skip")?),
         archives: sound.archives(),
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
@@ -136,7 +136,8 @@ fn load(place: &mut Place, loops: u32) -> Result<(), DemoError> {
         "while :; do umbra-probe receive {peer} {seconds}; umbra-probe send {peer} {seconds}; done </dev/null >/dev/null 2>&1 & echo"
     );
     let songs = format!(
-        "while :; do mpg123 -q --loop -1 {PATIENT} /song.mp3; echo $? >>/tmp/mpg123.ended; sleep 1; done </dev/null >/dev/null 2>&1 & echo"
+        "while :; do mpg123 -q --loop -1 {} /song.mp3; echo $? >>/tmp/mpg123.ended; sleep 1; done </dev/null >/dev/null 2>&1 & echo",
+        patient()
     );
     place.in_guest(GUEST, &songs, STEP)?;
     place.in_guest(GUEST, &transfers, STEP)?;

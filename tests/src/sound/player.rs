@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::assets::PIECES_INSIDE;
-use crate::bench::patience::{Stall, scaled};
+use crate::bench::patience::{Stall, scaled, whole_factor};
 use crate::demo::DemoError;
 use crate::demo::place::Place;
 
@@ -25,12 +25,25 @@ const STATUS_CAPTURE: &str = "/proc/asound/card0/pcm0c/sub0/status";
 /// What its player has set.
 const HW_PARAMS: &str = "/proc/asound/card0/pcm0p/sub0/hw_params";
 
+/// Longest buffer that a player gets, s: what the guest's driver, and Umbra, take at most is 4 MiB.
+const LONGEST_BUFFER_S: u32 = 8;
+
+/// Seconds that a player's buffer lasts: one on the reference machine, more on slower ones, which stand still for longer.
+fn buffer_s() -> u32 {
+    whole_factor().clamp(1, LONGEST_BUFFER_S)
+}
+
 /// mpg123's option for an emulated machine: its buffer of 200 ms, the default, runs out where the machine stands still for
 /// as long, as while two driver VMs boot at once or QEMU throws its translated code away; the guest's kernel then reports
 /// `EIO`.
-pub const PATIENT: &str = "--devbuffer 1";
-/// What lets the guest's kernel have such a buffer: 480 ms of the largest samples, 1.04 s of a CD's.
-pub const PATIENT_KERNEL: &str = "virtio_snd.pcm_buffer_ms=480";
+pub fn patient() -> String {
+    format!("--devbuffer {}", buffer_s())
+}
+
+/// What lets the guest's kernel have such a buffer: 480 ms of the largest samples are 1.04 s of a CD's.
+pub fn patient_kernel() -> String {
+    format!("virtio_snd.pcm_buffer_ms={}", 480 * buffer_s())
+}
 
 /// The pipe through which a song in pieces is fed.
 const PIPE: &str = "/tmp/song.pipe";
