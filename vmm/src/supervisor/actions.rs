@@ -6,6 +6,7 @@ use super::class::settings::Which;
 use super::driver::EndRef;
 use super::driver::dying::LAST;
 use super::driver::standby::renice_vcpus;
+use super::guest::GuestState;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
@@ -98,7 +99,12 @@ impl Supervisor {
     fn leave_behind(&mut self, n: usize, end: End) {
         self.await_greeting(n, end);
         let EndRef { guest, device } = self.drivers[n].ends[end];
-        let (driver, guest) = (&self.drivers[n].name, &self.guests[guest].name);
+        let (driver, guest) = (&self.drivers[n].name, &self.guests[guest]);
+        // A guest that starts, or is off, is served when it is there.
+        if guest.state != GuestState::Running {
+            return;
+        }
+        let guest = &guest.name;
         self.events
             .warn(format!("{driver}: {guest}.{device} does not answer; the driver VM serves without it until it does"));
     }
