@@ -67,7 +67,11 @@ impl Supervisor {
     fn on_guest_message(&mut self, n: usize, message: FromVm) {
         match message {
             FromVm::Running { .. } => {
-                self.guests[n].state = GuestState::Running;
+                let guest = &mut self.guests[n];
+                guest.state = GuestState::Running;
+                guest.has_run = true;
+                // One that needs no driver VM is served as it runs.
+                self.in_service |= guest.drivers().is_empty();
                 self.events.tell(&Event::GuestRunning { guest: self.guests[n].name.clone() });
             }
             FromVm::Ended { how, .. } => self.on_guest_end(n, how),

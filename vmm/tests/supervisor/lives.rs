@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::machine::{TestMachine, start, start_shared};
+use crate::machine::{TestMachine, start, start_shared, start_without_drivers};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -25,6 +25,10 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("the_only_guest_that_accuses_its_driver_vm_is_believed", the_only_guest_that_accuses_its_driver_vm_is_believed),
     ("a_guest_that_cannot_start_again_fails_alone", a_guest_that_cannot_start_again_fails_alone),
+    (
+        "a_guest_without_driver_vms_that_cannot_start_again_fails_alone",
+        a_guest_without_driver_vms_that_cannot_start_again_fails_alone,
+    ),
     ("guests_are_stopped_started_and_rebooted_by_themselves", guests_are_stopped_started_and_rebooted_by_themselves),
     ("a_rebooted_guest_keeps_its_driver_vm_and_standby", a_rebooted_guest_keeps_its_driver_vm_and_standby),
 ];
@@ -171,5 +175,18 @@ fn a_rebooted_guest_keeps_its_driver_vm_and_standby() {
     assert_eq!(now.standby.unwrap().pid, before.standby.unwrap().pid);
     assert!(machine.guest_log().contains("attempt: 3"), "{}", machine.guest_log());
     assert!(!machine.events_text().contains("\"masked\""), "it is not the driver VM that was lost");
+    machine.press(StopHow::Kill);
+}
+
+fn a_guest_without_driver_vms_that_cannot_start_again_fails_alone() {
+    let machine = start_without_drivers();
+    for guest in ["web", "db"] {
+        machine.wait_for_guest(guest, "it", |guest| guest.state == "running");
+    }
+    let pid = machine.wait_for_guest("db", "it", |guest| guest.pid.is_some()).pid;
+    fs::remove_file(machine.dir.path().join("kernel-of-web")).unwrap();
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    assert_eq!(machine.wait_for_guest("db", "it", |guest| guest.state == "running").pid, pid);
     machine.press(StopHow::Kill);
 }

@@ -79,6 +79,20 @@ pub fn start_shared(web: &str, driver: &str) -> TestMachine {
     machine
 }
 
+/// Starts a machine of the guests `web` and `db` without any driver VM.
+pub fn start_without_drivers() -> TestMachine {
+    let mut machine = make("", "", "");
+    let guest = |name: &str| {
+        let kernel = machine.dir.path().join(format!("kernel-of-{name}"));
+        fs::write(&kernel, "a kernel").unwrap();
+        format!("[guest.{name}]\nkernel = \"{}\"\nconsole = {{ file = \"{name}.log\" }}\n", kernel.display())
+    };
+    let text = guest("web") + &guest("db");
+    fs::write(machine.dir.path().join("m.toml"), text).unwrap();
+    machine.start_again();
+    machine
+}
+
 /// Makes a machine and starts nothing.
 pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
