@@ -68,6 +68,7 @@ impl Supervisor {
         match message {
             FromVm::Running { .. } => {
                 self.guests[n].state = GuestState::Running;
+                self.guests[n].has_run = true;
                 self.events.tell(&Event::GuestRunning { guest: self.guests[n].name.clone() });
             }
             FromVm::Ended { how, .. } => self.on_guest_end(n, how),

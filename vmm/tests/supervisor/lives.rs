@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::machine::{TestMachine, start, start_shared};
+use crate::machine::{TestMachine, make, start, start_shared};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -25,6 +25,10 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("the_only_guest_that_accuses_its_driver_vm_is_believed", the_only_guest_that_accuses_its_driver_vm_is_believed),
     ("a_guest_that_cannot_start_again_fails_alone", a_guest_that_cannot_start_again_fails_alone),
+    (
+        "a_guest_that_cannot_start_again_fails_alone_where_nothing_is_served",
+        a_guest_that_cannot_start_again_fails_alone_where_nothing_is_served,
+    ),
     ("guests_are_stopped_started_and_rebooted_by_themselves", guests_are_stopped_started_and_rebooted_by_themselves),
     ("a_rebooted_guest_keeps_its_driver_vm_and_standby", a_rebooted_guest_keeps_its_driver_vm_and_standby),
 ];
@@ -127,6 +131,31 @@ fn a_guest_that_cannot_start_again_fails_alone() {
     machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
     machine.wait_for_event("\"end-live\"", 1);
     assert_undisturbed(&machine, &before, &heard);
+    machine.stop();
+}
+
+/// Two guests without a device.
+fn a_guest_that_cannot_start_again_fails_alone_where_nothing_is_served() {
+    let mut machine = make("", "", "");
+    let guest =
+        |name: &str| format!("[guest.{name}]\nkernel = \"{name}.kernel\"\nconsole = {{ file = \"{name}.log\" }}\n");
+    let dir = machine.dir.path().to_owned();
+    fs::write(dir.join("m.toml"), ["web", "db"].map(guest).concat()).unwrap();
+    for name in ["web", "db"] {
+        fs::write(dir.join(format!("{name}.kernel")), "a kernel").unwrap();
+    }
+    machine.start_again();
+    let runs = |name| machine.wait_for_guest(name, "its vCPUs", |guest| guest.state == "running");
+    let (_, db) = (runs("web"), runs("db"));
+    fs::rename(dir.join("web.kernel"), dir.join("gone")).unwrap();
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    assert!(web.reason.unwrap().contains("its kernel is gone"));
+    assert_eq!(runs("db").pid, db.pid, "{}", machine.events_text());
+    fs::rename(dir.join("gone"), dir.join("web.kernel")).unwrap();
+    machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
+    runs("web");
+    assert_eq!(runs("db").pid, db.pid);
     machine.stop();
 }
 
