@@ -99,6 +99,30 @@ fn the_serving_life_is_connected_again_although_another_one_waits() {
     exchange(&mut guest, &mut second, 50);
 }
 
+/// A guest's process that starts hears of the life that serves and of its standby in one breath.
+#[test]
+fn a_waiting_link_does_not_displace_one_that_is_being_set_up() {
+    let mut guest = Guest::new();
+    let ((mut first, socket), (mut second, other)) = (DriverVm::new(), DriverVm::new());
+    guest.splitter.attach(link(1), socket);
+    guest.splitter.go_live(generation(1), Log::Replay);
+    guest.splitter.attach(link(2), other);
+    first.rx.offer_all();
+    first.connect();
+    second.connect();
+    loop {
+        match guest.notice() {
+            Notice::Live(g, _) => break assert_eq!(g, generation(1)),
+            Notice::LinkLost(lost, cause) => panic!("link {lost} lost: {cause}"),
+            _ => {}
+        }
+    }
+    exchange(&mut guest, &mut first, 1);
+    guest.splitter.mask(generation(1));
+    live(&mut guest, &mut second, 2);
+    exchange(&mut guest, &mut second, 50);
+}
+
 #[test]
 fn a_link_that_was_given_up_or_is_older_is_refused() {
     let mut guest = Guest::new();

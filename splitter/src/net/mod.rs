@@ -269,7 +269,7 @@ impl NetSplitter {
     }
 
     /// A new connection with a driver VM. One that is older than what has served is closed; one of a later generation than
-    /// the one that serves waits until that one is lost; one of the same generation takes the place of the one before.
+    /// the one there is waits until that one is lost; one of the same generation takes the place of the one before.
     pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
         self.take_events();
         // Another connection of a life that has lost one may come while a later life waits.
@@ -294,6 +294,7 @@ impl NetSplitter {
     /// link is gone, [`Notice::LinkLost`] has said so, and the next one waits to be told again.
     pub fn go_live(&mut self, generation: Generation, log: Log) {
         self.take_events();
+        self.pass_over(generation);
         if let Some(link) = self.link.id().filter(|link| link.generation == generation)
             && self.shadow.link() != Some(link)
         {

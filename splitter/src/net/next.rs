@@ -96,8 +96,9 @@ impl NetSplitter {
     pub(super) fn connecting(&mut self, server: LinkServer) {
         let id = server.link();
         let new = LinkState::Connecting { server, go_live: false };
-        let serves = self.link.id().is_some() && self.shadow.link() == self.link.id();
-        if serves && self.link.generation() < Some(id.generation) {
+        let present = self.link.id().is_some();
+        if present && self.link.generation() < Some(id.generation) {
+            // One that does not serve yet as well: a guest that starts gets the links of both lives at once.
             self.wait_behind(new);
         } else if self.link.generation() > Some(id.generation) {
             // The one that waited had taken the place of a link that was lost, and which is here again.
@@ -108,6 +109,14 @@ impl NetSplitter {
                 self.lose(old, Cause::GivenUp);
             }
             self.link = new;
+        }
+    }
+
+    /// `generation` is to serve: where it waits behind a link that has never served, that one is given up.
+    pub(super) fn pass_over(&mut self, generation: Generation) {
+        let Some(before) = self.link.id().filter(|id| self.shadow.link() != Some(*id)) else { return };
+        if self.next.link.generation() == Some(generation) {
+            self.lose(before, Cause::GivenUp);
         }
     }
 
