@@ -140,8 +140,8 @@ fn a_slow_card_holds_up_no_nic(place: &mut Place, spec: &MachineSpec, slow: &Pat
 /// leaves its neighbour's samples as they are.
 fn served(place: &mut Place) {
     reaches_peer(place, GUEST);
-    let play = "killall -q aplay; n=0; while ! said=$(aplay -q -f dat -d 1 /dev/zero 2>&1) || [ -n \"$said\" ]; do n=$((n+1)); [ $n -lt 5 ] || \
-                { echo \"$said\"; exit 1; }; done";
+    let play = "killall -q aplay; n=0; while ! said=$(aplay -q -f dat -d 1 /dev/zero 2>&1) || [ -n \"$said\" ]; do
+        n=$((n+1)); [ $n -lt 5 ] || { echo \"$said\"; exit 1; }; done";
     place.in_guest(GUEST, play, STEP).or_tell();
 }
 
