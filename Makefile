@@ -14,7 +14,8 @@ CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 .PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install fuzz
 
 help:
-	@echo 'make demo     a download and a song survive the crashes of their drivers (NIC=$(NIC) SOUND=$(SOUND) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
+	@echo 'make demo     a download and a song survive the crashes of their drivers'
+	@echo '              (NIC=$(NIC) SOUND=$(SOUND) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
 	@echo 'make test     the whole test suite'
 	@echo 'make bench    measurements: a table and target/bench/results.json'
 	@echo 'make shell    a shell in the test host (NIC=$(NIC))'
@@ -47,7 +48,8 @@ setup: build browser
 	@$(BENCH) setup
 
 demo: build
-	@$(BENCH) demo --nic $(NIC) --sound $(SOUND) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) $(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
+	@$(BENCH) demo --nic $(NIC) --sound $(SOUND) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) \
+		$(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
 
 test: build browser
 	@echo '==> setting up the bench'

@@ -44,7 +44,8 @@ const CASES: &[(&str, &str, &[&str])] = &[
 /// `machine BDF IMAGE` writes a machine file.
 const PRELUDE: &str = r#"
 IMAGE=/share/e1000e
-machine() { printf '[guest.web]\nkernel = "/share/vmlinux"\n[[guest.web.net]]\ndriver = "nic0"\n[driver.nic0]\ndevice = "%s"\nimage = "%s"\n' "$1" "$2" > m.toml; }
+machine() { printf '[guest.web]\nkernel = "/share/vmlinux"\n[[guest.web.net]]\ndriver = "nic0"\n' > m.toml
+  printf '[driver.nic0]\ndevice = "%s"\nimage = "%s"\n' "$1" "$2" >> m.toml; }
 mkdir -p /tmp/w; cd /tmp/w; cp -n /share/vmlinux .
 vfio $NIC0
 "#;

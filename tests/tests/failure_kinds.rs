@@ -41,7 +41,8 @@ const INTERRUPTS_PER_S: u32 = 2000;
 
 /// Has the host's kernel get an uncorrectable error (a poisoned TLP) of `$NIC0` from its root port: `struct
 /// aer_error_inj` of `drivers/pci/pcie/aer_inject.c`.
-const BUS_ERROR: &str = "modprobe aer_inject && bus=$(echo $NIC0 | cut -c6-7) && { printf \"\\x$bus\\0\\0\\0\\0\\x10\"; head -c 26 /dev/zero; } >/tmp/error && dd if=/tmp/error of=/dev/aer_inject bs=32 count=1 2>/dev/null";
+const BUS_ERROR: &str = "modprobe aer_inject && bus=$(echo $NIC0 | cut -c6-7) && { printf \"\\x$bus\\0\\0\\0\\0\\x10\"; \
+    head -c 26 /dev/zero; } >/tmp/error && dd if=/tmp/error of=/dev/aer_inject bs=32 count=1 2>/dev/null";
 
 #[test]
 fn failures_of_the_device_itself_are_noticed_and_outlived() {

@@ -77,7 +77,8 @@ fn find_sound_cards() {
         let machine = start(&mut place, &format!("SND{index}"), "");
         // The codec's driver before the controller's: no module is loaded behind the kernel's back here.
         let script = format!(
-            "rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; await 20 grep -q {card} /proc/asound/cards; cat /proc/asound/cards"
+            "rmmod snd_hda_intel 2>/dev/null; for m in {modules}; do modprobe $m; done; \
+            await 20 grep -q {card} /proc/asound/cards; cat /proc/asound/cards"
         );
         let cards = place.in_guest("web", &script, STEP).or_tell();
         assert!(cards.contains(card), "{model}: {cards}");

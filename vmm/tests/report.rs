@@ -51,7 +51,8 @@ fn write_past(folder: &Path) {
         line(
             at,
             &format!(
-                "\"event\":\"driver-failed\",\"driver\":\"{driver}\",\"generation\":{n},\"source\":\"{source}\",\"reason\":\"{reason}\",\"detect_ms\":{detect}"
+                "\"event\":\"driver-failed\",\"driver\":\"{driver}\",\"generation\":{n},\
+                 \"source\":\"{source}\",\"reason\":\"{reason}\",\"detect_ms\":{detect}"
             ),
         );
         if n == FAILURES {
@@ -69,9 +70,11 @@ fn write_past(folder: &Path) {
         line(
             at + 1_500_000_000,
             &format!(
-                "\"event\":\"driver-live\",\"driver\":\"{driver}\",\"generation\":{next},\"outage_ms\":{outage},\"parts\":{{\"detect_ms\":{detect},\
+                "\"event\":\"driver-live\",\"driver\":\"{driver}\",\"generation\":{next},\
+                 \"outage_ms\":{outage},\"parts\":{{\"detect_ms\":{detect},\
              \"fence_ms\":12.0,\"reset_ms\":104.0,\"reset_method\":\"flr\",\"back_off_ms\":0.1,\"boot_ms\":{boot},\"probe_ms\":180.0,\
-             \"setup_ms\":22.0,\"link_ms\":450.0,\"replay_ms\":3.0}},\"frames\":{{\"logged\":{n},\"replayed\":{n},\"dropped\":0,\"unknown\":1}}"
+             \"setup_ms\":22.0,\"link_ms\":450.0,\"replay_ms\":3.0}},\
+             \"frames\":{{\"logged\":{n},\"replayed\":{n},\"dropped\":0,\"unknown\":1}}"
             ),
         );
     }

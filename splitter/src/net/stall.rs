@@ -8,8 +8,8 @@ use std::time::Duration;
 /// How often it is looked while frames wait.
 pub const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// So many looks in a row without a frame taken, after the first, are a stall: 4 s at least, more than the heartbeat's time-out by default, so that a
-/// driver VM that gets no processor time is noticed as what it is.
+/// So many looks in a row without a frame taken, after the first, are a stall: 4 s at least, more than the heartbeat's
+/// time-out by default, so that a driver VM that gets no processor time is noticed as what it is.
 const LOOKS: u32 = 8;
 
 /// So long has nothing moved when a stall is told.

@@ -69,7 +69,8 @@ pub enum AssetError {
     NotBuilt(PathBuf),
     /// QEMU is too old for a model.
     #[error(
-        "this QEMU ({version}) has no model {model}; QEMU 8 or newer has (on Debian 12: `apt-get install -t bookworm-backports qemu-system-x86`)"
+        "this QEMU ({version}) has no model {model}; QEMU 8 or newer has (on Debian 12: \
+        `apt-get install -t bookworm-backports qemu-system-x86`)"
     )]
     OldQemu {
         /// The model.
@@ -82,7 +83,8 @@ pub enum AssetError {
     NoQemu,
     /// A model whose Linux driver is not known here.
     #[error(
-        "the bench does not know which driver the model {0} needs; it knows the NICs e1000e, e1000, igb, rtl8139, pcnet, virtio-net-pci and the sound cards hda, es1370, ac97"
+        "the bench does not know which driver the model {0} needs; it knows the NICs e1000e, e1000, igb, rtl8139, \
+        pcnet, virtio-net-pci and the sound cards hda, es1370, ac97"
     )]
     UnknownModel(Model),
     /// A program that makes an asset.

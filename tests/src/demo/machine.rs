@@ -149,7 +149,8 @@ impl MachineSpec {
             let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\nbackoff_ms = 100\nbackoff_max_ms = 200\n\
+                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
+                 backoff_ms = 100\nbackoff_max_ms = 200\n\
                  boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
                 self.standby,
                 self.restart_limit,
@@ -208,7 +209,10 @@ impl Machine {
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
         let files = spec.files().join(" ");
         place.expect(
-            &format!("mkdir -p {work} {SOCKETS} && for f in {files}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"),
+            &format!(
+                "mkdir -p {work} {SOCKETS} && for f in {files}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f \
+                || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"
+            ),
             START_LIMIT,
         )?;
         let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;

@@ -56,9 +56,11 @@ pub(super) struct QemuGuest(Run);
 /// The guest does not come up.
 pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
     let bridge = format!(
-        "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" != vfio-pci ] || unvfio {device}
+        "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" \
+         != vfio-pci ] || unvfio {device}
          [ -e /sys/class/net/br0 ] || brctl addbr br0
-         has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; ip link set $nic up; ip link set br0 up
+         has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; \
+         ip link set $nic up; ip link set br0 up
          [ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu || exit 1; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
     place.run(&bridge, Duration::from_secs(120))?;

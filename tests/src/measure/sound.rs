@@ -231,7 +231,8 @@ impl Stage<'_> {
         if spec.sound.is_none() {
             // The codec's driver has to be there before the controller's; cards power up muted.
             let script = format!(
-                "rmmod {modules} 2>/dev/null; modprobe snd_hda_codec_generic; modprobe {modules}; await 20 ls /dev/snd/pcmC0D0p; for c in Master PCM Front; do amixer -q sset $c 100% unmute 2>/dev/null; done; true"
+                "rmmod {modules} 2>/dev/null; modprobe snd_hda_codec_generic; modprobe {modules}; \
+                await 20 ls /dev/snd/pcmC0D0p; for c in Master PCM Front; do amixer -q sset $c 100% unmute 2>/dev/null; done; true"
             );
             self.place.in_guest(GUEST, &script, STEP)?;
         }
@@ -329,7 +330,8 @@ impl SoundResults {
         text.extend(self.crashed.as_ref().map(Crashed::line));
         for one in &self.undisturbed {
             text.push_str(&format!(
-                "  undisturbed, {:<12} latency {} (unknown to the guest: {}), pieces {}, silences {}, underruns {}, processors busy {:.1} %\n",
+                "  undisturbed, {:<12} latency {} (unknown to the guest: {}), pieces {}, silences {}, underruns {}, \
+                processors busy {:.1} %\n",
                 one.path,
                 spread(one.latency_ms.as_ref()),
                 spread(one.unknown_ms.as_ref()),

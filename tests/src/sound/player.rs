@@ -142,7 +142,8 @@ impl Player {
     pub fn plays(&self, place: &mut Place) -> Result<(), DemoError> {
         let script = format!(
             "plays() {{ [ -e /tmp/{0}.status ] || grep -q RUNNING {STATUS}; }}; \
-             n=0; while ! plays; do n=$((n+1)); [ $n -lt $((20 * ${{UMBRA_PATIENCE:-1}})) ] || exit 1; usleep 100000; done; [ ! -e /tmp/{0}.status ]",
+             n=0; while ! plays; do n=$((n+1)); [ $n -lt $((20 * ${{UMBRA_PATIENCE:-1}})) ] || exit 1; usleep 100000; done; \
+                 [ ! -e /tmp/{0}.status ]",
             self.name
         );
         let Err(error) = place.in_guest(&self.guest, &script, STEP) else { return Ok(()) };

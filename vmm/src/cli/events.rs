@@ -16,7 +16,8 @@ use crate::supervisor::start::rundir;
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Each line is a JSON object; docs/events.md lists the events and their fields. `text` is the sentence for people:\n  umbra events | jq -r 'select(.text) | .time + \" \" + .text'"
+    after_help = "Each line is a JSON object; docs/events.md lists the events and their fields. `text` is the sentence for people:\n\
+        \x20 umbra events | jq -r 'select(.text) | .time + \" \" + .text'"
 )]
 pub struct Args {
     /// Go on with the events to come, until the machine ends.

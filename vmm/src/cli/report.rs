@@ -12,7 +12,8 @@ use crate::supervisor::start::rundir;
 /// Arguments of `umbra report`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  umbra report                    umbra-report.html, of the machine that runs, or has run\n  umbra report -o - | less        to standard output\n  umbra report saved/reports      of a copied folder"
+    after_help = "Examples:\n  umbra report                    umbra-report.html, of the machine that runs, or has run\n\
+        \x20 umbra report -o - | less        to standard output\n  umbra report saved/reports      of a copied folder"
 )]
 pub struct Args {
     /// A folder of reports, in place of a machine's own.

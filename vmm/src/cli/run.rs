@@ -15,9 +15,11 @@ use crate::supervisor::{self, Options};
 /// Arguments of `umbra run`.
 #[derive(Debug, clap::Args)]
 #[command(
-    override_usage = "umbra run [OPTIONS] MACHINE.toml\n       umbra run [OPTIONS] --kernel KERNEL [--initrd INITRD] [--disk DISK] [--tap TAP] ...",
+    override_usage = "umbra run [OPTIONS] MACHINE.toml\n       umbra run [OPTIONS] --kernel KERNEL [--initrd INITRD] \
+        [--disk DISK] [--tap TAP] ...",
     after_help = "Examples:\n  umbra run machine.toml\n  umbra run --kernel vmlinuz --initrd initrd.img --disk debian.raw --tap tap0 \
-                  --cmdline 'console=ttyS0 root=/dev/vda1'\n  umbra run --kernel vmlinuz --initrd initrd.img --nic 0000:03:00.0 --image images/e1000e\n\n\
+                  --cmdline 'console=ttyS0 root=/dev/vda1'\n  umbra run --kernel vmlinuz --initrd initrd.img \
+                  --nic 0000:03:00.0 --image images/e1000e\n\n\
                   With flags, the guest's console is on this terminal; Ctrl-A x leaves."
 )]
 pub struct Args {

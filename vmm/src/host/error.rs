@@ -48,7 +48,8 @@ pub enum Error {
         bdf: Bdf,
     },
     /// The function was not taken by the driver.
-    #[error("{bdf} was offered to {wanted}, but {}", match actual { Some(d) => format!("{d} took it"), None => "it did not take it (see `dmesg`)".into() })]
+    #[error("{bdf} was offered to {wanted}, but {}", match actual { Some(d) => format!("{d} took it"), None => "it did not \
+        take it (see `dmesg`)".into() })]
     NotTaken {
         /// The function.
         bdf: Bdf,

@@ -136,7 +136,8 @@ pub enum ToVm {
     Release,
     /// Have every vCPU spin where it is with interrupts off, for good: a failure to be noticed by who serves the VM.
     LockUp,
-    /// Standby: put this host PCI function on the VM's bus, or in the place of what is there of it ahead; answered by [`FromVm::Plugged`] or [`FromVm::Failed`].
+    /// Standby: put this host PCI function on the VM's bus, or in the place of what is there of it ahead; answered by
+    /// [`FromVm::Plugged`] or [`FromVm::Failed`].
     /// Descriptors attached: its container, group and device, open.
     Plug {
         /// Its PCI address on the host.

@@ -99,7 +99,8 @@ pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
     let text = format!(
-        "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\nnet = [{{ driver = \"nic0\" }}]\n\
+        "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\n\
+         net = [{{ driver = \"nic0\" }}]\n\
          [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\n{more}\n"
     );
     fs::write(dir.path().join("m.toml"), text).unwrap();

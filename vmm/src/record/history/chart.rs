@@ -112,7 +112,8 @@ pub(super) fn over_time(history: &History) -> Option<String> {
         let _ = match failure.outage() {
             Some(ms) => write!(
                 out,
-                "<a href=\"#failure-{}\"><circle class=\"dot c{colour}\" cx=\"{at:.1}\" cy=\"{:.1}\" r=\"6\"><title>failure {}: {}</title></circle></a>",
+                "<a href=\"#failure-{}\"><circle class=\"dot c{colour}\" cx=\"{at:.1}\" cy=\"{:.1}\" r=\"6\">\
+                <title>failure {}: {}</title></circle></a>",
                 n + 1,
                 y(ms),
                 n + 1,

@@ -143,7 +143,8 @@ fn drivers(out: &mut String, history: &History) {
         let text = |value: &Option<String>| value.as_deref().map_or_else(|| "\u{2013}".into(), escaped);
         let _ = writeln!(
             out,
-            "<tr><td>{}{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"num\">{}</td><td class=\"num\">{}</td><td class=\"soft\">{}</td></tr>",
+            "<tr><td>{}{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"num\">{}</td><td class=\"num\">{}</td>\
+            <td class=\"soft\">{}</td></tr>",
             escaped(&driver.name),
             state.unwrap_or_default(),
             text(&driver.device),

@@ -26,7 +26,10 @@ const FAILED1: &str =
     r#""event":"driver-failed","driver":"nic0","generation":1,"source":"panic","reason":"p","detect_ms":0.5"#;
 const FENCED: &str = r#""event":"driver-fenced","driver":"nic0","generation":1,"fence_ms":3.0,"report":null"#;
 const RESET: &str = r#""event":"device-reset","driver":"nic0","method":"flr","reset_ms":100.0,"error":null"#;
-const LIVE2: &str = r#""event":"driver-live","driver":"nic0","generation":2,"outage_ms":600.0,"parts":{"detect_ms":0.5,"boot_ms":400.0},"frames":{"logged":4,"replayed":3,"dropped":0,"unknown":1}"#;
+const LIVE2: &str = concat!(
+    r#""event":"driver-live","driver":"nic0","generation":2,"outage_ms":600.0,"#,
+    r#""parts":{"detect_ms":0.5,"boot_ms":400.0},"frames":{"logged":4,"replayed":3,"dropped":0,"unknown":1}"#
+);
 const FAILED2: &str =
     r#""event":"driver-failed","driver":"nic0","generation":2,"source":"heartbeat","reason":"h","detect_ms":1.0"#;
 
@@ -45,7 +48,10 @@ fn a_failure_is_joined_with_what_followed_and_its_report() {
 
 #[test]
 fn the_pace_belongs_to_the_failure_that_this_life_ended() {
-    let pace = r#""event":"pace","guest":"web","device":"net0","driver":"nic0","generation":2,"steps":{"step_ms":25,"before_ms":2000,"out":[3],"into":[4]}"#;
+    let pace = concat!(
+        r#""event":"pace","guest":"web","device":"net0","driver":"nic0","generation":2,"#,
+        r#""steps":{"step_ms":25,"before_ms":2000,"out":[3],"into":[4]}"#
+    );
     let history = history(&[START, LIVE1, FAILED1, LIVE2, FAILED2, pace]);
     let paces: Vec<_> = history.failures.iter().map(|failure| &failure.paces[..]).collect();
     let [[(device, steps)], []] = paces[..] else { panic!("{paces:?}") };
