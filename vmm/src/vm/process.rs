@@ -165,6 +165,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, lock_up: false };
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
+    events.add_subscriber(vm.serial.clone());
 
     let vcpus = vm.start(spec)?;
     host.tell(&FromVm::Running { at: Time::now().0 });

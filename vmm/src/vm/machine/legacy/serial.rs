@@ -1,8 +1,18 @@
 //! COM1: a 16550 whose output goes to the terminal, a file or nowhere ([`Output`]). Output is handed on byte by byte as it
 //! comes, so that the last words of a VM that dies are kept.
+//!
+//! To who polls, as a kernel that prints does, the transmitter is always ready. To who waits for its interrupt it is busy for as
+//! long as a FIFO takes at 115,200 baud: an interrupt handler that always finds it ready goes on sending, and Linux's sends
+//! 8,192 bytes in one interrupt, in which its processor does nothing else.
 
+use std::cell::Cell;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use thiserror::Error;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -17,18 +27,46 @@ pub enum Error {
     /// No eventfd.
     #[error("create an eventfd for the serial line")]
     EventFd(#[source] io::Error),
+    /// No timer.
+    #[error("create a timer for the serial line (timerfd)")]
+    Timer(#[source] nix::Error),
     /// Its output.
     #[error(transparent)]
     Output(#[from] output::Error),
 }
 
-struct Interrupt(EventFd);
+/// Registers and bits of a 16550, as its data sheet has them.
+mod register {
+    pub(super) const DATA: u16 = 0;
+    pub(super) const INTERRUPT_ENABLE: u16 = 1;
+    pub(super) const INTERRUPT_IDENTIFICATION: u16 = 2;
+    pub(super) const LINE_CONTROL: u16 = 3;
+    /// Of the two above: the transmitter is empty.
+    pub(super) const TRANSMITTER: u8 = 0b10;
+    /// Of the interrupt identification: which it is.
+    pub(super) const WHICH: u8 = 0b1110;
+    /// Of the interrupt identification: there is none.
+    pub(super) const NO_INTERRUPT: u8 = 0b1;
+    /// Of the line control: the first two registers are the divisor's.
+    pub(super) const DIVISOR: u8 = 0x80;
+}
+
+/// Bytes in a 16550's FIFO.
+const FIFO: u32 = 16;
+/// How long a FIFO takes at 115,200 baud, ten bits for each byte.
+const FIFO_TIME: Duration = Duration::from_micros(1389);
+
+struct Interrupt {
+    event: EventFd,
+    /// What is to be told is held back.
+    held: Cell<bool>,
+}
 
 impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        if self.held.get() { Ok(()) } else { self.event.write(1) }
     }
 }
 
@@ -49,6 +87,11 @@ impl SerialEvents for Drained {
 /// The serial line.
 pub struct SerialLine {
     uart: Serial<Interrupt, Drained, Output>,
+    /// Bytes since the transmitter was busy last.
+    sent: u32,
+    /// The transmitter's interrupt is held back until the timer expires.
+    busy: bool,
+    timer: TimerFd,
 }
 
 impl SerialLine {
@@ -59,7 +102,10 @@ impl SerialLine {
 
     fn with_output(out: Output, interrupt: EventFd) -> Result<Self, Error> {
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
-        Ok(Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), out) })
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC);
+        let interrupt = Interrupt { event: interrupt, held: Cell::new(false) };
+        let uart = Serial::with_events(interrupt, Drained(drained), out);
+        Ok(Self { uart, sent: 0, busy: false, timer: timer.map_err(Error::Timer)? })
     }
 
     /// Waits a bounded time until what the guest has printed is written.
@@ -85,13 +131,83 @@ impl SerialLine {
     }
 
     pub(in crate::vm::machine) fn read(&mut self, offset: u16) -> u8 {
-        u8::try_from(offset).map_or(0xff, |offset| self.uart.read(offset))
+        let value = self.register(offset);
+        if offset != register::INTERRUPT_IDENTIFICATION || !self.busy {
+            return value;
+        }
+        let without = value & !register::TRANSMITTER;
+        if without & register::WHICH == 0 { without | register::NO_INTERRUPT } else { without }
     }
 
     pub(super) fn write(&mut self, offset: u16, value: u8) {
+        let divisor = self.register(register::LINE_CONTROL) & register::DIVISOR != 0;
+        let waits = !divisor && self.register(register::INTERRUPT_ENABLE) & register::TRANSMITTER != 0;
+        match offset {
+            register::DATA if waits => {
+                self.sent += 1;
+                if self.sent >= FIFO {
+                    self.begin_busy();
+                }
+            }
+            // Who only now waits is told at once, as its data sheet says.
+            register::INTERRUPT_ENABLE if !divisor && !waits && value & register::TRANSMITTER != 0 => self.end_busy(),
+            _ => {}
+        }
+        self.uart.interrupt_evt().held.set(self.busy && offset == register::DATA);
+        self.set_register(offset, value);
+        self.uart.interrupt_evt().held.set(false);
+    }
+
+    fn register(&mut self, offset: u16) -> u8 {
+        u8::try_from(offset).map_or(0xff, |offset| self.uart.read(offset))
+    }
+
+    fn set_register(&mut self, offset: u16, value: u8) {
         let Ok(offset) = u8::try_from(offset) else { return };
         if let Err(error) = self.uart.write(offset, value) {
             tracing::debug!(%error, "output of the serial line");
+        }
+    }
+
+    fn begin_busy(&mut self) {
+        self.sent = 0;
+        let once = Expiration::OneShot(TimeSpec::from_duration(FIFO_TIME));
+        match self.timer.set(once, TimerSetTimeFlags::empty()) {
+            Ok(()) => self.busy = true,
+            Err(error) => tracing::debug!(%error, "set the serial line's timer"),
+        }
+    }
+
+    fn end_busy(&mut self) {
+        (self.busy, self.sent) = (false, 0);
+        if let Err(error) = self.timer.unset() {
+            tracing::debug!(%error, "unset the serial line's timer");
+        }
+    }
+
+    /// The transmitter is ready: its interrupt, if it is enabled, is told now.
+    fn ready(&mut self) {
+        if self.register(register::LINE_CONTROL) & register::DIVISOR != 0 {
+            return self.begin_busy();
+        }
+        self.end_busy();
+        let enabled = self.register(register::INTERRUPT_ENABLE);
+        // What is enabled and pending is told when it is enabled again.
+        self.set_register(register::INTERRUPT_ENABLE, enabled);
+    }
+}
+
+impl MutEventSubscriber for SerialLine {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new_raw(self.timer.as_fd().as_raw_fd(), EventSet::IN)) {
+            tracing::warn!(%error, "listen to the serial line's timer");
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        // It is set anew, or unset, by what has been written meanwhile.
+        if self.timer.wait().is_ok() && self.busy {
+            self.ready();
         }
     }
 }
@@ -150,6 +266,56 @@ mod tests {
         let end = end.strip_suffix("the end").unwrap();
         assert_eq!(before.len() + lost.parse::<usize>().unwrap() + end.len(), 2_000_000);
         assert!(end.len() >= 64 << 10, "the last words are kept");
+    }
+
+    /// What Linux's interrupt handler does: sends a FIFO while an interrupt is pending. How many bytes it sent.
+    fn handled(line: &mut SerialLine) -> u32 {
+        let mut sent = 0;
+        while line.read(2) & 1 == 0 && sent < 8192 {
+            assert_eq!(line.read(5) & 0x20, 0x20, "who polls finds it ready");
+            (0..16).for_each(|_| line.write(0, b'x'));
+            sent += 16;
+        }
+        sent
+    }
+
+    #[test]
+    fn an_interrupt_handler_gets_a_pause_after_each_fifo_and_is_told_afterwards() {
+        let (mut line, interrupt) = line(&Console::Off);
+        line.write(1, 2); // transmitter's interrupt on
+        for _ in 0..3 {
+            assert_eq!(interrupt.read().unwrap(), 1);
+            assert_eq!(handled(&mut line), 16);
+            // Bytes before the last interrupted: there is nothing to do then.
+            let _ = interrupt.read();
+            assert_eq!(handled(&mut line), 0);
+            nix::poll::poll(
+                &mut [nix::poll::PollFd::new(line.timer.as_fd(), nix::poll::PollFlags::POLLIN)],
+                nix::poll::PollTimeout::NONE,
+            )
+            .unwrap();
+            line.ready();
+        }
+        // Input does not wait for it.
+        assert_eq!((interrupt.read().unwrap(), handled(&mut line)), (1, 16));
+        line.write(1, 3);
+        line.input(b"k");
+        assert!(interrupt.read().is_ok());
+        assert_eq!((line.read(2) & 0b1111, line.read(0)), (0b100, b'k'));
+        // Nor does who begins to wait, as a driver that tries the interrupt at its start.
+        line.write(1, 0);
+        line.write(1, 2);
+        assert_eq!(line.read(2) & 0b11, 0b10);
+    }
+
+    #[test]
+    fn who_polls_is_not_held_up_and_holds_nobody_up() {
+        let (mut line, _) = line(&Console::Off);
+        (0..1000).for_each(|_| line.write(0, b'x'));
+        assert!(!line.busy);
+        line.write(3, 0x80); // the divisor's registers
+        (0..100).for_each(|_| line.write(0, 1));
+        assert!(!line.busy);
     }
 
     #[test]
