@@ -120,7 +120,7 @@ g '(yes 0123456789 >/dev/ttyS0 </dev/null 2>/dev/null &)' 10
 # A writer that waits for room: the pipe is full.
 await 120 grep -q pipe_write /proc/[0-9]*/task/*/wchan || {{ echo 'the pipe is not full'; cat pipe.err; exit 4; }}
 echo 'the pipe is full'
-ping -c 40 -i 0.2 -w 60 10.88.0.3 | tail -2
+ping -c 40 -i 0.2 -w $((12 * ${{UMBRA_PATIENCE:-1}})) 10.88.0.3 | tail -2
 g 'echo the exec port answers' 20 || exit 5
 ping -c 1 -w 10 10.88.0.3 >/dev/null || exit 6
 umbra stop --force; s=$?; cat pipe.err; exit $s"
