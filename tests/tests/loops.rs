@@ -113,7 +113,7 @@ fn a_pipe_that_nobody_reads_costs_output_alone(place: &mut Place) {
 tunctl -t tap3 >/dev/null && ip addr add 10.88.0.1/24 dev tap3 && ip link set tap3 up
 machine pipe '\"terminal\"' '[[guest.g.net]]
 tap = \"tap3\"'
-(umbra run pipe.toml -q </dev/null 2>pipe.err | sleep 600 >/dev/null 2>&1) &
+(umbra run pipe.toml -q </dev/null 2>pipe.err | sleep 600) >/dev/null 2>&1 &
 await 120 g true 10 || exit 2
 ping -c 5 -i 0.2 -w 20 10.88.0.3 >/dev/null || exit 3
 g '(yes 0123456789 >/dev/ttyS0 </dev/null 2>/dev/null &)' 10
