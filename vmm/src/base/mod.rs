@@ -10,6 +10,7 @@ pub mod pci_config;
 pub mod rotating_file;
 pub mod saved_terminal;
 pub mod time;
+pub mod timer;
 pub mod unix_socket;
 pub mod untrusted_text;
 pub mod wall;

@@ -6,12 +6,13 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::storm::StormWatch;
 use crate::base::pci_address::Bdf;
+use crate::base::timer;
 use crate::host::error::Error;
 use crate::host::irq::Index;
 use crate::host::region::{HostFunction, Presence};
@@ -48,7 +49,7 @@ impl std::fmt::Display for Failure {
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn timer() -> nix::Result<TimerFd> {
-    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+    let timer = timer::monotonic()?;
     timer.set(Expiration::Interval(LOOK_EVERY.into()), TimerSetTimeFlags::empty())?;
     Ok(timer)
 }

@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use umbra_shadow::Generation;
 
+use crate::base::timer;
 use crate::wire::messages::PaceSteps;
 
 /// Length of a step, ns.
@@ -55,7 +56,7 @@ impl Pace {
     /// # Errors
     /// The host has no more descriptors.
     pub fn new() -> std::io::Result<Self> {
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+        let timer = timer::monotonic()?;
         Ok(Self { timer, steps: VecDeque::new(), total: Moved::default(), serving: None, lost: None })
     }
 

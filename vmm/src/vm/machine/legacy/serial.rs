@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use thiserror::Error;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::output::{self, Output};
+use crate::base::timer;
 use crate::config::Console;
 
 /// Errors of the serial line.
@@ -102,7 +103,7 @@ impl SerialLine {
 
     fn with_output(out: Output, interrupt: EventFd) -> Result<Self, Error> {
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC);
+        let timer = timer::monotonic();
         let interrupt = Interrupt { event: interrupt, held: Cell::new(false) };
         let uart = Serial::with_events(interrupt, Drained(drained), out);
         Ok(Self { uart, sent: 0, busy: false, timer: timer.map_err(Error::Timer)? })

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use umbra_shadow::sound::{Card, Counts, Mode, Policy, Violation};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::queue::RingFault;
@@ -33,6 +33,7 @@ use super::pace::{Moved, Pace};
 use super::{Outbox, queue};
 use crate::base::error::chain;
 use crate::base::time::Time;
+use crate::base::timer;
 use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ShadowMode, SoundCounts};
 
 /// Device ID of a sound device.
@@ -103,8 +104,7 @@ impl Sound {
             queues: Queues::default(),
             events: QueueEvents::new(QUEUE_SIZES.len()).map_err(failed)?,
             wake: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
-            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
-                .map_err(|errno| failed(errno.into()))?,
+            timer: timer::monotonic().map_err(|errno| failed(errno.into()))?,
             due: None,
             watched: None,
             broken: false,

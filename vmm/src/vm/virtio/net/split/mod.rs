@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
 use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::net::pacing;
@@ -23,6 +23,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::error::chain;
+use crate::base::timer;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::pace::{Moved, Pace};
@@ -67,12 +68,11 @@ impl SplitNet {
             operation: "cannot make the network splitter".into(),
             source: source.into(),
         })?;
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let failed = |source| Error::Backend {
             operation: "cannot make a timer for the network splitter".into(),
             source: Box::new(source),
         };
-        let timer = || TimerFd::new(TimerClock::CLOCK_MONOTONIC, flags).map_err(|errno| failed(errno.into()));
+        let timer = || timer::monotonic().map_err(|errno| failed(errno.into()));
         let (looks, steps) = (timer()?, timer()?);
         let pace = Pace::new().map_err(failed)?;
         let (looking, stepping) = (false, false);
