@@ -65,22 +65,20 @@ impl RotatingFile {
         keep_end(&older, MAX_FILE)
     }
 
+    /// The file, which is opened if it is not open.
+    fn opened(&mut self) -> io::Result<&mut Open> {
+        let open = match self.open.take() {
+            Some(open) => open,
+            None => Open::new(&self.path)?,
+        };
+        Ok(self.open.insert(open))
+    }
+
     fn try_write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.open.as_ref().is_some_and(|open| open.is_full(bytes.len())) {
+        if self.opened()?.is_full(bytes.len()) {
             self.rotate()?;
         }
-        let open = match &mut self.open {
-            Some(open) => open,
-            None => {
-                let open = Open::new(&self.path)?;
-                let full = open.is_full(bytes.len());
-                self.open = Some(open);
-                if full {
-                    self.rotate()?;
-                }
-                self.open.get_or_insert(Open::new(&self.path)?)
-            }
-        };
+        let open = self.opened()?;
         let written = open.file.write(bytes)?;
         open.size = open.size.map(|size| size + written as u64);
         Ok(written)
