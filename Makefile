@@ -57,7 +57,7 @@ test: build browser
 	@echo '==> testing the sound service, which has a workspace of its own'
 	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) test --release --quiet
 	@echo '==> running all tests (release; one test machine at a time)'
-	@$(BENCH) suite -- $(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
+	@$(BENCH) suite --beside '--test braked' -- $(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

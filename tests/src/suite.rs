@@ -1,10 +1,15 @@
 //! `make test`: runs the test runner, shows all that it says, and closes with what its many targets do not say together: how many
-//! attempts scenarios needed, which tests failed, and one line of counts.
+//! attempts scenarios needed, which took longest, which tests failed, and one line of counts.
+//!
+//! What runs braked takes long and little of the machine: a second runner does that beside the first. What it says is shown when
+//! the first one is through.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub const ATTEMPTS_VARIABLE: &str = "UMBRA_ATTEMPTS_FILE";
 
 /// What a scenario needed; a line of the file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Needed {
     /// Target and test.
     pub scenario: String,
@@ -21,6 +26,16 @@ pub struct Needed {
     pub attempts: u32,
     /// It passed.
     pub ok: bool,
+    /// All attempts together, seconds.
+    pub seconds: f64,
+}
+
+/// Longest scenarios that the closing lines name.
+const LONGEST: usize = 5;
+
+/// This process is one of a suite's.
+pub fn is_running() -> bool {
+    std::env::var_os(ATTEMPTS_VARIABLE).is_some()
 }
 
 impl Needed {
@@ -86,8 +101,9 @@ impl Counts {
                 "attempts: {first} of {} scenarios in a test host passed at the first one",
                 needed.len()
             ));
+            lines.push(format!("the longest: {}", longest(needed)));
         }
-        for Needed { scenario, attempts, ok } in needed.iter().filter(|needed| !needed.ok || needed.attempts > 1) {
+        for Needed { scenario, attempts, ok, .. } in needed.iter().filter(|needed| !needed.ok || needed.attempts > 1) {
             let how = if *ok { "passed at attempt" } else { "failed at attempt" };
             lines.push(format!("  {scenario}: {how} {attempts}"));
         }
@@ -97,47 +113,108 @@ impl Counts {
     }
 }
 
+/// The scenarios that took longest, in one line.
+fn longest(needed: &[Needed]) -> String {
+    let mut needed: Vec<_> = needed.iter().collect();
+    needed.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    let named = needed.iter().take(LONGEST).map(|needed| format!("{} {:.0} s", needed.scenario, needed.seconds));
+    named.collect::<Vec<_>>().join(", ")
+}
+
 /// What a file of attempts says.
 fn read(path: &Path) -> Vec<Needed> {
     let text = fs::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Runs the test runner `command`, shows what it prints, and prints the closing lines; its status.
+/// Runs the test runners `command` and, if there is one, `beside` at the same time; shows what they print, and prints the closing
+/// lines. The status of the first that failed.
 ///
 /// # Errors
-/// It cannot be started, or its output not be read or shown.
-pub fn run(command: &[String], attempts: &Path) -> io::Result<ExitStatus> {
-    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+/// A runner cannot be started, or its output not be read or shown.
+pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result<ExitStatus> {
     let _ = fs::remove_file(attempts);
     if let Some(dir) = attempts.parent() {
         fs::create_dir_all(dir)?;
     }
     let start = Instant::now();
-    let mut runner = Command::new(program);
-    runner.args(arguments).env(ATTEMPTS_VARIABLE, attempts).stdout(Stdio::piped());
-    let mut runner = runner.spawn()?;
     let mut counts = Counts::default();
-    if let Some(mut output) = runner.stdout.take() {
-        let mut buffer = vec![0; 64 << 10];
-        loop {
-            match output.read(&mut buffer)? {
-                0 => break,
-                n => {
-                    counts.take(&buffer[..n]);
-                    let mut shown = io::stdout().lock();
-                    shown.write_all(&buffer[..n])?;
-                    shown.flush()?;
-                }
+    let status = thread::scope(|scope| {
+        let second = match beside {
+            [] => None,
+            beside => {
+                let (begun, has_begun) = channel();
+                let second = scope.spawn(move || Quiet::run(beside, attempts, &begun));
+                // Until then it may be compiling, which the first one would only wait for. A runner that cannot be started
+                // hangs up.
+                let _ = has_begun.recv();
+                Some(second)
             }
+        };
+        let mut shown = io::stdout();
+        let first = runner(command, attempts, &mut |output| {
+            counts.take(output);
+            shown.write_all(output)?;
+            shown.flush()
+        })?;
+        let second = second.map(Quiet::of).transpose()?;
+        if let Some(Quiet { output, .. }) = &second {
+            counts.take(output);
+            shown.write_all(output)?;
         }
-    }
-    let status = runner.wait()?;
+        Ok::<_, io::Error>(second.map(|quiet| quiet.status).filter(|_| first.success()).unwrap_or(first))
+    })?;
     println!();
     for line in counts.closing_lines(&read(attempts), start.elapsed()) {
         println!("{line}");
     }
     Ok(status)
+}
+
+/// A runner that has ended, and what it said.
+struct Quiet {
+    status: ExitStatus,
+    output: Vec<u8>,
+}
+
+impl Quiet {
+    /// Runs `command`; says when it has `begun` to say something.
+    fn run(command: &[String], attempts: &Path, begun: &Sender<()>) -> io::Result<Self> {
+        let mut output = Vec::new();
+        let status = runner(command, attempts, &mut |more| {
+            // Nobody waits for it any more after the first time.
+            let _ = begun.send(());
+            output.extend_from_slice(more);
+            Ok(())
+        })?;
+        Ok(Self { status, output })
+    }
+
+    fn of(runner: ScopedJoinHandle<'_, io::Result<Self>>) -> io::Result<Self> {
+        runner.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// Runs the test runner `command`, whose standard output goes to `said`.
+fn runner(
+    command: &[String],
+    attempts: &Path,
+    said: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> io::Result<ExitStatus> {
+    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut runner = Command::new(program);
+    runner.args(arguments).env(ATTEMPTS_VARIABLE, attempts).stdout(Stdio::piped());
+    let mut runner = runner.spawn()?;
+    if let Some(mut output) = runner.stdout.take() {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            match output.read(&mut buffer)? {
+                0 => break,
+                n => said(&buffer[..n])?,
+            }
+        }
+    }
+    runner.wait()
 }
 
 #[cfg(test)]
@@ -154,13 +231,15 @@ mod tests {
         for piece in OUTPUT.as_bytes().chunks(7) {
             counts.take(piece);
         }
-        let needed = |scenario: &str, attempts, ok| Needed { scenario: scenario.into(), attempts, ok };
-        let needed = [needed("x: a", 1, true), needed("x: b", 2, true), needed("y: c", 3, false)];
+        let needed =
+            |scenario: &str, attempts, ok, seconds| Needed { scenario: scenario.into(), attempts, ok, seconds };
+        let needed = [needed("x: a", 1, true, 7.0), needed("x: b", 2, true, 60.6), needed("y: c", 3, false, 30.0)];
         assert_eq!(
             counts.closing_lines(&needed, Duration::from_secs(90)),
             [
                 "==> 2 targets in 1.5 min",
                 "attempts: 1 of 3 scenarios in a test host passed at the first one",
+                "the longest: x: b 61 s, y: c 30 s, x: a 7 s",
                 "  x: b: passed at attempt 2",
                 "  y: c: failed at attempt 3",
                 "failed: b::c",
@@ -169,13 +248,38 @@ mod tests {
         );
     }
 
+    fn shell(script: &str) -> [String; 3] {
+        ["sh".into(), "-c".into(), script.into()]
+    }
+
     #[test]
     fn the_runner_s_status_is_the_suite_s_and_its_scenarios_are_read() {
         let dir = tempfile::tempdir().unwrap();
-        let script = format!("echo '{{\"scenario\":\"x\",\"attempts\":2,\"ok\":true}}' >${ATTEMPTS_VARIABLE}; exit 7");
+        let needed = Needed { scenario: "x".into(), attempts: 2, ok: true, seconds: 1.5 };
+        let line = serde_json::to_string(&needed).unwrap();
+        let script = format!("echo '{line}' >>${ATTEMPTS_VARIABLE}; exit 7");
         let attempts = dir.path().join("sub/attempts.jsonl");
-        let status = run(&["sh".into(), "-c".into(), script], &attempts).unwrap();
+        let status = run(&shell(&script), &[], &attempts).unwrap();
         assert_eq!(status.code(), Some(7));
-        assert_eq!(read(&attempts), [Needed { scenario: "x".into(), attempts: 2, ok: true }]);
+        assert_eq!(read(&attempts), [needed]);
+    }
+
+    #[test]
+    fn two_runners_run_side_by_side_and_each_may_fail_the_suite() {
+        let dir = tempfile::tempdir().unwrap();
+        let attempts = dir.path().join("attempts.jsonl");
+        let both = |first: u8, second: u8| {
+            let await_file = |name: &str| format!("until [ -e {0}/{name} ]; do sleep 0.01; done", dir.path().display());
+            // Each ends only when it has seen the other.
+            let touch = |name: &str| format!("touch {}/{name}", dir.path().display());
+            let beside = shell(&format!("echo begun; {}; {}; exit {second}", touch("beside"), await_file("first")));
+            let main = shell(&format!("{}; {}; exit {first}", touch("first"), await_file("beside")));
+            run(&main, &beside, &attempts).unwrap().code()
+        };
+        assert_eq!(both(0, 0), Some(0));
+        assert_eq!(both(3, 0), Some(3));
+        assert_eq!(both(0, 4), Some(4));
+        assert_eq!(both(3, 4), Some(3));
+        assert!(run(&shell("true"), &["/no/such/runner".into()], &attempts).is_err());
     }
 }

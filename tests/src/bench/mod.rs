@@ -2,7 +2,7 @@
 //!
 //! [`Bench::boot`] sets up the peer's network, starts QEMU and waits for the exec server; [`Bench::run`] runs scripts,
 //! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
-//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting.
+//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting; the exception is in its file.
 
 pub mod brake;
 mod error;
@@ -62,7 +62,7 @@ impl Bench {
     /// What is missing on this machine, or the last lines of the test host's console.
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let speed = brake::speed()?;
-        let lock = Lock::take(assets.out())?;
+        let lock = Lock::take(assets.out(), &spec, speed)?;
         assets.check_models(&spec.nics)?;
         let mut spec = spec;
         if assets.unsteady_smp() && !qemu::real_kvm() {

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each scenario uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use umbra_tests::assets::Assets;
 use umbra_tests::bench::{Bench, BenchSpec, brake, patience};
@@ -37,7 +37,11 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
         return;
     }
     let attempts = attempts::allowed();
-    let note = |attempts, ok| Needed { scenario: this_scenario(), attempts, ok }.note();
+    let start = Instant::now();
+    let note = |attempts, ok| {
+        let seconds = start.elapsed().as_secs_f64();
+        Needed { scenario: this_scenario(), attempts, ok, seconds }.note();
+    };
     for attempt in 1..=attempts {
         match std::panic::catch_unwind(&run) {
             Ok(()) => return note(attempt, true),
