@@ -1,7 +1,7 @@
 //! One bench at a time: two emulated hosts on one machine would measure each other.
 //!
 //! In a test suite a braked test host, which leaves most of the machine to others, may run beside one at full speed, unless that
-//! one's sound is recorded: a recording is judged sample by sample.
+//! one's sound is judged sample by sample.
 //!
 //! Invariant: who takes both files takes [`Lane::Full`] first, so that no two processes wait for each other.
 
@@ -37,10 +37,10 @@ impl Lane {
 }
 
 /// The lanes that a test host takes. Pure.
-fn lanes(is_braked: bool, is_recorded: bool, two_may_run: bool) -> &'static [Lane] {
+fn lanes(is_braked: bool, is_judged: bool, two_may_run: bool) -> &'static [Lane] {
     match (two_may_run, is_braked) {
         (true, true) => &[Lane::Braked],
-        (true, false) if !is_recorded => &[Lane::Full],
+        (true, false) if !is_judged => &[Lane::Full],
         _ => &[Lane::Full, Lane::Braked],
     }
 }
@@ -52,7 +52,7 @@ impl Lock {
     /// Waits for the lanes of a test host like `spec` in the folder of all benches, `out`.
     pub(super) fn take(out: &Path, spec: &BenchSpec, speed: f64) -> Result<Self, BenchError> {
         fs::create_dir_all(out).map_err(|e| BenchError::file("make", out, e))?;
-        let lanes = lanes(speed < 1.0, !spec.sound.is_empty(), suite::is_running() && has_room_for_two());
+        let lanes = lanes(speed < 1.0, spec.is_judged, suite::is_running() && has_room_for_two());
         lanes.iter().map(|lane| take(&out.join(lane.file_name()))).collect::<Result<_, _>>().map(Self)
     }
 }
@@ -82,13 +82,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_braked_test_host_runs_beside_one_that_is_not_recorded_and_only_in_a_suite() {
+    fn a_braked_test_host_runs_beside_one_whose_sound_is_not_judged_and_only_in_a_suite() {
         let both: &[Lane] = &[Lane::Full, Lane::Braked];
         assert_eq!(lanes(true, true, true), [Lane::Braked]);
         assert_eq!(lanes(false, false, true), [Lane::Full]);
         assert_eq!(lanes(false, true, true), both);
-        for (is_braked, is_recorded) in [(false, false), (false, true), (true, false), (true, true)] {
-            assert_eq!(lanes(is_braked, is_recorded, false), both);
+        for (is_braked, is_judged) in [(false, false), (false, true), (true, false), (true, true)] {
+            assert_eq!(lanes(is_braked, is_judged, false), both);
         }
     }
 

@@ -61,7 +61,52 @@ pub struct Judged {
     pub analysis: Analysis,
 }
 
+/// A place in a recording where the song does not simply go on.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Frame of the recording.
+    pub at: usize,
+    /// Time between two pieces that is not the song, ms.
+    pub ms: f64,
+    /// Frames of the song that were left out; negative: heard again.
+    pub skipped: i64,
+}
+
+/// Faults as silences: how many, their sum and the longest, ms.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silences {
+    /// How many.
+    pub count: usize,
+    /// All together, ms.
+    pub sum_ms: f64,
+    /// The longest, ms.
+    pub longest_ms: f64,
+}
+
+impl Silences {
+    /// Those of `faults`.
+    pub fn of(faults: &[Fault]) -> Self {
+        let add = |all: Self, fault: &Fault| Self {
+            count: all.count + 1,
+            sum_ms: all.sum_ms + fault.ms,
+            longest_ms: all.longest_ms.max(fault.ms),
+        };
+        faults.iter().fold(Self::default(), add)
+    }
+}
+
 impl Judged {
+    /// Where the song does not simply go on, in order.
+    pub fn faults(&self) -> Vec<Fault> {
+        let pairs = self.analysis.pieces.windows(2).map(|pair| {
+            let (end, next) = (pair[0].heard + pair[0].frames, pair[1]);
+            let skipped = next.source as i64 - (pair[0].source + pair[0].frames) as i64;
+            let ms = (next.heard - end) as f64 * 1000.0 / f64::from(self.heard.rate);
+            Fault { at: self.begin + end, ms, skipped }
+        });
+        pairs.filter(|fault| fault.ms > 0.0 || fault.skipped != 0).collect()
+    }
+
     /// The frame of the song that is heard at frame `at` of the recording.
     pub fn source_at(&self, at: usize) -> Option<usize> {
         let at = at.checked_sub(self.begin)?;

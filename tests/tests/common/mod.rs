@@ -127,7 +127,7 @@ pub fn place_with(name: &str, nic: &str) -> (Place, MachineSpec) {
 pub fn place_in(mut spec: BenchSpec) -> (Place, MachineSpec) {
     let assets = assets();
     let image = assets.driver_image(&spec.nics[0]).or_tell();
-    spec.files = vec![image.clone()];
+    spec.files.push(image.clone());
     let mut bench = Bench::boot(spec, &assets).or_tell();
     let device = bench.expect("vfio $NIC0 && printf %s $NIC0", STEP).or_tell();
     let image = image.file_name().unwrap().to_str().unwrap();
