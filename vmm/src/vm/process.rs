@@ -29,7 +29,7 @@ use crate::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
 /// Where the VM's spec comes from.
 #[derive(Debug)]
-pub enum Source {
+pub enum SpecFrom {
     /// The control socket of a supervisor, which sends `ToVm::Start` first.
     Control(OwnedFd),
     /// A file with a `VmSpec` in JSON: for trying a VM by hand.
@@ -92,17 +92,17 @@ impl Error {
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Runs one VM to its end. An error that a supervisor was told of is not returned.
-pub fn main(source: Source) -> Result<(), Error> {
+pub fn main(source: SpecFrom) -> Result<(), Error> {
     raise_file_limit();
     let signals = block_signals(&source)?;
     let (spec, files, host) = match source {
-        Source::Control(fd) => {
+        SpecFrom::Control(fd) => {
             // The supervisor notices by it that this process is gone.
             let channel = Channel::from_fd(high_duplicate(&fd).unwrap_or(fd));
             let (spec, files) = receive_spec(&channel)?;
             (spec, files, Arc::new(Host::Supervisor(Supervisor::new(channel))))
         }
-        Source::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
+        SpecFrom::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
     };
     let result = run((&spec, files), &host, signals);
     match (&*host, result) {
@@ -131,12 +131,12 @@ fn raise_file_limit() {
 }
 
 /// Signals that end the VM come to the event loop. With a supervisor the terminal's signals are its business.
-fn block_signals(source: &Source) -> Result<SignalFd, Error> {
+fn block_signals(source: &SpecFrom) -> Result<SignalFd, Error> {
     let (terminal, mut ours) = (SigSet::from_iter([Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]), SigSet::empty());
     ours.add(Signal::SIGTERM);
     let all: SigSet = terminal.iter().chain(ours.iter()).collect();
     all.thread_block().map_err(Error::system("block signals"))?;
-    let watched = if matches!(source, Source::File(_)) { all } else { ours };
+    let watched = if matches!(source, SpecFrom::File(_)) { all } else { ours };
     SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(Error::system("watch signals (signalfd)"))
 }
