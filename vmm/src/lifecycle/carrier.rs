@@ -18,7 +18,7 @@
 
 use std::time::Duration;
 
-use super::{Action, Carrier, Failure, Lifecycle, Source, State, Time};
+use super::{Action, Carrier, Failure, Lifecycle, NoticedBy, State, Time};
 use crate::config::DEFAULT_SPARE_AFTER_MS;
 
 /// Shortest stay with a NIC that the driver VM has gone over to because the other one had lost its carrier. Each such step ends a
@@ -154,7 +154,7 @@ impl Lifecycle {
             return Vec::new();
         }
         let (what, at) = self.carrier.leave(now);
-        self.fail(now, Failure { source: Source::Carrier, what, at })
+        self.fail(now, Failure { source: NoticedBy::Carrier, what, at })
     }
 }
 

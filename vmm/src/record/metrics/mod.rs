@@ -111,7 +111,7 @@ impl Metrics {
         registry.register("driver_clean_starts", help, this.clean_starts.clone());
         registry.register("driver_quarantines", "Driver VMs that were given up", this.quarantines.clone());
         registry.register("guest_reboots", "Guests that were rebooted", this.reboots.clone());
-        registry.register("warnings", "Warnings told", this.warnings.clone());
+        registry.register("warnings", "Warnings given", this.warnings.clone());
         registry.register_collector(Box::new(now::Now(now)));
         this.registry = Arc::new(registry);
         this
@@ -122,9 +122,7 @@ impl Metrics {
         match event {
             // Replaced by plan, or because of its NIC's carrier: no failure.
             Event::DriverFailed { driver, source, .. } if source.is_failure() => {
-                let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
-                let source = source.unwrap_or_default();
-                self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
+                self.failures.get_or_create(&Cause { driver: driver.clone(), source: source.to_string() }).inc();
             }
             Event::DriverLive { driver, outage_ms: Some(outage), parts, frames, .. } => {
                 self.outage.get_or_create(&Driver { driver: driver.clone() }).observe(outage / 1000.0);

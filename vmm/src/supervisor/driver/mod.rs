@@ -363,7 +363,7 @@ impl DriverVm {
             driver: self.kernel_driver.clone(),
             kernel: self.kernel.clone(),
             generation: self.lifecycle.generation().map(Generation::get),
-            state: self.lifecycle.state().name().into(),
+            state: self.lifecycle.state().name().to_string(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             carrier: self.lifecycle.carrier() == Carrier::Up,
             reset_method: reset::word(self.reset_method).into(),
