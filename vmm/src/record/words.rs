@@ -31,3 +31,19 @@ pub(super) mod cause {
         Ok(if closed { LinkEnd::Closed } else { LinkEnd::Broken(text) })
     }
 }
+
+/// A reset method as its word; `none` where there is none.
+pub(super) mod reset_method {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::host::reset::{self, ResetMethod};
+
+    pub(crate) fn serialize<S: Serializer>(method: &Option<ResetMethod>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(reset::word(*method))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ResetMethod>, D::Error> {
+        let word = String::deserialize(from)?;
+        Ok((word != reset::word(None)).then(|| ResetMethod::from_word(&word)))
+    }
+}

@@ -37,7 +37,7 @@ use crate::base::lines::Lines;
 use crate::base::time::Time;
 use crate::config::{self, Driver};
 use crate::host::DeviceFiles;
-use crate::host::reset::{self, ResetMethod};
+use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::History;
 use crate::lifecycle::{Ahead, Carrier, Lifecycle};
@@ -363,10 +363,10 @@ impl DriverVm {
             driver: self.kernel_driver.clone(),
             kernel: self.kernel.clone(),
             generation: self.lifecycle.generation().map(Generation::get),
-            state: self.lifecycle.state().name().to_string(),
+            state: self.lifecycle.state().name(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             carrier: self.lifecycle.carrier() == Carrier::Up,
-            reset_method: reset::word(self.reset_method).into(),
+            reset_method: self.reset_method,
             reset_meaning: self.device.reset().describe_use(self.reset_method),
             failures: self.lifecycle.history().total(),
             reason: self.reason.clone(),

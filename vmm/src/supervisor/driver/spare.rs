@@ -15,6 +15,7 @@ use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::{Carrier, End, Input, NoticedBy, StandbyStage, State};
 use crate::record::events::Event;
+use crate::record::status::SpareNetwork;
 use crate::record::timeline::Milestone;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
@@ -66,11 +67,11 @@ impl Spare {
     }
 
     /// One word for `umbra status`: whether it is on the network of the serving device.
-    pub(in crate::supervisor) fn network(&self) -> &'static str {
+    pub(in crate::supervisor) fn network(&self) -> SpareNetwork {
         match self.network {
-            Some(Network::Same) => "same",
-            Some(Network::Silent) => "silent",
-            Some(Network::Asked(..)) | None => "unknown",
+            Some(Network::Same) => SpareNetwork::Same,
+            Some(Network::Silent) => SpareNetwork::Silent,
+            Some(Network::Asked(..)) | None => SpareNetwork::Unknown,
         }
     }
 }

@@ -334,9 +334,9 @@ impl DriverVm {
         let state = self.lifecycle.standby();
         let ahead = self.spare.is_some() || self.spec.standby == crate::config::Standby::Warm;
         ahead.then(|| StandbyStatus {
-            state: state.stage().to_string(),
+            state: state.stage(),
             device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
-            network: self.spare.as_ref().map(|spare| spare.network().into()),
+            network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
             reason: self.lifecycle.spare_is_held(),
