@@ -70,14 +70,15 @@ impl CarrierWatch {
         self.now = carrier;
     }
 
-    /// When this NIC is to be left for an armed spare; `None`: not for what is known now.
+    /// When this NIC is to be left for an armed spare: at once where it has found no carrier in this life. `None`: not for what is
+    /// known now.
     fn leave_due(&self) -> Option<Time> {
         match (self.now, self.lost) {
             (Carrier::Up, _) => None,
-            (Carrier::Down, None) => Some(Time(0)),
+            (Carrier::Down, None) => Some(Time::BOOT),
             (Carrier::Down, Some(lost)) => {
-                let held = self.last.map_or(Time(0), |(last, hold)| last + hold);
-                self.patience.map(|patience| (lost + patience).max(held))
+                let held = self.last.map(|(last, hold)| last + hold);
+                self.patience.map(|patience| held.map_or(lost + patience, |held| held.max(lost + patience)))
             }
         }
     }

@@ -138,7 +138,7 @@ impl Timeline {
     pub fn marks(&self) -> Vec<Mark> {
         let mut steps = self.0.clone();
         steps.sort_by_key(|(step, at)| (*at, *step));
-        let first = steps.first().map_or(Time(0), |(_, at)| *at);
+        let Some((_, first)) = steps.first().copied() else { return Vec::new() };
         let mark = |(step, at): (Milestone, Time)| Mark {
             step,
             at_ns: at.0,

@@ -334,7 +334,7 @@ impl GuestVm {
             standby: false,
             // Nobody would restart a guest for it.
             awaited: None,
-            interrupt_limit: 0,
+            interrupt_limit: None,
         }
     }
 

@@ -309,7 +309,7 @@ impl DriverVm {
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
             awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
-            interrupt_limit: self.spec.restart.interrupts_per_s,
+            interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
         if let Some(pipe) = process.console() {
