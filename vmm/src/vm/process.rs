@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
@@ -22,6 +22,7 @@ use super::machine::terminal::TerminalInput;
 use super::machine::vm::{self, Vm};
 use crate::base::error::chain;
 use crate::base::high_duplicate::high_duplicate;
+use crate::base::lock::lock;
 use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
@@ -180,10 +181,10 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if let Some(how) = vm.end.get() {
             break how;
         }
-        if std::mem::take(&mut control.lock().unwrap_or_else(PoisonError::into_inner).lock_up) {
+        if std::mem::take(&mut lock(&control).lock_up) {
             vcpus.lock_up();
         }
-        for subscriber in control.lock().unwrap_or_else(PoisonError::into_inner).devices.take_subscribers() {
+        for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
         }
         match events.run() {
@@ -195,7 +196,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
     // Last words come before the word that it has ended.
-    vm.serial.lock().unwrap_or_else(PoisonError::into_inner).finish_output();
+    lock(&vm.serial).finish_output();
     if let Some(id) = terminal {
         // Gives the terminal back before anybody prints.
         drop(events.remove_subscriber(id));

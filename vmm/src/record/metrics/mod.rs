@@ -7,7 +7,7 @@ mod now;
 mod server;
 
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -21,6 +21,7 @@ pub use server::{Server, ServerError};
 use super::events::Event;
 use super::parts::Parts;
 use super::status::Status;
+use crate::base::lock::lock;
 
 /// Upper bounds of the outage histogram, in seconds: from a spare that takes over at once to a cold boot under emulation.
 const OUTAGE_BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0];
@@ -167,7 +168,7 @@ impl Metrics {
 
     /// Shows `status` as the present state.
     pub fn show(&self, status: Status) {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+        *lock(&self.now) = Some(status);
     }
 
     /// All metrics as OpenMetrics text.

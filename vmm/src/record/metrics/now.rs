@@ -2,13 +2,14 @@
 
 use std::fmt::Error;
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLabelValue, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
+use crate::base::lock::lock;
 use crate::record::status::Status;
 
 /// The last status that the supervisor has shown.
@@ -18,7 +19,7 @@ pub(super) struct Now(pub(super) Arc<Mutex<Option<Status>>>);
 impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
         // A copy, so that the supervisor never waits for an encoder.
-        let Some(status) = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return Ok(()) };
+        let Some(status) = lock(&self.0).clone() else { return Ok(()) };
         let encoder = &mut encoder;
         let drivers = status.drivers.iter();
         let state = drivers.clone().map(|d| ([("driver", d.name.clone()), ("state", d.state.to_string())], 1_u64));
