@@ -1,6 +1,7 @@
 //! Device classes, and how a device of a guest is named.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,8 +46,47 @@ impl DeviceId {
     }
 }
 
+/// A text that names no device of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoDevice;
+
+impl fmt::Display for NoDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not the name of a device, as net0 or sound0")
+    }
+}
+
+impl std::error::Error for NoDevice {}
+
+impl FromStr for DeviceId {
+    type Err = NoDevice;
+
+    /// Of a name as [`Self`] is shown: the class, then the index.
+    fn from_str(name: &str) -> Result<Self, NoDevice> {
+        let index_at = name.find(|c: char| c.is_ascii_digit()).ok_or(NoDevice)?;
+        let (class, index) = name.split_at(index_at);
+        let class = [Class::Net, Class::Sound].into_iter().find(|known| known.as_str() == class).ok_or(NoDevice)?;
+        Ok(Self { class, index: index.parse().map_err(|_| NoDevice)? })
+    }
+}
+
 impl fmt::Display for DeviceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.class.as_str(), self.index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_read_back_from_its_name_and_nothing_else_is() {
+        for device in [DeviceId::net(0), DeviceId::sound(12), DeviceId::net(u16::MAX)] {
+            assert_eq!(device.to_string().parse(), Ok(device));
+        }
+        for name in ["", "net", "0", "net65536", "block0", "net0x", "net-1", "0net"] {
+            assert_eq!(name.parse::<DeviceId>(), Err(NoDevice), "{name}");
+        }
     }
 }

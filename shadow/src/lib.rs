@@ -12,6 +12,6 @@ pub mod link_id;
 pub mod net;
 pub mod sound;
 
-pub use class::{Class, DeviceId};
+pub use class::{Class, DeviceId, NoDevice};
 pub use generation::Generation;
 pub use link_id::LinkId;

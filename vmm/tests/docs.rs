@@ -36,9 +36,12 @@ const FIELDS: [(&str, &[&str], &str); 5] = [
 ];
 
 /// A file, an enum in it that is written in kebab case, and the document that names each variant.
-const WORDS: [(&str, &str, &str); 2] = [
-    ("vmm/src/record/timeline.rs", "Step", "docs/events.md"),
-    ("vmm/src/lifecycle/state.rs", "Source", "docs/recovery.md"),
+const WORDS: [(&str, &str, &str); 5] = [
+    ("vmm/src/record/timeline.rs", "Milestone", "docs/events.md"),
+    ("vmm/src/record/timeline.rs", "LifeStage", "docs/events.md"),
+    ("vmm/src/record/crash_report.rs", "Verdict", "docs/events.md"),
+    ("vmm/src/lifecycle/state.rs", "NoticedBy", "docs/recovery.md"),
+    ("vmm/src/lifecycle/standby.rs", "StandbyStage", "docs/standby.md"),
 ];
 
 fn root() -> PathBuf {
@@ -82,9 +85,10 @@ fn kebab(name: &str) -> String {
 
 /// The variants of the enum `Event`, in kebab case, each with its fields.
 fn events() -> Vec<(String, Vec<String>)> {
-    let body = body("vmm/src/record/events.rs", "enum", "Event");
+    let body = body("vmm/src/record/events/event.rs", "enum", "Event");
     let variants = body.split(|line| line == "    },");
-    variants.filter_map(|lines| Some((kebab(names(lines, 4).first()?), names(lines, 8)))).collect()
+    let events = variants.filter_map(|lines| Some((kebab(names(lines, 4).first()?), names(lines, 8))));
+    events.filter(|(event, _)| event != "unknown").collect()
 }
 
 #[test]
@@ -102,16 +106,17 @@ fn diagrams_are_the_same_in_code_and_documents() {
 
 #[test]
 fn diagrams_name_every_state() {
-    for (path, document) in [("state.rs", "docs/recovery.md"), ("standby.rs", "docs/standby.md")] {
-        let text = read(&format!("vmm/src/lifecycle/{path}"));
-        let (_, after) = text.split_once("pub fn name(&self)").unwrap();
-        let (name_of, _) = after.split_once("\n    }\n").unwrap();
-        let words: Vec<_> = name_of.split('"').skip(1).step_by(2).collect();
+    for (path, name, document) in
+        [("state.rs", "StateName", "docs/recovery.md"), ("standby.rs", "StandbyStage", "docs/standby.md")]
+    {
+        let variants = names(&body(&format!("vmm/src/lifecycle/{path}"), "enum", name), 4);
+        let known = variants.iter().filter(|variant| *variant != "Unknown");
+        let words: Vec<_> = known.map(|variant| kebab(variant)).collect();
         assert!(words.len() > 5, "{path}: {words:?}");
         let document = read(document);
         let diagrams: String = document.split("```text").skip(1).filter_map(|part| part.split("```").next()).collect();
         for word in words {
-            assert!(diagrams.contains(word), "no diagram has the state {word}");
+            assert!(diagrams.contains(&word), "no diagram has the state {word}");
         }
     }
 }
@@ -142,28 +147,6 @@ fn the_event_table_names_every_event_and_field() {
 }
 
 #[test]
-fn every_stage_of_a_driver_vm_is_named() {
-    let document = read("docs/events.md");
-    let row = document.lines().find(|line| line.starts_with("| `stage` |")).unwrap();
-    let folder = root().join("vmm/src/supervisor");
-    let mut folders = vec![folder];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            let text = fs::read_to_string(&path).unwrap();
-            for call in text.split("stage(n, Step::").skip(1) {
-                let word = call.split('"').nth(1).unwrap();
-                assert!(row.contains(&format!("`{word}`")), "docs/events.md has no stage {word}");
-            }
-        }
-    }
-}
-
-#[test]
 fn every_field_of_reports_and_status_is_named() {
     for (path, structures, document) in FIELDS {
         let text = read(document);
@@ -184,7 +167,8 @@ fn every_field_of_reports_and_status_is_named() {
 fn every_word_of_the_enums_is_named() {
     for (path, name, document) in WORDS {
         let text = read(document);
-        for variant in names(&body(path, "enum", name), 4) {
+        // `Unknown` is what another version has written.
+        for variant in names(&body(path, "enum", name), 4).into_iter().filter(|variant| variant != "Unknown") {
             let word = kebab(&variant);
             assert!(text.contains(&format!("`{word}`")), "{document}: no word of `{word}` of {name} ({path})");
         }

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow};
 
+use crate::base::lock::lock;
+
 /// Longest time without progress that the end waits for: far more than a terminal or disk that works needs for
 /// [`PIECE`] bytes, on a slow machine too.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -163,7 +165,7 @@ impl Drop for BackgroundWriter {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 pub struct Time(pub u64);
 
 impl Time {
+    /// The host's boot, where `CLOCK_MONOTONIC` begins. As a deadline it has passed whenever anybody looks.
+    pub const BOOT: Self = Self(0);
+
     /// The present.
     pub fn now() -> Self {
         // The clock exists on every Linux and the pointer is valid: there is no error to handle.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use super::connection::{Connection, UNEXPECTED};
-use crate::record::status::GuestStatus;
+use crate::record::status::{GuestStateName, GuestStatus};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
 /// How often the machine is asked how far the guest is.
@@ -80,12 +80,12 @@ pub fn stop(machine: &mut Connection, guest: &str, how: StopHow, timeout: u64) -
 }
 
 fn is_over(guest: &GuestStatus) -> bool {
-    matches!(guest.state.as_str(), "off" | "failed")
+    matches!(guest.state, GuestStateName::Off | GuestStateName::Failed)
 }
 
 fn wait_until_running(machine: &mut Connection, name: &str) -> anyhow::Result<()> {
     let what = "does not run yet; `umbra status` shows what it waits for";
-    let guest = wait_for(machine, name, (60, what), |guest| guest.state == "running" || is_over(guest))?;
+    let guest = wait_for(machine, name, (60, what), |guest| guest.state == GuestStateName::Running || is_over(guest))?;
     match guest.reason {
         Some(why) => bail!("{name} failed: {why}"),
         None if is_over(&guest) => bail!("{name} is off again"),

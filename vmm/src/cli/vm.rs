@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use crate::vm::process::{self, Source};
+use crate::vm::process::{self, SpecFrom};
 
 /// Arguments of `umbra vm`.
 #[derive(Debug, clap::Args)]
@@ -36,9 +36,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             )
             .with_context(|| format!("the control socket {number}"))?;
             // SAFETY: the descriptor is open, was inherited for this process, and nothing else here owns it.
-            Source::Control(unsafe { OwnedFd::from_raw_fd(number) })
+            SpecFrom::Control(unsafe { OwnedFd::from_raw_fd(number) })
         }
-        (None, Some(path)) => Source::File(path),
+        (None, Some(path)) => SpecFrom::File(path),
         (None, None) => anyhow::bail!("give --control or --spec"),
     };
     Ok(process::main(source)?)

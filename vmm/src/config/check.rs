@@ -34,7 +34,7 @@ const RESERVED_PORT_PREFIX: &str = "org.umbra.";
 
 /// One step on the way to a value: a table's key or an array's index.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum PathStep {
     /// A key of a table.
     Key(String),
     /// An index of an array.
@@ -45,20 +45,20 @@ pub enum Step {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Where, from the machine's root.
-    pub at: Vec<Step>,
+    pub at: Vec<PathStep>,
     /// What, as a sentence for the user that does not repeat the place.
     pub what: String,
     /// The other place that it is about, from the machine's root; empty where there is none.
-    pub other: Vec<Step>,
+    pub other: Vec<PathStep>,
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, step) in self.at.iter().enumerate() {
             match step {
-                Step::Key(key) if n == 0 => f.write_str(key)?,
-                Step::Key(key) => write!(f, ".{key}")?,
-                Step::Index(index) => write!(f, "[{index}]")?,
+                PathStep::Key(key) if n == 0 => f.write_str(key)?,
+                PathStep::Key(key) => write!(f, ".{key}")?,
+                PathStep::Index(index) => write!(f, "[{index}]")?,
             }
         }
         if !self.at.is_empty() {
@@ -72,22 +72,22 @@ impl std::error::Error for Problem {}
 
 /// Where the checks are at the moment.
 #[derive(Clone)]
-struct Place(Vec<Step>);
+struct Place(Vec<PathStep>);
 
 impl Place {
     fn of(table: &str, name: &str) -> Self {
-        Self(vec![Step::Key(table.into()), Step::Key(name.into())])
+        Self(vec![PathStep::Key(table.into()), PathStep::Key(name.into())])
     }
 
     fn key(&self, key: &str) -> Self {
         let mut place = self.clone();
-        place.0.push(Step::Key(key.into()));
+        place.0.push(PathStep::Key(key.into()));
         place
     }
 
     fn index(&self, key: &str, index: usize) -> Self {
         let mut place = self.key(key);
-        place.0.push(Step::Index(index));
+        place.0.push(PathStep::Index(index));
         place
     }
 

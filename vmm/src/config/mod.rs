@@ -9,7 +9,7 @@ mod memory;
 pub mod metrics_address;
 mod parse;
 
-pub use check::{MAX_CPUS, Problem, Step};
+pub use check::{MAX_CPUS, PathStep, Problem};
 pub use memory::{MemorySize, MemorySizeError};
 pub use parse::SpecError;
 

@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use super::metrics_address::Address;
 
 use super::check::closest;
-use super::{Console, Machine, Step};
+use super::{Console, Machine, PathStep};
 
 /// Largest machine file in bytes: a bound on what is read, far above any real one.
 const MAX_FILE: u64 = 1 << 20;
@@ -126,18 +126,20 @@ fn in_words(message: &str) -> String {
 }
 
 /// The byte at which the thing at the end of the way `steps` starts, or the innermost table around it.
-fn locate(text: &str, steps: &[Step]) -> Option<usize> {
+fn locate(text: &str, steps: &[PathStep]) -> Option<usize> {
     let root = DeTable::parse(text).ok()?;
     let (first, rest) = steps.split_first()?;
-    let Step::Key(first) = first else { return None };
+    let PathStep::Key(first) = first else { return None };
     let (key, mut value) = root.get_ref().get_key_value(first.as_str())?;
     let mut at = key.span().start;
     for step in rest {
         let next = match (step, value.get_ref()) {
-            (Step::Key(key), DeValue::Table(table)) => {
+            (PathStep::Key(key), DeValue::Table(table)) => {
                 table.get_key_value(key.as_str()).map(|(key, value)| (key.span().start, value))
             }
-            (Step::Index(index), DeValue::Array(array)) => array.get(*index).map(|value| (value.span().start, value)),
+            (PathStep::Index(index), DeValue::Array(array)) => {
+                array.get(*index).map(|value| (value.span().start, value))
+            }
             _ => None,
         };
         let Some(next) = next else { break };

@@ -52,7 +52,8 @@ pub enum ResetMethod {
 }
 
 impl ResetMethod {
-    fn from_word(word: &str) -> Self {
+    /// Of the word that [`Self::word`] gives; [`Self::Other`] of one that is not known.
+    pub(crate) fn from_word(word: &str) -> Self {
         match word {
             "device_specific" => Self::DeviceSpecific,
             "acpi" => Self::Acpi,
@@ -61,6 +62,7 @@ impl ResetMethod {
             "pm" => Self::Pm,
             "bus" => Self::Bus,
             "cxl_bus" => Self::CxlBus,
+            "hot" => Self::Hot,
             _ => Self::Other,
         }
     }

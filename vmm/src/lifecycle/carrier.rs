@@ -18,7 +18,7 @@
 
 use std::time::Duration;
 
-use super::{Action, Carrier, Failure, Lifecycle, Source, State, Time};
+use super::{Action, Carrier, Failure, Lifecycle, NoticedBy, State, Time};
 use crate::config::DEFAULT_SPARE_AFTER_MS;
 
 /// Shortest stay with a NIC that the driver VM has gone over to because the other one had lost its carrier. Each such step ends a
@@ -70,14 +70,15 @@ impl CarrierWatch {
         self.now = carrier;
     }
 
-    /// When this NIC is to be left for an armed spare; `None`: not for what is known now.
+    /// When this NIC is to be left for an armed spare: at once where it has found no carrier in this life. `None`: not for what is
+    /// known now.
     fn leave_due(&self) -> Option<Time> {
         match (self.now, self.lost) {
             (Carrier::Up, _) => None,
-            (Carrier::Down, None) => Some(Time(0)),
+            (Carrier::Down, None) => Some(Time::BOOT),
             (Carrier::Down, Some(lost)) => {
-                let held = self.last.map_or(Time(0), |(last, hold)| last + hold);
-                self.patience.map(|patience| (lost + patience).max(held))
+                let held = self.last.map(|(last, hold)| last + hold);
+                self.patience.map(|patience| held.map_or(lost + patience, |held| held.max(lost + patience)))
             }
         }
     }
@@ -154,7 +155,7 @@ impl Lifecycle {
             return Vec::new();
         }
         let (what, at) = self.carrier.leave(now);
-        self.fail(now, Failure { source: Source::Carrier, what, at })
+        self.fail(now, Failure { source: NoticedBy::Carrier, what, at })
     }
 }
 

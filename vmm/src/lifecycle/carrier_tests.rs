@@ -8,7 +8,7 @@ use super::super::spare_tests::{any_input, arm, armed, failure, generation, live
 use super::super::tests::at;
 use super::*;
 use crate::config::Restart;
-use crate::lifecycle::{Ahead, Input, Standby};
+use crate::lifecycle::{Ahead, Input, Standby, StandbyStage, StateName};
 
 const UP: Carrier = Carrier::Up;
 const DOWN: Carrier = Carrier::Down;
@@ -21,7 +21,7 @@ fn tick(life: &mut Lifecycle, now: Time) -> Vec<Action> {
 }
 
 fn goes_over(actions: &[Action], to: u32) -> bool {
-    let carrier = |failure: &Failure| failure.source == Source::Carrier;
+    let carrier = |failure: &Failure| failure.source == NoticedBy::Carrier;
     matches!(actions, [Action::Failed(f), Action::TakeOver(g), ..] if carrier(f) && *g == generation(to))
 }
 
@@ -75,11 +75,11 @@ fn a_spare_without_carrier_is_not_gone_over_to_until_it_has_one() {
 fn a_sign_of_failure_has_the_better_reason() {
     let mut life = armed();
     life.handle(at(2000), Input::Carrier(DOWN));
-    life.handle(at(3950), Input::Sign(failure(Source::Link, 3950)));
+    life.handle(at(3950), Input::Sign(failure(NoticedBy::Link, 3950)));
     assert_eq!(tick(&mut life, at(4000)), []);
     let actions = tick(&mut life, at(4050));
     assert!(
-        matches!(&actions[..], [Action::Failed(f), Action::TakeOver(_), ..] if f.source == Source::Link),
+        matches!(&actions[..], [Action::Failed(f), Action::TakeOver(_), ..] if f.source == NoticedBy::Link),
         "{actions:?}"
     );
 }
@@ -91,7 +91,7 @@ fn with_a_last_resort(policy_off: bool) -> Lifecycle {
         life = life.with_spare_after(0);
     }
     life.handle(at(2000), Input::SpareCarrier(DOWN));
-    let actions = life.handle(at(3000), Input::Failed(failure(Source::Panic, 3000)));
+    let actions = life.handle(at(3000), Input::Failed(failure(NoticedBy::Panic, 3000)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::TakeOver(_)]), "{actions:?}");
     life
 }
@@ -107,7 +107,7 @@ fn a_last_resort_is_left_as_soon_as_the_other_nic_has_a_carrier() {
         assert_eq!(life.handle(at(3100), Input::SpareResetDone), [Action::SpawnStandby(generation(3))]);
         life.handle(at(4000), Input::StandbyHello);
         life.handle(at(4500), Input::SpareForwarding);
-        assert_eq!(life.state().name(), "waiting-carrier");
+        assert_eq!(life.state().name(), StateName::WaitingCarrier);
         let actions = life.handle(at(5000), Input::SpareCarrier(UP));
         assert!(goes_over(&actions[1..], 3), "{actions:?}");
         assert_eq!(life.history().total(), 1, "the panic");
@@ -123,7 +123,7 @@ fn it_is_left_after_it_has_gone_live_as_well() {
     }
     life.handle(at(9500), Input::EndLive(0));
     life.handle(at(9500), Input::EndLive(1));
-    assert_eq!((life.state().name(), life.carrier()), ("live", DOWN));
+    assert_eq!((life.state().name(), life.carrier()), (StateName::Live, DOWN));
     for input in [Input::SpareResetDone, Input::StandbyHello, Input::SpareForwarding] {
         life.handle(at(9600), input);
     }
@@ -163,7 +163,7 @@ fn a_first_life_without_carrier_gives_way_to_a_spare_that_has_one() {
 #[test]
 fn a_spare_s_process_that_hangs_is_told_of_and_shown() {
     let mut life = armed();
-    life.handle(at(2000), Input::Failed(failure(Source::Panic, 2000)));
+    life.handle(at(2000), Input::Failed(failure(NoticedBy::Panic, 2000)));
     life.handle(at(2001), Input::EndLive(0));
     life.handle(at(2001), Input::EndLive(1));
     assert_eq!(tick(&mut life, at(4900)), []);
@@ -177,7 +177,7 @@ fn a_spare_s_process_that_hangs_is_told_of_and_shown() {
         "{actions:?}"
     );
     assert_eq!(tick(&mut life, at(13_000)), [], "once");
-    assert!(life.standby().name() == "recovering" && life.spare_is_held().is_some());
+    assert!(life.standby().stage() == StandbyStage::Recovering && life.spare_is_held().is_some());
     assert_eq!(life.handle(at(20_000), Input::SpareFenced), [Action::ReportFenced]);
     assert_eq!(life.spare_is_held(), None);
     life.handle(at(20_000), Input::Heartbeat);
@@ -213,7 +213,7 @@ impl Bench {
     fn input(&mut self, input: Input) {
         for action in self.life.handle(at(self.now), input) {
             match action {
-                Action::Failed(failure) if failure.source == Source::Carrier => {
+                Action::Failed(failure) if failure.source == NoticedBy::Carrier => {
                     assert!(self.cables[1] || self.life.carrier() == UP, "to a NIC without carrier");
                     self.switches.push(self.now);
                 }

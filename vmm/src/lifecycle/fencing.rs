@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Action, Lifecycle, RESET_PATIENCE, Source, State, Time};
+use super::{Action, Lifecycle, NoticedBy, RESET_PATIENCE, State, Time};
 
 /// Age of a kill at which people are warned: a process with gigabytes of pinned memory takes a second or two to end.
 pub(super) const ALARM: Duration = Duration::from_secs(10);
@@ -42,7 +42,7 @@ impl Lifecycle {
     }
 
     /// The failed life, which had `lived` so long, was killed and is still there.
-    pub(super) fn tick_killed(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
+    pub(super) fn tick_killed(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
         if !self.hangs_for_good(now) {
             return self.alarm(now, "its guests wait, and it is quarantined");
         }
@@ -101,7 +101,7 @@ mod tests {
 
     /// Killed at 2250 ms, because it did not give its device up.
     fn killed(mut life: Lifecycle) -> Lifecycle {
-        life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
+        life.handle(at(2000), Input::Failed(failure(NoticedBy::Agent, 2000)));
         assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
         life
     }
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_kill_that_needed_no_patience_has_its_end_as_well() {
-        for source in [Source::VmEnd, Source::ProcessExit] {
+        for source in [NoticedBy::VmEnd, NoticedBy::ProcessExit] {
             let mut life = live(1);
             assert_eq!(life.handle(at(2000), Input::Failed(failure(source, 2000))).last(), Some(&Action::Kill));
             assert!(matches!(life.handle(at(12_000), Input::Tick)[..], [Action::Warn(_)]));

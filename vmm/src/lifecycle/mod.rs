@@ -50,9 +50,9 @@ use fencing::Killed;
 use silence::Silence;
 use standby::PATIENCE;
 
-pub use standby::{Ahead, Standby};
+pub use standby::{Ahead, Standby, StandbyStage};
 use standby::{Reserve, Stage};
-pub use state::{Action, Carrier, End, Failure, Input, Source, State};
+pub use state::{Action, Carrier, End, Failure, Input, NoticedBy, State, StateName};
 use suspects::Suspects;
 
 /// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
@@ -444,7 +444,7 @@ impl Lifecycle {
         if let Some(actions) = self.take_over(now, &failure, lived) {
             return actions;
         }
-        let over = matches!(source, Source::ProcessExit | Source::Start | Source::VmEnd);
+        let over = matches!(source, NoticedBy::ProcessExit | NoticedBy::Start | NoticedBy::VmEnd);
         let patience = (!over).then_some(now + RELEASE);
         self.state = State::Fencing { patience, lived, source };
         self.killed = over.then(|| Killed::at(now));
@@ -474,7 +474,7 @@ impl Lifecycle {
     fn on_process_gone(&mut self, now: Time, how: String) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.has_life() {
-            let failure = Failure { source: Source::ProcessExit, what: how, at: now };
+            let failure = Failure { source: NoticedBy::ProcessExit, what: how, at: now };
             actions.extend(self.fail(now, failure).into_iter().filter(|action| *action != Action::Kill));
         }
         match self.state {
@@ -488,7 +488,7 @@ impl Lifecycle {
     }
 
     /// The failed generation can do no more harm: what comes next?
-    fn fenced(&mut self, now: Time, lived: Option<Duration>, source: Source) -> Vec<Action> {
+    fn fenced(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
         let until = now + RESET_PATIENCE;
         if !source.is_failure() {
             self.state = State::Resetting { until, next: Some(now) };
@@ -529,13 +529,13 @@ impl Lifecycle {
             && over <= now
         {
             let what = format!("no heartbeat for {} ms", silence.limit(self.heartbeat_timeout()).as_millis());
-            return self.fail(now, Failure { source: Source::Heartbeat, what, at: silence.heard() });
+            return self.fail(now, Failure { source: NoticedBy::Heartbeat, what, at: silence.heard() });
         }
         match self.state {
             State::Booting { until } | State::Configuring { until } if until <= now => {
                 let stage = if matches!(self.state, State::Booting { .. }) { "booted" } else { "forwarding" };
                 let what = format!("not {stage} after {} s", self.history.policy().boot_timeout_s);
-                self.fail(now, Failure { source: Source::BootTimeout, what, at: now })
+                self.fail(now, Failure { source: NoticedBy::BootTimeout, what, at: now })
             }
             State::WaitingCarrier { until } if until <= now => self.go_live(now),
             State::GoingLive { until, .. } if until <= now => self.leave_behind(now),

@@ -4,7 +4,7 @@
 //! Invariants: it has an end, [`Action::RestartOff`] at the latest; a fresh standby whose restart is given up goes with it, so
 //! that nothing that was started for the restart ever takes over.
 
-use super::{Action, Failure, Lifecycle, Source, Standby, State, Time};
+use super::{Action, Failure, Lifecycle, NoticedBy, Standby, State, Time};
 
 impl Lifecycle {
     pub(super) fn on_restart(&mut self, now: Time, fresh: bool) -> Vec<Action> {
@@ -38,7 +38,7 @@ impl Lifecycle {
         if !(self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })) {
             return Vec::new();
         }
-        self.fail(now, Failure { source: Source::Planned, what: "a restart was asked for".into(), at: now })
+        self.fail(now, Failure { source: NoticedBy::Planned, what: "a restart was asked for".into(), at: now })
     }
 
     pub(super) fn on_standby_useless(&mut self, now: Time) -> Vec<Action> {

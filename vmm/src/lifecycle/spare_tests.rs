@@ -15,7 +15,7 @@ pub(super) fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
 
-pub(super) fn failure(source: Source, ms: u64) -> Failure {
+pub(super) fn failure(source: NoticedBy, ms: u64) -> Failure {
     Failure { source, what: "it broke".into(), at: at(ms) }
 }
 
@@ -38,10 +38,10 @@ pub(super) fn arm(life: &mut Lifecycle, now: Time, n: u32) {
     assert_eq!(life.handle(now, Input::StandbyHello), [Action::ConfigureStandby]);
     assert_eq!(life.handle(now, Input::StandbyLoaded), []);
     assert_eq!(life.handle(now, Input::SpareForwarding), []);
-    assert_eq!(life.standby().name(), "no-carrier");
+    assert_eq!(life.standby().stage(), StandbyStage::NoCarrier);
     assert_eq!(life.handle(now, Input::SpareCarrier(Carrier::Up)), [Action::Arm(true)]);
     assert!(life.is_armed());
-    assert_eq!(life.standby().name(), "armed");
+    assert_eq!(life.standby().stage(), StandbyStage::Armed);
 }
 
 pub(super) fn armed() -> Lifecycle {
@@ -57,11 +57,11 @@ fn replay(end: End) -> Action {
 #[test]
 fn an_armed_spare_takes_over_at_once_and_the_devices_change_places() {
     let mut life = armed();
-    let panic = failure(Source::Panic, 2000);
+    let panic = failure(NoticedBy::Panic, 2000);
     let actions = life.handle(at(2000), Input::Failed(panic.clone()));
     assert_eq!(actions, [Action::Failed(panic), Action::TakeOver(generation(2)), replay(0), replay(1)]);
     assert_eq!((life.generation(), life.carrier()), (Some(generation(2)), Carrier::Up));
-    assert_eq!(life.standby().name(), "recovering");
+    assert_eq!(life.standby().stage(), StandbyStage::Recovering);
     life.handle(at(2001), Input::EndLive(0));
     assert_eq!(life.handle(at(2002), Input::EndLive(1)), [Action::Live]);
     assert_eq!(life.handle(at(2100), Input::SpareFenced), [Action::ReportFenced], "beside the service");
@@ -76,13 +76,13 @@ fn an_armed_spare_takes_over_at_once_and_the_devices_change_places() {
 #[test]
 fn ends_that_went_over_by_themselves_are_not_waited_for() {
     let mut life = armed();
-    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 2000))), [Action::Mask]);
+    assert_eq!(life.handle(at(2000), Input::Sign(failure(NoticedBy::Link, 2000))), [Action::Mask]);
     assert_eq!(life.handle(at(2001), Input::SpareLive(1)), []);
     assert_eq!(life.handle(at(2001), Input::SpareLive(0)), []);
-    assert_eq!(life.state().name(), "live", "the better reason is waited for");
+    assert_eq!(life.state().name(), StateName::Live, "the better reason is waited for");
     let actions = life.handle(at(2050), Input::ProcessGone("signal 9".into()));
     let [Action::Failed(why), rest @ ..] = &actions[..] else { panic!("{actions:?}") };
-    assert_eq!((why.source, why.at), (Source::ProcessExit, at(2000)));
+    assert_eq!((why.source, why.at), (NoticedBy::ProcessExit, at(2000)));
     assert_eq!(*rest, [Action::TakeOver(generation(2)), replay(0), replay(1), Action::Live]);
 }
 
@@ -91,8 +91,8 @@ fn an_end_that_is_ahead_of_the_supervisor_is_not_waited_for() {
     let mut life = armed();
     // The splitter had not heard of that when it lost its link.
     assert_eq!(life.handle(at(1990), Input::SpareCarrier(Carrier::Down)), [Action::Arm(false)]);
-    life.handle(at(2000), Input::Failed(failure(Source::Panic, 2000)));
-    assert_eq!(life.state().name(), "waiting-carrier");
+    life.handle(at(2000), Input::Failed(failure(NoticedBy::Panic, 2000)));
+    assert_eq!(life.state().name(), StateName::WaitingCarrier);
     life.handle(at(2001), Input::EndLive(0));
     life.handle(at(2500), Input::Carrier(Carrier::Up));
     assert_eq!(life.handle(at(2501), Input::EndLive(1)), [Action::Live]);
@@ -104,9 +104,9 @@ fn a_spare_that_still_boots_is_sooner_than_the_failed_device() {
     life.handle(at(1010), Input::Tick);
     life.handle(at(1100), Input::SpareResetDone);
     life.handle(at(1200), Input::StandbyHello);
-    let actions = life.handle(at(1300), Input::Failed(failure(Source::Panic, 1300)));
+    let actions = life.handle(at(1300), Input::Failed(failure(NoticedBy::Panic, 1300)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::TakeOver(_)]), "configured already: {actions:?}");
-    assert_eq!(life.state().name(), "configuring");
+    assert_eq!(life.state().name(), StateName::Configuring);
     life.handle(at(1400), Input::Forwarding);
     assert_eq!(life.handle(at(1500), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
 }
@@ -123,7 +123,7 @@ fn a_spare_that_fails_is_fenced_reset_and_replaced_and_missed_by_nobody() {
         now = now + Duration::from_secs(seconds);
         life.handle(now, Input::Heartbeat);
         arm(&mut life, now, u32::try_from(n).unwrap() + 3);
-        assert_eq!((life.state().name(), life.generation()), ("live", Some(generation(1))));
+        assert_eq!((life.state().name(), life.generation()), (StateName::Live, Some(generation(1))));
     }
     assert_eq!(life.history().total(), 0);
 }
@@ -149,7 +149,7 @@ fn a_spare_without_carrier_waits_for_it_disarmed() {
 fn with_both_down_the_serving_device_recovers_first() {
     let mut life = armed();
     life.handle(at(2000), Input::StandbyFailed("it broke".into()));
-    let actions = life.handle(at(2001), Input::Failed(failure(Source::Panic, 2001)));
+    let actions = life.handle(at(2001), Input::Failed(failure(NoticedBy::Panic, 2001)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::Release]), "{actions:?}");
     assert_eq!(life.handle(at(2010), Input::Released), [Action::Reset, Action::Bury, Action::Report]);
     assert_eq!(life.handle(at(2020), Input::SpareFenced), []);
@@ -183,7 +183,7 @@ fn a_planned_restart_goes_over_to_a_fresh_spare() {
     life.handle(at(2200), Input::SpareForwarding);
     let actions = life.handle(at(2300), Input::SpareCarrier(Carrier::Up));
     assert!(
-        matches!(&actions[..], [Action::Arm(true), Action::Failed(f), Action::TakeOver(_), ..] if f.source == Source::Planned),
+        matches!(&actions[..], [Action::Arm(true), Action::Failed(f), Action::TakeOver(_), ..] if f.source == NoticedBy::Planned),
         "{actions:?}"
     );
     assert_eq!(life.history().total(), 0);
@@ -238,8 +238,8 @@ pub(super) fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::Heartbeat),
         4 => (0_usize..2).prop_map(Input::EndLive),
         1 => (0_usize..2).prop_map(Input::EndGone),
-        2 => Just(Input::Failed(failure(Source::Panic, 0))),
-        1 => Just(Input::Sign(failure(Source::Link, 0))),
+        2 => Just(Input::Failed(failure(NoticedBy::Panic, 0))),
+        1 => Just(Input::Sign(failure(NoticedBy::Link, 0))),
         1 => Just(Input::Evidence),
         2 => Just(Input::Released),
         2 => Just(Input::ProcessGone("gone".into())),
@@ -357,7 +357,7 @@ proptest! {
             }
             let may_leave = life.carrier() == Carrier::Down && (life.is_armed() || input == Input::SpareCarrier(Carrier::Up));
             let actions = life.handle(at(now), input.clone());
-            let left = actions.iter().any(|action| matches!(action, Action::Failed(f) if f.source == Source::Carrier));
+            let left = actions.iter().any(|action| matches!(action, Action::Failed(f) if f.source == NoticedBy::Carrier));
             prop_assert!(!left || may_leave, "left at {:?}", input);
             world.given_up = actions.contains(&Action::Bury);
             for action in actions {

@@ -12,8 +12,10 @@
 //! (`Fencing`). It is ready when it forwards (`Hot`), armed when its NIC has a carrier. When it takes over, the two devices
 //! change places: that of the life that has failed is the spare's then.
 
+use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use umbra_shadow::Generation;
 
 use super::fencing::ALARM;
@@ -94,17 +96,47 @@ impl Standby {
         }
     }
 
-    /// One word for people and `umbra status --json`.
-    pub fn name(&self) -> &'static str {
+    /// How far it is, for people and `umbra status --json`.
+    pub fn stage(&self) -> StandbyStage {
         match self {
-            Self::Absent => "none",
-            Self::Due(_) => "due",
-            Self::Fencing { .. } | Self::Resetting { .. } => "recovering",
-            Self::Booting { .. } => "booting",
-            Self::Ready { .. } => "ready",
-            Self::Hot { armed: true, .. } => "armed",
-            Self::Hot { armed: false, .. } => "no-carrier",
+            Self::Absent => StandbyStage::None,
+            Self::Due(_) => StandbyStage::Due,
+            Self::Fencing { .. } | Self::Resetting { .. } => StandbyStage::Recovering,
+            Self::Booting { .. } => StandbyStage::Booting,
+            Self::Ready { .. } => StandbyStage::Ready,
+            Self::Hot { armed: true, .. } => StandbyStage::Armed,
+            Self::Hot { armed: false, .. } => StandbyStage::NoCarrier,
         }
+    }
+}
+
+/// How far a standby is, in one word. Status and events have the variant's name in kebab case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StandbyStage {
+    /// There is none.
+    None,
+    /// There is none; the next one starts soon.
+    Due,
+    /// The spare's device is given up by the life that failed, and reset.
+    Recovering,
+    /// The kernel boots, the agent loads modules.
+    Booting,
+    /// A standby waits for the device.
+    Ready,
+    /// A spare forwards, but its NIC has no carrier.
+    NoCarrier,
+    /// A spare forwards, with a carrier.
+    Armed,
+    /// A word of another version, read from its files. Never written.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for StandbyStage {
+    /// The word of status and events.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 

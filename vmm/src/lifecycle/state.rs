@@ -1,9 +1,10 @@
 //! The words of the life cycle: what happens ([`Input`]), what is to be done ([`Action`]), and the states between.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use umbra_shadow::Generation;
 
 use crate::base::time::Time;
@@ -12,10 +13,10 @@ use crate::wire::messages::Replay;
 /// Index of a guest's network device among those that a driver serves.
 pub type End = usize;
 
-/// How a failure was noticed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// How a failure was noticed. Events and crash reports have the variant's name in kebab case, and are read back by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Source {
+pub enum NoticedBy {
     /// pvpanic: the kernel said so.
     Panic,
     /// The VM ended: power-off, reset, triple fault.
@@ -36,16 +37,27 @@ pub enum Source {
     BootTimeout,
     /// The link was closed, or broke a rule.
     Link,
-    /// No failure: `umbra restart`.
+    /// No failure: `umbra restart`. Event logs of older versions say `replaced`.
+    #[serde(alias = "replaced")]
     Planned,
     /// No failure: the NIC has no carrier, and that of the spare has one.
     Carrier,
+    /// A word of another version, read from its files. Never written.
+    #[serde(other)]
+    Unknown,
 }
 
-impl Source {
-    /// Whether it counts.
+impl NoticedBy {
+    /// Whether it counts as a failure, in metrics, reports and the bound on restarts.
     pub fn is_failure(self) -> bool {
         !matches!(self, Self::Planned | Self::Carrier)
+    }
+}
+
+impl fmt::Display for NoticedBy {
+    /// The word of events and reports.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -53,7 +65,7 @@ impl Source {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Failure {
     /// How it was noticed.
-    pub source: Source,
+    pub source: NoticedBy,
     /// What happened, for people: `kernel panic`.
     pub what: String,
     /// When the first sign of it was seen; for a missing heartbeat, the last sign of life.
@@ -247,7 +259,7 @@ pub enum State {
         /// For how long it was live.
         lived: Option<Duration>,
         /// Whether it counts.
-        source: Source,
+        source: NoticedBy,
     },
     /// Given up.
     Quarantined,
@@ -258,21 +270,61 @@ pub enum State {
 }
 
 impl State {
-    /// One word for people and `umbra status --json`.
-    pub fn name(&self) -> &'static str {
+    /// Its name, for people and `umbra status --json`.
+    pub fn name(&self) -> StateName {
         match self {
-            Self::Idle => "idle",
-            Self::Resetting { .. } => "resetting",
-            Self::BackOff { .. } => "back-off",
-            Self::Booting { .. } => "booting",
-            Self::Configuring { .. } => "configuring",
-            Self::WaitingCarrier { .. } => "waiting-carrier",
-            Self::GoingLive { .. } => "replaying",
-            Self::Live { .. } => "live",
-            Self::Fencing { .. } => "fencing",
-            Self::Quarantined => "quarantined",
-            Self::Stopping => "stopping",
-            Self::Stopped => "stopped",
+            Self::Idle => StateName::Idle,
+            Self::Resetting { .. } => StateName::Resetting,
+            Self::BackOff { .. } => StateName::BackOff,
+            Self::Booting { .. } => StateName::Booting,
+            Self::Configuring { .. } => StateName::Configuring,
+            Self::WaitingCarrier { .. } => StateName::WaitingCarrier,
+            Self::GoingLive { .. } => StateName::Replaying,
+            Self::Live { .. } => StateName::Live,
+            Self::Fencing { .. } => StateName::Fencing,
+            Self::Quarantined => StateName::Quarantined,
+            Self::Stopping => StateName::Stopping,
+            Self::Stopped => StateName::Stopped,
         }
+    }
+}
+
+/// The name of a [`State`], as users see it: the variant's name in kebab case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StateName {
+    /// [`State::Idle`].
+    Idle,
+    /// [`State::Resetting`].
+    Resetting,
+    /// [`State::BackOff`].
+    BackOff,
+    /// [`State::Booting`].
+    Booting,
+    /// [`State::Configuring`].
+    Configuring,
+    /// [`State::WaitingCarrier`].
+    WaitingCarrier,
+    /// [`State::GoingLive`].
+    Replaying,
+    /// [`State::Live`].
+    Live,
+    /// [`State::Fencing`].
+    Fencing,
+    /// [`State::Quarantined`].
+    Quarantined,
+    /// [`State::Stopping`].
+    Stopping,
+    /// [`State::Stopped`].
+    Stopped,
+    /// A word of another version, which runs the machine. Never written.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for StateName {
+    /// The word of `umbra status`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }

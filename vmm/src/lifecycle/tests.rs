@@ -13,7 +13,7 @@ fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
 
-pub(super) fn failure(source: Source, ms: u64) -> Failure {
+pub(super) fn failure(source: NoticedBy, ms: u64) -> Failure {
     Failure { source, what: "it broke".into(), at: at(ms) }
 }
 
@@ -59,7 +59,7 @@ fn the_first_life_goes_through_its_stages_to_live() {
     assert_eq!(life.handle(at(4), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
     assert_eq!(life.handle(at(5), Input::EndLive(1)), []);
     assert_eq!(life.handle(at(6), Input::EndLive(0)), [Action::Live]);
-    assert_eq!(life.state().name(), "live");
+    assert_eq!(life.state().name(), StateName::Live);
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_carrier_is_waited_for_as_long_as_the_policy_says() {
 #[test]
 fn a_panic_is_fenced_reported_reset_and_restarted() {
     let mut life = live(1);
-    let panic = failure(Source::Panic, 2000);
+    let panic = failure(NoticedBy::Panic, 2000);
     assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::Release]);
     let fenced = [Action::Reset, Action::Bury, Action::Report];
     assert_eq!(life.handle(at(2003), Input::Released), fenced, "the reset first, and nobody waits for the process");
@@ -92,7 +92,7 @@ fn a_panic_is_fenced_reported_reset_and_restarted() {
 #[test]
 fn a_process_that_does_not_give_the_device_up_is_killed() {
     let mut life = live(1);
-    life.handle(at(2000), Input::Failed(failure(Source::Agent, 2000)));
+    life.handle(at(2000), Input::Failed(failure(NoticedBy::Agent, 2000)));
     assert_eq!(life.deadline(), Some(at(2250)));
     assert_eq!(life.handle(at(2249), Input::Tick), []);
     assert_eq!(life.handle(at(2250), Input::Tick), [Action::Kill]);
@@ -104,7 +104,7 @@ fn a_process_that_does_not_give_the_device_up_is_killed() {
 #[test]
 fn kill_9_needs_no_fence() {
     let mut life = live(1);
-    let gone = Failure { source: Source::ProcessExit, what: "signal 9".into(), at: at(50) };
+    let gone = Failure { source: NoticedBy::ProcessExit, what: "signal 9".into(), at: at(50) };
     let actions = life.handle(at(50), Input::ProcessGone("signal 9".into()));
     assert_eq!(actions, [Action::Failed(gone), Action::Reset, Action::Report]);
 }
@@ -112,19 +112,19 @@ fn kill_9_needs_no_fence() {
 #[test]
 fn a_closed_link_waits_for_the_better_reason_and_keeps_its_time() {
     let mut life = live(1);
-    assert_eq!(life.handle(at(2000), Input::Sign(failure(Source::Link, 1999))), [Action::Mask]);
-    assert_eq!(life.handle(at(2001), Input::Sign(failure(Source::ControlStream, 2001))), [], "the first counts");
-    let actions = life.handle(at(2003), Input::Failed(failure(Source::Panic, 2003)));
-    assert_eq!(actions.first(), Some(&Action::Failed(failure(Source::Panic, 1999))));
+    assert_eq!(life.handle(at(2000), Input::Sign(failure(NoticedBy::Link, 1999))), [Action::Mask]);
+    assert_eq!(life.handle(at(2001), Input::Sign(failure(NoticedBy::ControlStream, 2001))), [], "the first counts");
+    let actions = life.handle(at(2003), Input::Failed(failure(NoticedBy::Panic, 2003)));
+    assert_eq!(actions.first(), Some(&Action::Failed(failure(NoticedBy::Panic, 1999))));
 }
 
 #[test]
 fn a_closed_link_without_a_better_reason_is_the_failure() {
     let mut life = live(1);
-    life.handle(at(2000), Input::Sign(failure(Source::Link, 1999)));
+    life.handle(at(2000), Input::Sign(failure(NoticedBy::Link, 1999)));
     assert_eq!(life.handle(at(2099), Input::Tick), []);
     let actions = life.handle(at(2100), Input::Tick);
-    assert_eq!(actions, [Action::Failed(failure(Source::Link, 1999)), Action::Release]);
+    assert_eq!(actions, [Action::Failed(failure(NoticedBy::Link, 1999)), Action::Release]);
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn a_silent_agent_fails_after_the_heartbeat_timeout() {
     assert_eq!(life.deadline(), Some(at(4000)));
     assert_eq!(life.handle(at(3999), Input::Tick), []);
     let actions = life.handle(at(4000), Input::Tick);
-    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Heartbeat));
+    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == NoticedBy::Heartbeat));
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn a_boot_that_takes_too_long_fails() {
     life.handle(at(0), Input::ResetDone);
     life.handle(at(100), Input::Hello);
     let actions = life.handle(at(60_000), Input::Tick);
-    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::BootTimeout));
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == NoticedBy::BootTimeout));
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
     life.handle(at(5), Input::ProcessGone("signal 9".into()));
     // The second failure in a row waits for its back-off.
     assert_eq!(life.handle(at(6), Input::ResetDone), []);
-    assert_eq!(life.state().name(), "back-off");
+    assert_eq!(life.state().name(), StateName::BackOff);
     let until = life.deadline().unwrap();
     assert_eq!(life.handle(until, Input::Tick), [Action::Spawn(generation(3))]);
     life.handle(until, Input::Hello);
@@ -229,12 +229,12 @@ fn a_death_with_the_configuration_alone_leaves_the_log_but_counts() {
     life.handle(at(0), Input::Start);
     let to_carrier = |life: &mut Lifecycle, now| {
         life.handle(now, Input::ResetDone);
-        if let Some(until) = life.deadline().filter(|_| life.state().name() == "back-off") {
+        if let Some(until) = life.deadline().filter(|_| life.state().name() == StateName::BackOff) {
             life.handle(until, Input::Tick);
         }
         life.handle(now, Input::Hello);
         life.handle(now, Input::Forwarding);
-        assert_eq!(life.state().name(), "waiting-carrier");
+        assert_eq!(life.state().name(), StateName::WaitingCarrier);
     };
     to_carrier(&mut life, at(0));
     life.handle(at(1), Input::ProcessGone("signal 9".into()));
@@ -307,7 +307,7 @@ fn a_life_without_guests_goes_live_and_serves_those_that_come() {
     assert_eq!(life.handle(at(100), Input::EndHere(3)), [Action::GoLive(3, Replay::Everything)]);
     assert_eq!(life.handle(at(101), Input::EndLive(3)), [Action::EndLive(3)]);
     // The next life waits for it.
-    life.handle(at(200), Input::Failed(failure(Source::Panic, 200)));
+    life.handle(at(200), Input::Failed(failure(NoticedBy::Panic, 200)));
     life.handle(at(201), Input::ProcessGone("gone".into()));
     life.handle(at(202), Input::ResetDone);
     let actions = bring_up_again(&mut life, at(300));
@@ -335,7 +335,7 @@ fn a_replay_at_an_end_that_came_late_is_suspected_when_the_life_dies_of_it() {
     let mut life = live(1);
     life.handle(at(2000), Input::EndGone(0));
     life.handle(at(2001), Input::EndHere(0));
-    life.handle(at(2002), Input::Failed(failure(Source::Panic, 2002)));
+    life.handle(at(2002), Input::Failed(failure(NoticedBy::Panic, 2002)));
     life.handle(at(2003), Input::ProcessGone("gone".into()));
     life.handle(at(2004), Input::ResetDone);
     assert_eq!(bring_up_again(&mut life, at(2100)), [Action::GoLive(0, Replay::ConfigurationOnly)]);
@@ -351,7 +351,7 @@ fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
     let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
     assert_eq!(life.deadline(), Some(at(3100 + silence)));
     let actions = life.handle(at(3100 + silence), Input::Tick);
-    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == Source::Heartbeat), "{actions:?}");
+    assert!(matches!(&actions[..], [Action::Failed(f), _] if f.source == NoticedBy::Heartbeat), "{actions:?}");
 }
 
 #[test]
@@ -425,11 +425,11 @@ fn a_ready_standby_takes_over_and_the_next_one_follows() {
     let mut life = with_standby();
     assert_eq!(life.handle(at(2000), Input::StandbyHello), [Action::ConfigureStandby], "all that can be done ahead");
     life.handle(at(2000), Input::StandbyLoaded);
-    assert_eq!(life.standby().name(), "ready");
+    assert_eq!(life.standby().stage(), StandbyStage::Ready);
     life.handle(at(3000), Input::ProcessGone("signal 9".into()));
     let actions = life.handle(at(3100), Input::ResetDone);
     assert_eq!(actions, [Action::Adopt(generation(2))], "it has its plan");
-    assert_eq!((life.state().name(), life.generation()), ("configuring", Some(generation(2))));
+    assert_eq!((life.state().name(), life.generation()), (StateName::Configuring, Some(generation(2))));
     life.handle(at(3200), Input::Forwarding);
     life.handle(at(3200), Input::Carrier(Carrier::Up));
     assert_eq!(life.standby(), Standby::Absent, "none boots beside a recovery");
@@ -480,7 +480,10 @@ fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
     assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))], "though it is cold");
     life.handle(at(2500), Input::StandbyHello);
     let actions = life.handle(at(2600), Input::StandbyLoaded);
-    assert!(matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == Source::Planned), "{actions:?}");
+    assert!(
+        matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == NoticedBy::Planned),
+        "{actions:?}"
+    );
     assert_eq!(life.handle(at(2610), Input::Released), [Action::Reset, Action::Bury]);
     assert_eq!(life.handle(at(2700), Input::ResetDone)[0], Action::Adopt(generation(2)));
     assert_eq!(life.history().total(), 0);
@@ -496,7 +499,7 @@ fn a_restart_whose_driver_vm_does_not_come_up_changes_nothing() {
     let why = String::from("no init");
     let off = [Action::DropStandby(Some(why.clone())), Action::RestartOff(why.clone())];
     assert_eq!(life.handle(at(3000), Input::StandbyFailed(why)), off);
-    assert_eq!((life.state().name(), life.generation()), ("live", Some(generation(1))));
+    assert_eq!((life.state().name(), life.generation()), (StateName::Live, Some(generation(1))));
 }
 
 #[test]

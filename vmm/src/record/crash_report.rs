@@ -7,13 +7,15 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use umbra_shadow::DeviceId;
 
 use super::parts::Parts;
 use super::timeline::Mark;
+use super::words;
 use crate::base::untrusted_text::{self, block, line};
-use crate::lifecycle::Source;
-use crate::wire::messages::MaskedCounts;
+use crate::lifecycle::NoticedBy;
+use crate::wire::messages::{LinkEnd, MaskedCounts};
 
 /// Reports kept per driver VM: the run directory is mostly in memory.
 const KEEP: u32 = 32;
@@ -78,15 +80,15 @@ pub struct CrashReport {
     /// Kernel release, if the agent had said.
     pub kernel: Option<String>,
     /// How it was noticed.
-    pub source: Source,
+    pub source: NoticedBy,
     /// What happened.
     pub reason: String,
     /// The kernel's own line about it, out of the console.
     pub kernel_says: Option<String>,
     /// How the process ended.
     pub exit: String,
-    /// What the policy made of it: `restart` or `quarantine`.
-    pub verdict: &'static str,
+    /// What the policy made of it.
+    pub verdict: Verdict,
     /// Failures since the start, this one included.
     pub failures: u64,
     /// The guests' devices that lost their driver VM.
@@ -105,17 +107,36 @@ pub struct CrashReport {
     pub console_tail: String,
 }
 
+/// What follows a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The next life.
+    Restart,
+    /// None: the bound on restarts is reached, or the device or the process hangs.
+    Quarantine,
+}
+
+impl fmt::Display for Verdict {
+    /// The word of reports.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 /// A guest's device that lost its driver VM.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mask {
-    /// The guest.
+    /// The guest's name.
     pub guest: String,
-    /// The device, as `net0` or `sound0`.
-    pub device: String,
+    /// The device, written as `net0` or `sound0`.
+    #[serde(with = "words::device")]
+    pub device: DeviceId,
     /// When, `CLOCK_MONOTONIC`, ns.
     pub at_ns: u64,
-    /// `closed`, or the rule that the driver VM broke.
-    pub cause: String,
+    /// Why the link was lost, written as `closed`, or as the words of the rule that the driver VM broke.
+    #[serde(with = "words::cause")]
+    pub cause: LinkEnd,
 }
 
 /// The line in which a Linux console says why it died, without its time stamp.
@@ -193,7 +214,7 @@ impl fmt::Display for CrashReport {
         let MaskedCounts { logged, replayed, dropped, unknown } = self.frames;
         writeln!(f, "frames:    {logged} logged, {replayed} sent, {dropped} dropped, {unknown} of unknown fate")?;
         for mask in &self.masks {
-            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, line(&mask.cause))?;
+            writeln!(f, "masked:    {}.{} ({})", mask.guest, mask.device, line(&mask.cause.to_string()))?;
         }
         writeln!(f, "\ntime line")?;
         for mark in &self.timeline {
@@ -220,11 +241,11 @@ mod tests {
             device: "0000:03:00.0".into(),
             kernel_driver: Some("e1000e".into()),
             kernel: None,
-            source: Source::Panic,
+            source: NoticedBy::Panic,
             reason: "kernel panic".into(),
             kernel_says: None,
             exit: "its process was killed by signal 9 (SIGKILL)".into(),
-            verdict: "restart",
+            verdict: Verdict::Restart,
             failures: 1,
             masks: Vec::new(),
             outage_ms: None,
@@ -249,7 +270,8 @@ mod tests {
     #[test]
     fn the_report_for_people_has_nothing_that_a_terminal_obeys_and_the_other_is_exact() {
         let said = "Kernel panic - not syncing: \u{1b}[31mRED\u{1b}]0;OWNED\u{7}\u{9b}2J\u{202e}";
-        let mask = Mask { guest: "web".into(), device: "net0".into(), at_ns: 1, cause: said.into() };
+        let mask =
+            Mask { guest: "web".into(), device: DeviceId::net(0), at_ns: 1, cause: LinkEnd::Broken(said.into()) };
         let report = CrashReport {
             kernel_driver: Some(said.into()),
             kernel: Some(said.into()),

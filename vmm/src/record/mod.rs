@@ -11,4 +11,5 @@ pub mod parts;
 pub mod recent;
 pub mod status;
 pub mod timeline;
+mod words;
 pub mod writer;

@@ -4,8 +4,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::words;
 use crate::base::untrusted_text;
-use crate::wire::messages::{MaskedCounts, SoundCounts};
+use crate::host::reset::{self, ResetMethod};
+use crate::lifecycle::{StandbyStage, StateName};
+use crate::wire::messages::{MaskedCounts, ShadowMode, SoundCounts};
 
 /// A running machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,8 +28,8 @@ pub struct Status {
 pub struct GuestStatus {
     /// Its name.
     pub name: String,
-    /// `starting`, `running`, `rebooting`, `off` or `failed`.
-    pub state: String,
+    /// Where its VM is.
+    pub state: GuestStateName,
     /// Why, where it failed.
     pub reason: Option<String>,
     /// Its process, while there is one.
@@ -40,6 +43,85 @@ pub struct GuestStatus {
     pub sounds: Vec<SoundStatus>,
 }
 
+/// Where a guest's VM is, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestStateName {
+    /// Its process starts, or waits for a sound card.
+    Starting,
+    /// Its vCPUs run.
+    Running,
+    /// It has reset and is started again.
+    Rebooting,
+    /// It has powered off, or was stopped.
+    Off,
+    /// It ended in another way, or could not be started.
+    Failed,
+    /// A word of another version, which runs the machine. Never written.
+    #[serde(other)]
+    Unknown,
+}
+
+/// What serves a guest's device: the shadow in its modes, or a TAP interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceMode {
+    /// A TAP interface of the host, without a shadow.
+    Tap,
+    /// [`ShadowMode::Masking`].
+    Masking,
+    /// [`ShadowMode::WaitingCarrier`].
+    WaitingCarrier,
+    /// [`ShadowMode::Replaying`].
+    Replaying,
+    /// [`ShadowMode::Passive`].
+    Passive,
+    /// [`ShadowMode::Quarantined`].
+    Quarantined,
+    /// The guest's process has not said yet; or a word of another version, which runs the machine.
+    #[serde(other)]
+    Unknown,
+}
+
+impl From<ShadowMode> for DeviceMode {
+    fn from(mode: ShadowMode) -> Self {
+        match mode {
+            ShadowMode::Masking => Self::Masking,
+            ShadowMode::WaitingCarrier => Self::WaitingCarrier,
+            ShadowMode::Replaying => Self::Replaying,
+            ShadowMode::Passive => Self::Passive,
+            ShadowMode::Quarantined => Self::Quarantined,
+        }
+    }
+}
+
+/// Whether a spare is on the network of the device that serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SpareNetwork {
+    /// It has received a frame that a guest sent through the serving device.
+    Same,
+    /// It has received none of many such frames.
+    Silent,
+    /// Nothing is known yet; or a word of another version, which runs the machine.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for GuestStateName {
+    /// The word of `umbra status`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl fmt::Display for DeviceMode {
+    /// The word of `umbra status`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 /// A guest's sound device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SoundStatus {
@@ -49,8 +131,8 @@ pub struct SoundStatus {
     pub driver: Option<String>,
     /// The card, once its driver VM has reported it.
     pub card: Option<String>,
-    /// The shadow's mode: `passive`, `masking`, `replaying`, `quarantined`; `unknown` before the guest's process has said.
-    pub mode: String,
+    /// The shadow's mode; never [`DeviceMode::Tap`].
+    pub mode: DeviceMode,
     /// Bytes of samples kept for the card now.
     pub kept_bytes: u64,
     /// Sums since the start.
@@ -68,9 +150,8 @@ pub struct NetStatus {
     pub tap: Option<String>,
     /// The driver VM, where there is one.
     pub driver: Option<String>,
-    /// `tap`, or the shadow's mode: `passive`, `masking`, `waiting-carrier`, `replaying`, `quarantined`;
-    /// `unknown` before the guest's process has said.
-    pub mode: String,
+    /// What serves it, and how.
+    pub mode: DeviceMode,
     /// Frames guest to NIC.
     pub frames_out: u64,
     /// Frames NIC to guest.
@@ -97,14 +178,15 @@ pub struct DriverStatus {
     pub kernel: Option<String>,
     /// Present or last life.
     pub generation: Option<u32>,
-    /// The life cycle's state, as `docs/recovery.md` names them.
-    pub state: String,
+    /// The life cycle's state (`docs/recovery.md`).
+    pub state: StateName,
     /// Its process, while there is one.
     pub pid: Option<u32>,
     /// The NIC's carrier.
     pub carrier: bool,
-    /// How the device is reset between two lives; `none` where it cannot be.
-    pub reset_method: String,
+    /// How the device is reset between two lives; written as `none` where it cannot be.
+    #[serde(with = "words::reset_method")]
+    pub reset_method: Option<ResetMethod>,
     /// What that means for a restart, in a sentence.
     pub reset_meaning: String,
     /// Failures since the start.
@@ -125,15 +207,14 @@ pub struct DriverStatus {
 /// The next life of a driver VM, that waits without the device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StandbyStatus {
-    /// `none`, `due`, `booting` or `ready`; of a spare `none`, `due`, `recovering` (its device is given up and reset),
-    /// `booting`, `no-carrier` or `armed`.
-    pub state: String,
+    /// How far it is.
+    pub state: StandbyStage,
     /// The device of a spare; `None` for a standby without one.
     #[serde(default)]
     pub device: Option<String>,
-    /// Whether a spare is on the guests' network: `same`, `unknown`, or `silent` (it has heard nothing of it).
+    /// Whether a spare is on the guests' network.
     #[serde(default)]
-    pub network: Option<String>,
+    pub network: Option<SpareNetwork>,
     /// Its number, while there is one.
     pub generation: Option<u32>,
     /// Its process, while there is one.
@@ -177,7 +258,7 @@ impl fmt::Display for Status {
             rows.extend(self.drivers.iter().map(DriverStatus::row));
             parts.push(table(&rows));
         }
-        for driver in self.drivers.iter().filter(|driver| driver.reset_method == "none") {
+        for driver in self.drivers.iter().filter(|driver| driver.reset_method.is_none()) {
             parts.push(format!("{}: {}\n", driver.name, driver.reset_meaning));
         }
         for driver in &self.drivers {
@@ -195,7 +276,7 @@ impl GuestStatus {
         let devices: Vec<_> = nets.chain(self.sounds.iter().map(ToString::to_string)).collect();
         let state = match &self.reason {
             Some(reason) => format!("{} ({reason})", self.state),
-            None => self.state.clone(),
+            None => self.state.to_string(),
         };
         [self.name.clone(), state, format!("{:.0} s", self.uptime_s), devices.join(", ")]
     }
@@ -224,10 +305,10 @@ impl fmt::Display for SoundStatus {
 
 impl StandbyStatus {
     fn cell(&self) -> String {
-        let other = self.network.as_deref().filter(|network| *network == "silent").map(|_| ", other network?");
+        let other = if self.network == Some(SpareNetwork::Silent) { ", other network?" } else { "" };
         match &self.device {
-            Some(device) => format!("spare {device} {}{}", self.state, other.unwrap_or_default()),
-            None => self.state.clone(),
+            Some(device) => format!("spare {device} {}{other}", self.state),
+            None => self.state.to_string(),
         }
     }
 }
@@ -235,7 +316,7 @@ impl StandbyStatus {
 impl DriverStatus {
     fn row(&self) -> [String; 10] {
         let dash = || "-".to_owned();
-        let carrier = if self.state == "live" && !self.carrier { " (no carrier)" } else { "" };
+        let carrier = if self.state == StateName::Live && !self.carrier { " (no carrier)" } else { "" };
         [
             self.name.clone(),
             self.device.clone(),
@@ -243,7 +324,7 @@ impl DriverStatus {
             self.generation.map_or_else(dash, |n| n.to_string()),
             format!("{}{carrier}", self.state),
             self.standby.as_ref().map_or_else(|| "cold".into(), StandbyStatus::cell),
-            self.reset_method.clone(),
+            reset::word(self.reset_method).into(),
             self.failures.to_string(),
             self.last_outage_ms.map_or_else(dash, |ms| format!("{ms:.0} ms")),
             self.reason.clone().unwrap_or_else(dash),
@@ -268,6 +349,7 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -277,7 +359,7 @@ mod tests {
             mac: "02:00:00:00:00:01".into(),
             tap: None,
             driver: Some("nic0".into()),
-            mode: "passive".into(),
+            mode: DeviceMode::Passive,
             frames_out: 1,
             frames_in: 2,
             foreign_source: 0,
@@ -286,7 +368,7 @@ mod tests {
         };
         let guest = GuestStatus {
             name: "web".into(),
-            state: "running".into(),
+            state: GuestStateName::Running,
             reason: None,
             pid: Some(7),
             uptime_s: 61.4,
@@ -299,10 +381,10 @@ mod tests {
             driver: Some("8139cp".into()),
             kernel: Some("6.12".into()),
             generation: Some(3),
-            state: "live".into(),
+            state: StateName::Live,
             pid: Some(9),
             carrier: true,
-            reset_method: "none".into(),
+            reset_method: None,
             reset_meaning: "it keeps its registers".into(),
             failures: 2,
             reason: Some("kernel panic".into()),
@@ -310,7 +392,7 @@ mod tests {
             report: None,
             available_memory: None,
             standby: Some(StandbyStatus {
-                state: "ready".into(),
+                state: StandbyStage::Ready,
                 device: None,
                 network: None,
                 generation: Some(4),
@@ -338,9 +420,9 @@ nic0: it keeps its registers";
     fn a_spare_is_shown_with_its_device_and_what_is_known_of_its_network() {
         let mut spare = status().drivers.remove(0).standby.unwrap();
         spare.device = Some("0000:04:00.0".into());
-        (spare.state, spare.network) = ("armed".into(), Some("same".into()));
+        (spare.state, spare.network) = (StandbyStage::Armed, Some(SpareNetwork::Same));
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed");
-        spare.network = Some("silent".into());
+        spare.network = Some(SpareNetwork::Silent);
         assert_eq!(spare.cell(), "spare 0000:04:00.0 armed, other network?");
     }
 
@@ -348,7 +430,7 @@ nic0: it keeps its registers";
     fn a_spare_that_does_not_recover_says_why() {
         let mut status = status();
         let standby = status.drivers[0].standby.as_mut().unwrap();
-        (standby.state, standby.reason) = ("recovering".into(), Some("its process hangs".into()));
+        (standby.state, standby.reason) = (StandbyStage::Recovering, Some("its process hangs".into()));
         assert!(status.to_string().ends_with("\n\nnic0: its process hangs"), "{status}");
     }
 
@@ -357,10 +439,27 @@ nic0: it keeps its registers";
         let mut status = status();
         status.drivers[0].reason = Some("kernel panic: \u{1b}[31mRED\u{1b}]0;OWNED\u{7}".into());
         status.drivers[0].driver = Some("8139\ncp".into());
-        status.guests[0].nets[0].mode = "\u{9b}2J".into();
+        status.guests[0].reason = Some("\u{9b}2J".into());
         let text = status.to_string();
         assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text}");
         assert!(text.contains("kernel panic: \\x1b[31mRED\\x1b]0;OWNED\\x07") && text.contains("8139\\ncp"), "{text}");
+    }
+
+    #[test]
+    fn words_of_a_newer_machine_are_read_as_unknown() {
+        let mut json = serde_json::to_value(status()).unwrap();
+        assert_eq!(
+            (&json["drivers"][0]["reset_method"], &json["drivers"][0]["state"]),
+            (&"none".into(), &"live".into())
+        );
+        json["drivers"][0]["state"] = "dreaming".into();
+        json["drivers"][0]["standby"]["network"] = "another".into();
+        json["guests"][0]["state"] = "paused".into();
+        json["guests"][0]["nets"][0]["mode"] = "pondering".into();
+        let read: Status = serde_json::from_value(json).unwrap();
+        assert_eq!((read.drivers[0].state, read.guests[0].state), (StateName::Unknown, GuestStateName::Unknown));
+        assert_eq!(read.guests[0].nets[0].mode, DeviceMode::Unknown);
+        assert_eq!(read.drivers[0].standby.as_ref().unwrap().network, Some(SpareNetwork::Unknown));
     }
 
     #[test]

@@ -10,10 +10,10 @@ use super::guest::GuestState;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
-use crate::lifecycle::{Action, Carrier, End, Failure, Input, Source, State};
-use crate::record::crash_report::CrashReport;
+use crate::lifecycle::{Action, Carrier, End, Failure, Input, NoticedBy, State};
+use crate::record::crash_report::{CrashReport, Verdict};
 use crate::record::events::Event;
-use crate::record::timeline::{Step, Timeline};
+use crate::record::timeline::{Milestone, Timeline};
 use crate::wire::messages::{MaskedCounts, Replay, ToVm};
 
 impl Supervisor {
@@ -65,7 +65,7 @@ impl Supervisor {
 
     fn go_live(&mut self, n: usize, end: End, replay: Replay, now: Time) {
         let driver = &mut self.drivers[n];
-        driver.timeline.mark(Step::GoLive, now);
+        driver.timeline.mark(Milestone::GoLive, now);
         let EndRef { guest, device } = driver.ends[end];
         let Some(generation) = driver.lifecycle.generation() else { return };
         let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
@@ -89,7 +89,7 @@ impl Supervisor {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.events.tell(&Event::EndLive {
             guest: self.guests[guest].name.clone(),
-            device: device.to_string(),
+            device,
             driver: self.drivers[n].name.clone(),
             generation: self.drivers[n].lifecycle.generation().map_or(0, Generation::get),
         });
@@ -112,7 +112,7 @@ impl Supervisor {
     fn reset(&mut self, n: usize) {
         self.drivers[n].mark_fence();
         let driver = &mut self.drivers[n];
-        driver.timeline.mark(Step::ResetStart, Time::now());
+        driver.timeline.mark(Milestone::ResetStart, Time::now());
         match driver.holder.begin_reset(driver.device.clone(), driver.span()) {
             Ok(job) => driver.resetting = Some(job),
             Err(error) => {
@@ -126,14 +126,14 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(job) = driver.resetting.take() else { return };
         let outcome = driver.holder.end_reset(&job);
-        driver.timeline.mark(Step::Reset, Time::now());
+        driver.timeline.mark(Milestone::Reset, Time::now());
         let Some(outcome) = outcome else { return self.drive(n, Input::ResetDone) };
         let (method, error) = match outcome {
             Ok(done) => (done.method, None),
             Err(error) => (driver.reset_method, Some(error)),
         };
         driver.reset_method = method;
-        let reset_ms = driver.timeline.between(Step::ResetStart, Step::Reset).map_or(0.0, milliseconds);
+        let reset_ms = driver.timeline.between(Milestone::ResetStart, Milestone::Reset).map_or(0.0, milliseconds);
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         let method = reset::word(method).into();
         self.events.tell(&Event::DeviceReset { driver: name, device, method, reset_ms, error });
@@ -142,19 +142,19 @@ impl Supervisor {
 
     fn spawn(&mut self, n: usize, generation: Generation) {
         let driver = &mut self.drivers[n];
-        driver.timeline.mark(Step::Spawn, Time::now());
+        driver.timeline.mark(Milestone::Spawn, Time::now());
         driver.present = Some(generation);
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
         match driver.start(&self.program, generation) {
             Ok(()) => self.connect_ends(n),
-            Err(error) => self.fail_driver(n, Source::Start, error.to_string(), Time::now()),
+            Err(error) => self.fail_driver(n, NoticedBy::Start, error.to_string(), Time::now()),
         }
     }
 
     fn on_live(&mut self, n: usize, now: Time) {
         let driver = &mut self.drivers[n];
         // A splitter that went over to a spare did so some time ago.
-        driver.timeline.mark(Step::Live, driver.live_at.take().unwrap_or(now));
+        driver.timeline.mark(Milestone::Live, driver.live_at.take().unwrap_or(now));
         driver.was_live = true;
         self.in_service |= driver.life.as_ref().is_some_and(|life| life.connected() > 0);
         let outage = driver.timeline.outage();
@@ -192,18 +192,18 @@ impl Supervisor {
         let generation = driver.present;
         let masked = driver.outage_start(now);
         // Nobody has been served since the failure before: what follows is the rest of its recovery.
-        let served = driver.timeline.at(Step::Live).is_some();
-        if failure.source != Source::Carrier || served || driver.report.is_none() {
+        let served = driver.timeline.at(Milestone::Live).is_some();
+        if failure.source != NoticedBy::Carrier || served || driver.report.is_none() {
             driver.timeline = Timeline::default();
             driver.report = failure.source.is_failure().then(|| driver.begin_report(failure));
         }
         if let Some(masked) = masked {
-            driver.timeline.mark(Step::Mask, masked);
+            driver.timeline.mark(Milestone::Mask, masked);
         }
-        driver.timeline.mark(Step::Sign, failure.at);
-        driver.timeline.mark(Step::Detect, now);
+        driver.timeline.mark(Milestone::Sign, failure.at);
+        driver.timeline.mark(Milestone::Detect, now);
         driver.reason = Some(failure.what.clone());
-        if failure.source == Source::Device {
+        if failure.source == NoticedBy::Device {
             driver.holder.doubt();
         }
         self.events.tell(&Event::DriverFailed {
@@ -214,7 +214,7 @@ impl Supervisor {
             detect_ms: milliseconds(now.since(failure.at)),
         });
         // A new image whose driver has lost its carrier does not pass: the spare that takes over is of the image before.
-        if failure.source.is_failure() || (failure.source == Source::Carrier && driver.tries_an_image()) {
+        if failure.source.is_failure() || (failure.source == NoticedBy::Carrier && driver.tries_an_image()) {
             self.judge_trial(n);
         }
     }
@@ -249,7 +249,7 @@ impl Supervisor {
         driver.mark_fence();
         let quarantine = matches!(driver.lifecycle.state(), State::Resetting { next: None, .. });
         let Some(report) = &mut driver.report else { return };
-        report.verdict = if quarantine { "quarantine" } else { "restart" };
+        report.verdict = if quarantine { Verdict::Quarantine } else { Verdict::Restart };
         report.failures = driver.lifecycle.history().total();
         if driver.dying.is_none() {
             let (exit, registers) = (driver.exit.clone(), driver.registers.clone());
@@ -261,7 +261,7 @@ impl Supervisor {
         self.events.tell(&Event::DriverFenced {
             driver: driver.name.clone(),
             generation: driver.lifecycle.generation().map_or(0, Generation::get),
-            fence_ms: driver.timeline.between(Step::Detect, Step::Fence).map_or(0.0, milliseconds),
+            fence_ms: driver.timeline.between(Milestone::Detect, Milestone::Fence).map_or(0.0, milliseconds),
             report: driver.report_path.clone(),
         });
     }
@@ -275,7 +275,7 @@ impl Supervisor {
         driver.take_evidence(format!("its process ({pid}) was killed and has not ended"), registers, tail);
         let total = driver.lifecycle.history().total();
         if let Some(report) = &mut driver.report {
-            (report.verdict, report.failures) = ("quarantine", total);
+            (report.verdict, report.failures) = (Verdict::Quarantine, total);
         }
         self.complete_report(n);
     }
@@ -328,7 +328,7 @@ impl Supervisor {
         self.events.tell(&Event::CleanStart {
             driver: self.drivers[n].name.clone(),
             guest: self.guests[guest].name.clone(),
-            device: device.to_string(),
+            device,
         });
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
@@ -356,10 +356,10 @@ impl Supervisor {
 impl super::driver::DriverVm {
     /// The failed process was gone when this was last seen; a first start has none.
     fn mark_fence(&mut self) {
-        if self.timeline.at(Step::Detect).is_some() {
+        if self.timeline.at(Milestone::Detect).is_some() {
             // One that has given the device up just now is still there.
             let gone = if self.life.is_some() { Time::now() } else { self.gone };
-            self.timeline.mark(Step::Fence, gone);
+            self.timeline.mark(Milestone::Fence, gone);
         }
     }
 
@@ -378,8 +378,8 @@ impl super::driver::DriverVm {
             return None;
         }
         // Not live since the last failure: it is still the same outage.
-        if self.timeline.at(Step::Live).is_none() {
-            return self.timeline.at(Step::Mask);
+        if self.timeline.at(Milestone::Live).is_none() {
+            return self.timeline.at(Milestone::Mask);
         }
         // A splitter that sees nothing itself (the driver VM hangs) masks when it is told.
         let told = self.told_to_mask.unwrap_or(now);
@@ -397,7 +397,7 @@ impl super::driver::DriverVm {
             reason: failure.what.clone(),
             kernel_says: None,
             exit: String::new(),
-            verdict: "restart",
+            verdict: Verdict::Restart,
             failures: 0,
             masks: Vec::new(),
             outage_ms: None,

@@ -73,13 +73,13 @@ pub(super) enum GuestState {
 }
 
 impl GuestState {
-    pub(super) fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> status::GuestStateName {
         match self {
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Rebooting => "rebooting",
-            Self::Off => "off",
-            Self::Failed(_) => "failed",
+            Self::Starting => status::GuestStateName::Starting,
+            Self::Running => status::GuestStateName::Running,
+            Self::Rebooting => status::GuestStateName::Rebooting,
+            Self::Off => status::GuestStateName::Off,
+            Self::Failed(_) => status::GuestStateName::Failed,
         }
     }
 }
@@ -119,8 +119,8 @@ pub(super) struct GuestSound {
 impl GuestSound {
     fn status(&self, index: usize, driver_name: impl Fn(usize) -> String) -> status::SoundStatus {
         let (mode, kept_bytes, sums) = match &self.status {
-            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => (mode.as_str().into(), *kept_bytes, *sums),
-            _ => ("unknown".into(), 0, SoundCounts::default()),
+            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => ((*mode).into(), *kept_bytes, *sums),
+            _ => (status::DeviceMode::Unknown, 0, SoundCounts::default()),
         };
         status::SoundStatus {
             index,
@@ -334,7 +334,7 @@ impl GuestVm {
             standby: false,
             // Nobody would restart a guest for it.
             awaited: None,
-            interrupt_limit: 0,
+            interrupt_limit: None,
         }
     }
 
@@ -349,7 +349,7 @@ impl GuestVm {
         let nets = self.spec.net.iter().zip(&self.nets).enumerate();
         status::GuestStatus {
             name: self.name.clone(),
-            state: self.state.name().into(),
+            state: self.state.name(),
             reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
             pid: self.process.as_ref().map(VmProcess::pid),
             uptime_s: Time::now().since(self.started).as_secs_f64(),
@@ -373,7 +373,7 @@ impl GuestNet {
             index,
             mac: self.mac.to_string(),
             driver: self.driver.map(|(driver, _)| driver_name(driver)),
-            mode: if tap.is_some() { "tap".into() } else { "unknown".into() },
+            mode: if tap.is_some() { status::DeviceMode::Tap } else { status::DeviceMode::Unknown },
             tap,
             frames_out: 0,
             frames_in: 0,
@@ -385,7 +385,7 @@ impl GuestNet {
             &self.status
         {
             status.foreign_source = *foreign_source;
-            status.mode = mode.as_str().into();
+            status.mode = (*mode).into();
             (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
             (status.logged_now, status.masked) = (*logged_now, *masked);
         }

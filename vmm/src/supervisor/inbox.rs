@@ -37,7 +37,7 @@ impl Supervisor {
         let actions = self.drivers[n].lifecycle.handle(now, input);
         let after = self.drivers[n].lifecycle.state().name();
         if before != after {
-            tracing::debug!(before, after, "state");
+            tracing::debug!(%before, %after, "state");
         }
         for action in actions {
             self.act(n, action, now);

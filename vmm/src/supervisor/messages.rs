@@ -10,9 +10,9 @@ use super::guest::GuestState;
 use super::run::Supervisor;
 use crate::base::lines::LineError;
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Carrier, End, Failure, Input, Source};
+use crate::lifecycle::{Carrier, End, Failure, Input, NoticedBy};
 use crate::record::events::Event;
-use crate::record::timeline::Step;
+use crate::record::timeline::{LifeStage, Milestone};
 use crate::wire::channel::{self, Incoming};
 use crate::wire::messages::{FromVm, MaskedCounts, OutageCounts, PaceSteps, ToVm, VmEnd};
 use crate::wire::spawn::describe_exit;
@@ -121,7 +121,7 @@ impl Supervisor {
         let Some((driver, _)) = self.served(guest, device) else { return };
         self.events.tell(&Event::Pace {
             guest: self.guests[guest].name.clone(),
-            device: device.to_string(),
+            device,
             driver: self.drivers[driver].name.clone(),
             generation: generation.get(),
             steps,
@@ -167,16 +167,18 @@ impl Supervisor {
                 Ok(Incoming::Closed) => {
                     // The process ends. That may take a while: it gives back memory and device first.
                     life.listening = false;
-                    return self.fail_driver(n, Source::ProcessExit, "its process ended".into(), Time::now());
+                    return self.fail_driver(n, NoticedBy::ProcessExit, "its process ended".into(), Time::now());
                 }
-                Err(error) => self.fail_driver(n, Source::ControlStream, format!("its process: {error}"), Time::now()),
+                Err(error) => {
+                    self.fail_driver(n, NoticedBy::ControlStream, format!("its process: {error}"), Time::now())
+                }
             }
         }
     }
 
     fn on_driver_message(&mut self, n: usize, message: FromVm) {
         match message {
-            FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
+            FromVm::Running { at } => self.stage(n, LifeStage::Running, Time(at), String::new()),
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
             FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, &why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
@@ -184,7 +186,7 @@ impl Supervisor {
                 if let Some(life) = &mut self.drivers[n].life {
                     life.panicked = true;
                 }
-                self.fail_driver(n, Source::Panic, "kernel panic".into(), Time(at));
+                self.fail_driver(n, NoticedBy::Panic, "kernel panic".into(), Time(at));
             }
             FromVm::Ended { at, how, registers } => {
                 let panicked = self.drivers[n].console.fatal().is_some_and(Fatal::panics);
@@ -198,25 +200,25 @@ impl Supervisor {
                     VmEnd::Error => "KVM could not go on",
                     VmEnd::Killed => "its process was told to end",
                 };
-                self.fail_driver(n, Source::VmEnd, what.into(), Time(at));
+                self.fail_driver(n, NoticedBy::VmEnd, what.into(), Time(at));
                 self.drive(n, Input::Evidence);
             }
             FromVm::DeviceFailed { at, device, what } => {
-                self.fail_driver(n, Source::Device, format!("device {device}: {what}"), Time(at));
+                self.fail_driver(n, NoticedBy::Device, format!("device {device}: {what}"), Time(at));
             }
             FromVm::Failed { what } => {
-                self.fail_driver(n, Source::Start, what, Time::now());
+                self.fail_driver(n, NoticedBy::Start, what, Time::now());
             }
             other => tracing::debug!(?other, "a message that is for guests' processes"),
         }
     }
 
     /// A certain failure of driver VM `n`.
-    pub(super) fn fail_driver(&mut self, n: usize, source: Source, what: String, at: Time) {
+    pub(super) fn fail_driver(&mut self, n: usize, source: NoticedBy, what: String, at: Time) {
         let driver = &self.drivers[n];
         // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
         // driver VM's own affair.
-        let first = !driver.was_live && matches!(source, Source::Start | Source::Agent);
+        let first = !driver.was_live && matches!(source, NoticedBy::Start | NoticedBy::Agent);
         let fatal = first && !self.in_service && self.stopping.is_none();
         let why = format!("{}: {what}", driver.name);
         self.drive(n, Input::Failed(Failure { source, what, at }));
@@ -233,8 +235,8 @@ impl Supervisor {
             life.talking = driver.console.read(pipe);
             let Some(fatal) = driver.console.fatal().filter(|_| before.is_none()) else { return };
             let source = match fatal {
-                Fatal::Panic | Fatal::StuckCpu => Source::Panic,
-                Fatal::DeadInterrupt => Source::Device,
+                Fatal::Panic | Fatal::StuckCpu => NoticedBy::Panic,
+                Fatal::DeadInterrupt => NoticedBy::Device,
             };
             self.fail_driver(n, source, fatal.in_words().into(), Time::now());
         }
@@ -263,7 +265,7 @@ impl Supervisor {
             }
             match bounds::heard(&line) {
                 Ok(message) => self.on_agent_message(n, message),
-                Err(what) => return self.fail_driver(n, Source::ControlStream, what, Time::now()),
+                Err(what) => return self.fail_driver(n, NoticedBy::ControlStream, what, Time::now()),
             }
         }
         if self.drivers[n].present != present {
@@ -287,7 +289,7 @@ impl Supervisor {
             life.agent = None;
         }
         let what = format!("its agent's control stream: {error}");
-        let failure = Failure { source: Source::ControlStream, what, at: Time::now() };
+        let failure = Failure { source: NoticedBy::ControlStream, what, at: Time::now() };
         let closed = matches!(error, LineError::Closed);
         self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
     }
@@ -299,10 +301,10 @@ impl Supervisor {
                 let driver = &mut self.drivers[n];
                 if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {
                     let what = format!("its agent says that it is generation {generation}");
-                    return self.fail_driver(n, Source::ControlStream, what, now);
+                    return self.fail_driver(n, NoticedBy::ControlStream, what, now);
                 }
                 driver.kernel = Some(text(&kernel));
-                self.stage(n, Step::Hello, "hello", now, text(&kernel));
+                self.stage(n, LifeStage::Hello, now, text(&kernel));
                 self.drive(n, Input::Hello);
                 self.rescan(n);
             }
@@ -312,11 +314,11 @@ impl Supervisor {
             FromAgent::Nic { driver, interface, .. } => {
                 self.drivers[n].kernel_driver = Some(text(&driver));
                 let detail = format!("{} {}", text(&driver), text(&interface));
-                self.stage(n, Step::Nic, "nic", now, detail);
+                self.stage(n, LifeStage::Nic, now, detail);
             }
             FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
             FromAgent::Forwarding { .. } => {
-                self.stage(n, Step::Forwarding, "forwarding", now, String::new());
+                self.stage(n, LifeStage::Forwarding, now, String::new());
                 self.drive(n, Input::Forwarding);
             }
             FromAgent::Carrier { up, .. } => self.on_carrier(n, if up { Carrier::Up } else { Carrier::Down }),
@@ -324,25 +326,25 @@ impl Supervisor {
                 self.drivers[n].available_memory = Some(available_memory);
                 self.drive(n, Input::Heartbeat);
             }
-            FromAgent::Failed { what } => self.fail_driver(n, Source::Agent, text(&what), now),
+            FromAgent::Failed { what } => self.fail_driver(n, NoticedBy::Agent, text(&what), now),
         }
     }
 
     /// A life of driver VM `n` got on.
-    pub(super) fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
+    pub(super) fn stage(&mut self, n: usize, stage: LifeStage, at: Time, detail: String) {
         let driver = &mut self.drivers[n];
-        if driver.life.is_none() || driver.timeline.at(step).is_some() {
+        if driver.life.is_none() || driver.timeline.at(stage.milestone()).is_some() {
             return;
         }
-        driver.timeline.mark(step, at);
-        self.told_stage(n, step, stage, detail);
+        driver.timeline.mark(stage.milestone(), at);
+        self.told_stage(n, stage, detail);
     }
 
     /// Tells of a step that is on the time line.
-    pub(super) fn told_stage(&mut self, n: usize, step: Step, stage: &'static str, detail: String) {
+    pub(super) fn told_stage(&mut self, n: usize, stage: LifeStage, detail: String) {
         let driver = &self.drivers[n];
         let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };
-        let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);
+        let ms = driver.timeline.between(Milestone::Spawn, stage.milestone()).map_or(0.0, milliseconds);
         self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
     }
 }

@@ -3,6 +3,7 @@
 //! devices at the same places in each life.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -219,8 +220,8 @@ pub struct Devices {
     functions: Vec<Arc<Mutex<VfioPciDevice>>>,
     /// The one whose files are to come.
     awaited: Option<Arc<Mutex<VfioPciDevice>>>,
-    /// Interrupts a second that each of them may make; 0: any number.
-    interrupt_limit: u32,
+    /// Most that one interrupt of each of them may come a second; `None`: no limit.
+    interrupt_limit: Option<NonZeroU32>,
     /// What the event loop does not know yet.
     subscribers: Vec<Subscriber>,
 }

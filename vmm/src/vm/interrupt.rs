@@ -5,7 +5,7 @@
 //! irqfd is not assigned: its `eventfd` keeps the count, and KVM injects it when the irqfd is assigned again
 //! (`kvm_irqfd_assign` polls the eventfd), so no pending bit is lost.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -137,7 +137,7 @@ impl Interrupts {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Option<kvm_irq_routing_entry>>> {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.routes)
     }
 
     fn commit(&self, msi: &[Option<kvm_irq_routing_entry>]) -> Result<(), Error> {
@@ -244,3 +244,4 @@ fn msi_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     entry.u.msi.data = message.data;
     entry
 }
+use crate::base::lock::lock;

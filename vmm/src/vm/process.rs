@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
@@ -22,6 +22,7 @@ use super::machine::terminal::TerminalInput;
 use super::machine::vm::{self, Vm};
 use crate::base::error::chain;
 use crate::base::high_duplicate::high_duplicate;
+use crate::base::lock::lock;
 use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
@@ -29,7 +30,7 @@ use crate::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
 /// Where the VM's spec comes from.
 #[derive(Debug)]
-pub enum Source {
+pub enum SpecFrom {
     /// The control socket of a supervisor, which sends `ToVm::Start` first.
     Control(OwnedFd),
     /// A file with a `VmSpec` in JSON: for trying a VM by hand.
@@ -92,17 +93,17 @@ impl Error {
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Runs one VM to its end. An error that a supervisor was told of is not returned.
-pub fn main(source: Source) -> Result<(), Error> {
+pub fn main(source: SpecFrom) -> Result<(), Error> {
     raise_file_limit();
     let signals = block_signals(&source)?;
     let (spec, files, host) = match source {
-        Source::Control(fd) => {
+        SpecFrom::Control(fd) => {
             // The supervisor notices by it that this process is gone.
             let channel = Channel::from_fd(high_duplicate(&fd).unwrap_or(fd));
             let (spec, files) = receive_spec(&channel)?;
             (spec, files, Arc::new(Host::Supervisor(Supervisor::new(channel))))
         }
-        Source::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
+        SpecFrom::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
     };
     let result = run((&spec, files), &host, signals);
     match (&*host, result) {
@@ -131,12 +132,12 @@ fn raise_file_limit() {
 }
 
 /// Signals that end the VM come to the event loop. With a supervisor the terminal's signals are its business.
-fn block_signals(source: &Source) -> Result<SignalFd, Error> {
+fn block_signals(source: &SpecFrom) -> Result<SignalFd, Error> {
     let (terminal, mut ours) = (SigSet::from_iter([Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]), SigSet::empty());
     ours.add(Signal::SIGTERM);
     let all: SigSet = terminal.iter().chain(ours.iter()).collect();
     all.thread_block().map_err(Error::system("block signals"))?;
-    let watched = if matches!(source, Source::File(_)) { all } else { ours };
+    let watched = if matches!(source, SpecFrom::File(_)) { all } else { ours };
     SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(Error::system("watch signals (signalfd)"))
 }
@@ -180,10 +181,10 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if let Some(how) = vm.end.get() {
             break how;
         }
-        if std::mem::take(&mut control.lock().unwrap_or_else(PoisonError::into_inner).lock_up) {
+        if std::mem::take(&mut lock(&control).lock_up) {
             vcpus.lock_up();
         }
-        for subscriber in control.lock().unwrap_or_else(PoisonError::into_inner).devices.take_subscribers() {
+        for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
         }
         match events.run() {
@@ -195,7 +196,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
     // Last words come before the word that it has ended.
-    vm.serial.lock().unwrap_or_else(PoisonError::into_inner).finish_output();
+    lock(&vm.serial).finish_output();
     if let Some(id) = terminal {
         // Gives the terminal back before anybody prints.
         drop(events.remove_subscriber(id));

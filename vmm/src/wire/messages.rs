@@ -5,6 +5,7 @@
 //! those of an older one. A guest's device is a [`DeviceId`]; what only one class knows is in that class's own messages.
 //! Times are `CLOCK_MONOTONIC` in nanoseconds, which all processes of a host share.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -51,9 +52,10 @@ pub struct VmSpec {
     /// What is known of that device: it is on the bus from the start, to be set up by the VM's kernel before it comes.
     #[serde(default)]
     pub awaited: Option<Snapshot>,
-    /// A passed-through function, one interrupt of which comes more often a second, has failed; 0: it never has for that.
+    /// Most that one interrupt of a passed-through function may come a second; more often is a failure of the function. `None`: no
+    /// limit.
     #[serde(default)]
-    pub interrupt_limit: u32,
+    pub interrupt_limit: Option<NonZeroU32>,
 }
 
 /// What stands behind a virtio-net device.

@@ -86,7 +86,7 @@ impl Files {
             passthrough: vec![],
             standby: false,
             awaited: None,
-            interrupt_limit: 0,
+            interrupt_limit: None,
         }
     }
 }

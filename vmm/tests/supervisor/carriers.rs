@@ -1,6 +1,7 @@
 //! NICs without a carrier: the driver VM goes over to the spare that has one.
 
 use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::lifecycle::StandbyStage;
 use umbra_vmm::supervisor::front::protocol::Response;
 
 use crate::cases::{Case, wait_armed};
@@ -54,7 +55,9 @@ fn a_lost_carrier_is_only_told_where_that_is_switched_off() {
 
 fn a_spare_without_carrier_serves_until_the_other_nic_has_one() {
     let machine = start("no-carrier=2", 0);
-    machine.wait_for("a spare", |driver| driver.standby.as_ref().is_some_and(|spare| spare.state == "no-carrier"));
+    machine.wait_for("a spare", |driver| {
+        driver.standby.as_ref().is_some_and(|spare| spare.state == StandbyStage::NoCarrier)
+    });
     machine.crash(CrashKind::Panic);
     let driver = machine.wait_live(3);
     assert_eq!((driver.device.as_str(), driver.carrier, driver.failures), (DEVICE, true, 1));

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::record::status::DriverStatus;
+use umbra_vmm::host::reset::ResetMethod;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
+use umbra_vmm::record::status::{DriverStatus, GuestStateName, SpareNetwork};
 use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
 
 use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
@@ -62,7 +64,7 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
     machine.crash(CrashKind::Panic);
     let driver = machine.wait_live(2);
     assert_eq!(driver.failures, 1);
-    assert_eq!(driver.reset_method, "flr");
+    assert_eq!(driver.reset_method, Some(ResetMethod::Flr));
     // The kernel's own words come a moment later than the recovery begins.
     let reason = Some("kernel panic: Kernel panic - not syncing: fake crash");
     let driver = machine.wait_for("the reason", |driver| driver.reason.as_deref() == reason);
@@ -95,13 +97,13 @@ fn a_panicked_driver_vm_is_replaced_and_reported() {
 }
 
 /// The spare of `driver`: its state, device, generation.
-fn spare(driver: &DriverStatus) -> (String, String, u32) {
+fn spare(driver: &DriverStatus) -> (StandbyStage, String, u32) {
     let standby = driver.standby.clone().unwrap();
     (standby.state, standby.device.unwrap(), standby.generation.unwrap_or_default())
 }
 
 pub fn wait_armed(machine: &TestMachine, serving: u32, device: &str, next: u32) -> DriverStatus {
-    let armed = ("armed".to_owned(), device.to_owned(), next);
+    let armed = (StandbyStage::Armed, device.to_owned(), next);
     machine.wait_for("an armed spare", |driver| driver.generation == Some(serving) && spare(driver) == armed)
 }
 
@@ -109,7 +111,7 @@ fn a_spare_takes_over_and_the_devices_change_places() {
     let machine = start_with_spare("");
     let driver = wait_armed(&machine, 1, SPARE, 2);
     assert_eq!((driver.device.as_str(), machine.resets_of(SPARE).as_str()), (DEVICE, "1"));
-    machine.wait_for("the network", |driver| driver.standby.clone().unwrap().network.as_deref() == Some("same"));
+    machine.wait_for("the network", |driver| driver.standby.clone().unwrap().network == Some(SpareNetwork::Same));
     let pid = driver.standby.unwrap().pid;
     machine.crash(CrashKind::Panic);
     let driver = machine.wait_live(2);
@@ -151,7 +153,7 @@ fn a_spare_that_is_killed_is_replaced() {
     let machine = start_with_spare("");
     kill(wait_armed(&machine, 1, SPARE, 2).standby.unwrap().pid.unwrap());
     let driver = wait_armed(&machine, 1, SPARE, 3);
-    assert_eq!((driver.state.as_str(), driver.failures, driver.last_outage_ms), ("live", 0, None));
+    assert_eq!((driver.state, driver.failures, driver.last_outage_ms), (StateName::Live, 0, None));
     assert!(!machine.events_text().contains("masked"), "no guest is told");
     machine.stop();
 }
@@ -161,10 +163,10 @@ fn a_failure_of_both_is_survived() {
     let driver = wait_armed(&machine, 1, SPARE, 2);
     kill(driver.standby.unwrap().pid.unwrap());
     kill(driver.pid.unwrap());
-    let driver = machine.wait_for("a life", |driver| driver.state == "live" && driver.generation > Some(1));
+    let driver = machine.wait_for("a life", |driver| driver.state == StateName::Live && driver.generation > Some(1));
     let (device, generation) = (if driver.device == DEVICE { SPARE } else { DEVICE }, driver.generation.unwrap());
     machine.wait_for("a spare", |driver| {
-        driver.generation == Some(generation) && spare(driver).0 == "armed" && spare(driver).1 == device
+        driver.generation == Some(generation) && spare(driver).0 == StandbyStage::Armed && spare(driver).1 == device
     });
     machine.stop();
 }
@@ -204,7 +206,7 @@ fn a_killed_process_is_replaced() {
 fn a_standby_takes_over_and_the_next_one_follows() {
     let machine = start("", "", "");
     let standby = |driver: &DriverStatus| driver.standby.clone().unwrap();
-    let ready = machine.wait_for("a standby", |driver| standby(driver).state == "ready");
+    let ready = machine.wait_for("a standby", |driver| standby(driver).state == StandbyStage::Ready);
     let pid = standby(&ready).pid;
     assert_eq!((ready.generation, standby(&ready).generation), (Some(1), Some(2)));
     machine.crash(CrashKind::Panic);
@@ -215,7 +217,7 @@ fn a_standby_takes_over_and_the_next_one_follows() {
         report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
     assert!(steps.contains(&"plugged") && !steps.contains(&"running"), "{steps:?}");
     assert_eq!(report["parts"]["boot_ms"], 0.0);
-    let next = machine.wait_for("the next", |driver| standby(driver).state == "ready");
+    let next = machine.wait_for("the next", |driver| standby(driver).state == StandbyStage::Ready);
     assert_eq!(standby(&next).generation, Some(3));
     machine.stop();
 }
@@ -223,11 +225,12 @@ fn a_standby_takes_over_and_the_next_one_follows() {
 fn a_standby_that_is_killed_is_replaced() {
     let machine = start("", "", "");
     let standby = |driver: &DriverStatus| driver.standby.clone().unwrap();
-    let ready = machine.wait_for("a standby", |driver| standby(driver).state == "ready");
+    let ready = machine.wait_for("a standby", |driver| standby(driver).state == StandbyStage::Ready);
     kill(standby(&ready).pid.unwrap());
-    let next =
-        machine.wait_for("another", |driver| standby(driver).generation == Some(3) && standby(driver).state == "ready");
-    assert_eq!((next.state.as_str(), next.generation, next.failures), ("live", Some(1), 0));
+    let next = machine.wait_for("another", |driver| {
+        standby(driver).generation == Some(3) && standby(driver).state == StandbyStage::Ready
+    });
+    assert_eq!((next.state, next.generation, next.failures), (StateName::Live, Some(1), 0));
     assert!(machine.events_text().contains("\"standby-failed\""));
     machine.crash(CrashKind::Panic);
     machine.wait_live(3);
@@ -256,7 +259,8 @@ fn an_image_that_does_not_boot_changes_nothing() {
     let driver = machine.wait_live(1);
     assert_eq!((driver.failures, driver.generation), (0, Some(1)));
     assert!(!machine.events_text().contains("masked"), "the guest noticed nothing");
-    machine.wait_for("a standby of the old image", |d| d.standby.as_ref().is_some_and(|s| s.state == "ready"));
+    machine
+        .wait_for("a standby of the old image", |d| d.standby.as_ref().is_some_and(|s| s.state == StandbyStage::Ready));
     machine.stop();
 }
 
@@ -265,7 +269,7 @@ fn an_image_that_fails_gives_way_to_the_old_one() {
     machine.wait_live(1);
     let Response::Error { what } = machine.restart(Some("image-without-the-driver")) else { panic!("it serves") };
     assert!(what.contains("no module named nic") && what.contains("image of before"), "{what}");
-    machine.wait_for("the old image", |driver| driver.state == "live" && driver.generation > Some(2));
+    machine.wait_for("the old image", |driver| driver.state == StateName::Live && driver.generation > Some(2));
     machine.stop();
 }
 
@@ -361,12 +365,12 @@ fn settings_that_kill_a_life_as_it_gets_them_are_left_out_of_the_third() {
 fn past_the_limit_the_driver_is_quarantined_and_the_guest_lives_on() {
     let machine =
         start("", "die-after-forwarding=1 die-after-forwarding=2 die-after-forwarding=3", "limit = 2, backoff_ms = 10");
-    let driver = machine.wait_for("quarantine", |driver| driver.state == "quarantined");
+    let driver = machine.wait_for("quarantine", |driver| driver.state == StateName::Quarantined);
     assert!(driver.reason.unwrap().starts_with("more than 2 failures in 60 s"));
     assert_eq!((driver.generation, driver.failures, driver.pid), (Some(3), 3, None));
     assert_eq!(machine.report(3)["verdict"], "quarantine");
     assert!(machine.guest_log().contains("Quarantine"));
-    assert_eq!(machine.status().unwrap().guests[0].state, "running");
+    assert_eq!(machine.status().unwrap().guests[0].state, GuestStateName::Running);
     machine.stop();
 }
 
@@ -409,7 +413,7 @@ fn a_guest_that_changes_its_mind_without_end_costs_no_driver_vm() {
 
 fn a_rebooted_guest_hears_that_its_driver_is_quarantined() {
     let machine = start("reset-at-quarantine", "die-after-forwarding=1", "limit = 0");
-    machine.wait_for("quarantine", |driver| driver.state == "quarantined");
+    machine.wait_for("quarantine", |driver| driver.state == StateName::Quarantined);
     let until = Instant::now() + Duration::from_secs(10);
     while machine.guest_log().matches("Quarantine").count() < 2 {
         assert!(Instant::now() < until, "{}", machine.guest_log());
@@ -479,7 +483,7 @@ fn a_guest_that_waits_for_its_sound_card_is_off_when_the_machine_is_stopped() {
     let text = fs::read_to_string(&path).unwrap().replace("net = [{", "sound = [{");
     fs::write(&path, text).unwrap();
     machine.start_again();
-    machine.wait_for("a boot", |driver| driver.state == "booting");
+    machine.wait_for("a boot", |driver| driver.state == StateName::Booting);
     assert_eq!(machine.status().unwrap().guests[0].pid, None);
     machine.press(StopHow::PowerButton);
     machine.wait().unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
 use crate::cases::Case;
@@ -65,7 +66,7 @@ fn what_a_driver_vm_says_reaches_no_terminal_raw() {
 
 fn a_guest_that_loses_links_without_end_fills_nothing() {
     let mut machine = start("lose-links", "", "limit = 1, backoff_ms = 10");
-    machine.wait_for("the end of it", |driver| driver.state == "quarantined");
+    machine.wait_for("the end of it", |driver| driver.state == StateName::Quarantined);
     let report = machine.report(1);
     let masks = report["masks"].as_array().unwrap();
     assert!(masks.len() <= 256, "{}", masks.len());

@@ -6,7 +6,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::record::status::DriverStatus;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
+use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
 use crate::machine::{TestMachine, start, start_shared, start_without_drivers};
@@ -40,7 +41,8 @@ fn signal(pid: u32, signal: Signal) {
 /// Waits for the first life, live, with its standby ready.
 fn wait_ready(machine: &TestMachine) -> DriverStatus {
     machine.wait_for("a standby", |driver| {
-        driver.state == "live" && driver.standby.as_ref().is_some_and(|standby| standby.state == "ready")
+        driver.state == StateName::Live
+            && driver.standby.as_ref().is_some_and(|standby| standby.state == StandbyStage::Ready)
     })
 }
 
@@ -71,11 +73,11 @@ fn a_killed_guest_costs_nobody_else_anything_and_can_be_started() {
     let heard = machine.log_of("db");
     let web = machine.wait_for_guest("web", "a process", |guest| guest.pid.is_some());
     signal(web.pid.unwrap(), Signal::SIGKILL);
-    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
     assert!(web.reason.unwrap().contains("signal 9"));
     machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
     machine.wait_for_event("\"end-live\"", 1);
-    assert_eq!(machine.wait_for_guest("web", "it", |guest| guest.state == "running").reason, None);
+    assert_eq!(machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).reason, None);
     assert_undisturbed(&machine, &before, &heard);
     machine.stop();
 }
@@ -111,7 +113,7 @@ fn a_guest_that_accuses_a_shared_driver_vm_loses_its_own_end() {
 
 fn the_only_guest_that_accuses_its_driver_vm_is_believed() {
     let machine = start("accuse ", "", "limit = 1");
-    machine.wait_for("the end of it", |driver| driver.state == "quarantined");
+    machine.wait_for("the end of it", |driver| driver.state == StateName::Quarantined);
     let report = machine.report(1);
     assert_eq!(report["source"], "link");
     assert!(report["reason"].as_str().unwrap().contains("a rule"), "{report}");
@@ -124,7 +126,7 @@ fn a_guest_that_cannot_start_again_fails_alone() {
     let heard = machine.log_of("db");
     fs::rename(machine.dir.path().join("kernel"), machine.dir.path().join("gone")).unwrap();
     machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
-    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
     assert!(web.reason.unwrap().contains("its kernel is gone"));
     assert_undisturbed(&machine, &before, &heard);
     fs::rename(machine.dir.path().join("gone"), machine.dir.path().join("kernel")).unwrap();
@@ -138,30 +140,33 @@ fn guests_are_stopped_started_and_rebooted_by_themselves() {
     let machine = start_shared("", "");
     let before = wait_ready(&machine);
     let name = || "web".to_owned();
-    let first = machine.wait_for_guest("web", "it", |guest| guest.state == "running").pid;
+    let first = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
     assert!(machine.ask_about(&Request::StartGuest { name: name() }).unwrap_err().contains("it is running"));
     machine.ask_about(&Request::RebootGuest { name: name(), how: StopHow::PowerButton }).unwrap();
-    let second = machine.wait_for_guest("web", "it", |guest| guest.state == "running" && guest.pid != first).pid;
+    let second =
+        machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running && guest.pid != first).pid;
     machine.ask_about(&Request::RebootGuest { name: name(), how: StopHow::Kill }).unwrap();
-    machine.wait_for_guest("web", "it", |guest| guest.state == "running" && guest.pid != second && guest.pid != first);
+    machine.wait_for_guest("web", "it", |guest| {
+        guest.state == GuestStateName::Running && guest.pid != second && guest.pid != first
+    });
     for how in [StopHow::PowerButton, StopHow::Kill] {
         machine.ask_about(&Request::StopGuest { name: name(), how }).unwrap();
-        machine.wait_for_guest("web", "its end", |guest| guest.state == "off");
+        machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
         assert!(machine.ask_about(&Request::StopGuest { name: name(), how }).unwrap_err().contains("it is off"));
         machine.ask_about(&Request::StartGuest { name: name() }).unwrap();
-        machine.wait_for_guest("web", "it", |guest| guest.state == "running");
+        machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
     }
     let unknown = machine.ask_about(&Request::StopGuest { name: "www".into(), how: StopHow::Kill }).unwrap_err();
     assert!(unknown.contains("there is web, db") || unknown.contains("there is db, web"), "{unknown}");
     // The machine was told to go on without guests.
     for guest in ["web", "db"] {
         machine.ask_about(&Request::StopGuest { name: guest.into(), how: StopHow::PowerButton }).unwrap();
-        machine.wait_for_guest(guest, "its end", |guest| guest.state == "off");
+        machine.wait_for_guest(guest, "its end", |guest| guest.state == GuestStateName::Off);
     }
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(machine.wait_live(1).pid, before.pid);
     machine.ask_about(&Request::StartGuest { name: "db".into() }).unwrap();
-    machine.wait_for_guest("db", "it", |guest| guest.state == "running");
+    machine.wait_for_guest("db", "it", |guest| guest.state == GuestStateName::Running);
     machine.stop();
 }
 
@@ -181,12 +186,12 @@ fn a_rebooted_guest_keeps_its_driver_vm_and_standby() {
 fn a_guest_without_driver_vms_that_cannot_start_again_fails_alone() {
     let machine = start_without_drivers();
     for guest in ["web", "db"] {
-        machine.wait_for_guest(guest, "it", |guest| guest.state == "running");
+        machine.wait_for_guest(guest, "it", |guest| guest.state == GuestStateName::Running);
     }
     let pid = machine.wait_for_guest("db", "it", |guest| guest.pid.is_some()).pid;
     fs::remove_file(machine.dir.path().join("kernel-of-web")).unwrap();
     machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
-    machine.wait_for_guest("web", "its failure", |guest| guest.state == "failed");
-    assert_eq!(machine.wait_for_guest("db", "it", |guest| guest.state == "running").pid, pid);
+    machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
+    assert_eq!(machine.wait_for_guest("db", "it", |guest| guest.state == GuestStateName::Running).pid, pid);
     machine.press(StopHow::Kill);
 }

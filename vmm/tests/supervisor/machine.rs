@@ -13,6 +13,7 @@ use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::config::Machine;
 use umbra_vmm::host::{self, DeviceFiles, HostDevice};
+use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::events::Verbosity;
 use umbra_vmm::record::status::{DriverStatus, GuestStatus, Status};
 use umbra_vmm::supervisor::front::notify::Notify;
@@ -200,7 +201,7 @@ impl TestMachine {
 
     pub fn wait_live(&self, generation: u32) -> DriverStatus {
         let what = format!("generation {generation} live");
-        self.wait_for(&what, |driver| driver.state == "live" && driver.generation == Some(generation))
+        self.wait_for(&what, |driver| driver.state == StateName::Live && driver.generation == Some(generation))
     }
 
     pub fn crash(&self, kind: CrashKind) {

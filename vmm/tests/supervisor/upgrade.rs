@@ -1,6 +1,7 @@
 //! Restarts to other images: one that is given up or fails leaves the old image everywhere.
 
 use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::Response;
 
@@ -44,12 +45,14 @@ fn upgrade(machine: &TestMachine, image: Option<&str>) -> u32 {
 
 /// Waits for a life behind `generation`, and returns it.
 fn wait_next(machine: &TestMachine, generation: u32) -> DriverStatus {
-    machine.wait_for("the next life", |driver| driver.state == "live" && driver.generation > Some(generation))
+    machine.wait_for("the next life", |driver| driver.state == StateName::Live && driver.generation > Some(generation))
 }
 
 /// Waits until the next life stands by.
 fn wait_standby(machine: &TestMachine) {
-    machine.wait_for("a standby", |driver| driver.standby.as_ref().is_some_and(|standby| standby.state == "ready"));
+    machine.wait_for("a standby", |driver| {
+        driver.standby.as_ref().is_some_and(|standby| standby.state == StandbyStage::Ready)
+    });
 }
 
 fn a_restart_that_is_given_up_on_a_spare_leaves_none_of_its_image() {

@@ -163,14 +163,15 @@ fn real(count: usize) -> f64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Failure, Outcome};
+    use super::super::{Outcome, PastFailure};
     use super::*;
+    use crate::lifecycle::NoticedBy;
 
     fn with(outages: &[f64]) -> History {
-        let failure = |(n, ms): (usize, &f64)| Failure {
+        let failure = |(n, ms): (usize, &f64)| PastFailure {
             second: real(n),
             outcome: Outcome::Live(2, Some(*ms)),
-            ..Failure::default()
+            ..PastFailure::new("nic0".into(), 1, NoticedBy::Panic, String::new(), 0.0)
         };
         History { failures: outages.iter().enumerate().map(failure).collect(), seconds: 10.0, ..History::default() }
     }

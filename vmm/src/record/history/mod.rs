@@ -13,8 +13,12 @@ mod timeline;
 
 pub use read::{ReadError, folder, read};
 
+use umbra_shadow::DeviceId;
+
 use super::parts::Parts;
-use crate::wire::messages::PaceSteps;
+use super::timeline::Mark;
+use crate::lifecycle::NoticedBy;
+use crate::wire::messages::{MaskedCounts, PaceSteps};
 
 /// A machine's past.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +34,7 @@ pub struct History {
     /// Driver VMs in the order of their first event.
     pub drivers: Vec<Driver>,
     /// Failures, oldest first.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<PastFailure>,
     /// Warnings and what became of the guests: time and sentence.
     pub remarks: Vec<(String, String)>,
 }
@@ -53,8 +57,8 @@ pub struct Driver {
 }
 
 /// One failure of a driver VM, and what followed.
-#[derive(Clone, Debug, Default)]
-pub struct Failure {
+#[derive(Clone, Debug)]
+pub struct PastFailure {
     /// The driver VM.
     pub driver: String,
     /// The life that ended.
@@ -63,8 +67,8 @@ pub struct Failure {
     pub time: String,
     /// Since the first event, in seconds.
     pub second: f64,
-    /// How it was noticed, as reports name it.
-    pub source: String,
+    /// How it was noticed.
+    pub source: NoticedBy,
     /// What happened.
     pub reason: String,
     /// Somebody had asked for it: how.
@@ -76,13 +80,24 @@ pub struct Failure {
     /// How long each part took, as far as it is known.
     pub parts: Parts,
     /// Frames of the outage.
-    pub frames: Frames,
+    pub frames: MaskedCounts,
     /// Guests' devices that were answered by the shadow: `web.net0`.
     pub masked: Vec<String>,
-    /// How much the guests' devices moved around the outage: `web.net0`.
-    pub paces: Vec<(String, PaceSteps)>,
+    /// How much the guests' devices moved around the outage.
+    pub paces: Vec<DevicePace>,
     /// What a crash report adds.
     pub evidence: Option<Evidence>,
+}
+
+/// How much a guest's device moved around an outage.
+#[derive(Clone, Debug)]
+pub struct DevicePace {
+    /// The guest's name.
+    pub guest: String,
+    /// The device.
+    pub device: DeviceId,
+    /// Frames in each step of time.
+    pub steps: PaceSteps,
 }
 
 /// What followed a failure.
@@ -97,20 +112,6 @@ pub enum Outcome {
     /// The log ends here.
     #[default]
     Open,
-}
-
-/// What became of frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(default)]
-pub struct Frames {
-    /// Taken from the guests during the outage.
-    pub logged: u64,
-    /// Sent afterwards.
-    pub replayed: u64,
-    /// Given up for want of room, or as suspect.
-    pub dropped: u64,
-    /// With the dead driver VM; never sent again.
-    pub unknown: u64,
 }
 
 /// What a crash report adds to the events.
@@ -135,19 +136,27 @@ pub struct Evidence {
     pub timeline: Vec<Mark>,
 }
 
-/// A step of the time line.
-#[derive(Clone, Debug, Default, serde::Deserialize)]
-#[serde(default)]
-pub struct Mark {
-    /// Its name, as `mask`.
-    pub step: String,
-    /// Since the first step, ms.
-    pub ms: f64,
-    /// Wall clock, UTC.
-    pub time: String,
-}
+impl PastFailure {
+    /// What the event `driver-failed` says; nothing has followed yet.
+    fn new(driver: String, generation: u32, source: NoticedBy, reason: String, detect_ms: f64) -> Self {
+        Self {
+            driver,
+            generation,
+            time: String::new(),
+            second: 0.0,
+            source,
+            reason,
+            requested: None,
+            detect_ms,
+            outcome: Outcome::Open,
+            parts: Parts::default(),
+            frames: MaskedCounts::default(),
+            masked: Vec::new(),
+            paces: Vec::new(),
+            evidence: None,
+        }
+    }
 
-impl Failure {
     /// The outage in ms, where it is over.
     pub fn outage(&self) -> Option<f64> {
         if let Outcome::Live(_, outage) = self.outcome { outage } else { None }
@@ -157,7 +166,7 @@ impl Failure {
 impl History {
     /// The outages that are over, shortest first, ms.
     pub fn outages(&self) -> Vec<f64> {
-        let mut outages: Vec<_> = self.failures.iter().filter_map(Failure::outage).collect();
+        let mut outages: Vec<_> = self.failures.iter().filter_map(PastFailure::outage).collect();
         outages.sort_by(f64::total_cmp);
         outages
     }

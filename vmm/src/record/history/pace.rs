@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
+use umbra_shadow::Class;
+
 use super::page::escaped;
 use super::parts::duration;
-use crate::wire::messages::PaceSteps;
+use crate::record::history::DevicePace;
 
 /// Width of the drawing, in its own units.
 const WIDTH: f64 = 1000.0;
@@ -12,11 +14,13 @@ const WIDTH: f64 = 1000.0;
 const HALF: f64 = 40.0;
 /// Where the line between them is.
 const MIDDLE: f64 = 20.0 + HALF;
-/// Most steps drawn: as many as are ever told of.
+/// Most steps drawn: as many as an event has.
 const DRAWN: usize = 240;
 
-/// Draws `steps` of `device`; the outage of so many ms is shaded. Empty where nothing moved at all.
-pub(super) fn svg(device: &str, steps: &PaceSteps, outage: Option<f64>) -> String {
+/// Draws `pace`; the outage of so many ms is shaded. Empty where nothing moved at all.
+pub(super) fn svg(pace: &DevicePace, outage: Option<f64>) -> String {
+    let DevicePace { guest, device, steps } = pace;
+    let name = escaped(&format!("{guest}.{device}"));
     let (sent, received) = (&steps.out[..steps.out.len().min(DRAWN)], &steps.into[..steps.into.len().min(DRAWN)]);
     let count = sent.len().max(received.len());
     let most = sent.iter().chain(received).copied().max().unwrap_or(0);
@@ -25,8 +29,10 @@ pub(super) fn svg(device: &str, steps: &PaceSteps, outage: Option<f64>) -> Strin
     }
     let (step_ms, width) = (real(steps.step_ms), WIDTH / real(count));
     let x = |ms: f64| (ms / step_ms * width).clamp(0.0, WIDTH);
-    let (verbs, unit) =
-        if device.contains(".sound") { (["played", "recorded"], "samples") } else { (["sent", "received"], "frames") };
+    let (verbs, unit) = match device.class {
+        Class::Net => (["sent", "received"], "frames"),
+        Class::Sound => (["played", "recorded"], "samples"),
+    };
     let rate = |steps_of: &[u64]| {
         let most = steps_of.iter().copied().max().unwrap_or(0);
         format!("{:.0}", real(most) * 1000.0 / step_ms)
@@ -35,9 +41,8 @@ pub(super) fn svg(device: &str, steps: &PaceSteps, outage: Option<f64>) -> Strin
     // Writing to a string cannot fail.
     let _ = write!(
         out,
-        "<svg viewBox=\"0 0 {WIDTH} {:.0}\" role=\"img\" aria-label=\"{unit} of {} around the outage\">",
-        MIDDLE + HALF + 18.0,
-        escaped(device)
+        "<svg viewBox=\"0 0 {WIDTH} {:.0}\" role=\"img\" aria-label=\"{unit} of {name} around the outage\">",
+        MIDDLE + HALF + 18.0
     );
     let begin = real(steps.before_ms);
     let end = begin + outage.unwrap_or(0.0).max(0.0);
@@ -63,11 +68,10 @@ pub(super) fn svg(device: &str, steps: &PaceSteps, outage: Option<f64>) -> Strin
     let _ = write!(
         out,
         "<line class=\"axis\" x1=\"0\" x2=\"{WIDTH}\" y1=\"{MIDDLE}\" y2=\"{MIDDLE}\"/>\
-         <text x=\"0\" y=\"13\">{}: {unit} {} (above) and {} (below) in steps of {}</text>\
+         <text x=\"0\" y=\"13\">{name}: {unit} {} (above) and {} (below) in steps of {}</text>\
          <text x=\"{WIDTH}\" y=\"13\" text-anchor=\"end\" class=\"soft\">at most {} and {} a second</text>\
          <text x=\"0\" y=\"{:.0}\" class=\"soft\">{} before the loss</text>\
          <text x=\"{WIDTH}\" y=\"{:.0}\" text-anchor=\"end\" class=\"soft\">2 s after</text></svg>",
-        escaped(device),
         verbs[0],
         verbs[1],
         duration(step_ms),
@@ -88,7 +92,18 @@ fn real(count: impl TryInto<u64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use umbra_shadow::DeviceId;
+
     use super::*;
+    use crate::wire::messages::PaceSteps;
+
+    fn of(guest: &str, device: DeviceId, steps: PaceSteps) -> DevicePace {
+        DevicePace { guest: guest.into(), device, steps }
+    }
+
+    fn net(steps: PaceSteps) -> DevicePace {
+        of("web", DeviceId::net(0), steps)
+    }
 
     fn steps(out: Vec<u64>, into: Vec<u64>) -> PaceSteps {
         PaceSteps { step_ms: 25, before_ms: 50, out, into }
@@ -96,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_outage_is_shaded_and_every_step_that_moved_is_drawn() {
-        let drawing = svg("web.net0", &steps(vec![4, 2, 0, 0, 2], vec![8, 8, 0, 1, 0]), Some(50.0));
+        let drawing = svg(&net(steps(vec![4, 2, 0, 0, 2], vec![8, 8, 0, 1, 0])), Some(50.0));
         assert!(drawing.contains("class=\"away\" x=\"400.0\" y=\"20\" width=\"400.0\""), "{drawing}");
         assert_eq!((drawing.matches("class=\"bar\"").count(), drawing.matches("class=\"into\"").count()), (3, 3));
         assert!(drawing.contains("at most 160 and 320 a second"), "{drawing}");
@@ -104,11 +119,12 @@ mod tests {
 
     #[test]
     fn nothing_and_nonsense_are_drawn_as_nothing() {
-        assert_eq!(svg("web.net0", &PaceSteps::default(), None), "");
-        assert_eq!(svg("web.net0", &steps(vec![0, 0], vec![0]), Some(5.0)), "");
-        assert_eq!(svg("web.net0", &PaceSteps { step_ms: 0, ..steps(vec![1], vec![1]) }, Some(5.0)), "");
-        let odd = svg("<b>.sound0", &steps(vec![u64::MAX; 10_000], Vec::new()), Some(f64::NAN));
+        assert_eq!(svg(&net(PaceSteps::default()), None), "");
+        assert_eq!(svg(&net(steps(vec![0, 0], vec![0])), Some(5.0)), "");
+        assert_eq!(svg(&net(PaceSteps { step_ms: 0, ..steps(vec![1], vec![1]) }), Some(5.0)), "");
+        let odd = svg(&of("<b>.net", DeviceId::sound(0), steps(vec![u64::MAX; 10_000], Vec::new())), Some(f64::NAN));
         assert!(!odd.contains("NaN") && !odd.contains("inf") && !odd.contains("<b>"), "{odd}");
+        assert!(odd.contains("samples played"), "the class decides, not the guest's name: {odd}");
         assert_eq!(odd.matches("class=\"bar\"").count(), DRAWN);
     }
 }

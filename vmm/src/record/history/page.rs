@@ -5,8 +5,10 @@
 use std::fmt::Write as _;
 
 use super::parts::{PARTS, duration, time_of, timed};
-use super::{Evidence, Failure, Frames, History, Outcome, chart, pace, percentile, timeline};
+use super::{Evidence, History, Outcome, PastFailure, chart, pace, percentile, timeline};
 use crate::base::untrusted_text::block;
+use crate::lifecycle::NoticedBy;
+use crate::wire::messages::MaskedCounts;
 
 /// The page's style.
 const STYLE: &str = include_str!("page.css");
@@ -75,7 +77,7 @@ fn tiles(out: &mut String, history: &History) {
     let outages = history.outages();
     let count =
         |wanted: fn(&Outcome) -> bool| history.failures.iter().filter(|failure| wanted(&failure.outcome)).count();
-    let frames = history.failures.iter().fold(Frames::default(), |sum, failure| Frames {
+    let frames = history.failures.iter().fold(MaskedCounts::default(), |sum, failure| MaskedCounts {
         logged: sum.logged.saturating_add(failure.frames.logged),
         replayed: sum.replayed.saturating_add(failure.frames.replayed),
         dropped: sum.dropped.saturating_add(failure.frames.dropped),
@@ -90,7 +92,7 @@ fn tiles(out: &mut String, history: &History) {
         (time(percentile(&outages, 95)), "outage, 95th percentile"),
         (time(outages.last().copied()), "outage, longest"),
         (frames.replayed.to_string(), "frames kept and sent after an outage"),
-        (frames.dropped.to_string(), "frames dropped for want of room"),
+        (frames.dropped.to_string(), "frames dropped because the log was full"),
         (frames.unknown.to_string(), "frames of unknown fate (never sent twice)"),
     ];
     out.push_str("<div class=\"tiles\">\n");
@@ -126,7 +128,7 @@ fn drivers(out: &mut String, history: &History) {
          <th class=\"num\">failures</th><th class=\"num\">median outage</th><th>median of each part</th></tr>\n",
     );
     for driver in &history.drivers {
-        let mine: Vec<&Failure> = history.failures.iter().filter(|failure| failure.driver == driver.name).collect();
+        let mine: Vec<&PastFailure> = history.failures.iter().filter(|failure| failure.driver == driver.name).collect();
         let mut outages: Vec<_> = mine.iter().filter_map(|failure| failure.outage()).collect();
         outages.sort_by(f64::total_cmp);
         let medians = PARTS.iter().filter_map(|part| {
@@ -180,7 +182,7 @@ fn failures(out: &mut String, history: &History) {
     }
 }
 
-fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
+fn card(out: &mut String, n: usize, failure: &PastFailure, scale: f64) {
     let badge = match &failure.outcome {
         Outcome::Live(generation, _) => format!("<span class=\"badge good\">generation {generation} live</span>"),
         Outcome::FailedAgain => "<span class=\"badge warn\">the next one failed too</span>".into(),
@@ -205,7 +207,7 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
     let _ = writeln!(
         out,
         "<p>{}{}{}</p>",
-        noticed(&failure.source, failure.detect_ms),
+        noticed(failure.source, failure.detect_ms),
         said.unwrap_or_default(),
         asked.unwrap_or_default()
     );
@@ -217,8 +219,8 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
     };
     out.push_str(&timeline::svg(&failure.parts, end, failure.outage(), scale));
     figures(out, failure);
-    for (device, steps) in &failure.paces {
-        out.push_str(&pace::svg(device, steps, failure.outage()));
+    for pace in &failure.paces {
+        out.push_str(&pace::svg(pace, failure.outage()));
     }
     if let Some(evidence) = &failure.evidence {
         details(out, evidence);
@@ -227,25 +229,27 @@ fn card(out: &mut String, n: usize, failure: &Failure, scale: f64) {
 }
 
 /// How a failure was noticed, as a sentence.
-fn noticed(source: &str, detect_ms: f64) -> String {
+fn noticed(source: NoticedBy, detect_ms: f64) -> String {
     let how = match source {
-        "panic" => "The kernel of the driver VM panicked and said so",
-        "vm-end" => "The driver VM powered off, was reset or died",
-        "process-exit" => "The process of the driver VM was gone",
-        "start" => "The driver VM could not be started",
-        "device" => "The device reported an error",
-        "agent" => "The agent in the driver VM reported that it could not work",
-        "control-stream" => "The agent in the driver VM fell silent or talked nonsense",
-        "heartbeat" => "The driver VM stopped giving signs of life",
-        "boot-timeout" => "The driver VM did not come up in time",
-        "link" => "The link between the guest and the driver VM was lost, or its rules were broken",
-        other => return format!("Noticed by <code>{}</code> after {}.", escaped(other), duration(detect_ms)),
+        NoticedBy::Panic => "The kernel of the driver VM panicked and said so",
+        NoticedBy::VmEnd => "The driver VM powered off, was reset or died",
+        NoticedBy::ProcessExit => "The process of the driver VM was gone",
+        NoticedBy::Start => "The driver VM could not be started",
+        NoticedBy::Device => "The device reported an error",
+        NoticedBy::Agent => "The agent in the driver VM reported that it could not work",
+        NoticedBy::ControlStream => "The agent in the driver VM fell silent or talked nonsense",
+        NoticedBy::Heartbeat => "The driver VM stopped giving signs of life",
+        NoticedBy::BootTimeout => "The driver VM did not come up in time",
+        NoticedBy::Link => "The link between the guest and the driver VM was lost, or its rules were broken",
+        NoticedBy::Planned => "It was replaced, as was asked for",
+        NoticedBy::Carrier => "Its network card had no link, and that of the spare had one",
+        NoticedBy::Unknown => "It was noticed in a way that this version of Umbra does not know",
     };
     format!("{how}; certain {} after the first sign.", duration(detect_ms))
 }
 
-fn figures(out: &mut String, failure: &Failure) {
-    let Frames { logged, replayed, dropped, unknown } = failure.frames;
+fn figures(out: &mut String, failure: &PastFailure) {
+    let MaskedCounts { logged, replayed, dropped, unknown } = failure.frames;
     let mut figures = Vec::new();
     match failure.outcome {
         Outcome::Live(_, Some(outage)) => figures.push(format!("outage <b>{}</b>", duration(outage))),
@@ -276,7 +280,7 @@ fn details(out: &mut String, evidence: &Evidence) {
                 out,
                 "<tr><td class=\"num\">{:.3}</td><td>{}</td><td>{}</td></tr>",
                 mark.ms,
-                escaped(&mark.step),
+                mark.step,
                 escaped(time)
             );
         }

@@ -1,31 +1,30 @@
 //! The report's page, as text; a browser looks at it in `vmm/tests`.
 
-use super::super::{Driver, Mark};
+use umbra_shadow::DeviceId;
+
+use super::super::{DevicePace, Driver};
 use super::*;
 use crate::record::parts::Parts;
+use crate::record::timeline::{Mark, Milestone};
 use crate::wire::messages::PaceSteps;
 
-fn failure(outcome: Outcome) -> Failure {
-    Failure {
-        driver: "nic0".into(),
-        generation: 1,
+fn failure(outcome: Outcome) -> PastFailure {
+    let steps = PaceSteps { step_ms: 25, before_ms: 0, out: vec![0, 2], into: vec![1, 1] };
+    PastFailure {
         time: "2026-01-02T03:04:05.678Z".into(),
-        source: "panic".into(),
-        reason: "kernel panic".into(),
         requested: Some("panic".into()),
-        detect_ms: 0.4,
         outcome,
         parts: Parts { detect_ms: Some(0.4), boot_ms: Some(900.0), ..Parts::default() },
-        frames: Frames { logged: 14, replayed: 12, dropped: 0, unknown: 2 },
+        frames: MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 },
         masked: vec!["web.net0".into()],
-        paces: vec![("web.net0".into(), PaceSteps { step_ms: 25, before_ms: 0, out: vec![0, 2], into: vec![1, 1] })],
+        paces: vec![DevicePace { guest: "web".into(), device: DeviceId::net(0), steps }],
         evidence: Some(Evidence {
             kernel_says: Some("Kernel panic - not syncing: <oops>".into()),
             console_tail: "</pre><script>alert(1)</script>\u{1b}[31m".into(),
-            timeline: vec![Mark { step: "mask".into(), ms: 0.0, time: "2026-01-02T03:04:05.678Z".into() }],
+            timeline: vec![Mark { step: Milestone::Mask, at_ns: 0, ms: 0.0, time: "2026-01-02T03:04:05.678Z".into() }],
             ..Evidence::default()
         }),
-        ..Failure::default()
+        ..PastFailure::new("nic0".into(), 1, NoticedBy::Panic, "kernel panic".into(), 0.4)
     }
 }
 

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::{Driver, Evidence, Failure, Frames, History, Outcome};
+use super::{DevicePace, Driver, Evidence, History, Outcome, PastFailure};
+use crate::record::events::Event;
 use crate::record::log::EVENT_LOG;
 use crate::record::log::EventLog;
 use crate::record::parts::Parts;
-use crate::wire::messages::PaceSteps;
+use crate::wire::messages::MaskedCounts;
 
 /// Largest crash report that is read: console and registers are bounded where they are written.
 const MAX_REPORT: u64 = 4 << 20;
@@ -34,7 +35,7 @@ pub enum ReadError {
     NoEvents(PathBuf),
 }
 
-/// An event as the log has it, of as much as is needed here.
+/// An event as the log has it.
 #[derive(Deserialize)]
 struct Line {
     at_ns: u64,
@@ -42,69 +43,7 @@ struct Line {
     #[serde(default)]
     text: Option<String>,
     #[serde(flatten)]
-    event: Seen,
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "event", rename_all = "kebab-case")]
-enum Seen {
-    Masked {
-        guest: String,
-        device: String,
-        driver: String,
-    },
-    CrashRequested {
-        driver: String,
-        generation: u32,
-        kind: String,
-    },
-    DriverFailed {
-        driver: String,
-        generation: u32,
-        source: String,
-        reason: String,
-        detect_ms: f64,
-    },
-    DriverFenced {
-        driver: String,
-        generation: u32,
-        fence_ms: f64,
-    },
-    DeviceReset {
-        driver: String,
-        method: String,
-        reset_ms: f64,
-    },
-    DriverLive {
-        driver: String,
-        generation: u32,
-        outage_ms: Option<f64>,
-        #[serde(default)]
-        parts: Parts,
-        #[serde(default)]
-        frames: Frames,
-    },
-    Pace {
-        guest: String,
-        device: String,
-        driver: String,
-        generation: u32,
-        steps: PaceSteps,
-    },
-    DriverStarting {
-        driver: String,
-    },
-    Quarantined {
-        driver: String,
-        reason: String,
-    },
-    CleanStart {},
-    GuestRebooted {},
-    GuestEnded {},
-    Stopping {},
-    Warning {},
-    #[serde(other)]
-    Other,
+    event: Event,
 }
 
 /// Reads the folder `reports` of the machine `name`.
@@ -173,53 +112,55 @@ impl Reader {
         self.history.until.clone_from(&line.time);
         self.history.seconds = seconds;
         match line.event {
-            Seen::DriverStarting { driver } => {
+            Event::DriverStarting { driver, .. } => {
                 let _ = self.driver(&driver);
             }
-            Seen::Masked { guest, device, driver } => self.on_masked(driver, format!("{guest}.{device}")),
-            Seen::CrashRequested { driver, generation, kind } => self.requested.push((driver, generation, kind)),
-            Seen::DriverFailed { driver, generation, source, reason, detect_ms } => {
-                let failure = Failure { driver, generation, source, reason, detect_ms, ..Failure::default() };
-                self.on_failed(Failure { time: line.time, second: seconds, ..failure });
+            Event::Masked { guest, device, driver, .. } => self.on_masked(driver, format!("{guest}.{device}")),
+            Event::CrashRequested { driver, generation, kind } => self.requested.push((driver, generation, kind)),
+            Event::DriverFailed { driver, generation, source, reason, detect_ms } => {
+                // Replaced by plan, or because its NIC had no carrier: what came before has an end all the same.
+                let counts = source.is_failure();
+                let failure = PastFailure::new(driver, generation, source, reason, detect_ms);
+                self.on_failed(PastFailure { time: line.time, second: seconds, ..failure }, counts);
             }
-            Seen::DriverFenced { driver, generation, fence_ms } => {
+            Event::DriverFenced { driver, generation, fence_ms, .. } => {
                 if let Some(failure) = self.open(&driver).filter(|failure| failure.generation == generation) {
                     failure.parts.fence_ms = Some(fence_ms);
                 }
             }
-            Seen::DeviceReset { driver, method, reset_ms } => {
+            Event::DeviceReset { driver, method, reset_ms, .. } => {
                 self.driver(&driver).reset = Some(method.clone());
                 if let Some(failure) = self.open(&driver) {
                     failure.parts.reset_ms = Some(reset_ms);
                     failure.parts.reset_method = method;
                 }
             }
-            Seen::DriverLive { driver, generation, outage_ms, parts, frames } => {
+            Event::DriverLive { driver, generation, outage_ms, parts, frames } => {
                 self.on_live(&driver, generation, outage_ms, parts, frames);
             }
-            Seen::Pace { guest, device, driver, generation, steps } => {
-                let recovered = |failure: &&mut Failure| {
+            Event::Pace { guest, device, driver, generation, steps } => {
+                let recovered = |failure: &&mut PastFailure| {
                     failure.driver == driver && matches!(failure.outcome, Outcome::Live(life, _) if life == generation)
                 };
                 if let Some(failure) = self.history.failures.iter_mut().rev().find(recovered) {
-                    failure.paces.push((format!("{guest}.{device}"), steps));
+                    failure.paces.push(DevicePace { guest, device, steps });
                 }
             }
-            Seen::Quarantined { driver, reason } => {
+            Event::Quarantined { driver, reason } => {
                 self.driver(&driver).quarantined = Some(reason);
                 if let Some(failure) = self.open(&driver) {
                     failure.outcome = Outcome::Quarantined;
                 }
             }
-            Seen::CleanStart {}
-            | Seen::GuestRebooted {}
-            | Seen::GuestEnded {}
-            | Seen::Stopping {}
-            | Seen::Warning {} => {
+            Event::CleanStart { .. }
+            | Event::GuestRebooted { .. }
+            | Event::GuestEnded { .. }
+            | Event::Stopping { .. }
+            | Event::Warning { .. } => {
                 let room = self.history.remarks.len() < MAX_REMARKS;
                 self.history.remarks.extend(line.text.filter(|_| room).map(|text| (line.time, text)));
             }
-            Seen::Other => {}
+            _ => {}
         }
     }
 
@@ -233,7 +174,7 @@ impl Reader {
     }
 
     /// The last failure of `driver`, if nothing has followed yet.
-    fn open(&mut self, driver: &str) -> Option<&mut Failure> {
+    fn open(&mut self, driver: &str) -> Option<&mut PastFailure> {
         let last = self.history.failures.iter_mut().rev().find(|failure| failure.driver == driver)?;
         (last.outcome == Outcome::Open).then_some(last)
     }
@@ -246,7 +187,7 @@ impl Reader {
         }
     }
 
-    fn on_failed(&mut self, mut failure: Failure) {
+    fn on_failed(&mut self, mut failure: PastFailure, counts: bool) {
         let _ = self.driver(&failure.driver);
         if let Some(before) = self.open(&failure.driver) {
             before.outcome = Outcome::FailedAgain;
@@ -259,13 +200,12 @@ impl Reader {
         self.masked = rest;
         let mine: Vec<(String, String)> = mine;
         failure.masked = mine.into_iter().map(|(_, device)| device).collect();
-        // Replaced because its guest was rebooted, by plan, or because its NIC had no carrier: no failure.
-        if !["replaced", "planned", "carrier"].contains(&failure.source.as_str()) {
+        if counts {
             self.history.failures.push(failure);
         }
     }
 
-    fn on_live(&mut self, driver: &str, generation: u32, outage_ms: Option<f64>, parts: Parts, frames: Frames) {
+    fn on_live(&mut self, driver: &str, generation: u32, outage_ms: Option<f64>, parts: Parts, frames: MaskedCounts) {
         if let Some(failure) = self.open(driver) {
             failure.outcome = Outcome::Live(generation, outage_ms);
             let method = parts.reset_method.clone();

@@ -54,9 +54,9 @@ fn the_pace_belongs_to_the_failure_that_this_life_ended() {
     );
     let history = history(&[START, LIVE1, FAILED1, LIVE2, FAILED2, pace]);
     let paces: Vec<_> = history.failures.iter().map(|failure| &failure.paces[..]).collect();
-    let [[(device, steps)], []] = paces[..] else { panic!("{paces:?}") };
+    let [[DevicePace { guest, device, steps }], []] = paces[..] else { panic!("{paces:?}") };
     assert_eq!(
-        (device.as_str(), steps.before_ms, &steps.out[..], &steps.into[..]),
+        (format!("{guest}.{device}").as_str(), steps.before_ms, &steps.out[..], &steps.into[..]),
         ("web.net0", 2000, &[3][..], &[4][..])
     );
 }

@@ -7,7 +7,7 @@ mod now;
 mod server;
 
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -21,6 +21,7 @@ pub use server::{Server, ServerError};
 use super::events::Event;
 use super::parts::Parts;
 use super::status::Status;
+use crate::base::lock::lock;
 
 /// Upper bounds of the outage histogram, in seconds: from a spare that takes over at once to a cold boot under emulation.
 const OUTAGE_BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0];
@@ -111,7 +112,7 @@ impl Metrics {
         registry.register("driver_clean_starts", help, this.clean_starts.clone());
         registry.register("driver_quarantines", "Driver VMs that were given up", this.quarantines.clone());
         registry.register("guest_reboots", "Guests that were rebooted", this.reboots.clone());
-        registry.register("warnings", "Warnings told", this.warnings.clone());
+        registry.register("warnings", "Warnings given", this.warnings.clone());
         registry.register_collector(Box::new(now::Now(now)));
         this.registry = Arc::new(registry);
         this
@@ -122,9 +123,7 @@ impl Metrics {
         match event {
             // Replaced by plan, or because of its NIC's carrier: no failure.
             Event::DriverFailed { driver, source, .. } if source.is_failure() => {
-                let source = serde_json::to_value(source).ok().and_then(|name| name.as_str().map(String::from));
-                let source = source.unwrap_or_default();
-                self.failures.get_or_create(&Cause { driver: driver.clone(), source }).inc();
+                self.failures.get_or_create(&Cause { driver: driver.clone(), source: source.to_string() }).inc();
             }
             Event::DriverLive { driver, outage_ms: Some(outage), parts, frames, .. } => {
                 self.outage.get_or_create(&Driver { driver: driver.clone() }).observe(outage / 1000.0);
@@ -169,7 +168,7 @@ impl Metrics {
 
     /// Shows `status` as the present state.
     pub fn show(&self, status: Status) {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+        *lock(&self.now) = Some(status);
     }
 
     /// All metrics as OpenMetrics text.

@@ -2,26 +2,27 @@
 
 use std::fmt::Error;
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, NoLabelSet};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLabelValue, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
+use crate::base::lock::lock;
 use crate::record::status::Status;
 
-/// Shows the last status that the supervisor has told.
+/// The last status that the supervisor has shown.
 #[derive(Debug)]
 pub(super) struct Now(pub(super) Arc<Mutex<Option<Status>>>);
 
 impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
         // A copy, so that the supervisor never waits for an encoder.
-        let Some(status) = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return Ok(()) };
+        let Some(status) = lock(&self.0).clone() else { return Ok(()) };
         let encoder = &mut encoder;
         let drivers = status.drivers.iter();
-        let state = drivers.clone().map(|d| ([("driver", d.name.as_str()), ("state", d.state.as_str())], 1_u64));
+        let state = drivers.clone().map(|d| ([("driver", d.name.clone()), ("state", d.state.to_string())], 1_u64));
         gauge(encoder, "driver_state", "State of a driver VM's life cycle (1: the present one)", None, state)?;
         let life = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.generation?)));
         gauge(encoder, "driver_generation", "Present or last life of a driver VM", None, life)?;
@@ -30,7 +31,7 @@ impl Collector for Now {
         let memory = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.available_memory?)));
         gauge(encoder, "driver_available_memory", "Memory available in a driver VM", Some(&Unit::Bytes), memory)?;
         let guests = status.guests.iter();
-        let state = guests.clone().map(|g| ([("guest", g.name.as_str()), ("state", g.state.as_str())], 1_u64));
+        let state = guests.clone().map(|g| ([("guest", g.name.clone()), ("state", g.state.to_string())], 1_u64));
         gauge(encoder, "guest_state", "State of a guest (1: the present one)", None, state)?;
         let uptime = guests.clone().map(|g| ([("guest", g.name.as_str())], g.uptime_s));
         gauge(encoder, "guest_uptime", "Since the guest's VM was started", Some(&Unit::Seconds), uptime)?;
@@ -60,12 +61,12 @@ impl Collector for Now {
     }
 }
 
-fn gauge<'a, const N: usize, V: EncodeGaugeValue>(
+fn gauge<const N: usize, L: EncodeLabelValue, V: EncodeGaugeValue>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
     unit: Option<&Unit>,
-    values: impl Iterator<Item = ([(&'a str, &'a str); N], V)>,
+    values: impl Iterator<Item = ([(&'static str, L); N], V)>,
 ) -> Result<(), Error> {
     let mut values = values.peekable();
     if values.peek().is_none() {

@@ -1,26 +1,28 @@
 //! Metrics out of events and status.
 
+use umbra_shadow::DeviceId;
+
 use super::*;
-use crate::lifecycle::Source;
+use crate::lifecycle::NoticedBy;
 use crate::wire::messages::{MaskedCounts, SoundCounts};
 
-fn failed(source: Source) -> Event {
+fn failed(source: NoticedBy) -> Event {
     Event::DriverFailed { driver: "nic0".into(), generation: 1, source, reason: "x".into(), detect_ms: 0.1 }
 }
 
 #[test]
 fn events_are_counted() {
     let metrics = Metrics::new("m");
-    metrics.observe(&failed(Source::Panic));
-    metrics.observe(&failed(Source::Panic));
-    metrics.observe(&failed(Source::Planned));
+    metrics.observe(&failed(NoticedBy::Panic));
+    metrics.observe(&failed(NoticedBy::Panic));
+    metrics.observe(&failed(NoticedBy::Planned));
     let parts = Parts { boot_ms: Some(500.0), ..Parts::default() };
     let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
     metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });
     let samples = SoundCounts { frames_skipped: 480, ..SoundCounts::default() };
     let live = Event::SoundLive {
         guest: "web".into(),
-        device: "sound0".into(),
+        device: DeviceId::sound(0),
         driver: "snd0".into(),
         generation: 2,
         samples,

@@ -7,9 +7,9 @@ use std::time::Duration;
 use umbra_shadow::Class;
 
 use crate::base::time::Time;
-use crate::lifecycle::{Carrier, Input, Source, State};
+use crate::lifecycle::{Carrier, Input, NoticedBy, State};
 use crate::record::events::Event;
-use crate::record::timeline::Step;
+use crate::record::timeline::LifeStage;
 use crate::supervisor::driver::EndRef;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
@@ -49,14 +49,14 @@ impl Supervisor {
         }
         let Some(life) = &mut driver.life else { return };
         if life.flaps.count(now) {
-            return self.fail_driver(n, Source::ControlStream, FLOOD.into(), now);
+            return self.fail_driver(n, NoticedBy::ControlStream, FLOOD.into(), now);
         }
         let state = driver.lifecycle.state();
         let (live, going) = (matches!(state, State::Live { .. }), matches!(state, State::GoingLive { .. }));
         // First, because it may be what going live waits for.
         self.drive(n, Input::Carrier(carrier));
         if up {
-            self.stage(n, Step::Carrier, "carrier", now, String::new());
+            self.stage(n, LifeStage::Carrier, now, String::new());
         }
         if live || going {
             self.tell_carrier(n, carrier);

@@ -5,9 +5,9 @@ use umbra_shadow::sound::Card;
 use umbra_shadow::{DeviceId, Generation};
 
 use crate::base::time::Time;
-use crate::lifecycle::{Carrier, Input, Source};
+use crate::lifecycle::{Carrier, Input, NoticedBy};
 use crate::record::events::Event;
-use crate::record::timeline::Step;
+use crate::record::timeline::LifeStage;
 use crate::supervisor::guest::GuestState;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::SoundCounts;
@@ -17,12 +17,12 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_sound_card(&mut self, n: usize, kernel_driver: String, card: &Card) {
         let now = Time::now();
         if !card.is_sane() || !self.drivers[n].is_sound() {
-            return self.fail_driver(n, Source::Agent, "it reports a sound card that cannot be".into(), now);
+            return self.fail_driver(n, NoticedBy::Agent, "it reports a sound card that cannot be".into(), now);
         }
         let detail = format!("{kernel_driver} {}", card.name.chars().filter(|c| !c.is_control()).collect::<String>());
         self.drivers[n].kernel_driver = Some(kernel_driver);
-        self.stage(n, Step::Nic, "sound", now, detail);
-        self.stage(n, Step::Forwarding, "forwarding", now, String::new());
+        self.stage(n, LifeStage::Sound, now, detail);
+        self.stage(n, LifeStage::Forwarding, now, String::new());
         for end in self.drivers[n].ends.clone() {
             let guest = &mut self.guests[end.guest];
             let Some(sound) = guest.sound_mut(end.device) else { continue };
@@ -52,7 +52,7 @@ impl Supervisor {
         if masked != SoundCounts::default() {
             self.events.tell(&Event::SoundLive {
                 guest: self.guests[guest].name.clone(),
-                device: device.to_string(),
+                device,
                 driver: self.drivers[d].name.clone(),
                 generation: generation.get(),
                 samples: masked,

@@ -10,7 +10,7 @@ use super::console::Console;
 use super::standby::renice;
 use super::{DriverVm, Life};
 use crate::base::time::Time;
-use crate::lifecycle::{Input, Source};
+use crate::lifecycle::{Input, NoticedBy};
 use crate::record::crash_report::CrashReport;
 use crate::supervisor::bounds;
 use crate::supervisor::run::Supervisor;
@@ -96,7 +96,7 @@ impl Supervisor {
         driver.available_memory = None;
         // It must not hold up the recovery.
         renice(life.process.pid(), LAST);
-        let speaks = driver.report.as_ref().is_some_and(|report| report.source == Source::Panic) && !life.panicked;
+        let speaks = driver.report.as_ref().is_some_and(|report| report.source == NoticedBy::Panic) && !life.panicked;
         let console = driver.console.split_off();
         let until = if speaks { now + LAST_WORDS } else { now };
         self.conclude(n, "its process was killed".into());

@@ -16,10 +16,10 @@ use umbra_shadow::{Class, DeviceId, Generation, LinkId};
 
 use super::{DriverVm, Life, Role};
 use crate::base::time::Time;
-use crate::lifecycle::{End, Failure, Input, Source, State};
+use crate::lifecycle::{End, Failure, Input, NoticedBy, State};
 use crate::record::crash_report::Mask;
 use crate::record::events::Event;
-use crate::record::timeline::Step;
+use crate::record::timeline::Milestone;
 use crate::supervisor::bounds::MAX_MASKS;
 use crate::supervisor::class::settings::Which;
 use crate::supervisor::run::Supervisor;
@@ -145,7 +145,6 @@ impl DriverVm {
     fn has_mask(&self, generation: Generation, guest: &str, device: DeviceId) -> bool {
         let report = self.report.iter().filter(|report| report.generation == generation.get());
         let masks = report.flat_map(|report| &report.masks).chain(&self.masks);
-        let device = device.to_string();
         masks.into_iter().any(|mask| mask.guest == guest && mask.device == device)
     }
 
@@ -293,7 +292,7 @@ impl Supervisor {
             LinkEnd::Stalled(what) => format!("its link to {name}: {what}"),
             LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
         };
-        let failure = Failure { source: Source::Link, what, at };
+        let failure = Failure { source: NoticedBy::Link, what, at };
         // A closed link is mostly the echo of a death whose own sign is on its way.
         let closed = *cause == LinkEnd::Closed;
         self.drive(d, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
@@ -313,12 +312,7 @@ impl Supervisor {
         if excused || (!alone && again) {
             if !excused {
                 let EndRef { guest, device } = driver.ends[end];
-                let mask = Mask {
-                    guest: self.guests[guest].name.clone(),
-                    device: device.to_string(),
-                    at_ns: now.0,
-                    cause: cause.to_string(),
-                };
+                let mask = Mask { guest: self.guests[guest].name.clone(), device, at_ns: now.0, cause: cause.clone() };
                 standby.life.links[end].accused = Some((now, mask));
             }
             return;
@@ -356,7 +350,7 @@ impl Supervisor {
             Disconnect::Closed => {}
             Disconnect::Stopped if only && which == Which::Present => {
                 let what = "its kernel has stopped its network device".into();
-                self.drive(d, Input::Sign(Failure { source: Source::Link, what, at: now }));
+                self.drive(d, Input::Sign(Failure { source: NoticedBy::Link, what, at: now }));
             }
             Disconnect::Stopped => {}
         }
@@ -376,15 +370,10 @@ impl Supervisor {
 
     fn tell_masked(&mut self, d: usize, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
         let EndRef { guest, device } = self.drivers[d].ends[end];
-        let mask = Mask {
-            guest: self.guests[guest].name.clone(),
-            device: device.to_string(),
-            at_ns: at.0,
-            cause: cause.to_string(),
-        };
+        let mask = Mask { guest: self.guests[guest].name.clone(), device, at_ns: at.0, cause: cause.clone() };
         self.events.tell(&Event::Masked {
             guest: mask.guest.clone(),
-            device: mask.device.clone(),
+            device,
             driver: self.drivers[d].name.clone(),
             generation: generation.get(),
             cause: mask.cause.clone(),
@@ -403,8 +392,8 @@ impl Supervisor {
                 report.masks.truncate(MAX_MASKS);
                 self.write_report(d);
             }
-            _ if driver.timeline.at(Step::Live).is_none() => {
-                driver.timeline.mark(Step::Mask, Time(mask.at_ns));
+            _ if driver.timeline.at(Milestone::Live).is_none() => {
+                driver.timeline.mark(Milestone::Mask, Time(mask.at_ns));
                 driver.masks.push(mask);
             }
             _ => {}

@@ -37,7 +37,7 @@ use crate::base::lines::Lines;
 use crate::base::time::Time;
 use crate::config::{self, Driver};
 use crate::host::DeviceFiles;
-use crate::host::reset::{self, ResetMethod};
+use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::History;
 use crate::lifecycle::{Ahead, Carrier, Lifecycle};
@@ -309,7 +309,7 @@ impl DriverVm {
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
             awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
-            interrupt_limit: self.spec.restart.interrupts_per_s,
+            interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
         if let Some(pipe) = process.console() {
@@ -363,10 +363,10 @@ impl DriverVm {
             driver: self.kernel_driver.clone(),
             kernel: self.kernel.clone(),
             generation: self.lifecycle.generation().map(Generation::get),
-            state: self.lifecycle.state().name().into(),
+            state: self.lifecycle.state().name(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             carrier: self.lifecycle.carrier() == Carrier::Up,
-            reset_method: reset::word(self.reset_method).into(),
+            reset_method: self.reset_method,
             reset_meaning: self.device.reset().describe_use(self.reset_method),
             failures: self.lifecycle.history().total(),
             reason: self.reason.clone(),

@@ -13,9 +13,10 @@ use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::{Carrier, End, Input, Source, State};
+use crate::lifecycle::{Carrier, End, Input, NoticedBy, StandbyStage, State};
 use crate::record::events::Event;
-use crate::record::timeline::Step;
+use crate::record::status::SpareNetwork;
+use crate::record::timeline::Milestone;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
@@ -66,11 +67,11 @@ impl Spare {
     }
 
     /// One word for `umbra status`: whether it is on the network of the serving device.
-    pub(in crate::supervisor) fn network(&self) -> &'static str {
+    pub(in crate::supervisor) fn network(&self) -> SpareNetwork {
         match self.network {
-            Some(Network::Same) => "same",
-            Some(Network::Silent) => "silent",
-            Some(Network::Asked(..)) | None => "unknown",
+            Some(Network::Same) => SpareNetwork::Same,
+            Some(Network::Silent) => SpareNetwork::Silent,
+            Some(Network::Asked(..)) | None => SpareNetwork::Unknown,
         }
     }
 }
@@ -186,14 +187,14 @@ impl Supervisor {
         }
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
-            return self.fail_driver(n, Source::Start, "the spare is gone".into(), now);
+            return self.fail_driver(n, NoticedBy::Start, "the spare is gone".into(), now);
         };
         driver.change_places(failed);
         let StandbyVm { life, console, kernel, kernel_driver, available_memory, told, .. } = standby;
         driver.console.take_over(&format!("{}.{generation}", driver.name), console);
-        driver.timeline.mark(Step::Spawn, now);
+        driver.timeline.mark(Milestone::Spawn, now);
         if kernel.is_some() {
-            driver.timeline.mark(Step::Hello, now);
+            driver.timeline.mark(Milestone::Hello, now);
             driver.kernel = kernel;
         }
         (driver.kernel_driver, driver.available_memory) = (kernel_driver, available_memory);
@@ -202,9 +203,9 @@ impl Supervisor {
         }
         (driver.life, driver.present) = (Some(life), Some(generation));
         let standby = match (driver.lifecycle.carrier(), driver.lifecycle.state()) {
-            (Carrier::Up, _) => "armed",
-            (Carrier::Down, State::WaitingCarrier { .. }) => "no-carrier",
-            (Carrier::Down, _) => "booting",
+            (Carrier::Up, _) => StandbyStage::Armed,
+            (Carrier::Down, State::WaitingCarrier { .. }) => StandbyStage::NoCarrier,
+            (Carrier::Down, _) => StandbyStage::Booting,
         };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
@@ -226,13 +227,13 @@ impl Supervisor {
         let Some(report) = driver.report.as_mut().filter(|report| Some(report.generation) == retired) else { return };
         let generation = report.generation;
         report.failures = driver.lifecycle.history().total();
-        driver.timeline.mark(Step::Fence, Time::now());
+        driver.timeline.mark(Milestone::Fence, Time::now());
         self.complete_report(n);
         let driver = &self.drivers[n];
         self.events.tell(&Event::DriverFenced {
             driver: driver.name.clone(),
             generation,
-            fence_ms: driver.timeline.between(Step::Detect, Step::Fence).map_or(0.0, milliseconds),
+            fence_ms: driver.timeline.between(Milestone::Detect, Milestone::Fence).map_or(0.0, milliseconds),
             report: driver.report_path.clone(),
         });
     }

@@ -15,10 +15,10 @@ use umbra_shadow::Generation;
 use super::console::{Console, Fatal};
 use super::{DriverVm, Role, StandbyVm};
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Carrier, Input, Source};
+use crate::lifecycle::{Carrier, Input, NoticedBy, StandbyStage};
 use crate::record::events::Event;
 use crate::record::status::StandbyStatus;
-use crate::record::timeline::Step;
+use crate::record::timeline::{LifeStage, Milestone};
 use crate::supervisor::bounds;
 use crate::supervisor::class::settings::Which;
 use crate::supervisor::run::Supervisor;
@@ -94,14 +94,14 @@ impl Supervisor {
         let now = Time::now();
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
-            return self.fail_driver(n, Source::Start, "the standby is gone".into(), now);
+            return self.fail_driver(n, NoticedBy::Start, "the standby is gone".into(), now);
         };
         let StandbyVm { life, console, started, kernel, told, .. } = standby;
         let name = format!("{}.{generation}", driver.name);
         driver.console.take_over(&name, console);
-        driver.timeline.mark(Step::Spawn, now);
+        driver.timeline.mark(Milestone::Spawn, now);
         if kernel.is_some() {
-            driver.timeline.mark(Step::Hello, now);
+            driver.timeline.mark(Milestone::Hello, now);
             driver.kernel = kernel;
         }
         if !told {
@@ -110,7 +110,7 @@ impl Supervisor {
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
         driver.life = Some(life);
         driver.present = Some(generation);
-        let standby = if told { "ready" } else { "booting" };
+        let standby = if told { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.plug(n);
         self.connect_ends(n);
@@ -123,25 +123,25 @@ impl Supervisor {
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };
         let files = match driver.holder.files() {
             Ok(files) => files.to_send(),
-            Err(why) => return self.fail_driver(n, Source::Start, why, Time::now()),
+            Err(why) => return self.fail_driver(n, NoticedBy::Start, why, Time::now()),
         };
         if let Err(error) = life.process.channel().send_now(&message, &files) {
-            self.fail_driver(n, Source::ProcessExit, format!("its process: {error}"), Time::now());
+            self.fail_driver(n, NoticedBy::ProcessExit, format!("its process: {error}"), Time::now());
         }
     }
 
     /// The device is on the bus of the adopted standby: its kernel has to look for it.
     pub(in crate::supervisor) fn on_plugged(&mut self, n: usize, at: Time) {
         // The time line first: it says whether the agent can be told.
-        self.drivers[n].timeline.mark(Step::Plugged, at);
+        self.drivers[n].timeline.mark(Milestone::Plugged, at);
         self.rescan(n);
-        self.told_stage(n, Step::Plugged, "plugged", String::new());
+        self.told_stage(n, LifeStage::Plugged, String::new());
     }
 
     /// An agent that has not said hello yet is told when it has.
     pub(in crate::supervisor) fn rescan(&mut self, n: usize) {
         let driver = &mut self.drivers[n];
-        let (plugged, hello) = (driver.timeline.at(Step::Plugged), driver.timeline.at(Step::Hello));
+        let (plugged, hello) = (driver.timeline.at(Milestone::Plugged), driver.timeline.at(Milestone::Hello));
         if plugged.is_some() && hello.is_some() {
             self.tell_agent(n, &ToAgent::Rescan);
         }
@@ -200,7 +200,7 @@ impl Supervisor {
             match bounds::heard(&line) {
                 Ok(message) if serves => self.on_agent_message(n, message),
                 Err(what) if serves => {
-                    self.fail_driver(n, Source::ControlStream, what, Time::now());
+                    self.fail_driver(n, NoticedBy::ControlStream, what, Time::now());
                     return None;
                 }
                 Ok(message) => {
@@ -334,9 +334,9 @@ impl DriverVm {
         let state = self.lifecycle.standby();
         let ahead = self.spare.is_some() || self.spec.standby == crate::config::Standby::Warm;
         ahead.then(|| StandbyStatus {
-            state: state.name().into(),
+            state: state.stage(),
             device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
-            network: self.spare.as_ref().map(|spare| spare.network().into()),
+            network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
             reason: self.lifecycle.spare_is_held(),

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -22,6 +22,7 @@ use vm_memory::{
 };
 
 use super::layout;
+use crate::base::lock::lock;
 
 /// Page size of the host and of KVM's slots.
 const PAGE: u64 = 4096;
@@ -263,7 +264,7 @@ impl MemorySlots {
     }
 
     fn take(&self) -> Result<u32, Error> {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = lock(&self.used);
         let number = used.iter().position(|taken| !taken).unwrap_or(used.len());
         if number >= self.limit {
             return Err(Error::NoSlot(self.limit));
@@ -286,7 +287,7 @@ impl Drop for MemorySlot {
             // Fails where the slot was never set (the drop in the error path of `map`).
             tracing::debug!(slot = self.number, %error, "remove a memory slot");
         }
-        let mut used = self.slots.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = lock(&self.slots.used);
         used[self.number as usize] = false;
     }
 }

@@ -5,13 +5,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::termios::{OutputFlags, SetArg, cfmakeraw, tcsetattr};
 
 use super::end::End;
 use super::legacy::SerialLine;
+use crate::base::lock::lock;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::wire::messages::VmEnd;
 
@@ -114,7 +115,7 @@ impl TerminalInput {
     }
 
     fn serial(&self) -> MutexGuard<'_, SerialLine> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.serial)
     }
 
     fn listen(&mut self, ops: &mut EventOps) {

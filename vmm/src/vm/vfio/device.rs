@@ -4,6 +4,7 @@
 //! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA. Once given up, nothing in this process
 //! reaches the function any more, because another VM may have it.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -166,11 +167,11 @@ impl VfioPciDevice {
         self.interrupts.update(host, &self.config)
     }
 
-    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (0: they are
-    /// not); add the result to the VM's event loop. `tell` is called there.
+    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (`None`: any
+    /// number is none); add the result to the VM's event loop. `tell` is called there.
     pub fn watch(
         &self,
-        interrupt_limit: u32,
+        interrupt_limit: Option<NonZeroU32>,
         tell: Box<dyn FnMut(Bdf, Failure) + Send>,
     ) -> Result<FailureWatch, Error> {
         match &self.host {

@@ -1,6 +1,7 @@
 //! Bad news about a passed-through function: the device reports an error, interrupts without end, the host wants it
 //! back, or it is gone. Whoever runs the VM decides what to do.
 
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -70,10 +71,10 @@ pub struct FailureWatch {
 }
 
 impl FailureWatch {
-    /// More than `interrupt_limit` interrupts a second are a failure; 0: any number is fine.
+    /// `interrupt_limit` is the most interrupts a second that are no failure; `None`: any number is none.
     pub(super) fn new(
         host: &Arc<HostFunction>,
-        interrupt_limit: u32,
+        interrupt_limit: Option<NonZeroU32>,
         tell: Box<dyn FnMut(Bdf, Failure) + Send>,
     ) -> Result<Self, Error> {
         let bdf = host.bdf();
@@ -82,8 +83,8 @@ impl FailureWatch {
         let vanished = host.vanished().try_clone().map_err(failed)?;
         let looks = timer().map_err(|errno| failed(errno.into()))?;
         let (last, weak) = (Presence::Present, Arc::downgrade(host));
-        let storm = (interrupt_limit > 0).then(|| HostDevice::find(bdf)).transpose()?;
-        let storm = storm.map(|device| StormWatch::new(bdf, device.directory(), interrupt_limit));
+        let storm = |limit| HostDevice::find(bdf).map(|device| StormWatch::new(bdf, device.directory(), limit));
+        let storm = interrupt_limit.map(storm).transpose()?;
         let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, storm, tell };
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -23,8 +24,8 @@ pub(super) struct StormWatch {
     /// How the kernel's VFIO names the function as the user of an interrupt: `vfio-msix[0](0000:03:00.0)`.
     user: String,
     counters: PathBuf,
-    /// More a second of one interrupt are too many.
-    limit: u32,
+    /// Most that one interrupt may come a second.
+    limit: NonZeroU32,
     last: Option<(Instant, BTreeMap<u32, u32>)>,
     /// The last look found too many.
     over: bool,
@@ -32,7 +33,7 @@ pub(super) struct StormWatch {
 
 impl StormWatch {
     /// For the function `bdf`, which is in `device`; `limit` is per second.
-    pub(super) fn new(bdf: Bdf, device: PathBuf, limit: u32) -> Self {
+    pub(super) fn new(bdf: Bdf, device: PathBuf, limit: NonZeroU32) -> Self {
         Self { device, user: format!("({bdf})"), counters: COUNTERS.into(), limit, last: None, over: false }
     }
 
@@ -42,7 +43,7 @@ impl StormWatch {
         let before = self.last.replace((now, counts));
         let ((then, before), (_, counts)) = (before?, self.last.as_ref()?);
         let rate = per_second(grown(&before, counts), (now - then).as_secs_f64());
-        let before = std::mem::replace(&mut self.over, rate > self.limit);
+        let before = std::mem::replace(&mut self.over, rate > self.limit.get());
         (before && self.over).then_some(rate)
     }
 
@@ -115,6 +116,7 @@ mod tests {
         }
 
         fn watch(&self, limit: u32) -> StormWatch {
+            let limit = NonZeroU32::new(limit).unwrap();
             let mut watch = StormWatch::new(BDF.parse().unwrap(), self.0.path().join("device"), limit);
             watch.counters = self.0.path().join("irq");
             watch
@@ -183,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_gone_does_not_count() {
-        let mut watch = StormWatch::new(BDF.parse().unwrap(), "/no/such/device".into(), 0);
+        let mut watch = StormWatch::new(BDF.parse().unwrap(), "/no/such/device".into(), NonZeroU32::MIN);
         let start = Instant::now();
         assert_eq!((0..3).find_map(|second| watch.look(start + second * SECOND)), None);
     }

@@ -438,16 +438,11 @@ impl VirtioDevice for Console {
         resources: QueueResources,
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
-        let place = self.queues.get_mut(usize::from(index)).ok_or(device::Error::NoSuchQueue(index))?;
-        let (queue, kick) = queue::start(index, resources, state)?;
-        *place = Some(queue);
-        self.events.start(index, kick);
-        Ok(())
+        queue::start_in((&mut self.queues, &mut self.events), index, resources, state)
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.events.stop(index);
-        self.queues.get_mut(usize::from(index))?.take().as_ref().map(queue::stop)
+        queue::stop_in((&mut self.queues, &mut self.events), index)
     }
 
     fn reset(&mut self) {

@@ -11,6 +11,7 @@ pub mod request;
 mod serve;
 mod worker;
 
+use std::slice::from_mut;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -184,21 +185,14 @@ impl VirtioDevice for Block {
         resources: QueueResources,
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
-        if index != 0 {
-            return Err(device::Error::NoSuchQueue(index));
-        }
         if state.is_none() {
             self.forget();
         }
-        let (queue, kick) = queue::start(index, resources, state)?;
-        self.queue = Some(queue);
-        self.events.start(index, kick);
-        Ok(())
+        queue::start_in((from_mut(&mut self.queue), &mut self.events), index, resources, state)
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.events.stop(index);
-        self.queue.take_if(|_| index == 0).as_ref().map(queue::stop)
+        queue::stop_in((from_mut(&mut self.queue), &mut self.events), index)
     }
 
     fn reset(&mut self) {

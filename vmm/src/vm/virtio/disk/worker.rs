@@ -170,7 +170,7 @@ impl State {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// A thread's life.
@@ -223,3 +223,4 @@ fn each(tags: Vec<Tag>, result: io::Result<Vec<u8>>) -> impl Iterator<Item = Don
         Done { tag, result: first.take().unwrap_or_else(again) }
     })
 }
+use crate::base::lock::lock;

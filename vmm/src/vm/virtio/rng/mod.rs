@@ -1,6 +1,8 @@
 //! An entropy device (virtio 1.2, section 5.4): fills the guest's buffers from the host's `getrandom`. Bounded:
 //! a request gets at most [`MAX_REQUEST`] bytes, which the driver has to expect.
 
+use std::slice::from_mut;
+
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
 use umbra_splitter::copy::scatter;
@@ -130,18 +132,11 @@ impl VirtioDevice for Rng {
         resources: QueueResources,
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
-        if index != 0 {
-            return Err(device::Error::NoSuchQueue(index));
-        }
-        let (queue, kick) = queue::start(index, resources, state)?;
-        self.queue = Some(queue);
-        self.events.start(index, kick);
-        Ok(())
+        queue::start_in((from_mut(&mut self.queue), &mut self.events), index, resources, state)
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.events.stop(index);
-        self.queue.take_if(|_| index == 0).as_ref().map(queue::stop)
+        queue::stop_in((from_mut(&mut self.queue), &mut self.events), index)
     }
 
     fn reset(&mut self) {

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
@@ -18,15 +18,15 @@ use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::header::Offloads as FrameOffloads;
 use umbra_splitter::link::Cause;
 use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
-use umbra_splitter::queue::Virtqueue;
-use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::error::chain;
+use crate::base::lock::lock;
 use crate::base::timer;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::pace::{Moved, Pace};
+use crate::vm::virtio::queue;
 use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay};
 
 /// Device ID of a network device.
@@ -256,7 +256,7 @@ fn listener(device: DeviceId, config_call: ConfigCall, outbox: Outbox) -> impl F
             Notice::RxMode(filter) => FromVm::RxMode { device, mode: rx_mode(&filter) },
             Notice::Offloads(offloads) => FromVm::Offloads { device, offloads: offloads_message(offloads) },
             Notice::Config => {
-                if let Some(call) = &*config_call.lock().unwrap_or_else(PoisonError::into_inner) {
+                if let Some(call) = &*lock(&config_call) {
                     // Full only if an interrupt is due anyway.
                     let _ = call.write(1);
                 }
@@ -321,21 +321,12 @@ impl VirtioDevice for SplitNet {
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {
-        *self.config_call.lock().unwrap_or_else(PoisonError::into_inner) = Some(call);
+        *lock(&self.config_call) = Some(call);
     }
 
     fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> Result<(), Error> {
         let name = GuestQueue::ALL.get(usize::from(index)).copied().ok_or(Error::NoSuchQueue(index))?;
-        let QueueResources { memory, mut queue, kick, call } = resources;
-        if let Some(state) = state {
-            queue.set_next_avail(state.next_avail);
-            queue.set_next_used(state.next_used);
-        }
-        let queue = Virtqueue::new(Arc::new(memory), &queue, kick, Some(call)).map_err(|source| Error::Backend {
-            operation: format!("cannot start queue {index} of network device {}", self.device.index),
-            source: source.into(),
-        })?;
-        self.splitter.start_queue(name, queue);
+        self.splitter.start_queue(name, queue::open(index, resources, state)?);
         Ok(())
     }
 

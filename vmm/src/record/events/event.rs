@@ -1,0 +1,439 @@
+//! What can happen in a machine, as `umbra run` reports it and as histories read it back: the same type for both.
+//!
+//! `docs/events.md` describes the fields. An event that another version wrote and this one does not know is
+//! [`Event::Unknown`], and so is a word in it that stands for one of a few.
+
+use serde::{Deserialize, Serialize};
+use umbra_shadow::DeviceId;
+
+use crate::lifecycle::{NoticedBy, StandbyStage};
+use crate::record::parts::{Ms, Parts};
+use crate::record::timeline::LifeStage;
+use crate::record::words;
+use crate::wire::messages::{LinkEnd, MaskedCounts, PaceSteps, SoundCounts};
+
+/// What happened.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A guest's vCPUs run.
+    GuestRunning {
+        /// The guest.
+        guest: String,
+    },
+    /// A guest resets: it is started again.
+    GuestRebooted {
+        /// The guest.
+        guest: String,
+    },
+    /// A guest has ended.
+    GuestEnded {
+        /// The guest.
+        guest: String,
+        /// How: `powered off`, `killed`, or what went wrong.
+        how: String,
+    },
+    /// A guest's device that came later than its driver VM's life, or was connected with it again, is served.
+    EndLive {
+        /// The guest.
+        guest: String,
+        /// Its device.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+    },
+    /// A generation of a driver VM is started.
+    DriverStarting {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+    },
+    /// A standby boots.
+    StandbyStarting {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+    },
+    /// A standby waits for its turn.
+    StandbyReady {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+        /// How long it took to boot, ms.
+        boot_ms: f64,
+    },
+    /// A standby died while it waited; another one is started after a delay.
+    StandbyFailed {
+        /// The driver VM.
+        driver: String,
+        /// Which life it would have been.
+        generation: u32,
+        /// Why.
+        reason: String,
+    },
+    /// A standby takes the device, or a spare takes over with its own.
+    DriverAdopted {
+        /// The driver VM.
+        driver: String,
+        /// Which life it is now.
+        generation: u32,
+        /// The device that serves from now on.
+        device: String,
+        /// How far it was: ready or booting; a spare armed, without carrier or booting.
+        standby: StandbyStage,
+    },
+    /// The carrier of a waiting spare's NIC changed: with one it takes over at once, without it does not.
+    SpareCarrier {
+        /// The driver VM.
+        driver: String,
+        /// Which life it will be.
+        generation: u32,
+        /// Link up.
+        up: bool,
+    },
+    /// A restart that was asked for did not come about; the image of before is in use.
+    RestartFailed {
+        /// The driver VM.
+        driver: String,
+        /// Why.
+        reason: String,
+    },
+    /// A generation got on.
+    DriverStage {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// How far it is.
+        stage: LifeStage,
+        /// Since the process was started, ms.
+        ms: f64,
+        /// What the agent said, as the driver's name.
+        detail: String,
+    },
+    /// A guest's device lost its driver VM; the shadow answers.
+    Masked {
+        /// The guest.
+        guest: String,
+        /// The device, as `net0` or `sound0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// The driver VM.
+        driver: String,
+        /// The life that was lost.
+        generation: u32,
+        /// Why the link was lost.
+        #[serde(with = "words::cause")]
+        cause: LinkEnd,
+    },
+    /// A driver VM has failed.
+    DriverFailed {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// How it was noticed.
+        source: NoticedBy,
+        /// What happened.
+        reason: String,
+        /// From the first sign to the certainty, ms.
+        detect_ms: f64,
+    },
+    /// The failed life is fenced and its evidence kept.
+    DriverFenced {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// From the certainty to the end of the process, ms.
+        fence_ms: f64,
+        /// The crash report, where it could be written.
+        report: Option<String>,
+    },
+    /// The device was reset between two lives.
+    DeviceReset {
+        /// The driver VM.
+        driver: String,
+        /// The device.
+        device: String,
+        /// The method, or `none`.
+        method: String,
+        /// How long it took, ms.
+        reset_ms: f64,
+        /// What went wrong, if anything.
+        error: Option<String>,
+    },
+    /// A driver VM serves.
+    DriverLive {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// From the mask to here, ms; none for the first life.
+        outage_ms: Option<f64>,
+        /// How long each part took, ms.
+        #[serde(default)]
+        parts: Parts,
+        /// What became of the frames, summed over the guests.
+        #[serde(default)]
+        frames: MaskedCounts,
+    },
+    /// A guest's sound device plays again after an outage.
+    SoundLive {
+        /// The guest.
+        guest: String,
+        /// The device, as `sound0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// What became of the samples.
+        samples: SoundCounts,
+    },
+    /// How much a guest's device moved around an outage, two seconds after it.
+    Pace {
+        /// The guest.
+        guest: String,
+        /// The device, as `net0` or `sound0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// The driver VM.
+        driver: String,
+        /// The life that serves now.
+        generation: u32,
+        /// How much.
+        steps: PaceSteps,
+    },
+    /// The NIC's carrier changed.
+    Carrier {
+        /// The driver VM.
+        driver: String,
+        /// Link up.
+        up: bool,
+    },
+    /// The next generation gets nothing of what was recorded of a guest's device, and the guest is told.
+    CleanStart {
+        /// The driver VM.
+        driver: String,
+        /// The guest.
+        guest: String,
+        /// Its device: `net0`, `sound0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+    },
+    /// There will be no further generation.
+    Quarantined {
+        /// The driver VM.
+        driver: String,
+        /// Why.
+        reason: String,
+    },
+    /// Someone asked for the end of a quarantine.
+    Resumed {
+        /// The driver VM.
+        driver: String,
+    },
+    /// The run before was killed; this one has cleaned up after it.
+    CleanedUp {
+        /// The number of the supervisor that was killed.
+        pid: u32,
+        /// What was done.
+        done: String,
+    },
+    /// Somebody asked for a crash.
+    CrashRequested {
+        /// The driver VM.
+        driver: String,
+        /// Which life.
+        generation: u32,
+        /// How: a kind of `umbra crash`.
+        kind: String,
+    },
+    /// The machine is ending.
+    Stopping {
+        /// Why and how.
+        how: String,
+    },
+    /// Something is not as it should be, and the machine goes on.
+    Warning {
+        /// What.
+        what: String,
+    },
+    /// An event of another version, read from its log. Never told.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Event {
+    /// The sentence for people; `None` for what only measures.
+    pub(crate) fn sentence(&self) -> Option<String> {
+        Some(match self {
+            Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::DriverStage { .. } => return None,
+            Self::Pace { .. } | Self::Unknown => return None,
+            Self::DriverFenced { report: None, .. } => return None,
+            Self::DeviceReset { error: None, .. } => return None,
+            Self::GuestRunning { guest } => format!("{guest}: running"),
+            Self::GuestRebooted { guest } => format!("{guest}: reboots"),
+            Self::EndLive { guest, device, driver, generation } => {
+                format!("{guest}.{device} is served by {driver}, generation {generation}")
+            }
+            Self::GuestEnded { guest, how } => format!("{guest}: {how}"),
+            Self::DriverStarting { driver, generation } => format!("{driver}: generation {generation} starts"),
+            Self::StandbyFailed { driver, generation, reason } => {
+                format!("{driver}: the standby (generation {generation}) failed: {reason}; another one follows")
+            }
+            Self::DriverAdopted {
+                driver,
+                generation,
+                device,
+                standby: standby @ (StandbyStage::Armed | StandbyStage::NoCarrier),
+            } => format!("{driver}: the spare {device} takes over as generation {generation} (it was {standby})"),
+            Self::SpareCarrier { driver, up: true, .. } => format!("{driver}: the spare has a carrier"),
+            Self::SpareCarrier { driver, up: false, .. } => format!("{driver}: the spare has no carrier"),
+            Self::DriverAdopted { driver, generation, standby, .. } => {
+                format!("{driver}: the standby takes over as generation {generation} (it was {standby})")
+            }
+            Self::Masked { guest, device, driver, cause, .. } => match cause {
+                LinkEnd::Closed => format!("{guest}.{device}: {driver} is gone; masked"),
+                LinkEnd::Stalled(what) => format!("{guest}.{device}: {driver} stands still ({what}); masked"),
+                LinkEnd::Broken(rule) => format!("{guest}.{device}: {driver} broke a rule ({rule}); masked"),
+            },
+            Self::RestartFailed { driver, reason } => {
+                format!("{driver}: not restarted: {reason}")
+            }
+            Self::DriverFailed {
+                driver, generation, source: NoticedBy::Planned | NoticedBy::Carrier, reason, ..
+            } => {
+                format!("{driver}: generation {generation} is replaced: {reason}")
+            }
+            Self::DriverFailed { driver, generation, reason, detect_ms, .. } => {
+                format!("{driver}: generation {generation} failed: {reason} (detected in {})", Ms(*detect_ms))
+            }
+            Self::DriverFenced { driver, report: Some(report), .. } => format!("{driver}: report in {report}"),
+            Self::DeviceReset { driver, method, error: Some(error), .. } => {
+                format!("{driver}: the device's reset ({method}) failed: {error}; going on without")
+            }
+            Self::DriverLive { driver, generation, outage_ms: None, parts, .. } => {
+                format!("{driver}: generation {generation} live ({parts})")
+            }
+            Self::DriverLive { driver, generation, outage_ms: Some(outage), parts, frames } => {
+                let MaskedCounts { logged, replayed, dropped, unknown } = frames;
+                format!(
+                    "{driver}: generation {generation} live after {} ({parts}; frames: {logged} logged, {replayed} \
+                     sent, {dropped} dropped, {unknown} of unknown fate)",
+                    Ms(*outage)
+                )
+            }
+            Self::SoundLive { guest, device, samples, .. } => {
+                let SoundCounts { frames_skipped, frames_silent, xruns, .. } = samples;
+                format!(
+                    "{guest}.{device}: plays again (samples: {frames_skipped} skipped, {frames_silent} silent; {xruns} xruns)"
+                )
+            }
+            Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
+            Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
+            Self::CleanStart { driver, guest, device } => {
+                format!(
+                    "{driver}: lives in a row died while {guest}'s {device} was set up or replayed; {device} starts over (until then \
+                     a NIC's link is down, a sound card is dead)"
+                )
+            }
+            Self::Quarantined { driver, reason } => {
+                format!(
+                    "{driver}: quarantined: {reason}; its guests have no service (a NIC shows no link, a sound card is dead). \
+                     `umbra resume {driver}` tries again"
+                )
+            }
+            Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
+            Self::CleanedUp { pid, done } => format!(
+                "the run before (process {pid}) was killed: {done}; its reports are kept (`umbra report --previous`)"
+            ),
+            Self::CrashRequested { driver, generation, kind } => {
+                format!("{driver}: generation {generation} is told to crash ({kind})")
+            }
+            Self::Stopping { how } => format!("stopping: {how}"),
+            Self::Warning { what } => format!("warning: {what}"),
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn masked(cause: LinkEnd) -> Event {
+        let (guest, device, driver) = ("web".into(), DeviceId::net(0), "nic0".into());
+        Event::Masked { guest, device, driver, generation: 1, cause }
+    }
+
+    fn read(text: &str) -> Event {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn events_are_written_with_the_words_of_the_documents_and_read_back() {
+        let masked = [LinkEnd::Closed, LinkEnd::Broken("a descriptor twice".into())].map(masked);
+        let json = masked.each_ref().map(|event| serde_json::to_value(event).unwrap());
+        assert_eq!(
+            (&json[0]["event"], &json[0]["device"], &json[0]["cause"]),
+            (&"masked".into(), &"net0".into(), &"closed".into())
+        );
+        assert_eq!(json[1]["cause"], "a descriptor twice");
+        for (event, json) in masked.iter().zip(&json) {
+            assert_eq!(read(&json.to_string()).sentence(), event.sentence());
+        }
+        let failed = r#"{"event":"driver-failed","driver":"nic0","generation":1,"source":"vm-end","reason":"r","detect_ms":0.5}"#;
+        let Event::DriverFailed { source: NoticedBy::VmEnd, .. } = read(failed) else { panic!("{failed}") };
+        assert_eq!(serde_json::to_string(&read(failed)).unwrap(), failed);
+    }
+
+    #[test]
+    fn words_of_another_version_are_read_as_unknown() {
+        assert!(matches!(read(r#"{"event":"from-the-future","driver":"nic0"}"#), Event::Unknown));
+        let failed =
+            r#"{"event":"driver-failed","driver":"nic0","generation":1,"source":"WORD","reason":"r","detect_ms":0.5}"#;
+        for (word, wanted) in [("telepathy", NoticedBy::Unknown), ("replaced", NoticedBy::Planned)] {
+            let Event::DriverFailed { source, .. } = read(&failed.replace("WORD", word)) else { panic!("{word}") };
+            assert_eq!(source, wanted);
+        }
+        let adopted =
+            r#"{"event":"driver-adopted","driver":"nic0","generation":2,"device":"0000:01:00.0","standby":"asleep"}"#;
+        assert!(matches!(read(adopted), Event::DriverAdopted { standby: StandbyStage::Unknown, .. }));
+    }
+
+    #[test]
+    fn a_link_is_said_to_be_gone_to_stand_still_or_to_break_a_rule() {
+        let said = |cause| masked(cause).sentence().unwrap();
+        assert_eq!(said(LinkEnd::Closed), "web.net0: nic0 is gone; masked");
+        assert_eq!(said(LinkEnd::Stalled("4 s".into())), "web.net0: nic0 stands still (4 s); masked");
+        assert_eq!(said(LinkEnd::Broken("r".into())), "web.net0: nic0 broke a rule (r); masked");
+    }
+
+    #[test]
+    fn a_recovery_reads_as_a_sentence() {
+        let parts = Parts {
+            detect_ms: Some(0.4),
+            reset_ms: Some(104.0),
+            reset_method: "flr".into(),
+            back_off_ms: Some(0.01),
+            boot_ms: Some(5123.0),
+            ..Parts::default()
+        };
+        let frames = MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 };
+        let live = Event::DriverLive { driver: "nic0".into(), generation: 2, outage_ms: Some(6214.0), parts, frames };
+        assert_eq!(
+            live.sentence().unwrap(),
+            "nic0: generation 2 live after 6.21 s (detect 0.4 ms, reset flr 104 ms, boot 5.12 s; frames: 14 logged, \
+             12 sent, 0 dropped, 2 of unknown fate)"
+        );
+    }
+}
