@@ -7,6 +7,7 @@ use super::bounds::{self, text};
 use super::class::settings::{Setting, Which};
 use super::driver::console::Fatal;
 use super::guest::GuestState;
+use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
 use crate::base::lines::LineError;
 use crate::base::time::{Time, milliseconds};
@@ -22,13 +23,13 @@ const AT_ONCE: usize = 64;
 
 impl Supervisor {
     /// Sends `message` to guest `n`.
-    pub(super) fn tell_guest(&mut self, n: usize, message: &ToVm) {
+    pub(super) fn tell_guest(&mut self, n: GuestId, message: &ToVm) {
         if let Err(error) = self.guests[n].tell(message, None) {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
         }
     }
 
-    pub(super) fn read_guest(&mut self, n: usize) {
+    pub(super) fn read_guest(&mut self, n: GuestId) {
         let waited = !self.guests[n].unsent.is_empty();
         if let Err(error) = self.guests[n].send_on() {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
@@ -52,7 +53,7 @@ impl Supervisor {
     }
 
     /// A guest's process that breaks a rule of its channel is not the program that was started any more: it is killed.
-    fn on_guest_fault(&mut self, n: usize, error: &channel::Error) {
+    fn on_guest_fault(&mut self, n: GuestId, error: &channel::Error) {
         let guest = &mut self.guests[n];
         self.events.warn(format!("{}: {error}", guest.name));
         if error.is_fault()
@@ -64,7 +65,7 @@ impl Supervisor {
         }
     }
 
-    fn on_guest_message(&mut self, n: usize, message: FromVm) {
+    fn on_guest_message(&mut self, n: GuestId, message: FromVm) {
         match message {
             FromVm::Running { .. } => {
                 let guest = &mut self.guests[n];
@@ -117,7 +118,7 @@ impl Supervisor {
         }
     }
 
-    fn on_pace(&mut self, guest: usize, device: DeviceId, generation: Generation, steps: PaceSteps) {
+    fn on_pace(&mut self, guest: GuestId, device: DeviceId, generation: Generation, steps: PaceSteps) {
         let Some((driver, _)) = self.served(guest, device) else { return };
         self.events.tell(&Event::Pace {
             guest: self.guests[guest].name.clone(),
@@ -129,13 +130,13 @@ impl Supervisor {
     }
 
     /// The driver VM behind a guest's device, and as which of its ends.
-    pub(super) fn served(&self, guest: usize, device: DeviceId) -> Option<(usize, End)> {
+    pub(super) fn served(&self, guest: GuestId, device: DeviceId) -> Option<(DriverId, End)> {
         self.guests[guest].driver_of(device)
     }
 
     fn on_end_live(
         &mut self,
-        (guest, device): (usize, DeviceId),
+        (guest, device): (GuestId, DeviceId),
         generation: Generation,
         at: Time,
         masked: MaskedCounts,
@@ -158,7 +159,7 @@ impl Supervisor {
         self.drive(d, Input::EndLive(end));
     }
 
-    pub(super) fn read_driver(&mut self, n: usize) {
+    pub(super) fn read_driver(&mut self, n: DriverId) {
         for _ in 0..AT_ONCE {
             let Some(life) = &mut self.drivers[n].life else { return };
             match bounds::hear(life.process.channel()) {
@@ -174,7 +175,7 @@ impl Supervisor {
         }
     }
 
-    fn on_driver_message(&mut self, n: usize, message: FromVm) {
+    fn on_driver_message(&mut self, n: DriverId, message: FromVm) {
         match message {
             FromVm::Running { at } => self.stage(n, Step::Running, "running", Time(at), String::new()),
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
@@ -212,7 +213,7 @@ impl Supervisor {
     }
 
     /// A certain failure of driver VM `n`.
-    pub(super) fn fail_driver(&mut self, n: usize, source: Source, what: String, at: Time) {
+    pub(super) fn fail_driver(&mut self, n: DriverId, source: Source, what: String, at: Time) {
         let driver = &self.drivers[n];
         // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
         // driver VM's own affair.
@@ -225,7 +226,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn read_console(&mut self, n: usize) {
+    pub(super) fn read_console(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(life) = &mut driver.life else { return };
         if let Some(pipe) = life.process.console() {
@@ -240,7 +241,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn on_driver_exit(&mut self, n: usize) {
+    pub(super) fn on_driver_exit(&mut self, n: DriverId) {
         self.read_driver(n);
         let driver = &mut self.drivers[n];
         let Some(life) = &mut driver.life else { return };
@@ -251,7 +252,7 @@ impl Supervisor {
         self.process_gone(n, describe_exit(status));
     }
 
-    pub(super) fn read_agent(&mut self, n: usize) {
+    pub(super) fn read_agent(&mut self, n: DriverId) {
         let Some(agent) = self.drivers[n].life.as_mut().and_then(|life| life.agent.as_mut()) else { return };
         let flushed = agent.flush();
         let (lines, error) = agent.receive();
@@ -276,13 +277,13 @@ impl Supervisor {
     }
 
     /// Sends `message` to the agent of driver VM `n`.
-    pub(super) fn tell_agent(&mut self, n: usize, message: &ToAgent) {
+    pub(super) fn tell_agent(&mut self, n: DriverId, message: &ToAgent) {
         if let Err(error) = self.drivers[n].send(Which::Present, message) {
             self.lose_agent(n, &error);
         }
     }
 
-    pub(super) fn lose_agent(&mut self, n: usize, error: &LineError) {
+    pub(super) fn lose_agent(&mut self, n: DriverId, error: &LineError) {
         if let Some(life) = &mut self.drivers[n].life {
             life.agent = None;
         }
@@ -292,7 +293,7 @@ impl Supervisor {
         self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
     }
 
-    pub(super) fn on_agent_message(&mut self, n: usize, message: FromAgent) {
+    pub(super) fn on_agent_message(&mut self, n: DriverId, message: FromAgent) {
         let now = Time::now();
         match message {
             FromAgent::Hello { generation, kernel, .. } => {
@@ -329,7 +330,7 @@ impl Supervisor {
     }
 
     /// A life of driver VM `n` got on.
-    pub(super) fn stage(&mut self, n: usize, step: Step, stage: &'static str, at: Time, detail: String) {
+    pub(super) fn stage(&mut self, n: DriverId, step: Step, stage: &'static str, at: Time, detail: String) {
         let driver = &mut self.drivers[n];
         if driver.life.is_none() || driver.timeline.at(step).is_some() {
             return;
@@ -339,7 +340,7 @@ impl Supervisor {
     }
 
     /// Tells of a step that is on the time line.
-    pub(super) fn told_stage(&mut self, n: usize, step: Step, stage: &'static str, detail: String) {
+    pub(super) fn told_stage(&mut self, n: DriverId, step: Step, stage: &'static str, detail: String) {
         let driver = &self.drivers[n];
         let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };
         let ms = driver.timeline.between(Step::Spawn, step).map_or(0.0, milliseconds);

@@ -24,6 +24,7 @@ use super::front::protocol::StopHow;
 use super::front::server::Clients;
 use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
+use super::ids::{DriverId, GuestId, Id, Table};
 use super::inbox::Inbox;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
@@ -106,17 +107,17 @@ pub enum RunError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Source {
     Signals,
-    GuestControl(usize),
-    DriverControl(usize),
-    DriverAgent(usize),
-    DriverConsole(usize),
-    GuestExit(usize),
-    DriverExit(usize),
-    Standby(usize, StandbyPart),
-    Dying(usize, DyingPart),
-    Ending(usize),
-    ResetDone(usize),
-    SpareResetDone(usize),
+    GuestControl(GuestId),
+    DriverControl(DriverId),
+    DriverAgent(DriverId),
+    DriverConsole(DriverId),
+    GuestExit(GuestId),
+    DriverExit(DriverId),
+    Standby(DriverId, StandbyPart),
+    Dying(DriverId, DyingPart),
+    Ending(DriverId),
+    ResetDone(DriverId),
+    SpareResetDone(DriverId),
     Listener,
     Client(u64),
 }
@@ -129,8 +130,8 @@ pub(super) struct Supervisor {
     pub(super) listener: UnixListener,
     pub(super) signals: SignalFd,
     pub(super) events: Events,
-    pub(super) guests: Vec<GuestVm>,
-    pub(super) drivers: Vec<DriverVm>,
+    pub(super) guests: Table<GuestId, GuestVm>,
+    pub(super) drivers: Table<DriverId, DriverVm>,
     pub(super) clients: Clients,
     notify: Notify,
     metrics_due: Time,
@@ -223,8 +224,8 @@ impl Supervisor {
         signals: SignalFd,
         events: Events,
     ) -> Self {
-        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name);
-        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name);
+        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name).map(DriverId::at);
+        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).map(GuestId::at);
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
             let nets = machine.ends_of(name).filter_map(|(guest, net, _)| {
                 Some(EndRef { guest: guest_index(guest)?, device: DeviceId::net(u16::try_from(net).ok()?) })
@@ -238,7 +239,7 @@ impl Supervisor {
             let spare = checked.spares.remove(name);
             Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends, &run_dir))
         });
-        let drivers: Vec<_> = drivers.collect();
+        let drivers = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {
             let net = |n: usize| {
                 let driver_name = guest.net.get(n)?.driver.as_deref()?;
@@ -278,13 +279,13 @@ impl Supervisor {
     }
 
     fn start(&mut self) -> Result<(), RunError> {
-        for guest in &mut self.guests {
+        for guest in self.guests.iter_mut() {
             // One with sound is started when its cards are known.
             if guest.has_cards() {
                 guest.start(&self.program)?;
             }
         }
-        for driver in 0..self.drivers.len() {
+        for driver in self.drivers.ids() {
             self.drive(driver, Input::Start);
         }
         Ok(())
@@ -360,7 +361,7 @@ impl Supervisor {
             (Source::Signals, self.signals.as_fd(), PollFlags::POLLIN),
             (Source::Listener, self.listener.as_fd(), PollFlags::POLLIN),
         ];
-        for (n, guest) in self.guests.iter().enumerate() {
+        for (n, guest) in self.guests.numbered() {
             let Some(process) = &guest.process else { continue };
             watched.push((Source::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
             if guest.listening {
@@ -368,7 +369,7 @@ impl Supervisor {
                 watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN | more));
             }
         }
-        for (n, driver) in self.drivers.iter().enumerate() {
+        for (n, driver) in self.drivers.numbered() {
             if let Some(job) = &driver.resetting {
                 watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
@@ -435,7 +436,7 @@ impl Supervisor {
     fn tick(&mut self) {
         let now = Time::now();
         self.events.tell_troubles();
-        for n in 0..self.drivers.len() {
+        for n in self.drivers.ids() {
             if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
                 self.drivers[n].lifecycle.wait_turn(now);
             }
@@ -518,7 +519,7 @@ impl Supervisor {
             StopHow::Kill => format!("{who} asked to kill the VMs"),
         };
         self.events.tell(&Event::Stopping { how: told });
-        for n in 0..self.guests.len() {
+        for n in self.guests.ids() {
             // One that waits for its sound card has not started, and does not any more.
             if self.guests[n].process.is_none() && !self.guests[n].is_over() {
                 self.guests[n].state = GuestState::Off;
@@ -539,7 +540,7 @@ impl Supervisor {
     }
 
     fn stop_drivers(&mut self) {
-        for n in 0..self.drivers.len() {
+        for n in self.drivers.ids() {
             if !matches!(self.drivers[n].lifecycle.state(), State::Stopped | State::Stopping) {
                 self.drive(n, Input::Stop);
             }
@@ -549,7 +550,7 @@ impl Supervisor {
     /// Something makes the whole run pointless: end it, and say why at the end.
     pub(super) fn give_up(&mut self, why: String) {
         self.failure.get_or_insert(why);
-        for guest in &mut self.guests {
+        for guest in self.guests.iter_mut() {
             let over = guest.is_over();
             match &mut guest.process {
                 Some(process) => process.kill(),

@@ -12,6 +12,7 @@ use crate::base::lines::LineError;
 use crate::lifecycle::Input;
 use crate::supervisor::driver::{DriverVm, EndRef, Life, Role, device_mac};
 use crate::supervisor::guest::GuestVm;
+use crate::supervisor::ids::{DriverId, GuestId, Table};
 use crate::supervisor::run::Supervisor;
 
 /// What of an end changes.
@@ -92,7 +93,7 @@ fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
 
 impl Supervisor {
     /// Tells the agent of this life of driver VM `n` what to serve.
-    pub(in crate::supervisor) fn configure(&mut self, n: usize, which: Which) {
+    pub(in crate::supervisor) fn configure(&mut self, n: DriverId, which: Which) {
         let driver = &self.drivers[n];
         let Some(life) = driver.life_of(which) else { return };
         let (message, changed) = if driver.is_sound() {
@@ -111,7 +112,7 @@ impl Supervisor {
     }
 
     /// A guest has asked for something else at an end: the agents that have their plan are told.
-    pub(in crate::supervisor) fn pass_on(&mut self, guest: usize, device: DeviceId, setting: Setting) {
+    pub(in crate::supervisor) fn pass_on(&mut self, guest: GuestId, device: DeviceId, setting: Setting) {
         let Some((driver, end)) = self.served(guest, device) else { return };
         let Ok(position) = u16::try_from(end) else { return };
         for which in [Which::Present, Which::Standby] {
@@ -123,7 +124,7 @@ impl Supervisor {
     }
 
     /// Guest `n` begins anew, or is away: it asks for nothing but what a guest begins with.
-    pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: usize) {
+    pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: GuestId) {
         let nets = (0..).zip(&self.guests[n].nets).filter(|(_, net)| net.driver.is_some());
         let devices: Vec<_> = nets.map(|(index, _)| DeviceId::net(index)).collect();
         for device in devices {
@@ -133,7 +134,7 @@ impl Supervisor {
     }
 
     /// Sends what has changed, as far as the agent reads; of an end that starts clean, once it is live.
-    pub(in crate::supervisor) fn send_settings(&mut self, n: usize, which: Which) {
+    pub(in crate::supervisor) fn send_settings(&mut self, n: DriverId, which: Which) {
         loop {
             let driver = &self.drivers[n];
             let Some(life) = driver.life_of(which) else { return };
@@ -160,7 +161,7 @@ impl Supervisor {
         }
     }
 
-    fn after_sending(&mut self, n: usize, which: Which, sent: Result<(), LineError>) {
+    fn after_sending(&mut self, n: DriverId, which: Which, sent: Result<(), LineError>) {
         match (sent, which) {
             (Ok(()), _) => {}
             (Err(error), Which::Present) => self.lose_agent(n, &error),
@@ -176,7 +177,7 @@ impl Supervisor {
 }
 
 /// What the guests of `driver` have asked for so far, for its life `life`.
-fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
+fn net_plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> NetPlan {
     let end = |(position, end): (usize, &EndRef)| {
         let net = guests[end.guest].net(end.device)?;
         let clean_start = driver.lifecycle.starts_clean(position);

@@ -13,6 +13,7 @@ use crate::base::time::Time;
 use crate::lifecycle::{Input, Source};
 use crate::record::crash_report::CrashReport;
 use crate::supervisor::bounds;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
@@ -82,13 +83,13 @@ pub(in crate::supervisor) enum DyingPart {
 
 impl Supervisor {
     /// The present life of driver VM `n` has no device any more.
-    pub(in crate::supervisor) fn bury(&mut self, n: usize) {
+    pub(in crate::supervisor) fn bury(&mut self, n: DriverId) {
         let now = Time::now();
         self.lay_down(n, now);
         self.drivers[n].hasten_death(now);
     }
 
-    fn lay_down(&mut self, n: usize, now: Time) {
+    fn lay_down(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
         let Some(life) = driver.life.take() else { return };
@@ -105,7 +106,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `n` is to give its device up; nothing waits for it.
-    pub(in crate::supervisor) fn retire(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn retire(&mut self, n: DriverId, now: Time) {
         self.lay_down(n, now);
         let driver = &mut self.drivers[n];
         let Some(dying) = &mut driver.dying else { return };
@@ -114,7 +115,7 @@ impl Supervisor {
         driver.hasten_death(now);
     }
 
-    pub(in crate::supervisor) fn on_dying(&mut self, n: usize, part: DyingPart) {
+    pub(in crate::supervisor) fn on_dying(&mut self, n: DriverId, part: DyingPart) {
         match part {
             DyingPart::Control => {
                 if self.drivers[n].hear_dying() {
@@ -127,7 +128,7 @@ impl Supervisor {
     }
 
     /// A process that was killed has ended.
-    pub(in crate::supervisor) fn on_ending(&mut self, n: usize) {
+    pub(in crate::supervisor) fn on_ending(&mut self, n: DriverId) {
         let mut fenced = false;
         self.drivers[n].ending.retain_mut(|ending| {
             let ended = ending.process.ended().is_some();
@@ -139,7 +140,7 @@ impl Supervisor {
         }
     }
 
-    fn on_death(&mut self, n: usize) {
+    fn on_death(&mut self, n: DriverId) {
         let ended = self.drivers[n].dying.as_mut().and_then(|dying| dying.life.process.ended());
         if let Some(status) = ended {
             self.conclude(n, describe_exit(status));
@@ -147,7 +148,7 @@ impl Supervisor {
     }
 
     /// What the dying life has left goes into its report; what is left of it is killed.
-    fn conclude(&mut self, n: usize, exit: String) {
+    fn conclude(&mut self, n: DriverId, exit: String) {
         let driver = &mut self.drivers[n];
         let released = driver.hear_dying();
         let Some(mut dying) = driver.dying.take() else { return };

@@ -22,14 +22,15 @@ use crate::record::events::Event;
 use crate::record::timeline::Step;
 use crate::supervisor::bounds::MAX_MASKS;
 use crate::supervisor::class::settings::Which;
+use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{Disconnect, LinkEnd, ToVm};
 
 /// A guest's device that a driver VM serves.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::supervisor) struct EndRef {
-    /// Index of the guest.
-    pub(in crate::supervisor) guest: usize,
+    /// Whose.
+    pub(in crate::supervisor) guest: GuestId,
     /// Which of its devices.
     pub(in crate::supervisor) device: DeviceId,
 }
@@ -158,7 +159,7 @@ impl DriverVm {
 
 impl Supervisor {
     /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there.
-    pub(in crate::supervisor) fn connect_ends(&mut self, n: usize) {
+    pub(in crate::supervisor) fn connect_ends(&mut self, n: DriverId) {
         for which in [Which::Present, Which::Standby] {
             for end in 0..self.drivers[n].ends.len() {
                 self.connect(n, which, end);
@@ -167,13 +168,13 @@ impl Supervisor {
     }
 
     /// Connects what guest `n` can be connected with.
-    pub(in crate::supervisor) fn connect_guest(&mut self, n: usize) {
+    pub(in crate::supervisor) fn connect_guest(&mut self, n: GuestId) {
         for (driver, _) in self.guests[n].drivers() {
             self.connect_ends(driver);
         }
     }
 
-    fn connect(&mut self, n: usize, which: Which, end: End) {
+    fn connect(&mut self, n: DriverId, which: Which, end: End) {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
@@ -214,7 +215,7 @@ impl Supervisor {
     }
 
     /// Where the life of driver VM `n` serves already, a sound device that is connected now is expected to be live soon.
-    pub(in crate::supervisor) fn await_greeting(&mut self, n: usize, end: End) {
+    pub(in crate::supervisor) fn await_greeting(&mut self, n: DriverId, end: End) {
         let driver = &mut self.drivers[n];
         let serves = matches!(driver.lifecycle.state(), State::Live { .. });
         let is_sound = driver.ends[end].device.class == Class::Sound;
@@ -224,7 +225,7 @@ impl Supervisor {
     }
 
     /// The sound device at `end` of driver VM `n` is live.
-    pub(in crate::supervisor) fn has_greeted(&mut self, n: usize, end: End) {
+    pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: End) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
             link.due = None;
         }
@@ -233,7 +234,7 @@ impl Supervisor {
     /// A guest's splitter says that it has lost `link`.
     pub(in crate::supervisor) fn on_lost(
         &mut self,
-        (guest, device): (usize, DeviceId),
+        (guest, device): (GuestId, DeviceId),
         link: LinkId,
         at: Time,
         cause: &LinkEnd,
@@ -256,7 +257,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `d` is not connected at `end` any more.
-    fn lost_present(&mut self, d: usize, end: End, at: Time, cause: &LinkEnd) {
+    fn lost_present(&mut self, d: DriverId, end: End, at: Time, cause: &LinkEnd) {
         let now = Time::now();
         let driver = &mut self.drivers[d];
         let stopping = *driver.lifecycle.state() == State::Stopping;
@@ -300,7 +301,7 @@ impl Supervisor {
     }
 
     /// A life that waits is not connected at `end` any more: the guest has lost nothing.
-    fn lost_standby(&mut self, d: usize, end: End, cause: &LinkEnd) {
+    fn lost_standby(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
         let now = Time::now();
         let why = format!("its link to {}: {cause}", self.end_name(d, end));
         let driver = &mut self.drivers[d];
@@ -334,7 +335,7 @@ impl Supervisor {
     /// The process of this life of driver VM `d` has lost a connection on its side.
     pub(in crate::supervisor) fn on_disconnected(
         &mut self,
-        d: usize,
+        d: DriverId,
         which: Which,
         end: u16,
         link: LinkId,
@@ -363,7 +364,7 @@ impl Supervisor {
     }
 
     /// An end that loses one connection after the other: its guest is told, the others go on.
-    fn give_end_up(&mut self, d: usize, end: End, cause: &LinkEnd) {
+    fn give_end_up(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let name = self.end_name(d, end);
         self.events.warn(format!(
@@ -374,7 +375,7 @@ impl Supervisor {
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
-    fn tell_masked(&mut self, d: usize, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
+    fn tell_masked(&mut self, d: DriverId, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let mask = Mask {
             guest: self.guests[guest].name.clone(),
@@ -394,7 +395,7 @@ impl Supervisor {
 
     /// A guest's word of the death of `generation` that comes when its recovery has begun, or is over: it belongs into the
     /// report all the same.
-    fn add_mask(&mut self, d: usize, generation: Generation, mask: Mask) {
+    fn add_mask(&mut self, d: DriverId, generation: Generation, mask: Mask) {
         let driver = &mut self.drivers[d];
         let report = driver.report.as_mut().filter(|report| report.generation == generation.get());
         match report {
@@ -411,7 +412,7 @@ impl Supervisor {
         }
     }
 
-    fn end_name(&self, d: usize, end: End) -> String {
+    fn end_name(&self, d: DriverId, end: End) -> String {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         format!("{}.{device}", self.guests[guest].name)
     }

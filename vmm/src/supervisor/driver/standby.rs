@@ -21,6 +21,7 @@ use crate::record::status::StandbyStatus;
 use crate::record::timeline::Step;
 use crate::supervisor::bounds;
 use crate::supervisor::class::settings::Which;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
@@ -42,7 +43,7 @@ pub(in crate::supervisor) enum StandbyPart {
 }
 
 impl Supervisor {
-    pub(in crate::supervisor) fn spawn_standby(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn spawn_standby(&mut self, n: DriverId, generation: Generation) {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
         let role = if driver.spare.is_some() { Role::Spare } else { Role::Waits };
@@ -69,7 +70,7 @@ impl Supervisor {
         }
     }
 
-    pub(in crate::supervisor) fn drop_standby(&mut self, n: usize, why: Option<String>) {
+    pub(in crate::supervisor) fn drop_standby(&mut self, n: DriverId, why: Option<String>) {
         let driver = &mut self.drivers[n];
         let mut generation = 0;
         if let Some(standby) = &mut driver.standby {
@@ -90,7 +91,7 @@ impl Supervisor {
     }
 
     /// The standby becomes the present life, and gets the device.
-    pub(in crate::supervisor) fn adopt(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn adopt(&mut self, n: DriverId, generation: Generation) {
         let now = Time::now();
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
@@ -117,7 +118,7 @@ impl Supervisor {
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
     }
 
-    fn plug(&mut self, n: usize) {
+    fn plug(&mut self, n: DriverId) {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };
@@ -131,7 +132,7 @@ impl Supervisor {
     }
 
     /// The device is on the bus of the adopted standby: its kernel has to look for it.
-    pub(in crate::supervisor) fn on_plugged(&mut self, n: usize, at: Time) {
+    pub(in crate::supervisor) fn on_plugged(&mut self, n: DriverId, at: Time) {
         // The time line first: it says whether the agent can be told.
         self.drivers[n].timeline.mark(Step::Plugged, at);
         self.rescan(n);
@@ -139,7 +140,7 @@ impl Supervisor {
     }
 
     /// An agent that has not said hello yet is told when it has.
-    pub(in crate::supervisor) fn rescan(&mut self, n: usize) {
+    pub(in crate::supervisor) fn rescan(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let (plugged, hello) = (driver.timeline.at(Step::Plugged), driver.timeline.at(Step::Hello));
         if plugged.is_some() && hello.is_some() {
@@ -147,7 +148,7 @@ impl Supervisor {
         }
     }
 
-    pub(in crate::supervisor) fn on_standby(&mut self, n: usize, part: StandbyPart) {
+    pub(in crate::supervisor) fn on_standby(&mut self, n: DriverId, part: StandbyPart) {
         // It may have been adopted a moment ago.
         if self.drivers[n].standby.is_none() {
             return;
@@ -163,7 +164,7 @@ impl Supervisor {
         }
     }
 
-    fn read_standby(&mut self, n: usize) -> Option<String> {
+    fn read_standby(&mut self, n: DriverId) -> Option<String> {
         let standby = self.drivers[n].standby.as_mut()?;
         match bounds::hear(standby.life.process.channel()) {
             Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
@@ -189,7 +190,7 @@ impl Supervisor {
         }
     }
 
-    fn read_standby_agent(&mut self, n: usize) -> Option<String> {
+    fn read_standby_agent(&mut self, n: DriverId) -> Option<String> {
         let life = &mut self.drivers[n].standby.as_mut()?.life;
         let (generation, agent) = (life.generation, life.agent.as_mut()?);
         let flushed = agent.flush();
@@ -219,7 +220,7 @@ impl Supervisor {
         Some(format!("its agent's control stream: {error}"))
     }
 
-    fn on_standby_message(&mut self, n: usize, message: FromAgent) -> Option<String> {
+    fn on_standby_message(&mut self, n: DriverId, message: FromAgent) -> Option<String> {
         let driver = &mut self.drivers[n];
         let standby = driver.standby.as_mut()?;
         match message {
@@ -256,7 +257,7 @@ impl Supervisor {
         None
     }
 
-    pub(in crate::supervisor) fn standby_ready(&mut self, n: usize) {
+    pub(in crate::supervisor) fn standby_ready(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.as_mut() else { return };
         standby.told = true;
@@ -266,7 +267,7 @@ impl Supervisor {
     }
 
     /// The standby's process has ended, by itself or because it was dropped.
-    fn standby_gone(&mut self, n: usize) -> Option<String> {
+    fn standby_gone(&mut self, n: DriverId) -> Option<String> {
         let driver = &mut self.drivers[n];
         let status = driver.standby.as_mut()?.life.process.ended()?;
         driver.read_standby_console();
