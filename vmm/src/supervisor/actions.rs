@@ -2,9 +2,9 @@
 
 use umbra_shadow::{Class, Generation};
 
-use super::class::settings::Which;
 use super::driver::EndRef;
 use super::driver::dying::LAST;
+use super::driver::life::LifeRole;
 use super::driver::standby::renice_vcpus;
 use super::guest::GuestState;
 use super::ids::DriverId;
@@ -25,13 +25,13 @@ impl Supervisor {
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
             Action::TakeOver(generation) => self.take_over(n, generation),
-            Action::ConfigureStandby => self.configure(n, Which::Standby),
+            Action::ConfigureStandby => self.configure(n, LifeRole::Standby),
             Action::Arm(up) => self.arm(n, up),
             Action::ResetSpare => self.reset_spare(n),
             Action::ReportFenced => self.report_retired(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
-            Action::Configure => self.configure(n, Which::Present),
+            Action::Configure => self.configure(n, LifeRole::Present),
             Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
             Action::StartClean(end) => self.start_clean(n, end),
             Action::EndLive(end) => self.on_late_end_live(n, end),
@@ -94,7 +94,7 @@ impl Supervisor {
             driver: self.drivers[n].name.clone(),
             generation: self.drivers[n].lifecycle.generation().map_or(0, Generation::get),
         });
-        self.send_settings(n, Which::Present);
+        self.send_settings(n, LifeRole::Present);
     }
 
     fn leave_behind(&mut self, n: DriverId, end: End) {
@@ -177,7 +177,7 @@ impl Supervisor {
             frames,
         });
         self.complete_report(n);
-        self.send_settings(n, Which::Present);
+        self.send_settings(n, LifeRole::Present);
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;

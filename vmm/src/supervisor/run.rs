@@ -16,8 +16,7 @@ use thiserror::Error;
 use umbra_shadow::DeviceId;
 
 use super::driver::device::Open;
-use super::driver::dying::DyingPart;
-use super::driver::standby::StandbyPart;
+use super::driver::life::{LifeRole, Part};
 use super::driver::{DriverVm, EndRef};
 use super::front::notify::Notify;
 use super::front::protocol::StopHow;
@@ -108,13 +107,9 @@ pub enum RunError {
 enum Source {
     Signals,
     GuestControl(GuestId),
-    DriverControl(DriverId),
-    DriverAgent(DriverId),
-    DriverConsole(DriverId),
+    LifeSays(LifeRole, Part, DriverId),
     GuestExit(GuestId),
-    DriverExit(DriverId),
-    Standby(DriverId, StandbyPart),
-    Dying(DriverId, DyingPart),
+    LifeEnds(LifeRole, DriverId),
     Ending(DriverId),
     ResetDone(DriverId),
     SpareResetDone(DriverId),
@@ -376,21 +371,11 @@ impl Supervisor {
             if let Some(job) = driver.spare.as_ref().and_then(|spare| spare.resetting.as_ref()) {
                 watched.push((Source::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
-            watched.extend(driver.watched_standby().map(|(part, fd, flags)| (Source::Standby(n, part), fd, flags)));
             watched.extend(driver.ending.iter().map(|ending| (Source::Ending(n), ending.pidfd(), PollFlags::POLLIN)));
-            watched.extend(driver.watched_dying().map(|(part, fd)| (Source::Dying(n, part), fd, PollFlags::POLLIN)));
-            let Some(life) = &driver.life else { continue };
-            watched.push((Source::DriverExit(n), life.process.pidfd(), PollFlags::POLLIN));
-            if life.listening {
-                watched.push((Source::DriverControl(n), life.process.channel().as_fd(), PollFlags::POLLIN));
-            }
-            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
-                watched.push((Source::DriverConsole(n), pipe.as_fd(), PollFlags::POLLIN));
-            }
-            if let Some(agent) = &life.agent {
-                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
-                watched.push((Source::DriverAgent(n), agent.stream().as_fd(), PollFlags::POLLIN | more));
-            }
+            watched.extend(driver.watched_lives().map(|(role, part, fd, flags)| match part {
+                Part::Exit => (Source::LifeEnds(role, n), fd, flags),
+                part => (Source::LifeSays(role, part, n), fd, flags),
+            }));
         }
         watched.extend(self.clients.watched().map(|(id, fd, flags)| (Source::Client(id), fd, flags)));
         watched
@@ -400,15 +385,11 @@ impl Supervisor {
     fn span_of(&self, source: Source) -> tracing::Span {
         match source {
             Source::GuestControl(n) | Source::GuestExit(n) => span(&self.guests[n].name, None),
-            Source::DriverControl(n)
-            | Source::DriverAgent(n)
-            | Source::DriverConsole(n)
-            | Source::DriverExit(n)
-            | Source::ResetDone(n)
-            | Source::SpareResetDone(n)
-            | Source::Standby(n, _)
+            Source::LifeSays(_, _, n)
+            | Source::LifeEnds(_, n)
             | Source::Ending(n)
-            | Source::Dying(n, _) => self.drivers[n].span(),
+            | Source::ResetDone(n)
+            | Source::SpareResetDone(n) => self.drivers[n].span(),
             Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
         }
     }
@@ -418,14 +399,10 @@ impl Supervisor {
         match source {
             Source::Signals => self.on_signal(),
             Source::GuestControl(n) => self.read_guest(n),
-            Source::DriverControl(n) => self.read_driver(n),
-            Source::DriverAgent(n) => self.read_agent(n),
-            Source::DriverConsole(n) => self.read_console(n),
+            Source::LifeSays(role, part, n) => self.hear(n, role, part),
             Source::GuestExit(n) => self.on_guest_exit(n),
-            Source::DriverExit(n) => self.on_driver_exit(n),
-            Source::Dying(n, part) => self.on_dying(n, part),
+            Source::LifeEnds(role, n) => self.hear(n, role, Part::Exit),
             Source::Ending(n) => self.on_ending(n),
-            Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::SpareResetDone(n) => self.on_spare_reset_done(n),
             Source::Listener => self.clients.accept(&self.listener, Time::now()),

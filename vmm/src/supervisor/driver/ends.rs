@@ -14,14 +14,14 @@ use std::time::Duration;
 
 use umbra_shadow::{Class, DeviceId, Generation, LinkId};
 
-use super::{DriverVm, Life, Role};
+use super::life::{LifeRole, Purpose};
+use super::{DriverVm, Life};
 use crate::base::time::Time;
 use crate::lifecycle::{End, Failure, Input, Source, State};
 use crate::record::crash_report::Mask;
 use crate::record::events::Event;
 use crate::record::timeline::Step;
 use crate::supervisor::bounds::MAX_MASKS;
-use crate::supervisor::class::settings::Which;
 use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{Disconnect, LinkEnd, ToVm};
@@ -160,9 +160,9 @@ impl DriverVm {
 impl Supervisor {
     /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there.
     pub(in crate::supervisor) fn connect_ends(&mut self, n: DriverId) {
-        for which in [Which::Present, Which::Standby] {
+        for role in [LifeRole::Present, LifeRole::Standby] {
             for end in 0..self.drivers[n].ends.len() {
-                self.connect(n, which, end);
+                self.connect(n, role, end);
             }
         }
     }
@@ -174,7 +174,7 @@ impl Supervisor {
         }
     }
 
-    fn connect(&mut self, n: DriverId, which: Which, end: End) {
+    fn connect(&mut self, n: DriverId, role: LifeRole, end: End) {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
@@ -183,9 +183,9 @@ impl Supervisor {
             return;
         }
         let armed = driver.lifecycle.is_armed();
-        let Some(life) = driver.life_of_mut(which) else { return };
+        let Some(life) = driver.life_of_mut(role) else { return };
         // A session with a sound service begins with its card.
-        let early = life.role == Role::Waits && which == Which::Standby && device.class == Class::Sound;
+        let early = life.purpose == Purpose::Wait && role == LifeRole::Standby && device.class == Class::Sound;
         if early || !life.links[end].is_wanted(now) {
             return;
         }
@@ -201,16 +201,16 @@ impl Supervisor {
             excused: false,
             ..std::mem::take(&mut life.links[end])
         };
-        if which == Which::Present {
+        if role == LifeRole::Present {
             self.await_greeting(n, end);
         }
         if let Err(error) = told {
             self.events.warn(format!("{}: {error}", self.guests[self.drivers[n].ends[end].guest].name));
         }
-        match which {
-            Which::Present => self.drive(n, Input::EndHere(end)),
-            Which::Standby if armed => self.tell_armed_at(n, end, generation),
-            Which::Standby => {}
+        match role {
+            LifeRole::Present => self.drive(n, Input::EndHere(end)),
+            LifeRole::Standby if armed => self.tell_armed_at(n, end, generation),
+            LifeRole::Standby | LifeRole::Dying => {}
         }
     }
 
@@ -336,14 +336,14 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_disconnected(
         &mut self,
         d: DriverId,
-        which: Which,
+        role: LifeRole,
         end: u16,
         link: LinkId,
         why: &Disconnect,
     ) {
         let now = Time::now();
         let end = usize::from(end);
-        let Some(life) = self.drivers[d].life_of_mut(which) else { return };
+        let Some(life) = self.drivers[d].life_of_mut(role) else { return };
         if life.link(end) != Some(link) {
             return;
         }
@@ -355,7 +355,7 @@ impl Supervisor {
         match why {
             Disconnect::NoAnswer(_) => this.excused = true,
             Disconnect::Closed => {}
-            Disconnect::Stopped if only && which == Which::Present => {
+            Disconnect::Stopped if only && role == LifeRole::Present => {
                 let what = "its kernel has stopped its network device".into();
                 self.drive(d, Input::Sign(Failure { source: Source::Link, what, at: now }));
             }
