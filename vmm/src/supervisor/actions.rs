@@ -2,11 +2,12 @@
 
 use umbra_shadow::{Class, Generation};
 
-use super::class::settings::Which;
 use super::driver::EndRef;
 use super::driver::dying::LAST;
+use super::driver::life::LifeRole;
 use super::driver::standby::renice_vcpus;
 use super::guest::GuestState;
+use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
@@ -17,20 +18,20 @@ use crate::record::timeline::{Milestone, Timeline};
 use crate::wire::messages::{MaskedCounts, Replay, ToVm};
 
 impl Supervisor {
-    pub(super) fn act(&mut self, n: usize, action: Action, now: Time) {
+    pub(super) fn act(&mut self, n: DriverId, action: Action, now: Time) {
         match action {
             Action::Reset => self.reset(n),
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
             Action::TakeOver(generation) => self.take_over(n, generation),
-            Action::ConfigureStandby => self.configure(n, Which::Standby),
+            Action::ConfigureStandby => self.configure(n, LifeRole::Standby),
             Action::Arm(up) => self.arm(n, up),
             Action::ResetSpare => self.reset_spare(n),
             Action::ReportFenced => self.report_retired(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
-            Action::Configure => self.configure(n, Which::Present),
+            Action::Configure => self.configure(n, LifeRole::Present),
             Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
             Action::StartClean(end) => self.start_clean(n, end),
             Action::EndLive(end) => self.on_late_end_live(n, end),
@@ -63,7 +64,7 @@ impl Supervisor {
         }
     }
 
-    fn go_live(&mut self, n: usize, end: End, replay: Replay, now: Time) {
+    fn go_live(&mut self, n: DriverId, end: End, replay: Replay, now: Time) {
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::GoLive, now);
         let EndRef { guest, device } = driver.ends[end];
@@ -85,7 +86,7 @@ impl Supervisor {
     }
 
     /// A guest that came later, or again, is served.
-    fn on_late_end_live(&mut self, n: usize, end: End) {
+    fn on_late_end_live(&mut self, n: DriverId, end: End) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.events.tell(&Event::EndLive {
             guest: self.guests[guest].name.clone(),
@@ -93,10 +94,10 @@ impl Supervisor {
             driver: self.drivers[n].name.clone(),
             generation: self.drivers[n].lifecycle.generation().map_or(0, Generation::get),
         });
-        self.send_settings(n, Which::Present);
+        self.send_settings(n, LifeRole::Present);
     }
 
-    fn leave_behind(&mut self, n: usize, end: End) {
+    fn leave_behind(&mut self, n: DriverId, end: End) {
         self.await_greeting(n, end);
         let EndRef { guest, device } = self.drivers[n].ends[end];
         let (driver, guest) = (&self.drivers[n].name, &self.guests[guest]);
@@ -109,7 +110,7 @@ impl Supervisor {
             .warn(format!("{driver}: {guest}.{device} does not answer; the driver VM serves without it until it does"));
     }
 
-    fn reset(&mut self, n: usize) {
+    fn reset(&mut self, n: DriverId) {
         self.drivers[n].mark_fence();
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::ResetStart, Time::now());
@@ -122,7 +123,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn on_reset_done(&mut self, n: usize) {
+    pub(super) fn on_reset_done(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(job) = driver.resetting.take() else { return };
         let outcome = driver.holder.end_reset(&job);
@@ -140,7 +141,7 @@ impl Supervisor {
         self.drive(n, Input::ResetDone);
     }
 
-    fn spawn(&mut self, n: usize, generation: Generation) {
+    fn spawn(&mut self, n: DriverId, generation: Generation) {
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::Spawn, Time::now());
         driver.present = Some(generation);
@@ -151,7 +152,7 @@ impl Supervisor {
         }
     }
 
-    fn on_live(&mut self, n: usize, now: Time) {
+    fn on_live(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         // A splitter that went over to a spare did so some time ago.
         driver.timeline.mark(Milestone::Live, driver.live_at.take().unwrap_or(now));
@@ -176,7 +177,7 @@ impl Supervisor {
             frames,
         });
         self.complete_report(n);
-        self.send_settings(n, Which::Present);
+        self.send_settings(n, LifeRole::Present);
         let driver = &mut self.drivers[n];
         driver.masks.clear();
         driver.told_to_mask = None;
@@ -184,7 +185,7 @@ impl Supervisor {
         self.restarted(n, now);
     }
 
-    fn on_failed(&mut self, n: usize, failure: &Failure, now: Time) {
+    fn on_failed(&mut self, n: DriverId, failure: &Failure, now: Time) {
         // First of all: with a spare that is all that the guests wait for.
         self.mask(n, now);
         let driver = &mut self.drivers[n];
@@ -220,7 +221,7 @@ impl Supervisor {
     }
 
     /// Tells the guests to mask; those whose splitter has seen it first know already.
-    fn mask(&mut self, n: usize, now: Time) {
+    fn mask(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         if driver.is_sound() {
             driver.silence();
@@ -233,7 +234,7 @@ impl Supervisor {
     }
 
     /// The process of driver VM `n` is gone, and with it its memory, its links and its hold of the device.
-    pub(super) fn process_gone(&mut self, n: usize, how: String) {
+    pub(super) fn process_gone(&mut self, n: DriverId, how: String) {
         let driver = &mut self.drivers[n];
         driver.collect_masks(Time::now());
         driver.registers = driver.life.take().map(|life| life.registers).unwrap_or_default();
@@ -244,7 +245,7 @@ impl Supervisor {
     }
 
     /// The failed life is fenced: complete its report.
-    fn report(&mut self, n: usize) {
+    fn report(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         driver.mark_fence();
         let quarantine = matches!(driver.lifecycle.state(), State::Resetting { next: None, .. });
@@ -267,7 +268,7 @@ impl Supervisor {
     }
 
     /// The killed process of the failed life does not end: its report has to do without that.
-    fn report_hung(&mut self, n: usize) {
+    fn report_hung(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let pid = driver.life.as_ref().map_or(0, |life| life.process.pid());
         let registers = driver.life.as_ref().map(|life| life.registers.clone()).unwrap_or_default();
@@ -281,7 +282,7 @@ impl Supervisor {
     }
 
     /// Writes the report with the time line as far as it has come.
-    pub(super) fn complete_report(&mut self, n: usize) {
+    pub(super) fn complete_report(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(report) = &mut driver.report else { return };
         report.timeline = driver.timeline.marks();
@@ -293,7 +294,7 @@ impl Supervisor {
         self.write_report(n);
     }
 
-    pub(super) fn write_report(&mut self, n: usize) {
+    pub(super) fn write_report(&mut self, n: DriverId) {
         let Some(report) = self.drivers[n].report.clone() else { return };
         self.drivers[n].report_path = self.write(&report);
         if let Some(dying) = &mut self.drivers[n].dying {
@@ -319,7 +320,7 @@ impl Supervisor {
         }
     }
 
-    fn start_clean(&mut self, n: usize, end: End) {
+    fn start_clean(&mut self, n: DriverId, end: End) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         // One that waits for its card has nothing that could be lost.
         if !self.guests[guest].has_cards() {
@@ -333,7 +334,7 @@ impl Supervisor {
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
-    fn quarantine(&mut self, n: usize, why: &str) {
+    fn quarantine(&mut self, n: DriverId, why: &str) {
         if self.drivers[n].lifecycle.process_hangs() {
             self.report_hung(n);
         }

@@ -8,6 +8,7 @@ use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
 use umbra_shadow::sound::Card;
 use umbra_shadow::{Class, DeviceId, Generation};
 
+use super::ids::DriverId;
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
 use crate::lifecycle::End;
@@ -88,7 +89,7 @@ impl GuestState {
 #[derive(Debug)]
 pub(super) struct GuestNet {
     /// The driver VM that serves it, and as which of its ends.
-    pub(super) driver: Option<(usize, End)>,
+    pub(super) driver: Option<(DriverId, End)>,
     pub(super) mac: Mac,
     /// The addresses of the other devices on the same NIC.
     neighbours: Vec<Mac>,
@@ -105,7 +106,7 @@ pub(super) struct GuestNet {
 #[derive(Debug, Default)]
 pub(super) struct GuestSound {
     /// The driver VM that serves it, and as which of its ends.
-    pub(super) driver: Option<(usize, End)>,
+    pub(super) driver: Option<(DriverId, End)>,
     /// The card as its first driver VM reported it; the guest's for its life.
     pub(super) card: Option<Card>,
     /// The generation that it is live with, or was last.
@@ -117,7 +118,7 @@ pub(super) struct GuestSound {
 }
 
 impl GuestSound {
-    fn status(&self, index: usize, driver_name: impl Fn(usize) -> String) -> status::SoundStatus {
+    fn status(&self, index: usize, driver_name: impl Fn(DriverId) -> String) -> status::SoundStatus {
         let (mode, kept_bytes, sums) = match &self.status {
             Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => ((*mode).into(), *kept_bytes, *sums),
             _ => (status::DeviceMode::Unknown, 0, SoundCounts::default()),
@@ -139,8 +140,8 @@ impl GuestVm {
     pub(super) fn new(
         name: &str,
         spec: Guest,
-        serves: impl Fn(usize) -> Option<(usize, End)>,
-        plays: impl Fn(usize) -> Option<(usize, End)>,
+        serves: impl Fn(usize) -> Option<(DriverId, End)>,
+        plays: impl Fn(usize) -> Option<(DriverId, End)>,
     ) -> Self {
         let sounds = (0..spec.sound.len()).map(|n| GuestSound { driver: plays(n), ..GuestSound::default() }).collect();
         let nets = spec.net.iter().enumerate();
@@ -210,7 +211,7 @@ impl GuestVm {
     }
 
     /// The driver VM behind `device`, and as which of its ends.
-    pub(super) fn driver_of(&self, device: DeviceId) -> Option<(usize, End)> {
+    pub(super) fn driver_of(&self, device: DeviceId) -> Option<(DriverId, End)> {
         let index = usize::from(device.index);
         match device.class {
             Class::Net => self.nets.get(index)?.driver,
@@ -289,7 +290,7 @@ impl GuestVm {
     }
 
     /// The driver VMs that serve it, and as which of their ends.
-    pub(super) fn drivers(&self) -> Vec<(usize, End)> {
+    pub(super) fn drivers(&self) -> Vec<(DriverId, End)> {
         let nets = self.nets.iter().filter_map(|net| net.driver);
         nets.chain(self.sounds.iter().filter_map(|sound| sound.driver)).collect()
     }
@@ -345,7 +346,7 @@ impl GuestVm {
                 && self.sounds.iter().all(|sound| sound.fresh))
     }
 
-    pub(super) fn status(&self, driver_name: impl Fn(usize) -> String) -> status::GuestStatus {
+    pub(super) fn status(&self, driver_name: impl Fn(DriverId) -> String) -> status::GuestStatus {
         let nets = self.spec.net.iter().zip(&self.nets).enumerate();
         status::GuestStatus {
             name: self.name.clone(),
@@ -360,7 +361,7 @@ impl GuestVm {
 }
 
 impl GuestNet {
-    fn new(mac: Mac, driver: Option<(usize, End)>) -> Self {
+    fn new(mac: Mac, driver: Option<(DriverId, End)>) -> Self {
         // Until the guest's driver says otherwise: what a NIC receives after it was opened, and all multicast,
         // because a guest without the control queue never says.
         let mode = RxMode { all_multicast: true, unicast: vec![mac], ..RxMode::default() };
@@ -368,7 +369,7 @@ impl GuestNet {
         Self { driver, mac, neighbours, mode, offloads, status: None, fresh: false }
     }
 
-    fn status(&self, index: usize, tap: Option<String>, driver_name: impl Fn(usize) -> String) -> status::NetStatus {
+    fn status(&self, index: usize, tap: Option<String>, driver_name: impl Fn(DriverId) -> String) -> status::NetStatus {
         let mut status = status::NetStatus {
             index,
             mac: self.mac.to_string(),

@@ -4,6 +4,7 @@
 
 use super::front::protocol::StopHow;
 use super::guest::{AtEnd, GuestState};
+use super::ids::GuestId;
 use super::run::Supervisor;
 use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
@@ -12,7 +13,7 @@ use crate::wire::spawn::describe_exit;
 
 impl Supervisor {
     /// Guest `n` says how its VM ended; its process ends after this.
-    pub(super) fn on_guest_end(&mut self, n: usize, how: VmEnd) {
+    pub(super) fn on_guest_end(&mut self, n: GuestId, how: VmEnd) {
         let guest = &mut self.guests[n];
         guest.end = Some(how);
         if how == VmEnd::Reset && self.stopping.is_none() && guest.at_end != AtEnd::Stay {
@@ -22,7 +23,7 @@ impl Supervisor {
     }
 
     /// The process of guest `n` may have ended.
-    pub(super) fn on_guest_exit(&mut self, n: usize) {
+    pub(super) fn on_guest_exit(&mut self, n: GuestId) {
         self.read_guest(n);
         let stopping = self.stopping.is_some();
         let guest = &mut self.guests[n];
@@ -57,7 +58,7 @@ impl Supervisor {
     }
 
     /// Guest `n` has no process that could be served; its ends of the driver VMs are without a guest.
-    fn leave_ends(&mut self, n: usize) {
+    fn leave_ends(&mut self, n: GuestId) {
         for (driver, end) in self.guests[n].drivers() {
             self.drivers[driver].forget_guest(end);
             self.drivers[driver].lifecycle.end_starts_over(end);
@@ -67,7 +68,7 @@ impl Supervisor {
     }
 
     /// Starts a process for guest `n`; where that fails, the guest has failed, alone.
-    pub(super) fn start_guest_process(&mut self, n: usize) {
+    pub(super) fn start_guest_process(&mut self, n: GuestId) {
         if let Err(error) = self.guests[n].start(&self.program) {
             return self.guest_failed(n, crate::base::error::chain(&error));
         }
@@ -76,7 +77,7 @@ impl Supervisor {
     }
 
     /// Guest `n` has failed. Where nothing has been served yet, a machine that does not come up whole does not come up.
-    pub(super) fn guest_failed(&mut self, n: usize, why: String) {
+    pub(super) fn guest_failed(&mut self, n: GuestId, why: String) {
         let guest = &mut self.guests[n];
         let first = !guest.has_run && !self.in_service;
         self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: why.clone() });
@@ -123,7 +124,7 @@ impl Supervisor {
         self.end_guest(n, how, AtEnd::StartAgain)
     }
 
-    fn end_guest(&mut self, n: usize, how: StopHow, at_end: AtEnd) -> Result<(), String> {
+    fn end_guest(&mut self, n: GuestId, how: StopHow, at_end: AtEnd) -> Result<(), String> {
         let guest = &mut self.guests[n];
         if guest.is_over() {
             return Err(format!("{} is not running: it is {}", guest.name, guest.state.name()));
@@ -143,15 +144,15 @@ impl Supervisor {
         Ok(())
     }
 
-    fn guest_named(&self, name: &str) -> Result<usize, String> {
-        self.guests.iter().position(|guest| guest.name == name).ok_or_else(|| {
+    fn guest_named(&self, name: &str) -> Result<GuestId, String> {
+        self.guests.position(|guest| guest.name == name).ok_or_else(|| {
             let names: Vec<_> = self.guests.iter().map(|guest| guest.name.as_str()).collect();
             format!("there is no guest named {name}; there is {}", names.join(", "))
         })
     }
 
     /// A new life of guest `n` hears of what is quarantined; the one before had heard.
-    fn tell_quarantines(&mut self, n: usize) {
+    fn tell_quarantines(&mut self, n: GuestId) {
         for (driver, end) in self.guests[n].drivers() {
             let driver = &self.drivers[driver];
             if matches!(driver.lifecycle.state(), State::Quarantined | State::Resetting { next: None, .. }) {

@@ -5,21 +5,22 @@
 
 use std::collections::VecDeque;
 
+use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::Time;
 use crate::lifecycle::{Input, State};
 
-/// Inputs that wait, each with the index of its driver VM.
+/// Inputs that wait, each for its driver VM.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    waiting: VecDeque<(usize, Input)>,
+    waiting: VecDeque<(DriverId, Input)>,
     /// The first is being worked off.
     busy: bool,
 }
 
 impl Supervisor {
     /// Gives `input` to the life cycle of driver VM `n` and does what it asks for: at once, or, from within such a doing, next.
-    pub(super) fn drive(&mut self, n: usize, input: Input) {
+    pub(super) fn drive(&mut self, n: DriverId, input: Input) {
         self.inbox.waiting.push_back((n, input));
         if std::mem::replace(&mut self.inbox.busy, true) {
             return;
@@ -30,7 +31,7 @@ impl Supervisor {
         self.inbox.busy = false;
     }
 
-    fn transition(&mut self, n: usize, input: Input) {
+    fn transition(&mut self, n: DriverId, input: Input) {
         let _about = self.drivers[n].span().entered();
         let now = Time::now();
         let before = self.drivers[n].lifecycle.state().name();

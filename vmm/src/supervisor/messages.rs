@@ -1,34 +1,28 @@
-//! What VM processes and agents say, and what the supervisor makes of it.
+//! What guests' processes say, and what the supervisor makes of it.
 
-use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::{DeviceId, Generation};
 
-use super::bounds::{self, text};
-use super::class::settings::{Setting, Which};
-use super::driver::console::Fatal;
+use super::bounds;
+use super::class::settings::Setting;
+use super::driver::life::AT_ONCE;
 use super::guest::GuestState;
+use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
-use crate::base::lines::LineError;
-use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Carrier, End, Failure, Input, NoticedBy};
+use crate::base::time::Time;
+use crate::lifecycle::{End, Input};
 use crate::record::events::Event;
-use crate::record::timeline::{LifeStage, Milestone};
 use crate::wire::channel::{self, Incoming};
-use crate::wire::messages::{FromVm, MaskedCounts, OutageCounts, PaceSteps, ToVm, VmEnd};
-use crate::wire::spawn::describe_exit;
-
-/// Messages handled at a turn of the loop for one process: one that floods must not starve the rest.
-const AT_ONCE: usize = 64;
+use crate::wire::messages::{FromVm, MaskedCounts, OutageCounts, PaceSteps, ToVm};
 
 impl Supervisor {
     /// Sends `message` to guest `n`.
-    pub(super) fn tell_guest(&mut self, n: usize, message: &ToVm) {
+    pub(super) fn tell_guest(&mut self, n: GuestId, message: &ToVm) {
         if let Err(error) = self.guests[n].tell(message, None) {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
         }
     }
 
-    pub(super) fn read_guest(&mut self, n: usize) {
+    pub(super) fn read_guest(&mut self, n: GuestId) {
         let waited = !self.guests[n].unsent.is_empty();
         if let Err(error) = self.guests[n].send_on() {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
@@ -52,7 +46,7 @@ impl Supervisor {
     }
 
     /// A guest's process that breaks a rule of its channel is not the program that was started any more: it is killed.
-    fn on_guest_fault(&mut self, n: usize, error: &channel::Error) {
+    fn on_guest_fault(&mut self, n: GuestId, error: &channel::Error) {
         let guest = &mut self.guests[n];
         self.events.warn(format!("{}: {error}", guest.name));
         if error.is_fault()
@@ -64,7 +58,7 @@ impl Supervisor {
         }
     }
 
-    fn on_guest_message(&mut self, n: usize, message: FromVm) {
+    fn on_guest_message(&mut self, n: GuestId, message: FromVm) {
         match message {
             FromVm::Running { .. } => {
                 let guest = &mut self.guests[n];
@@ -117,7 +111,7 @@ impl Supervisor {
         }
     }
 
-    fn on_pace(&mut self, guest: usize, device: DeviceId, generation: Generation, steps: PaceSteps) {
+    fn on_pace(&mut self, guest: GuestId, device: DeviceId, generation: Generation, steps: PaceSteps) {
         let Some((driver, _)) = self.served(guest, device) else { return };
         self.events.tell(&Event::Pace {
             guest: self.guests[guest].name.clone(),
@@ -129,13 +123,13 @@ impl Supervisor {
     }
 
     /// The driver VM behind a guest's device, and as which of its ends.
-    pub(super) fn served(&self, guest: usize, device: DeviceId) -> Option<(usize, End)> {
+    pub(super) fn served(&self, guest: GuestId, device: DeviceId) -> Option<(DriverId, End)> {
         self.guests[guest].driver_of(device)
     }
 
     fn on_end_live(
         &mut self,
-        (guest, device): (usize, DeviceId),
+        (guest, device): (GuestId, DeviceId),
         generation: Generation,
         at: Time,
         masked: MaskedCounts,
@@ -156,195 +150,5 @@ impl Supervisor {
             return self.drive(d, Input::SpareLive(end));
         }
         self.drive(d, Input::EndLive(end));
-    }
-
-    pub(super) fn read_driver(&mut self, n: usize) {
-        for _ in 0..AT_ONCE {
-            let Some(life) = &mut self.drivers[n].life else { return };
-            match bounds::hear(life.process.channel()) {
-                Ok(Incoming::Message(message, _)) => self.on_driver_message(n, message),
-                Ok(Incoming::Empty) => return,
-                Ok(Incoming::Closed) => {
-                    // The process ends. That may take a while: it gives back memory and device first.
-                    life.listening = false;
-                    return self.fail_driver(n, NoticedBy::ProcessExit, "its process ended".into(), Time::now());
-                }
-                Err(error) => {
-                    self.fail_driver(n, NoticedBy::ControlStream, format!("its process: {error}"), Time::now())
-                }
-            }
-        }
-    }
-
-    fn on_driver_message(&mut self, n: usize, message: FromVm) {
-        match message {
-            FromVm::Running { at } => self.stage(n, LifeStage::Running, Time(at), String::new()),
-            FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
-            FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, &why),
-            FromVm::Released { .. } => self.drive(n, Input::Released),
-            FromVm::Panicked { at } => {
-                if let Some(life) = &mut self.drivers[n].life {
-                    life.panicked = true;
-                }
-                self.fail_driver(n, NoticedBy::Panic, "kernel panic".into(), Time(at));
-            }
-            FromVm::Ended { at, how, registers } => {
-                let panicked = self.drivers[n].console.fatal().is_some_and(Fatal::panics);
-                let Some(life) = &mut self.drivers[n].life else { return };
-                life.registers = registers;
-                let what = match how {
-                    VmEnd::Reset if panicked => "kernel panic",
-                    VmEnd::PowerOff => "it powered off",
-                    VmEnd::Reset => "it was reset",
-                    VmEnd::TripleFault => "triple fault",
-                    VmEnd::Error => "KVM could not go on",
-                    VmEnd::Killed => "its process was told to end",
-                };
-                self.fail_driver(n, NoticedBy::VmEnd, what.into(), Time(at));
-                self.drive(n, Input::Evidence);
-            }
-            FromVm::DeviceFailed { at, device, what } => {
-                self.fail_driver(n, NoticedBy::Device, format!("device {device}: {what}"), Time(at));
-            }
-            FromVm::Failed { what } => {
-                self.fail_driver(n, NoticedBy::Start, what, Time::now());
-            }
-            other => tracing::debug!(?other, "a message that is for guests' processes"),
-        }
-    }
-
-    /// A certain failure of driver VM `n`.
-    pub(super) fn fail_driver(&mut self, n: usize, source: NoticedBy, what: String, at: Time) {
-        let driver = &self.drivers[n];
-        // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
-        // driver VM's own affair.
-        let first = !driver.was_live && matches!(source, NoticedBy::Start | NoticedBy::Agent);
-        let fatal = first && !self.in_service && self.stopping.is_none();
-        let why = format!("{}: {what}", driver.name);
-        self.drive(n, Input::Failed(Failure { source, what, at }));
-        if fatal {
-            self.give_up(why);
-        }
-    }
-
-    pub(super) fn read_console(&mut self, n: usize) {
-        let driver = &mut self.drivers[n];
-        let Some(life) = &mut driver.life else { return };
-        if let Some(pipe) = life.process.console() {
-            let before = driver.console.fatal();
-            life.talking = driver.console.read(pipe);
-            let Some(fatal) = driver.console.fatal().filter(|_| before.is_none()) else { return };
-            let source = match fatal {
-                Fatal::Panic | Fatal::StuckCpu => NoticedBy::Panic,
-                Fatal::DeadInterrupt => NoticedBy::Device,
-            };
-            self.fail_driver(n, source, fatal.in_words().into(), Time::now());
-        }
-    }
-
-    pub(super) fn on_driver_exit(&mut self, n: usize) {
-        self.read_driver(n);
-        let driver = &mut self.drivers[n];
-        let Some(life) = &mut driver.life else { return };
-        let Some(status) = life.process.ended() else { return };
-        if let Some(pipe) = life.process.console() {
-            driver.console.drain(pipe);
-        }
-        self.process_gone(n, describe_exit(status));
-    }
-
-    pub(super) fn read_agent(&mut self, n: usize) {
-        let Some(agent) = self.drivers[n].life.as_mut().and_then(|life| life.agent.as_mut()) else { return };
-        let flushed = agent.flush();
-        let (lines, error) = agent.receive();
-        let present = self.drivers[n].present;
-        for line in lines {
-            if self.drivers[n].present != present {
-                // A spare has taken its place: what it has to say does not count any more.
-                return;
-            }
-            match bounds::heard(&line) {
-                Ok(message) => self.on_agent_message(n, message),
-                Err(what) => return self.fail_driver(n, NoticedBy::ControlStream, what, Time::now()),
-            }
-        }
-        if self.drivers[n].present != present {
-            return;
-        }
-        match error.or(flushed.err()) {
-            Some(error) => self.lose_agent(n, &error),
-            None => self.send_settings(n, Which::Present),
-        }
-    }
-
-    /// Sends `message` to the agent of driver VM `n`.
-    pub(super) fn tell_agent(&mut self, n: usize, message: &ToAgent) {
-        if let Err(error) = self.drivers[n].send(Which::Present, message) {
-            self.lose_agent(n, &error);
-        }
-    }
-
-    pub(super) fn lose_agent(&mut self, n: usize, error: &LineError) {
-        if let Some(life) = &mut self.drivers[n].life {
-            life.agent = None;
-        }
-        let what = format!("its agent's control stream: {error}");
-        let failure = Failure { source: NoticedBy::ControlStream, what, at: Time::now() };
-        let closed = matches!(error, LineError::Closed);
-        self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
-    }
-
-    pub(super) fn on_agent_message(&mut self, n: usize, message: FromAgent) {
-        let now = Time::now();
-        match message {
-            FromAgent::Hello { generation, kernel, .. } => {
-                let driver = &mut self.drivers[n];
-                if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {
-                    let what = format!("its agent says that it is generation {generation}");
-                    return self.fail_driver(n, NoticedBy::ControlStream, what, now);
-                }
-                driver.kernel = Some(text(&kernel));
-                self.stage(n, LifeStage::Hello, now, text(&kernel));
-                self.drive(n, Input::Hello);
-                self.rescan(n);
-            }
-            // Of interest before there is a device to wait for: in a standby.
-            FromAgent::Loaded { .. } => {}
-            FromAgent::NicFound { .. } => self.drive(n, Input::Applying),
-            FromAgent::Nic { driver, interface, .. } => {
-                self.drivers[n].kernel_driver = Some(text(&driver));
-                let detail = format!("{} {}", text(&driver), text(&interface));
-                self.stage(n, LifeStage::Nic, now, detail);
-            }
-            FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
-            FromAgent::Forwarding { .. } => {
-                self.stage(n, LifeStage::Forwarding, now, String::new());
-                self.drive(n, Input::Forwarding);
-            }
-            FromAgent::Carrier { up, .. } => self.on_carrier(n, if up { Carrier::Up } else { Carrier::Down }),
-            FromAgent::Heartbeat { available_memory, .. } => {
-                self.drivers[n].available_memory = Some(available_memory);
-                self.drive(n, Input::Heartbeat);
-            }
-            FromAgent::Failed { what } => self.fail_driver(n, NoticedBy::Agent, text(&what), now),
-        }
-    }
-
-    /// A life of driver VM `n` got on.
-    pub(super) fn stage(&mut self, n: usize, stage: LifeStage, at: Time, detail: String) {
-        let driver = &mut self.drivers[n];
-        if driver.life.is_none() || driver.timeline.at(stage.milestone()).is_some() {
-            return;
-        }
-        driver.timeline.mark(stage.milestone(), at);
-        self.told_stage(n, stage, detail);
-    }
-
-    /// Tells of a step that is on the time line.
-    pub(super) fn told_stage(&mut self, n: usize, stage: LifeStage, detail: String) {
-        let driver = &self.drivers[n];
-        let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };
-        let ms = driver.timeline.between(Milestone::Spawn, stage.milestone()).map_or(0.0, milliseconds);
-        self.events.tell(&Event::DriverStage { driver: driver.name.clone(), generation, stage, ms, detail });
     }
 }

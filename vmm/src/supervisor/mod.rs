@@ -10,6 +10,7 @@ mod driver;
 pub mod front;
 mod guest;
 mod guest_lives;
+mod ids;
 mod inbox;
 mod messages;
 pub mod run;

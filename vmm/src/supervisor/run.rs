@@ -16,14 +16,14 @@ use thiserror::Error;
 use umbra_shadow::DeviceId;
 
 use super::driver::device::Open;
-use super::driver::dying::DyingPart;
-use super::driver::standby::StandbyPart;
+use super::driver::life::{LifeRole, Part};
 use super::driver::{DriverVm, EndRef};
 use super::front::notify::Notify;
 use super::front::protocol::StopHow;
 use super::front::server::Clients;
 use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
+use super::ids::{DriverId, GuestId, Id, Table};
 use super::inbox::Inbox;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
@@ -106,17 +106,13 @@ pub enum RunError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Source {
     Signals,
-    GuestControl(usize),
-    DriverControl(usize),
-    DriverAgent(usize),
-    DriverConsole(usize),
-    GuestExit(usize),
-    DriverExit(usize),
-    Standby(usize, StandbyPart),
-    Dying(usize, DyingPart),
-    Ending(usize),
-    ResetDone(usize),
-    SpareResetDone(usize),
+    GuestControl(GuestId),
+    LifeSays(LifeRole, Part, DriverId),
+    GuestExit(GuestId),
+    LifeEnds(LifeRole, DriverId),
+    Ending(DriverId),
+    ResetDone(DriverId),
+    SpareResetDone(DriverId),
     Listener,
     Client(u64),
 }
@@ -129,8 +125,8 @@ pub(super) struct Supervisor {
     pub(super) listener: UnixListener,
     pub(super) signals: SignalFd,
     pub(super) events: Events,
-    pub(super) guests: Vec<GuestVm>,
-    pub(super) drivers: Vec<DriverVm>,
+    pub(super) guests: Table<GuestId, GuestVm>,
+    pub(super) drivers: Table<DriverId, DriverVm>,
     pub(super) clients: Clients,
     notify: Notify,
     metrics_due: Time,
@@ -223,8 +219,8 @@ impl Supervisor {
         signals: SignalFd,
         events: Events,
     ) -> Self {
-        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name);
-        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name);
+        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name).map(DriverId::at);
+        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).map(GuestId::at);
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
             let nets = machine.ends_of(name).filter_map(|(guest, net, _)| {
                 Some(EndRef { guest: guest_index(guest)?, device: DeviceId::net(u16::try_from(net).ok()?) })
@@ -238,7 +234,7 @@ impl Supervisor {
             let spare = checked.spares.remove(name);
             Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends, &run_dir))
         });
-        let drivers: Vec<_> = drivers.collect();
+        let drivers = drivers.collect();
         let guests = machine.guest.iter().map(|(name, guest)| {
             let net = |n: usize| {
                 let driver_name = guest.net.get(n)?.driver.as_deref()?;
@@ -278,13 +274,13 @@ impl Supervisor {
     }
 
     fn start(&mut self) -> Result<(), RunError> {
-        for guest in &mut self.guests {
+        for guest in self.guests.iter_mut() {
             // One with sound is started when its cards are known.
             if guest.has_cards() {
                 guest.start(&self.program)?;
             }
         }
-        for driver in 0..self.drivers.len() {
+        for driver in self.drivers.ids() {
             self.drive(driver, Input::Start);
         }
         Ok(())
@@ -360,7 +356,7 @@ impl Supervisor {
             (Source::Signals, self.signals.as_fd(), PollFlags::POLLIN),
             (Source::Listener, self.listener.as_fd(), PollFlags::POLLIN),
         ];
-        for (n, guest) in self.guests.iter().enumerate() {
+        for (n, guest) in self.guests.numbered() {
             let Some(process) = &guest.process else { continue };
             watched.push((Source::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
             if guest.listening {
@@ -368,28 +364,18 @@ impl Supervisor {
                 watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN | more));
             }
         }
-        for (n, driver) in self.drivers.iter().enumerate() {
+        for (n, driver) in self.drivers.numbered() {
             if let Some(job) = &driver.resetting {
                 watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
             if let Some(job) = driver.spare.as_ref().and_then(|spare| spare.resetting.as_ref()) {
                 watched.push((Source::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
-            watched.extend(driver.watched_standby().map(|(part, fd, flags)| (Source::Standby(n, part), fd, flags)));
             watched.extend(driver.ending.iter().map(|ending| (Source::Ending(n), ending.pidfd(), PollFlags::POLLIN)));
-            watched.extend(driver.watched_dying().map(|(part, fd)| (Source::Dying(n, part), fd, PollFlags::POLLIN)));
-            let Some(life) = &driver.life else { continue };
-            watched.push((Source::DriverExit(n), life.process.pidfd(), PollFlags::POLLIN));
-            if life.listening {
-                watched.push((Source::DriverControl(n), life.process.channel().as_fd(), PollFlags::POLLIN));
-            }
-            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
-                watched.push((Source::DriverConsole(n), pipe.as_fd(), PollFlags::POLLIN));
-            }
-            if let Some(agent) = &life.agent {
-                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
-                watched.push((Source::DriverAgent(n), agent.stream().as_fd(), PollFlags::POLLIN | more));
-            }
+            watched.extend(driver.watched_lives().map(|(role, part, fd, flags)| match part {
+                Part::Exit => (Source::LifeEnds(role, n), fd, flags),
+                part => (Source::LifeSays(role, part, n), fd, flags),
+            }));
         }
         watched.extend(self.clients.watched().map(|(id, fd, flags)| (Source::Client(id), fd, flags)));
         watched
@@ -399,15 +385,11 @@ impl Supervisor {
     fn span_of(&self, source: Source) -> tracing::Span {
         match source {
             Source::GuestControl(n) | Source::GuestExit(n) => span(&self.guests[n].name, None),
-            Source::DriverControl(n)
-            | Source::DriverAgent(n)
-            | Source::DriverConsole(n)
-            | Source::DriverExit(n)
-            | Source::ResetDone(n)
-            | Source::SpareResetDone(n)
-            | Source::Standby(n, _)
+            Source::LifeSays(_, _, n)
+            | Source::LifeEnds(_, n)
             | Source::Ending(n)
-            | Source::Dying(n, _) => self.drivers[n].span(),
+            | Source::ResetDone(n)
+            | Source::SpareResetDone(n) => self.drivers[n].span(),
             Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
         }
     }
@@ -417,14 +399,10 @@ impl Supervisor {
         match source {
             Source::Signals => self.on_signal(),
             Source::GuestControl(n) => self.read_guest(n),
-            Source::DriverControl(n) => self.read_driver(n),
-            Source::DriverAgent(n) => self.read_agent(n),
-            Source::DriverConsole(n) => self.read_console(n),
+            Source::LifeSays(role, part, n) => self.hear(n, role, part),
             Source::GuestExit(n) => self.on_guest_exit(n),
-            Source::DriverExit(n) => self.on_driver_exit(n),
-            Source::Dying(n, part) => self.on_dying(n, part),
+            Source::LifeEnds(role, n) => self.hear(n, role, Part::Exit),
             Source::Ending(n) => self.on_ending(n),
-            Source::Standby(n, part) => self.on_standby(n, part),
             Source::ResetDone(n) => self.on_reset_done(n),
             Source::SpareResetDone(n) => self.on_spare_reset_done(n),
             Source::Listener => self.clients.accept(&self.listener, Time::now()),
@@ -435,7 +413,7 @@ impl Supervisor {
     fn tick(&mut self) {
         let now = Time::now();
         self.events.tell_troubles();
-        for n in 0..self.drivers.len() {
+        for n in self.drivers.ids() {
             if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
                 self.drivers[n].lifecycle.wait_turn(now);
             }
@@ -518,7 +496,7 @@ impl Supervisor {
             StopHow::Kill => format!("{who} asked to kill the VMs"),
         };
         self.events.tell(&Event::Stopping { how: told });
-        for n in 0..self.guests.len() {
+        for n in self.guests.ids() {
             // One that waits for its sound card has not started, and does not any more.
             if self.guests[n].process.is_none() && !self.guests[n].is_over() {
                 self.guests[n].state = GuestState::Off;
@@ -539,7 +517,7 @@ impl Supervisor {
     }
 
     fn stop_drivers(&mut self) {
-        for n in 0..self.drivers.len() {
+        for n in self.drivers.ids() {
             if !matches!(self.drivers[n].lifecycle.state(), State::Stopped | State::Stopping) {
                 self.drive(n, Input::Stop);
             }
@@ -549,7 +527,7 @@ impl Supervisor {
     /// Something makes the whole run pointless: end it, and say why at the end.
     pub(super) fn give_up(&mut self, why: String) {
         self.failure.get_or_insert(why);
-        for guest in &mut self.guests {
+        for guest in self.guests.iter_mut() {
             let over = guest.is_over();
             match &mut guest.process {
                 Some(process) => process.kill(),

@@ -11,6 +11,7 @@ use crate::lifecycle::{Carrier, Input, NoticedBy, State};
 use crate::record::events::Event;
 use crate::record::timeline::LifeStage;
 use crate::supervisor::driver::EndRef;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
@@ -41,7 +42,7 @@ impl Flaps {
 }
 
 impl Supervisor {
-    pub(in crate::supervisor) fn on_carrier(&mut self, n: usize, carrier: Carrier) {
+    pub(in crate::supervisor) fn on_carrier(&mut self, n: DriverId, carrier: Carrier) {
         let (up, now) = (carrier == Carrier::Up, Time::now());
         let driver = &mut self.drivers[n];
         if driver.lifecycle.carrier() == carrier {
@@ -66,7 +67,7 @@ impl Supervisor {
         }
     }
 
-    fn tell_carrier(&mut self, n: usize, carrier: Carrier) {
+    fn tell_carrier(&mut self, n: DriverId, carrier: Carrier) {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         let up = carrier == Carrier::Up;
         for EndRef { guest, device } in self.drivers[n].ends.clone() {

@@ -5,13 +5,15 @@
 
 use std::collections::BTreeSet;
 
-use umbra_driver_vm::protocol::{MAX_LINE, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+use umbra_driver_vm::protocol::{NetEnd, NetPlan, Offloads, RxMode, ToAgent};
 use umbra_shadow::DeviceId;
 
 use crate::base::lines::LineError;
 use crate::lifecycle::Input;
-use crate::supervisor::driver::{DriverVm, EndRef, Life, Role, device_mac};
+use crate::supervisor::driver::life::{LifeRole, encode};
+use crate::supervisor::driver::{DriverVm, EndRef, Life, device_mac};
 use crate::supervisor::guest::GuestVm;
+use crate::supervisor::ids::{DriverId, GuestId, Table};
 use crate::supervisor::run::Supervisor;
 
 /// What of an end changes.
@@ -59,19 +61,6 @@ impl Settings {
     }
 }
 
-/// Which life of a driver VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::supervisor) enum Which {
-    Present,
-    Standby,
-}
-
-/// A message as a line that the agent accepts.
-pub(in crate::supervisor) fn encode(message: &ToAgent) -> Result<String, LineError> {
-    let line = serde_json::to_string(message).map_err(|error| LineError::Io(error.into()))?;
-    if line.len() > MAX_LINE { Err(LineError::TooLong(MAX_LINE)) } else { Ok(line) }
-}
-
 /// The plan in one message; where the ends' modes make that too long for a line, without them, and with those that have
 /// to follow.
 fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
@@ -92,38 +81,38 @@ fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
 
 impl Supervisor {
     /// Tells the agent of this life of driver VM `n` what to serve.
-    pub(in crate::supervisor) fn configure(&mut self, n: usize, which: Which) {
+    pub(in crate::supervisor) fn configure(&mut self, n: DriverId, role: LifeRole) {
         let driver = &self.drivers[n];
-        let Some(life) = driver.life_of(which) else { return };
+        let Some(life) = driver.life_of(role) else { return };
         let (message, changed) = if driver.is_sound() {
             let ends = u16::try_from(driver.ends.len()).unwrap_or(u16::MAX);
-            (ToAgent::ConfigureSound { ends, device: life.role.device() }, BTreeSet::new())
+            (ToAgent::ConfigureSound { ends, device: life.purpose.device() }, BTreeSet::new())
         } else {
             plan_messages(net_plan(&self.guests, driver, life))
         };
         let clean = self.drivers[n].clean_ends().collect();
-        let sent = self.drivers[n].send(which, &message);
-        if let Some(life) = self.drivers[n].life_of_mut(which) {
+        let sent = self.drivers[n].send(role, &message);
+        if let Some(life) = self.drivers[n].life_of_mut(role) {
             life.settings = Settings::Planned { changed, clean };
         }
-        self.after_sending(n, which, sent);
-        self.send_settings(n, which);
+        self.after_sending(n, role, sent);
+        self.send_settings(n, role);
     }
 
     /// A guest has asked for something else at an end: the agents that have their plan are told.
-    pub(in crate::supervisor) fn pass_on(&mut self, guest: usize, device: DeviceId, setting: Setting) {
+    pub(in crate::supervisor) fn pass_on(&mut self, guest: GuestId, device: DeviceId, setting: Setting) {
         let Some((driver, end)) = self.served(guest, device) else { return };
         let Ok(position) = u16::try_from(end) else { return };
-        for which in [Which::Present, Which::Standby] {
-            if let Some(life) = self.drivers[driver].life_of_mut(which) {
+        for role in [LifeRole::Present, LifeRole::Standby] {
+            if let Some(life) = self.drivers[driver].life_of_mut(role) {
                 life.settings.change(position, setting);
-                self.send_settings(driver, which);
+                self.send_settings(driver, role);
             }
         }
     }
 
     /// Guest `n` begins anew, or is away: it asks for nothing but what a guest begins with.
-    pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: usize) {
+    pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: GuestId) {
         let nets = (0..).zip(&self.guests[n].nets).filter(|(_, net)| net.driver.is_some());
         let devices: Vec<_> = nets.map(|(index, _)| DeviceId::net(index)).collect();
         for device in devices {
@@ -133,18 +122,18 @@ impl Supervisor {
     }
 
     /// Sends what has changed, as far as the agent reads; of an end that starts clean, once it is live.
-    pub(in crate::supervisor) fn send_settings(&mut self, n: usize, which: Which) {
+    pub(in crate::supervisor) fn send_settings(&mut self, n: DriverId, role: LifeRole) {
         loop {
             let driver = &self.drivers[n];
-            let Some(life) = driver.life_of(which) else { return };
-            if life.agent.as_ref().is_none_or(crate::base::lines::Lines::has_unsent) {
+            let Some(life) = driver.life_of(role) else { return };
+            if !life.agent_reads() {
                 return;
             }
             // What has killed the lives before may be among it.
             let is_clean = |position: u16| driver.lifecycle.starts_clean(usize::from(position));
-            let next = life.settings.next(|position| which == Which::Present && is_clean(position));
+            let next = life.settings.next(|position| role == LifeRole::Present && is_clean(position));
             let Some((position, setting)) = next else { return };
-            if let Some(life) = self.drivers[n].life_of_mut(which) {
+            if let Some(life) = self.drivers[n].life_of_mut(role) {
                 life.settings.told(position, setting);
             }
             let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else {
@@ -155,19 +144,19 @@ impl Supervisor {
                 Setting::Mode => ToAgent::SetRxMode { end: position, mode: net.mode.clone() },
                 Setting::Offloads => ToAgent::SetOffloads { end: position, offloads: net.offloads },
             };
-            let sent = self.drivers[n].send(which, &message);
-            self.after_sending(n, which, sent);
+            let sent = self.drivers[n].send(role, &message);
+            self.after_sending(n, role, sent);
         }
     }
 
-    fn after_sending(&mut self, n: usize, which: Which, sent: Result<(), LineError>) {
-        match (sent, which) {
-            (Ok(()), _) => {}
-            (Err(error), Which::Present) => self.lose_agent(n, &error),
+    fn after_sending(&mut self, n: DriverId, role: LifeRole, sent: Result<(), LineError>) {
+        match (sent, role) {
+            (Ok(()), _) | (Err(_), LifeRole::Dying) => {}
+            (Err(error), LifeRole::Present) => self.lose_agent(n, &error),
             // One that is closed is noticed where it is read as well.
-            (Err(error), Which::Standby) => {
-                if let Some(standby) = &mut self.drivers[n].standby {
-                    standby.life.agent = None;
+            (Err(error), LifeRole::Standby) => {
+                if let Some(life) = self.drivers[n].life_of_mut(role) {
+                    life.drop_agent();
                 }
                 self.drive(n, Input::StandbyFailed(format!("its agent's control stream: {error}")));
             }
@@ -176,7 +165,7 @@ impl Supervisor {
 }
 
 /// What the guests of `driver` have asked for so far, for its life `life`.
-fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
+fn net_plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> NetPlan {
     let end = |(position, end): (usize, &EndRef)| {
         let net = guests[end.guest].net(end.device)?;
         let clean_start = driver.lifecycle.starts_clean(position);
@@ -185,7 +174,7 @@ fn net_plan(guests: &[GuestVm], driver: &DriverVm, life: &Life) -> NetPlan {
     };
     let ends = driver.ends.iter().enumerate().filter_map(end).collect();
     let mtu = driver.mtu;
-    NetPlan { ends, mtu, device: life.role.device() }
+    NetPlan { ends, mtu, device: life.purpose.device() }
 }
 
 impl DriverVm {
@@ -193,36 +182,6 @@ impl DriverVm {
     fn clean_ends(&self) -> impl Iterator<Item = u16> {
         let positions = (0..).take(self.ends.len());
         positions.filter(|position| self.lifecycle.starts_clean(usize::from(*position)))
-    }
-
-    pub(in crate::supervisor) fn life_of(&self, which: Which) -> Option<&Life> {
-        match which {
-            Which::Present => self.life.as_ref(),
-            Which::Standby => self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life),
-        }
-    }
-
-    pub(in crate::supervisor) fn life_of_mut(&mut self, which: Which) -> Option<&mut Life> {
-        match which {
-            Which::Present => self.life.as_mut(),
-            Which::Standby => self.standby.as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life),
-        }
-    }
-
-    /// Sends `message` to the agent of this life, if there is one.
-    pub(in crate::supervisor) fn send(&mut self, which: Which, message: &ToAgent) -> Result<(), LineError> {
-        let Some(agent) = self.life_of_mut(which).and_then(|life| life.agent.as_mut()) else { return Ok(()) };
-        agent.send(&encode(message)?)
-    }
-}
-
-impl Role {
-    /// Where the device of such a life is when the agent gets its plan.
-    fn device(self) -> umbra_driver_vm::protocol::DevicePlace {
-        match self {
-            Self::Serves | Self::Spare => umbra_driver_vm::protocol::DevicePlace::Present,
-            Self::Waits => umbra_driver_vm::protocol::DevicePlace::ToCome,
-        }
     }
 }
 
@@ -235,7 +194,7 @@ fn clean() -> (RxMode, Offloads) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use umbra_driver_vm::protocol::{DevicePlace, Mac, Offloads};
+    use umbra_driver_vm::protocol::{DevicePlace, MAX_LINE, Mac, Offloads};
 
     use super::*;
 

@@ -9,12 +9,13 @@ use crate::lifecycle::{Carrier, Input, NoticedBy};
 use crate::record::events::Event;
 use crate::record::timeline::LifeStage;
 use crate::supervisor::guest::GuestState;
+use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::SoundCounts;
 
 impl Supervisor {
     /// The agent of driver VM `n` says that its card is ready.
-    pub(in crate::supervisor) fn on_sound_card(&mut self, n: usize, kernel_driver: String, card: &Card) {
+    pub(in crate::supervisor) fn on_sound_card(&mut self, n: DriverId, kernel_driver: String, card: &Card) {
         let now = Time::now();
         if !card.is_sane() || !self.drivers[n].is_sound() {
             return self.fail_driver(n, NoticedBy::Agent, "it reports a sound card that cannot be".into(), now);
@@ -40,7 +41,7 @@ impl Supervisor {
     /// A guest's sound device is live.
     pub(in crate::supervisor) fn on_sound_live(
         &mut self,
-        (guest, device): (usize, DeviceId),
+        (guest, device): (GuestId, DeviceId),
         generation: Generation,
         masked: SoundCounts,
     ) {

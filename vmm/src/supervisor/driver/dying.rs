@@ -3,27 +3,24 @@
 //!
 //! Invariant: nothing waits for it, and it is killed when its time is over.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use super::DriverVm;
 use super::console::Console;
+use super::life::{Heard, Life, Part};
 use super::standby::renice;
-use super::{DriverVm, Life};
 use crate::base::time::Time;
 use crate::lifecycle::{Input, NoticedBy};
 use crate::record::crash_report::CrashReport;
-use crate::supervisor::bounds;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
-use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
 use crate::wire::spawn::{VmProcess, describe_exit};
 
 /// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
 /// some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
-
-/// Messages heard at a time.
-const AT_ONCE: usize = 16;
 
 /// Its nice value.
 pub(in crate::supervisor) const LAST: i32 = 19;
@@ -38,8 +35,8 @@ const RELEASE: Duration = Duration::from_secs(1);
 /// A failed life without its device.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Dying {
-    life: Life,
-    console: Console,
+    pub(super) life: Life,
+    pub(super) console: Console,
     stage: Stage,
     /// Until when it may have its device: it does not hold up a recovery that goes on with another one.
     pub(in crate::supervisor) holds: Option<Time>,
@@ -61,6 +58,32 @@ impl Ending {
     }
 }
 
+impl Dying {
+    /// Whether it has just given up the device that it still held.
+    fn on(&mut self, heard: Heard) -> bool {
+        match heard {
+            Heard::Process(FromVm::Panicked { .. }) if matches!(self.stage, Stage::Speaking(_)) => {
+                self.stage = Stage::Speaking(Time::now());
+            }
+            Heard::Process(FromVm::Ended { registers, .. }) => self.life.registers = registers,
+            Heard::Process(FromVm::Released { .. }) => return self.holds.take().is_some(),
+            Heard::ControlBroken(_) => self.life.ignore_control(),
+            _ => {}
+        }
+        false
+    }
+
+    /// Hears what it has said so far; whether it has given its device up by that.
+    fn hear_last(&mut self) -> bool {
+        let mut released = false;
+        for heard in self.life.hear(Part::Control, &mut self.console) {
+            released |= self.on(heard);
+        }
+        self.life.drain(&mut self.console);
+        released
+    }
+}
+
 /// How far its end is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -72,23 +95,15 @@ enum Stage {
     Killed,
 }
 
-/// What of it is ready to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::supervisor) enum DyingPart {
-    Control,
-    Console,
-    Exit,
-}
-
 impl Supervisor {
     /// The present life of driver VM `n` has no device any more.
-    pub(in crate::supervisor) fn bury(&mut self, n: usize) {
+    pub(in crate::supervisor) fn bury(&mut self, n: DriverId) {
         let now = Time::now();
         self.lay_down(n, now);
         self.drivers[n].hasten_death(now);
     }
 
-    fn lay_down(&mut self, n: usize, now: Time) {
+    fn lay_down(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
         let Some(life) = driver.life.take() else { return };
@@ -105,7 +120,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `n` is to give its device up; nothing waits for it.
-    pub(in crate::supervisor) fn retire(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn retire(&mut self, n: DriverId, now: Time) {
         self.lay_down(n, now);
         let driver = &mut self.drivers[n];
         let Some(dying) = &mut driver.dying else { return };
@@ -114,20 +129,18 @@ impl Supervisor {
         driver.hasten_death(now);
     }
 
-    pub(in crate::supervisor) fn on_dying(&mut self, n: usize, part: DyingPart) {
-        match part {
-            DyingPart::Control => {
-                if self.drivers[n].hear_dying() {
-                    self.drive(n, Input::SpareFenced);
-                }
-            }
-            DyingPart::Console => self.drivers[n].read_dying_console(),
-            DyingPart::Exit => self.on_death(n),
+    /// The dying life of driver VM `n` has said or done something.
+    pub(super) fn on_dying(&mut self, n: DriverId, heard: Heard) {
+        if let Heard::Exited(status) = heard {
+            return self.conclude(n, describe_exit(status));
+        }
+        if self.drivers[n].dying.as_mut().is_some_and(|dying| dying.on(heard)) {
+            self.drive(n, Input::SpareFenced);
         }
     }
 
     /// A process that was killed has ended.
-    pub(in crate::supervisor) fn on_ending(&mut self, n: usize) {
+    pub(in crate::supervisor) fn on_ending(&mut self, n: DriverId) {
         let mut fenced = false;
         self.drivers[n].ending.retain_mut(|ending| {
             let ended = ending.process.ended().is_some();
@@ -139,21 +152,11 @@ impl Supervisor {
         }
     }
 
-    fn on_death(&mut self, n: usize) {
-        let ended = self.drivers[n].dying.as_mut().and_then(|dying| dying.life.process.ended());
-        if let Some(status) = ended {
-            self.conclude(n, describe_exit(status));
-        }
-    }
-
     /// What the dying life has left goes into its report; what is left of it is killed.
-    fn conclude(&mut self, n: usize, exit: String) {
+    fn conclude(&mut self, n: DriverId, exit: String) {
         let driver = &mut self.drivers[n];
-        let released = driver.hear_dying();
         let Some(mut dying) = driver.dying.take() else { return };
-        if let Some(pipe) = dying.life.process.console() {
-            dying.console.drain(pipe);
-        }
+        let released = dying.hear_last();
         let generation = dying.life.generation.get();
         driver.console.append(&format!("{}.{generation} (its last words)", driver.name), &mut dying.console);
         let registers = std::mem::take(&mut dying.life.registers);
@@ -189,20 +192,6 @@ impl DriverVm {
         }
     }
 
-    pub(in crate::supervisor) fn watched_dying(&self) -> impl Iterator<Item = (DyingPart, BorrowedFd<'_>)> {
-        let mut watched = Vec::new();
-        if let Some(Dying { life, .. }) = &self.dying {
-            watched.push((DyingPart::Exit, life.process.pidfd()));
-            if life.listening {
-                watched.push((DyingPart::Control, life.process.channel().as_fd()));
-            }
-            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
-                watched.push((DyingPart::Console, pipe.as_fd()));
-            }
-        }
-        watched.into_iter()
-    }
-
     /// When [`Self::hasten_death`] has something to do.
     pub(in crate::supervisor) fn death_due(&self) -> Option<Time> {
         let dying = self.dying.as_ref()?;
@@ -228,35 +217,6 @@ impl DriverVm {
                 dying.stage = Stage::Killed;
             }
             _ => {}
-        }
-    }
-
-    /// Returns whether it has just given up the device that it still held.
-    fn hear_dying(&mut self) -> bool {
-        let Some(dying) = self.dying.as_mut() else { return false };
-        let mut released = false;
-        for _ in 0..AT_ONCE {
-            match bounds::hear(dying.life.process.channel()) {
-                Ok(Incoming::Message(FromVm::Panicked { .. }, _)) if matches!(dying.stage, Stage::Speaking(_)) => {
-                    dying.stage = Stage::Speaking(Time::now());
-                }
-                Ok(Incoming::Message(FromVm::Ended { registers, .. }, _)) => dying.life.registers = registers,
-                Ok(Incoming::Message(FromVm::Released { .. }, _)) => released |= dying.holds.take().is_some(),
-                Ok(Incoming::Empty) => break,
-                Ok(Incoming::Closed) | Err(_) => {
-                    dying.life.listening = false;
-                    break;
-                }
-                Ok(_) => {}
-            }
-        }
-        released
-    }
-
-    fn read_dying_console(&mut self) {
-        let Some(dying) = self.dying.as_mut() else { return };
-        if let Some(pipe) = dying.life.process.console() {
-            dying.life.talking = dying.console.read(pipe);
         }
     }
 }

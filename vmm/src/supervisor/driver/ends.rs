@@ -14,22 +14,23 @@ use std::time::Duration;
 
 use umbra_shadow::{Class, DeviceId, Generation, LinkId};
 
-use super::{DriverVm, Life, Role};
+use super::life::{LifeRole, Purpose};
+use super::{DriverVm, Life};
 use crate::base::time::Time;
 use crate::lifecycle::{End, Failure, Input, NoticedBy, State};
 use crate::record::crash_report::Mask;
 use crate::record::events::Event;
 use crate::record::timeline::Milestone;
 use crate::supervisor::bounds::MAX_MASKS;
-use crate::supervisor::class::settings::Which;
+use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{Disconnect, LinkEnd, ToVm};
 
 /// A guest's device that a driver VM serves.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::supervisor) struct EndRef {
-    /// Index of the guest.
-    pub(in crate::supervisor) guest: usize,
+    /// Whose.
+    pub(in crate::supervisor) guest: GuestId,
     /// Which of its devices.
     pub(in crate::supervisor) device: DeviceId,
 }
@@ -157,22 +158,22 @@ impl DriverVm {
 
 impl Supervisor {
     /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there.
-    pub(in crate::supervisor) fn connect_ends(&mut self, n: usize) {
-        for which in [Which::Present, Which::Standby] {
+    pub(in crate::supervisor) fn connect_ends(&mut self, n: DriverId) {
+        for role in [LifeRole::Present, LifeRole::Standby] {
             for end in 0..self.drivers[n].ends.len() {
-                self.connect(n, which, end);
+                self.connect(n, role, end);
             }
         }
     }
 
     /// Connects what guest `n` can be connected with.
-    pub(in crate::supervisor) fn connect_guest(&mut self, n: usize) {
+    pub(in crate::supervisor) fn connect_guest(&mut self, n: GuestId) {
         for (driver, _) in self.guests[n].drivers() {
             self.connect_ends(driver);
         }
     }
 
-    fn connect(&mut self, n: usize, which: Which, end: End) {
+    fn connect(&mut self, n: DriverId, role: LifeRole, end: End) {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
@@ -181,9 +182,9 @@ impl Supervisor {
             return;
         }
         let armed = driver.lifecycle.is_armed();
-        let Some(life) = driver.life_of_mut(which) else { return };
+        let Some(life) = driver.life_of_mut(role) else { return };
         // A session with a sound service begins with its card.
-        let early = life.role == Role::Waits && which == Which::Standby && device.class == Class::Sound;
+        let early = life.purpose == Purpose::Wait && role == LifeRole::Standby && device.class == Class::Sound;
         if early || !life.links[end].is_wanted(now) {
             return;
         }
@@ -199,21 +200,21 @@ impl Supervisor {
             excused: false,
             ..std::mem::take(&mut life.links[end])
         };
-        if which == Which::Present {
+        if role == LifeRole::Present {
             self.await_greeting(n, end);
         }
         if let Err(error) = told {
             self.events.warn(format!("{}: {error}", self.guests[self.drivers[n].ends[end].guest].name));
         }
-        match which {
-            Which::Present => self.drive(n, Input::EndHere(end)),
-            Which::Standby if armed => self.tell_armed_at(n, end, generation),
-            Which::Standby => {}
+        match role {
+            LifeRole::Present => self.drive(n, Input::EndHere(end)),
+            LifeRole::Standby if armed => self.tell_armed_at(n, end, generation),
+            LifeRole::Standby | LifeRole::Dying => {}
         }
     }
 
     /// Where the life of driver VM `n` serves already, a sound device that is connected now is expected to be live soon.
-    pub(in crate::supervisor) fn await_greeting(&mut self, n: usize, end: End) {
+    pub(in crate::supervisor) fn await_greeting(&mut self, n: DriverId, end: End) {
         let driver = &mut self.drivers[n];
         let serves = matches!(driver.lifecycle.state(), State::Live { .. });
         let is_sound = driver.ends[end].device.class == Class::Sound;
@@ -223,7 +224,7 @@ impl Supervisor {
     }
 
     /// The sound device at `end` of driver VM `n` is live.
-    pub(in crate::supervisor) fn has_greeted(&mut self, n: usize, end: End) {
+    pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: End) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
             link.due = None;
         }
@@ -232,7 +233,7 @@ impl Supervisor {
     /// A guest's splitter says that it has lost `link`.
     pub(in crate::supervisor) fn on_lost(
         &mut self,
-        (guest, device): (usize, DeviceId),
+        (guest, device): (GuestId, DeviceId),
         link: LinkId,
         at: Time,
         cause: &LinkEnd,
@@ -255,7 +256,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `d` is not connected at `end` any more.
-    fn lost_present(&mut self, d: usize, end: End, at: Time, cause: &LinkEnd) {
+    fn lost_present(&mut self, d: DriverId, end: End, at: Time, cause: &LinkEnd) {
         let now = Time::now();
         let driver = &mut self.drivers[d];
         let stopping = *driver.lifecycle.state() == State::Stopping;
@@ -299,7 +300,7 @@ impl Supervisor {
     }
 
     /// A life that waits is not connected at `end` any more: the guest has lost nothing.
-    fn lost_standby(&mut self, d: usize, end: End, cause: &LinkEnd) {
+    fn lost_standby(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
         let now = Time::now();
         let why = format!("its link to {}: {cause}", self.end_name(d, end));
         let driver = &mut self.drivers[d];
@@ -328,15 +329,15 @@ impl Supervisor {
     /// The process of this life of driver VM `d` has lost a connection on its side.
     pub(in crate::supervisor) fn on_disconnected(
         &mut self,
-        d: usize,
-        which: Which,
+        d: DriverId,
+        role: LifeRole,
         end: u16,
         link: LinkId,
         why: &Disconnect,
     ) {
         let now = Time::now();
         let end = usize::from(end);
-        let Some(life) = self.drivers[d].life_of_mut(which) else { return };
+        let Some(life) = self.drivers[d].life_of_mut(role) else { return };
         if life.link(end) != Some(link) {
             return;
         }
@@ -348,7 +349,7 @@ impl Supervisor {
         match why {
             Disconnect::NoAnswer(_) => this.excused = true,
             Disconnect::Closed => {}
-            Disconnect::Stopped if only && which == Which::Present => {
+            Disconnect::Stopped if only && role == LifeRole::Present => {
                 let what = "its kernel has stopped its network device".into();
                 self.drive(d, Input::Sign(Failure { source: NoticedBy::Link, what, at: now }));
             }
@@ -357,7 +358,7 @@ impl Supervisor {
     }
 
     /// An end that loses one connection after the other: its guest is told, the others go on.
-    fn give_end_up(&mut self, d: usize, end: End, cause: &LinkEnd) {
+    fn give_end_up(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let name = self.end_name(d, end);
         self.events.warn(format!(
@@ -368,7 +369,7 @@ impl Supervisor {
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
-    fn tell_masked(&mut self, d: usize, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
+    fn tell_masked(&mut self, d: DriverId, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let mask = Mask { guest: self.guests[guest].name.clone(), device, at_ns: at.0, cause: cause.clone() };
         self.events.tell(&Event::Masked {
@@ -383,7 +384,7 @@ impl Supervisor {
 
     /// A guest's word of the death of `generation` that comes when its recovery has begun, or is over: it belongs into the
     /// report all the same.
-    fn add_mask(&mut self, d: usize, generation: Generation, mask: Mask) {
+    fn add_mask(&mut self, d: DriverId, generation: Generation, mask: Mask) {
         let driver = &mut self.drivers[d];
         let report = driver.report.as_mut().filter(|report| report.generation == generation.get());
         match report {
@@ -400,7 +401,7 @@ impl Supervisor {
         }
     }
 
-    fn end_name(&self, d: usize, end: End) -> String {
+    fn end_name(&self, d: DriverId, end: End) -> String {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         format!("{}.{device}", self.guests[guest].name)
     }

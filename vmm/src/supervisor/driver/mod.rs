@@ -4,6 +4,8 @@ pub(in crate::supervisor) mod console;
 pub(in crate::supervisor) mod device;
 pub(in crate::supervisor) mod dying;
 pub(in crate::supervisor) mod ends;
+pub(in crate::supervisor) mod life;
+mod present;
 pub(in crate::supervisor) mod spare;
 pub(in crate::supervisor) mod standby;
 mod starvation;
@@ -17,23 +19,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use umbra_driver_vm::protocol::{CONTROL_PORT, MAX_LINE, Mac};
+use umbra_driver_vm::protocol::{CONTROL_PORT, Mac};
 use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_guest_images::image::Image;
 use umbra_shadow::{Class, Generation};
 
 pub(super) use ends::{EndLink, EndRef};
+pub(super) use life::Life;
 
-use super::class::carrier::Flaps;
-use super::class::settings::Settings;
 use super::driver::console::Console;
 use super::driver::device::{Holder, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
+use super::driver::life::Purpose;
 use super::driver::spare::Spare;
 use super::driver::starvation::Watch;
 use super::driver::upgrade::Trial;
 use super::start::rundir::RunDir;
-use crate::base::lines::Lines;
 use crate::base::time::Time;
 use crate::config::{self, Driver};
 use crate::host::DeviceFiles;
@@ -132,43 +133,6 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) was_live: bool,
 }
 
-/// A life of a driver VM.
-#[derive(Debug)]
-pub(in crate::supervisor) struct Life {
-    pub(in crate::supervisor) generation: Generation,
-    /// What it was started from.
-    pub(in crate::supervisor) image: Arc<Image>,
-    pub(in crate::supervisor) process: VmProcess,
-    /// Until it is closed or broken.
-    pub(in crate::supervisor) agent: Option<Lines<UnixStream>>,
-    /// Whether there may be more on the console.
-    pub(in crate::supervisor) talking: bool,
-    /// Whether the control channel is still of use.
-    pub(in crate::supervisor) listening: bool,
-    /// Its connection with each guest's device, by end.
-    pub(in crate::supervisor) links: Vec<EndLink>,
-    /// pvpanic: its kernel has said what it had to say.
-    pub(in crate::supervisor) panicked: bool,
-    pub(in crate::supervisor) registers: String,
-    /// What it was started for.
-    pub(in crate::supervisor) role: Role,
-    /// What its agent has not been told yet of what guests ask.
-    pub(in crate::supervisor) settings: Settings,
-    /// How often its carrier has changed of late.
-    pub(in crate::supervisor) flaps: Flaps,
-}
-
-/// What a process is started for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::supervisor) enum Role {
-    /// It gets the device at once.
-    Serves,
-    /// It waits for it.
-    Waits,
-    /// It waits with the spare's device.
-    Spare,
-}
-
 /// A life that waits, with what it prints.
 #[derive(Debug)]
 pub(in crate::supervisor) struct StandbyVm {
@@ -258,7 +222,7 @@ impl DriverVm {
     /// Starts the process of `generation`, with the device.
     pub(in crate::supervisor) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
         self.console.begin(&format!("{}.{generation}", self.name));
-        self.life = Some(self.launch(program, generation, Role::Serves)?);
+        self.life = Some(self.launch(program, generation, Purpose::Serve)?);
         Ok(())
     }
 
@@ -267,7 +231,7 @@ impl DriverVm {
         &self,
         program: &Path,
         generation: Generation,
-        role: Role,
+        purpose: Purpose,
     ) -> Result<Life, StartError> {
         let name = format!("{}.{generation}", self.name);
         let mut inherited: Vec<OwnedFd> = Vec::new();
@@ -280,10 +244,10 @@ impl DriverVm {
                 }
             }
         }
-        let device = match role {
-            Role::Serves => Some((&self.device, &self.holder)),
-            Role::Spare => self.spare.as_ref().map(|spare| (&spare.device, &spare.holder)),
-            Role::Waits => None,
+        let device = match purpose {
+            Purpose::Serve => Some((&self.device, &self.holder)),
+            Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.holder)),
+            Purpose::Wait => None,
         };
         let files = device.map(|(_, holder)| holder.files()).transpose().map_err(StartError::Device)?;
         let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
@@ -292,8 +256,8 @@ impl DriverVm {
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
-        let awaits = if role == Role::Waits { " umbra.awaits" } else { "" };
-        let image = if role == Role::Serves { &self.image } else { self.next_image() };
+        let awaits = if purpose == Purpose::Wait { " umbra.awaits" } else { "" };
+        let image = if purpose == Purpose::Serve { &self.image } else { self.next_image() };
         let spec = VmSpec {
             name,
             kernel: image.vmlinux.clone(),
@@ -307,8 +271,8 @@ impl DriverVm {
             sounds: Vec::new(),
             ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
-            standby: role == Role::Waits,
-            awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
+            standby: purpose == Purpose::Wait,
+            awaited: self.holder.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
@@ -316,20 +280,7 @@ impl DriverVm {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
-        Ok(Life {
-            generation,
-            image: Arc::clone(image),
-            process,
-            agent: Some(Lines::new(agent, MAX_LINE)),
-            talking: true,
-            listening: true,
-            links: self.ends.iter().map(|_| EndLink::default()).collect(),
-            panicked: false,
-            registers: String::new(),
-            role,
-            settings: Settings::default(),
-            flaps: Flaps::default(),
-        })
+        Ok(Life::new((generation, Arc::clone(image), purpose), process, agent, self.ends.len()))
     }
 
     fn mtu(&self) -> u16 {

@@ -17,6 +17,7 @@ use crate::lifecycle::{Carrier, End, Input, NoticedBy, StandbyStage, State};
 use crate::record::events::Event;
 use crate::record::status::SpareNetwork;
 use crate::record::timeline::Milestone;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
@@ -77,7 +78,7 @@ impl Spare {
 }
 
 impl Supervisor {
-    pub(in crate::supervisor) fn reset_spare(&mut self, n: usize) {
+    pub(in crate::supervisor) fn reset_spare(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let about = driver.span();
         let Some(spare) = &mut driver.spare else { return };
@@ -90,7 +91,7 @@ impl Supervisor {
         }
     }
 
-    pub(in crate::supervisor) fn on_spare_reset_done(&mut self, n: usize) {
+    pub(in crate::supervisor) fn on_spare_reset_done(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(spare) = driver.spare.as_mut() else { return };
         let Some(job) = spare.resetting.take() else { return };
@@ -107,7 +108,7 @@ impl Supervisor {
     }
 
     /// The spare forwards and has its carrier, or has it no more.
-    pub(in crate::supervisor) fn arm(&mut self, n: usize, up: bool) {
+    pub(in crate::supervisor) fn arm(&mut self, n: DriverId, up: bool) {
         let driver = &mut self.drivers[n];
         let Some(generation) = driver.standby.as_ref().map(|standby| standby.life.generation) else { return };
         if let Some(spare) = &mut driver.spare {
@@ -121,20 +122,20 @@ impl Supervisor {
         self.events.tell(&Event::SpareCarrier { driver, generation: generation.get(), up });
     }
 
-    fn tell_armed(&mut self, n: usize, generation: Generation, armed: bool) {
+    fn tell_armed(&mut self, n: DriverId, generation: Generation, armed: bool) {
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
             self.tell_guest(guest, &ToVm::Arm { device, generation, armed });
         }
     }
 
     /// The guest of `end` is connected with the spare, which is armed.
-    pub(in crate::supervisor) fn tell_armed_at(&mut self, n: usize, end: End, generation: Generation) {
+    pub(in crate::supervisor) fn tell_armed_at(&mut self, n: DriverId, end: End, generation: Generation) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.tell_guest(guest, &ToVm::Arm { device, generation, armed: true });
     }
 
     /// A guest's own frame has come in through the spare.
-    pub(in crate::supervisor) fn on_same_network(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn on_same_network(&mut self, n: DriverId, generation: Generation) {
         let driver = &mut self.drivers[n];
         let waits = driver.lifecycle.standby().generation() == Some(generation);
         if let Some(spare) = driver.spare.as_mut().filter(|_| waits) {
@@ -143,7 +144,7 @@ impl Supervisor {
     }
 
     /// Asks (again) whether the spare hears the guests' network, when that is due.
-    pub(in crate::supervisor) fn ask_about_network(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn ask_about_network(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         let armed = driver.lifecycle.standby().generation().filter(|_| driver.lifecycle.is_armed());
         let Some(spare) = &mut driver.spare else { return };
@@ -176,7 +177,7 @@ impl Supervisor {
     }
 
     /// The spare becomes the present life as it is; the life that was has failed, and is to give its device up.
-    pub(in crate::supervisor) fn take_over(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn take_over(&mut self, n: DriverId, generation: Generation) {
         let now = Time::now();
         let failed = self.drivers[n].present;
         let alive = self.drivers[n].life.is_some();
@@ -216,7 +217,7 @@ impl Supervisor {
     }
 
     /// The life that has failed has no device any more: its report gets that.
-    pub(in crate::supervisor) fn report_retired(&mut self, n: usize) {
+    pub(in crate::supervisor) fn report_retired(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         if let Some(spare) = &mut driver.spare {
             // Not before: it would take the CPU from those who go over to the other device, and can wait, because this one

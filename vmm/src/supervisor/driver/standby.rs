@@ -5,24 +5,23 @@
 //! driver VM says; a fault costs it its place.
 
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::process::ExitStatus;
 use std::time::Duration;
 
-use nix::poll::PollFlags;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::console::{Console, Fatal};
-use super::{DriverVm, Role, StandbyVm};
+use super::console::Console;
+use super::life::{Heard, LifeRole, Purpose};
+use super::{DriverVm, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Carrier, Input, NoticedBy, StandbyStage};
 use crate::record::events::Event;
 use crate::record::status::StandbyStatus;
 use crate::record::timeline::{LifeStage, Milestone};
 use crate::supervisor::bounds;
-use crate::supervisor::class::settings::Which;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
-use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
 use crate::wire::spawn::describe_exit;
 
@@ -32,21 +31,12 @@ const NICE: i32 = 10;
 /// How long a better reason than a closed link is waited for.
 const SUSPICION: Duration = Duration::from_millis(100);
 
-/// What of a standby is ready to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::supervisor) enum StandbyPart {
-    Control,
-    Agent,
-    Console,
-    Exit,
-}
-
 impl Supervisor {
-    pub(in crate::supervisor) fn spawn_standby(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn spawn_standby(&mut self, n: DriverId, generation: Generation) {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
-        let role = if driver.spare.is_some() { Role::Spare } else { Role::Waits };
-        match driver.launch(&self.program, generation, role) {
+        let purpose = if driver.spare.is_some() { Purpose::WaitWithSpare } else { Purpose::Wait };
+        match driver.launch(&self.program, generation, purpose) {
             Ok(life) => {
                 if may_renice() && !driver.lifecycle.awaits_spare() {
                     renice(life.process.pid(), NICE);
@@ -69,7 +59,7 @@ impl Supervisor {
         }
     }
 
-    pub(in crate::supervisor) fn drop_standby(&mut self, n: usize, why: Option<String>) {
+    pub(in crate::supervisor) fn drop_standby(&mut self, n: DriverId, why: Option<String>) {
         let driver = &mut self.drivers[n];
         let mut generation = 0;
         if let Some(standby) = &mut driver.standby {
@@ -90,7 +80,7 @@ impl Supervisor {
     }
 
     /// The standby becomes the present life, and gets the device.
-    pub(in crate::supervisor) fn adopt(&mut self, n: usize, generation: Generation) {
+    pub(in crate::supervisor) fn adopt(&mut self, n: DriverId, generation: Generation) {
         let now = Time::now();
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
@@ -117,7 +107,7 @@ impl Supervisor {
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
     }
 
-    fn plug(&mut self, n: usize) {
+    fn plug(&mut self, n: DriverId) {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };
@@ -131,7 +121,7 @@ impl Supervisor {
     }
 
     /// The device is on the bus of the adopted standby: its kernel has to look for it.
-    pub(in crate::supervisor) fn on_plugged(&mut self, n: usize, at: Time) {
+    pub(in crate::supervisor) fn on_plugged(&mut self, n: DriverId, at: Time) {
         // The time line first: it says whether the agent can be told.
         self.drivers[n].timeline.mark(Milestone::Plugged, at);
         self.rescan(n);
@@ -139,7 +129,7 @@ impl Supervisor {
     }
 
     /// An agent that has not said hello yet is told when it has.
-    pub(in crate::supervisor) fn rescan(&mut self, n: usize) {
+    pub(in crate::supervisor) fn rescan(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let (plugged, hello) = (driver.timeline.at(Milestone::Plugged), driver.timeline.at(Milestone::Hello));
         if plugged.is_some() && hello.is_some() {
@@ -147,79 +137,45 @@ impl Supervisor {
         }
     }
 
-    pub(in crate::supervisor) fn on_standby(&mut self, n: usize, part: StandbyPart) {
-        // It may have been adopted a moment ago.
-        if self.drivers[n].standby.is_none() {
-            return;
+    /// The standby of driver VM `n` has said or done something; why it is given up, if it is. One that was dropped is but waited
+    /// for.
+    pub(super) fn on_standby(&mut self, n: DriverId, heard: Heard) -> Option<String> {
+        if self.drivers[n].standby.as_ref()?.dropped && !matches!(heard, Heard::Exited(_)) {
+            return None;
         }
-        let failed = match part {
-            StandbyPart::Control => self.read_standby(n),
-            StandbyPart::Agent => self.read_standby_agent(n),
-            StandbyPart::Console => self.drivers[n].read_standby_console().map(|fatal| fatal.in_words().into()),
-            StandbyPart::Exit => self.standby_gone(n),
-        };
-        if let Some(why) = failed {
-            self.drive(n, Input::StandbyFailed(why));
+        match heard {
+            Heard::Process(message) => self.on_standby_vm(n, message),
+            Heard::ControlClosed => Some("its process ended".into()),
+            Heard::Agent(message) => self.on_standby_message(n, message),
+            Heard::ControlBroken(what) | Heard::Nonsense(what) => Some(what),
+            Heard::AgentLost(error) => Some(format!("its agent's control stream: {error}")),
+            // It is not to be adopted.
+            Heard::Fatal(fatal) => Some(fatal.in_words().into()),
+            Heard::Exited(status) => self.standby_gone(n, status),
         }
     }
 
-    fn read_standby(&mut self, n: usize) -> Option<String> {
-        let standby = self.drivers[n].standby.as_mut()?;
-        match bounds::hear(standby.life.process.channel()) {
-            Ok(Incoming::Empty | Incoming::Message(FromVm::Running { .. }, _)) => None,
-            Ok(Incoming::Message(FromVm::Panicked { .. }, _)) => Some("kernel panic".into()),
-            Ok(Incoming::Message(FromVm::Failed { what }, _)) => Some(what),
-            Ok(Incoming::Message(FromVm::DeviceFailed { device, what, .. }, _)) => {
+    fn on_standby_vm(&mut self, n: DriverId, message: FromVm) -> Option<String> {
+        match message {
+            FromVm::Panicked { .. } => Some("kernel panic".into()),
+            FromVm::Failed { what } => Some(what),
+            FromVm::DeviceFailed { device, what, .. } => {
                 if let Some(spare) = &mut self.drivers[n].spare {
                     spare.holder.doubt();
                 }
                 Some(format!("device {device}: {what}"))
             }
-            Ok(Incoming::Message(FromVm::Ended { .. }, _)) => Some("the VM ended".into()),
-            Ok(Incoming::Message(FromVm::Disconnected { end, link, why }, _)) => {
-                self.on_disconnected(n, Which::Standby, end, link, &why);
+            FromVm::Ended { .. } => Some("the VM ended".into()),
+            FromVm::Disconnected { end, link, why } => {
+                self.on_disconnected(n, LifeRole::Standby, end, link, &why);
                 None
             }
-            Ok(Incoming::Message(..)) => None,
-            Ok(Incoming::Closed) => {
-                standby.life.listening = false;
-                Some("its process ended".into())
-            }
-            Err(error) => Some(format!("its process: {error}")),
+            // Without guests and without a device there is nothing else to say.
+            _ => None,
         }
     }
 
-    fn read_standby_agent(&mut self, n: usize) -> Option<String> {
-        let life = &mut self.drivers[n].standby.as_mut()?.life;
-        let (generation, agent) = (life.generation, life.agent.as_mut()?);
-        let flushed = agent.flush();
-        let (lines, error) = agent.receive();
-        for line in lines {
-            // By what it said before it may have become the present life.
-            let serves = self.drivers[n].is_current(generation);
-            match bounds::heard(&line) {
-                Ok(message) if serves => self.on_agent_message(n, message),
-                Err(what) if serves => {
-                    self.fail_driver(n, NoticedBy::ControlStream, what, Time::now());
-                    return None;
-                }
-                Ok(message) => {
-                    if let Some(why) = self.on_standby_message(n, message) {
-                        return Some(why);
-                    }
-                }
-                Err(why) => return Some(why),
-            }
-        }
-        let Some(error) = error.or(flushed.err()) else {
-            self.send_settings(n, Which::Standby);
-            return None;
-        };
-        self.drivers[n].standby.as_mut()?.life.agent = None;
-        Some(format!("its agent's control stream: {error}"))
-    }
-
-    fn on_standby_message(&mut self, n: usize, message: FromAgent) -> Option<String> {
+    fn on_standby_message(&mut self, n: DriverId, message: FromAgent) -> Option<String> {
         let driver = &mut self.drivers[n];
         let standby = driver.standby.as_mut()?;
         match message {
@@ -256,7 +212,7 @@ impl Supervisor {
         None
     }
 
-    pub(in crate::supervisor) fn standby_ready(&mut self, n: usize) {
+    pub(in crate::supervisor) fn standby_ready(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.as_mut() else { return };
         standby.told = true;
@@ -266,10 +222,8 @@ impl Supervisor {
     }
 
     /// The standby's process has ended, by itself or because it was dropped.
-    fn standby_gone(&mut self, n: usize) -> Option<String> {
+    fn standby_gone(&mut self, n: DriverId, status: ExitStatus) -> Option<String> {
         let driver = &mut self.drivers[n];
-        let status = driver.standby.as_mut()?.life.process.ended()?;
-        driver.read_standby_console();
         let standby = driver.standby.take()?;
         if standby.dropped {
             drop(standby);
@@ -300,34 +254,6 @@ impl DriverVm {
     pub(in crate::supervisor) fn take_suspicion(&mut self, now: Time) -> Option<String> {
         self.suspicion_due().filter(|due| *due <= now)?;
         self.standby.as_mut()?.suspicion.take().map(|(_, why)| why)
-    }
-
-    pub(in crate::supervisor) fn watched_standby(
-        &self,
-    ) -> impl Iterator<Item = (StandbyPart, BorrowedFd<'_>, PollFlags)> {
-        let mut watched = Vec::new();
-        if let Some(StandbyVm { life, dropped, .. }) = &self.standby {
-            watched.push((StandbyPart::Exit, life.process.pidfd(), PollFlags::POLLIN));
-            if let Some(pipe) = life.process.console().filter(|_| life.talking) {
-                watched.push((StandbyPart::Console, pipe.as_fd(), PollFlags::POLLIN));
-            }
-            if life.listening && !dropped {
-                watched.push((StandbyPart::Control, life.process.channel().as_fd(), PollFlags::POLLIN));
-            }
-            if let Some(agent) = life.agent.as_ref().filter(|_| !dropped) {
-                let more = if agent.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
-                watched.push((StandbyPart::Agent, agent.stream().as_fd(), PollFlags::POLLIN | more));
-            }
-        }
-        watched.into_iter()
-    }
-
-    /// Returns what its kernel has begun to say of its end: it is not to be adopted.
-    fn read_standby_console(&mut self) -> Option<Fatal> {
-        let standby = self.standby.as_mut()?;
-        let pipe = standby.life.process.console()?;
-        standby.life.talking = standby.console.read(pipe);
-        standby.console.fatal()
     }
 
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::time::Time;
 use crate::lifecycle::Input;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 
 /// What the kernel has counted of a thread, ns.
@@ -72,7 +73,7 @@ fn is_ready(thread: &Path) -> bool {
 
 impl Supervisor {
     /// Before the silence of driver VM `n` becomes a failure: was there a processor for it?
-    pub(in crate::supervisor) fn look_at_silence(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn look_at_silence(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         let (Some((half, over)), Some(life)) = (driver.lifecycle.silence(), &driver.life) else {
             driver.watch = None;

@@ -17,6 +17,7 @@ use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
 use crate::supervisor::driver::DriverVm;
 use crate::supervisor::front::protocol::Response;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 
 /// A new image that has served for so long is kept, whatever happens then: most drivers that cannot work with their
@@ -47,7 +48,12 @@ impl Trial {
 
 impl Supervisor {
     /// Begins to restart driver VM `n` for `client`.
-    pub(in crate::supervisor) fn restart(&mut self, n: usize, image: Option<&Path>, client: u64) -> Result<(), String> {
+    pub(in crate::supervisor) fn restart(
+        &mut self,
+        n: DriverId,
+        image: Option<&Path>,
+        client: u64,
+    ) -> Result<(), String> {
         let driver = &mut self.drivers[n];
         let state = driver.lifecycle.state();
         if !matches!(state, State::Live { .. }) {
@@ -70,7 +76,7 @@ impl Supervisor {
     }
 
     /// Tries driver VM `n`, which is quarantined, again for `client`.
-    pub(in crate::supervisor) fn resume(&mut self, n: usize, client: u64) -> Result<(), String> {
+    pub(in crate::supervisor) fn resume(&mut self, n: DriverId, client: u64) -> Result<(), String> {
         let driver = &mut self.drivers[n];
         let state = driver.lifecycle.state();
         if *state != State::Quarantined {
@@ -100,7 +106,7 @@ impl Supervisor {
     }
 
     /// The next driver VM did not come up: the serving one goes on.
-    pub(in crate::supervisor) fn restart_off(&mut self, n: usize, why: &str) {
+    pub(in crate::supervisor) fn restart_off(&mut self, n: DriverId, why: &str) {
         let what = format!("the new driver VM did not come up: {why}");
         let driver = &mut self.drivers[n];
         let serving = driver.life.as_ref().map(|life| Arc::clone(&life.image));
@@ -116,7 +122,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `n` has failed: was it on trial?
-    pub(in crate::supervisor) fn judge_trial(&mut self, n: usize) {
+    pub(in crate::supervisor) fn judge_trial(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(trial) = &driver.trial else { return };
         if driver.present == trial.from {
@@ -132,7 +138,7 @@ impl Supervisor {
     }
 
     /// An image that has served for as long as its trial is kept: the next standby is of it as well.
-    pub(in crate::supervisor) fn end_trial(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn end_trial(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         if driver.trial.as_ref().is_some_and(|trial| !trial.is_on(now)) {
             driver.trial = None;
@@ -141,7 +147,7 @@ impl Supervisor {
     }
 
     /// A standby of another image than the next one would be of is of no use.
-    fn renew_standby(&mut self, n: usize) {
+    fn renew_standby(&mut self, n: DriverId) {
         let driver = &self.drivers[n];
         if !driver.standby_is_of(driver.next_image()) {
             self.drive(n, Input::StandbyUseless);
@@ -149,7 +155,7 @@ impl Supervisor {
     }
 
     /// Driver VM `n` serves again.
-    pub(in crate::supervisor) fn restarted(&mut self, n: usize, now: Time) {
+    pub(in crate::supervisor) fn restarted(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         let generation = driver.lifecycle.generation();
         let Some(trial) = driver.trial.as_mut().filter(|trial| trial.from != generation) else { return };
@@ -165,7 +171,7 @@ impl Supervisor {
     }
 
     /// Back to the image of before, if there was another one, and whoever waits is told why.
-    pub(in crate::supervisor) fn fall_back(&mut self, n: usize, why: &str) {
+    pub(in crate::supervisor) fn fall_back(&mut self, n: DriverId, why: &str) {
         let driver = &mut self.drivers[n];
         let Some(Trial { before, client, .. }) = driver.trial.take() else { return };
         let changed = before.is_some();

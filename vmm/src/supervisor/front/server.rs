@@ -20,6 +20,7 @@ use crate::record::events::Event;
 use crate::record::recent::RecentEvents;
 use crate::record::status::Status;
 use crate::supervisor::guest::GuestVm;
+use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
@@ -242,8 +243,8 @@ impl Supervisor {
         self.clients.answer(id, &response);
     }
 
-    fn driver_named(&self, name: &str) -> Result<usize, String> {
-        self.drivers.iter().position(|driver| driver.name == name).ok_or_else(|| {
+    fn driver_named(&self, name: &str) -> Result<DriverId, String> {
+        self.drivers.position(|driver| driver.name == name).ok_or_else(|| {
             let names: Vec<_> = self.drivers.iter().map(|driver| driver.name.as_str()).collect();
             match names.len() {
                 0 => "this machine has no driver VMs".into(),
@@ -282,7 +283,7 @@ impl Supervisor {
         if let Some(client) = self.clients.clients.get_mut(&id) {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
-        for n in 0..self.guests.len() {
+        for n in self.guests.ids() {
             let guest = &self.guests[n];
             if guest.nets.iter().any(|net| net.driver.is_some()) || guest.sounds.iter().any(|s| s.driver.is_some()) {
                 self.guests[n].nets.iter_mut().for_each(|net| net.fresh = false);
@@ -307,7 +308,7 @@ impl Supervisor {
     }
 
     pub(in crate::supervisor) fn status(&self) -> Status {
-        let driver_name = |n: usize| self.drivers[n].name.clone();
+        let driver_name = |n: DriverId| self.drivers[n].name.clone();
         Status {
             name: self.run_dir.name().into(),
             pid: std::process::id(),

@@ -1,0 +1,114 @@
+//! The numbers of a machine's guests and driver VMs, and the tables that they lead into.
+//!
+//! Invariant: a number is a place in the machine file, and so in its table, for the whole run. The two kinds cannot be mixed up,
+//! and there is none for "nobody".
+
+use std::marker::PhantomData;
+use std::ops::{Index, IndexMut};
+
+/// A place in a table of its own kind.
+pub(super) trait Id: Copy {
+    fn at(place: usize) -> Self;
+
+    fn place(self) -> usize;
+}
+
+/// A guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct GuestId(usize);
+
+/// A driver VM, over all its lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct DriverId(usize);
+
+impl Id for GuestId {
+    fn at(place: usize) -> Self {
+        Self(place)
+    }
+
+    fn place(self) -> usize {
+        self.0
+    }
+}
+
+impl Id for DriverId {
+    fn at(place: usize) -> Self {
+        Self(place)
+    }
+
+    fn place(self) -> usize {
+        self.0
+    }
+}
+
+/// The guests or the driver VMs of a machine, in the order of its file.
+#[derive(Debug)]
+pub(super) struct Table<I, T> {
+    rows: Vec<T>,
+    id: PhantomData<I>,
+}
+
+impl<I: Id, T> Table<I, T> {
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// All numbers, without a hold on the table.
+    pub(super) fn ids(&self) -> impl Iterator<Item = I> + use<I, T> {
+        (0..self.rows.len()).map(I::at)
+    }
+
+    pub(super) fn iter(&self) -> std::slice::Iter<'_, T> {
+        self.rows.iter()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> std::slice::IterMut<'_, T> {
+        self.rows.iter_mut()
+    }
+
+    /// Each row with its number.
+    pub(super) fn numbered(&self) -> impl Iterator<Item = (I, &T)> {
+        self.rows.iter().enumerate().map(|(place, row)| (I::at(place), row))
+    }
+
+    pub(super) fn position(&self, wanted: impl Fn(&T) -> bool) -> Option<I> {
+        self.rows.iter().position(wanted).map(I::at)
+    }
+}
+
+impl<I, T> FromIterator<T> for Table<I, T> {
+    fn from_iter<R: IntoIterator<Item = T>>(rows: R) -> Self {
+        Self { rows: rows.into_iter().collect(), id: PhantomData }
+    }
+}
+
+impl<I: Id, T> Index<I> for Table<I, T> {
+    type Output = T;
+
+    fn index(&self, id: I) -> &T {
+        &self.rows[id.place()]
+    }
+}
+
+impl<I: Id, T> IndexMut<I> for Table<I, T> {
+    fn index_mut(&mut self, id: I) -> &mut T {
+        &mut self.rows[id.place()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_leads_to_its_row_and_back() {
+        let mut guests: Table<GuestId, &str> = ["web", "db"].into_iter().collect();
+        let db = guests.position(|name| *name == "db");
+        assert_eq!(db, guests.ids().nth(1));
+        for id in guests.ids() {
+            guests[id] = "other";
+        }
+        assert!(guests.numbered().all(|(id, name)| guests[id] == *name && *name == "other"));
+        assert_eq!((guests.len(), guests.position(|name| *name == "db")), (2, None));
+    }
+}
