@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use umbra_shadow::net::log::{MAX_BYTES, MAX_FRAMES, TransmitLog};
 use umbra_shadow::net::pacing::{BATCH, LONGEST, Pacing, STEP};
 use umbra_shadow::net::rx_mode::{MAX_ADDRESSES, RxFilter};
-use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
+use umbra_shadow::net::{Event, FrameVerdict, MaskedCounts, ModeName, NetShadow};
 use umbra_shadow::{Generation, LinkId};
 
 fn generation(n: u32) -> Generation {
@@ -80,17 +80,17 @@ impl Run {
         let mut frame = vec![0; len];
         frame[..8].copy_from_slice(&self.next.to_le_bytes());
         match self.shadow.verdict() {
-            Verdict::Pass => {
+            FrameVerdict::Pass => {
                 self.hand(self.next);
                 self.shadow.handed(1);
             }
-            Verdict::Log => assert!(self.shadow.log(frame)),
+            FrameVerdict::Log => assert!(self.shadow.log(frame)),
             // It stays with the guest, which sends it later.
-            Verdict::Hold => {
+            FrameVerdict::Hold => {
                 assert!(!self.shadow.log(frame));
                 return;
             }
-            Verdict::Discard => assert!(!self.shadow.log(frame)),
+            FrameVerdict::Discard => assert!(!self.shadow.log(frame)),
         }
         self.next += 1;
     }
@@ -325,7 +325,7 @@ fn the_log_waits_for_the_carrier_and_goes_on_growing_within_its_bounds() {
     shadow.log(vec![1; 60]);
     shadow.carrier(generation(1), false);
     assert!(shadow.apply(Event::GoLive(link(1))));
-    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::WaitingCarrier, Verdict::Log));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::WaitingCarrier, FrameVerdict::Log));
     assert!(!shadow.apply(Event::Drained));
     assert_eq!(shadow.next_replay(LONGEST), None);
     for _ in 0..MAX_FRAMES + 4 {
@@ -334,7 +334,7 @@ fn the_log_waits_for_the_carrier_and_goes_on_growing_within_its_bounds() {
     let logged = MAX_FRAMES as u64 + 5;
     assert_eq!(shadow.outage(), MaskedCounts { logged, dropped: 5, ..Default::default() });
     assert!(shadow.carrier(generation(1), true));
-    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Replaying, Verdict::Hold));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Replaying, FrameVerdict::Hold));
     shadow.heard(generation(1));
     while shadow.next_replay(Duration::ZERO).is_some() {
         shadow.replayed();
@@ -343,7 +343,7 @@ fn the_log_waits_for_the_carrier_and_goes_on_growing_within_its_bounds() {
     assert_eq!(shadow.outage(), MaskedCounts { logged, dropped: 5, replayed: MAX_FRAMES as u64, unknown: 0 });
     // Live, a carrier that is lost is the guest's to see and nothing else.
     assert!(shadow.carrier(generation(1), false));
-    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Passive, Verdict::Pass));
+    assert_eq!((shadow.mode(), shadow.verdict()), (ModeName::Passive, FrameVerdict::Pass));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use umbra_shadow::net::{MaskedCounts, ModeName};
 use umbra_splitter::control::MAX_COMMANDS;
 use umbra_splitter::link::Cause;
-use umbra_splitter::net::{GuestQueue, Log, Notice, Source, features};
+use umbra_splitter::net::{GuestQueue, Kicker, Log, Notice, features};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -291,7 +291,7 @@ fn commands_past_what_one_call_answers_are_not_forgotten() {
     for _ in 0..commands {
         guest.control.offer(&[(0x10, 3, 0), (0x20, 1, WRITE)]);
     }
-    guest.splitter.kicked(Source::Guest(GuestQueue::Control));
+    guest.splitter.kicked(Kicker::Guest(GuestQueue::Control));
     assert!(guest.splitter.wake().read().is_ok(), "no further kick comes");
     guest.turn();
     assert_eq!(std::iter::from_fn(|| guest.control.take_used()).count(), commands);

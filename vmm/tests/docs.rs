@@ -26,7 +26,7 @@ const DIAGRAMS: [(&str, &str); 5] = [
 const FIELDS: [(&str, &[&str], &str); 5] = [
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
-    ("vmm/src/record/parts.rs", &["Parts"], "docs/events.md"),
+    ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
     ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
     (
         "vmm/src/record/status.rs",

@@ -129,7 +129,7 @@ impl ModeName {
 
 /// What to do with a frame that the guest transmits now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum FrameVerdict {
     /// Hand it to the driver VM, then say [`NetShadow::handed`].
     Pass,
     /// Give it to [`NetShadow::log`] and complete it.
@@ -277,19 +277,19 @@ impl NetShadow {
     }
 
     /// What to do with the guest's next frame.
-    pub fn verdict(&self) -> Verdict {
+    pub fn verdict(&self) -> FrameVerdict {
         match self.mode {
-            Mode::Masking | Mode::WaitingCarrier { .. } => Verdict::Log,
-            Mode::Replaying { .. } => Verdict::Hold,
-            Mode::Passive { .. } => Verdict::Pass,
-            Mode::Quarantined => Verdict::Discard,
+            Mode::Masking | Mode::WaitingCarrier { .. } => FrameVerdict::Log,
+            Mode::Replaying { .. } => FrameVerdict::Hold,
+            Mode::Passive { .. } => FrameVerdict::Pass,
+            Mode::Quarantined => FrameVerdict::Discard,
         }
     }
 
     /// Takes a frame (virtio-net header first) into the log. Only where [`Self::verdict`] says so; otherwise it is ignored
     /// and false returned.
     pub fn log(&mut self, frame: Vec<u8>) -> bool {
-        if self.verdict() != Verdict::Log {
+        if self.verdict() != FrameVerdict::Log {
             return false;
         }
         let dropped = self.log.push(frame);

@@ -21,7 +21,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use umbra_shadow::net::rx_mode::{Mac, RxFilter};
-use umbra_shadow::net::{Event, MaskedCounts, ModeName, NetShadow, Verdict};
+use umbra_shadow::net::{Event, FrameVerdict, MaskedCounts, ModeName, NetShadow};
 use umbra_shadow::{Generation, LinkId};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -54,7 +54,7 @@ impl GuestQueue {
 
 /// Who kicked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum Kicker {
     /// The guest.
     Guest(GuestQueue),
     /// The driver VM.
@@ -224,15 +224,15 @@ impl NetSplitter {
     }
 
     /// The kicks to watch, edge-triggered (they are never read), each with who it is.
-    pub fn kicks(&self) -> impl Iterator<Item = (Source, &EventFd)> {
+    pub fn kicks(&self) -> impl Iterator<Item = (Kicker, &EventFd)> {
         let guest = GuestQueue::ALL.into_iter().zip(&self.guest);
-        let guest = guest.filter_map(|(name, queue)| Some((Source::Guest(name), queue.as_ref()?.kick())));
+        let guest = guest.filter_map(|(name, queue)| Some((Kicker::Guest(name), queue.as_ref()?.kick())));
         let link = match &self.link {
             LinkState::Up { link, .. } => vec![(LinkQueue::Rx, link.rx.kick()), (LinkQueue::Tx, link.tx.kick())],
             _ => Vec::new(),
         };
-        let link = link.into_iter().map(|(name, kick)| (Source::Link(name), kick));
-        guest.chain(link).chain(self.next.armed_link().map(|link| (Source::Spare, link.tx.kick())))
+        let link = link.into_iter().map(|(name, kick)| (Kicker::Link(name), kick));
+        guest.chain(link).chain(self.next.armed_link().map(|link| (Kicker::Spare, link.tx.kick())))
     }
 
     /// Kicks that are no longer to be watched. They stay open until this is called.
@@ -258,7 +258,7 @@ impl NetSplitter {
     /// touched any more.
     pub fn stop_queue(&mut self, name: GuestQueue) -> Option<(u16, u16)> {
         let queue = self.guest[name as usize].take()?;
-        if name == GuestQueue::Tx && self.shadow.verdict() != Verdict::Hold {
+        if name == GuestQueue::Tx && self.shadow.verdict() != FrameVerdict::Hold {
             // The frames that waited in it are gone; those of the log wait on.
             self.progress.note(false);
         }
@@ -408,19 +408,19 @@ impl NetSplitter {
     }
 
     /// A kick.
-    pub fn kicked(&mut self, source: Source) {
+    pub fn kicked(&mut self, source: Kicker) {
         match source {
-            Source::Guest(GuestQueue::Tx) => self.outward(),
-            Source::Guest(GuestQueue::Rx) | Source::Link(LinkQueue::Tx) => {
+            Kicker::Guest(GuestQueue::Tx) => self.outward(),
+            Kicker::Guest(GuestQueue::Rx) | Kicker::Link(LinkQueue::Tx) => {
                 self.replay();
                 self.inward();
             }
-            Source::Guest(GuestQueue::Control) => self.control(),
-            Source::Link(LinkQueue::Rx) => {
+            Kicker::Guest(GuestQueue::Control) => self.control(),
+            Kicker::Link(LinkQueue::Rx) => {
                 self.replay();
                 self.outward();
             }
-            Source::Spare => {
+            Kicker::Spare => {
                 self.discard();
                 // It may serve by now.
                 self.replay();
@@ -523,7 +523,7 @@ impl NetSplitter {
 
     /// Hands the log over, then goes live.
     fn replay(&mut self) {
-        if self.shadow.verdict() != Verdict::Hold {
+        if self.shadow.verdict() != FrameVerdict::Hold {
             return;
         }
         if self.announce.is_some() && self.announce == self.link.generation() {

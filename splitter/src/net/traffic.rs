@@ -1,6 +1,6 @@
 //! Frames on their way between the guest's queues, the link and the shadow's log.
 
-use umbra_shadow::net::Verdict;
+use umbra_shadow::net::FrameVerdict;
 
 use super::source::{Inward, Outward};
 use super::{GuestQueue, LinkState, NetSplitter, features};
@@ -19,7 +19,7 @@ impl NetSplitter {
             sources.set_time(self.started.elapsed());
         }
         let outcome = match (shadow.verdict(), &mut self.link) {
-            (Verdict::Pass, LinkState::Up { link, in_flight, .. }) => {
+            (FrameVerdict::Pass, LinkState::Up { link, in_flight, .. }) => {
                 let flow = outward_flow(negotiated, link.features);
                 let before = counts.frames;
                 let outcome = if guarded {
@@ -30,7 +30,7 @@ impl NetSplitter {
                 shadow.handed(counts.frames - before);
                 outcome
             }
-            (Verdict::Log, _) => {
+            (FrameVerdict::Log, _) => {
                 let mut foreign = 0;
                 let outcome = pump::drain(queue, negotiated, counts, |frame| {
                     let frame = frame.to_vec();
@@ -43,8 +43,8 @@ impl NetSplitter {
                 counts.foreign_source += foreign;
                 outcome.map_err(guests_fault)
             }
-            (Verdict::Discard, _) => pump::drain(queue, negotiated, counts, |_| {}).map_err(guests_fault),
-            (Verdict::Hold | Verdict::Pass, _) => return,
+            (FrameVerdict::Discard, _) => pump::drain(queue, negotiated, counts, |_| {}).map_err(guests_fault),
+            (FrameVerdict::Hold | FrameVerdict::Pass, _) => return,
         };
         self.progress.note(matches!(outcome, Ok(Stop::TargetFull)));
         self.tell_foreign();
@@ -64,7 +64,7 @@ impl NetSplitter {
             accepted: features::receive(self.shadow.features()),
             mergeable: features::mergeable(self.shadow.features()),
         };
-        let outcome = if self.sources.is_guarded() || self.shadow.verdict() != Verdict::Pass {
+        let outcome = if self.sources.is_guarded() || self.shadow.verdict() != FrameVerdict::Pass {
             self.sources.set_time(self.started.elapsed());
             let mut tap = Inward { sources: &mut self.sources, heard: false };
             let outcome = pump::pump(&mut link.tx, queue, &flow, &mut tap, &mut self.inward);

@@ -45,7 +45,8 @@ proptest! {
         stop_at in 0_usize..250,
         warm in any::<bool>(),
     ) {
-        let mut life = Lifecycle::new(History::new(Restart::default()), 3, if warm { Ahead::Warm } else { Ahead::Nothing });
+        let policy = if warm { StandbyPolicy::Warm } else { StandbyPolicy::Nothing };
+        let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy);
         let (mut standby, mut asked) = (None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {

@@ -3,12 +3,12 @@
 
 use proptest::prelude::*;
 
-use super::super::policy::History;
+use super::super::policy::RestartHistory;
 use super::super::spare_tests::{any_input, arm, armed, failure, generation, live};
 use super::super::tests::at;
 use super::*;
 use crate::config::Restart;
-use crate::lifecycle::{Ahead, Input, Standby, StandbyStage, StateName};
+use crate::lifecycle::{Input, Standby, StandbyPolicy, StandbyStage, StateName};
 
 const UP: Carrier = Carrier::Up;
 const DOWN: Carrier = Carrier::Down;
@@ -147,7 +147,7 @@ fn a_last_resort_that_finds_a_carrier_stays() {
 
 #[test]
 fn a_first_life_without_carrier_gives_way_to_a_spare_that_has_one() {
-    let mut life = Lifecycle::new(History::new(Restart::default()), 0, Ahead::Spare);
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 0, StandbyPolicy::Spare);
     for input in [Input::Start, Input::ResetDone, Input::Hello, Input::Forwarding] {
         life.handle(at(0), input);
     }
@@ -289,7 +289,7 @@ proptest! {
         spare_after in prop_oneof![Just(1), Just(2_000), Just(20_000)],
     ) {
         let policy = Restart { limit: 1000, backoff_max_ms: 1000, ..Restart::default() };
-        let life = Lifecycle::new(History::new(policy), 2, Ahead::Spare).with_spare_after(spare_after);
+        let life = Lifecycle::new(RestartHistory::new(policy), 2, StandbyPolicy::Spare).with_spare_after(spare_after);
         let mut bench = Bench { life, now: 0, cables, switches: Vec::new() };
         for (input, gap) in inputs {
             bench.now += gap;
@@ -317,7 +317,7 @@ proptest! {
         pauses in prop::collection::vec(0_u64..20_000, 1..10),
         spare_after in prop_oneof![Just(1), Just(2_000)],
     ) {
-        let life = Lifecycle::new(History::new(Restart::default()), 2, Ahead::Spare).with_spare_after(spare_after);
+        let life = Lifecycle::new(RestartHistory::new(Restart::default()), 2, StandbyPolicy::Spare).with_spare_after(spare_after);
         let mut bench = Bench { life, now: 0, cables: [true, true], switches: Vec::new() };
         let mut pauses = pauses.into_iter().cycle();
         let (mut known, mut lose_at) = (usize::MAX, 0);

@@ -44,14 +44,14 @@ use std::time::Duration;
 use umbra_shadow::Generation;
 
 use crate::base::time::Time;
-use crate::lifecycle::policy::{History, Verdict};
+use crate::lifecycle::policy::{RestartHistory, RestartVerdict};
 use carrier::CarrierWatch;
 use fencing::Killed;
 use silence::Silence;
 use standby::PATIENCE;
 
-pub use standby::{Ahead, Standby, StandbyStage};
-use standby::{Reserve, Stage};
+use standby::{Stage, Standbys};
+pub use standby::{Standby, StandbyPolicy, StandbyStage};
 pub use state::{Action, Carrier, End, Failure, Input, NoticedBy, State, StateName};
 use suspects::Suspects;
 
@@ -78,7 +78,7 @@ pub struct Lifecycle {
     state: State,
     /// Of the present life, or of the last one.
     generation: Option<Generation>,
-    history: History,
+    history: RestartHistory,
     /// The ends whose guests are there.
     ends: BTreeSet<End>,
     /// Of those, the ones that have not gone live with a life that is live: they came later, or did not answer in time.
@@ -91,7 +91,7 @@ pub struct Lifecycle {
     carrier: CarrierWatch,
     /// The present life has got as far as to apply what was recorded to its device.
     applying: bool,
-    reserve: Reserve,
+    reserve: Standbys,
     /// A restart was asked for; it waits for the standby until then.
     restarting: Option<Time>,
     /// That standby was started since, from what is to be given up together with the restart.
@@ -111,11 +111,11 @@ pub struct Lifecycle {
 impl Lifecycle {
     /// A driver VM that serves `ends` guests from the start (others come by [`Input::EndHere`]) and is restarted as `history`'s
     /// policy says, with what is `ahead`.
-    pub fn new(history: History, ends: usize, ahead: Ahead) -> Self {
+    pub fn new(history: RestartHistory, ends: usize, ahead: StandbyPolicy) -> Self {
         let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
         Self {
-            reserve: Reserve::new(ahead, boot, heartbeat),
+            reserve: Standbys::new(ahead, boot, heartbeat),
             newest: None,
             reset_hangs: false,
             killed: None,
@@ -152,7 +152,7 @@ impl Lifecycle {
     }
 
     /// The failures so far.
-    pub fn history(&self) -> &History {
+    pub fn history(&self) -> &RestartHistory {
         &self.history
     }
 
@@ -495,12 +495,12 @@ impl Lifecycle {
             return vec![Action::Reset];
         }
         match self.history.failed(now, lived) {
-            Verdict::Restart(delay) => {
+            RestartVerdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
                 let clean = self.suspects.tell().into_iter().map(Action::StartClean);
                 [Action::Reset, Action::Report].into_iter().chain(clean).collect()
             }
-            Verdict::Quarantine => {
+            RestartVerdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };
                 let why = self.history.passed(now);
                 let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];

@@ -1,5 +1,5 @@
 //! When a failed driver VM is started again, and when no more: the bound on restarts, the back-off. Pure: times go
-//! in, a [`Verdict`] comes out.
+//! in, a [`RestartVerdict`] comes out.
 //!
 //! The bound is systemd's `StartLimitBurst`/`StartLimitIntervalSec`; the back-off doubles with each failure in a row.
 
@@ -15,7 +15,7 @@ const STABLE: Duration = Duration::from_secs(1);
 
 /// What follows a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum RestartVerdict {
     /// Start the next generation after this delay.
     Restart(Duration),
     /// Start no more.
@@ -24,7 +24,7 @@ pub enum Verdict {
 
 /// The failures of one driver so far, as far as the policy needs them.
 #[derive(Clone, Debug)]
-pub struct History {
+pub struct RestartHistory {
     policy: Restart,
     /// Failures within the window, oldest first; never more than `limit` of them.
     recent: VecDeque<Time>,
@@ -33,7 +33,7 @@ pub struct History {
     total: u64,
 }
 
-impl History {
+impl RestartHistory {
     /// No failures yet.
     pub fn new(policy: Restart) -> Self {
         Self { policy, recent: VecDeque::new(), in_a_row: 0, total: 0 }
@@ -50,17 +50,17 @@ impl History {
     }
 
     /// Takes note of a failure at `now` of a life that was live for `lived` (`None`: it never was).
-    pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> Verdict {
+    pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> RestartVerdict {
         self.total = self.total.saturating_add(1);
         let exhausted = self.is_exhausted(now, lived);
         self.in_a_row = self.row_with(lived);
         if exhausted {
-            return Verdict::Quarantine;
+            return RestartVerdict::Quarantine;
         }
         let window = Duration::from_secs(self.policy.interval_s.into());
         self.recent.retain(|at| now.since(*at) < window);
         self.recent.push_back(now);
-        Verdict::Restart(self.back_off())
+        RestartVerdict::Restart(self.back_off())
     }
 
     /// Whether a failure at `now` of a life that was live for `lived` would be one too many: within the window, or in a row,
@@ -119,56 +119,56 @@ mod tests {
 
     #[test]
     fn a_driver_that_works_in_between_is_restarted_without_delay_until_the_limit() {
-        let mut history = History::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
+        let mut history = RestartHistory::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
         for n in 0..3 {
-            assert_eq!(history.failed(at(n * 10_000), LIVED), Verdict::Restart(Duration::ZERO));
+            assert_eq!(history.failed(at(n * 10_000), LIVED), RestartVerdict::Restart(Duration::ZERO));
         }
-        assert_eq!(history.failed(at(30_000), LIVED), Verdict::Quarantine);
+        assert_eq!(history.failed(at(30_000), LIVED), RestartVerdict::Quarantine);
     }
 
     #[test]
     fn failures_older_than_the_window_do_not_count() {
-        let mut history = History::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
+        let mut history = RestartHistory::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
         for n in 0..5 {
-            assert_eq!(history.failed(at(n * 60_000), LIVED), Verdict::Restart(Duration::ZERO), "{n}");
+            assert_eq!(history.failed(at(n * 60_000), LIVED), RestartVerdict::Restart(Duration::ZERO), "{n}");
         }
-        assert_eq!(history.failed(at(299_999), LIVED), Verdict::Quarantine);
+        assert_eq!(history.failed(at(299_999), LIVED), RestartVerdict::Quarantine);
     }
 
     #[test]
     fn a_driver_that_dies_of_starting_is_slowed_down() {
         let policy = Restart { limit: 9, backoff_ms: 100, backoff_max_ms: 500, ..Restart::default() };
-        let mut history = History::new(policy);
+        let mut history = RestartHistory::new(policy);
         let delays: Vec<_> = (0..6).map(|n| history.failed(at(n), None)).collect();
-        let ms = |n| Verdict::Restart(Duration::from_millis(n));
+        let ms = |n| RestartVerdict::Restart(Duration::from_millis(n));
         assert_eq!(delays, [ms(0), ms(100), ms(200), ms(400), ms(500), ms(500)]);
         assert_eq!(history.failed(at(9), LIVED), ms(0), "a stable life ends the row");
     }
 
     #[test]
     fn one_that_fails_slowly_again_and_again_is_given_up_as_well() {
-        let mut history = History::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
+        let mut history = RestartHistory::new(Restart { limit: 3, interval_s: 60, ..Restart::default() });
         for n in 0..3 {
-            assert!(matches!(history.failed(at(n * 70_000), None), Verdict::Restart(_)), "{n}");
+            assert!(matches!(history.failed(at(n * 70_000), None), RestartVerdict::Restart(_)), "{n}");
         }
-        assert_eq!(history.failed(at(210_000), None), Verdict::Quarantine);
+        assert_eq!(history.failed(at(210_000), None), RestartVerdict::Quarantine);
         assert_eq!(history.passed(at(210_000)), "more than 3 failures in a row");
     }
 
     #[test]
     fn what_is_forgiven_counts_no_more() {
-        let mut history = History::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
-        assert_eq!(history.failed(at(0), None), Verdict::Restart(Duration::ZERO));
-        assert_eq!(history.failed(at(1), None), Verdict::Quarantine);
+        let mut history = RestartHistory::new(Restart { limit: 1, interval_s: 60, ..Restart::default() });
+        assert_eq!(history.failed(at(0), None), RestartVerdict::Restart(Duration::ZERO));
+        assert_eq!(history.failed(at(1), None), RestartVerdict::Quarantine);
         history.forgive();
-        assert_eq!(history.failed(at(2), None), Verdict::Restart(Duration::ZERO));
+        assert_eq!(history.failed(at(2), None), RestartVerdict::Restart(Duration::ZERO));
         assert_eq!(history.total(), 3);
     }
 
     #[test]
     fn a_limit_of_zero_never_restarts() {
-        let mut history = History::new(Restart { limit: 0, ..Restart::default() });
-        assert_eq!(history.failed(at(0), LIVED), Verdict::Quarantine);
+        let mut history = RestartHistory::new(Restart { limit: 0, ..Restart::default() });
+        assert_eq!(history.failed(at(0), LIVED), RestartVerdict::Quarantine);
     }
 
     proptest! {
@@ -178,12 +178,12 @@ mod tests {
             interval_s in 1_u32..5,
             gaps in prop::collection::vec((0_u64..2_000, prop::option::of(0_u64..3_000)), 0..80),
         ) {
-            let mut history = History::new(Restart { limit, interval_s, ..Restart::default() });
+            let mut history = RestartHistory::new(Restart { limit, interval_s, ..Restart::default() });
             let mut now = 0;
             let mut restarts = Vec::new();
             for (gap, lived) in gaps {
                 now += gap;
-                if let Verdict::Restart(_) = history.failed(at(now), lived.map(Duration::from_millis)) {
+                if let RestartVerdict::Restart(_) = history.failed(at(now), lived.map(Duration::from_millis)) {
                     restarts.push(now);
                 }
             }
@@ -201,10 +201,10 @@ mod tests {
             failures in 0_usize..100,
         ) {
             let policy = Restart { limit: u32::MAX, backoff_ms, backoff_max_ms: max, ..Restart::default() };
-            let mut history = History::new(policy);
+            let mut history = RestartHistory::new(policy);
             let mut last = Duration::ZERO;
             for n in 0..failures {
-                let Verdict::Restart(delay) = history.failed(at(n as u64), None) else {
+                let RestartVerdict::Restart(delay) = history.failed(at(n as u64), None) else {
                     return Err(TestCaseError::fail("quarantined below the limit"));
                 };
                 prop_assert!(delay >= last && delay <= Duration::from_millis(max.into()));

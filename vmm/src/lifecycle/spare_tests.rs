@@ -21,7 +21,7 @@ pub(super) fn failure(source: NoticedBy, ms: u64) -> Failure {
 
 /// With a spare and two ends, live since 10 ms.
 pub(super) fn live() -> Lifecycle {
-    let mut life = Lifecycle::new(History::new(Restart::default()), 2, Ahead::Spare);
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 2, StandbyPolicy::Spare);
     life.handle(at(0), Input::Start);
     for input in [Input::ResetDone, Input::Hello, Input::Forwarding, Input::Carrier(Carrier::Up)] {
         life.handle(at(0), input);
@@ -165,7 +165,7 @@ fn with_both_down_the_serving_device_recovers_first() {
 #[test]
 fn past_the_limit_not_even_a_spare_goes_on() {
     let policy = Restart { limit: 0, ..Restart::default() };
-    let mut life = Lifecycle { history: History::new(policy), ..armed() };
+    let mut life = Lifecycle { history: RestartHistory::new(policy), ..armed() };
     let actions = life.handle(at(2000), Input::ProcessGone("signal 9".into()));
     let expected = [Action::Report, Action::Reset, Action::DropStandby(None)];
     assert!(expected.iter().all(|action| actions.contains(action)), "{actions:?}");
@@ -340,7 +340,7 @@ proptest! {
         inputs in prop::collection::vec((any_input(), 0_u64..2_000), 0..250),
         stop_at in 0_usize..400,
     ) {
-        let mut life = Lifecycle::new(History::new(Restart { limit: 20, ..Restart::default() }), 2, Ahead::Spare);
+        let mut life = Lifecycle::new(RestartHistory::new(Restart { limit: 20, ..Restart::default() }), 2, StandbyPolicy::Spare);
         let mut world = World { devices: [Holder::Nobody, Holder::Nobody], last: 0, over: false, given_up: false };
         let mut now = 0;
         for (n, (input, gap)) in inputs.into_iter().enumerate() {

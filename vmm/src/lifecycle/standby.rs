@@ -142,7 +142,7 @@ impl fmt::Display for StandbyStage {
 
 /// What stands ready for a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ahead {
+pub enum StandbyPolicy {
     /// Nothing: the next life boots cold.
     Nothing,
     /// The next life, booted, without the device.
@@ -162,8 +162,8 @@ pub(super) enum Stage {
 
 /// The standby and what is remembered about those before it.
 #[derive(Clone, Debug)]
-pub(super) struct Reserve {
-    ahead: Ahead,
+pub(super) struct Standbys {
+    ahead: StandbyPolicy,
     state: Standby,
     /// Deaths since one was last adopted.
     deaths: u32,
@@ -177,10 +177,10 @@ pub(super) struct Reserve {
     warned: bool,
 }
 
-impl Reserve {
-    pub(super) fn new(ahead: Ahead, boot_timeout: Duration, heartbeat_timeout: Duration) -> Self {
+impl Standbys {
+    pub(super) fn new(ahead: StandbyPolicy, boot_timeout: Duration, heartbeat_timeout: Duration) -> Self {
         // A spare may have to serve at any moment.
-        let heartbeat_patience = heartbeat_timeout * if ahead == Ahead::Spare { 1 } else { PATIENCE };
+        let heartbeat_patience = heartbeat_timeout * if ahead == StandbyPolicy::Spare { 1 } else { PATIENCE };
         let boot_patience = boot_timeout * PATIENCE;
         let (state, deaths, waits_since) = (Standby::Absent, 0, None);
         let (held_since, warned) = (None, false);
@@ -192,7 +192,7 @@ impl Reserve {
     }
 
     pub(super) fn is_spare(&self) -> bool {
-        self.ahead == Ahead::Spare
+        self.ahead == StandbyPolicy::Spare
     }
 
     /// Whether it is a spare that forwards.
@@ -208,7 +208,7 @@ impl Reserve {
     /// The driver VM is live: one is wanted, if there is none.
     pub(super) fn want(&mut self, now: Time) {
         match &mut self.state {
-            Standby::Absent if self.ahead != Ahead::Nothing => self.state = Standby::Due(now + SETTLE),
+            Standby::Absent if self.ahead != StandbyPolicy::Nothing => self.state = Standby::Due(now + SETTLE),
             Standby::Fencing { next: next @ None, .. } => *next = Some(now + SETTLE),
             Standby::Resetting { wanted } => *wanted = true,
             _ => {}
@@ -304,9 +304,9 @@ impl Reserve {
         self.deaths = 0;
         match self.ahead {
             // Without a carrier it is a last resort: nothing is left in peace for it.
-            Ahead::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
-            Ahead::Spare => self.fence(now, Some(now + SETTLE), true),
-            Ahead::Nothing | Ahead::Warm => self.state = Standby::Absent,
+            StandbyPolicy::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
+            StandbyPolicy::Spare => self.fence(now, Some(now + SETTLE), true),
+            StandbyPolicy::Nothing | StandbyPolicy::Warm => self.state = Standby::Absent,
         }
         Some(taken)
     }
@@ -332,9 +332,9 @@ impl Reserve {
         let delay = BACK_OFF.saturating_mul(1_u32.checked_shl(self.deaths).unwrap_or(u32::MAX)).min(BACK_OFF_MAX);
         self.deaths = self.deaths.saturating_add(1);
         match self.ahead {
-            Ahead::Nothing => self.state = Standby::Absent,
-            Ahead::Warm => self.state = Standby::Due(now + delay),
-            Ahead::Spare => self.fence(now, Some(now + delay), false),
+            StandbyPolicy::Nothing => self.state = Standby::Absent,
+            StandbyPolicy::Warm => self.state = Standby::Due(now + delay),
+            StandbyPolicy::Spare => self.fence(now, Some(now + delay), false),
         }
         true
     }

@@ -18,7 +18,7 @@ pub(super) fn failure(source: NoticedBy, ms: u64) -> Failure {
 }
 
 fn new(ends: usize) -> Lifecycle {
-    Lifecycle::new(History::new(Restart::default()), ends, Ahead::Nothing)
+    Lifecycle::new(RestartHistory::new(Restart::default()), ends, StandbyPolicy::Nothing)
 }
 
 /// A driver VM in its first life, live since 10 ms.
@@ -65,7 +65,7 @@ fn the_first_life_goes_through_its_stages_to_live() {
 #[test]
 fn a_carrier_is_waited_for_as_long_as_the_policy_says() {
     for (policy, seconds) in [(Restart::default(), 6), (Restart { carrier_timeout_s: 20, ..Restart::default() }, 20)] {
-        let mut life = Lifecycle::new(History::new(policy), 1, Ahead::Nothing);
+        let mut life = Lifecycle::new(RestartHistory::new(policy), 1, StandbyPolicy::Nothing);
         life.handle(at(0), Input::Start);
         life.handle(at(0), Input::ResetDone);
         life.handle(at(0), Input::Hello);
@@ -246,7 +246,8 @@ fn a_death_with_the_configuration_alone_leaves_the_log_but_counts() {
 
 #[test]
 fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
-    let mut life = Lifecycle::new(History::new(Restart { limit: 0, ..Restart::default() }), 1, Ahead::Nothing);
+    let mut life =
+        Lifecycle::new(RestartHistory::new(Restart { limit: 0, ..Restart::default() }), 1, StandbyPolicy::Nothing);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     let actions = life.handle(at(9), Input::ProcessGone("signal 9".into()));
@@ -257,7 +258,8 @@ fn past_the_limit_it_is_quarantined_with_a_quiet_device() {
 
 #[test]
 fn a_quarantine_that_is_ended_begins_anew() {
-    let mut life = Lifecycle::new(History::new(Restart { limit: 1, ..Restart::default() }), 1, Ahead::Nothing);
+    let mut life =
+        Lifecycle::new(RestartHistory::new(Restart { limit: 1, ..Restart::default() }), 1, StandbyPolicy::Nothing);
     life.handle(at(0), Input::Start);
     assert_eq!(life.handle(at(1), Input::Resume), [], "it is not quarantined");
     bring_up(&mut life, at(1));
@@ -391,7 +393,7 @@ fn a_fresh_standby_goes_with_the_restart_that_is_given_up() {
 
 /// Warm, live since 10 ms, its standby ready at 2 s.
 pub(super) fn with_standby() -> Lifecycle {
-    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     assert_eq!(life.handle(at(10), Input::EndLive(0)), [Action::Live]);
@@ -402,7 +404,7 @@ pub(super) fn with_standby() -> Lifecycle {
 
 #[test]
 fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
-    let mut life = Lifecycle::new(History::new(Restart::default()), 1, Ahead::Warm);
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
     life.handle(at(10), Input::EndLive(0));

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use umbra_shadow::DeviceId;
 
-use super::parts::Parts;
+use super::parts::RecoveryParts;
 use super::timeline::Mark;
 use super::words;
 use crate::base::untrusted_text::{self, block, line};
@@ -96,7 +96,7 @@ pub struct CrashReport {
     /// From the mask to live, ms; none while it lasts.
     pub outage_ms: Option<f64>,
     /// How long each part of the recovery took.
-    pub parts: Parts,
+    pub parts: RecoveryParts,
     /// What became of the frames, summed over the guests.
     pub frames: MaskedCounts,
     /// Step by step.
@@ -249,7 +249,7 @@ mod tests {
             failures: 1,
             masks: Vec::new(),
             outage_ms: None,
-            parts: Parts::default(),
+            parts: RecoveryParts::default(),
             frames: MaskedCounts::default(),
             timeline: Vec::new(),
             registers: String::new(),

@@ -170,7 +170,7 @@ impl Events {
         self.ends.contains(&sentence)
     }
 
-    /// The events of late.
+    /// The newest events, in memory.
     pub fn past(&self) -> &RecentEvents {
         &self.past
     }

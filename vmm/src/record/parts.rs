@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// The parts of a recovery, or of a first start, in ms.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Parts {
+pub struct RecoveryParts {
     /// First sign to certainty.
     pub detect_ms: Option<f64>,
     /// Certainty to the end of the process.
@@ -32,7 +32,7 @@ pub struct Parts {
     pub replay_ms: Option<f64>,
 }
 
-impl Parts {
+impl RecoveryParts {
     /// The parts' names and times, in the order of their happening.
     pub fn named(&self) -> [(&'static str, Option<f64>); 10] {
         [
@@ -50,7 +50,7 @@ impl Parts {
     }
 }
 
-impl fmt::Display for Parts {
+impl fmt::Display for RecoveryParts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts = self.named().into_iter().filter(|(name, ms)| *name != "back-off" || ms.is_some_and(|ms| ms >= 1.0));
         let parts = parts.filter_map(|(name, ms)| match name {

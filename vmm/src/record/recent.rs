@@ -1,4 +1,4 @@
-//! The events of late, in memory, for those who ask the running machine.
+//! The newest events, in memory, for those who ask the running machine.
 
 use std::collections::VecDeque;
 

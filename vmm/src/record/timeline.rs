@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::parts::Parts;
+use super::parts::RecoveryParts;
 use crate::base::time::{Time, milliseconds};
 use crate::base::wall;
 
@@ -149,7 +149,7 @@ impl Timeline {
     }
 
     /// The parts of the recovery; the reset's method is `reset_method`.
-    pub fn parts(&self, reset_method: &str) -> Parts {
+    pub fn parts(&self, reset_method: &str) -> RecoveryParts {
         let ms = |from, to| self.between(from, to).map(milliseconds);
         // A carrier that was there before forwarding took no time; without one, the patience for it did.
         let link = match (ms(Milestone::Forwarding, Milestone::Carrier), ms(Milestone::Forwarding, Milestone::GoLive)) {
@@ -159,7 +159,7 @@ impl Timeline {
         };
         let ready = self.at(Milestone::Hello).max(self.at(Milestone::Plugged));
         let plug = self.at(Milestone::Plugged).zip(self.at(Milestone::Spawn).max(self.at(Milestone::Hello)));
-        Parts {
+        RecoveryParts {
             detect_ms: ms(Milestone::Sign, Milestone::Detect),
             fence_ms: ms(Milestone::Detect, Milestone::Fence),
             reset_ms: ms(Milestone::ResetStart, Milestone::Reset),

@@ -402,7 +402,7 @@ impl super::driver::DriverVm {
             failures: 0,
             masks: Vec::new(),
             outage_ms: None,
-            parts: crate::record::parts::Parts::default(),
+            parts: crate::record::parts::RecoveryParts::default(),
             frames: MaskedCounts::default(),
             timeline: Vec::new(),
             registers: String::new(),

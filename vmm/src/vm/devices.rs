@@ -17,7 +17,7 @@ use super::host::Host;
 use super::machine::vm::Vm;
 use super::pci::bus::{self, SharedDevice};
 use super::process::Subscriber;
-use super::vfio::{self, Failure, Vfio, VfioPciDevice, VmResources};
+use super::vfio::{self, DeviceFailure, Vfio, VfioPciDevice, VmResources};
 use super::virtio::console::{self, Console};
 use super::virtio::device::{self, VirtioDevice};
 use super::virtio::disk::{self, Block};
@@ -251,7 +251,7 @@ impl Devices {
         let host = Arc::clone(host);
         let watch = lock(&device).watch(
             self.interrupt_limit,
-            Box::new(move |bdf: Bdf, failure: Failure| {
+            Box::new(move |bdf: Bdf, failure: DeviceFailure| {
                 let (device, what) = (bdf.to_string(), failure.to_string());
                 host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
             }),

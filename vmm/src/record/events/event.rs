@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use umbra_shadow::DeviceId;
 
 use crate::lifecycle::{NoticedBy, StandbyStage};
-use crate::record::parts::{Ms, Parts};
+use crate::record::parts::{Ms, RecoveryParts};
 use crate::record::timeline::LifeStage;
 use crate::record::words;
 use crate::wire::messages::{LinkEnd, MaskedCounts, PaceSteps, SoundCounts};
@@ -179,7 +179,7 @@ pub enum Event {
         outage_ms: Option<f64>,
         /// How long each part took, ms.
         #[serde(default)]
-        parts: Parts,
+        parts: RecoveryParts,
         /// What became of the frames, summed over the guests.
         #[serde(default)]
         frames: MaskedCounts,
@@ -420,13 +420,13 @@ mod tests {
 
     #[test]
     fn a_recovery_reads_as_a_sentence() {
-        let parts = Parts {
+        let parts = RecoveryParts {
             detect_ms: Some(0.4),
             reset_ms: Some(104.0),
             reset_method: "flr".into(),
             back_off_ms: Some(0.01),
             boot_ms: Some(5123.0),
-            ..Parts::default()
+            ..RecoveryParts::default()
         };
         let frames = MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 };
         let live = Event::DriverLive { driver: "nic0".into(), generation: 2, outage_ms: Some(6214.0), parts, frames };

@@ -15,7 +15,7 @@ pub use read::{ReadError, folder, read};
 
 use umbra_shadow::DeviceId;
 
-use super::parts::Parts;
+use super::parts::RecoveryParts;
 use super::timeline::Mark;
 use crate::lifecycle::NoticedBy;
 use crate::wire::messages::{MaskedCounts, PaceSteps};
@@ -51,7 +51,7 @@ pub struct Driver {
     /// Reset method last used.
     pub reset: Option<String>,
     /// The parts of its first start.
-    pub first_start: Option<Parts>,
+    pub first_start: Option<RecoveryParts>,
     /// Why it was given up, if it was.
     pub quarantined: Option<String>,
 }
@@ -78,7 +78,7 @@ pub struct PastFailure {
     /// What followed.
     pub outcome: Outcome,
     /// How long each part took, as far as it is known.
-    pub parts: Parts,
+    pub parts: RecoveryParts,
     /// Frames of the outage.
     pub frames: MaskedCounts,
     /// Guests' devices that were answered by the shadow: `web.net0`.
@@ -149,7 +149,7 @@ impl PastFailure {
             requested: None,
             detect_ms,
             outcome: Outcome::Open,
-            parts: Parts::default(),
+            parts: RecoveryParts::default(),
             frames: MaskedCounts::default(),
             masked: Vec::new(),
             paces: Vec::new(),

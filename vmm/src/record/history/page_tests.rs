@@ -4,7 +4,7 @@ use umbra_shadow::DeviceId;
 
 use super::super::{DevicePace, Driver};
 use super::*;
-use crate::record::parts::Parts;
+use crate::record::parts::RecoveryParts;
 use crate::record::timeline::{Mark, Milestone};
 use crate::wire::messages::PaceSteps;
 
@@ -14,7 +14,7 @@ fn failure(outcome: Outcome) -> PastFailure {
         time: "2026-01-02T03:04:05.678Z".into(),
         requested: Some("panic".into()),
         outcome,
-        parts: Parts { detect_ms: Some(0.4), boot_ms: Some(900.0), ..Parts::default() },
+        parts: RecoveryParts { detect_ms: Some(0.4), boot_ms: Some(900.0), ..RecoveryParts::default() },
         frames: MaskedCounts { logged: 14, replayed: 12, dropped: 0, unknown: 2 },
         masked: vec!["web.net0".into()],
         paces: vec![DevicePace { guest: "web".into(), device: DeviceId::net(0), steps }],

@@ -1,6 +1,6 @@
 //! The parts of a recovery: their names, colours and what each means for somebody who reads of them for the first time.
 
-use crate::record::parts::Parts;
+use crate::record::parts::RecoveryParts;
 
 /// A part of a recovery.
 pub(super) struct Part {
@@ -31,12 +31,12 @@ pub(super) const PARTS: [Part; 10] = [
 ];
 
 /// The time of the part `name` in ms.
-pub(super) fn time_of(parts: &Parts, name: &str) -> Option<f64> {
+pub(super) fn time_of(parts: &RecoveryParts, name: &str) -> Option<f64> {
     parts.named().into_iter().find(|(have, _)| *have == name)?.1
 }
 
 /// The parts that took time, with their time in ms.
-pub(super) fn timed(parts: &Parts) -> Vec<(&'static Part, f64)> {
+pub(super) fn timed(parts: &RecoveryParts) -> Vec<(&'static Part, f64)> {
     let timed = PARTS.iter().filter_map(|part| Some((part, time_of(parts, part.name)?)));
     timed.filter(|(_, ms)| ms.is_finite() && *ms > 0.0).collect()
 }
@@ -57,14 +57,19 @@ mod tests {
 
     #[test]
     fn parts_come_in_their_order_and_without_those_that_took_no_time() {
-        let parts = Parts { boot_ms: Some(5.0), detect_ms: Some(1.0), back_off_ms: Some(0.0), ..Parts::default() };
+        let parts = RecoveryParts {
+            boot_ms: Some(5.0),
+            detect_ms: Some(1.0),
+            back_off_ms: Some(0.0),
+            ..RecoveryParts::default()
+        };
         let names: Vec<_> = timed(&parts).iter().map(|(part, _)| part.name).collect();
         assert_eq!(names, ["detect", "boot"]);
     }
 
     #[test]
     fn every_part_that_is_measured_has_a_meaning() {
-        for (name, _) in Parts::default().named() {
+        for (name, _) in RecoveryParts::default().named() {
             assert!(PARTS.iter().any(|part| part.name == name), "{name}");
         }
     }

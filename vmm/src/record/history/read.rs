@@ -11,7 +11,7 @@ use super::{DevicePace, Driver, Evidence, History, Outcome, PastFailure};
 use crate::record::events::Event;
 use crate::record::log::EVENT_LOG;
 use crate::record::log::EventLog;
-use crate::record::parts::Parts;
+use crate::record::parts::RecoveryParts;
 use crate::wire::messages::MaskedCounts;
 
 /// Largest crash report that is read: console and registers are bounded where they are written.
@@ -205,7 +205,14 @@ impl Reader {
         }
     }
 
-    fn on_live(&mut self, driver: &str, generation: u32, outage_ms: Option<f64>, parts: Parts, frames: MaskedCounts) {
+    fn on_live(
+        &mut self,
+        driver: &str,
+        generation: u32,
+        outage_ms: Option<f64>,
+        parts: RecoveryParts,
+        frames: MaskedCounts,
+    ) {
         if let Some(failure) = self.open(driver) {
             failure.outcome = Outcome::Live(generation, outage_ms);
             let method = parts.reset_method.clone();

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::parts::{duration, timed};
-use crate::record::parts::Parts;
+use crate::record::parts::RecoveryParts;
 
 /// Width of the drawing, in its own units.
 const WIDTH: f64 = 1000.0;
@@ -16,7 +16,7 @@ const THINNEST: f64 = 1.5;
 /// Draws `parts` and what came at their `end`; `whole` is the outage in ms, where it is known: what no part explains is drawn as the rest.
 ///
 /// `scale` is the time that the full width stands for, so that drawings below each other can be compared.
-pub(super) fn svg(parts: &Parts, end: &str, whole: Option<f64>, scale: f64) -> String {
+pub(super) fn svg(parts: &RecoveryParts, end: &str, whole: Option<f64>, scale: f64) -> String {
     let timed = timed(parts);
     let sum: f64 = timed.iter().map(|(_, ms)| ms).sum();
     let rest = whole.map_or(0.0, |whole| whole - sum);
@@ -80,13 +80,13 @@ mod tests {
 
     #[test]
     fn widths_are_as_the_times_and_the_unexplained_rest_is_drawn() {
-        let parts = Parts { boot_ms: Some(500.0), probe_ms: Some(250.0), ..Parts::default() };
+        let parts = RecoveryParts { boot_ms: Some(500.0), probe_ms: Some(250.0), ..RecoveryParts::default() };
         let drawing = svg(&parts, "live after", Some(1000.0), 1000.0);
         assert!(drawing.contains("class=\"p-boot\" x=\"0.00\" y=\"0\" width=\"500.00\""), "{drawing}");
         assert!(drawing.contains("class=\"p-rest\" x=\"750.00\" y=\"0\" width=\"250.00\""), "{drawing}");
         assert!(drawing.contains("live after 1.00 s"), "{drawing}");
         let smaller = svg(&parts, "live after", Some(750.0), 1500.0);
         assert!(smaller.contains("width=\"333.33\"") && !smaller.contains("p-rest"), "{smaller}");
-        assert!(svg(&Parts::default(), "", None, 0.0).ends_with("</svg>"), "nothing known is no panic");
+        assert!(svg(&RecoveryParts::default(), "", None, 0.0).ends_with("</svg>"), "nothing known is no panic");
     }
 }

@@ -19,7 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 pub use server::{Server, ServerError};
 
 use super::events::Event;
-use super::parts::Parts;
+use super::parts::RecoveryParts;
 use super::status::Status;
 use crate::base::lock::lock;
 
@@ -158,7 +158,7 @@ impl Metrics {
         }
     }
 
-    fn add_parts(&self, driver: &str, parts: &Parts) {
+    fn add_parts(&self, driver: &str, parts: &RecoveryParts) {
         for (part, ms) in parts.named() {
             if let Some(ms) = ms.filter(|ms| *ms > 0.0) {
                 self.parts.get_or_create(&Part { driver: driver.into(), part }).inc_by(ms / 1000.0);

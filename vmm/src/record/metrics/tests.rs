@@ -16,7 +16,7 @@ fn events_are_counted() {
     metrics.observe(&failed(NoticedBy::Panic));
     metrics.observe(&failed(NoticedBy::Panic));
     metrics.observe(&failed(NoticedBy::Planned));
-    let parts = Parts { boot_ms: Some(500.0), ..Parts::default() };
+    let parts = RecoveryParts { boot_ms: Some(500.0), ..RecoveryParts::default() };
     let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
     metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });
     let samples = SoundCounts { frames_skipped: 480, ..SoundCounts::default() };

@@ -40,8 +40,8 @@ use crate::config::{self, Driver};
 use crate::host::DeviceFiles;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::policy::History;
-use crate::lifecycle::{Ahead, Carrier, Lifecycle};
+use crate::lifecycle::policy::RestartHistory;
+use crate::lifecycle::{Carrier, Lifecycle, StandbyPolicy};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
@@ -160,13 +160,13 @@ impl DriverVm {
         run_dir: &RunDir,
     ) -> Self {
         let ahead = match (&spare, spec.standby) {
-            (Some(_), _) => Ahead::Spare,
-            (None, config::Standby::Warm) => Ahead::Warm,
-            (None, config::Standby::Cold) => Ahead::Nothing,
+            (Some(_), _) => StandbyPolicy::Spare,
+            (None, config::Standby::Warm) => StandbyPolicy::Warm,
+            (None, config::Standby::Cold) => StandbyPolicy::Nothing,
         };
         Self {
             name: name.into(),
-            lifecycle: Lifecycle::new(History::new(spec.restart.clone()), 0, ahead)
+            lifecycle: Lifecycle::new(RestartHistory::new(spec.restart.clone()), 0, ahead)
                 .with_spare_after(spec.spare_after_ms),
             spare: spare.map(|device| Spare::new(device, open)),
             holder: Holder::new(open),

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::bars::{self, BarPlan, Emulated};
 use super::config::{self, Config};
 use super::container::Vfio;
-use super::events::{Failure, FailureWatch};
+use super::events::{DeviceFailure, FailureWatch};
 use super::interrupts::DeviceInterrupts;
 use super::mapping::BarMapping;
 use super::msi::{self, Msi};
@@ -172,7 +172,7 @@ impl VfioPciDevice {
     pub fn watch(
         &self,
         interrupt_limit: Option<NonZeroU32>,
-        tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+        tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
     ) -> Result<FailureWatch, Error> {
         match &self.host {
             Host::Present(host) => FailureWatch::new(host, interrupt_limit, tell),

@@ -21,7 +21,7 @@ use crate::host::sysfs::HostDevice;
 
 /// What happened to a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum DeviceFailure {
     /// An uncorrectable error was reported (PCI Express AER); its state is undefined.
     DeviceError,
     /// The host wants to take the device away (it is unbound or unplugged).
@@ -34,7 +34,7 @@ pub enum Failure {
     InterruptStorm(u32),
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for DeviceFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::DeviceError => f.write_str("the device reported an uncorrectable error"),
@@ -67,7 +67,7 @@ pub struct FailureWatch {
     /// How it was at the last look.
     last: Presence,
     storm: Option<StormWatch>,
-    tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+    tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
 }
 
 impl FailureWatch {
@@ -75,7 +75,7 @@ impl FailureWatch {
     pub(super) fn new(
         host: &Arc<HostFunction>,
         interrupt_limit: Option<NonZeroU32>,
-        tell: Box<dyn FnMut(Bdf, Failure) + Send>,
+        tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
     ) -> Result<Self, Error> {
         let bdf = host.bdf();
         let failed = |source| Error::EventFd { bdf, source };
@@ -107,12 +107,12 @@ impl FailureWatch {
         let now = host.look();
         let failure = match now {
             Presence::Present => None,
-            Presence::SwitchedOff => Some(Failure::SwitchedOff),
-            Presence::Absent => Some(Failure::Vanished),
+            Presence::SwitchedOff => Some(DeviceFailure::SwitchedOff),
+            Presence::Absent => Some(DeviceFailure::Vanished),
         };
         let failure = failure.filter(|_| now == self.last);
         let storm = self.storm.as_mut().and_then(|storm| storm.look(Instant::now()));
-        if let Some(failure) = failure.or(storm.map(Failure::InterruptStorm)) {
+        if let Some(failure) = failure.or(storm.map(DeviceFailure::InterruptStorm)) {
             // Once is enough.
             let _ = self.looks.unset();
             (self.tell)(self.bdf, failure);
@@ -120,11 +120,11 @@ impl FailureWatch {
         self.last = now;
     }
 
-    fn sources(&self) -> [(&EventFd, Failure); 3] {
+    fn sources(&self) -> [(&EventFd, DeviceFailure); 3] {
         [
-            (&self.error, Failure::DeviceError),
-            (&self.request, Failure::RemovalRequested),
-            (&self.vanished, Failure::Vanished),
+            (&self.error, DeviceFailure::DeviceError),
+            (&self.request, DeviceFailure::RemovalRequested),
+            (&self.vanished, DeviceFailure::Vanished),
         ]
     }
 }

@@ -19,4 +19,4 @@ mod storm;
 pub use crate::host::{DeviceFiles, Error};
 pub use container::{Vfio, VmResources};
 pub use device::VfioPciDevice;
-pub use events::{Failure, FailureWatch};
+pub use events::{DeviceFailure, FailureWatch};

@@ -1,7 +1,7 @@
 //! How much a device moved around an outage, in small steps of time: what a report draws of it.
 //!
-//! Told at each event of its device ([`Pace::note`]), which costs a clock reading and an addition. Two seconds
-//! after a driver VM has taken over, the timer fires, and [`Pace::take`] has the steps from two seconds before the loss on.
+//! Told at each event of its device ([`OutageTrace::note`]), which costs a clock reading and an addition. Two seconds
+//! after a driver VM has taken over, the timer fires, and [`OutageTrace::take`] has the steps from two seconds before the loss on.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -41,16 +41,16 @@ struct Step {
 
 /// The steps of one device.
 #[derive(Debug)]
-pub struct Pace {
+pub struct OutageTrace {
     timer: TimerFd,
     steps: VecDeque<Step>,
     total: Moved,
     serving: Option<Generation>,
-    /// The step in which the driver VM was lost, until [`Pace::take`].
+    /// The step in which the driver VM was lost, until [`OutageTrace::take`].
     lost: Option<u64>,
 }
 
-impl Pace {
+impl OutageTrace {
     /// Nothing has moved.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ mod tests {
 
     /// Moves a frame each way every 5 ms while something serves; the card is away from 10 s on.
     fn run(away_ms: u64, by_itself: bool) -> Option<PaceSteps> {
-        let (mut pace, mut total) = (Pace::new().unwrap(), Moved::default());
+        let (mut pace, mut total) = (OutageTrace::new().unwrap(), Moved::default());
         for ms in (0..12_000 + away_ms).step_by(5) {
             let away = (10_000..10_000 + away_ms).contains(&ms);
             if !away {
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_first_life_and_an_outage_that_lasts_are_not_told() {
-        let mut pace = Pace::new().unwrap();
+        let mut pace = OutageTrace::new().unwrap();
         pace.note(0, Moved::default(), None);
         pace.note(MS, Moved { out: 1, into: 0 }, generation(1));
         assert!(pace.take(2000 * MS).is_none());

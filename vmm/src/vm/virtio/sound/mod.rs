@@ -29,7 +29,7 @@ use self::queues::{Message, Queues};
 use self::request::{Request, describe};
 use super::device::{Error, QueueResources, QueueState, VirtioDevice};
 use super::events::{FIRST_DEVICE_TAG, QueueEvents, Wake};
-use super::pace::{Moved, Pace};
+use super::pace::{Moved, OutageTrace};
 use super::{Outbox, queue};
 use crate::base::error::chain;
 use crate::base::time::Time;
@@ -81,7 +81,7 @@ pub struct Sound {
     /// Queues in which more may wait than was taken at one go.
     unserved: Vec<u16>,
     config_call: Option<EventFd>,
-    pace: Pace,
+    pace: OutageTrace,
     outbox: Outbox,
 }
 
@@ -110,7 +110,7 @@ impl Sound {
             broken: false,
             unserved: Vec::new(),
             config_call: None,
-            pace: Pace::new().map_err(failed)?,
+            pace: OutageTrace::new().map_err(failed)?,
             outbox,
         })
     }

@@ -17,7 +17,7 @@ use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::header::Offloads as FrameOffloads;
 use umbra_splitter::link::Cause;
-use umbra_splitter::net::{GuestQueue, Log, NetSplitter, Notice, Source, features, stall};
+use umbra_splitter::net::{GuestQueue, Kicker, Log, NetSplitter, Notice, features, stall};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::error::chain;
@@ -25,7 +25,7 @@ use crate::base::lock::lock;
 use crate::base::timer;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
-use crate::vm::virtio::pace::{Moved, Pace};
+use crate::vm::virtio::pace::{Moved, OutageTrace};
 use crate::vm::virtio::queue;
 use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay};
 
@@ -47,14 +47,14 @@ pub struct SplitNet {
     splitter: NetSplitter,
     config_call: ConfigCall,
     /// Kicks in the event loop.
-    watched: Vec<(RawFd, Source)>,
+    watched: Vec<(RawFd, Kicker)>,
     /// Runs while frames wait for the driver VM.
     looks: TimerFd,
     looking: bool,
     /// Runs while a part of the log is kept back.
     steps: TimerFd,
     stepping: bool,
-    pace: Pace,
+    pace: OutageTrace,
     outbox: Outbox,
 }
 
@@ -74,7 +74,7 @@ impl SplitNet {
         };
         let timer = || timer::monotonic().map_err(|errno| failed(errno.into()));
         let (looks, steps) = (timer()?, timer()?);
-        let pace = Pace::new().map_err(failed)?;
+        let pace = OutageTrace::new().map_err(failed)?;
         let (looking, stepping) = (false, false);
         Ok(Self { device, splitter, config_call, watched: Vec::new(), looks, looking, steps, stepping, pace, outbox })
     }
