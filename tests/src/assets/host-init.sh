@@ -6,6 +6,8 @@ mkdir -p /dev/pts /dev/shm /root /share /run/umbra-bench
 mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t tmpfs tmp /tmp; mount -t tmpfs run /run
 mkdir -p /run/umbra-bench
 ln -sf /proc/self/fd /dev/fd
+# The kernel's boot messages are a sign of life for who waits; from here on errors alone are of interest.
+dmesg -n 4
 echo "test host: loading modules"
 modprobe -a 9pnet_virtio 9p vfio_iommu_type1 vfio_pci tun bridge
 if grep -q svm /proc/cpuinfo; then modprobe kvm_amd; else modprobe kvm_intel; fi

@@ -1,7 +1,7 @@
 //! One bench at a time: two emulated hosts on one machine would measure each other.
 //!
-//! In a test suite a braked test host, which leaves most of the machine to others, may run beside one at full speed, unless that
-//! one's sound is judged sample by sample.
+//! In a test suite a test host that its scenario has braked, which leaves most of the machine to others, may run beside another
+//! one, unless that one's sound is judged sample by sample.
 //!
 //! Invariant: who takes both files takes [`Lane::Full`] first, so that no two processes wait for each other.
 
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{BenchError, BenchSpec};
+use super::{BenchError, BenchSpec, brake};
 use crate::suite;
 
 /// Processors that two test hosts side by side need.
@@ -21,9 +21,9 @@ const MEMORY_FOR_TWO: u64 = 10 << 10;
 /// Which test hosts keep each other waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lane {
-    /// Those at full speed.
+    /// Those at the speed of the suite.
     Full,
-    /// Those that are braked.
+    /// Those that a scenario has braked.
     Braked,
 }
 
@@ -50,9 +50,9 @@ pub(super) struct Lock(#[expect(dead_code, reason = "held, not read")] Vec<Flock
 
 impl Lock {
     /// Waits for the lanes of a test host like `spec` in the folder of all benches, `out`.
-    pub(super) fn take(out: &Path, spec: &BenchSpec, speed: f64) -> Result<Self, BenchError> {
+    pub(super) fn take(out: &Path, spec: &BenchSpec) -> Result<Self, BenchError> {
         fs::create_dir_all(out).map_err(|e| BenchError::file("make", out, e))?;
-        let lanes = lanes(speed < 1.0, spec.is_judged, suite::is_running() && has_room_for_two());
+        let lanes = lanes(brake::is_asked_for(), spec.is_judged, suite::is_running() && has_room_for_two());
         lanes.iter().map(|lane| take(&out.join(lane.file_name()))).collect::<Result<_, _>>().map(Self)
     }
 }

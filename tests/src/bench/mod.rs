@@ -62,7 +62,7 @@ impl Bench {
     /// What is missing on this machine, or the last lines of the test host's console.
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let speed = brake::speed()?;
-        let lock = Lock::take(assets.out(), &spec, speed)?;
+        let lock = Lock::take(assets.out(), &spec)?;
         assets.check_models(&spec.nics)?;
         let mut spec = spec;
         if assets.unsteady_smp() && !qemu::real_kvm() {

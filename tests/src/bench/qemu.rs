@@ -140,7 +140,7 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     slots.add(&["-kernel", &parts.kernel.display().to_string(), "-initrd", &parts.initrd.display().to_string()]);
     let clock = if kvm { String::new() } else { format!("{STEADY_CLOCK}{}", tsc_khz()) };
     let cmdline = format!(
-        "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt tsc=reliable{clock}{} {}",
+        "console=ttyS0 loglevel=7 panic=-1 intel_iommu=on iommu=pt tsc=reliable{clock}{} {}",
         slots.cmdline, spec.cmdline
     );
     slots.add(&["-append", cmdline.trim_end()]);

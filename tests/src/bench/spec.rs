@@ -139,7 +139,7 @@ impl BenchSpec {
             capture: Some(128),
             cmdline: String::new(),
             files: Vec::new(),
-            boot_silence: Duration::from_secs(120),
+            boot_silence: Duration::from_secs(60),
             shell: false,
         }
     }
