@@ -1,7 +1,8 @@
 //! Doing what the life cycle asks for.
 
-use umbra_shadow::{Class, Generation};
+use umbra_shadow::Generation;
 
+use super::class::traits;
 use super::driver::EndRef;
 use super::driver::dying::LAST;
 use super::driver::life::LifeRole;
@@ -11,11 +12,11 @@ use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
-use crate::lifecycle::{Action, Carrier, End, Failure, Input, NoticedBy, State};
+use crate::lifecycle::{Action, End, Failure, Input, NoticedBy, State};
 use crate::record::crash_report::{CrashReport, Verdict};
 use crate::record::events::Event;
 use crate::record::timeline::{Milestone, Timeline};
-use crate::wire::messages::{MaskedCounts, Replay, ToVm};
+use crate::wire::messages::{MaskedCounts, ToVm};
 
 impl Supervisor {
     pub(super) fn act(&mut self, n: DriverId, action: Action, now: Time) {
@@ -32,7 +33,10 @@ impl Supervisor {
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n, LifeRole::Present),
-            Action::GoLive(end, replay) => self.go_live(n, end, replay, now),
+            Action::GoLive(end, replay) => {
+                self.drivers[n].timeline.mark(Milestone::GoLive, now);
+                self.go_live_at(n, end, replay);
+            }
             Action::StartClean(end) => self.start_clean(n, end),
             Action::EndLive(end) => self.on_late_end_live(n, end),
             Action::LeaveBehind(end) => self.leave_behind(n, end),
@@ -61,27 +65,6 @@ impl Supervisor {
             Action::Warn(what) => self.events.warn(format!("{}: {what}", self.drivers[n].name)),
             Action::Report => self.report(n),
             Action::Quarantine(why) => self.quarantine(n, &why),
-        }
-    }
-
-    fn go_live(&mut self, n: DriverId, end: End, replay: Replay, now: Time) {
-        let driver = &mut self.drivers[n];
-        driver.timeline.mark(Milestone::GoLive, now);
-        let EndRef { guest, device } = driver.ends[end];
-        let Some(generation) = driver.lifecycle.generation() else { return };
-        let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
-        match device.class {
-            Class::Net => {
-                // First, so that the guest sees no link that comes and goes.
-                self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
-                self.tell_guest(guest, &ToVm::GoLive { device, generation, replay, announce });
-            }
-            // It goes live by itself, and may have done so already.
-            Class::Sound => {
-                if self.guests[guest].sound_mut(device).is_some_and(|sound| sound.live == Some(generation)) {
-                    self.drive(n, Input::EndLive(end));
-                }
-            }
         }
     }
 
@@ -223,7 +206,7 @@ impl Supervisor {
     /// Tells the guests to mask; those whose splitter has seen it first know already.
     fn mask(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
-        if driver.is_sound() {
+        if traits(driver.class()).runs_on {
             driver.silence();
         }
         driver.told_to_mask.get_or_insert(now);
@@ -323,7 +306,7 @@ impl Supervisor {
     fn start_clean(&mut self, n: DriverId, end: End) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         // One that waits for its card has nothing that could be lost.
-        if !self.guests[guest].has_cards() {
+        if !self.guests[guest].knows_its_devices() {
             return;
         }
         self.events.tell(&Event::CleanStart {
@@ -346,7 +329,7 @@ impl Supervisor {
         self.fall_back(n, &format!("it is quarantined: {reason}"));
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
             self.tell_guest(guest, &ToVm::Quarantine { device });
-            if !self.guests[guest].has_cards() {
+            if !self.guests[guest].knows_its_devices() {
                 let why = format!("{} never got its sound card to work", self.drivers[n].name);
                 self.guest_failed(guest, why);
             }

@@ -1,22 +1,19 @@
-//! A guest as the supervisor has it: its process, and what its network devices have said.
+//! A guest as the supervisor has it: its process, and its devices.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
-use umbra_shadow::sound::Card;
-use umbra_shadow::{Class, DeviceId, Generation};
+use umbra_shadow::DeviceId;
 
+use super::class::{self, Devices, GuestDevice};
 use super::ids::DriverId;
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
 use crate::lifecycle::End;
 use crate::record::status;
 use crate::wire::channel;
-use crate::wire::messages::{
-    DeviceStatus, MaskedCounts, NetBackend, PortBackend, PortEnd, SoundBackend, SoundCounts, ToVm, VmEnd, VmSpec,
-};
+use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// Messages that wait at most for a guest's process, which is stopped or hangs.
@@ -30,8 +27,7 @@ pub(super) struct GuestVm {
     pub(super) process: Option<VmProcess>,
     pub(super) state: GuestState,
     pub(super) started: Time,
-    pub(super) nets: Vec<GuestNet>,
-    pub(super) sounds: Vec<GuestSound>,
+    pub(super) devices: Devices,
     /// What is to become of it when its process ends.
     pub(super) at_end: AtEnd,
     /// Its vCPUs have run, in this life or one before.
@@ -85,88 +81,22 @@ impl GuestState {
     }
 }
 
-/// A network device of a guest.
-#[derive(Debug)]
-pub(super) struct GuestNet {
-    /// The driver VM that serves it, and as which of its ends.
-    pub(super) driver: Option<(DriverId, End)>,
-    pub(super) mac: Mac,
-    /// The addresses of the other devices on the same NIC.
-    neighbours: Vec<Mac>,
-    /// What the guest's driver asked for last.
-    pub(super) mode: RxMode,
-    pub(super) offloads: Offloads,
-    /// The last answer to `QueryStatus`.
-    pub(super) status: Option<DeviceStatus>,
-    /// Whether that answers the last question.
-    pub(super) fresh: bool,
-}
-
-/// A sound device of a guest.
-#[derive(Debug, Default)]
-pub(super) struct GuestSound {
-    /// The driver VM that serves it, and as which of its ends.
-    pub(super) driver: Option<(DriverId, End)>,
-    /// The card as its first driver VM reported it; the guest's for its life.
-    pub(super) card: Option<Card>,
-    /// The generation that it is live with, or was last.
-    pub(super) live: Option<Generation>,
-    /// The last answer to `QueryStatus`.
-    pub(super) status: Option<DeviceStatus>,
-    /// Whether that answers the last question.
-    pub(super) fresh: bool,
-}
-
-impl GuestSound {
-    fn status(&self, index: usize, driver_name: impl Fn(DriverId) -> String) -> status::SoundStatus {
-        let (mode, kept_bytes, sums) = match &self.status {
-            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => ((*mode).into(), *kept_bytes, *sums),
-            _ => (status::DeviceMode::Unknown, 0, SoundCounts::default()),
-        };
-        status::SoundStatus {
-            index,
-            driver: self.driver.map(|(driver, _)| driver_name(driver)),
-            card: self.card.as_ref().map(|card| card.name.clone()),
-            mode,
-            kept_bytes,
-            sums,
-        }
-    }
-}
-
 impl GuestVm {
-    /// A guest that does not run yet; `serves` and `plays` say which driver VM, as which end, is behind network device
-    /// and sound device `n`.
-    pub(super) fn new(
-        name: &str,
-        spec: Guest,
-        serves: impl Fn(usize) -> Option<(DriverId, End)>,
-        plays: impl Fn(usize) -> Option<(DriverId, End)>,
-    ) -> Self {
-        let sounds = (0..spec.sound.len()).map(|n| GuestSound { driver: plays(n), ..GuestSound::default() }).collect();
-        let nets = spec.net.iter().enumerate();
-        let nets = nets.map(|(n, net)| GuestNet::new(net.mac_or_default(name, n), serves(n))).collect();
+    /// A guest that does not run yet.
+    pub(super) fn new(name: &str, spec: Guest, devices: Devices) -> Self {
         Self {
             name: name.into(),
             spec,
             process: None,
             state: GuestState::Starting,
             started: Time::now(),
-            nets,
-            sounds,
+            devices,
             at_end: AtEnd::default(),
             has_run: false,
             end: None,
             error: None,
             listening: false,
             unsent: VecDeque::new(),
-        }
-    }
-
-    /// Says which other devices share the NIC of network device `n`, by their addresses.
-    pub(super) fn set_neighbours(&mut self, of: impl Fn(usize) -> Vec<Mac>) {
-        for (n, net) in self.nets.iter_mut().enumerate() {
-            net.neighbours = of(n);
         }
     }
 
@@ -186,59 +116,33 @@ impl GuestVm {
 
     /// Its process is gone: what that had asked for and had not read is of no use any more.
     pub(super) fn forget(&mut self) {
-        for net in &mut self.nets {
-            *net = GuestNet { neighbours: std::mem::take(&mut net.neighbours), ..GuestNet::new(net.mac, net.driver) };
-        }
-        for sound in &mut self.sounds {
-            (sound.live, sound.status) = (None, None);
-        }
+        self.devices.values_mut().for_each(GuestDevice::forget);
         self.unsent.clear();
-    }
-
-    /// Its network device `device`.
-    pub(super) fn net(&self, device: DeviceId) -> Option<&GuestNet> {
-        self.nets.get(usize::from(device.index)).filter(|_| device.class == Class::Net)
-    }
-
-    /// Its network device `device`.
-    pub(super) fn net_mut(&mut self, device: DeviceId) -> Option<&mut GuestNet> {
-        self.nets.get_mut(usize::from(device.index)).filter(|_| device.class == Class::Net)
-    }
-
-    /// Its sound device `device`.
-    pub(super) fn sound_mut(&mut self, device: DeviceId) -> Option<&mut GuestSound> {
-        self.sounds.get_mut(usize::from(device.index)).filter(|_| device.class == Class::Sound)
     }
 
     /// The driver VM behind `device`, and as which of its ends.
     pub(super) fn driver_of(&self, device: DeviceId) -> Option<(DriverId, End)> {
-        let index = usize::from(device.index);
-        match device.class {
-            Class::Net => self.nets.get(index)?.driver,
-            Class::Sound => self.sounds.get(index)?.driver,
-        }
+        self.devices.get(&device)?.driver
     }
 
     /// `device` is not live with a driver VM any more.
     pub(super) fn forget_live(&mut self, device: DeviceId) {
-        if let Some(sound) = self.sound_mut(device) {
-            sound.live = None;
+        if let Some(device) = self.devices.get_mut(&device) {
+            device.forget_live();
         }
     }
 
     /// An answer to `QueryStatus`.
     pub(super) fn keep_status(&mut self, device: DeviceId, status: DeviceStatus) {
-        let (kept, fresh) = match device.class {
-            Class::Net => match self.net_mut(device) {
-                Some(net) => (&mut net.status, &mut net.fresh),
-                None => return,
-            },
-            Class::Sound => match self.sound_mut(device) {
-                Some(sound) => (&mut sound.status, &mut sound.fresh),
-                None => return,
-            },
-        };
-        (*kept, *fresh) = (Some(status), true);
+        if let Some(device) = self.devices.get_mut(&device) {
+            (device.status, device.fresh) = (Some(status), true);
+        }
+    }
+
+    /// Whether a driver VM serves one of its devices. Their answers to an earlier `QueryStatus` do not count any more.
+    pub(super) fn is_to_be_asked(&mut self) -> bool {
+        self.devices.values_mut().for_each(|device| device.fresh = false);
+        self.devices.values().any(|device| device.driver.is_some())
     }
 
     pub(super) fn has_terminal(&self) -> bool {
@@ -284,37 +188,18 @@ impl GuestVm {
         Ok(())
     }
 
-    /// Whether the cards of all its sound devices are known: the guest sees them from the first moment on.
-    pub(super) fn has_cards(&self) -> bool {
-        self.sounds.iter().all(|sound| sound.card.is_some())
+    /// Whether all is known that it sees from its first moment on.
+    pub(super) fn knows_its_devices(&self) -> bool {
+        self.devices.values().all(GuestDevice::is_known)
     }
 
     /// The driver VMs that serve it, and as which of their ends.
     pub(super) fn drivers(&self) -> Vec<(DriverId, End)> {
-        let nets = self.nets.iter().filter_map(|net| net.driver);
-        nets.chain(self.sounds.iter().filter_map(|sound| sound.driver)).collect()
-    }
-
-    fn sounds(&self) -> Vec<SoundBackend> {
-        let sounds = self.spec.sound.iter().zip(&self.sounds);
-        sounds
-            .filter_map(|(spec, sound)| Some(SoundBackend { card: sound.card.clone()?, policy: spec.policy }))
-            .collect()
+        self.devices.values().filter_map(|device| device.driver).collect()
     }
 
     fn vm_spec(&self) -> VmSpec {
-        let nets = self.spec.net.iter().zip(&self.nets).map(|(spec, net)| {
-            let (mac, mtu) = (net.mac, spec.mtu_or_default());
-            match &spec.tap {
-                Some(interface) => NetBackend::Tap { interface: interface.clone(), mac, mtu },
-                None => NetBackend::Split {
-                    mac,
-                    mtu,
-                    neighbours: net.neighbours.clone(),
-                    allow_any_source: spec.allow_any_source,
-                },
-            }
-        });
+        let (nets, sounds) = class::backends(&self.spec, &self.devices);
         let port = |port: &crate::config::Port| PortBackend {
             name: port.name.clone(),
             end: PortEnd::Listen(port.socket.clone()),
@@ -328,8 +213,8 @@ impl GuestVm {
             memory: self.spec.memory,
             console: self.spec.console.clone(),
             disks: self.spec.disk.clone(),
-            nets: nets.collect(),
-            sounds: self.sounds(),
+            nets,
+            sounds,
             ports: self.spec.port.iter().map(port).collect(),
             passthrough: self.spec.passthrough.clone(),
             standby: false,
@@ -339,57 +224,21 @@ impl GuestVm {
         }
     }
 
-    /// Whether all split devices have answered the last `QueryStatus`.
+    /// Whether all devices that a driver VM serves have answered the last `QueryStatus`.
     pub(super) fn is_fresh(&self) -> bool {
-        self.process.is_none()
-            || (self.nets.iter().all(|net| net.fresh || net.driver.is_none())
-                && self.sounds.iter().all(|sound| sound.fresh))
+        self.process.is_none() || self.devices.values().all(|device| device.fresh || device.driver.is_none())
     }
 
     pub(super) fn status(&self, driver_name: impl Fn(DriverId) -> String) -> status::GuestStatus {
-        let nets = self.spec.net.iter().zip(&self.nets).enumerate();
+        let (nets, sounds) = class::status(&self.spec, &self.devices, driver_name);
         status::GuestStatus {
             name: self.name.clone(),
             state: self.state.name(),
             reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
             pid: self.process.as_ref().map(VmProcess::pid),
             uptime_s: Time::now().since(self.started).as_secs_f64(),
-            nets: nets.map(|(n, (spec, net))| net.status(n, spec.tap.clone(), &driver_name)).collect(),
-            sounds: self.sounds.iter().enumerate().map(|(n, sound)| sound.status(n, &driver_name)).collect(),
+            nets,
+            sounds,
         }
-    }
-}
-
-impl GuestNet {
-    fn new(mac: Mac, driver: Option<(DriverId, End)>) -> Self {
-        // Until the guest's driver says otherwise: what a NIC receives after it was opened, and all multicast,
-        // because a guest without the control queue never says.
-        let mode = RxMode { all_multicast: true, unicast: vec![mac], ..RxMode::default() };
-        let (neighbours, offloads) = (Vec::new(), Offloads::default());
-        Self { driver, mac, neighbours, mode, offloads, status: None, fresh: false }
-    }
-
-    fn status(&self, index: usize, tap: Option<String>, driver_name: impl Fn(DriverId) -> String) -> status::NetStatus {
-        let mut status = status::NetStatus {
-            index,
-            mac: self.mac.to_string(),
-            driver: self.driver.map(|(driver, _)| driver_name(driver)),
-            mode: if tap.is_some() { status::DeviceMode::Tap } else { status::DeviceMode::Unknown },
-            tap,
-            frames_out: 0,
-            frames_in: 0,
-            foreign_source: 0,
-            logged_now: 0,
-            masked: MaskedCounts::default(),
-        };
-        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, foreign_source, logged_now, masked }) =
-            &self.status
-        {
-            status.foreign_source = *foreign_source;
-            status.mode = (*mode).into();
-            (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
-            (status.logged_now, status.masked) = (*logged_now, *masked);
-        }
-        status
     }
 }

@@ -106,7 +106,7 @@ impl Supervisor {
         }
         guest.at_end = AtEnd::Whatever;
         guest.state = GuestState::Starting;
-        if guest.has_cards() {
+        if guest.knows_its_devices() {
             self.start_guest_process(n);
         }
         Ok(())

@@ -3,16 +3,15 @@
 use umbra_shadow::{DeviceId, Generation};
 
 use super::bounds;
-use super::class::settings::Setting;
 use super::driver::life::AT_ONCE;
 use super::guest::GuestState;
 use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
 use crate::base::time::Time;
-use crate::lifecycle::{End, Input};
+use crate::lifecycle::End;
 use crate::record::events::Event;
 use crate::wire::channel::{self, Incoming};
-use crate::wire::messages::{FromVm, MaskedCounts, OutageCounts, PaceSteps, ToVm};
+use crate::wire::messages::{FromVm, PaceSteps, ToVm};
 
 impl Supervisor {
     /// Sends `message` to guest `n`.
@@ -76,11 +75,8 @@ impl Supervisor {
             }
             FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } | FromVm::Disconnected { .. } => {}
             FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
-            FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) } => {
-                self.on_end_live((n, device), generation, Time(at), masked);
-            }
-            FromVm::Live { device, generation, outage: OutageCounts::Sound(masked), .. } => {
-                self.on_sound_live((n, device), generation, masked);
+            FromVm::Live { device, generation, at, outage } => {
+                self.on_device_live((n, device), generation, Time(at), outage);
             }
             FromVm::SameNetwork { device, generation } => {
                 if let Some((driver, _)) = self.served(n, device) {
@@ -88,12 +84,7 @@ impl Supervisor {
                 }
             }
             FromVm::Pace { device, generation, steps } => self.on_pace(n, device, generation, steps),
-            FromVm::RxMode { device, mode } => {
-                if let Some(net) = self.guests[n].net_mut(device) {
-                    net.mode = mode;
-                    self.pass_on(n, device, Setting::Mode);
-                }
-            }
+            FromVm::RxMode { device, mode } => self.on_rx_mode(n, device, mode),
             FromVm::ForeignAddress { device, mac } => {
                 self.events.warn(format!(
                     "{}: {device} uses {mac}, which is another's address on the NIC that it shares; frames with it are dropped \
@@ -101,12 +92,7 @@ impl Supervisor {
                     self.guests[n].name
                 ));
             }
-            FromVm::Offloads { device, offloads } => {
-                if let Some(net) = self.guests[n].net_mut(device) {
-                    net.offloads = offloads;
-                    self.pass_on(n, device, Setting::Offloads);
-                }
-            }
+            FromVm::Offloads { device, offloads } => self.on_offloads(n, device, offloads),
             FromVm::Status { device, status } => self.guests[n].keep_status(device, status),
         }
     }
@@ -125,30 +111,5 @@ impl Supervisor {
     /// The driver VM behind a guest's device, and as which of its ends.
     pub(super) fn served(&self, guest: GuestId, device: DeviceId) -> Option<(DriverId, End)> {
         self.guests[guest].driver_of(device)
-    }
-
-    fn on_end_live(
-        &mut self,
-        (guest, device): (GuestId, DeviceId),
-        generation: Generation,
-        at: Time,
-        masked: MaskedCounts,
-    ) {
-        let Some((d, end)) = self.served(guest, device) else { return };
-        let driver = &mut self.drivers[d];
-        let by_itself = driver.is_spare(generation);
-        if !by_itself && !driver.is_current(generation) {
-            return;
-        }
-        driver.live_at = driver.live_at.max(Some(at));
-        driver.frames.logged += masked.logged;
-        driver.frames.replayed += masked.replayed;
-        driver.frames.dropped += masked.dropped;
-        driver.frames.unknown += masked.unknown;
-        tracing::debug!(end, at = at.0, by_itself, "end live");
-        if by_itself {
-            return self.drive(d, Input::SpareLive(end));
-        }
-        self.drive(d, Input::EndLive(end));
     }
 }

@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use thiserror::Error;
-use umbra_shadow::DeviceId;
 
+use super::class;
 use super::driver::device::Open;
 use super::driver::life::{LifeRole, Part};
 use super::driver::{DriverVm, EndRef};
@@ -23,7 +23,7 @@ use super::front::protocol::StopHow;
 use super::front::server::Clients;
 use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
-use super::ids::{DriverId, GuestId, Id, Table};
+use super::ids::{DriverId, GuestId, Table};
 use super::inbox::Inbox;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
@@ -219,42 +219,30 @@ impl Supervisor {
         signals: SignalFd,
         events: Events,
     ) -> Self {
-        let driver_index = |name: &str| machine.driver.keys().position(|driver| driver == name).map(DriverId::at);
-        let guest_index = |name: &str| machine.guest.keys().position(|guest| guest == name).map(GuestId::at);
+        let guests = machine.guest.iter();
+        let guests = guests.map(|(name, spec)| GuestVm::new(name, spec.clone(), class::devices(machine, name, spec)));
+        let mut guests: Table<GuestId, GuestVm> = guests.collect();
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
-            let nets = machine.ends_of(name).filter_map(|(guest, net, _)| {
-                Some(EndRef { guest: guest_index(guest)?, device: DeviceId::net(u16::try_from(net).ok()?) })
-            });
-            let sounds = machine.sounds_of(name).filter_map(|(guest, sound, _)| {
-                Some(EndRef { guest: guest_index(guest)?, device: DeviceId::sound(u16::try_from(sound).ok()?) })
-            });
+            let guest = |name: &str| guests.position(|guest| guest.name == name);
+            let ends =
+                class::ends(machine, name).filter_map(|(name, device)| Some(EndRef { guest: guest(name)?, device }));
             let mtu = machine.ends_of(name).next().and_then(|(_, _, spec)| spec.mtu);
-            let ends = (nets.chain(sounds).collect(), mtu);
+            let ends = (ends.collect(), mtu);
             let (device, image) = checked.drivers.remove(name)?;
             let spare = checked.spares.remove(name);
             Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends, &run_dir))
         });
-        let drivers = drivers.collect();
-        let guests = machine.guest.iter().map(|(name, guest)| {
-            let net = |n: usize| {
-                let driver_name = guest.net.get(n)?.driver.as_deref()?;
-                let driver = driver_index(driver_name)?;
-                let end = machine.ends_of(driver_name).position(|(guest, net, _)| guest == name && net == n)?;
-                Some((driver, end))
-            };
-            let sound = |n: usize| {
-                let driver_name = &guest.sound.get(n)?.driver;
-                let driver = driver_index(driver_name)?;
-                let end = machine.sounds_of(driver_name).position(|(guest, sound, _)| guest == name && sound == n)?;
-                Some((driver, end))
-            };
-            let mut vm = GuestVm::new(name, guest.clone(), net, sound);
-            vm.set_neighbours(|n| machine.neighbours_of(name, n));
-            vm
-        });
+        let drivers: Table<DriverId, DriverVm> = drivers.collect();
+        for (driver, vm) in drivers.numbered() {
+            for (end, EndRef { guest, device }) in vm.ends.iter().enumerate() {
+                if let Some(device) = guests[*guest].devices.get_mut(device) {
+                    device.driver = Some((driver, end));
+                }
+            }
+        }
         Self {
             program: PathBuf::new(),
-            guests: guests.collect(),
+            guests,
             drivers,
             run_dir,
             listener,
@@ -275,8 +263,8 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<(), RunError> {
         for guest in self.guests.iter_mut() {
-            // One with sound is started when its cards are known.
-            if guest.has_cards() {
+            // One with a sound device is started when its card is known.
+            if guest.knows_its_devices() {
                 guest.start(&self.program)?;
             }
         }

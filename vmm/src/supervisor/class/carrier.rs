@@ -4,8 +4,7 @@
 
 use std::time::Duration;
 
-use umbra_shadow::Class;
-
+use super::traits;
 use crate::base::time::Time;
 use crate::lifecycle::{Carrier, Input, NoticedBy, State};
 use crate::record::events::Event;
@@ -71,7 +70,7 @@ impl Supervisor {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         let up = carrier == Carrier::Up;
         for EndRef { guest, device } in self.drivers[n].ends.clone() {
-            if device.class == Class::Net {
+            if traits(device.class).has_carrier {
                 self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
             }
         }

@@ -8,10 +8,11 @@ use std::collections::BTreeSet;
 use umbra_driver_vm::protocol::{NetEnd, NetPlan, Offloads, RxMode, ToAgent};
 use umbra_shadow::DeviceId;
 
+use super::net::end_mac;
 use crate::base::lines::LineError;
 use crate::lifecycle::Input;
 use crate::supervisor::driver::life::{LifeRole, encode};
-use crate::supervisor::driver::{DriverVm, EndRef, Life, device_mac};
+use crate::supervisor::driver::{DriverVm, EndRef, Life};
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::ids::{DriverId, GuestId, Table};
 use crate::supervisor::run::Supervisor;
@@ -63,7 +64,7 @@ impl Settings {
 
 /// The plan in one message; where the ends' modes make that too long for a line, without them, and with those that have
 /// to follow.
-fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
+pub(super) fn plan_messages(mut plan: NetPlan) -> (ToAgent, BTreeSet<(u16, Setting)>) {
     let whole = ToAgent::ConfigureNet(plan.clone());
     if encode(&whole).is_ok() {
         return (whole, BTreeSet::new());
@@ -84,12 +85,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn configure(&mut self, n: DriverId, role: LifeRole) {
         let driver = &self.drivers[n];
         let Some(life) = driver.life_of(role) else { return };
-        let (message, changed) = if driver.is_sound() {
-            let ends = u16::try_from(driver.ends.len()).unwrap_or(u16::MAX);
-            (ToAgent::ConfigureSound { ends, device: life.purpose.device() }, BTreeSet::new())
-        } else {
-            plan_messages(net_plan(&self.guests, driver, life))
-        };
+        let (message, changed) = self.plan(driver, life);
         let clean = self.drivers[n].clean_ends().collect();
         let sent = self.drivers[n].send(role, &message);
         if let Some(life) = self.drivers[n].life_of_mut(role) {
@@ -113,8 +109,7 @@ impl Supervisor {
 
     /// Guest `n` begins anew, or is away: it asks for nothing but what a guest begins with.
     pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: GuestId) {
-        let nets = (0..).zip(&self.guests[n].nets).filter(|(_, net)| net.driver.is_some());
-        let devices: Vec<_> = nets.map(|(index, _)| DeviceId::net(index)).collect();
+        let devices: Vec<_> = self.guests[n].devices.keys().copied().collect();
         for device in devices {
             self.pass_on(n, device, Setting::Mode);
             self.pass_on(n, device, Setting::Offloads);
@@ -165,12 +160,12 @@ impl Supervisor {
 }
 
 /// What the guests of `driver` have asked for so far, for its life `life`.
-fn net_plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> NetPlan {
+pub(super) fn net_plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> NetPlan {
     let end = |(position, end): (usize, &EndRef)| {
         let net = guests[end.guest].net(end.device)?;
         let clean_start = driver.lifecycle.starts_clean(position);
         let (mode, offloads) = if clean_start { clean() } else { (net.mode.clone(), net.offloads) };
-        Some(NetEnd { device_mac: device_mac(position), mode, offloads })
+        Some(NetEnd { device_mac: end_mac(position), mode, offloads })
     };
     let ends = driver.ends.iter().enumerate().filter_map(end).collect();
     let mtu = driver.mtu;

@@ -1,23 +1,87 @@
 //! Sound: what is different from the network. A guest with sound is started when its card is known, and its device
 //! goes live by itself, as soon as the sound service has reported its card to it.
 
+use umbra_driver_vm::protocol::ToAgent;
+use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_shadow::sound::Card;
-use umbra_shadow::{DeviceId, Generation};
+use umbra_shadow::{Class, DeviceId, Generation};
 
+use super::{OfClass, Traits};
 use crate::base::time::Time;
-use crate::lifecycle::{Carrier, Input, NoticedBy};
+use crate::config;
+use crate::lifecycle::{Carrier, End, Input, NoticedBy};
 use crate::record::events::Event;
+use crate::record::status;
 use crate::record::timeline::LifeStage;
-use crate::supervisor::guest::GuestState;
+use crate::supervisor::driver::{DriverVm, EndRef, Life};
+use crate::supervisor::guest::{GuestState, GuestVm};
 use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
-use crate::wire::messages::SoundCounts;
+use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, SoundBackend, SoundCounts};
+
+pub(super) const TRAITS: Traits = Traits {
+    // Its session with the sound service.
+    begins_with_device: true,
+    greets: true,
+    has_carrier: false,
+    // A card plays the same buffer over and over when nobody fills it any more.
+    runs_on: true,
+};
+
+/// What a guest's sound device alone has.
+#[derive(Debug, Default)]
+pub(in crate::supervisor) struct GuestSound {
+    /// The card as its first driver VM reported it; the guest's for its life.
+    pub(super) card: Option<Card>,
+    /// The generation that it is live with, or was last.
+    pub(super) live: Option<Generation>,
+}
+
+impl GuestSound {
+    /// `None` until the card is known.
+    pub(super) fn backend(&self, spec: &config::Sound) -> Option<SoundBackend> {
+        Some(SoundBackend { card: self.card.clone()?, policy: spec.policy })
+    }
+
+    pub(super) fn status(
+        &self,
+        index: usize,
+        driver: Option<String>,
+        said: Option<&DeviceStatus>,
+    ) -> status::SoundStatus {
+        let (mode, kept_bytes, sums) = match said {
+            Some(DeviceStatus::Sound { mode, kept_bytes, sums }) => ((*mode).into(), *kept_bytes, *sums),
+            _ => (status::DeviceMode::Unknown, 0, SoundCounts::default()),
+        };
+        let card = self.card.as_ref().map(|card| card.name.clone());
+        status::SoundStatus { index, driver, card, mode, kept_bytes, sums }
+    }
+}
+
+/// The driver VM's end `n`: a port, over which its sound service talks.
+pub(super) fn end_backend(n: usize) -> PortBackend {
+    PortBackend { name: format!("{SOUND_PORT}.{n}"), end: PortEnd::Attached }
+}
+
+pub(super) fn plan(driver: &DriverVm, life: &Life) -> ToAgent {
+    let ends = u16::try_from(driver.ends.len()).unwrap_or(u16::MAX);
+    ToAgent::ConfigureSound { ends, device: life.purpose.device() }
+}
+
+impl GuestVm {
+    fn sound_mut(&mut self, device: DeviceId) -> Option<&mut GuestSound> {
+        match &mut self.devices.get_mut(&device)?.of {
+            OfClass::Sound(sound) => Some(sound),
+            OfClass::Net(_) => None,
+        }
+    }
+}
 
 impl Supervisor {
     /// The agent of driver VM `n` says that its card is ready.
     pub(in crate::supervisor) fn on_sound_card(&mut self, n: DriverId, kernel_driver: String, card: &Card) {
         let now = Time::now();
-        if !card.is_sane() || !self.drivers[n].is_sound() {
+        if !card.is_sane() || self.drivers[n].class() != Class::Sound {
             return self.fail_driver(n, NoticedBy::Agent, "it reports a sound card that cannot be".into(), now);
         }
         let detail = format!("{kernel_driver} {}", card.name.chars().filter(|c| !c.is_control()).collect::<String>());
@@ -29,7 +93,7 @@ impl Supervisor {
             let Some(sound) = guest.sound_mut(end.device) else { continue };
             // The first card is the guest's for its life; later ones are compared with it by its splitter.
             sound.card.get_or_insert_with(|| card.clone());
-            if guest.has_cards() && guest.process.is_none() && guest.state == GuestState::Starting {
+            if guest.knows_its_devices() && guest.process.is_none() && guest.state == GuestState::Starting {
                 self.start_guest_process(end.guest);
             }
         }
@@ -38,8 +102,15 @@ impl Supervisor {
         self.drive(n, Input::Carrier(Carrier::Up));
     }
 
-    /// A guest's sound device is live.
-    pub(in crate::supervisor) fn on_sound_live(
+    /// It goes live by itself, and may have done so already.
+    pub(super) fn sound_goes_live(&mut self, n: DriverId, end: End, generation: Generation) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        if self.guests[guest].sound_mut(device).is_some_and(|sound| sound.live == Some(generation)) {
+            self.drive(n, Input::EndLive(end));
+        }
+    }
+
+    pub(super) fn on_sound_live(
         &mut self,
         (guest, device): (GuestId, DeviceId),
         generation: Generation,

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use umbra_shadow::{Class, DeviceId, Generation, LinkId};
+use umbra_shadow::{DeviceId, Generation, LinkId};
 
 use super::life::{LifeRole, Purpose};
 use super::{DriverVm, Life};
@@ -22,6 +22,7 @@ use crate::record::crash_report::Mask;
 use crate::record::events::Event;
 use crate::record::timeline::Milestone;
 use crate::supervisor::bounds::MAX_MASKS;
+use crate::supervisor::class::traits;
 use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{Disconnect, LinkEnd, ToVm};
@@ -183,8 +184,8 @@ impl Supervisor {
         }
         let armed = driver.lifecycle.is_armed();
         let Some(life) = driver.life_of_mut(role) else { return };
-        // A session with a sound service begins with its card.
-        let early = life.purpose == Purpose::Wait && role == LifeRole::Standby && device.class == Class::Sound;
+        let waits = life.purpose == Purpose::Wait && role == LifeRole::Standby;
+        let early = waits && traits(device.class).begins_with_device;
         if early || !life.links[end].is_wanted(now) {
             return;
         }
@@ -213,17 +214,17 @@ impl Supervisor {
         }
     }
 
-    /// Where the life of driver VM `n` serves already, a sound device that is connected now is expected to be live soon.
+    /// Where the life of driver VM `n` serves already, a device that goes live by itself is expected to do so soon.
     pub(in crate::supervisor) fn await_greeting(&mut self, n: DriverId, end: End) {
         let driver = &mut self.drivers[n];
         let serves = matches!(driver.lifecycle.state(), State::Live { .. });
-        let is_sound = driver.ends[end].device.class == Class::Sound;
-        if let Some(life) = driver.life.as_mut().filter(|_| serves && is_sound) {
+        let greets = traits(driver.ends[end].device.class).greets;
+        if let Some(life) = driver.life.as_mut().filter(|_| serves && greets) {
             life.links[end].await_greeting(Time::now());
         }
     }
 
-    /// The sound device at `end` of driver VM `n` is live.
+    /// The device at `end` of driver VM `n` is live.
     pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: End) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
             link.due = None;

@@ -19,14 +19,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use umbra_driver_vm::protocol::{CONTROL_PORT, Mac};
-use umbra_driver_vm::sound_protocol::SOUND_PORT;
+use umbra_driver_vm::protocol::CONTROL_PORT;
 use umbra_guest_images::image::Image;
-use umbra_shadow::{Class, Generation};
+use umbra_shadow::Generation;
 
 pub(super) use ends::{EndLink, EndRef};
 pub(super) use life::Life;
 
+use super::class::end_backends;
 use super::driver::console::Console;
 use super::driver::device::{Holder, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
@@ -45,7 +45,7 @@ use crate::lifecycle::{Carrier, Lifecycle, StandbyPolicy};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
-use crate::wire::messages::{MaskedCounts, NetBackend, PortBackend, PortEnd, VmSpec};
+use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
@@ -235,15 +235,7 @@ impl DriverVm {
     ) -> Result<Life, StartError> {
         let name = format!("{}.{generation}", self.name);
         let mut inherited: Vec<OwnedFd> = Vec::new();
-        let (mut nets, mut sounds) = (Vec::new(), Vec::new());
-        for (n, end) in self.ends.iter().enumerate() {
-            match end.device.class {
-                Class::Net => nets.push(NetBackend::VhostUser { mac: device_mac(n), mtu: self.mtu() }),
-                Class::Sound => {
-                    sounds.push(PortBackend { name: format!("{SOUND_PORT}.{n}"), end: PortEnd::Attached });
-                }
-            }
-        }
+        let (nets, ends) = end_backends(&self.ends, self.mtu());
         let device = match purpose {
             Purpose::Serve => Some((&self.device, &self.holder)),
             Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.holder)),
@@ -269,7 +261,7 @@ impl DriverVm {
             disks: Vec::new(),
             nets,
             sounds: Vec::new(),
-            ports: std::iter::once(port).chain(sounds).collect(),
+            ports: std::iter::once(port).chain(ends).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: purpose == Purpose::Wait,
             awaited: self.holder.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
@@ -287,15 +279,10 @@ impl DriverVm {
         self.mtu.unwrap_or(config::DEFAULT_MTU)
     }
 
-    /// True if it serves sound devices.
-    pub(in crate::supervisor) fn is_sound(&self) -> bool {
-        self.ends.iter().any(|end| end.device.class == Class::Sound)
-    }
-
-    /// Keeps a sound card from playing the same buffer over and over when nobody fills it any more.
+    /// Keeps a device from going on with what it has when nobody feeds it any more.
     pub(in crate::supervisor) fn silence(&self) {
         if let Err(error) = self.device.stop_dma() {
-            tracing::warn!(%error, "cannot switch the card's bus mastering off");
+            tracing::warn!(%error, "cannot switch the device's bus mastering off");
         }
     }
 
@@ -327,10 +314,4 @@ impl DriverVm {
             standby: self.standby_status(),
         }
     }
-}
-
-/// The address of network device `n` of a driver VM, by which its agent finds the interface. Never on a wire.
-pub(in crate::supervisor) fn device_mac(n: usize) -> Mac {
-    let [.., high, low] = n.to_be_bytes();
-    Mac([0x02, 0x75, 0x6d, 0x62, high, low])
 }

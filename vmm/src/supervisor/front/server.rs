@@ -284,10 +284,7 @@ impl Supervisor {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
         for n in self.guests.ids() {
-            let guest = &self.guests[n];
-            if guest.nets.iter().any(|net| net.driver.is_some()) || guest.sounds.iter().any(|s| s.driver.is_some()) {
-                self.guests[n].nets.iter_mut().for_each(|net| net.fresh = false);
-                self.guests[n].sounds.iter_mut().for_each(|sound| sound.fresh = false);
+            if self.guests[n].is_to_be_asked() {
                 self.tell_guest(n, &ToVm::QueryStatus);
             }
         }
