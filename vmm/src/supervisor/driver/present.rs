@@ -77,8 +77,8 @@ impl Supervisor {
     /// A certain failure of driver VM `n`.
     pub(in crate::supervisor) fn fail_driver(&mut self, n: DriverId, source: Source, what: String, at: Time) {
         let driver = &self.drivers[n];
-        // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
-        // driver VM's own affair.
+        // A failure that a first start reports itself is a wrong set-up, which a restart would not cure. It ends the machine,
+        // unless a guest is served already.
         let first = !driver.was_live && matches!(source, Source::Start | Source::Agent);
         let fatal = first && !self.in_service && self.stopping.is_none();
         let why = format!("{}: {what}", driver.name);
@@ -141,7 +141,7 @@ impl Supervisor {
         }
     }
 
-    /// A life of driver VM `n` got on.
+    /// The present life of driver VM `n` has reached `step` at `at`; reported once in a life.
     pub(in crate::supervisor) fn stage(
         &mut self,
         n: DriverId,
@@ -158,7 +158,7 @@ impl Supervisor {
         self.told_stage(n, step, stage, detail);
     }
 
-    /// Tells of a step that is on the time line.
+    /// Reports a step that is on the time line already.
     pub(in crate::supervisor) fn told_stage(&mut self, n: DriverId, step: Step, stage: &'static str, detail: String) {
         let driver = &self.drivers[n];
         let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };
