@@ -118,7 +118,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         // Once is enough.
-        Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { told: true, .. })) => ExitCode::FAILURE,
+        Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { reported: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
             // With stderr gone, the exit code has to do.
             // A VM may have had a word in it.

@@ -52,13 +52,13 @@ impl Supervisor {
                 if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
                     self.drive(n, Input::Evidence);
                 }
-                self.drivers[n].holder.fence();
+                self.drivers[n].held.fence();
             }
-            Action::Bury => self.bury(n),
+            Action::Bury => self.begin_last_words(n),
             Action::Kill => match &mut self.drivers[n].life {
                 Some(life) => {
                     life.process.kill();
-                    self.drivers[n].holder.fence();
+                    self.drivers[n].held.fence();
                 }
                 None => self.process_gone(n, "it was not started".into()),
             },
@@ -68,7 +68,7 @@ impl Supervisor {
         }
     }
 
-    /// A guest that came later, or again, is served.
+    /// A guest that came after the others, or came back, is live.
     fn on_late_end_live(&mut self, n: DriverId, end: End) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.events.tell(&Event::EndLive {
@@ -97,7 +97,7 @@ impl Supervisor {
         self.drivers[n].mark_fence();
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::ResetStart, Time::now());
-        match driver.holder.begin_reset(driver.device.clone(), driver.span()) {
+        match driver.held.begin_reset(driver.device.clone(), driver.span()) {
             Ok(job) => driver.resetting = Some(job),
             Err(error) => {
                 self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
@@ -109,7 +109,7 @@ impl Supervisor {
     pub(super) fn on_reset_done(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(job) = driver.resetting.take() else { return };
-        let outcome = driver.holder.end_reset(&job);
+        let outcome = driver.held.end_reset(&job);
         driver.timeline.mark(Milestone::Reset, Time::now());
         let Some(outcome) = outcome else { return self.drive(n, Input::ResetDone) };
         let (method, error) = match outcome {
@@ -163,7 +163,7 @@ impl Supervisor {
         self.send_settings(n, LifeRole::Present);
         let driver = &mut self.drivers[n];
         driver.masks.clear();
-        driver.told_to_mask = None;
+        driver.asked_to_mask = None;
         driver.has_settled();
         self.restarted(n, now);
     }
@@ -188,7 +188,7 @@ impl Supervisor {
         driver.timeline.mark(Milestone::Detect, now);
         driver.reason = Some(failure.what.clone());
         if failure.source == NoticedBy::Device {
-            driver.holder.doubt();
+            driver.held.doubt();
         }
         self.events.tell(&Event::DriverFailed {
             driver: driver.name.clone(),
@@ -203,13 +203,13 @@ impl Supervisor {
         }
     }
 
-    /// Tells the guests to mask; those whose splitter has seen it first know already.
+    /// Asks the guests to mask. Splitters that noticed the failure first do so already.
     fn mask(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         if traits(driver.class()).runs_on {
             driver.silence();
         }
-        driver.told_to_mask.get_or_insert(now);
+        driver.asked_to_mask.get_or_insert(now);
         let Some(generation) = driver.present else { return };
         for EndRef { guest, device } in driver.ends.clone() {
             self.tell_guest(guest, &ToVm::Mask { device, generation });
@@ -250,7 +250,7 @@ impl Supervisor {
         });
     }
 
-    /// The killed process of the failed life does not end: its report has to do without that.
+    /// Completes the report of a failed life whose killed process does not end.
     fn report_hung(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let pid = driver.life.as_ref().map_or(0, |life| life.process.pid());
@@ -338,7 +338,7 @@ impl Supervisor {
 }
 
 impl super::driver::DriverVm {
-    /// The failed process was gone when this was last seen; a first start has none.
+    /// Marks the fence on the time line: when the failed process was gone. A first start has none.
     fn mark_fence(&mut self) {
         if self.timeline.at(Milestone::Detect).is_some() {
             // One that has given the device up just now is still there.
@@ -365,9 +365,9 @@ impl super::driver::DriverVm {
         if self.timeline.at(Milestone::Live).is_none() {
             return self.timeline.at(Milestone::Mask);
         }
-        // A splitter that sees nothing itself (the driver VM hangs) masks when it is told.
-        let told = self.told_to_mask.unwrap_or(now);
-        self.masks.iter().map(|mask| Time(mask.at_ns)).chain([told]).min()
+        // A splitter that notices nothing itself, because the driver VM hangs, masks when it is asked to.
+        let asked = self.asked_to_mask.unwrap_or(now);
+        self.masks.iter().map(|mask| Time(mask.at_ns)).chain([asked]).min()
     }
 
     fn begin_report(&self, failure: &Failure) -> CrashReport {

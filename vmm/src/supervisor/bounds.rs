@@ -24,7 +24,7 @@ const MAX_VLANS: usize = 4096;
 /// Steps of a device's pace around an outage: a VM's process sends 240 at most.
 const MAX_STEPS: usize = 512;
 
-/// Lost links of guests that one outage's report keeps: one of each guest's device, over several lives.
+/// Masks that the report of one outage keeps: enough for each guest's device over several lives.
 pub(super) const MAX_MASKS: usize = 256;
 
 /// Takes a message of a VM's process, if one waits.

@@ -16,7 +16,8 @@ use crate::wire::channel;
 use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
-/// Messages that wait at most for a guest's process, which is stopped or hangs.
+/// Messages kept for a guest's process that does not read, because it is stopped or hangs. An outage costs a handful for
+/// each device.
 const MAX_UNSENT: usize = 1024;
 
 /// A guest.
@@ -114,7 +115,7 @@ impl GuestVm {
         Ok(())
     }
 
-    /// Its process is gone: what that had asked for and had not read is of no use any more.
+    /// Forgets what its process, which is gone, had asked for and had not read.
     pub(super) fn forget(&mut self) {
         self.devices.values_mut().for_each(GuestDevice::forget);
         self.unsent.clear();
@@ -139,8 +140,9 @@ impl GuestVm {
         }
     }
 
-    /// Whether a driver VM serves one of its devices. Their answers to an earlier `QueryStatus` do not count any more.
-    pub(super) fn is_to_be_asked(&mut self) -> bool {
+    /// The answers of its devices to an earlier `QueryStatus` do not count any more. Whether there is anything to ask: a device that a
+    /// driver VM serves.
+    pub(super) fn expect_answers(&mut self) -> bool {
         self.devices.values_mut().for_each(|device| device.fresh = false);
         self.devices.values().any(|device| device.driver.is_some())
     }

@@ -57,7 +57,7 @@ impl Supervisor {
         }
     }
 
-    /// Guest `n` has no process that could be served; its ends of the driver VMs are without a guest.
+    /// The process of guest `n` is gone: disconnects its ends of the driver VMs.
     fn leave_ends(&mut self, n: GuestId) {
         for (driver, end) in self.guests[n].drivers() {
             self.drivers[driver].forget_guest(end);
@@ -76,7 +76,7 @@ impl Supervisor {
         self.connect_guest(n);
     }
 
-    /// Guest `n` has failed. Where nothing has been served yet, a machine that does not come up whole does not come up.
+    /// Guest `n` has failed. That ends the machine if the guest has never run and no guest has been served yet.
     pub(super) fn guest_failed(&mut self, n: GuestId, why: String) {
         let guest = &mut self.guests[n];
         let first = !guest.has_run && !self.in_service;
@@ -151,7 +151,7 @@ impl Supervisor {
         })
     }
 
-    /// A new life of guest `n` hears of what is quarantined; the one before had heard.
+    /// Tells a new process of guest `n` which of its devices have a quarantined driver VM.
     fn tell_quarantines(&mut self, n: GuestId) {
         for (driver, end) in self.guests[n].drivers() {
             let driver = &self.drivers[driver];

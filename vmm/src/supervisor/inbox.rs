@@ -1,4 +1,4 @@
-//! What the life cycles are still to be told, in order.
+//! Inputs of the life cycles that are still to be handled, in order.
 //!
 //! Invariant: no transition is ever started inside another. An input that comes up while the actions of another one are being
 //! done waits until they are done.
@@ -14,12 +14,13 @@ use crate::lifecycle::{Input, State};
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     waiting: VecDeque<(DriverId, Input)>,
-    /// The first is being worked off.
+    /// An input is being handled; those that come up meanwhile wait.
     busy: bool,
 }
 
 impl Supervisor {
-    /// Gives `input` to the life cycle of driver VM `n` and does what it asks for: at once, or, from within such a doing, next.
+    /// Gives `input` to the life cycle of driver VM `n` and does what it asks for: at once, or, while actions are being done, after
+    /// them.
     pub(super) fn drive(&mut self, n: DriverId, input: Input) {
         self.inbox.waiting.push_back((n, input));
         if std::mem::replace(&mut self.inbox.busy, true) {

@@ -1,6 +1,6 @@
 //! The supervisor's loop: one thread, one `poll`, and everything it waits for in one list.
 //!
-//! Handling comes in the order of [`Source`]: guests before driver VMs, so that a guest's reboot is known before its
+//! Handling comes in the order of [`Ready`]: guests before driver VMs, so that a guest's reboot is known before its
 //! driver VM misses it; messages and consoles before the exit of their process, so that nothing said is lost.
 
 use std::fs::File;
@@ -98,13 +98,13 @@ pub enum RunError {
         /// The sentence.
         what: String,
         /// It was printed as an event already, word for word.
-        told: bool,
+        reported: bool,
     },
 }
 
-/// What the loop waits for, in the order of handling.
+/// What can be ready to be handled, in the order of handling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Source {
+enum Ready {
     Signals,
     GuestControl(GuestId),
     LifeSays(LifeRole, Part, DriverId),
@@ -136,11 +136,11 @@ pub(super) struct Supervisor {
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
     pub(super) failure: Option<String>,
-    /// A driver VM has served a guest: from here on nothing that concerns one of them alone ends the machine.
+    /// A guest has been served: from here on the failure of a single guest or driver VM does not end the machine.
     pub(super) in_service: bool,
     /// The machine runs on without guests, until it is stopped.
     keep: bool,
-    /// What the life cycles are still to be told.
+    /// Inputs of the life cycles that wait.
     pub(super) inbox: Inbox,
 }
 
@@ -187,7 +187,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor
         .failure
         .take()
-        .map_or(Ok(()), |what| Err(RunError::Vm { told: supervisor.events.has_printed(&what), what }))
+        .map_or(Ok(()), |what| Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what }))
 }
 
 /// Cleans up after a run before that was killed; its supervisor's number and what was done.
@@ -303,7 +303,7 @@ impl Supervisor {
     /// The next point in time at which something is due.
     fn deadline(&self) -> Option<Time> {
         let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());
-        let dying = self.drivers.iter().filter_map(DriverVm::death_due);
+        let dying = self.drivers.iter().filter_map(DriverVm::press_on_due);
         let questions = self.drivers.iter().filter_map(DriverVm::question_due);
         let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
@@ -320,7 +320,7 @@ impl Supervisor {
             .min()
     }
 
-    fn wait(&self) -> Result<Vec<Source>, RunError> {
+    fn wait(&self) -> Result<Vec<Ready>, RunError> {
         let watched = self.watched();
         let mut fds: Vec<_> = watched.iter().map(|(_, fd, flags)| PollFd::new(*fd, *flags)).collect();
         let timeout = match self.deadline() {
@@ -339,62 +339,62 @@ impl Supervisor {
         Ok(ready.map(|((source, ..), _)| *source).collect())
     }
 
-    fn watched(&self) -> Vec<(Source, BorrowedFd<'_>, PollFlags)> {
+    fn watched(&self) -> Vec<(Ready, BorrowedFd<'_>, PollFlags)> {
         let mut watched = vec![
-            (Source::Signals, self.signals.as_fd(), PollFlags::POLLIN),
-            (Source::Listener, self.listener.as_fd(), PollFlags::POLLIN),
+            (Ready::Signals, self.signals.as_fd(), PollFlags::POLLIN),
+            (Ready::Listener, self.listener.as_fd(), PollFlags::POLLIN),
         ];
         for (n, guest) in self.guests.numbered() {
             let Some(process) = &guest.process else { continue };
-            watched.push((Source::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
+            watched.push((Ready::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
             if guest.listening {
                 let more = if guest.unsent.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
-                watched.push((Source::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN | more));
+                watched.push((Ready::GuestControl(n), process.channel().as_fd(), PollFlags::POLLIN | more));
             }
         }
         for (n, driver) in self.drivers.numbered() {
             if let Some(job) = &driver.resetting {
-                watched.push((Source::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
+                watched.push((Ready::ResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
             if let Some(job) = driver.spare.as_ref().and_then(|spare| spare.resetting.as_ref()) {
-                watched.push((Source::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
+                watched.push((Ready::SpareResetDone(n), job.done.as_fd(), PollFlags::POLLIN));
             }
-            watched.extend(driver.ending.iter().map(|ending| (Source::Ending(n), ending.pidfd(), PollFlags::POLLIN)));
+            watched.extend(driver.ending.iter().map(|ending| (Ready::Ending(n), ending.pidfd(), PollFlags::POLLIN)));
             watched.extend(driver.watched_lives().map(|(role, part, fd, flags)| match part {
-                Part::Exit => (Source::LifeEnds(role, n), fd, flags),
-                part => (Source::LifeSays(role, part, n), fd, flags),
+                Part::Exit => (Ready::LifeEnds(role, n), fd, flags),
+                part => (Ready::LifeSays(role, part, n), fd, flags),
             }));
         }
-        watched.extend(self.clients.watched().map(|(id, fd, flags)| (Source::Client(id), fd, flags)));
+        watched.extend(self.clients.watched().map(|(id, fd, flags)| (Ready::Client(id), fd, flags)));
         watched
     }
 
     /// What logs are about while `source` is handled.
-    fn span_of(&self, source: Source) -> tracing::Span {
+    fn span_of(&self, source: Ready) -> tracing::Span {
         match source {
-            Source::GuestControl(n) | Source::GuestExit(n) => span(&self.guests[n].name, None),
-            Source::LifeSays(_, _, n)
-            | Source::LifeEnds(_, n)
-            | Source::Ending(n)
-            | Source::ResetDone(n)
-            | Source::SpareResetDone(n) => self.drivers[n].span(),
-            Source::Signals | Source::Listener | Source::Client(_) => tracing::Span::none(),
+            Ready::GuestControl(n) | Ready::GuestExit(n) => span(&self.guests[n].name, None),
+            Ready::LifeSays(_, _, n)
+            | Ready::LifeEnds(_, n)
+            | Ready::Ending(n)
+            | Ready::ResetDone(n)
+            | Ready::SpareResetDone(n) => self.drivers[n].span(),
+            Ready::Signals | Ready::Listener | Ready::Client(_) => tracing::Span::none(),
         }
     }
 
-    fn handle(&mut self, source: Source) {
+    fn handle(&mut self, source: Ready) {
         let _about = self.span_of(source).entered();
         match source {
-            Source::Signals => self.on_signal(),
-            Source::GuestControl(n) => self.read_guest(n),
-            Source::LifeSays(role, part, n) => self.hear(n, role, part),
-            Source::GuestExit(n) => self.on_guest_exit(n),
-            Source::LifeEnds(role, n) => self.hear(n, role, Part::Exit),
-            Source::Ending(n) => self.on_ending(n),
-            Source::ResetDone(n) => self.on_reset_done(n),
-            Source::SpareResetDone(n) => self.on_spare_reset_done(n),
-            Source::Listener => self.clients.accept(&self.listener, Time::now()),
-            Source::Client(id) => self.read_client(id),
+            Ready::Signals => self.on_signal(),
+            Ready::GuestControl(n) => self.read_guest(n),
+            Ready::LifeSays(role, part, n) => self.hear(n, role, part),
+            Ready::GuestExit(n) => self.on_guest_exit(n),
+            Ready::LifeEnds(role, n) => self.hear(n, role, Part::Exit),
+            Ready::Ending(n) => self.on_ending(n),
+            Ready::ResetDone(n) => self.on_reset_done(n),
+            Ready::SpareResetDone(n) => self.on_spare_reset_done(n),
+            Ready::Listener => self.clients.accept(&self.listener, Time::now()),
+            Ready::Client(id) => self.read_client(id),
         }
     }
 
@@ -415,7 +415,7 @@ impl Supervisor {
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
             }
-            self.drivers[n].hasten_death(now);
+            self.drivers[n].press_on(now);
             self.ask_about_network(n, now);
             self.end_trial(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
@@ -431,7 +431,7 @@ impl Supervisor {
         }
     }
 
-    /// Writes crash reports that had to wait. (Heartbeats turn the loop often enough.)
+    /// Writes crash reports that had to wait for room. Heartbeats turn the loop often enough for that.
     fn retry_reports(&mut self, now: Time) {
         if self.shelf.is_empty() || now < self.shelf_due {
             return;
@@ -445,7 +445,7 @@ impl Supervisor {
         }
     }
 
-    /// Shows how it stands to those who look from outside.
+    /// Reports the present state to the service manager and to the metrics.
     fn show(&mut self, now: Time) {
         let mut notify = std::mem::take(&mut self.notify);
         let ready = self.guests.iter().all(|guest| guest.state != GuestState::Starting);
@@ -479,11 +479,11 @@ impl Supervisor {
     pub(super) fn stop(&mut self, how: StopHow, who: &str) {
         self.stopping = Some(how);
         self.notify.stopping();
-        let told = match how {
+        let what = match how {
             StopHow::PowerButton => format!("{who} asked the guests to power off (once more kills them)"),
             StopHow::Kill => format!("{who} asked to kill the VMs"),
         };
-        self.events.tell(&Event::Stopping { how: told });
+        self.events.tell(&Event::Stopping { how: what });
         for n in self.guests.ids() {
             // One that waits for its sound card has not started, and does not any more.
             if self.guests[n].process.is_none() && !self.guests[n].is_over() {
@@ -512,7 +512,7 @@ impl Supervisor {
         }
     }
 
-    /// Something makes the whole run pointless: end it, and say why at the end.
+    /// Ends the machine because it cannot do what it was started for; `why` is the error of the run.
     pub(super) fn give_up(&mut self, why: String) {
         self.failure.get_or_insert(why);
         for guest in self.guests.iter_mut() {
@@ -527,8 +527,8 @@ impl Supervisor {
         self.stop_drivers();
     }
 
-    /// A reset that is under way has the kernel's order of reset methods put aside: it is waited for, or left to the next run
-    /// of the machine to put back, as is a killed process that has not ended.
+    /// Waits for resets that are under way, for [`LAST_RESET`] at most: until a reset returns, the device's order of reset methods
+    /// in sysfs is changed. What has not ended by then, a killed process included, is left to the next run to clean up.
     fn finish_resets(&mut self) {
         let until = Time::now() + LAST_RESET;
         let mut jobs = self.drivers.iter().flat_map(|driver| {

@@ -27,6 +27,7 @@ pub const ALL: &[Case] = cases![
     a_standby_that_is_killed_is_replaced,
     a_spare_takes_over_and_the_devices_change_places,
     a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason,
+    what_a_failed_life_says_behind_its_failure_is_not_held_against_the_spare,
     a_spare_that_is_killed_is_replaced,
     a_failure_of_both_is_survived,
     a_spare_in_the_device_s_own_group_is_refused,
@@ -146,6 +147,17 @@ fn a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason() {
     let steps: Vec<_> =
         report["timeline"].as_array().unwrap().iter().map(|mark| mark["step"].as_str().unwrap()).collect();
     assert!(steps.contains(&"live") && steps.contains(&"fence"), "{steps:?}");
+    machine.stop();
+}
+
+fn what_a_failed_life_says_behind_its_failure_is_not_held_against_the_spare() {
+    let machine = start_with_spare("");
+    wait_armed(&machine, 1, SPARE, 2);
+    machine.crash(CrashKind::Unbind);
+    machine.wait_live(2);
+    assert_eq!(machine.report(1)["reason"], "its device is gone");
+    // The spare serves on, while the failed device recovers.
+    assert_eq!(wait_armed(&machine, 2, DEVICE, 3).failures, 1);
     machine.stop();
 }
 

@@ -312,12 +312,13 @@ fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
             channel.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Reset, registers }, &[]).unwrap();
             std::process::exit(0);
         }
-        CrashKind::Spin
-        | CrashKind::LockUp
-        | CrashKind::OutOfMemory
-        | CrashKind::Unbind
-        | CrashKind::Stall
-        | CrashKind::LockNetwork => {
+        CrashKind::Unbind => {
+            // In one piece, so that the supervisor reads it in one turn.
+            let failed = serde_json::to_string(&FromAgent::Failed { what: "its device is gone".into() }).unwrap();
+            let words = format!("{failed}\n{failed}\n{{\"type\":\"root-shell\"}}\n");
+            sender.lock().unwrap().write_all(words.as_bytes()).unwrap();
+        }
+        CrashKind::Spin | CrashKind::LockUp | CrashKind::OutOfMemory | CrashKind::Stall | CrashKind::LockNetwork => {
             unimplemented!("{kind:?} takes a kernel")
         }
     }

@@ -1,4 +1,4 @@
-//! The carrier that agents report: told to the guests when it changes, and no more often than a cable can.
+//! The carrier that agents report, passed on to the guests when it changes, at the rate at most that a bad cable can have.
 //!
 //! The agent is not trusted: what it repeats is passed over, and one whose carrier changes without end has failed.
 
@@ -14,14 +14,14 @@ use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
-/// So many changes within [`WINDOW`] are believed: a bad cable does a few a second, each autonegotiation taking its time.
+/// Carrier changes tolerated per [`WINDOW`]; a bad cable causes a few per second at most, because each needs an autonegotiation.
 const MOST: u32 = 100;
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// What such an agent is told to have done.
+/// The reason of failure of an agent that reports more changes.
 pub(in crate::supervisor) const FLOOD: &str = "its agent reports a carrier that changes without end";
 
-/// Changes of a carrier of late.
+/// Changes of a carrier within the last [`WINDOW`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::supervisor) struct Flaps {
     since: Option<Time>,

@@ -24,7 +24,7 @@ pub(in crate::supervisor) enum Setting {
     Offloads,
 }
 
-/// What an agent has not been told yet.
+/// Changes that were not sent to an agent yet.
 #[derive(Debug, Default)]
 pub(in crate::supervisor) enum Settings {
     /// It has no plan, which will have everything.
@@ -49,13 +49,13 @@ impl Settings {
         }
     }
 
-    /// What the agent is to be told next, of positions that are not held back.
+    /// The change to send next, among the ends that are not held back.
     fn next(&self, is_held: impl Fn(u16) -> bool) -> Option<(u16, Setting)> {
         let Self::Planned { changed, .. } = self else { return None };
         changed.iter().find(|(position, _)| !is_held(*position)).copied()
     }
 
-    fn told(&mut self, position: u16, setting: Setting) {
+    fn sent(&mut self, position: u16, setting: Setting) {
         if let Self::Planned { changed, .. } = self {
             changed.remove(&(position, setting));
         }
@@ -95,7 +95,7 @@ impl Supervisor {
         self.send_settings(n, role);
     }
 
-    /// A guest has asked for something else at an end: the agents that have their plan are told.
+    /// A guest has asked for something else: passes it on to the agents that have their plan.
     pub(in crate::supervisor) fn pass_on(&mut self, guest: GuestId, device: DeviceId, setting: Setting) {
         let Some((driver, end)) = self.served(guest, device) else { return };
         let Ok(position) = u16::try_from(end) else { return };
@@ -107,7 +107,7 @@ impl Supervisor {
         }
     }
 
-    /// Guest `n` begins anew, or is away: it asks for nothing but what a guest begins with.
+    /// Guest `n` has a new process, or none: passes on the settings that a guest begins with.
     pub(in crate::supervisor) fn pass_on_defaults(&mut self, n: GuestId) {
         let devices: Vec<_> = self.guests[n].devices.keys().copied().collect();
         for device in devices {
@@ -129,7 +129,7 @@ impl Supervisor {
             let next = life.settings.next(|position| role == LifeRole::Present && is_clean(position));
             let Some((position, setting)) = next else { return };
             if let Some(life) = self.drivers[n].life_of_mut(role) {
-                life.settings.told(position, setting);
+                life.settings.sent(position, setting);
             }
             let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else {
                 continue;
@@ -205,7 +205,7 @@ mod tests {
 
     fn take(settings: &mut Settings) -> Option<(u16, Setting)> {
         let next = settings.next(|_| false);
-        next.into_iter().for_each(|(position, setting)| settings.told(position, setting));
+        next.into_iter().for_each(|(position, setting)| settings.sent(position, setting));
         next
     }
 

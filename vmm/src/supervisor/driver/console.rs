@@ -149,7 +149,7 @@ impl Console {
         self.fatal
     }
 
-    /// A problem with the file that nobody has been told of yet.
+    /// A problem with the file that was not reported yet.
     pub fn take_warning(&mut self) -> Option<String> {
         self.warned.take()
     }

@@ -25,18 +25,18 @@ use crate::host::sysfs::HostDevice;
 /// How a function's files are opened.
 pub type Open = fn(&HostDevice) -> Result<DeviceFiles, host::Error>;
 
-/// How long the thread that resets a device waits for the kernel: for ever. A reset that has not returned is not over,
-/// whatever the life cycle makes of it, and nobody gets the device.
+/// Time limit of a reset in its thread: longer than any run (one year), which is to say none. A reset that has not returned is not
+/// over, whatever the life cycle makes of it, and no life gets the device.
 const RESET_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The files of one device.
 #[derive(Debug)]
-pub(in crate::supervisor) struct Holder {
+pub(in crate::supervisor) struct HeldDevice {
     open: Open,
     files: Result<Arc<DeviceFiles>, String>,
     /// What the device shows, fresh from a reset, since it was opened.
     snapshot: Option<Snapshot>,
-    /// The device is in a state that nobody knows, or the host wants it back: the files are to be closed.
+    /// The device is in an unknown state, or the host wants it back: the files are closed before the next reset.
     doubtful: bool,
     /// The thread that is still at work on the files.
     busy: Option<JoinHandle<()>>,
@@ -68,7 +68,7 @@ impl ResetJob {
     }
 }
 
-impl Holder {
+impl HeldDevice {
     pub(in crate::supervisor) fn new(open: Open) -> Self {
         Self { open, files: Err("its device is not open".into()), snapshot: None, doubtful: false, busy: None }
     }
@@ -78,7 +78,7 @@ impl Holder {
         self.files.as_deref().map_err(Clone::clone)
     }
 
-    /// What a standby is told of the device ahead; `None`: nothing is known.
+    /// What a standby learns of the device before it gets it; `None`: nothing is known.
     pub(in crate::supervisor) fn snapshot(&self) -> Option<&Snapshot> {
         self.snapshot.as_ref()
     }
@@ -199,35 +199,35 @@ mod tests {
         device
     }
 
-    fn reset(holder: &mut Holder, device: &HostDevice) -> Option<Result<ResetDone, String>> {
-        let mut job = holder.begin_reset(device.clone(), Span::none()).unwrap();
-        assert!(holder.files().is_err(), "nobody gets them meanwhile");
+    fn reset(held: &mut HeldDevice, device: &HostDevice) -> Option<Result<ResetDone, String>> {
+        let mut job = held.begin_reset(device.clone(), Span::none()).unwrap();
+        assert!(held.files().is_err(), "nobody gets them meanwhile");
         job.done.read_to_end(&mut Vec::new()).unwrap();
-        holder.end_reset(&job)
+        held.end_reset(&job)
     }
 
     #[test]
     fn files_are_opened_before_the_reset_and_again_where_a_fence_is_not_certain() {
         let bus = FakeBus::new();
         let nic = device(&bus, "0000:01:00.0", Some("vfio-pci"));
-        let mut holder = Holder::new(open);
-        assert!(holder.files().is_err());
-        assert!(reset(&mut holder, &nic).unwrap().is_ok());
-        assert_eq!(holder.files().unwrap().bdf(), nic.bdf());
-        holder.fence();
-        assert!(reset(&mut holder, &nic).unwrap().is_ok());
+        let mut held = HeldDevice::new(open);
+        assert!(held.files().is_err());
+        assert!(reset(&mut held, &nic).unwrap().is_ok());
+        assert_eq!(held.files().unwrap().bdf(), nic.bdf());
+        held.fence();
+        assert!(reset(&mut held, &nic).unwrap().is_ok());
         assert_eq!(OPENED.load(Ordering::Relaxed), 2);
-        holder.close();
-        assert_eq!(holder.files().unwrap_err(), "its device is closed");
+        held.close();
+        assert_eq!(held.files().unwrap_err(), "its device is closed");
     }
 
     #[test]
     fn a_device_that_cannot_be_opened_is_not_reset_and_says_why() {
         let bus = FakeBus::new();
         let nic = device(&bus, "0000:01:00.0", None);
-        let mut holder = Holder::new(open);
-        assert!(reset(&mut holder, &nic).is_none());
-        assert!(holder.files().unwrap_err().contains("0000:01:00.0 is bound to no driver"));
+        let mut held = HeldDevice::new(open);
+        assert!(reset(&mut held, &nic).is_none());
+        assert!(held.files().unwrap_err().contains("0000:01:00.0 is bound to no driver"));
         assert_eq!(fs::read_to_string(nic.directory().join("reset")).unwrap(), "");
     }
 }

@@ -22,7 +22,7 @@ use crate::wire::spawn::{VmProcess, describe_exit};
 /// some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
-/// Its nice value.
+/// Nice value of a failed life's process: the recovery goes before it.
 pub(in crate::supervisor) const LAST: i32 = 19;
 
 /// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
@@ -38,9 +38,10 @@ pub(in crate::supervisor) struct Dying {
     pub(super) life: Life,
     pub(super) console: Console,
     stage: Stage,
-    /// Until when it may have its device: it does not hold up a recovery that goes on with another one.
+    /// It still has its device, and may keep it until this time. Set where a spare has taken its place, so that no recovery waits.
     pub(in crate::supervisor) holds: Option<Time>,
-    /// As it was last written, for the case that the next life fails before this one is over.
+    /// The report of its failure as last written. The driver VM's own is that of the next failure if one comes before this life
+    /// is over.
     pub(in crate::supervisor) report: Option<CrashReport>,
 }
 
@@ -48,7 +49,7 @@ pub(in crate::supervisor) struct Dying {
 #[derive(Debug)]
 pub(in crate::supervisor) struct Ending {
     process: VmProcess,
-    /// It has a device of which [`Input::SpareFenced`] tells.
+    /// It still has the device that the spare is to get: its end is reported as [`Input::SpareFenced`].
     holds: bool,
 }
 
@@ -84,55 +85,56 @@ impl Dying {
     }
 }
 
-/// How far its end is.
+/// How far the end of a failed life has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// It may speak until then.
+    /// It may print and report until this time.
     Speaking(Time),
-    /// It hands over its registers until then.
+    /// It was asked to end, and has until this time to hand over its registers.
     Asked(Time),
     /// It was killed.
     Killed,
 }
 
 impl Supervisor {
-    /// The present life of driver VM `n` has no device any more.
-    pub(in crate::supervisor) fn bury(&mut self, n: DriverId) {
+    /// The present life of driver VM `n` has given its device up: it may say its last words, beside the recovery.
+    pub(in crate::supervisor) fn begin_last_words(&mut self, n: DriverId) {
         let now = Time::now();
-        self.lay_down(n, now);
-        self.drivers[n].hasten_death(now);
+        self.set_aside(n, now);
+        self.drivers[n].press_on(now);
     }
 
-    fn lay_down(&mut self, n: DriverId, now: Time) {
+    /// The present life of driver VM `n` becomes the dying one.
+    fn set_aside(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         // Its agent's stream stays open, and nobody reads it: what an agent has to say does not count any more.
         let Some(life) = driver.life.take() else { return };
         driver.gone = now;
         driver.available_memory = None;
-        // It must not hold up the recovery.
+        // The recovery needs the processors more.
         renice(life.process.pid(), LAST);
         let speaks = driver.report.as_ref().is_some_and(|report| report.source == NoticedBy::Panic) && !life.panicked;
         let console = driver.console.split_off();
         let until = if speaks { now + LAST_WORDS } else { now };
-        self.conclude(n, "its process was killed".into());
+        self.finish_last_words(n, "its process was killed".into());
         let driver = &mut self.drivers[n];
         driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), holds: None, report: None });
     }
 
     /// The present life of driver VM `n` is to give its device up; nothing waits for it.
     pub(in crate::supervisor) fn retire(&mut self, n: DriverId, now: Time) {
-        self.lay_down(n, now);
+        self.set_aside(n, now);
         let driver = &mut self.drivers[n];
         let Some(dying) = &mut driver.dying else { return };
         let asked = dying.life.process.channel().send_now(&ToVm::Release, &[]);
         dying.holds = Some(if asked.is_ok() { now + RELEASE } else { now });
-        driver.hasten_death(now);
+        driver.press_on(now);
     }
 
     /// The dying life of driver VM `n` has said or done something.
     pub(super) fn on_dying(&mut self, n: DriverId, heard: Heard) {
         if let Heard::Exited(status) = heard {
-            return self.conclude(n, describe_exit(status));
+            return self.finish_last_words(n, describe_exit(status));
         }
         if self.drivers[n].dying.as_mut().is_some_and(|dying| dying.on(heard)) {
             self.drive(n, Input::SpareFenced);
@@ -152,8 +154,8 @@ impl Supervisor {
         }
     }
 
-    /// What the dying life has left goes into its report; what is left of it is killed.
-    fn conclude(&mut self, n: DriverId, exit: String) {
+    /// Completes the report of the dying life with what it has said and with `exit`, and kills its process if it still runs.
+    fn finish_last_words(&mut self, n: DriverId, exit: String) {
         let driver = &mut self.drivers[n];
         let Some(mut dying) = driver.dying.take() else { return };
         let released = dying.hear_last();
@@ -163,7 +165,7 @@ impl Supervisor {
         let gone = dying.life.process.ended().is_some();
         let held = released || dying.holds.is_some();
         // Whoever still holds a device is waited for.
-        driver.let_end(dying.life.process, held && !released);
+        driver.reap(dying.life.process, held && !released);
         let held = held && (released || gone);
         if driver.report.as_ref().is_some_and(|report| report.generation == generation) {
             driver.take_evidence(exit, registers, dying.console.tail());
@@ -184,16 +186,17 @@ impl Supervisor {
 }
 
 impl DriverVm {
-    /// Kills `process`, if it has not ended; its end is not waited for. It still `holds` the device that a spare is to have.
-    fn let_end(&mut self, mut process: VmProcess, holds: bool) {
+    /// Kills `process`, if it has not ended, and leaves it to the loop to see its end. `holds`: it still has the device that the
+    /// spare is to get.
+    fn reap(&mut self, mut process: VmProcess, holds: bool) {
         if process.ended().is_none() {
             process.kill();
             self.ending.push(Ending { process, holds });
         }
     }
 
-    /// When [`Self::hasten_death`] has something to do.
-    pub(in crate::supervisor) fn death_due(&self) -> Option<Time> {
+    /// When [`Self::press_on`] has something to do.
+    pub(in crate::supervisor) fn press_on_due(&self) -> Option<Time> {
         let dying = self.dying.as_ref()?;
         match dying.stage {
             Stage::Speaking(until) | Stage::Asked(until) => Some(dying.holds.map_or(until, |holds| holds.min(until))),
@@ -201,7 +204,8 @@ impl DriverVm {
         }
     }
 
-    pub(in crate::supervisor) fn hasten_death(&mut self, now: Time) {
+    /// Takes the next step towards the end of the dying life, if the time for the present one is over.
+    pub(in crate::supervisor) fn press_on(&mut self, now: Time) {
         let Some(dying) = self.dying.as_mut() else { return };
         if dying.holds.is_some_and(|until| until <= now) && dying.stage != Stage::Killed {
             dying.life.process.kill();

@@ -40,41 +40,43 @@ pub(in crate::supervisor) struct EndRef {
 const DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
 
-/// Losses in a row that have nothing to do with the guest's process being away, after which the end is given up until its guest
-/// or its driver VM starts anew: what fails so often has a cause that another connection does not mend.
+/// Losses in a row, while the guest's process was there, after which an end is given up until its guest or its driver VM starts
+/// again: that is after 11 s of delays at least, and another connection would not remove the cause.
 const MOST_LOSSES: u32 = 8;
 
-/// A connection that lasted this long was a good one: the losses before it do not count any more.
+/// A connection that lasts this long resets the count of losses: what breaks it later has another cause.
 const GOOD: Duration = Duration::from_secs(60);
 
-/// Accusations by different guests' splitters within this time are about one and the same fault of the driver VM.
+/// Accusations by the splitters of different guests within this time count as one fault of the driver VM. Each splitter notices a
+/// fault by itself, at its next frame or after its own stall limit of some seconds.
 const SAME_FAULT: Duration = Duration::from_secs(10);
 
-/// How long after the driver VM's side of a connection has ended the guest's word of it is waited for.
+/// How long the guest's report of a lost connection is waited for when the driver VM's side has reported the loss already. Only then
+/// is the connection made again without it.
 const ECHO: Duration = Duration::from_secs(5);
 
-/// How long a sound service that serves other guests may take to greet a new session before the session is connected again: it
-/// greets within milliseconds, unless it hangs at this guest's port.
+/// How long a sound service that serves already may take to greet a new session before the session is connected again. It greets
+/// within milliseconds, unless it hangs at this guest's port.
 const GREETING: Duration = Duration::from_secs(20);
 
-/// How long after a full channel another attempt is made.
+/// Delay before a connection is tried again whose message the process's full control channel did not take.
 const FULL: Duration = Duration::from_millis(50);
 
 /// The connection of one end with one life.
 #[derive(Debug, Default)]
 pub(in crate::supervisor) struct EndLink {
-    /// Connections so far.
+    /// Connections so far with this life; numbers the next [`LinkId`].
     attempts: u32,
-    /// The present one.
+    /// The present connection.
     link: Option<LinkId>,
     made: Option<Time>,
-    /// Its end on the driver VM's side was the guest's fault: the guest's word of it is no accusation.
+    /// The driver VM's side ended it because the guest did not answer: the guest's report of the loss is no accusation.
     excused: bool,
     /// When the next connection may be made, where that is not at once.
     due: Option<Time>,
     /// Losses in a row.
     losses: u32,
-    /// When its guest accused the life last, and what it lost.
+    /// The last accusation by its guest, and the mask that began with it.
     accused: Option<(Time, Mask)>,
     /// No further connection with this life.
     given_up: bool,
@@ -150,7 +152,7 @@ impl DriverVm {
         masks.into_iter().any(|mask| mask.guest == guest && mask.device == device)
     }
 
-    /// The guest of `end` has another process from here on, or none.
+    /// The guest of `end` has a new process, or none: its connections and losses so far do not count any more.
     pub(in crate::supervisor) fn forget_guest(&mut self, end: End) {
         let lives = self.life.iter_mut().chain(self.standby.iter_mut().map(|vm| &mut vm.life));
         lives.filter_map(|life| life.links.get_mut(end)).for_each(EndLink::forget);
@@ -178,7 +180,7 @@ impl Supervisor {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
-        // One that does not read what waits for it already would not read this either.
+        // A guest that does not read its waiting messages would not read this one either.
         if guest.process.is_none() || !guest.listening || !guest.unsent.is_empty() {
             return;
         }
@@ -247,7 +249,7 @@ impl Supervisor {
         } else if driver.standby.as_ref().is_some_and(|standby| is_of(&standby.life)) {
             self.lost_standby(d, end, cause);
         } else if driver.present == Some(link.generation) || driver.has_retired(link.generation) {
-            // The echo of a death that is known; a guest's process that says so without end is heard once.
+            // A late report of a failure that is known. It is taken once: a guest's process could repeat it without end.
             if self.drivers[d].has_mask(link.generation, &self.guests[guest].name, device) {
                 return;
             }
@@ -295,7 +297,7 @@ impl Supervisor {
             LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
         };
         let failure = Failure { source: NoticedBy::Link, what, at };
-        // A closed link is mostly the echo of a death whose own sign is on its way.
+        // A closed link is usually a side effect of a death whose own event (process exit, VM end) is still queued.
         let closed = *cause == LinkEnd::Closed;
         self.drive(d, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
     }
@@ -383,8 +385,7 @@ impl Supervisor {
         mask
     }
 
-    /// A guest's word of the death of `generation` that comes when its recovery has begun, or is over: it belongs into the
-    /// report all the same.
+    /// Adds a guest's report of the failure of `generation` that comes while its recovery runs, or after it, to the crash report.
     fn add_mask(&mut self, d: DriverId, generation: Generation, mask: Mask) {
         let driver = &mut self.drivers[d];
         let report = driver.report.as_mut().filter(|report| report.generation == generation.get());

@@ -112,7 +112,7 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) panicked: bool,
     pub(in crate::supervisor) registers: String,
     pub(in crate::supervisor) purpose: Purpose,
-    /// What its agent has not been told yet of what guests ask.
+    /// What guests ask for and its agent was not sent yet.
     pub(in crate::supervisor) settings: Settings,
     /// How often its carrier has changed lately.
     pub(in crate::supervisor) flaps: Flaps,

@@ -28,7 +28,7 @@ pub(super) use life::Life;
 
 use super::class::end_backends;
 use super::driver::console::Console;
-use super::driver::device::{Holder, Open, ResetJob};
+use super::driver::device::{HeldDevice, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
 use super::driver::life::Purpose;
 use super::driver::spare::Spare;
@@ -48,8 +48,8 @@ use crate::record::timeline::Timeline;
 use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
-/// What every driver VM's kernel is told: to end at once whenever it is not sure of itself (the shadow answers in the
-/// meantime), to skip probing for hardware that is not there, and self-tests and registrations that nothing in a driver
+/// The command line of every driver VM's kernel. It makes the kernel end at once whenever it is not sure of itself (the shadow
+/// answers in the meantime), skip probing for hardware that is not there, and skip self-tests and registrations that nothing in a driver
 /// VM uses (they are half of a stock kernel's way to its init). The agent is the only program there, so there is nobody
 /// whom mitigations would keep apart. Details of the console come with the panic.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 hung_task_panic=1 no_timer_check \
@@ -79,11 +79,11 @@ pub(in crate::supervisor) enum StartError {
 pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) name: String,
     pub(in crate::supervisor) spec: Driver,
-    /// The device of the present life.
+    /// The device of the present life, and of the next one where there is no spare.
     pub(in crate::supervisor) device: HostDevice,
-    /// Its files.
-    pub(in crate::supervisor) holder: Holder,
-    /// The other device, where there is one.
+    /// The files of `device`.
+    pub(in crate::supervisor) held: HeldDevice,
+    /// The device that does not serve, where there are two.
     pub(in crate::supervisor) spare: Option<Spare>,
     /// The generation that is, or was last, the present life.
     pub(in crate::supervisor) present: Option<Generation>,
@@ -93,7 +93,7 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) mtu: Option<u16>,
     pub(in crate::supervisor) lifecycle: Lifecycle,
     pub(in crate::supervisor) life: Option<Life>,
-    /// The look at the life's threads in the present silence.
+    /// What the threads of the silent life did up to half of its silence.
     pub(in crate::supervisor) watch: Option<Watch>,
     /// The failed life, while it says its last words.
     pub(in crate::supervisor) dying: Option<Dying>,
@@ -108,11 +108,11 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) timeline: Timeline,
     /// The masks of the present outage.
     pub(in crate::supervisor) masks: Vec<Mask>,
-    /// When the guests were first told to mask in the present outage.
-    pub(in crate::supervisor) told_to_mask: Option<Time>,
-    /// When the last of the guests that are live in the present outage went so.
+    /// When the guests were first asked to mask in the present outage.
+    pub(in crate::supervisor) asked_to_mask: Option<Time>,
+    /// When the last guest so far went live again in the present outage.
     pub(in crate::supervisor) live_at: Option<Time>,
-    /// When the last process was gone.
+    /// When the last present life had ended or given its device up.
     pub(in crate::supervisor) gone: Time,
     /// The frames of the present outage.
     pub(in crate::supervisor) frames: MaskedCounts,
@@ -144,11 +144,11 @@ pub(in crate::supervisor) struct StandbyVm {
     /// The kernel driver of a spare's device.
     pub(in crate::supervisor) kernel_driver: Option<String>,
     pub(in crate::supervisor) available_memory: Option<u64>,
-    /// It has been ready.
-    pub(in crate::supervisor) told: bool,
-    /// It was killed; its end is waited for.
+    /// It has booted, and its readiness was reported. A spare is ready when it was first armed.
+    pub(in crate::supervisor) ready: bool,
+    /// It was killed and is not the next life any more; only its process's end is still waited for.
     pub(in crate::supervisor) dropped: bool,
-    /// A sign of failure, and until when a better reason is waited for.
+    /// A sign of failure, with the time until which a better reason may still come.
     pub(in crate::supervisor) suspicion: Option<(Time, String)>,
 }
 
@@ -169,7 +169,7 @@ impl DriverVm {
             lifecycle: Lifecycle::new(RestartHistory::new(spec.restart.clone()), 0, ahead)
                 .with_spare_after(spec.spare_after_ms),
             spare: spare.map(|device| Spare::new(device, open)),
-            holder: Holder::new(open),
+            held: HeldDevice::new(open),
             present: None,
             live_at: None,
             spec,
@@ -187,7 +187,7 @@ impl DriverVm {
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
             masks: Vec::new(),
-            told_to_mask: None,
+            asked_to_mask: None,
             gone: Time(0),
             frames: MaskedCounts::default(),
             report: None,
@@ -237,11 +237,11 @@ impl DriverVm {
         let mut inherited: Vec<OwnedFd> = Vec::new();
         let (nets, ends) = end_backends(&self.ends, self.mtu());
         let device = match purpose {
-            Purpose::Serve => Some((&self.device, &self.holder)),
-            Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.holder)),
+            Purpose::Serve => Some((&self.device, &self.held)),
+            Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.held)),
             Purpose::Wait => None,
         };
-        let files = device.map(|(_, holder)| holder.files()).transpose().map_err(StartError::Device)?;
+        let files = device.map(|(_, held)| held.files()).transpose().map_err(StartError::Device)?;
         let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
         let (agent, theirs) = UnixStream::pair().map_err(StartError::Sockets)?;
         agent.set_nonblocking(true).map_err(StartError::Sockets)?;
@@ -264,7 +264,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(ends).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: purpose == Purpose::Wait,
-            awaited: self.holder.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
+            awaited: self.held.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
@@ -288,9 +288,9 @@ impl DriverVm {
 
     /// Closes the files of its devices: there is no life that could need them.
     pub(in crate::supervisor) fn close_files(&mut self) {
-        self.holder.close();
+        self.held.close();
         if let Some(spare) = &mut self.spare {
-            spare.holder.close();
+            spare.held.close();
         }
     }
 

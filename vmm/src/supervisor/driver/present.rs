@@ -79,8 +79,8 @@ impl Supervisor {
     /// A certain failure of driver VM `n`.
     pub(in crate::supervisor) fn fail_driver(&mut self, n: DriverId, source: NoticedBy, what: String, at: Time) {
         let driver = &self.drivers[n];
-        // What a first start says of itself is a wrong set-up, which no restart mends. Once a guest is served that is that
-        // driver VM's own affair.
+        // A failure that a first start reports itself is a wrong set-up, which a restart would not cure. It ends the machine,
+        // unless a guest is served already.
         let first = !driver.was_live && matches!(source, NoticedBy::Start | NoticedBy::Agent);
         let fatal = first && !self.in_service && self.stopping.is_none();
         let why = format!("{}: {what}", driver.name);
@@ -143,7 +143,7 @@ impl Supervisor {
         }
     }
 
-    /// A life of driver VM `n` got on.
+    /// The present life of driver VM `n` has reached `stage` at `at`; reported once in a life.
     pub(in crate::supervisor) fn stage(&mut self, n: DriverId, stage: LifeStage, at: Time, detail: String) {
         let driver = &mut self.drivers[n];
         if driver.life.is_none() || driver.timeline.at(stage.milestone()).is_some() {
@@ -153,7 +153,7 @@ impl Supervisor {
         self.told_stage(n, stage, detail);
     }
 
-    /// Tells of a step that is on the time line.
+    /// Reports a step that is on the time line already.
     pub(in crate::supervisor) fn told_stage(&mut self, n: DriverId, stage: LifeStage, detail: String) {
         let driver = &self.drivers[n];
         let Some(generation) = driver.life.as_ref().map(|life| life.generation.get()) else { return };

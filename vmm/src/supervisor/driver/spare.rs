@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use umbra_shadow::Generation;
 
-use super::device::{Holder, Open, ResetJob};
+use super::device::{HeldDevice, Open, ResetJob};
 use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
@@ -21,15 +21,15 @@ use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
-/// Questions about the network before the answer counts as no, and the time between them: a switch that takes longer to
-/// forward behind a new link (spanning tree: 30 s) is asked on for so long.
+/// Broadcasts sent to find out whether the spare is on the guests' network, and the time between them. Together they last longer
+/// than a switch with spanning tree takes to forward behind a new link (30 s).
 const QUESTIONS: u32 = 40;
 const QUESTION_PERIOD: Duration = Duration::from_secs(1);
 
 /// Whether the spare hears the guests' network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Network {
-    /// Nobody knows; so many questions are left, and the next is due then.
+    /// Not known yet: broadcasts left to send, and when the next one is due.
     Asked(u32, Time),
     /// It does.
     Same,
@@ -42,14 +42,14 @@ enum Network {
 pub(in crate::supervisor) struct Spare {
     pub(in crate::supervisor) device: HostDevice,
     /// Its files.
-    pub(in crate::supervisor) holder: Holder,
+    pub(in crate::supervisor) held: HeldDevice,
     reset_method: Option<ResetMethod>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
     reset_start: Time,
     network: Option<Network>,
     /// The failed life that had it last and whose report is not complete.
     retired: Option<Generation>,
-    /// The devices have changed places, and the guests are not live since.
+    /// The devices have changed places since the guests were last live.
     moved: bool,
 }
 
@@ -58,7 +58,7 @@ impl Spare {
         Self {
             reset_method: device.reset().best(),
             device,
-            holder: Holder::new(open),
+            held: HeldDevice::new(open),
             resetting: None,
             reset_start: Time(0),
             network: None,
@@ -82,7 +82,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let about = driver.span();
         let Some(spare) = &mut driver.spare else { return };
-        match spare.holder.begin_reset(spare.device.clone(), about) {
+        match spare.held.begin_reset(spare.device.clone(), about) {
             Ok(job) => (spare.resetting, spare.reset_start) = (Some(job), Time::now()),
             Err(error) => {
                 self.events.warn(format!("{}: the spare device is not reset: {error}", self.drivers[n].name));
@@ -95,7 +95,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(spare) = driver.spare.as_mut() else { return };
         let Some(job) = spare.resetting.take() else { return };
-        let Some(outcome) = spare.holder.end_reset(&job) else { return self.drive(n, Input::SpareResetDone) };
+        let Some(outcome) = spare.held.end_reset(&job) else { return self.drive(n, Input::SpareResetDone) };
         let (method, error) = match outcome {
             Ok(done) => (done.method, None),
             Err(error) => (spare.reset_method, Some(error)),
@@ -115,7 +115,7 @@ impl Supervisor {
             spare.network = up.then(|| Network::Asked(QUESTIONS, Time::now() + QUESTION_PERIOD));
         }
         self.tell_armed(n, generation, up);
-        if up && self.drivers[n].standby.as_ref().is_some_and(|standby| !standby.told) {
+        if up && self.drivers[n].standby.as_ref().is_some_and(|standby| !standby.ready) {
             return self.standby_ready(n);
         }
         let driver = self.drivers[n].name.clone();
@@ -191,7 +191,7 @@ impl Supervisor {
             return self.fail_driver(n, NoticedBy::Start, "the spare is gone".into(), now);
         };
         driver.change_places(failed);
-        let StandbyVm { life, console, kernel, kernel_driver, available_memory, told, .. } = standby;
+        let StandbyVm { life, console, kernel, kernel_driver, available_memory, ready, .. } = standby;
         driver.console.take_over(&format!("{}.{generation}", driver.name), console);
         driver.timeline.mark(Milestone::Spawn, now);
         if kernel.is_some() {
@@ -199,7 +199,7 @@ impl Supervisor {
             driver.kernel = kernel;
         }
         (driver.kernel_driver, driver.available_memory) = (kernel_driver, available_memory);
-        if !told {
+        if !ready {
             super::standby::renice(life.process.pid(), 0);
         }
         (driver.life, driver.present) = (Some(life), Some(generation));
@@ -222,7 +222,7 @@ impl Supervisor {
         if let Some(spare) = &mut driver.spare {
             // Not before: it would take the CPU from those who go over to the other device, and can wait, because this one
             // reaches nothing but the memory of the life that is gone.
-            spare.holder.fence();
+            spare.held.fence();
         }
         let retired = driver.spare.as_mut().and_then(|spare| spare.retired.take()).map(Generation::get);
         let Some(report) = driver.report.as_mut().filter(|report| Some(report.generation) == retired) else { return };
@@ -245,7 +245,7 @@ impl DriverVm {
     fn change_places(&mut self, failed: Option<Generation>) {
         let Some(spare) = &mut self.spare else { return };
         std::mem::swap(&mut self.device, &mut spare.device);
-        std::mem::swap(&mut self.holder, &mut spare.holder);
+        std::mem::swap(&mut self.held, &mut spare.held);
         std::mem::swap(&mut self.reset_method, &mut spare.reset_method);
         (spare.network, spare.retired) = (None, failed);
         spare.moved = !spare.moved;

@@ -25,10 +25,10 @@ use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{FromVm, ToVm};
 use crate::wire::spawn::describe_exit;
 
-/// How much a booting standby stands back: guests that are served go before it.
+/// Nice value of a standby that boots: guests that are served go before it.
 const NICE: i32 = 10;
 
-/// How long a better reason than a closed link is waited for.
+/// Grace period after a closed link of a standby. It is usually a side effect of its death, whose own event gives a better reason.
 const SUSPICION: Duration = Duration::from_millis(100);
 
 impl Supervisor {
@@ -49,7 +49,7 @@ impl Supervisor {
                     kernel: None,
                     kernel_driver: None,
                     available_memory: None,
-                    told: false,
+                    ready: false,
                     dropped: false,
                     suspicion: None,
                 });
@@ -68,7 +68,7 @@ impl Supervisor {
             standby.life.process.kill();
             standby.dropped = true;
             if let Some(spare) = &mut driver.spare {
-                spare.holder.fence();
+                spare.held.fence();
             }
         }
         if let Some(reason) = why {
@@ -86,7 +86,7 @@ impl Supervisor {
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
             return self.fail_driver(n, NoticedBy::Start, "the standby is gone".into(), now);
         };
-        let StandbyVm { life, console, started, kernel, told, .. } = standby;
+        let StandbyVm { life, console, started, kernel, ready, .. } = standby;
         let name = format!("{}.{generation}", driver.name);
         driver.console.take_over(&name, console);
         driver.timeline.mark(Milestone::Spawn, now);
@@ -94,13 +94,13 @@ impl Supervisor {
             driver.timeline.mark(Milestone::Hello, now);
             driver.kernel = kernel;
         }
-        if !told {
+        if !ready {
             renice(life.process.pid(), 0);
         }
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
         driver.life = Some(life);
         driver.present = Some(generation);
-        let standby = if told { StandbyStage::Ready } else { StandbyStage::Booting };
+        let standby = if ready { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
         self.plug(n);
         self.connect_ends(n);
@@ -111,7 +111,7 @@ impl Supervisor {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };
-        let files = match driver.holder.files() {
+        let files = match driver.held.files() {
             Ok(files) => files.to_send(),
             Err(why) => return self.fail_driver(n, NoticedBy::Start, why, Time::now()),
         };
@@ -128,7 +128,7 @@ impl Supervisor {
         self.told_stage(n, LifeStage::Plugged, String::new());
     }
 
-    /// An agent that has not said hello yet is told when it has.
+    /// Has the agent look for the device, once the device is there and the agent has said hello.
     pub(in crate::supervisor) fn rescan(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let (plugged, hello) = (driver.timeline.at(Milestone::Plugged), driver.timeline.at(Milestone::Hello));
@@ -161,7 +161,7 @@ impl Supervisor {
             FromVm::Failed { what } => Some(what),
             FromVm::DeviceFailed { device, what, .. } => {
                 if let Some(spare) = &mut self.drivers[n].spare {
-                    spare.holder.doubt();
+                    spare.held.doubt();
                 }
                 Some(format!("device {device}: {what}"))
             }
@@ -215,7 +215,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn standby_ready(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.as_mut() else { return };
-        standby.told = true;
+        standby.ready = true;
         renice(standby.life.process.pid(), 0);
         let (generation, boot_ms) = (standby.life.generation.get(), milliseconds(Time::now().since(standby.started)));
         self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });

@@ -1,5 +1,5 @@
-//! Whether a driver VM is silent for want of a processor: on a host that is busy beyond measure even a healthy one misses
-//! its heartbeats. One that hangs has a processor and does not beat, or wants none.
+//! Whether a driver VM is silent because it gets no processor. On an overloaded host a healthy driver VM misses heartbeats; a hung
+//! one either runs without beating, or does not ask for a processor.
 //!
 //! The kernel counts for each thread how long it ran, and how long it was ready and waited for a processor
 //! (`/proc/PID/task/TID/schedstat`, `Documentation/scheduler/sched-stats.rst`). A kernel without these counts says nothing, and
@@ -21,10 +21,10 @@ struct Counts {
     waited: u64,
 }
 
-/// A look at the threads of a silent life's process.
+/// The counts of a silent life's threads, taken when half of the heartbeat timeout was over.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Watch {
-    /// The silence that it belongs to: when it was half over.
+    /// When half of the silence was over, which names the silence.
     half: Time,
     at: Time,
     threads: PathBuf,

@@ -20,14 +20,14 @@ use crate::supervisor::front::protocol::Response;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 
-/// A new image that has served for so long is kept, whatever happens then: most drivers that cannot work with their
-/// device fail when they probe or at the first traffic.
+/// How long a new image has to serve before it is kept. Most drivers that cannot work with their device fail when
+/// they probe or at the first traffic.
 const TRIAL: Duration = Duration::from_secs(30);
 
 /// A restart under way, or on trial.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Trial {
-    /// The generation that is to be replaced.
+    /// The generation that is to be replaced; `None` if there was none yet.
     from: Option<Generation>,
     /// The image of before, where another one is tried.
     before: Option<Arc<Image>>,
@@ -35,7 +35,7 @@ pub(in crate::supervisor) struct Trial {
     client: Option<u64>,
     /// When it took over.
     live: Option<Time>,
-    /// What was on trial already; it goes on if this one does not come about.
+    /// The trial that was under way when this restart began. It goes on if the restart does not come about.
     earlier: Option<Box<Trial>>,
 }
 
@@ -170,7 +170,7 @@ impl Supervisor {
         }
     }
 
-    /// Back to the image of before, if there was another one, and whoever waits is told why.
+    /// Goes back to the image of before, if another one was tried, and answers the client that waits for the outcome.
     pub(in crate::supervisor) fn fall_back(&mut self, n: DriverId, why: &str) {
         let driver = &mut self.drivers[n];
         let Some(Trial { before, client, .. }) = driver.trial.take() else { return };

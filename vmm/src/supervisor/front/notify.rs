@@ -13,14 +13,15 @@ use crate::base::time::Time;
 /// The environment variable with the manager's socket.
 const SOCKET: &str = "NOTIFY_SOCKET";
 
-/// The manager's ear.
+/// The service manager's socket, and what it was sent.
 #[derive(Debug, Default)]
 pub struct Notify {
     to: Option<(UnixDatagram, SocketAddr)>,
     /// How often the watchdog wants to hear of us.
     period: Option<Duration>,
     next: Time,
-    told: String,
+    /// The status as last sent.
+    sent: String,
     ready: bool,
 }
 
@@ -65,9 +66,9 @@ impl Notify {
             self.ready = true;
             words.push_str("READY=1\n");
         }
-        if status != self.told {
+        if status != self.sent {
             words.push_str(&format!("STATUS={status}\n"));
-            self.told = status;
+            self.sent = status;
         }
         if let Some(period) = self.period.filter(|_| self.next <= now) {
             self.next = now + period;

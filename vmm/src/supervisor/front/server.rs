@@ -284,7 +284,7 @@ impl Supervisor {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
         for n in self.guests.ids() {
-            if self.guests[n].is_to_be_asked() {
+            if self.guests[n].expect_answers() {
                 self.tell_guest(n, &ToVm::QueryStatus);
             }
         }
