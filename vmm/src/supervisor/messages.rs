@@ -80,7 +80,11 @@ impl Supervisor {
             FromVm::DeviceFailed { device, what, .. } => {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
-            FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } | FromVm::Disconnected { .. } => {}
+            FromVm::LinkUp { .. }
+            | FromVm::Plugged { .. }
+            | FromVm::Released { .. }
+            | FromVm::Disconnected { .. }
+            | FromVm::Snapshot { .. } => {}
             FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
             FromVm::Live { device, generation, at, outage: OutageCounts::Net(masked) } => {
                 self.on_end_live((n, device), generation, Time(at), masked);

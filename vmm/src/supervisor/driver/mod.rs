@@ -308,6 +308,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
+            snapshot_of: None,
             awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
             interrupt_limit: self.spec.restart.interrupts_per_s,
         };

@@ -2,6 +2,7 @@
 //! a request gets at most [`MAX_REQUEST`] bytes, which the driver has to expect.
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde_json::Value;
 use thiserror::Error;
 use umbra_splitter::copy::scatter;
 use umbra_splitter::log_limit::LogLimit;
@@ -146,6 +147,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.broken = false;
+    }
+
+    /// Nothing but its queue: what it gives is the host's.
+    fn save(&self) -> Result<Value, String> {
+        if self.broken { Err("waits for a reset".into()) } else { Ok(Value::Null) }
+    }
+
+    fn restore(&mut self, _: Value) -> Result<(), String> {
+        Ok(())
     }
 
     fn needs_reset(&self) -> bool {
