@@ -184,6 +184,7 @@ impl Supervisor {
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
             FromVm::Disconnected { end, link, why } => self.on_disconnected(n, Which::Present, end, link, &why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
+            FromVm::Snapshot { news } => self.on_snapshot(n, Which::Present, &news),
             FromVm::Panicked { at } => {
                 if let Some(life) = &mut self.drivers[n].life {
                     life.panicked = true;
@@ -299,6 +300,7 @@ impl Supervisor {
     pub(super) fn on_agent_message(&mut self, n: usize, message: FromAgent) {
         let now = Time::now();
         match message {
+            FromAgent::Ready { loaded } => self.on_agent_ready(n, Which::Present, loaded),
             FromAgent::Hello { generation, kernel, .. } => {
                 let driver = &mut self.drivers[n];
                 if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {

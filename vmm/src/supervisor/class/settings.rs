@@ -160,7 +160,7 @@ impl Supervisor {
         }
     }
 
-    fn after_sending(&mut self, n: usize, which: Which, sent: Result<(), LineError>) {
+    pub(in crate::supervisor) fn after_sending(&mut self, n: usize, which: Which, sent: Result<(), LineError>) {
         match (sent, which) {
             (Ok(()), _) => {}
             (Err(error), Which::Present) => self.lose_agent(n, &error),

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use umbra_shadow::{Class, DeviceId, Generation, LinkId};
 
+use super::begin::Begin;
 use super::{DriverVm, Life, Role};
 use crate::base::time::Time;
 use crate::lifecycle::{End, Failure, Input, Source, State};
@@ -185,7 +186,7 @@ impl Supervisor {
         let Some(life) = driver.life_of_mut(which) else { return };
         // A session with a sound service begins with its card.
         let early = life.role == Role::Waits && which == Which::Standby && device.class == Class::Sound;
-        if early || !life.links[end].is_wanted(now) {
+        if early || life.begin == Begin::Unmet || !life.links[end].is_wanted(now) {
             return;
         }
         let generation = life.generation;

@@ -1,5 +1,6 @@
 //! A driver VM as the supervisor has it: its process and agent while it lives, its evidence when it has died.
 
+pub(in crate::supervisor) mod begin;
 pub(in crate::supervisor) mod console;
 pub(in crate::supervisor) mod device;
 pub(in crate::supervisor) mod dying;
@@ -26,6 +27,7 @@ pub(super) use ends::{EndLink, EndRef};
 
 use super::class::carrier::Flaps;
 use super::class::settings::Settings;
+use super::driver::begin::Begin;
 use super::driver::console::Console;
 use super::driver::device::{Holder, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
@@ -152,6 +154,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) registers: String,
     /// What it was started for.
     pub(in crate::supervisor) role: Role,
+    /// Whether its agent knows which life it is.
+    pub(in crate::supervisor) begin: Begin,
     /// What its agent has not been told yet of what guests ask.
     pub(in crate::supervisor) settings: Settings,
     /// How often its carrier has changed of late.
@@ -180,6 +184,8 @@ pub(in crate::supervisor) struct StandbyVm {
     /// The kernel driver of a spare's device.
     pub(in crate::supervisor) kernel_driver: Option<String>,
     pub(in crate::supervisor) available_memory: Option<u64>,
+    /// It was restored from a snapshot.
+    pub(in crate::supervisor) restored: bool,
     /// It has been ready.
     pub(in crate::supervisor) told: bool,
     /// It was killed; its end is waited for.
@@ -293,12 +299,14 @@ impl DriverVm {
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
         let awaits = if role == Role::Waits { " umbra.awaits" } else { "" };
+        let snapshot_of = (role == Role::Waits && self.spec.snapshots).then(|| self.image_digest());
+        let begin = if snapshot_of.is_some() { Begin::Unmet } else { Begin::Boots };
         let image = if role == Role::Serves { &self.image } else { self.next_image() };
         let spec = VmSpec {
             name,
             kernel: image.vmlinux.clone(),
             initrd: vec![image.initramfs.clone()],
-            cmdline: format!("{CMDLINE} umbra.generation={generation}{awaits} {}", self.spec.cmdline),
+            cmdline: format!("{CMDLINE}{awaits} {}", self.spec.cmdline),
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: config::Console::Terminal,
@@ -308,7 +316,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(sounds).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: role == Role::Waits,
-            snapshot_of: None,
+            snapshot_of,
             awaited: self.holder.snapshot().filter(|_| role == Role::Waits).cloned(),
             interrupt_limit: self.spec.restart.interrupts_per_s,
         };
@@ -328,6 +336,7 @@ impl DriverVm {
             panicked: false,
             registers: String::new(),
             role,
+            begin,
             settings: Settings::default(),
             flaps: Flaps::default(),
         })

@@ -12,6 +12,7 @@ use nix::poll::PollFlags;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
+use super::begin::Begin;
 use super::console::{Console, Fatal};
 use super::{DriverVm, Role, StandbyVm};
 use crate::base::time::{Time, milliseconds};
@@ -59,6 +60,7 @@ impl Supervisor {
                     kernel: None,
                     kernel_driver: None,
                     available_memory: None,
+                    restored: false,
                     told: false,
                     dropped: false,
                     suspicion: None,
@@ -112,6 +114,10 @@ impl Supervisor {
         driver.present = Some(generation);
         let standby = if told { "ready" } else { "booting" };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        if driver.life.as_ref().is_some_and(|life| life.begin == Begin::Unmet) {
+            // There is no time for a snapshot.
+            self.begin(n, Which::Present);
+        }
         self.plug(n);
         self.connect_ends(n);
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
@@ -180,6 +186,10 @@ impl Supervisor {
                 self.on_disconnected(n, Which::Standby, end, link, &why);
                 None
             }
+            Ok(Incoming::Message(FromVm::Snapshot { news }, _)) => {
+                self.on_snapshot(n, Which::Standby, &news);
+                None
+            }
             Ok(Incoming::Message(..)) => None,
             Ok(Incoming::Closed) => {
                 standby.life.listening = false;
@@ -223,6 +233,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let standby = driver.standby.as_mut()?;
         match message {
+            FromAgent::Ready { loaded } => self.on_agent_ready(n, Which::Standby, loaded),
             FromAgent::Hello { generation, kernel, .. } => {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));
@@ -261,8 +272,9 @@ impl Supervisor {
         let Some(standby) = driver.standby.as_mut() else { return };
         standby.told = true;
         renice(standby.life.process.pid(), 0);
-        let (generation, boot_ms) = (standby.life.generation.get(), milliseconds(Time::now().since(standby.started)));
-        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+        let (generation, restored) = (standby.life.generation.get(), standby.restored);
+        let boot_ms = milliseconds(Time::now().since(standby.started));
+        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms, restored });
     }
 
     /// The standby's process has ended, by itself or because it was dropped.
