@@ -2,6 +2,14 @@
 //!
 //! One port, one incarnation: the supervisor makes a new socket pair for each life of a driver VM, so a
 //! message can only come from the generation it belongs to; [`FromAgent::Hello`] repeats the number as a check.
+//!
+//! ```text
+//!   agent: Ready (kernel and port are there) .. Ready (all modules are loaded)      a snapshot may be taken here
+//!   host:                                                                     Begin (which life it is)
+//!   agent:                                                                          Hello, Loaded
+//! ```
+//! The host may say [`ToAgent::Begin`] as early as it likes. Until then the agent knows nothing that differs from life to life, and
+//! says nothing but [`FromAgent::Ready`].
 //! The host does not trust the agent: lines longer than [`MAX_LINE`] or that do not parse are a protocol
 //! violation and count as a failure of that driver VM.
 
@@ -62,10 +70,55 @@ impl std::str::FromStr for Mac {
     }
 }
 
+/// Bytes of [`Entropy`]: as many as the kernel's generator has for a seed, twice.
+pub const ENTROPY_BYTES: usize = 64;
+
+/// Random bytes from the host; 128 hexadecimal digits on the wire. Never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Entropy(pub [u8; ENTROPY_BYTES]);
+
+impl std::fmt::Debug for Entropy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Entropy(..)")
+    }
+}
+
+impl From<Entropy> for String {
+    fn from(Entropy(bytes): Entropy) -> Self {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl TryFrom<String> for Entropy {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        const WRONG: &str = "entropy is 128 hexadecimal digits";
+        let digits: Option<Vec<u8>> = text.chars().map(|c| c.to_digit(16).and_then(|n| u8::try_from(n).ok())).collect();
+        let bytes: Vec<u8> =
+            digits.ok_or(WRONG)?.chunks(2).map(|pair| pair.iter().fold(0, |n, d| n << 4 | d)).collect();
+        if text.len() != 2 * ENTROPY_BYTES {
+            return Err(WRONG);
+        }
+        bytes.try_into().map(Self).map_err(|_| WRONG)
+    }
+}
+
 /// Host to agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ToAgent {
+    /// First message: which life this is. It may have been restored from a snapshot, as others before it: nothing that is to differ
+    /// between them may be drawn or sent before. Answered by [`FromAgent::Hello`].
+    Begin {
+        /// The generation.
+        generation: u32,
+        /// For the kernel's random number generator.
+        entropy: Entropy,
+        /// The time of day: nanoseconds since 1970, UTC.
+        unix_ns: u64,
+    },
     /// Sent once after [`FromAgent::Hello`]: bring the NIC up and forward between it and the virtio-net ends.
     ConfigureNet(NetPlan),
     /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of a sound card: start
@@ -200,9 +253,15 @@ pub enum CrashKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum FromAgent {
-    /// First message: the kernel is up and the agent runs.
+    /// First message, and said again when all modules are loaded, unless [`ToAgent::Begin`] has come: the kernel is up, the agent runs,
+    /// and does not know yet which life this is.
+    Ready {
+        /// All modules of the image are loaded.
+        loaded: bool,
+    },
+    /// Answer to [`ToAgent::Begin`].
     Hello {
-        /// The generation from the kernel command line (`umbra.generation=`).
+        /// The generation that it was told.
         generation: u32,
         /// Kernel release (`uname -r`).
         kernel: String,

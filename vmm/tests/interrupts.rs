@@ -54,9 +54,10 @@ fn an_eventfd_interrupts_and_masked_interrupts_wait() {
     }
     let files = Files::new(&elf(&guest()));
     let spec = files.spec();
-    let vm = Vm::new(&spec).unwrap();
+    let memory = umbra_vmm::vm::machine::memory::create(&spec.name, spec.memory.0).unwrap();
+    let vm = Vm::new(&spec, memory).unwrap();
     let mut vector = vm.interrupts.msi_vector().unwrap();
-    let vcpus = vm.start(&spec).unwrap();
+    let vcpus = vm.start(vm.load(&spec).unwrap()).unwrap();
     wait_for(&files, "r");
 
     let message = MsiMessage { address: 0xfee0_0000, data: VECTOR.into() };

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use umbra_driver_vm::lines::{LineReader, to_line};
-use umbra_driver_vm::protocol::{DevicePlace, FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent};
+use umbra_driver_vm::protocol::{
+    DevicePlace, ENTROPY_BYTES, Entropy, FromAgent, Mac, NetEnd, NetPlan, Offloads, RxMode, ToAgent,
+};
 use umbra_guest_images::cache::Cache;
 use umbra_guest_images::image::{Image, Recipe};
 use umbra_guest_images::kernel::Kernel;
@@ -100,6 +102,11 @@ impl DriverVm {
 
     /// Waits until a VM that boots forwards frames and the link is up.
     pub fn expect_forwarding(&mut self, modes: Vec<RxMode>) {
+        self.send(&ToAgent::Begin {
+            generation: 3,
+            entropy: Entropy([7; ENTROPY_BYTES]),
+            unix_ns: 1_700_000_000_000_000_000,
+        });
         self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
         self.send(&ToAgent::ConfigureNet(plan(modes)));
         self.expect(|m| matches!(m, FromAgent::Nic { mac: GUEST, mtu: 1500, .. }));
@@ -297,7 +304,7 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
     command
         .args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "112M", "-nodefaults", "-display", "none"])
         .args(["-no-reboot", "-device", "pvpanic", "-device", "virtio-serial-pci"])
-        .args(["-append", "console=ttyS0 panic=-1 umbra.generation=3"])
+        .args(["-append", "console=ttyS0 panic=-1"])
         .arg("-kernel")
         .arg(&image.vmlinux)
         .arg("-initrd")

@@ -196,6 +196,9 @@ pub struct Driver {
     /// Whether the next driver VM waits booted.
     #[serde(default)]
     pub standby: Standby,
+    /// Whether a standby is restored from a snapshot, which the first one leaves.
+    #[serde(default)]
+    pub snapshots: bool,
     /// How often it may be restarted, and what then.
     #[serde(default)]
     pub restart: Restart,
@@ -224,6 +227,7 @@ impl Driver {
             cpus: default_cpus(),
             cmdline: String::new(),
             standby: Standby::default(),
+            snapshots: false,
             restart: Restart::default(),
         }
     }

@@ -7,7 +7,7 @@ use umbra_driver_vm::protocol::{FromAgent, RxMode};
 
 use crate::base::untrusted_text::{MAX_TEXT, bounded};
 use crate::wire::channel::{Channel, Error, Incoming};
-use crate::wire::messages::{Disconnect, FromVm, LinkEnd};
+use crate::wire::messages::{Disconnect, FromVm, LinkEnd, SnapshotNews};
 
 /// Longest text of an agent that is kept, in bytes: a name of a kernel or driver, or a sentence.
 const MAX_AGENT_TEXT: usize = 512;
@@ -55,6 +55,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         FromVm::Failed { what } => cut(what, MAX_TEXT),
         FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what), .. }
         | FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } => cut(what, MAX_TEXT),
+        FromVm::Snapshot { news: SnapshotNews::Refused(why) | SnapshotNews::NotTaken(why) } => cut(why, MAX_TEXT),
         FromVm::RxMode { mode, .. } => limit_mode(mode),
         FromVm::Pace { steps, .. } => {
             steps.out.truncate(MAX_STEPS);
@@ -71,7 +72,8 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::ForeignAddress { .. }
         | FromVm::Offloads { .. }
         | FromVm::Lost { cause: LinkEnd::Closed, .. }
-        | FromVm::Disconnected { .. } => {}
+        | FromVm::Disconnected { .. }
+        | FromVm::Snapshot { .. } => {}
     }
     message
 }

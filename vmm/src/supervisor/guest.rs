@@ -221,6 +221,7 @@ impl GuestVm {
             passthrough: self.spec.passthrough.clone(),
             standby: false,
             // Nobody would restart a guest for it.
+            snapshot_of: None,
             awaited: None,
             interrupt_limit: None,
         }

@@ -73,7 +73,11 @@ impl Supervisor {
             FromVm::DeviceFailed { device, what, .. } => {
                 self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
             }
-            FromVm::LinkUp { .. } | FromVm::Plugged { .. } | FromVm::Released { .. } | FromVm::Disconnected { .. } => {}
+            FromVm::LinkUp { .. }
+            | FromVm::Plugged { .. }
+            | FromVm::Released { .. }
+            | FromVm::Disconnected { .. }
+            | FromVm::Snapshot { .. } => {}
             FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
             FromVm::Live { device, generation, at, outage } => {
                 self.on_device_live((n, device), generation, Time(at), outage);

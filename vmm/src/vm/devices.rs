@@ -298,7 +298,13 @@ impl Devices {
                 }
             }
             // These concern the whole VM.
-            ToVm::Start(_) | ToVm::PowerButton | ToVm::Kill | ToVm::Release | ToVm::LockUp | ToVm::Plug { .. } => {}
+            ToVm::Start(_)
+            | ToVm::PowerButton
+            | ToVm::Kill
+            | ToVm::Release
+            | ToVm::LockUp
+            | ToVm::Plug { .. }
+            | ToVm::Snapshot => {}
         }
     }
 

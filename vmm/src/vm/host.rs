@@ -4,11 +4,14 @@
 //! Invariant: who tells something never waits. What a supervisor that is busy or stopped does not take now is sent by a
 //! thread, in order; what is more than [`MAX_WAITING`] is left out and counted.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::base::lock::lock;
 use crate::wire::channel::{self, Channel};
@@ -110,6 +113,13 @@ impl Host {
             Self::Supervisor(supervisor) => supervisor.tell(message),
             Self::Log => tracing::info!(?message, "a message for a supervisor"),
         }
+    }
+
+    /// Whether a message of a supervisor waits to be read, or it is gone.
+    pub fn has_orders(&self) -> bool {
+        let Self::Supervisor(supervisor) = self else { return false };
+        let mut fds = [PollFd::new(supervisor.channel().as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits, bounded, until everything is told: before the process ends.

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,17 +16,21 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 
+use super::assemble::{Assembled, assemble};
 use super::devices::{self, Devices};
 use super::host::{Host, Supervisor};
+use super::machine::memory;
 use super::machine::terminal::TerminalInput;
+use super::machine::vcpu::Vcpus;
 use super::machine::vm::{self, Vm};
+use super::snapshot::{self, Place};
 use crate::base::error::chain;
 use crate::base::high_duplicate::high_duplicate;
 use crate::base::lock::lock;
 use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
-use crate::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
+use crate::wire::messages::{FromVm, SnapshotNews, ToVm, VmEnd, VmSpec};
 
 /// Where the VM's spec comes from.
 #[derive(Debug)]
@@ -61,6 +65,9 @@ pub enum Error {
     /// Its devices.
     #[error(transparent)]
     Devices(#[from] devices::Error),
+    /// Its snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     /// The event loop.
     #[error("run the event loop")]
     Events(#[source] event_manager::Error),
@@ -158,18 +165,19 @@ fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
 /// Builds and runs the VM; returns how it ended and its vCPUs' registers.
 fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
     die_with_supervisor(spec, host)?;
-    let vm = Vm::new(spec)?;
-    let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
-    let devices = devices::add(&vm, (spec, files), host, &mut events)?;
-    tracing::debug!("devices are there");
+    let Assembled { vm, devices, mut events, vcpus, mut snapshot } = assemble(spec, files, host)?;
     let vm = Arc::new(vm);
-    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, lock_up: false };
+    let orders = Orders::default();
+    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders };
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
     events.add_subscriber(vm.serial.clone());
 
-    let vcpus = vm.start(spec)?;
+    let vcpus = vm.start(vcpus)?;
     host.tell(&FromVm::Running { at: Time::now().0 });
+    if spec.snapshot_of.is_some() && snapshot.is_none() {
+        back_with_huge_pages(&vm);
+    }
     let terminal = if spec.console == Console::Terminal {
         let input = TerminalInput::new(Arc::clone(&vm.serial), Arc::clone(&vm.end));
         let input = input.map_err(Error::system("put the terminal into raw mode"))?;
@@ -181,8 +189,12 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if let Some(how) = vm.end.get() {
             break how;
         }
-        if std::mem::take(&mut lock(&control).lock_up) {
+        let orders = std::mem::take(&mut lock(&control).orders);
+        if orders.lock_up {
             vcpus.lock_up();
+        }
+        if orders.snapshot {
+            take_snapshot((&vm, &vcpus), snapshot.take(), host);
         }
         for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
@@ -206,6 +218,29 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     Ok((how, registers))
 }
 
+/// Takes the snapshot of a VM, once.
+fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), place: Option<Place>, host: &Host) {
+    let start = Time::now();
+    let mut go_on = || !host.has_orders() && !vm.end.is_set();
+    let taken = place.map(|place| place.take(vm, vcpus, &mut go_on));
+    let news = match taken {
+        None => SnapshotNews::NotTaken("there is one, or this VM has none".into()),
+        Some(Ok(bytes)) => SnapshotNews::Taken(bytes),
+        Some(Err(why)) => SnapshotNews::NotTaken(chain(&why)),
+    };
+    tracing::debug!(?news, "the VM stood still for {:?}", Time::now().since(start));
+    host.tell(&FromVm::Snapshot { news });
+}
+
+/// What a boot has before it begins, a VM that is restored gets while it waits.
+fn back_with_huge_pages(vm: &Arc<Vm>) {
+    let memory = vm.memory.clone();
+    let spawned = std::thread::Builder::new().name("huge-pages".into()).spawn(move || memory::collapse(&memory, true));
+    if let Err(error) = spawned {
+        tracing::debug!(%error, "start a thread that backs memory with huge pages");
+    }
+}
+
 /// A VM must not outlive its supervisor. One that holds the terminal gets a signal that lets it clean up.
 fn die_with_supervisor(spec: &VmSpec, host: &Host) -> Result<(), Error> {
     if matches!(host, Host::Log) {
@@ -222,8 +257,16 @@ struct Control {
     host: Arc<Host>,
     devices: Devices,
     signals: SignalFd,
-    /// The vCPUs are to be locked up; the loop does it.
+    orders: Orders,
+}
+
+/// What the loop is to do, because it has the vCPUs.
+#[derive(Debug, Default)]
+struct Orders {
+    /// The vCPUs are to be locked up.
     lock_up: bool,
+    /// A snapshot is to be taken.
+    snapshot: bool,
 }
 
 /// What the descriptors are registered as.
@@ -252,7 +295,8 @@ impl Control {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
-            ToVm::LockUp => self.lock_up = true,
+            ToVm::LockUp => self.orders.lock_up = true,
+            ToVm::Snapshot => self.orders.snapshot = true,
             ToVm::Release => {
                 self.devices.release();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });

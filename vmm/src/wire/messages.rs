@@ -49,6 +49,10 @@ pub struct VmSpec {
     /// A driver VM that waits for its device: [`ToVm::Plug`].
     #[serde(default)]
     pub standby: bool,
+    /// Restore it from its snapshot where there is one, and let one be taken by [`ToVm::Snapshot`]: the digest of kernel and initial
+    /// RAM disks. Answered by [`FromVm::Snapshot`] at its start. `None`: it has no snapshots.
+    #[serde(default)]
+    pub snapshot_of: Option<String>,
     /// What is known of that device: it is on the bus from the start, to be set up by the VM's kernel before it comes.
     #[serde(default)]
     pub awaited: Option<Snapshot>,
@@ -145,6 +149,9 @@ pub enum ToVm {
         /// Its PCI address on the host.
         device: String,
     },
+    /// Driver VM that waits: take a snapshot of it now; answered by [`FromVm::Snapshot`]. It is given up for any message that comes
+    /// meanwhile.
+    Snapshot,
     /// Driver VM: the connection of its end `end` (by position among its ends) with a guest's device; one that is there is
     /// ended. Descriptor attached: the connected socket (vhost-user for a network device, a stream for a sound device).
     Connect {
@@ -218,6 +225,11 @@ pub enum FromVm {
     Running {
         /// When, ns.
         at: u64,
+    },
+    /// Driver VM with [`VmSpec::snapshot_of`]: what became of its snapshot.
+    Snapshot {
+        /// What.
+        news: SnapshotNews,
     },
     /// The device of [`ToVm::Plug`] is on the VM's bus; its kernel has to look for it, or to give it to its driver.
     Plugged {
@@ -343,6 +355,22 @@ pub enum FromVm {
         /// How it is.
         status: DeviceStatus,
     },
+}
+
+/// What became of the snapshot of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotNews {
+    /// At the start: the VM is restored from it, and goes on as it was saved.
+    Restored,
+    /// At the start: there is none; the VM boots.
+    Missing,
+    /// At the start: it cannot be used, and why; the VM boots.
+    Refused(String),
+    /// One was taken: bytes of its file.
+    Taken(u64),
+    /// None was taken, and why.
+    NotTaken(String),
 }
 
 /// Why a guest's splitter lost a link.

@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,7 @@ impl Files {
             ports: vec![],
             passthrough: vec![],
             standby: false,
+            snapshot_of: None,
             awaited: None,
             interrupt_limit: None,
         }
@@ -108,10 +109,16 @@ impl Process {
 
     /// Starts a guest of `spec`.
     pub fn with(files: Files, spec: VmSpec) -> Self {
+        Self::with_snapshots(files, spec, None)
+    }
+
+    /// Starts a guest of `spec`, whose snapshots are in `folder`.
+    pub fn with_snapshots(files: Files, spec: VmSpec, folder: Option<&Path>) -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
         let number = theirs.as_raw_fd();
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
         command.args(["vm", "--control", "3"]);
+        command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));
         // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
         unsafe {
             command.pre_exec(move || match libc::dup2(number, 3) {

@@ -16,7 +16,7 @@ use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
-    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, ToVm, VmEnd, VmSpec,
+    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd, VmSpec,
 };
 
 /// The guest's only device.
@@ -200,8 +200,15 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default().to_string_lossy();
     let release = if told("escapes") { ESCAPES.into() } else { format!("6.12-fake of {image}") };
     let say = |message: FromAgent| send(&sender, &message);
-    say(FromAgent::Hello { generation, kernel: release, uptime_ms: 1 });
+    let restored = spec.snapshot_of.is_some() && snapshot(spec, &channel, &say);
+    if !restored {
+        say(FromAgent::Ready { loaded: false });
+    }
     let mut lines = BufReader::new(agent).lines();
+    let begin = lines.next().unwrap().unwrap();
+    let Ok(ToAgent::Begin { generation: which, .. }) = serde_json::from_str(&begin) else { panic!("{begin}") };
+    assert_eq!(which, generation);
+    say(FromAgent::Hello { generation, kernel: release, uptime_ms: 1 });
     let channel = Arc::new(channel);
     let heartbeats = || {
         let heart = Arc::clone(&sender);
@@ -272,6 +279,32 @@ fn driver(spec: &VmSpec, channel: Channel) {
             order => println!("[    5.0] {}: {order:?}", spec.name),
         }
     }
+}
+
+/// The begin of a life with a snapshot: there is one from the second standby on. Whether it is restored.
+fn snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
+    let tell = |news| channel.send(&FromVm::Snapshot { news }, &[]).unwrap();
+    // As much as a process has between its start and the word that it is restored.
+    thread::sleep(Duration::from_millis(50));
+    match spec.name.as_str() {
+        "nic0.2" => tell(SnapshotNews::Missing),
+        "nic0.3" => tell(SnapshotNews::Refused("its memory is damaged".into())),
+        _ => {
+            tell(SnapshotNews::Restored);
+            return true;
+        }
+    }
+    say(FromAgent::Ready { loaded: false });
+    say(FromAgent::Ready { loaded: true });
+    if spec.cmdline.contains("slow-to-be-saved ") {
+        return false;
+    }
+    // Whatever else came before this would be in the snapshot.
+    let first = channel.receive::<ToVm>().unwrap();
+    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot, _)), "{first:?}");
+    println!("[    1.0] {} is saved", spec.name);
+    tell(if spec.name == "nic0.2" { SnapshotNews::Taken(1 << 20) } else { SnapshotNews::NotTaken("no room".into()) });
+    false
 }
 
 /// The supervisor's messages to the process.

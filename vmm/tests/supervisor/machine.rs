@@ -163,7 +163,7 @@ fn make_image(image: &Path) {
     fs::create_dir_all(image).unwrap();
     fs::write(image.join("vmlinux"), "elf").unwrap();
     fs::write(image.join("initramfs.cpio"), "cpio").unwrap();
-    let manifest = r#"{"format":2,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
+    let manifest = r#"{"format":3,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
         "firmware_missing":[],"vmlinux":{"size":3,"sha256":""},"initramfs":{"size":4,"sha256":""}}"#;
     fs::write(image.join("manifest.json"), manifest).unwrap();
 }

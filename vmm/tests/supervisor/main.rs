@@ -14,6 +14,7 @@ mod machine;
 mod observers;
 mod refused;
 mod settings;
+mod snapshots;
 mod upgrade;
 
 use std::panic::catch_unwind;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         .chain(hostile::ALL)
         .chain(refused::ALL)
         .chain(settings::ALL)
+        .chain(snapshots::ALL)
         .chain(upgrade::ALL)
         .chain(lives::ALL)
         .chain(observers::ALL)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use umbra_driver_vm::protocol::{CrashKind, DevicePlace, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
+use umbra_driver_vm::protocol::{CrashKind, DevicePlace, Entropy, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
 
 use crate::modules::Loading;
 use crate::network_thread::{DEVICES_WITHIN, Missing, NetworkThread, Report};
@@ -29,6 +29,8 @@ const BEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
 #[derive(Debug)]
 pub struct Agent {
     port: Port,
+    /// Which life this is, once the host has said so.
+    generation: Option<u32>,
     host_away: bool,
     loading: Loading,
     task: Task,
@@ -57,12 +59,9 @@ impl Agent {
     pub fn start(loading: Loading) -> anyhow::Result<Self> {
         let port = Port::open()?;
         let (task, next_beat) = (Task::Idle, Instant::now() + BEAT);
-        let mut new = Self { port, host_away: false, loading, task, deadline: None, beats: 0, next_beat };
-        new.port.send(&FromAgent::Hello {
-            generation: system::generation(),
-            kernel: system::release(),
-            uptime_ms: system::uptime_ms(),
-        })?;
+        let (generation, host_away, deadline, beats) = (None, false, None, 0);
+        let mut new = Self { port, generation, host_away, loading, task, deadline, beats, next_beat };
+        new.port.send(&FromAgent::Ready { loaded: false })?;
         Ok(new)
     }
 
@@ -83,7 +82,7 @@ impl Agent {
             kernel_log::error(&failure);
         }
         if self.loading.done() && !was_done {
-            self.port.send(&FromAgent::Loaded { uptime_ms: system::uptime_ms() })?;
+            self.say_loaded()?;
             if let Task::Network(network) = &self.task {
                 network.order(|orders| orders.loaded = true);
             }
@@ -128,14 +127,43 @@ impl Agent {
         }
     }
 
+    /// All modules are loaded.
+    fn say_loaded(&mut self) -> anyhow::Result<()> {
+        self.port.send(&match self.generation {
+            Some(_) => FromAgent::Loaded { uptime_ms: system::uptime_ms() },
+            None => FromAgent::Ready { loaded: true },
+        })
+    }
+
+    /// From here on this life differs from others that were restored from the same snapshot.
+    fn begin(&mut self, generation: u32, entropy: &Entropy, unix_ns: u64) -> anyhow::Result<()> {
+        if self.generation.replace(generation).is_some() {
+            anyhow::bail!("the host began a life that has begun");
+        }
+        // Before anything else, as anything may draw random numbers.
+        system::add_entropy(entropy);
+        system::set_clock(unix_ns);
+        self.next_beat = Instant::now() + BEAT;
+        let (kernel, uptime_ms) = (system::release(), system::uptime_ms());
+        self.port.send(&FromAgent::Hello { generation, kernel, uptime_ms })?;
+        if self.loading.done() { self.say_loaded() } else { Ok(()) }
+    }
+
     fn obey(&mut self, message: ToAgent) -> anyhow::Result<()> {
+        let Some(generation) = self.generation else {
+            let ToAgent::Begin { generation, entropy, unix_ns } = message else {
+                anyhow::bail!("the host gave an order before it said which life this is");
+            };
+            return self.begin(generation, &entropy, unix_ns);
+        };
         match (message, &mut self.task) {
+            (ToAgent::Begin { generation, entropy, unix_ns }, _) => self.begin(generation, &entropy, unix_ns)?,
             (ToAgent::ConfigureNet(plan), Task::Idle) => self.start_network(plan)?,
             (ToAgent::ConfigureSound { ends, device }, Task::Idle) => {
                 if device == DevicePlace::Present {
                     self.deadline = Some(Instant::now() + DEVICES_WITHIN);
                 }
-                self.task = Task::Sound(Service::start(system::generation(), ends)?);
+                self.task = Task::Sound(Service::start(generation, ends)?);
             }
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => {
                 anyhow::bail!("the host sent a second plan")
@@ -239,6 +267,9 @@ impl Agent {
             return Ok(());
         }
         self.next_beat = now + BEAT;
+        if self.generation.is_none() {
+            return Ok(());
+        }
         self.beats += 1;
         if let Task::Network(network) = &mut self.task {
             network.check()?;

@@ -1,12 +1,16 @@
 //! What a first process does for its system: mounts, kernel settings, facts about the kernel, and its end.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::time::{ClockId, clock_gettime};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime, clock_settime};
+use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy};
 
 use crate::kernel_log;
 
@@ -92,11 +96,50 @@ fn schedule(policy: libc::c_int, priority: libc::c_int) -> std::io::Result<()> {
     Err(std::io::Error::last_os_error())
 }
 
-/// The generation on the kernel command line (`umbra.generation=`); 0, which is none, when it is not there.
-pub fn generation() -> u32 {
-    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let value = cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix("umbra.generation="));
-    value.and_then(|value| value.parse().ok()).unwrap_or(0)
+/// Adds random bytes of the host's to the kernel's generator, and has it draw from them at once: the next random number is another
+/// one than that of a VM that was restored from the same snapshot. A kernel that refuses goes on with what it has.
+pub fn add_entropy(entropy: &Entropy) {
+    let added = File::options().write(true).open("/dev/urandom").and_then(|device| {
+        let pool = RandPoolInfo::new(entropy);
+        // SAFETY: the structure is the ioctl's, its length is in it, and it outlives the call.
+        check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const pool) })?;
+        // SAFETY: this one takes no argument.
+        check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) })
+    });
+    if let Err(error) = added {
+        kernel_log::error(&format!("cannot add entropy to the kernel's: {error}"));
+    }
+}
+
+/// `_IOW('R', 0x03, int [2])` and `_IO('R', 0x07)` of `linux/random.h`.
+const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+
+/// `struct rand_pool_info` with its buffer.
+#[repr(C)]
+struct RandPoolInfo {
+    entropy_bits: libc::c_int,
+    bytes: libc::c_int,
+    buffer: [u8; ENTROPY_BYTES],
+}
+
+impl RandPoolInfo {
+    fn new(Entropy(buffer): &Entropy) -> Self {
+        let bytes = libc::c_int::try_from(ENTROPY_BYTES).unwrap_or(0);
+        Self { entropy_bits: 8 * bytes, bytes, buffer: *buffer }
+    }
+}
+
+fn check(result: libc::c_int) -> std::io::Result<()> {
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the time of day to `unix_ns` nanoseconds since 1970.
+pub fn set_clock(unix_ns: u64) {
+    let set = clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(Duration::from_nanos(unix_ns)));
+    if let Err(error) = set {
+        kernel_log::error(&format!("cannot set the clock: {error}"));
+    }
 }
 
 /// This VM's device comes later (`umbra.awaits` on the kernel command line).

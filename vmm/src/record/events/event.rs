@@ -67,6 +67,9 @@ pub enum Event {
         generation: u32,
         /// How long it took to boot, ms.
         boot_ms: f64,
+        /// It was restored from a snapshot.
+        #[serde(default)]
+        restored: bool,
     },
     /// A standby died while it waited; another one is started after a delay.
     StandbyFailed {

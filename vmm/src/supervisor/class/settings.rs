@@ -144,7 +144,7 @@ impl Supervisor {
         }
     }
 
-    fn after_sending(&mut self, n: DriverId, role: LifeRole, sent: Result<(), LineError>) {
+    pub(in crate::supervisor) fn after_sending(&mut self, n: DriverId, role: LifeRole, sent: Result<(), LineError>) {
         match (sent, role) {
             (Ok(()), _) | (Err(_), LifeRole::Dying) => {}
             (Err(error), LifeRole::Present) => self.lose_agent(n, &error),

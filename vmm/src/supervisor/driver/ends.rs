@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use umbra_shadow::{DeviceId, Generation, LinkId};
 
+use super::begin::Begin;
 use super::life::{LifeRole, Purpose};
 use super::{DriverVm, Life};
 use crate::base::time::Time;
@@ -188,7 +189,7 @@ impl Supervisor {
         let Some(life) = driver.life_of_mut(role) else { return };
         let waits = life.purpose == Purpose::Wait && role == LifeRole::Standby;
         let early = waits && traits(device.class).begins_with_device;
-        if early || !life.links[end].is_wanted(now) {
+        if early || life.begin == Begin::Unmet || !life.links[end].is_wanted(now) {
             return;
         }
         let generation = life.generation;

@@ -15,6 +15,7 @@ use umbra_driver_vm::protocol::{DevicePlace, FromAgent, MAX_LINE, ToAgent};
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 
+use super::begin::Begin;
 use super::console::{Console, Fatal};
 use super::{DriverVm, EndLink};
 use crate::base::lines::{LineError, Lines};
@@ -112,6 +113,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) panicked: bool,
     pub(in crate::supervisor) registers: String,
     pub(in crate::supervisor) purpose: Purpose,
+    /// Whether its agent knows which life it is.
+    pub(in crate::supervisor) begin: Begin,
     /// What guests ask for and its agent was not sent yet.
     pub(in crate::supervisor) settings: Settings,
     /// How often its carrier has changed lately.
@@ -121,7 +124,7 @@ pub(in crate::supervisor) struct Life {
 impl Life {
     /// A life that begins: nothing is heard yet, and none of its `ends` is connected.
     pub(super) fn new(
-        (generation, image, purpose): (Generation, Arc<Image>, Purpose),
+        (generation, image, purpose, begin): (Generation, Arc<Image>, Purpose, Begin),
         process: VmProcess,
         agent: UnixStream,
         ends: usize,
@@ -137,6 +140,7 @@ impl Life {
             panicked: false,
             registers: String::new(),
             purpose,
+            begin,
             settings: Settings::default(),
             flaps: Flaps::default(),
         }

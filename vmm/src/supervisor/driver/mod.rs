@@ -1,5 +1,6 @@
 //! A driver VM as the supervisor has it: its process and agent while it lives, its evidence when it has died.
 
+pub(in crate::supervisor) mod begin;
 pub(in crate::supervisor) mod console;
 pub(in crate::supervisor) mod device;
 pub(in crate::supervisor) mod dying;
@@ -27,6 +28,7 @@ pub(super) use ends::{EndLink, EndRef};
 pub(super) use life::Life;
 
 use super::class::end_backends;
+use super::driver::begin::Begin;
 use super::driver::console::Console;
 use super::driver::device::{HeldDevice, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
@@ -144,6 +146,8 @@ pub(in crate::supervisor) struct StandbyVm {
     /// The kernel driver of a spare's device.
     pub(in crate::supervisor) kernel_driver: Option<String>,
     pub(in crate::supervisor) available_memory: Option<u64>,
+    /// It was restored from a snapshot.
+    pub(in crate::supervisor) restored: bool,
     /// It has booted, and its readiness was reported. A spare is ready when it was first armed.
     pub(in crate::supervisor) ready: bool,
     /// It was killed and is not the next life any more; only its process's end is still waited for.
@@ -250,11 +254,13 @@ impl DriverVm {
         // Its agent keeps the drivers off until the device has come.
         let awaits = if purpose == Purpose::Wait { " umbra.awaits" } else { "" };
         let image = if purpose == Purpose::Serve { &self.image } else { self.next_image() };
+        let snapshot_of = (purpose == Purpose::Wait && self.spec.snapshots).then(|| self.image_digest());
+        let begin = if snapshot_of.is_some() { Begin::Unmet } else { Begin::Boots };
         let spec = VmSpec {
             name,
             kernel: image.vmlinux.clone(),
             initrd: vec![image.initramfs.clone()],
-            cmdline: format!("{CMDLINE} umbra.generation={generation}{awaits} {}", self.spec.cmdline),
+            cmdline: format!("{CMDLINE}{awaits} {}", self.spec.cmdline),
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: config::Console::Terminal,
@@ -264,6 +270,7 @@ impl DriverVm {
             ports: std::iter::once(port).chain(ends).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             standby: purpose == Purpose::Wait,
+            snapshot_of,
             awaited: self.held.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
@@ -272,7 +279,7 @@ impl DriverVm {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
-        Ok(Life::new((generation, Arc::clone(image), purpose), process, agent, self.ends.len()))
+        Ok(Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len()))
     }
 
     fn mtu(&self) -> u16 {

@@ -45,6 +45,7 @@ impl Supervisor {
             FromVm::Plugged { at } => self.on_plugged(n, Time(at)),
             FromVm::Disconnected { end, link, why } => self.on_disconnected(n, LifeRole::Present, end, link, &why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
+            FromVm::Snapshot { news } => self.on_snapshot(n, LifeRole::Present, &news),
             FromVm::Panicked { at } => {
                 if let Some(life) = &mut self.drivers[n].life {
                     life.panicked = true;
@@ -110,6 +111,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_agent_message(&mut self, n: DriverId, message: FromAgent) {
         let now = Time::now();
         match message {
+            FromAgent::Ready { loaded } => self.on_agent_ready(n, LifeRole::Present, loaded),
             FromAgent::Hello { generation, kernel, .. } => {
                 let driver = &mut self.drivers[n];
                 if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
+use super::begin::Begin;
 use super::console::Console;
 use super::life::{Heard, LifeRole, Purpose};
 use super::{DriverVm, StandbyVm};
@@ -49,6 +50,7 @@ impl Supervisor {
                     kernel: None,
                     kernel_driver: None,
                     available_memory: None,
+                    restored: false,
                     ready: false,
                     dropped: false,
                     suspicion: None,
@@ -102,6 +104,10 @@ impl Supervisor {
         driver.present = Some(generation);
         let standby = if ready { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        if driver.life.as_ref().is_some_and(|life| life.begin == Begin::Unmet) {
+            // There is no time for a snapshot.
+            self.begin(n, LifeRole::Present);
+        }
         self.plug(n);
         self.connect_ends(n);
         self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
@@ -170,6 +176,10 @@ impl Supervisor {
                 self.on_disconnected(n, LifeRole::Standby, end, link, &why);
                 None
             }
+            FromVm::Snapshot { news } => {
+                self.on_snapshot(n, LifeRole::Standby, &news);
+                None
+            }
             // Without guests and without a device there is nothing else to say.
             _ => None,
         }
@@ -179,6 +189,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let standby = driver.standby.as_mut()?;
         match message {
+            FromAgent::Ready { loaded } => self.on_agent_ready(n, LifeRole::Standby, loaded),
             FromAgent::Hello { generation, kernel, .. } => {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));
@@ -217,8 +228,9 @@ impl Supervisor {
         let Some(standby) = driver.standby.as_mut() else { return };
         standby.ready = true;
         renice(standby.life.process.pid(), 0);
-        let (generation, boot_ms) = (standby.life.generation.get(), milliseconds(Time::now().since(standby.started)));
-        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms });
+        let (generation, restored) = (standby.life.generation.get(), standby.restored);
+        let boot_ms = milliseconds(Time::now().since(standby.started));
+        self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms, restored });
     }
 
     /// The standby's process has ended, by itself or because it was dropped.

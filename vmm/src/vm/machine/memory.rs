@@ -144,11 +144,11 @@ fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
     Ok(mapped.cast())
 }
 
-/// Backs all of `memory`, which must be fresh, with huge pages now, where the kernel can (Linux 6.1). For memory
+/// Backs all of `memory` with huge pages now, where the kernel can (Linux 6.1). For memory
 /// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots. One page at a time:
 /// the kernel is not preempted while it makes one, which takes long where it has to compact its memory first, and what has
 /// to be punctual on the same processor, as a player in a guest, is late by as much. `gently` it rests after each page for as
-/// long as that took, and after a slow one for three times as long.
+/// long as that took, and after a slow one for three times as long. What the memory holds does not change: a guest may run.
 pub fn collapse(memory: &GuestMemoryMmap, gently: bool) {
     for region in memory.iter() {
         for offset in (0..region.len()).step_by(HUGE_PAGE) {
@@ -170,8 +170,8 @@ pub fn collapse(memory: &GuestMemoryMmap, gently: bool) {
 
 /// Backs the [`HUGE_PAGE`] bytes of `region` from `at`, or what is left there, with one huge page.
 fn collapse_one(region: &GuestRegionMmap, at: MemoryRegionAddress) -> io::Result<()> {
-    // The kernel collapses only where there is a page already. The memory holds zeros, and still does then.
-    region.write_obj(0u8, at).map_err(io::Error::other)?;
+    // The kernel collapses only where there is a page already: a read makes one of shared memory.
+    let _: u8 = region.read_obj(at).map_err(io::Error::other)?;
     let host = region.get_host_address(at).map_err(io::Error::other)?;
     let left = usize::try_from(region.len() - at.0).unwrap_or(HUGE_PAGE);
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.

@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod layout;
 pub mod legacy;
 pub mod memory;
+pub mod state;
 pub mod terminal;
 pub mod vcpu;
 pub mod vm;

@@ -3,8 +3,8 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::Bus;
 use super::end::End;
+use super::state::{self, VcpuState};
+use crate::base::lock::lock;
 use crate::wire::messages::VmEnd;
 
 /// How long to wait before a vCPU that was between its check and `KVM_RUN` is kicked again.
@@ -58,13 +60,16 @@ pub struct Shared {
     /// For the code in register dumps.
     pub memory: GuestMemoryMmap,
     lock_up: Arc<LockUp>,
+    pause: Arc<Pause>,
+    /// The MSRs that belong to the state of a vCPU.
+    msrs: Arc<[u32]>,
 }
 
 impl Shared {
     /// vCPUs with these.
-    pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap) -> Self {
+    pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap, msrs: Arc<[u32]>) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
-        Self { bus, end, memory, lock_up: Arc::default() }
+        Self { bus, end, memory, lock_up: Arc::default(), pause: Arc::default(), msrs }
     }
 }
 
@@ -75,12 +80,84 @@ struct LockUp {
     done: AtomicUsize,
 }
 
+/// Whether vCPUs are to stand still, and what those that do have for a state.
+#[derive(Debug, Default)]
+struct Pause {
+    /// As in the mutex, for the vCPUs' loop.
+    wanted: AtomicBool,
+    state: Mutex<PauseState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct PauseState {
+    wanted: bool,
+    /// Of the vCPUs that stand still, by number.
+    taken: Vec<(usize, Result<VcpuState, state::Error>)>,
+    /// vCPUs that wait to go on.
+    waiting: usize,
+}
+
+/// vCPUs that stand still; dropping it lets them go on.
+#[derive(Debug)]
+pub struct Paused<'a> {
+    pause: &'a Pause,
+    /// Their state, by number.
+    pub vcpus: Vec<VcpuState>,
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.pause.go_on();
+    }
+}
+
+impl Pause {
+    fn go_on(&self) {
+        let mut state = lock(&self.state);
+        state.wanted = false;
+        self.wanted.store(false, Ordering::Release);
+        self.changed.notify_all();
+        // A vCPU that still waits must not take the next pause for this one.
+        while state.waiting > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Called by vCPU `id`, which stands still until the pause is over.
+    fn stand_still(&self, id: usize, taken: Result<VcpuState, state::Error>) {
+        let mut state = lock(&self.state);
+        if !state.wanted {
+            return;
+        }
+        state.taken.push((id, taken));
+        state.waiting += 1;
+        self.changed.notify_all();
+        while state.wanted {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.waiting -= 1;
+        self.changed.notify_all();
+    }
+}
+
+/// What a turn of a vCPU came to.
+enum Turn {
+    /// An exit was served.
+    Served,
+    /// It was kicked, or waits for its start-up message: nothing of an exit is left to be completed.
+    Kicked,
+    /// The VM has ended.
+    Ended(VmEnd, String),
+}
+
 /// Running vCPUs. [`Self::stop`] must be called at the end; dropping it stops them too.
 #[derive(Debug)]
 pub struct Vcpus {
     threads: Vec<JoinHandle<String>>,
     end: Arc<End>,
     lock_up: Arc<LockUp>,
+    pause: Arc<Pause>,
 }
 
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -90,7 +167,8 @@ impl Vcpus {
     pub fn start(vcpus: Vec<VcpuFd>, shared: &Shared) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)?;
         let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
-        let mut started = Self { threads: Vec::new(), end, lock_up };
+        let pause = Arc::clone(&shared.pause);
+        let mut started = Self { threads: Vec::new(), end, lock_up, pause };
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let shared = shared.clone();
             let body = move || {
@@ -116,6 +194,36 @@ impl Vcpus {
             }
             thread::sleep(KICK_AGAIN);
         }
+    }
+
+    /// Has every vCPU stand still between two instructions, and takes their state. They go on when the result is dropped.
+    ///
+    /// # Errors
+    /// KVM does not give the state of one, or the VM has ended; then they go on.
+    pub fn pause(&self) -> Result<Paused<'_>, state::Error> {
+        let mut state = lock(&self.pause.state);
+        state.wanted = true;
+        state.taken.clear();
+        self.pause.wanted.store(true, Ordering::Release);
+        while state.taken.len() < self.threads.len() && !self.end.is_set() {
+            for thread in &self.threads {
+                // Fails only if the thread has just ended.
+                let _ = thread.kill(SIGRTMIN());
+            }
+            let waited = self.pause.changed.wait_timeout(state, KICK_AGAIN);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let mut taken = std::mem::take(&mut state.taken);
+        drop(state);
+        let mut paused = Paused { pause: &self.pause, vcpus: Vec::new() };
+        taken.sort_by_key(|(id, _)| *id);
+        for (_, vcpu) in taken {
+            paused.vcpus.push(vcpu?);
+        }
+        if paused.vcpus.len() < self.threads.len() {
+            return Err(state::Error::VcpuCount { have: paused.vcpus.len(), should: self.threads.len() });
+        }
+        Ok(paused)
     }
 
     /// Stops all vCPUs and returns their registers as text.
@@ -174,7 +282,8 @@ impl Runner {
                 }
                 self.shared.lock_up.done.fetch_add(1, Ordering::Release);
             }
-            if let Some((how, reason)) = self.step() {
+            let turn = if self.shared.pause.wanted.load(Ordering::Acquire) { self.pause() } else { self.step() };
+            if let Turn::Ended(how, reason) = turn {
                 self.shared.end.set(how);
                 why = reason;
             }
@@ -182,43 +291,57 @@ impl Runner {
         self.report(&why)
     }
 
-    fn step(&mut self) -> Option<(VmEnd, String)> {
+    /// Completes what the last exit began, and stands still; unless that begins another exit, which is served first.
+    fn pause(&mut self) -> Turn {
+        self.vcpu.set_kvm_immediate_exit(1);
+        let turn = self.step();
+        self.vcpu.set_kvm_immediate_exit(0);
+        if matches!(turn, Turn::Kicked) {
+            let taken = VcpuState::take(&self.vcpu, &self.shared.msrs);
+            self.shared.pause.stand_still(self.id, taken);
+            // Tells the guest's watchdogs that it was paused, where the guest has KVM's clock.
+            let _ = self.vcpu.kvmclock_ctrl();
+        }
+        turn
+    }
+
+    fn step(&mut self) -> Turn {
         let run: *const kvm_run = self.vcpu.get_kvm_run();
         let bus = &self.shared.bus;
-        let ended = |how, why: &str| Some((how, why.to_owned()));
+        let ended = |how, why: &str| Turn::Ended(how, why.to_owned());
         match self.vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 data.chunks(io_size(run)).for_each(|piece| bus.port_write(port, piece));
-                None
+                Turn::Served
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.chunks_mut(io_size(run)).for_each(|piece| bus.port_read(port, piece));
-                None
+                Turn::Served
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 bus.memory_write(address, data);
-                None
+                Turn::Served
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 bus.memory_read(address, data);
-                None
+                Turn::Served
             }
-            Ok(VcpuExit::Intr) => None,
+            Ok(VcpuExit::Intr) => Turn::Kicked,
             Ok(VcpuExit::Shutdown) => ended(VmEnd::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)"),
             Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
                 KVM_SYSTEM_EVENT_SHUTDOWN => ended(VmEnd::PowerOff, "system event: shutdown"),
                 KVM_SYSTEM_EVENT_RESET => ended(VmEnd::Reset, "system event: reset"),
                 KVM_SYSTEM_EVENT_CRASH => ended(VmEnd::Error, "system event: crash"),
-                other => Some((VmEnd::Error, format!("system event {other}"))),
+                other => Turn::Ended(VmEnd::Error, format!("system event {other}")),
             },
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                Some((VmEnd::Error, format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on CPU {cpu}")))
+                Turn::Ended(VmEnd::Error, format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on CPU {cpu}"))
             }
-            Ok(VcpuExit::InternalError) => Some((VmEnd::Error, internal_error(run))),
-            Ok(other) => Some((VmEnd::Error, format!("unexpected exit {other:?}"))),
+            Ok(VcpuExit::InternalError) => Turn::Ended(VmEnd::Error, internal_error(run)),
+            Ok(other) => Turn::Ended(VmEnd::Error, format!("unexpected exit {other:?}")),
             // A kick; or a vCPU that waits for its start-up message.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
-            Err(error) => Some((VmEnd::Error, format!("KVM_RUN failed: {error}"))),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Turn::Kicked,
+            Err(error) => Turn::Ended(VmEnd::Error, format!("KVM_RUN failed: {error}")),
         }
     }
 

@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,7 +15,7 @@ use super::end::End;
 use super::legacy::{Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
 use super::vcpu::{self, Shared, Vcpus};
-use super::{boot, cpuid, kvm, layout};
+use super::{boot, cpuid, kvm, layout, state};
 use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::bus::{PciBus, Windows};
 use crate::wire::messages::VmSpec;
@@ -50,6 +50,9 @@ pub enum Error {
     /// An eventfd.
     #[error("create an eventfd")]
     EventFd(#[source] io::Error),
+    /// What belongs to the state of a vCPU.
+    #[error(transparent)]
+    State(#[from] state::Error),
 }
 
 /// A VM; vCPUs run from [`Vm::start`] on.
@@ -80,16 +83,10 @@ fn eventfd() -> Result<EventFd, Error> {
 }
 
 impl Vm {
-    /// Everything but PCI devices and a kernel.
-    pub fn new(spec: &VmSpec) -> Result<Self, Error> {
+    /// Everything but PCI devices and a kernel, with `memory`, which is that of `spec` and holds zeros or what a snapshot held.
+    pub fn new(spec: &VmSpec, memory: GuestMemoryMmap) -> Result<Self, Error> {
         let kvm = kvm::open()?;
         let fd = kvm::create_vm(&kvm, spec.cpus)?;
-        let memory = memory::create(&spec.name, spec.memory.0)?;
-        if !spec.passthrough.is_empty() || spec.standby {
-            // A standby has time.
-            memory::collapse(&memory, spec.standby);
-        }
-        tracing::debug!("memory is there");
         let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
         let ram = slots.map_ram(&memory)?;
         let interrupts = Interrupts::new(Arc::clone(&fd))?;
@@ -108,21 +105,33 @@ impl Vm {
         Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, _ram: ram })
     }
 
-    /// Loads the kernel and starts the vCPUs. Devices must be on the bus.
-    pub fn start(&self, spec: &VmSpec) -> Result<Vcpus, Error> {
+    /// Loads the kernel; the vCPUs as they start it. Devices must be on the bus.
+    pub fn load(&self, spec: &VmSpec) -> Result<Vec<VcpuFd>, Error> {
         let rsdp = acpi::write(&self.memory, &self.platform)?;
         let entry = boot::load(&self.memory, &spec.kernel, &spec.initrd, &spec.cmdline, rsdp)?;
         tracing::debug!(?entry, "kernel is loaded");
-        let supported = cpuid::supported(&self.kvm)?;
-        let mut vcpus = Vec::new();
-        for id in 0..spec.cpus {
-            let vcpu = self.fd.create_vcpu(id.into()).map_err(kvm::Error::ioctl("create a vCPU (KVM_CREATE_VCPU)"))?;
-            let table = cpuid::for_vcpu(&self.kvm, &supported, id, spec.cpus);
-            vcpu.set_cpuid2(&table).map_err(kvm::Error::ioctl("set CPUID (KVM_SET_CPUID2)"))?;
-            boot::set_up_registers(&vcpu, &self.memory, (id == 0).then_some(entry))?;
-            vcpus.push(vcpu);
+        let vcpus = self.create_vcpus()?;
+        for (id, vcpu) in vcpus.iter().enumerate() {
+            boot::set_up_registers(vcpu, &self.memory, (id == 0).then_some(entry))?;
         }
-        let shared = Shared::new(&self.bus, &self.end, &self.memory);
+        Ok(vcpus)
+    }
+
+    /// The vCPUs, as after power-on but for their CPUID.
+    pub fn create_vcpus(&self) -> Result<Vec<VcpuFd>, Error> {
+        let supported = cpuid::supported(&self.kvm)?;
+        let create = |id: u8| {
+            let vcpu = self.fd.create_vcpu(id.into()).map_err(kvm::Error::ioctl("create a vCPU (KVM_CREATE_VCPU)"))?;
+            let table = cpuid::for_vcpu(&self.kvm, &supported, id, self.platform.cpus);
+            vcpu.set_cpuid2(&table).map_err(kvm::Error::ioctl("set CPUID (KVM_SET_CPUID2)"))?;
+            Ok(vcpu)
+        };
+        (0..self.platform.cpus).map(create).collect()
+    }
+
+    /// Lets the vCPUs run.
+    pub fn start(&self, vcpus: Vec<VcpuFd>) -> Result<Vcpus, Error> {
+        let shared = Shared::new(&self.bus, &self.end, &self.memory, state::msr_indices(&self.kvm)?.into());
         Ok(Vcpus::start(vcpus, &shared)?)
     }
 }

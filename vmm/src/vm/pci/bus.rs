@@ -6,6 +6,8 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use thiserror::Error;
 
 use super::allocator::Allocator;
@@ -13,6 +15,7 @@ use super::config::{BAR0, ConfigSpace, Identity};
 use super::device::{Bar, BarChange, BarIndex, BarKind, PciDevice};
 use crate::base::lock::lock;
 use crate::base::pci_address::{DEVICES, Slot};
+use crate::vm::snapshot::device::{self, StateError};
 
 /// Size of the ECAM window of one bus: 32 slots, 8 functions, 4 KiB each.
 pub const ECAM_SIZE: u64 = 1 << 20;
@@ -154,6 +157,14 @@ impl Firmware {
     }
 }
 
+/// A snapshot's part of the bus.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BusState {
+    config_address: u32,
+    /// The devices by slot, each with its name and state.
+    devices: Vec<(u8, String, Value)>,
+}
+
 /// A device and the addresses that it got when it was added.
 struct Added {
     device: SharedDevice,
@@ -224,6 +235,47 @@ impl PciBus {
             device.reset();
             program(&mut *device, assigned);
         }
+    }
+
+    /// The state of all devices; no vCPU runs.
+    ///
+    /// # Errors
+    /// One of them cannot be saved.
+    pub fn save(&self) -> Result<BusState, StateError> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let mut devices = Vec::new();
+        for (slot, added) in (0u8..).zip(slots.iter()) {
+            let Some(added) = added else { continue };
+            let mut device = lock(&added.device);
+            let state = device.save()?;
+            devices.push((slot, device.name().to_owned(), state));
+        }
+        Ok(BusState { config_address: *lock(&self.config_address), devices })
+    }
+
+    /// Puts a saved state into the devices, which are as they were made; no vCPU has run.
+    ///
+    /// # Errors
+    /// There are other devices, or one cannot take its state.
+    pub fn restore(&self, state: BusState) -> Result<(), StateError> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        *lock(&self.config_address) = state.config_address;
+        if slots.iter().flatten().count() != state.devices.len() {
+            return Err(StateError::new("the PCI bus", "has other devices than when it was saved"));
+        }
+        for (slot, name, state) in state.devices {
+            let missing = || StateError::new(&name, "is not where it was when it was saved");
+            let place = Slot::new(slot).ok_or_else(missing)?;
+            let added = slots.get(usize::from(slot)).and_then(Option::as_ref).ok_or_else(missing)?;
+            let mut device = lock(&added.device);
+            if device.name() != name {
+                return Err(missing());
+            }
+            for change in device.restore(state)? {
+                self.decode(place, &mut *device, change);
+            }
+        }
+        Ok(())
     }
 
     fn assign(&self, device: &SharedDevice) -> Result<Vec<(Bar, u64)>, Error> {
@@ -461,6 +513,15 @@ impl PciDevice for HostBridge {
 
     fn reset(&mut self) {
         *self = Self::new();
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        device::save(self.name(), &self.0.image())
+    }
+
+    fn restore(&mut self, state: Value) -> Result<Vec<BarChange>, StateError> {
+        let image: Vec<u8> = device::restore(self.name(), state)?;
+        self.0.restore(&image).ok_or_else(|| StateError::new("host bridge", "is another one"))
     }
 }
 

@@ -243,6 +243,20 @@ impl ConfigSpace {
         self.bars.changes(self.command(), &bars, command)
     }
 
+    /// All registers as a guest reads them.
+    pub fn image(&self) -> Vec<u8> {
+        let mut image = vec![0; CONFIG_SIZE];
+        self.read(0, &mut image);
+        image
+    }
+
+    /// Writes all registers as a guest would. Returns the BARs that decode differently now; `None`: they are not those of this
+    /// function.
+    pub fn restore(&mut self, image: &[u8]) -> Option<Vec<BarChange>> {
+        let changes = self.write(0, image);
+        (self.image() == image).then_some(changes)
+    }
+
     /// Sets a byte that only the device itself can change.
     pub fn set(&mut self, offset: u8, value: u8) {
         self.registers[usize::from(offset)] = value;
@@ -324,6 +338,22 @@ mod tests {
         assert!(space.write(0x10, &0xC000_1000u32.to_le_bytes()).is_empty());
         let off = space.write(4, &0u16.to_le_bytes());
         assert!(off.iter().all(|c| c.base.is_none()) && off.len() == 2);
+    }
+
+    #[test]
+    fn registers_that_a_guest_has_set_come_back_and_those_of_another_function_do_not() {
+        let mut before = space();
+        before.write(0x10, &0xC000_0000u32.to_le_bytes());
+        before.write(0x3C, &[11]);
+        before.write(4, &COMMAND_MEMORY.to_le_bytes());
+        let mut after = space();
+        let changes = after.restore(&before.image()).unwrap();
+        assert_eq!(changes[0].base, Some(0xC000_0000));
+        assert_eq!(after.image(), before.image());
+        let mut other = before.image();
+        other[0] ^= 1;
+        assert!(space().restore(&other).is_none());
+        assert!(space().restore(&[]).is_none());
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! What the PCI bus asks of a device. One root bus, one function a slot; the bus owns address decoding, the
 //! device its registers. All calls come with the device's lock held, from vCPU threads.
 
+use serde_json::Value;
+
+use crate::vm::snapshot::device::StateError;
+
 /// Index of a base address register, 0 to 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BarIndex(pub u8);
@@ -63,6 +67,23 @@ pub trait PciDevice: Send {
 
     /// Back to the state after power-on (the VM was reset). Idempotent.
     fn reset(&mut self);
+
+    /// Its state, for a snapshot of the VM, in which no vCPU runs.
+    ///
+    /// # Errors
+    /// The device, or what it does now, cannot be saved.
+    fn save(&mut self) -> Result<Value, StateError> {
+        Err(StateError::no_snapshots(self.name()))
+    }
+
+    /// Takes a saved state; the device is as it was made, and no vCPU has run. Returns the BARs that decode.
+    ///
+    /// # Errors
+    /// The state is that of another device.
+    fn restore(&mut self, state: Value) -> Result<Vec<BarChange>, StateError> {
+        let _ = state;
+        Err(StateError::no_snapshots(self.name()))
+    }
 }
 
 /// A BAR that decodes elsewhere than before.

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -95,6 +96,15 @@ impl Entry {
             _ => self.masked = value & VECTOR_MASK != 0,
         }
     }
+}
+
+/// A snapshot's part.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    table: Vec<u8>,
+    /// Vectors with an interrupt behind their mask.
+    pending: Vec<u16>,
 }
 
 /// MSI-X of one function.
@@ -216,6 +226,28 @@ impl Msix {
         }
     }
 
+    /// What is to be saved.
+    pub fn save(&self) -> MsixState {
+        let mut table = vec![0; self.entries.len() * ENTRY_SIZE];
+        self.table_read(0, &mut table);
+        let is_pending = |vector: &u16| self.entries[usize::from(*vector)].vector.is_pending();
+        MsixState { control: self.control(), table, pending: (0..self.count()).filter(is_pending).collect() }
+    }
+
+    /// Takes what was saved. False: it is of a function with other vectors.
+    pub fn restore(&mut self, state: &MsixState) -> bool {
+        for (at, bytes) in (0u64..).step_by(8).zip(state.table.chunks(8)) {
+            self.table_write(at, bytes);
+        }
+        self.set_control(state.control);
+        for event in state.pending.iter().filter_map(|vector| self.event(*vector)) {
+            // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
+            let _ = event.write(1);
+        }
+        let now = self.save();
+        now.control == state.control && now.table == state.table
+    }
+
     fn apply(&mut self, index: usize) {
         let unmasked = self.enabled && !self.function_masked;
         let entry = &mut self.entries[index];
@@ -301,6 +333,22 @@ pub(crate) mod tests {
         let mut bits = [0; 8];
         msix.pba_read(0, &mut bits);
         assert_eq!(u64::from_le_bytes(bits), 1 << 9);
+    }
+
+    #[test]
+    fn vectors_come_back_with_what_waits_behind_their_masks() {
+        let (mut before, _) = msix(2);
+        before.table_write(0, &0xFEE0_1000u64.to_le_bytes());
+        before.table_write(8, &0x41u64.to_le_bytes());
+        before.set_control(CONTROL_ENABLE);
+        before.event(1).unwrap().write(1).unwrap();
+        let (mut after, seen) = msix(2);
+        assert!(after.restore(&before.save()));
+        assert_eq!(*seen[0].lock().unwrap(), Some(MsiMessage { address: 0xFEE0_1000, data: 0x41 }));
+        assert_eq!(*seen[1].lock().unwrap(), None);
+        assert_eq!(after.event(1).unwrap().read().unwrap(), 1);
+        let (mut other, _) = msix(3);
+        assert!(!other.restore(&before.save()));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::bars::{self, BarPlan, Emulated};
@@ -33,6 +34,7 @@ use crate::host::sysfs::HostDevice;
 use crate::vm::interrupt::Interrupts;
 use crate::vm::pci::device::{Bar, BarChange, BarIndex, PciDevice};
 use crate::vm::pci::msix::Msix;
+use crate::vm::snapshot::device::{self, StateError};
 
 /// A BAR of the function.
 struct BarState {
@@ -62,6 +64,9 @@ pub struct VfioPciDevice {
     host: Host,
     vfio: Arc<Vfio>,
 }
+
+/// Bytes of configuration space.
+const CONFIG_SIZE: usize = 4096;
 
 /// What reads of a device that is not there return.
 const ABSENT: u8 = 0xFF;
@@ -209,6 +214,13 @@ impl VfioPciDevice {
         self.bars.iter_mut().find(|state| state.plan.bar.index == bar)
     }
 
+    /// Configuration space as the VM reads it.
+    fn image(&mut self) -> Vec<u8> {
+        let mut image = vec![0; CONFIG_SIZE];
+        self.config_read(0, &mut image);
+        image
+    }
+
     fn leave_vm(&mut self) {
         for mapping in self.bars.iter_mut().filter_map(|state| state.mapping.as_mut()) {
             if let Err(error) = mapping.place(None) {
@@ -340,6 +352,33 @@ impl PciDevice for VfioPciDevice {
             }
             Host::Gone => {}
         }
+    }
+
+    /// Of a function that has not come yet, the registers that the VM's kernel has set up.
+    fn save(&mut self) -> Result<Value, StateError> {
+        let interrupts = self.config.msi.as_ref().is_some_and(Msi::enabled)
+            || self.config.msix.as_ref().is_some_and(|(_, msix)| msix.enabled());
+        if !matches!(self.host, Host::Awaited(_)) || interrupts {
+            return Err(StateError::new(&self.name, "is in use, and what is in it cannot be read"));
+        }
+        let image = self.image();
+        device::save(&self.name, &image)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<Vec<BarChange>, StateError> {
+        let image: Vec<u8> = device::restore(&self.name, state)?;
+        let other = || StateError::new(&self.name, "is another function than when it was saved");
+        if !matches!(self.host, Host::Awaited(_)) || image.len() != CONFIG_SIZE {
+            return Err(other());
+        }
+        let mut changes = Vec::new();
+        // The command register last: with it the function begins to decode.
+        for at in (0..COMMAND).chain(COMMAND + 2..u16::try_from(CONFIG_SIZE).unwrap_or(u16::MAX)).step_by(2) {
+            changes.extend(self.config_write(at, &image[usize::from(at)..usize::from(at) + 2]));
+        }
+        let command = usize::from(COMMAND);
+        changes.extend(self.config_write(COMMAND, &image[command..command + 2]));
+        if self.image() == image { Ok(changes) } else { Err(StateError::new(&self.name, "has other registers")) }
     }
 }
 

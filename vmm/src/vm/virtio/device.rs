@@ -7,6 +7,7 @@
 //! that exists only while a queue is active lives in the active arm of the device's enum.
 
 use event_manager::MutEventSubscriber;
+use serde_json::Value;
 use thiserror::Error;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -89,6 +90,23 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
 
     /// The driver has reset the device; its queues are stopped already. Idempotent.
     fn reset(&mut self) {}
+
+    /// Its state, but for its queues and features, for a snapshot of the VM. No vCPU runs, and no queue.
+    ///
+    /// # Errors
+    /// The device, or what it does now, cannot be saved: why, as a clause with the device as its subject.
+    fn save(&self) -> Result<Value, String> {
+        Err("is a device of which no snapshot can be taken".into())
+    }
+
+    /// Takes a saved state, before its queues start.
+    ///
+    /// # Errors
+    /// The state is that of another device.
+    fn restore(&mut self, state: Value) -> Result<(), String> {
+        let _ = state;
+        Err("is a device of which no snapshot can be taken".into())
+    }
 
     /// True once the device can go on only after a reset (the driver broke a rule of its queues); the
     /// device has then signalled a configuration change.

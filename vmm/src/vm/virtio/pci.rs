@@ -4,9 +4,11 @@
 //! INTx (a driver without MSI-X gets no interrupts), no packed rings, no queue reset.
 
 mod registers;
+mod state;
 
 use std::sync::{Arc, Mutex};
 
+use serde_json::Value;
 use thiserror::Error;
 use umbra_splitter::log_limit::LogLimit;
 use virtio_queue::{Queue, QueueT};
@@ -21,6 +23,7 @@ use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, memory_bar};
 use crate::vm::pci::device::{Bar, BarChange, BarIndex, PciDevice};
 use crate::vm::pci::msix::{self, Msix};
+use crate::vm::snapshot::device::StateError;
 
 /// PCI vendor of virtio devices, and the device ID of virtio device 0 (section 4.1.2).
 const VENDOR: u16 = 0x1AF4;
@@ -398,6 +401,14 @@ impl PciDevice for VirtioPci {
         self.reset_device();
         self.msix.reset();
         self.config = self.power_on.clone();
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: Value) -> Result<Vec<BarChange>, StateError> {
+        self.restore_state(state)
     }
 }
 

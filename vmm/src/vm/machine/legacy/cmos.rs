@@ -3,6 +3,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::vm::machine::layout;
 
 /// Register B: 24-hour clock, BCD.
@@ -12,11 +14,27 @@ const STATUS_D: u8 = 0x80;
 /// The top bit of the index masks NMIs on a PC.
 const INDEX_MASK: u8 = 0x7f;
 
-/// The chip.
-#[derive(Debug)]
+/// The chip. All of it is saved: the time is the host's.
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Cmos {
     index: u8,
+    #[serde(with = "memory")]
     memory: [u8; 128],
+}
+
+/// Serde knows arrays of up to 32 elements.
+mod memory {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(memory: &[u8; 128], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(memory)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 128], D::Error> {
+        let bytes = Vec::<u8>::deserialize(deserializer)?;
+        bytes.try_into().map_err(|_| D::Error::custom("128 bytes are needed"))
+    }
 }
 
 impl Default for Cmos {

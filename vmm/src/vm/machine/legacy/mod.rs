@@ -6,6 +6,7 @@ mod output;
 mod power;
 mod pvpanic;
 mod serial;
+mod state;
 
 use std::sync::{Arc, Mutex};
 
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use power::SLEEP_TYPE_S5;
 pub use serial::{Error as SerialError, SerialLine};
+pub use state::LegacyState;
 
 use cmos::Cmos;
 use power::{Action, PowerManagement};

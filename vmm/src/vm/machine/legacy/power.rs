@@ -1,6 +1,8 @@
 //! The PM1a register block (ACPI 6.5, section 4.8.3): power button, and power-off by `SLP_EN`.
 //! ACPI mode is always on, so `SCI_EN` reads as 1 and there is no SMI command port.
 
+use serde::{Deserialize, Serialize};
+
 /// `SLP_TYP` of the soft-off state, as `_S5` in the DSDT says.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
@@ -28,7 +30,7 @@ pub(super) enum Action {
 }
 
 /// Status, enable and control register.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct PowerManagement {
     status: u16,
     enable: u16,

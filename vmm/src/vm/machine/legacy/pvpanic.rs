@@ -21,6 +21,11 @@ impl Pvpanic {
         Self { panicked, told: AtomicBool::new(false) }
     }
 
+    /// The guest has said that it has panicked.
+    pub(super) fn told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
+    }
+
     /// Events that are offered.
     pub(super) fn read(&self) -> u8 {
         PANICKED

@@ -13,6 +13,7 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -42,6 +43,8 @@ mod register {
     pub(super) const INTERRUPT_ENABLE: u16 = 1;
     pub(super) const INTERRUPT_IDENTIFICATION: u16 = 2;
     pub(super) const LINE_CONTROL: u16 = 3;
+    pub(super) const MODEM_CONTROL: u16 = 4;
+    pub(super) const SCRATCH: u16 = 7;
     /// Of the two above: the transmitter is empty.
     pub(super) const TRANSMITTER: u8 = 0b10;
     /// Of the interrupt identification: which it is.
@@ -83,6 +86,16 @@ impl SerialEvents for Drained {
         // A full counter means that the reader knows already.
         let _ = self.0.write(1);
     }
+}
+
+/// A snapshot's part: what the guest has set up.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SerialState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    line_control: u8,
+    modem_control: u8,
+    scratch: u8,
 }
 
 /// The serial line.
@@ -184,6 +197,37 @@ impl SerialLine {
         if let Err(error) = self.timer.unset() {
             tracing::debug!(%error, "unset the serial line's timer");
         }
+    }
+
+    /// The state; what it has sent is sent.
+    ///
+    /// # Errors
+    /// Input waits, which the guest of another life must not read: what is the matter, as a clause.
+    pub(super) fn save(&self) -> Result<SerialState, String> {
+        let uart = self.uart.state();
+        if !uart.in_buffer.is_empty() {
+            return Err("has input that the guest has not read".into());
+        }
+        Ok(SerialState {
+            divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
+            interrupt_enable: uart.interrupt_enable,
+            line_control: uart.line_control,
+            modem_control: uart.modem_control,
+            scratch: uart.scratch,
+        })
+    }
+
+    /// Sets the line up as the guest has set it up. A guest that waits for the transmitter's interrupt gets it.
+    pub(super) fn restore(&mut self, state: &SerialState) {
+        let [low, high] = state.divisor;
+        self.set_register(register::LINE_CONTROL, register::DIVISOR);
+        self.set_register(register::DATA, low);
+        self.set_register(register::INTERRUPT_ENABLE, high);
+        self.set_register(register::LINE_CONTROL, state.line_control & !register::DIVISOR);
+        self.set_register(register::MODEM_CONTROL, state.modem_control);
+        self.set_register(register::SCRATCH, state.scratch);
+        self.set_register(register::INTERRUPT_ENABLE, state.interrupt_enable);
+        self.set_register(register::LINE_CONTROL, state.line_control);
     }
 
     /// The transmitter is ready: its interrupt, if it is enabled, is told now.

@@ -4,12 +4,14 @@
 
 pub mod control;
 mod port;
+mod state;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde_json::Value;
 use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
@@ -450,6 +452,14 @@ impl VirtioDevice for Console {
         self.driver_ready = false;
         self.broken = false;
         self.ports.iter_mut().for_each(Port::reset);
+    }
+
+    fn save(&self) -> Result<Value, String> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), String> {
+        self.restore_state(state)
     }
 
     fn needs_reset(&self) -> bool {

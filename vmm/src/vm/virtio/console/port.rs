@@ -89,8 +89,10 @@ pub(super) struct Port {
     pub(super) open: bool,
     /// What the driver was told last of the host's end.
     pub(super) announced: bool,
+    /// Bytes have gone to the guest since the port was made.
+    pub(super) told: bool,
     /// What is left of the guest's last request.
-    to_host: Vec<u8>,
+    pub(super) to_host: Vec<u8>,
     /// The pump to the host stopped for fairness alone.
     more: bool,
     /// Of what the guest does wrong.
@@ -110,7 +112,7 @@ impl Port {
         };
         let (ready, open, announced) = (false, false, false);
         let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
-        Ok(Self { name, end, stream, gone, ready, open, announced, to_host, more: false, log })
+        Ok(Self { name, end, stream, gone, ready, open, announced, told: false, to_host, more: false, log })
     }
 
     /// The guest's side starts anew; the host's end stays connected, but for a given peer that has lost bytes by it.
@@ -244,6 +246,7 @@ impl Port {
                 }
             }
             if written > 0 {
+                self.told = true;
                 self.touch();
             }
             ring.take(1);

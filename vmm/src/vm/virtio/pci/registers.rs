@@ -8,6 +8,7 @@
 //! ```
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 
 use super::F_VERSION_1;
 
@@ -30,7 +31,7 @@ bitflags! {
 }
 
 /// What a driver told of a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
     pub(super) max_size: u16,
     pub(super) size: u16,
@@ -67,6 +68,19 @@ pub(super) enum RegisterWrite {
     Reset,
 }
 
+/// A snapshot's part.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct CommonState {
+    offered: u64,
+    accepted: u64,
+    device_select: u32,
+    driver_select: u32,
+    config_vector: u16,
+    status: u8,
+    queue_select: u16,
+    queues: Vec<QueueRegisters>,
+}
+
 /// The registers.
 #[derive(Clone, Debug)]
 pub(super) struct Common {
@@ -99,6 +113,34 @@ impl Common {
     pub(super) fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.offered, &sizes, self.vectors);
+    }
+
+    pub(super) fn save(&self) -> CommonState {
+        CommonState {
+            offered: self.offered,
+            accepted: self.accepted,
+            device_select: self.device_select,
+            driver_select: self.driver_select,
+            config_vector: self.config_vector,
+            status: self.status.bits(),
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+        }
+    }
+
+    /// Takes what was saved. False: it is that of a device with other features or queues.
+    pub(super) fn restore(&mut self, state: &CommonState) -> bool {
+        let sizes = |queues: &[QueueRegisters]| queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        if state.offered != self.offered || sizes(&state.queues) != sizes(&self.queues) {
+            return false;
+        }
+        self.accepted = state.accepted;
+        (self.device_select, self.driver_select) = (state.device_select, state.driver_select);
+        self.config_vector = state.config_vector;
+        self.status = Status::from_bits_truncate(state.status);
+        self.queue_select = state.queue_select;
+        self.queues.clone_from(&state.queues);
+        true
     }
 
     pub(super) fn status(&self) -> Status {

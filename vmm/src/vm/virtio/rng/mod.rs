@@ -4,6 +4,7 @@
 use std::slice::from_mut;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde_json::Value;
 use thiserror::Error;
 use umbra_splitter::copy::scatter;
 use umbra_splitter::log_limit::LogLimit;
@@ -141,6 +142,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.broken = false;
+    }
+
+    /// Nothing but its queue: what it gives is the host's.
+    fn save(&self) -> Result<Value, String> {
+        if self.broken { Err("waits for a reset".into()) } else { Ok(Value::Null) }
+    }
+
+    fn restore(&mut self, _: Value) -> Result<(), String> {
+        Ok(())
     }
 
     fn needs_reset(&self) -> bool {

@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde_json::Value;
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::LinkId;
 use vhost::vhost_user::Frontend;
@@ -283,6 +284,15 @@ impl VirtioDevice for VhostUserNet {
 
     fn reset(&mut self) {
         self.config_call = None;
+    }
+
+    /// Nothing but its queues, unless a guest has ever been connected: the VM's memory holds that guest's frames.
+    fn save(&self) -> Result<Value, String> {
+        if self.link.is_some() { Err("has been connected with a guest".into()) } else { Ok(Value::Null) }
+    }
+
+    fn restore(&mut self, _: Value) -> Result<(), String> {
+        Ok(())
     }
 }
 

@@ -1,0 +1,126 @@
+//! The begin of a life: its agent is told which life it is. Before that a driver VM is nobody, and may be saved as a snapshot or
+//! restored from one.
+//!
+//! ```text
+//!            asks (Ready)                     begin
+//!   Boots -----------------------------------------> Begun
+//!   Unmet --asks, modules loaded--> snapshot --done--^
+//!     +-----restored, or adopted before------------+
+//! ```
+//! Invariant: until a life has begun it gets no word from here, and one that is `Unmet` no connection with a guest: what it has met would
+//! be in the snapshot, and in each life that is restored from it.
+
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
+
+use super::DriverVm;
+use crate::base::time::Time;
+use crate::lifecycle::NoticedBy;
+use crate::supervisor::driver::life::LifeRole;
+use crate::supervisor::ids::DriverId;
+use crate::supervisor::run::Supervisor;
+use crate::wire::messages::{SnapshotNews, ToVm};
+
+/// How far the begin of a life is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::supervisor) enum Begin {
+    /// It boots, and begins as soon as its agent asks.
+    Boots,
+    /// It is restored from a snapshot, or a snapshot is taken of it before it begins.
+    Unmet,
+    /// Its agent has been told.
+    Begun,
+}
+
+impl DriverVm {
+    /// The digest of the next life's image, which its snapshots are found by.
+    pub(super) fn image_digest(&self) -> String {
+        let manifest = &self.next_image().manifest;
+        format!("{}+{}", manifest.vmlinux.sha256, manifest.initramfs.sha256)
+    }
+}
+
+impl Supervisor {
+    /// The agent asks which life this is; whether all of its modules are `loaded`.
+    pub(in crate::supervisor) fn on_agent_ready(&mut self, n: DriverId, role: LifeRole, loaded: bool) {
+        let Some(life) = self.drivers[n].life_of(role) else { return };
+        match life.begin {
+            Begin::Boots => self.begin(n, role),
+            Begin::Unmet if loaded => {
+                if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot, &[]) {
+                    self.events.warn(format!("{}: ask for a snapshot: {error}", self.drivers[n].name));
+                    self.begin(n, role);
+                }
+            }
+            Begin::Unmet | Begin::Begun => {}
+        }
+    }
+
+    /// What became of the snapshot of a life.
+    pub(in crate::supervisor) fn on_snapshot(&mut self, n: DriverId, role: LifeRole, news: &SnapshotNews) {
+        let name = self.drivers[n].name.clone();
+        match news {
+            SnapshotNews::Missing => return,
+            SnapshotNews::Restored => {
+                if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
+                    standby.restored = true;
+                }
+            }
+            SnapshotNews::Refused(why) => {
+                self.events
+                    .warn(format!("{name}: the snapshot of its driver VM cannot be used, which boots instead: {why}"));
+                return;
+            }
+            SnapshotNews::Taken(bytes) => tracing::info!(driver = name, bytes, "a snapshot is taken"),
+            SnapshotNews::NotTaken(why) => {
+                self.events.warn(format!("{name}: no snapshot of its driver VM is taken, the next one boots: {why}"));
+            }
+        }
+        self.begin(n, role);
+    }
+
+    /// Tells the agent which life it is, and connects the life with its guests; once.
+    pub(in crate::supervisor) fn begin(&mut self, n: DriverId, role: LifeRole) {
+        let Some(life) = self.drivers[n].life_of_mut(role).filter(|life| life.begin != Begin::Begun) else { return };
+        life.begin = Begin::Begun;
+        let generation = life.generation.get();
+        let entropy = match entropy() {
+            Ok(entropy) => entropy,
+            Err(error) => {
+                let what = format!("draw random numbers for a driver VM: {error}");
+                return match role {
+                    LifeRole::Present => self.fail_driver(n, NoticedBy::Start, what, Time::now()),
+                    LifeRole::Standby => self.drive(n, crate::lifecycle::Input::StandbyFailed(what)),
+                    LifeRole::Dying => {}
+                };
+            }
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_ns = u64::try_from(now.as_nanos()).unwrap_or(0);
+        let sent = self.drivers[n].send(role, &ToAgent::Begin { generation, entropy, unix_ns });
+        self.after_sending(n, role, sent);
+        self.connect_ends(n);
+    }
+}
+
+/// Random bytes of the host's kernel.
+fn entropy() -> io::Result<Entropy> {
+    let mut bytes = [0; ENTROPY_BYTES];
+    // SAFETY: the buffer is writable and as long as said; up to 256 bytes come at once and whole.
+    let length = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if usize::try_from(length) == Ok(ENTROPY_BYTES) { Ok(Entropy(bytes)) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_lives_get_the_same_entropy() {
+        let (one, other) = (entropy().unwrap(), entropy().unwrap());
+        assert!(one != other && one != Entropy([0; ENTROPY_BYTES]));
+    }
+}

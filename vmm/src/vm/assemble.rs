@@ -1,0 +1,134 @@
+//! Makes the VM of a spec, up to the point from which its vCPUs can run: restored from its snapshot where that is wanted and can be
+//! done, else with its kernel loaded.
+//!
+//! Invariant: a restore that fails leaves nothing behind that the boot after it could notice: the memory holds zeros again, and each
+//! inherited descriptor is open under its number.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use event_manager::EventManager;
+use kvm_ioctls::VcpuFd;
+use nix::fcntl::{FcntlArg, fcntl};
+use vm_memory::GuestMemoryMmap;
+
+use super::devices::{self, Devices};
+use super::host::Host;
+use super::machine::memory;
+use super::machine::vm::Vm;
+use super::process::{Error, Subscriber};
+use super::snapshot::{self, Found, Place};
+use crate::base::error::chain;
+use crate::wire::messages::{FromVm, PortEnd, SnapshotNews, VmSpec};
+
+/// A VM that can run.
+pub(super) struct Assembled {
+    pub(super) vm: Vm,
+    pub(super) devices: Devices,
+    pub(super) events: EventManager<Subscriber>,
+    pub(super) vcpus: Vec<VcpuFd>,
+    /// Where its snapshot may be taken to; `None` where it has none, or was restored from it.
+    pub(super) snapshot: Option<Place>,
+}
+
+/// Makes the VM of `spec`, whose passed-through function has `files` if it is open already.
+pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Assembled, Error> {
+    let memory = memory::create(&spec.name, spec.memory.0).map_err(super::machine::vm::Error::from)?;
+    let place = match &spec.snapshot_of {
+        None => None,
+        Some(image) => match restored(spec, image, &memory, host) {
+            Ok(Attempt::Restored(assembled)) => {
+                host.tell(&FromVm::Snapshot { news: SnapshotNews::Restored });
+                return Ok(*assembled);
+            }
+            Ok(Attempt::Missing(place)) => {
+                host.tell(&FromVm::Snapshot { news: SnapshotNews::Missing });
+                Some(place)
+            }
+            Err(Refused { place, why }) => {
+                host.tell(&FromVm::Snapshot { news: SnapshotNews::Refused(chain(&*why)) });
+                snapshot::memory::clear(&memory).map_err(snapshot::Error::Memory)?;
+                place
+            }
+        },
+    };
+    if !spec.passthrough.is_empty() || spec.standby {
+        // A standby has time.
+        memory::collapse(&memory, spec.standby);
+    }
+    tracing::debug!("memory is there");
+    let vm = Vm::new(spec, memory)?;
+    let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
+    let devices = devices::add(&vm, (spec, files), host, &mut events)?;
+    tracing::debug!("devices are there");
+    let vcpus = vm.load(spec)?;
+    Ok(Assembled { vm, devices, events, vcpus, snapshot: place })
+}
+
+enum Attempt {
+    Restored(Box<Assembled>),
+    Missing(Place),
+}
+
+/// Why a VM is not restored; the place of a better snapshot, if there is one.
+struct Refused {
+    place: Option<Place>,
+    why: Box<Error>,
+}
+
+fn restored(spec: &VmSpec, image: &str, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Attempt, Refused> {
+    let place = Place::of(spec, image).map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+    let refused = |why| Refused { place: Some(place.clone()), why: Box::new(why) };
+    let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };
+    let ports = KeptOpen::of(spec).map_err(|why| refused(snapshot::Error::Memory(why).into()))?;
+    match restore(spec, &found, memory, host) {
+        Ok(assembled) => Ok(Attempt::Restored(Box::new(assembled))),
+        Err(why) => {
+            ports.put_back();
+            Err(refused(why))
+        }
+    }
+}
+
+fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
+    found.fill(memory)?;
+    tracing::debug!("memory is filled");
+    let vm = Vm::new(spec, memory.clone())?;
+    let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
+    let devices = devices::add(&vm, (spec, Vec::new()), host, &mut events)?;
+    let vcpus = vm.create_vcpus()?;
+    tracing::debug!("devices and vCPUs are there");
+    found.restore(&vm, &vcpus)?;
+    tracing::debug!("they are as they were saved");
+    Ok(Assembled { vm, devices, events, vcpus, snapshot: None })
+}
+
+/// Duplicates of the descriptors that the spec names, which the devices of a VM take and close.
+struct KeptOpen(Vec<(RawFd, OwnedFd)>);
+
+impl KeptOpen {
+    fn of(spec: &VmSpec) -> io::Result<Self> {
+        let named = spec.ports.iter().filter_map(|port| match port.end {
+            PortEnd::Fd(number) => Some(number),
+            PortEnd::Listen(_) | PortEnd::Attached => None,
+        });
+        let keep = |number: RawFd| {
+            // SAFETY: the borrow ends with the call, which asks whether the number is open and duplicates it.
+            let fd = unsafe { BorrowedFd::borrow_raw(number.max(0)) };
+            fcntl(fd, FcntlArg::F_GETFD)?;
+            Ok((number, fd.try_clone_to_owned()?))
+        };
+        named.map(keep).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// Every number is open again, as it was.
+    fn put_back(self) {
+        for (number, fd) in self.0 {
+            // SAFETY: the number belongs to who started this process and named it in the spec; the devices that had taken it are gone.
+            if unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) } < 0 {
+                tracing::error!(number, "put a descriptor back: {}", io::Error::last_os_error());
+            }
+        }
+    }
+}

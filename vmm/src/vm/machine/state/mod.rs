@@ -1,0 +1,89 @@
+//! What KVM knows of a VM: the state of its vCPUs and chips, taken while no vCPU runs and put into a fresh VM before one
+//! does.
+//!
+//! Invariants: time in the VM stands still between the two (TSC, KVM's clock and the timers go on where they stood, so that
+//! no timer fires for the time between); whatever KVM refuses is an error with a name, and the VM is not started then.
+
+mod chips;
+mod vcpu;
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use chips::ChipsState;
+pub use vcpu::VcpuState;
+
+/// Errors of taking or restoring the state.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// KVM refused.
+    #[error("{operation}")]
+    Kvm {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// An MSR of the snapshot cannot be set.
+    #[error("KVM does not let MSR {index:#x} be set to {value:#x}")]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// Its value.
+        value: u64,
+    },
+    /// The state is that of a VM with other vCPUs.
+    #[error("the state has {have} vCPUs, the VM {should}")]
+    VcpuCount {
+        /// In the state.
+        have: usize,
+        /// In the VM.
+        should: usize,
+    },
+    /// More MSRs than KVM takes in a call.
+    #[error("make a list of MSRs")]
+    MsrList,
+}
+
+impl Error {
+    fn kvm(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { operation, source }
+    }
+}
+
+/// What KVM knows of a VM.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Its vCPUs, by number.
+    pub vcpus: Vec<VcpuState>,
+    /// What they share.
+    pub chips: ChipsState,
+}
+
+impl MachineState {
+    /// Puts the state into `vm` with its `vcpus`, which have their CPUID and have not run.
+    ///
+    /// # Errors
+    /// KVM refuses a part of it. The VM is of no use then.
+    pub fn restore(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<(), Error> {
+        if vcpus.len() != self.vcpus.len() {
+            return Err(Error::VcpuCount { have: self.vcpus.len(), should: vcpus.len() });
+        }
+        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
+            state.restore(vcpu)?;
+        }
+        // Behind the local APICs: an interrupt that waits in the I/O APIC is delivered to them by this.
+        self.chips.restore(vm)
+    }
+}
+
+/// The MSRs that hold state of a vCPU, by KVM's list.
+///
+/// # Errors
+/// KVM refuses.
+pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, Error> {
+    let list = kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
+    Ok(list.as_slice().to_vec())
+}

@@ -1,0 +1,181 @@
+//! A VM's memory into a snapshot's file, and out of it. The file has the memory without its hole below 4 GiB, as the memfd has.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::Error;
+use super::format::{Contents, FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
+
+/// Bytes read at once when a snapshot is taken.
+const PIECE: usize = MAX_RUN * PAGE;
+/// Most threads that fill memory: it is bound by memory, not by processors.
+const MAX_THREADS: usize = 4;
+
+/// Bytes of memory.
+pub fn size(memory: &GuestMemoryMmap) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+/// The region that byte `offset` of the memfd is in, and where in it.
+fn place(memory: &GuestMemoryMmap, mut offset: u64) -> Option<(&vm_memory::GuestRegionMmap, MemoryRegionAddress)> {
+    for region in memory.iter() {
+        if offset < region.len() {
+            return Some((region, MemoryRegionAddress(offset)));
+        }
+        offset -= region.len();
+    }
+    None
+}
+
+/// Writes what `memory` holds; nothing may write to it meanwhile. Between two pieces `go_on` is asked whether to.
+pub fn save(memory: &GuestMemoryMmap, writer: &mut Writer<'_>, go_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
+    let (mut piece, mut offset) = (vec![0; PIECE], 0);
+    for region in memory.iter() {
+        let mut at = 0;
+        while at < region.len() {
+            if !go_on() {
+                return Err(Error::Interrupted);
+            }
+            let length = usize::try_from(region.len() - at).unwrap_or(PIECE).min(PIECE);
+            let read = region.read_slice(&mut piece[..length], MemoryRegionAddress(at));
+            read.map_err(|error| Error::Memory(io::Error::other(error)))?;
+            writer.add(&piece[..length], offset).map_err(Error::Write)?;
+            at += length as u64;
+            offset += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Fills `memory`, which holds zeros, with the pages of `contents` from `file`, by several threads.
+///
+/// # Errors
+/// The file cannot be read, or a page is damaged: then the memory holds anything.
+pub fn fill(memory: &GuestMemoryMmap, contents: &Contents, file: &File) -> Result<(), Error> {
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(contents.runs.len());
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<(), Error> {
+        let mut bytes = vec![0; PIECE];
+        while let Some(run) = contents.runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            fill_run(memory, run, file, &mut bytes[..run.length])?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut result = work();
+        for other in others {
+            let joined = other.join().unwrap_or_else(|_| Err(Error::Memory(io::Error::other("a thread has panicked"))));
+            result = result.and(joined);
+        }
+        result
+    })
+}
+
+fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File, bytes: &mut [u8]) -> Result<(), Error> {
+    Source::read_at(file, bytes, run.file).map_err(FormatError::Read)?;
+    if checksum(bytes) != run.sum {
+        return Err(FormatError::Damaged("memory").into());
+    }
+    let mut rest = &*bytes;
+    // A run may reach over the hole.
+    while !rest.is_empty() {
+        let offset = run.memory + (bytes.len() - rest.len()) as u64;
+        let outside = || Error::Memory(io::ErrorKind::InvalidInput.into());
+        let (region, at) = place(memory, offset).ok_or_else(outside)?;
+        let length = usize::try_from(region.len() - at.0).unwrap_or(rest.len()).min(rest.len());
+        region.write_slice(&rest[..length], at).map_err(|error| Error::Memory(io::Error::other(error)))?;
+        rest = &rest[length..];
+    }
+    Ok(())
+}
+
+/// Makes all of `memory` hold zeros again, and take no room.
+pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    for region in memory.iter() {
+        let Some(file) = region.file_offset() else { continue };
+        let (start, length) = (i64::try_from(file.start()), i64::try_from(region.len()));
+        let (Ok(start), Ok(length)) = (start, length) else { continue };
+        fallocate(file.file(), punch, start, length)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::super::format::Key;
+    use super::*;
+    use crate::vm::machine::{layout, memory::create};
+
+    const KEY: Key = Key([1; 32]);
+
+    #[test]
+    fn memory_comes_back_on_both_sides_of_the_hole() {
+        // Sparse: the file system and the memory have only what is touched.
+        let size_of_both = layout::LOW_RAM_LIMIT + (4 << 20);
+        let before = create("test", size_of_both).unwrap();
+        let last_low = GuestAddress(layout::LOW_RAM_LIMIT - 1);
+        let first_high = GuestAddress(layout::HIGH_RAM_START);
+        before.write_obj(1u8, GuestAddress(0x5000)).unwrap();
+        before.write_obj(2u8, last_low).unwrap();
+        before.write_obj(3u8, first_high).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = Writer::new(&file);
+        save(&before, &mut writer, &mut || true).unwrap();
+        let length = writer.finish(&KEY, size_of_both, b"{}").unwrap();
+        assert!(length < 6 * PAGE as u64, "{length} bytes");
+
+        let contents = Contents::read(&file, &KEY, size_of_both).unwrap();
+        let after = create("test", size_of_both).unwrap();
+        fill(&after, &contents, &file).unwrap();
+        let bytes = [GuestAddress(0x5000), last_low, first_high].map(|at| after.read_obj::<u8>(at).unwrap());
+        assert_eq!(bytes, [1, 2, 3]);
+        clear(&after).unwrap();
+        assert_eq!(after.read_obj::<u8>(last_low).unwrap(), 0);
+    }
+
+    #[test]
+    fn many_pages_come_back_through_several_threads_and_damage_is_found() {
+        let before = create("test", 8 << 20).unwrap();
+        for page in (0..2048u64).filter(|page| page % 3 != 0) {
+            before.write_obj(page, GuestAddress(page * PAGE as u64 + 8)).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = Writer::new(&file);
+        save(&before, &mut writer, &mut || true).unwrap();
+        writer.finish(&KEY, 8 << 20, b"{}").unwrap();
+        let contents = Contents::read(&file, &KEY, 8 << 20).unwrap();
+        let after = create("test", 8 << 20).unwrap();
+        fill(&after, &contents, &file).unwrap();
+        for page in 0..2048u64 {
+            let should = if page % 3 == 0 { 0 } else { page };
+            assert_eq!(after.read_obj::<u64>(GuestAddress(page * PAGE as u64 + 8)).unwrap(), should);
+        }
+        let run = contents.runs[contents.runs.len() / 2];
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff], run.file).unwrap();
+        let error = fill(&after, &contents, &file).unwrap_err();
+        assert_eq!(crate::base::error::chain(&error), "its memory is damaged");
+    }
+
+    #[test]
+    fn taking_a_snapshot_can_be_interrupted() {
+        let memory = create("test", 8 << 20).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut asked = 0;
+        let mut twice = || {
+            asked += 1;
+            asked < 3
+        };
+        let error = save(&memory, &mut Writer::new(&file), &mut twice).unwrap_err();
+        assert!(matches!(error, Error::Interrupted));
+    }
+}

@@ -1,0 +1,173 @@
+//! Snapshots of driver VMs: one that is booted, has its modules loaded and has met neither plan, device nor guest is saved once, and
+//! later lives are restored from it by a fresh process.
+//!
+//! ```text
+//!   a VM that waits ---pause, save---> file (format, cache) ---read, check---> memory, KVM's state, devices ---> a VM that waits
+//!                       (take)                                   (restore)
+//! ```
+//! Invariants: a snapshot that is missing, damaged, of something else or refused by KVM costs a cold boot, never more;
+//! no vCPU runs between the first and the last byte that is saved, nor before all is restored. What the VM has been told by its
+//! host, or has of a guest, makes a device refuse to be saved. Which VM a snapshot is of is its key ([`key`]).
+
+pub mod cache;
+pub mod device;
+pub mod format;
+pub mod key;
+pub mod memory;
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+
+use self::cache::Cache;
+use self::device::StateError;
+use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
+use super::machine::kvm;
+use super::machine::legacy::LegacyState;
+use super::machine::state::{self, ChipsState, MachineState};
+use super::machine::vcpu::Vcpus;
+use super::machine::vm::Vm;
+use super::pci::bus::BusState;
+use crate::wire::messages::VmSpec;
+
+/// Errors of taking, keeping or restoring a snapshot.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// KVM's part.
+    #[error(transparent)]
+    Machine(#[from] state::Error),
+    /// KVM itself.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// A device's part.
+    #[error(transparent)]
+    Device(#[from] StateError),
+    /// There is no folder to look in.
+    #[error("there is no folder for snapshots: set {folder}, XDG_CACHE_HOME or HOME", folder = cache::FOLDER)]
+    NoFolder,
+    /// The folder or a file in it.
+    #[error("use {path}")]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Who may write a snapshot may run anything in a driver VM.
+    #[error("{}: others may write to it, or it is another user's", .0.display())]
+    OthersMayWrite(PathBuf),
+    /// The file cannot be written.
+    #[error("write the snapshot")]
+    Write(#[source] io::Error),
+    /// The VM's memory, or a fact about the host.
+    #[error("the VM's memory")]
+    Memory(#[source] io::Error),
+    /// The state is no state.
+    #[error("its state cannot be understood")]
+    State(#[source] serde_json::Error),
+    /// The state of the VM is larger than any snapshot's.
+    #[error("the state has {0} bytes, more than the {MAX_STATE} of a snapshot")]
+    TooLarge(usize),
+    /// Something more urgent came.
+    #[error("something more urgent came")]
+    Interrupted,
+}
+
+/// All of a VM but its memory.
+#[derive(Serialize, Deserialize)]
+struct VmState {
+    machine: MachineState,
+    legacy: LegacyState,
+    pci: BusState,
+}
+
+/// Where the snapshot of a VM is, or would be.
+#[derive(Clone, Debug)]
+pub struct Place {
+    cache: Cache,
+    key: Key,
+    memory: u64,
+}
+
+/// A snapshot that was found: its file, and what was read of it.
+#[derive(Debug)]
+pub struct Found {
+    file: File,
+    contents: Contents,
+}
+
+impl Place {
+    /// The place of the snapshot of the VM of `spec`, whose image has the digest `image`.
+    ///
+    /// # Errors
+    /// There is no folder, or KVM does not say what it can do.
+    pub fn of(spec: &VmSpec, image: &str) -> Result<Self, Error> {
+        let key = key::key(&kvm::open()?, spec, image)?;
+        Ok(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0 })
+    }
+
+    /// Looks for the snapshot; `None`: there is none.
+    ///
+    /// # Errors
+    /// There is one that cannot be used.
+    pub fn find(&self) -> Result<Option<Found>, Error> {
+        let Some(file) = self.cache.open(&self.key)? else { return Ok(None) };
+        let contents = Contents::read(&file, &self.key, self.memory)?;
+        Ok(Some(Found { file, contents }))
+    }
+
+    /// Takes a snapshot of `vm`, whose `vcpus` run before and after. Between two pieces of its memory `go_on` is asked
+    /// whether to. Returns the bytes of the file.
+    ///
+    /// # Errors
+    /// Nothing is kept of it then; the VM goes on.
+    pub fn take(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
+        let mut paused = vcpus.pause()?;
+        let machine = MachineState { vcpus: std::mem::take(&mut paused.vcpus), chips: ChipsState::take(&vm.fd)? };
+        let state = VmState { machine, legacy: vm.bus.legacy.save()?, pci: vm.bus.pci.save()? };
+        let state = serde_json::to_vec(&state).map_err(Error::State)?;
+        if state.len() as u64 > MAX_STATE {
+            return Err(Error::TooLarge(state.len()));
+        }
+        let mut length = 0;
+        self.cache.create(&self.key, |file| {
+            let mut writer = Writer::new(file);
+            memory::save(&vm.memory, &mut writer, go_on)?;
+            length = writer.finish(&self.key, memory::size(&vm.memory), &state).map_err(Error::Write)?;
+            Ok(())
+        })?;
+        Ok(length)
+    }
+}
+
+impl Found {
+    /// Fills `memory`, which holds zeros.
+    ///
+    /// # Errors
+    /// The file is damaged; the memory has to be cleared ([`memory::clear`]).
+    pub fn fill(&self, memory: &GuestMemoryMmap) -> Result<(), Error> {
+        memory::fill(memory, &self.contents, &self.file)
+    }
+
+    /// Puts all but the memory into `vm`, which has its devices and memory, and into its `vcpus`, none of which has run.
+    ///
+    /// # Errors
+    /// KVM or a device refuses; the VM is of no use then.
+    pub fn restore(&self, vm: &Vm, vcpus: &[VcpuFd]) -> Result<(), Error> {
+        let state: VmState = serde_json::from_slice(&self.contents.state).map_err(Error::State)?;
+        state.machine.restore(&vm.fd, vcpus)?;
+        // Behind the interrupt controllers: what devices signal now must not be overwritten.
+        vm.bus.legacy.restore(state.legacy)?;
+        vm.bus.pci.restore(state.pci)?;
+        Ok(())
+    }
+}
