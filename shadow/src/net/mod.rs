@@ -151,7 +151,7 @@ pub struct NetShadow {
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
     next_carrier: Option<(Generation, bool)>,
-    /// The newest generation from whose NIC something came in before it was told to go live.
+    /// The newest generation whose NIC brought something in before it was ordered to go live.
     heard: Option<Generation>,
     pacing: Pacing,
     features: u64,
@@ -431,12 +431,12 @@ impl NetShadow {
         }
     }
 
-    /// The link that was told to go live, and has not been given up.
+    /// The link that was ordered to go live, and has not been given up.
     pub fn link(&self) -> Option<LinkId> {
         self.mode.link()
     }
 
-    /// Frames handed to the driver VM of which nobody has said yet that it took them.
+    /// Frames handed to the driver VM that are not known to have been taken.
     pub fn in_flight(&self) -> u64 {
         self.mode.in_flight()
     }

@@ -9,7 +9,7 @@ use crate::header::HEADER_LEN;
 
 use super::announce::SHORTEST;
 
-/// Most neighbours asked at a time, and frames of the log that are looked through for them: any one answer will do.
+/// Most neighbours asked at a time, and most frames of the log searched for them: one answer is enough.
 pub(super) const MOST: usize = 4;
 pub(super) const LOOK_AT: usize = 64;
 

@@ -16,7 +16,7 @@ use umbra_shadow::{Generation, LinkId};
 
 use link::{Link, LinkError};
 
-/// What the supervisor is told.
+/// What the splitter reports to the supervisor.
 #[derive(Debug)]
 pub enum Notice {
     /// The driver VM of this generation plays. Since the shadow began to mask: what became of samples.
