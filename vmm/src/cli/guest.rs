@@ -107,7 +107,7 @@ fn look(machine: &mut Connection, name: &str) -> anyhow::Result<GuestStatus> {
     }
 }
 
-/// Looks until the guest is as `wanted` has it; `what` is said of one that is not after so many seconds.
+/// Polls until the guest is as `wanted`. The error after `seconds` names the guest and says `what`.
 fn wait_for(
     machine: &mut Connection,
     name: &str,

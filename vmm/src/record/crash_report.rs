@@ -17,10 +17,10 @@ use crate::base::untrusted_text::{self, block, line};
 use crate::lifecycle::NoticedBy;
 use crate::wire::messages::{LinkEnd, MaskedCounts};
 
-/// Reports kept per driver VM: the run directory is mostly in memory.
+/// Reports kept per driver VM: few, because the run directory is mostly in memory.
 const KEEP: u32 = 32;
 
-/// Most reports that wait for room on the disk; the oldest go first.
+/// Most reports that wait for room on the disk; the oldest are dropped first.
 const WAITING: usize = 64;
 
 /// Reports that could not be written: they wait here until they can.
@@ -34,7 +34,7 @@ impl PendingReports {
     ///
     /// # Errors
     ///
-    /// It has to wait; the error is there when none had to wait before, so that it is told once.
+    /// The report has to wait. The error is there only if no other report waited already, so that it is reported once.
     pub fn write(&mut self, dir: &Path, report: &CrashReport) -> Result<PathBuf, Option<io::Error>> {
         let same = |kept: &CrashReport| kept.driver == report.driver && kept.generation == report.generation;
         let first = self.waiting.is_empty();
@@ -51,7 +51,7 @@ impl PendingReports {
         }
     }
 
-    /// Tries those that wait again; returns the driver VMs and the paths of those that are written now.
+    /// Tries again to write the reports that wait; returns the driver VMs and paths of those that are written now.
     pub fn retry(&mut self, dir: &Path) -> Vec<(String, PathBuf)> {
         let mut written = Vec::new();
         while let Some(path) = self.waiting.first().and_then(|report| report.write(dir).ok()) {
@@ -113,7 +113,7 @@ pub struct CrashReport {
 pub enum Verdict {
     /// The next life.
     Restart,
-    /// None: the bound on restarts is reached, or the device or the process hangs.
+    /// No next life: the bound on restarts is reached, or the device or the process hangs.
     Quarantine,
 }
 

@@ -38,13 +38,13 @@ use crate::record::log::EventLog;
 use crate::record::metrics::{Metrics, Server, ServerError};
 use crate::wire::spawn::SpawnError;
 
-/// How often crash reports that wait for room are tried.
+/// Interval at which crash reports that wait for room are tried again.
 const RETRY_PERIOD: Duration = Duration::from_secs(1);
 
-/// How often the present state is renewed for the metrics.
+/// Interval at which the metrics get the present state.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long the end of the run waits for resets that are under way. A bus reset takes a second.
+/// Longest wait at the end of the run for resets that are under way. A bus reset takes a second.
 const LAST_RESET: Duration = Duration::from_secs(5);
 
 /// How a machine is run.

@@ -14,11 +14,11 @@ use crate::base::lock::lock;
 use crate::wire::channel::{self, Channel};
 use crate::wire::messages::FromVm;
 
-/// Messages that wait for a supervisor that does not read: many times what a VM has to say in an outage, and some 100 KiB.
+/// Most messages that wait for a supervisor that does not read: many times what a VM has to say in an outage, and some 100 KiB.
 const MAX_WAITING: usize = 1024;
 
-/// How long the end of a process waits for what is still to be told. A supervisor reads within milliseconds; one that is
-/// stopped has the process's end itself to notice.
+/// Longest wait at the end of a process for messages that are not sent yet. A supervisor reads within milliseconds; one that is
+/// stopped notices the end of the process itself.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Where this process reports to. Threads share it.

@@ -33,7 +33,7 @@ pub enum Event {
         /// How: `powered off`, `killed`, or what went wrong.
         how: String,
     },
-    /// A guest's device that came later than its driver VM's life, or was connected with it again, is served.
+    /// A guest's device is served that came later than its driver VM's life, or was connected with it again.
     EndLive {
         /// The guest.
         guest: String,
@@ -88,7 +88,7 @@ pub enum Event {
         /// How far it was: ready or booting; a spare armed, without carrier or booting.
         standby: StandbyStage,
     },
-    /// The carrier of a waiting spare's NIC changed: with one it takes over at once, without it does not.
+    /// The carrier of a waiting spare's NIC changed: with a carrier it takes over at once, without one it does not.
     SpareCarrier {
         /// The driver VM.
         driver: String,
@@ -97,7 +97,7 @@ pub enum Event {
         /// Link up.
         up: bool,
     },
-    /// A restart that was asked for did not come about; the image of before is in use.
+    /// A requested restart did not come about; the image of before is in use.
     RestartFailed {
         /// The driver VM.
         driver: String,
@@ -219,7 +219,7 @@ pub enum Event {
         /// Link up.
         up: bool,
     },
-    /// The next generation gets nothing of what was recorded of a guest's device, and the guest is told.
+    /// The next generation gets nothing of what was recorded of a guest's device, and the guest learns of that loss.
     CleanStart {
         /// The driver VM.
         driver: String,
@@ -267,7 +267,7 @@ pub enum Event {
         /// What.
         what: String,
     },
-    /// An event of another version, read from its log. Never told.
+    /// An event of another version, read from its log. Never reported.
     #[serde(other)]
     Unknown,
 }

@@ -77,7 +77,7 @@ pub struct PastFailure {
     pub detect_ms: f64,
     /// What followed.
     pub outcome: Outcome,
-    /// How long each part took, as far as it is known.
+    /// How long each part took; parts that are not known are `None`.
     pub parts: RecoveryParts,
     /// Frames of the outage.
     pub frames: MaskedCounts,
@@ -103,7 +103,7 @@ pub struct DevicePace {
 /// What followed a failure.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Outcome {
-    /// The next life serves, after an outage of so many ms (`None`: nothing had been served before).
+    /// The next life serves: its generation, and the outage in ms (`None`: nothing had been served before).
     Live(u32, Option<f64>),
     /// The next life failed before it served.
     FailedAgain,

@@ -60,10 +60,10 @@ const SIGNS: [(&[u8], Fatal); 11] = [
     (b": nobody cared (try booting with", Fatal::DeadInterrupt),
 ];
 
-/// The longest of them.
+/// Length of the longest of these signs, in bytes.
 const LONGEST_SIGN: usize = 36;
 
-/// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
+/// Most bytes read at a time; a VM that prints without end is read again at the next turn of the loop.
 const READ_AT_ONCE: usize = 64 * 1024;
 
 /// The captured output of one driver VM, across its lives.
@@ -144,7 +144,7 @@ impl Console {
         String::from_utf8_lossy(&[a, b].concat()).replace('\r', "")
     }
 
-    /// What the kernel has begun to say of its end, in this life.
+    /// The end that the kernel has begun to report on the console in this life, if any.
     pub fn fatal(&self) -> Option<Fatal> {
         self.fatal
     }

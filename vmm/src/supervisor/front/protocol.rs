@@ -16,7 +16,7 @@ pub const MAX_REQUEST: usize = 4096;
 pub enum Request {
     /// Show everything. Answered by [`Response::Status`].
     Status,
-    /// Tell events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
+    /// Send the events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
     Events {
         /// Only those with a higher number.
         after: u64,
@@ -48,8 +48,8 @@ pub enum Request {
         /// Which.
         name: String,
     },
-    /// Have a guest power off, or kill it; the machine goes on while it has another one. Answered by [`Response::Done`] when
-    /// the guest has been told.
+    /// Have a guest power off, or kill it; the machine goes on while it has another one. Answered by [`Response::Done`] when the
+    /// power button was pressed, or the kill was sent.
     StopGuest {
         /// Which.
         name: String,
@@ -91,9 +91,9 @@ pub enum Response {
     },
     /// The status.
     Status(Box<Status>),
-    /// All past events have been told.
+    /// All past events have been sent.
     EventsEnd,
-    /// The driver VM's agent has been told to crash.
+    /// The driver VM's agent was ordered to crash.
     Crashing {
         /// The driver VM.
         name: String,

@@ -1,5 +1,5 @@
-//! What a machine needs from the host, looked at before anything is started: the first thing that is missing is said,
-//! with what to do about it, and nothing is left behind.
+//! What a machine needs from the host, checked before anything is started: the first thing that is missing is reported, with what
+//! to do about it, and nothing is left behind.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
