@@ -51,7 +51,7 @@ pub enum Fault {
 pub struct PumpError {
     /// Whose queue.
     pub owner: Owner,
-    /// What.
+    /// The rule that was broken.
     #[source]
     pub fault: Fault,
 }

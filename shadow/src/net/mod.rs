@@ -375,9 +375,8 @@ impl NetShadow {
         dropped
     }
 
-    /// The carrier that the NIC of `generation` reports. Only the live generation's is shown to the guest; that of one
-    /// that is not live yet, whether another is or none, is kept until it is. Returns true if what the guest sees has
-    /// changed.
+    /// The carrier that the NIC of `generation` reports. The guest sees only that of the live generation; the carrier of a later
+    /// generation is kept until that goes live. Returns true if what the guest sees has changed.
     pub fn carrier(&mut self, generation: Generation, up: bool) -> bool {
         if self.is_barred(LinkId::last(generation)) {
             return false;

@@ -94,13 +94,13 @@ pub enum Log {
     Drop,
 }
 
-/// Takes notices.
+/// Receives the notices; it must not call the splitter.
 pub type Listener = Box<dyn FnMut(Notice) + Send>;
 
 /// State for `umbra status`.
 #[derive(Clone, Copy, Debug)]
 pub struct Status {
-    /// Mode.
+    /// The shadow's mode.
     pub mode: ModeName,
     /// Frames to the driver VM, live and replayed.
     pub frames_out: u64,

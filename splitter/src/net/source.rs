@@ -1,5 +1,5 @@
-//! Which source addresses a guest may send with on a NIC that it shares, and what its frames tell of the wire. Pure: addresses and times
-//! go in.
+//! Which source addresses a guest may send with on a NIC that it shares, and what its frames show of the wire. Pure: addresses and
+//! times go in.
 //!
 //! A guest has the address that it was configured with, plus those that nobody else has. An address is another's if it was configured for
 //! another end of the NIC, or if a frame with that source has come in within [`AGEING`]: from the wire, or from a neighbour through the

@@ -8,7 +8,7 @@ use super::connection::{Connection, UNEXPECTED};
 use crate::record::status::{GuestStateName, GuestStatus};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
-/// How often the machine is asked how far the guest is.
+/// Interval at which the machine is asked for the guest's state.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Arguments of `umbra start`.

@@ -60,7 +60,7 @@ pub enum Standby {
     },
     /// Its kernel boots, its agent loads modules; that of a spare sets up forwarding as well.
     Booting {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// Whether the agent has said hello.
         hello: bool,
@@ -69,14 +69,14 @@ pub enum Standby {
     },
     /// It waits for the device.
     Ready {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// The agent's last sign of life.
         heard: Time,
     },
     /// A spare: it forwards, with its own device.
     Hot {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// The agent's last sign of life.
         heard: Time,
@@ -86,7 +86,7 @@ pub enum Standby {
 }
 
 impl Standby {
-    /// Its number, if it has a process that is of use.
+    /// Its generation, if it has a process that is of use.
     pub fn generation(&self) -> Option<Generation> {
         match self {
             Self::Booting { generation, .. } | Self::Ready { generation, .. } | Self::Hot { generation, .. } => {

@@ -69,23 +69,23 @@ impl PendingReports {
 /// A crash report.
 #[derive(Clone, Debug, Serialize)]
 pub struct CrashReport {
-    /// The driver VM.
+    /// Name of the driver VM.
     pub driver: String,
-    /// The life that ended.
+    /// Generation of the life that ended.
     pub generation: u32,
-    /// PCI address.
+    /// PCI address of the device.
     pub device: String,
     /// Kernel driver, if the agent had said.
     pub kernel_driver: Option<String>,
     /// Kernel release, if the agent had said.
     pub kernel: Option<String>,
-    /// How it was noticed.
+    /// How the failure was noticed.
     pub source: NoticedBy,
-    /// What happened.
+    /// What happened, for people.
     pub reason: String,
     /// The kernel's own line about it, out of the console.
     pub kernel_says: Option<String>,
-    /// How the process ended.
+    /// How the process ended, in words.
     pub exit: String,
     /// What the policy made of it.
     pub verdict: Verdict,
@@ -95,15 +95,15 @@ pub struct CrashReport {
     pub masks: Vec<Mask>,
     /// From the mask to live, ms; none while it lasts.
     pub outage_ms: Option<f64>,
-    /// How long each part of the recovery took.
+    /// How long each part of the recovery took, ms.
     pub parts: RecoveryParts,
     /// What became of the frames, summed over the guests.
     pub frames: MaskedCounts,
-    /// Step by step.
+    /// The steps of failure and recovery, in the order of their times.
     pub timeline: Vec<Mark>,
     /// Registers of the driver VM's vCPUs, where there was time to read them.
     pub registers: String,
-    /// The end of the console.
+    /// The last 64 KiB of the life's console.
     pub console_tail: String,
 }
 

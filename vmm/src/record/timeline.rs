@@ -124,7 +124,7 @@ impl Timeline {
         self.0.iter().find(|(have, _)| *have == step).map(|(_, at)| *at)
     }
 
-    /// How long it took from `from` to `to`.
+    /// Time from `from` to `to`; `None` where one of them has not happened.
     pub fn between(&self, from: Milestone, to: Milestone) -> Option<Duration> {
         Some(self.at(to)?.since(self.at(from)?))
     }

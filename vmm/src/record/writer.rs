@@ -40,7 +40,7 @@ pub(super) enum Queued {
 }
 
 impl Writer {
-    /// Begins to write to `place` by `write`; what that has to tell comes as `warnings`. `None`: there is no thread.
+    /// Begins to write to `place` by `write`, whose troubles are sent as `warnings`. `None`: no thread could be started.
     pub(super) fn start(
         place: &'static str,
         warnings: Sender<String>,

@@ -295,7 +295,7 @@ impl Supervisor {
         self.is_without_guests() && self.drivers.iter().all(stopped)
     }
 
-    /// All guests have ended, and nobody is to start one again.
+    /// All guests have ended, and the machine is not to wait for somebody to start one again.
     fn is_without_guests(&self) -> bool {
         self.guests.iter().all(GuestVm::is_over) && (!self.keep || self.stopping.is_some())
     }
@@ -490,7 +490,7 @@ impl Supervisor {
                 self.guests[n].state = GuestState::Off;
             }
             match how {
-                // A guest that is about to reboot gets its process back first; it is off as it is.
+                // A guest that has just reset is not started again: it is off when its process has ended.
                 StopHow::PowerButton => self.tell_guest(n, &crate::wire::messages::ToVm::PowerButton),
                 StopHow::Kill => {
                     if let Some(process) = &mut self.guests[n].process {

@@ -46,7 +46,7 @@ pub enum Error {
     /// A virtio device.
     #[error("make {name}")]
     Virtio {
-        /// Which.
+        /// Name of the device.
         name: String,
         /// The cause.
         #[source]
@@ -55,7 +55,7 @@ pub enum Error {
     /// Its transport.
     #[error("make {name}")]
     Transport {
-        /// Which.
+        /// Name of the device.
         name: String,
         /// The cause.
         #[source]

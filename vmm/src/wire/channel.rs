@@ -57,9 +57,9 @@ pub enum Error {
     /// More descriptors than belong to any message in this direction.
     #[error("a control message came with {sent} file descriptors, of {most} that are allowed")]
     Descriptors {
-        /// Those that came with it, at least.
+        /// Descriptors that came with it, at least.
         sent: usize,
-        /// How many may come.
+        /// Most descriptors that may come.
         most: usize,
     },
 }

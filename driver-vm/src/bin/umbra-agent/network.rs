@@ -77,7 +77,7 @@ pub struct Network {
 }
 
 impl Nic {
-    /// Looks for the NIC; if it is there, says so to `tell` and brings it up.
+    /// Looks for the NIC. If it is there, calls `tell` and brings it up.
     ///
     /// # Errors
     /// When it is there but cannot be set up.

@@ -25,7 +25,7 @@ pub enum ReadError {
     /// A file cannot be read.
     #[error("read {}", path.display())]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,

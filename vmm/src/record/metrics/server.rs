@@ -39,7 +39,7 @@ pub enum ServerError {
     /// Another failure.
     #[error("serve metrics at {address}")]
     Listen {
-        /// Where.
+        /// The configured address.
         address: Address,
         /// Why not.
         source: io::Error,

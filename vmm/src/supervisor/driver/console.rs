@@ -42,9 +42,9 @@ impl Fatal {
     }
 }
 
-/// How Linux begins to say so. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver VM's
-/// kernel is told to panic on every oops, lock-up and RCU stall: what begins one is as certain as the panic itself, and thousands of
-/// characters earlier (the stacks of all CPUs). The words of lock-ups and stalls are those of `kernel/watchdog.c` and
+/// How Linux begins to report such an end. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver
+/// VM's kernel is set to panic on every oops, lock-up and RCU stall: the beginning of one is as certain as the panic itself, and
+/// thousands of characters earlier (the stacks of all CPUs). The words of lock-ups and stalls are those of `kernel/watchdog.c` and
 /// `kernel/rcu/tree_stall.h`, without the prefixes that differ between kernels.
 const SIGNS: [(&[u8], Fatal); 11] = [
     (b"Kernel panic - not syncing", Fatal::Panic),

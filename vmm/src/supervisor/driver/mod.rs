@@ -279,7 +279,7 @@ impl DriverVm {
         self.mtu.unwrap_or(config::DEFAULT_MTU)
     }
 
-    /// Keeps a device from going on with what it has when nobody feeds it any more.
+    /// Stops a device that would go on with what it has when nobody feeds it any more.
     pub(in crate::supervisor) fn silence(&self) {
         if let Err(error) = self.device.stop_dma() {
             tracing::warn!(%error, "cannot switch the device's bus mastering off");

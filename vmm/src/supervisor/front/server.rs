@@ -290,7 +290,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers those who asked for the status, once the guests have said theirs or have taken too long.
+    /// Answers the clients that asked for the status, once the guests have answered or their time is over.
     pub(in crate::supervisor) fn answer_status(&mut self, now: Time) {
         let complete = self.guests.iter().all(GuestVm::is_fresh);
         let due = |client: &Client| client.status_due.is_some_and(|due| complete || due <= now);

@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
      (`cat /proc/{pid}/stack`, `dmesg`). Wait for it, or reboot the host"
 )]
 pub struct LeftoverError {
-    /// Its number.
+    /// Number of the process.
     pub pid: i32,
     /// The VM.
     pub name: String,

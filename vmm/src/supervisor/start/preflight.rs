@@ -91,9 +91,9 @@ pub enum PreflightError {
          LimitMEMLOCK= of the service), or run as root"
     )]
     LockedMemory {
-        /// Who.
+        /// The guest or driver VM that has the device.
         user: String,
-        /// How much.
+        /// Memory that has to be locked.
         needed: MemorySize,
         /// The limit, in words.
         limit: String,

@@ -71,7 +71,7 @@ pub struct FailureWatch {
 }
 
 impl FailureWatch {
-    /// `interrupt_limit` is the most interrupts a second that are no failure; `None`: any number is none.
+    /// `interrupt_limit`: most interrupts a second that are no failure; `None`: no limit.
     pub(super) fn new(
         host: &Arc<HostFunction>,
         interrupt_limit: Option<NonZeroU32>,

@@ -47,7 +47,7 @@ pub enum Error {
     Inherited {
         /// The port.
         name: String,
-        /// Its number.
+        /// Number of the descriptor.
         fd: i32,
         /// The cause.
         #[source]

@@ -76,7 +76,7 @@ struct State {
     transfers: VecDeque<(Tag, Work)>,
     flushes: VecDeque<(Tag, Work)>,
     done: VecDeque<Done>,
-    /// Number of calls of [`Worker::forget`]; jobs of an earlier one are dropped.
+    /// Number of calls of [`Worker::forget`]; a job that began before the last of them reports nothing.
     life: u64,
     stopping: bool,
     /// Threads that have ended.
