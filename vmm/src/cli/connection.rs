@@ -150,7 +150,8 @@ impl Connection {
         false
     }
 
-    /// Whether the machine says anything to a request, be it that it has too many clients, or is too busy to say so.
+    /// Whether the machine answers a request, even with the error that it has too many clients. One that is too busy to answer in
+    /// time counts as answering.
     fn answers(mut self) -> bool {
         let request = Request::Events { after: u64::MAX, follow: false };
         let mut line = String::new();

@@ -37,7 +37,7 @@ impl Lifecycle {
         self.process_hangs
     }
 
-    /// Why there is no spare: a process that was to give the spare's device up has held it for longer than [`ALARM`]. `None`: it
+    /// Why there is no spare: a process that was to give the spare's device up has held it for longer than `ALARM`. `None`: it
     /// has not.
     pub fn spare_is_held(&self) -> Option<String> {
         self.reserve.held()

@@ -25,8 +25,8 @@ pub fn hold_all() {
     }
 }
 
-/// The device has come: its driver gets what was held, else the kernel has to look for it. In a thread: drivers probe in
-/// it, and that takes as long as it takes.
+/// The device has come: its driver gets what was held, else the kernel has to look for it. This is done in a thread, because
+/// drivers probe in it, which may take any time.
 ///
 /// # Errors
 /// When no thread can be made.

@@ -57,7 +57,7 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=
                        mitigations=off kfence.sample_interval=0 audit=0 apparmor=0 initcall_blacklist=jent_mod_init,\
                        crypto_kdf108_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init";
 
-/// Largest console pipe; what a VM prints between two turns of the loop fits in.
+/// Size of the console pipe, in bytes: what a VM prints between two turns of the loop fits in.
 const CONSOLE_PIPE: i32 = 256 * 1024;
 
 /// Errors of starting a generation.

@@ -113,7 +113,7 @@ impl Supervisor {
         let Some(trial) = driver.trial.as_mut() else { return };
         let earlier = trial.earlier.take();
         if let Some(image) = serving {
-            // What serves goes on, be it on trial itself.
+            // The serving driver VM goes on, even if it is on trial itself.
             trial.before = Some(image).filter(|image| !Arc::ptr_eq(image, &driver.image));
         }
         self.fall_back(n, &what);
