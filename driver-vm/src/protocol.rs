@@ -124,7 +124,7 @@ pub enum ToAgent {
     /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of a sound card: start
     /// the sound service.
     ConfigureSound {
-        /// How many guests it serves: so many ports there are.
+        /// Number of guests that it serves, and so of ports.
         ends: u16,
         /// Where its card is.
         #[serde(default)]

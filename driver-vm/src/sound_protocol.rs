@@ -15,13 +15,13 @@ use umbra_shadow::sound::params::{MAX_CHANNELS, MAX_STREAMS};
 use umbra_shadow::sound::{Card, Direction, Epoch, Format, FromCard, Params, Rate, StreamId, StreamInfo, ToCard};
 use umbra_shadow::{Generation, LinkId};
 
-/// Names of the virtio-console ports that carry this protocol begin so; the index of the guest's end follows.
+/// Beginning of the names of the virtio-console ports that carry this protocol; the index of the guest's end follows.
 pub const SOUND_PORT: &str = "org.umbra.sound";
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 20;
 
-/// Largest body: a twentieth of a second of the fattest stream; bounds what a receiver must buffer.
+/// Largest body, in bytes: a twentieth of a second of the fattest stream; bounds what a receiver must buffer.
 pub const MAX_BODY: usize = 64 * 1024;
 
 /// Most bytes of earlier sessions that one session skips. A console port holds less: 128 requests of at most 32 KiB on
@@ -84,7 +84,7 @@ pub enum FromService {
     Failed(String),
 }
 
-/// A message that is none.
+/// Why bytes are no message of the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ProtocolError {
     /// Longer than any message.

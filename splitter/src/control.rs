@@ -6,7 +6,7 @@ use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 use crate::copy::{gather, scatter};
 use crate::queue::{Chain, RingFault, Virtqueue};
 
-/// Longest command read: both address tables with 2,700 entries each, far more than is kept of them.
+/// Longest command read, in bytes: both address tables with 2,700 entries each, far more than is kept of them.
 const MAX_COMMAND: usize = 32 * 1024;
 
 /// Commands handled in one call, as many as a queue holds that a driver does not refill meanwhile.

@@ -3,10 +3,10 @@
 use std::fmt::Arguments;
 use std::time::{Duration, Instant};
 
-/// Lines in a row: enough to see what a broken driver does.
+/// Lines written in a row before lines are left out: enough to see what a broken driver does.
 const BURST: u32 = 5;
 
-/// One more in this time.
+/// Time after which one more line is allowed.
 const EVERY: Duration = Duration::from_secs(20);
 
 /// The allowance of one device.
@@ -27,7 +27,7 @@ impl Default for LogLimit {
 }
 
 impl LogLimit {
-    /// Logs a warning, unless there were too many. The next that is logged tells how many were left out.
+    /// Logs a warning, unless there were too many. The next warning that is logged says how many were left out.
     pub fn warn(&mut self, line: Arguments<'_>) {
         match self.take(Instant::now()) {
             Some(0) => tracing::warn!("{line}"),

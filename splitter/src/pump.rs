@@ -51,7 +51,7 @@ pub enum Fault {
 pub struct PumpError {
     /// Whose queue.
     pub owner: Owner,
-    /// What.
+    /// The rule that was broken.
     #[source]
     pub fault: Fault,
 }
@@ -136,7 +136,7 @@ impl Addresses {
     }
 }
 
-/// What is told of each frame that is moved.
+/// Learns of each frame that is moved, and may refuse it.
 pub trait HandoverLog {
     /// Whether [`Self::admits`] is asked: where it is not, frames are not looked into.
     const LOOKS: bool = false;
@@ -168,7 +168,7 @@ pub fn pump<T: HandoverLog>(
     counts: &mut Counts,
 ) -> Result<Stop, PumpError> {
     let moved = move_frames(source, target, flow, tap, counts);
-    // Each side hears of what is done for it, whatever the other did.
+    // Each side is notified of what was done for it, whatever the other did.
     let told_source = source.notify().map_err(blame(flow.source));
     let told_target = target.notify().map_err(blame(flow.target()));
     let stop = moved?;

@@ -151,7 +151,7 @@ pub struct NetShadow {
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
     next_carrier: Option<(Generation, bool)>,
-    /// The newest generation from whose NIC something came in before it was told to go live.
+    /// The newest generation whose NIC brought something in before it was ordered to go live.
     heard: Option<Generation>,
     pacing: Pacing,
     features: u64,
@@ -375,9 +375,8 @@ impl NetShadow {
         dropped
     }
 
-    /// The carrier that the NIC of `generation` reports. Only the live generation's is shown to the guest; that of one
-    /// that is not live yet, whether another is or none, is kept until it is. Returns true if what the guest sees has
-    /// changed.
+    /// The carrier that the NIC of `generation` reports. The guest sees only that of the live generation; the carrier of a later
+    /// generation is kept until that goes live. Returns true if what the guest sees has changed.
     pub fn carrier(&mut self, generation: Generation, up: bool) -> bool {
         if self.is_barred(LinkId::last(generation)) {
             return false;
@@ -431,12 +430,12 @@ impl NetShadow {
         }
     }
 
-    /// The link that was told to go live, and has not been given up.
+    /// The link that was ordered to go live, and has not been given up.
     pub fn link(&self) -> Option<LinkId> {
         self.mode.link()
     }
 
-    /// Frames handed to the driver VM of which nobody has said yet that it took them.
+    /// Frames handed to the driver VM that are not known to have been taken.
     pub fn in_flight(&self) -> u64 {
         self.mode.in_flight()
     }

@@ -19,11 +19,11 @@ use std::time::Duration;
 /// conversations, any one of which may draw an answer; few enough to lose.
 pub const BATCH: u64 = 4;
 
-/// The first silence after which more is tried, and how often the splitter asks for an answer.
+/// The first silence after which more frames are handed over, and the interval at which the splitter asks for an answer.
 pub const STEP: Duration = Duration::from_millis(100);
 
-/// Longest time that frames are kept back, counted from the first one of a replay: the NICs that were seen to report a carrier too early
-/// forwarded one to two seconds later.
+/// Longest time that frames are kept back, counted from the first frame of a replay. NICs that were seen to report a carrier too
+/// early forwarded one to two seconds later.
 pub const LONGEST: Duration = Duration::from_secs(2);
 
 /// The pace of one replay.

@@ -105,7 +105,7 @@ pub enum Outcome {
 /// A message that goes back to the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Done {
-    /// Which.
+    /// The message.
     pub token: Token,
     /// How it ended.
     pub outcome: Outcome,
@@ -147,7 +147,7 @@ pub enum Violation {
         stream: u16,
         /// The position.
         heard: u64,
-        /// What there was to hear.
+        /// Frames handed over in this epoch.
         handed: u64,
     },
     /// More was heard than the sample rate allows.
@@ -155,9 +155,9 @@ pub enum Violation {
     TooFast {
         /// Which stream.
         stream: u16,
-        /// The position.
+        /// The reported position, frames.
         heard: u64,
-        /// Since the stream started.
+        /// Time since the stream started, ms.
         ms: u64,
     },
     /// Samples that are no whole frames, or an epoch that never was.
@@ -168,7 +168,7 @@ pub enum Violation {
     Stalled {
         /// Which stream.
         stream: u16,
-        /// For how long.
+        /// Time without progress, ms.
         ms: u64,
     },
     /// Another card than at first, which cannot do what the guest was promised.

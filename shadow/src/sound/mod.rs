@@ -6,12 +6,12 @@
 //!      ^                     │ mask                │ mask
 //!      └─────────────────────┴─────────────────────┘
 //! ```
-//! *Passive* it records each stream's parameters, state, position, and the periods handed over but not yet heard.
-//! *Masking* it answers in the card's place: it consumes playback at the sample rate ([`Policy::Skip`]) or keeps it
-//! for the next card ([`Policy::Hold`]), and yields silence to capture. *Replaying* it has told a new driver VM what
-//! to set, refill and start, and goes on as while masking until the card moves. Control requests are answered at
-//! once in every mode; a card that cannot follow counts as failed. Time is `CLOCK_MONOTONIC` in nanoseconds, given by
-//! the caller. Everything kept is bounded: per stream one buffer, and [`HELD_MAX_BYTES`] when held.
+//! *Passive* it records each stream's parameters, state, position, and the periods handed over but not yet heard. *Masking* it
+//! answers in the card's place: it consumes playback at the sample rate ([`Policy::Skip`]) or keeps it for the next card
+//! ([`Policy::Hold`]), and yields silence to capture. *Replaying* it has sent a new driver VM what to set, refill and start, and
+//! goes on as while masking until the card moves. Control requests are answered at once in every mode; a card that cannot follow
+//! counts as failed. Time is `CLOCK_MONOTONIC` in nanoseconds, given by the caller. Everything kept is bounded: per stream one
+//! buffer, and [`HELD_MAX_BYTES`] when held.
 
 mod capture;
 pub mod exchange;
@@ -28,24 +28,24 @@ pub use playback::HELD_MAX_BYTES;
 use crate::Generation;
 use stream::{Stream, refuse};
 
-/// A card that moved before and does not move for this long, with samples to play or record, is stuck. Two seconds: on a machine
-/// that is busy beyond measure whole VMs have been seen to stand still for more than one, and that is no fault of the driver
-/// VM. The keep-alive carries the guest's player over it.
+/// Longest time that a card which has moved before may stand still with samples to play or record; after that it is stuck. Two
+/// seconds, because on an overloaded host whole VMs have been seen to stand still for more than one, which is no fault of the
+/// driver VM. The keep-alive carries the guest's player over that time.
 const STALL_LIMIT_NS: u64 = 2_000_000_000;
-/// The same before the first movement: codecs may need a while to power up.
+/// The same limit before the first movement: codecs may need a while to power up.
 const START_LIMIT_NS: u64 = 3_000_000_000;
-/// Linux waits for at least 100 ms or 1.1 buffers for a position to move before it reports `EIO`; the keep-alive
-/// comes after seven tenths of the buffer or of this.
+/// Shortest time that Linux waits for a position to move before it reports `EIO`; with a longer buffer it waits for 1.1 buffers.
+/// The keep-alive comes after seven tenths of this or of the buffer, whichever is longer.
 const PATIENCE_MIN_NS: u64 = 100_000_000;
 
 fn keep_alive_ns(params: &Params) -> u64 {
     params.buffer_nanos().max(PATIENCE_MIN_NS) / 10 * 7
 }
 
-/// How much faster than its rate a card may play, as a divisor: a quarter. AC97's driver measures the card's clock of
-/// 48 kHz itself, and believes up to 60 kHz (`sound/pci/intel8x0.c`).
+/// Part of its rate by which a card may play too fast, as a divisor: a quarter. AC97's driver measures the card's clock of 48 kHz
+/// itself, and believes up to 60 kHz (`sound/pci/intel8x0.c`).
 const FASTER: u64 = 4;
-/// What a card may be ahead of that: a buffer of its own, and what an emulated one makes up for at once.
+/// Time by which a card may be ahead of that rate: a buffer of its own, and what an emulated card makes up for at once.
 const AHEAD_NS: u64 = 450_000_000;
 
 /// Most frames that a card can have played in `nanos` nanoseconds.
@@ -54,10 +54,11 @@ fn at_most(params: &Params, nanos: u64) -> u64 {
     frames.saturating_add(frames / FASTER).saturating_add(params.frames_in(AHEAD_NS))
 }
 
-/// Cards report every few milliseconds: one that does not move for so long, and for a quarter of the buffer, ...
+/// Shortest time without movement that is a standstill: cards report every few milliseconds.
 const STANDSTILL_MIN_NS: u64 = 20_000_000;
 
-/// ... and for one and a half periods, stands still.
+/// Time without movement after which a card stands still: one and a half periods, a quarter of the buffer, or
+/// [`STANDSTILL_MIN_NS`], whichever is longest.
 fn standstill_ns(params: &Params) -> u64 {
     let periods = params.nanos(params.period_frames()) / 2 * 3;
     periods.max(params.buffer_nanos() / 4).max(STANDSTILL_MIN_NS)

@@ -12,8 +12,8 @@ use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violat
 use super::params::Params;
 use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, at_most, keep_alive_ns, standstill_ns};
 
-/// Most samples kept for the card although the guest has their messages back, in bytes: 20 s of CD sound. Past it
-/// a held stream stands still, and its player gets what a stuck card gives.
+/// Most samples, in bytes, that are kept for the card although the guest has their messages back: 20 s of CD sound. Beyond that a
+/// held stream stands still, and its player sees what a stuck card shows.
 pub const HELD_MAX_BYTES: usize = 4 << 20;
 
 #[derive(Debug)]
@@ -65,7 +65,7 @@ pub(super) struct Playback {
     queued: u64,
     given_back: u64,
     heard: u64,
-    /// Where the guest's count begins: what lies before was left behind by a player that prepared anew.
+    /// Where the guest's count begins: what lies before was left behind by a player that prepared again.
     origin: u64,
     handed: Option<Handed>,
     /// When the guest last got a message back, and last handed one over.
@@ -136,7 +136,7 @@ impl Playback {
         (self.queued, self.given_back, self.heard, self.origin) = (0, 0, 0, 0);
     }
 
-    /// The guest prepares anew and counts from 0; what it left behind ([`Self::has_tail`]) comes first.
+    /// The guest prepares again and counts from 0; what it left behind ([`Self::has_tail`]) comes first.
     pub(super) fn rebase(&mut self) {
         self.drive = Drive::Halted;
         self.handed = None;
@@ -323,8 +323,8 @@ impl Playback {
         others.into_iter().chain([clock]).flatten().min()
     }
 
-    /// When a period is to be given back although it was not heard: early where the card stands still, so that there is
-    /// time left if this process comes late as well; else only when the guest has waited long.
+    /// When a period is to be given back although it was not heard: early where the card stands still, so that there is time left
+    /// if this process comes late as well; otherwise only when the guest has waited long.
     fn keep_alive_at(&self, params: &Params) -> Option<u64> {
         let waited = self.done_at.saturating_add(keep_alive_ns(params));
         let at = match self.drive {
@@ -338,9 +338,9 @@ impl Playback {
         self.may_give_back(params).then_some(at)
     }
 
-    /// When a held stream, whose guest did not refill after it got a message back, is taken to be draining: a
-    /// player at its end waits for the whole buffer at once. One that is only late has time: seven tenths of the buffer
-    /// are over when it gets the message, these three, and Linux waits for another tenth.
+    /// When a held stream is taken to be draining, because its guest did not refill after it got a message back: a player at its
+    /// end waits for the whole buffer at once. A player that is merely late still has time: it gets the message after seven tenths
+    /// of the buffer, these three tenths follow, and Linux waits for another tenth.
     fn drained_at(&self, params: &Params) -> Option<u64> {
         let patience = params.buffer_nanos() / 10 * 3;
         (self.drive == Drive::Held && self.done_at > self.pushed_at && self.may_give_back(params))

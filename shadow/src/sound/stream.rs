@@ -134,8 +134,8 @@ impl Stream {
         }
     }
 
-    /// True if a player prepares anew that has every message back while the card has not played them all: it was late
-    /// and recovers from an underrun. (One that begins a new piece sets parameters.)
+    /// True if a player prepares again that has every message back while the card has not played them all: it was late and recovers
+    /// from an underrun. (A player that begins a new piece sets parameters.)
     fn keeps_samples(&self, step: Step) -> bool {
         step == Step::Prepare && matches!(&self.side, Side::Playback(side) if side.has_tail())
     }

@@ -25,7 +25,7 @@ use handler::Handler;
 /// A link that is set up.
 #[derive(Debug)]
 pub struct Link {
-    /// Its number.
+    /// Number of the link.
     pub id: LinkId,
     /// Virtio features that the driver VM's driver accepted.
     pub features: u64,
@@ -59,15 +59,15 @@ pub enum Cause {
     /// A file that is no memory file, or too short, or that cannot be mapped.
     #[error("memory region {index} cannot be used: {why}")]
     Memory {
-        /// Which.
+        /// Index of the region in the memory table.
         index: usize,
-        /// Why.
+        /// What is wrong with it, for people.
         why: String,
     },
     /// Rings that are no rings.
     #[error("queue {index} cannot be used")]
     Queue {
-        /// Which.
+        /// Index of the queue.
         index: u32,
         /// Why.
         #[source]
@@ -103,7 +103,7 @@ pub enum What {
 pub struct LinkEvent {
     /// Which link.
     pub link: LinkId,
-    /// What.
+    /// The news of it.
     pub what: What,
 }
 
@@ -148,7 +148,7 @@ impl LinkServer {
         Ok(Self { link, connection: ours })
     }
 
-    /// Its number.
+    /// Number of the link.
     pub fn link(&self) -> LinkId {
         self.link
     }

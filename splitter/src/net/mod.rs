@@ -63,7 +63,7 @@ pub enum Kicker {
     Spare,
 }
 
-/// What the splitter has to say; it is said in the caller's context, which must not call back.
+/// What the splitter reports. The listener is called in the caller's context and must not call back.
 #[derive(Debug)]
 pub enum Notice {
     /// The link is set up.
@@ -94,13 +94,13 @@ pub enum Log {
     Drop,
 }
 
-/// Takes notices.
+/// Receives the notices; it must not call the splitter.
 pub type Listener = Box<dyn FnMut(Notice) + Send>;
 
 /// State for `umbra status`.
 #[derive(Clone, Copy, Debug)]
 pub struct Status {
-    /// Mode.
+    /// The shadow's mode.
     pub mode: ModeName,
     /// Frames to the driver VM, live and replayed.
     pub frames_out: u64,
@@ -161,7 +161,7 @@ pub struct NetSplitter {
     link: LinkState,
     /// The link of a driver VM that waits to take over.
     next: WaitingLink,
-    /// The generation whose going live the network is told of.
+    /// Generation whose going live is announced to the network.
     announce: Option<Generation>,
     events: Receiver<LinkEvent>,
     sender: Sender<LinkEvent>,
@@ -171,14 +171,14 @@ pub struct NetSplitter {
     listener: Listener,
     outward: Counts,
     inward: Counts,
-    /// Of what goes out.
+    /// Progress of the frames that go out.
     progress: stall::Progress,
     broken: bool,
     log: LogLimit,
     sources: Sources,
     /// When neighbours were asked last, to show that the NIC forwards.
     asked: Option<Duration>,
-    /// When this was made: the zero of the times that the shadow and the guard of sources get.
+    /// When this was made: the zero of the times given to the shadow and to the guard of sources.
     started: Instant,
 }
 
@@ -268,8 +268,8 @@ impl NetSplitter {
         Some(position)
     }
 
-    /// A new connection with a driver VM. One that is older than what has served is closed; one of a later generation than
-    /// the one there is waits until that one is lost; one of the same generation takes the place of the one before.
+    /// A new connection with a driver VM. A connection older than what has served is closed; one of a later generation than the
+    /// present link waits until that link is lost; one of the same generation takes the present link's place.
     pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
         self.take_events();
         // Another connection of a life that has lost one may come while a later life waits.
@@ -290,8 +290,8 @@ impl NetSplitter {
         }
     }
 
-    /// The driver VM forwards: replay the log, then go live. Called before the link is up it holds for then. Where the
-    /// link is gone, [`Notice::LinkLost`] has said so, and the next one waits to be told again.
+    /// The driver VM forwards: replays the log, then goes live. If the link is not up yet, that is done when it is. If the link is
+    /// gone, [`Notice::LinkLost`] has said so, and the next link waits for another call.
     pub fn go_live(&mut self, generation: Generation, log: Log) {
         self.take_events();
         self.pass_over(generation);
@@ -368,7 +368,7 @@ impl NetSplitter {
         self.shadow.is_paced()
     }
 
-    /// Time has passed in which a part of the log was kept back.
+    /// Continues the replay, after time in which a part of the log was kept back.
     pub fn go_on_replaying(&mut self) {
         self.replay();
     }
@@ -502,7 +502,7 @@ impl NetSplitter {
         self.wake_up();
     }
 
-    /// Gives the link up, and older ones, and masks; told to the supervisor unless it asked for it itself.
+    /// Gives the link and all older ones up, and masks; reports that to the supervisor unless the supervisor asked for it.
     fn lose(&mut self, id: LinkId, cause: Cause) {
         if self.link.id().is_some_and(|known| known <= id)
             && let LinkState::Up { mut link, in_flight, .. } = std::mem::take(&mut self.link)

@@ -42,9 +42,9 @@ impl WaitingLink {
 }
 
 impl NetSplitter {
-    /// The waiting driver VM of `generation` forwards and has its carrier (`armed`), or has not any more. Armed, its
-    /// link goes live by itself when the serving one is lost. Said again of one that is armed, it is a question: whether
-    /// both are on one network; answered by [`Notice::SameNetwork`] if they are.
+    /// The waiting driver VM of `generation` forwards and has its carrier (`armed`), or has not any more. Armed, its link goes live
+    /// by itself when the serving one is lost. Called again for an armed link, it asks whether both are on one network; answered by
+    /// [`Notice::SameNetwork`] if they are.
     pub fn arm(&mut self, generation: Generation, armed: bool) {
         self.take_events();
         if self.next.link.generation() == Some(generation) {
@@ -60,8 +60,8 @@ impl NetSplitter {
         }
     }
 
-    /// The driver VM of `generation` has another device than the one before: the network is told when it goes live, or
-    /// now.
+    /// The driver VM of `generation` has another device than the one before: the guest's addresses are announced to the network
+    /// when it goes live, or at once if it is live.
     pub fn announce(&mut self, generation: Generation) {
         self.take_events();
         if self.link.generation() == Some(generation) && self.shadow.mode() == ModeName::Passive {
@@ -98,10 +98,10 @@ impl NetSplitter {
         let new = LinkState::Connecting { server, go_live: false };
         let present = self.link.id().is_some();
         if present && self.link.generation() < Some(id.generation) {
-            // One that does not serve yet as well: a guest that starts gets the links of both lives at once.
+            // Also behind a link that does not serve yet: a guest that starts gets the links of both lives at once.
             self.wait_behind(new);
         } else if self.link.generation() > Some(id.generation) {
-            // The one that waited had taken the place of a link that was lost, and which is here again.
+            // The present link waited before, and took the place of a lost one, whose life is connected again now.
             let waiting = std::mem::replace(&mut self.link, new);
             self.wait_behind(waiting);
         } else {
@@ -112,7 +112,7 @@ impl NetSplitter {
         }
     }
 
-    /// `generation` is to serve: where it waits behind a link that has never served, that one is given up.
+    /// `generation` is to serve: if it waits behind a link that has never served, that link is given up.
     pub(super) fn pass_over(&mut self, generation: Generation) {
         let Some(before) = self.link.id().filter(|id| self.shadow.link() != Some(*id)) else { return };
         if self.next.link.generation() == Some(generation) {
@@ -120,7 +120,7 @@ impl NetSplitter {
         }
     }
 
-    /// The link that waits from now on.
+    /// Makes `link` the one that waits, in place of any other.
     fn wait_behind(&mut self, link: LinkState) {
         let old = std::mem::replace(&mut self.next, WaitingLink { link, ..WaitingLink::default() });
         self.forget(old.link);
@@ -128,7 +128,7 @@ impl NetSplitter {
         self.wake_up();
     }
 
-    /// The link `id` cannot begin: one that there is goes on.
+    /// The link `id` cannot begin; if another link is there, that goes on.
     pub(super) fn lose_new(&mut self, id: LinkId, cause: Cause) {
         if self.link.id().is_some() {
             (self.listener)(Notice::LinkLost(id, cause));
@@ -197,8 +197,8 @@ impl NetSplitter {
         }
     }
 
-    /// The serving link is lost: the waiting one takes its place. It masks until it is told to go live, unless it is
-    /// armed and the lost one has `served`: a log that somebody died of is the supervisor's to judge.
+    /// The serving link is lost: the waiting one takes its place. It masks until it is ordered to go live, unless it is armed and
+    /// the lost one has `served`: whether to replay a log that a driver VM died of is for the supervisor to decide.
     pub(super) fn promote(&mut self, served: bool) {
         if self.link.id().is_some() {
             return;

@@ -1,7 +1,7 @@
-//! A question to a guest's neighbour, asked in the guest's name when its driver VM's NIC has found its carrier: the answer shows that the
-//! NIC forwards ([`umbra_shadow::net::pacing`]). It is an ARP request (RFC 826) sent to the neighbour's own address, as a kernel sends to
-//! confirm what it knows (RFC 1122, section 2.3.2.1). It is made from a frame that the guest has sent to that neighbour, and tells the
-//! neighbour nothing that this frame does not.
+//! A question to a guest's neighbour, asked in the guest's name when its driver VM's NIC has found its carrier: the answer shows
+//! that the NIC forwards ([`umbra_shadow::net::pacing`]). It is an ARP request (RFC 826) sent to the neighbour's own address, as a
+//! kernel sends to confirm what it knows (RFC 1122, section 2.3.2.1). It is made from a frame that the guest has sent to that
+//! neighbour, and shows the neighbour nothing that this frame does not.
 
 use umbra_shadow::net::rx_mode::Mac;
 
@@ -9,7 +9,7 @@ use crate::header::HEADER_LEN;
 
 use super::announce::SHORTEST;
 
-/// Most neighbours asked at a time, and frames of the log that are looked through for them: any one answer will do.
+/// Most neighbours asked at a time, and most frames of the log searched for them: one answer is enough.
 pub(super) const MOST: usize = 4;
 pub(super) const LOOK_AT: usize = 64;
 

@@ -1,5 +1,5 @@
-//! Which source addresses a guest may send with on a NIC that it shares, and what its frames tell of the wire. Pure: addresses and times
-//! go in.
+//! Which source addresses a guest may send with on a NIC that it shares, and what its frames show of the wire. Pure: addresses and
+//! times go in.
 //!
 //! A guest has the address that it was configured with, plus those that nobody else has. An address is another's if it was configured for
 //! another end of the NIC, or if a frame with that source has come in within [`AGEING`]: from the wire, or from a neighbour through the
@@ -20,7 +20,7 @@ use super::in_flight::InFlight;
 /// Time after which an address that was not heard again is free: a bridge's default (IEEE 802.1Q, table 8-6).
 pub const AGEING: Duration = Duration::from_secs(300);
 
-/// Time between two warnings of one device: enough to see that it goes on.
+/// Shortest time between two warnings of one device: often enough to show that it goes on.
 pub const WARN_EVERY: Duration = Duration::from_secs(300);
 
 /// Time after an announcement in which nothing is learned: the splitter's own broadcasts, and the guest's last ones through the link
@@ -181,8 +181,9 @@ impl Sources {
         filter.unicast().into_iter().filter(|mac| !self.is_foreign(*mac)).collect()
     }
 
-    /// What the driver VM is told of `filter`. A bridge sends every frame for a unicast address in it to this guest, whoever has that
-    /// address; so it is told of the configured one alone, and learns others from the frames that are sent with them.
+    /// The part of `filter` that is sent to the driver VM. A bridge sends every frame for a unicast address in it to this guest,
+    /// whoever has that address; so only the configured address is sent, and the bridge learns others from the frames that the
+    /// guest sends with them.
     pub fn narrowed(&mut self, filter: &RxFilter) -> RxFilter {
         let mut told = filter.clone();
         if self.is_guarded() {
@@ -200,8 +201,8 @@ impl Sources {
         }
     }
 
-    /// An address of somebody else's that the guest has used or asked for, if that is to be told: at the first, then at most every
-    /// [`WARN_EVERY`].
+    /// The address of another device that the guest has used or asked for, when a warning is due: at the first one, then at most
+    /// every [`WARN_EVERY`].
     pub fn take_warning(&mut self) -> Option<Mac> {
         self.warning.take()
     }

@@ -5,14 +5,14 @@
 
 use std::time::Duration;
 
-/// How often it is looked while frames wait.
+/// Interval of the checks while frames wait.
 pub const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// So many looks in a row without a frame taken, after the first, are a stall: 4 s at least, more than the heartbeat's
-/// time-out by default, so that a driver VM that gets no processor time is noticed as what it is.
+/// Consecutive checks without a frame taken, after the first, before a link counts as stalled: 4 s at least, longer than the
+/// default heartbeat time-out, so that a driver VM that gets no processor time is reported as `heartbeat`, not as `link`.
 const LOOKS: u32 = 8;
 
-/// So long has nothing moved when a stall is told.
+/// Time without progress when a stall is reported.
 pub(super) const STALLED_FOR: Duration = LOOK_EVERY.saturating_mul(LOOKS);
 
 /// Watches one direction.
@@ -20,7 +20,7 @@ pub(super) const STALLED_FOR: Duration = LOOK_EVERY.saturating_mul(LOOKS);
 pub(super) struct Progress {
     /// Frames wait for buffers.
     waiting: bool,
-    /// The count of frames at the last look, if one has been since they wait.
+    /// Count of frames at the last check; `None` before the first check of this wait.
     frames: Option<u64>,
     looks: u32,
 }
@@ -34,12 +34,12 @@ impl Progress {
         }
     }
 
-    /// Whether it has to be looked at all.
+    /// Whether checks are needed at all.
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting
     }
 
-    /// A look, when `frames` have been handed over so far. True: stalled; begins anew.
+    /// Checks for progress; `frames` is the number handed over so far. True: stalled, and the watch starts over.
     pub(super) fn look(&mut self, frames: u64) -> bool {
         if !self.waiting || self.frames != Some(frames) {
             (self.frames, self.looks) = (Some(frames).filter(|_| self.waiting), 0);

@@ -51,7 +51,7 @@ impl NetSplitter {
         self.after(outcome, GuestQueue::Tx);
     }
 
-    /// Frames for the guest: only from a driver VM that was told to go live.
+    /// Frames for the guest: only from a driver VM that was ordered to go live.
     pub(super) fn inward(&mut self) {
         let LinkState::Up { link, .. } = &mut self.link else { return };
         let Some(queue) = &mut self.guest[GuestQueue::Rx as usize] else { return };

@@ -22,15 +22,15 @@ use umbra_shadow::sound::{HELD_MAX_BYTES, StreamId, ToCard, Violation};
 /// have more waiting.
 const MAX_UNSENT: usize =
     MAX_STREAMS * (HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize) + 2 * MAX_BUFFER_BYTES as usize;
-/// Messages of one write.
+/// Most messages in one write.
 const BATCH: usize = 64;
 /// Most messages of a driver VM in a second. Its service sends some 500 (a report of each stream every 4 ms), and those of
 /// many seconds at once after this process was late.
 const MESSAGES_PER_SECOND: u32 = 20_000;
 const SECOND_NS: u64 = 1_000_000_000;
-/// Bytes taken in one go, so that a driver VM that talks without end does not stop the guest's other devices.
+/// Most bytes read at one turn, so that a driver VM that talks without end does not stop the guest's other devices.
 const READ_BUDGET: usize = 256 * 1024;
-/// Bytes of one read.
+/// Most bytes of one read.
 const CHUNK: usize = 16 * 1024;
 
 /// Why a link ended.

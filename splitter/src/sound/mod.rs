@@ -1,10 +1,10 @@
 //! The sound splitter: between a guest's sound device and the sound service of its driver VM, with a shadow beside.
 //!
-//! It masks at once when the link ends, whoever notices first, and replays as soon as the service at the next link has
-//! reported its card, be it that of the next driver VM or of the same again; nobody needs to tell it. Time is given by the
-//! caller, who calls [`SoundSplitter::tick`] at [`SoundSplitter::deadline`], [`SoundSplitter::service`] when the link can
-//! be read or written, and takes the guest's finished messages from [`SoundSplitter::take_done`] after each call.
-//! Invariant: nothing waits for the driver VM.
+//! It masks at once when the link ends, whoever notices first, and replays as soon as the service at the next link has reported its
+//! card, be it the service of the next driver VM or of the same again; no order is needed. Time is given by the caller, who calls
+//! [`SoundSplitter::tick`] at [`SoundSplitter::deadline`], [`SoundSplitter::service`] when the link can be read or written, and
+//! takes the guest's finished messages from [`SoundSplitter::take_done`] after each call. Invariant: nothing waits for the driver
+//! VM.
 
 pub mod link;
 
@@ -16,7 +16,7 @@ use umbra_shadow::{Generation, LinkId};
 
 use link::{Link, LinkError};
 
-/// What the supervisor is told.
+/// What the splitter reports to the supervisor.
 #[derive(Debug)]
 pub enum Notice {
     /// The driver VM of this generation plays. Since the shadow began to mask: what became of samples.

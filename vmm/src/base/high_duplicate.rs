@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// Above all that a VM's process opens, below the usual limit of 1024.
+/// Lowest number of the duplicate: above all descriptors that a VM's process opens, below the usual limit of 1024.
 const HIGH: i32 = 900;
 
 /// Another descriptor for the same file, which is closed early; an ordinary one where the limit is too low.

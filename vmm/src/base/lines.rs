@@ -4,10 +4,10 @@ use std::io::{ErrorKind, Read, Write};
 
 use thiserror::Error;
 
-/// Most that waits for a peer that does not read, in bytes.
+/// Most bytes that wait for a peer that does not read.
 const MAX_UNSENT: usize = 256 * 1024;
 
-/// What is read at a time. A peer that floods is read again at the next turn of the loop, not at once.
+/// Most bytes read at a time. A peer that floods is read again at the next turn of the loop, not at once.
 const READ_AT_ONCE: usize = 64 * 1024;
 
 /// Why a stream is of no more use.

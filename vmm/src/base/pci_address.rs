@@ -93,7 +93,7 @@ impl Slot {
         (number < DEVICES).then_some(Self(number))
     }
 
-    /// Its number.
+    /// The slot's number, 0 to 31.
     pub fn get(self) -> u8 {
         self.0
     }

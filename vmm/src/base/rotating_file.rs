@@ -1,8 +1,8 @@
 //! A log file of bounded size. At [`MAX_FILE`] bytes it is renamed to `NAME.1`, in place of the one before it, and begun
 //! afresh: the two together hold at most twice as much, whatever they held before.
 //!
-//! What is no regular file (a terminal, a FIFO, `/dev/null`) is written to as it is. An error costs the bytes of that write;
-//! the next write opens the file again.
+//! What is no regular file (a terminal, a FIFO, `/dev/null`) is written to without any of this. An error costs the bytes of that
+//! write; the next write opens the file again.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// Size at which the file is renamed, in bytes: the boots and panics of many lives, and little beside any disk.
 pub const MAX_FILE: u64 = 4 << 20;
 
-/// What is kept in place of a file that cannot be renamed (a folder that belongs to somebody else).
+/// Bytes kept in place of a file that cannot be renamed (a folder that belongs to somebody else).
 const KEPT_IN_PLACE: u64 = MAX_FILE / 2;
 
 /// The file.

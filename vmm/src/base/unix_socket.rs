@@ -20,7 +20,7 @@ pub enum ListenError {
     /// Another failure.
     #[error("listen at {}", path.display())]
     Io {
-        /// Where.
+        /// The path.
         path: PathBuf,
         /// Why not.
         #[source]

@@ -17,7 +17,7 @@ const MAX_LINE: usize = 1000;
 /// Where a text was cut off.
 const CUT: char = '\u{2026}';
 
-/// The start of `text`, of at most `most` bytes, exactly as it is but for a mark where it is cut.
+/// The start of `text`, at most `most` bytes of it, unchanged; a mark shows where it is cut.
 pub fn bounded(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();

@@ -16,11 +16,11 @@ use crate::record::status::Status;
 use crate::supervisor::front::protocol::{Request, Response};
 use crate::supervisor::start::rundir;
 
-/// How long a machine may take to answer; its loop never waits for anything.
+/// Longest wait for a machine's answer; its loop never waits for anything.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// Connections that a machine may close without a word before it counts as ended: one that ends closes those that were
-/// waiting to be accepted, and then listens no more.
+/// Connections that a machine may close without a word before it counts as ended. A machine that ends closes those that wait to be
+/// accepted, and then listens no more.
 const TRIES: u32 = 100;
 
 /// What a machine of another version might answer.
@@ -68,7 +68,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Answers may take as long as they like from now on.
+    /// Lets answers take any time from now on.
     pub(super) fn wait_for_ever(&self) -> anyhow::Result<()> {
         self.stream.get_ref().set_read_timeout(None).context("talk to the machine")
     }
@@ -150,7 +150,8 @@ impl Connection {
         false
     }
 
-    /// Whether the machine says anything to a request, be it that it has too many clients, or is too busy to say so.
+    /// Whether the machine answers a request, even with the error that it has too many clients. One that is too busy to answer in
+    /// time counts as answering.
     fn answers(mut self) -> bool {
         let request = Request::Events { after: u64::MAX, follow: false };
         let mut line = String::new();

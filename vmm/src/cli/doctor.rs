@@ -31,7 +31,7 @@ struct Answer {
     missing: usize,
 }
 
-/// Looks and tells.
+/// Checks the host, and the device if one is named, and prints what was found.
 ///
 /// # Errors
 ///

@@ -8,7 +8,7 @@ use super::connection::{Connection, UNEXPECTED};
 use crate::record::status::{GuestStateName, GuestStatus};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
-/// How often the machine is asked how far the guest is.
+/// Interval at which the machine is asked for the guest's state.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Arguments of `umbra start`.
@@ -107,7 +107,7 @@ fn look(machine: &mut Connection, name: &str) -> anyhow::Result<GuestStatus> {
     }
 }
 
-/// Looks until the guest is as `wanted` has it; `what` is said of one that is not after so many seconds.
+/// Polls until the guest is as `wanted`. The error after `seconds` names the guest and says `what`.
 fn wait_for(
     machine: &mut Connection,
     name: &str,

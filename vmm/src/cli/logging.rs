@@ -67,7 +67,7 @@ pub(super) fn finish() {
 /// Writes past the lock of [`io::stderr`], which others would wait for while stderr is held.
 fn queue_to_stderr() -> io::Result<BackgroundWriter> {
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
-    // With stderr gone there is nobody to tell.
+    // With stderr gone there is nowhere to report that.
     BackgroundWriter::start("log", BUFFER, stderr, mark, |_| {})
 }
 

@@ -25,7 +25,7 @@ pub struct Args {
 ///
 /// # Errors
 ///
-/// What went wrong before the supervisor could be told.
+/// What went wrong before there was a channel to report it to the supervisor.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let source = match (args.control, args.spec) {
         (Some(number), _) => {

@@ -20,16 +20,16 @@ const MAX_NAME: usize = 32;
 /// Longest interface name of Linux (`IFNAMSIZ` - 1).
 const MAX_INTERFACE: usize = 15;
 
-/// No kernel this VMM boots fits into less; catches a forgotten unit (`memory = 8192`).
+/// Smallest memory of a VM: no kernel that this VMM boots fits into less; catches a forgotten unit (`memory = 8192`).
 const MIN_MEMORY: MemorySize = MemorySize(16 << 20);
 
-/// The widest physical address of today's processors is 52 bits.
+/// Largest memory of a VM: the widest physical address of today's processors has 52 bits.
 const MAX_MEMORY: MemorySize = MemorySize(1 << 46);
 
 /// Smallest MTU of IPv4 (RFC 791).
 const MIN_MTU: u16 = 68;
 
-/// Port names that are the project's own.
+/// Prefix of the port names that are the project's own.
 const RESERVED_PORT_PREFIX: &str = "org.umbra.";
 
 /// One step on the way to a value: a table's key or an array's index.
@@ -356,7 +356,7 @@ fn check_device(place: &Place, device: &str, uses: &mut Uses) -> Result<(), Prob
     }
 }
 
-/// The candidate that `word` is most likely a slip of the pen for, if any.
+/// The candidate that `word` is most likely a misspelling of, if any.
 pub(super) fn closest<'a, S: AsRef<str> + ?Sized + 'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a S>,

@@ -1,8 +1,8 @@
 //! What users configure: file format, command line and documentation at once. `machine.toml` is a [`Machine`].
 //!
-//! Everything that can be told from the text alone is checked here: [`Machine::parse`] for files, with the line
-//! of each mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is
-//! checked before anything starts (`supervisor::preflight`). `docs/configuration.md` describes each key.
+//! Everything that the text alone can show to be wrong is checked here: [`Machine::parse`] for files, with the line of each
+//! mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is checked before anything starts
+//! (`supervisor::preflight`). `docs/configuration.md` describes each key.
 
 mod check;
 mod memory;
@@ -251,7 +251,8 @@ pub struct Restart {
     pub heartbeat_timeout_ms: u32,
     /// A NIC that has found no link after this many seconds is served without: its guests see none, and their log waits.
     pub carrier_timeout_s: u32,
-    /// A device, one interrupt of which comes more often a second for two seconds, has failed; 0: it never has for that.
+    /// Most times a second that one interrupt of the device may come; more often for two seconds is a failure. 0: interrupts never
+    /// are.
     pub interrupts_per_s: u32,
 }
 
@@ -284,8 +285,8 @@ pub enum Console {
     File(PathBuf),
 }
 
-/// [`Driver::spare_after_ms`] where the file names none: long enough for most cables that are moved and drivers that reset their
-/// adapter, short enough for the guests' connections.
+/// [`Driver::spare_after_ms`] where the file names none: long enough for a cable that is moved, or a driver that resets its
+/// adapter, in most cases; short enough for the guests' connections.
 pub const DEFAULT_SPARE_AFTER_MS: u32 = 2_000;
 
 fn default_spare_after_ms() -> u32 {

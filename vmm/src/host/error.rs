@@ -184,7 +184,7 @@ pub enum Error {
     /// The host's kernel did not switch interrupts on.
     #[error("switch on {kind} of {bdf}")]
     HostInterrupt {
-        /// Which.
+        /// The kind of interrupt.
         kind: &'static str,
         /// The function.
         bdf: Bdf,
@@ -218,7 +218,7 @@ pub enum Error {
     ResetTimeout {
         /// The function.
         bdf: Bdf,
-        /// The limit.
+        /// The limit, seconds.
         limit_s: u64,
     },
 }

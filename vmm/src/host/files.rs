@@ -114,9 +114,9 @@ impl DeviceFiles {
         clean
     }
 
-    /// Whether any memory is mapped. Asked by a request to map all that could be, which cannot be done: what is mapped
-    /// already is what the kernel complains of first; next that interrupts' addresses lie in between, or that there is
-    /// nothing to map.
+    /// Whether any memory is mapped. Found out by a request to map everything, which always fails: with the kernel's first
+    /// complaint, that something is mapped already; or with a later one, that the addresses of interrupts lie in between or that
+    /// there is nothing to map.
     fn is_mapped(&self) -> bool {
         const EVERYTHING: u64 = 1 << 46;
         const PAGE: usize = 4096;

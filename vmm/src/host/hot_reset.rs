@@ -1,9 +1,9 @@
 //! Resetting a slot as a whole (`VFIO_DEVICE_PCI_HOT_RESET`), for a function with others beside it: the kernel does
 //! no `bus` there.
 //!
-//! The invariant: all functions that it reaches are in the IOMMU group of this one. Its files are open here, so nobody
-//! else has any of them; those that a VM has not are reset as well. Before the device is open sysfs tells
-//! ([`HostDevice::siblings`]), then VFIO ([`DeviceFiles::check_hot_reset`]), and the kernel looks again when it is done.
+//! The invariant: all functions that it reaches are in the IOMMU group of this one. Its files are open here, so nobody else has any
+//! of them; those that a VM has not are reset as well. Before the device is open sysfs shows them ([`HostDevice::siblings`]), then
+//! VFIO ([`DeviceFiles::check_hot_reset`]), and the kernel looks again when it is done.
 
 use std::fs;
 use std::io;

@@ -90,7 +90,7 @@ impl Region {
     }
 }
 
-/// Asks for everything about `device`. What the kernel does not tell (a VGA region of a NIC) is not there.
+/// Asks for everything about `device`. What the kernel does not describe (a VGA region of a NIC) counts as not there.
 pub(crate) fn read(device: &File) -> io::Result<Info> {
     let mut info = vfio_device_info { argsz: argsz::<vfio_device_info>(), ..Default::default() };
     // SAFETY: the structure is of the size that it names.

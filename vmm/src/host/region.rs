@@ -200,7 +200,8 @@ impl HostFunction {
         start.and_then(|s| i64::try_from(s).ok()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// An access failed: a device that was only switched off (no memory decoding) still has its vendor ID.
+    /// An access failed: signals that the device is gone, unless it was only switched off (no memory decoding), when it still has
+    /// its vendor ID.
     fn failed(&self, error: &Error) {
         tracing::debug!("{}: {error}", self.bdf);
         let mut vendor = [0xFF; 2];

@@ -4,11 +4,10 @@
 //! The invariant: bus mastering is cleared first, so that a device without any reset at least stops its DMA
 //! until the next driver switches it on. `vfio-pci` resets by the same methods itself when its device
 //! file is opened and after it is closed for good.
-//!
-//! The kernel prefers `pm` to `bus`. Here it is the other way: many devices keep their rings through D3hot, and such
-//! a one writes into its next driver VM at addresses of its last life. The kernel does `bus` only where nothing else
-//! is on that bus; where other functions are and all are in hand, the whole slot is reset (`hot`). The kernel's own order
-//! stands again afterwards, so that `vfio-pci`'s resets at open and close stay quick.
+//! The kernel prefers `pm` to `bus`; here `bus` comes first. Many devices keep their rings through D3hot, and such a device writes
+//! into its next driver VM at addresses of its last life. The kernel does `bus` only where nothing else is on that bus; where other
+//! functions are and all are in hand, the whole slot is reset (`hot`). The kernel's own order is put back afterwards, so that
+//! `vfio-pci`'s resets at open and close stay quick.
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -117,7 +116,7 @@ impl Reset {
         // refuses it.
         let alone = siblings == Siblings::Nobody;
         methods.retain(|method| *method != ResetMethod::Bus || alone);
-        // Nothing can be put in order with a method that has no name here.
+        // A method without a name here cannot be put in order.
         let has_better = methods.iter().any(|method| matches!(method, ResetMethod::Bus | ResetMethod::Other));
         let in_the_way = match siblings {
             Siblings::InHand if !has_better => {
@@ -229,7 +228,7 @@ impl HostDevice {
         config.write_all_at(&cleared, COMMAND).map_err(|e| failed("clear bus mastering in", e))
     }
 
-    /// The methods for the function that is open as `files`: without a hot reset that VFIO knows better of than sysfs.
+    /// The methods for the function that is open as `files`: without a hot reset that sysfs allows and VFIO does not.
     fn reset_of(&self, files: &DeviceFiles) -> Reset {
         let mut reset = self.reset();
         if reset.methods.contains(&ResetMethod::Hot)
@@ -242,8 +241,7 @@ impl HostDevice {
         reset
     }
 
-    /// Resets by the first of [`Reset::methods`] that succeeds. Where the kernel has another order, its own is put
-    /// aside meanwhile.
+    /// Resets by the first of [`Reset::methods`] that succeeds. Where the kernel has another order, that is put aside meanwhile.
     fn reset_in_order(&self, files: &Arc<DeviceFiles>, deadline: Instant) -> Result<Option<ResetMethod>, Error> {
         let path = self.directory().join("reset_method");
         let reset = self.reset_of(files);

@@ -1,9 +1,9 @@
 //! What a function shows before it is there: a standby's kernel enumerates it from a [`Snapshot`] that was taken of the
 //! open, freshly reset function, and gives its BARs addresses, long before its files come.
 //!
-//! Deny by default: of what is not emulated anyway (by the VM), the kernel can change only registers that
-//! enumeration sets up and that have no effect on their own; the function is told of them when it comes. All other writes
-//! are lost, bus mastering stays off.
+//! Deny by default: of what the VM does not emulate anyway, the kernel can change only registers that enumeration sets up and that
+//! have no effect on their own; they are written to the function when it comes. All other writes are lost, and bus mastering stays
+//! off.
 
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
@@ -41,7 +41,7 @@ const EXPRESS_WRITABLE: u16 = 0x7FFF;
 const IDENTITY: [(u16, &str); 4] =
     [(0x00, "ids"), (0x08, "class or revision"), (0x2C, "subsystem"), (0x34, "capabilities")];
 
-/// What a standby's VM has to know of a function ahead.
+/// What a standby's VM has to know of a function before it comes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     bdf: Bdf,
@@ -52,7 +52,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Takes one of an open function that was reset and that nobody uses.
+    /// Takes a snapshot of an open function that was reset and that nobody uses.
     pub fn take(files: &DeviceFiles) -> Result<Self, Error> {
         let bdf = files.bdf();
         let failed = |source| Error::Vfio { operation: "take a snapshot of the device", bdf, source };
@@ -82,7 +82,7 @@ impl Snapshot {
         self.line
     }
 
-    /// In what a function that has come is another one; `None`: it is the one of the snapshot.
+    /// What distinguishes a function that has come from the one of the snapshot; `None`: it is the same.
     fn difference(&self, host: &dyn HostConfig, regions: &[RegionInfo; BARS], line: bool) -> Option<&'static str> {
         let known = Awaited::new(self.clone());
         let changed = IDENTITY.iter().find(|(offset, _)| host.config32(*offset) != known.config32(*offset));
@@ -122,7 +122,7 @@ impl Awaited {
             }
         }
         this.writable.extend(found.power.map(|power| (power + POWER_CONTROL, POWER_WRITABLE)));
-        // The last one to be handed over: with it the function begins to decode.
+        // The last word to be handed over: with it the function begins to decode.
         this.writable.push((COMMAND, COMMAND_WRITABLE));
         this
     }
@@ -132,12 +132,12 @@ impl Awaited {
         &self.snapshot
     }
 
-    /// Back to how it was taken.
+    /// Back to the snapshot as it was taken.
     pub(crate) fn reset(&self) {
         self.shown.borrow_mut().clone_from(&self.snapshot.config);
     }
 
-    /// The function has come: it is told what has been written meanwhile, but not to be a bus master.
+    /// The function has come: writes to it what has been written meanwhile, but no bus mastering.
     pub(crate) fn hand_over(&self, host: &dyn HostConfig) {
         let taken = Self::new(self.snapshot.clone());
         for &(offset, _) in &self.writable {

@@ -9,9 +9,9 @@
 //!   the spare takes over                                                  the spare takes over; the hold doubles
 //! ```
 //!
-//! A NIC that has had no carrier since its life began is a last resort: at a failure a spare without one is taken all the same,
-//! because it may find one sooner than the failed device recovers. A carrier that is lost may come back (a cable is moved, a
-//! switch starts anew), so that is waited for.
+//! A NIC that has had no carrier since its life began is a last resort: at a failure a spare without a carrier is taken all the
+//! same, because it may find one sooner than the failed device recovers. A carrier that is lost may come back (a cable is moved, a
+//! switch restarts), so the driver VM waits for it before it goes over.
 //!
 //! Invariants: it goes over only to an armed spare, which is one with a carrier; going over is no failure; two NICs that lose
 //! their carriers by turns have the driver VM go over no more often than once in [`HOLD_MAX`] in the long run.
@@ -21,25 +21,26 @@ use std::time::Duration;
 use super::{Action, Carrier, Failure, Lifecycle, NoticedBy, State, Time};
 use crate::config::DEFAULT_SPARE_AFTER_MS;
 
-/// Shortest stay with a NIC that the driver VM has gone over to because the other one had lost its carrier. Each such step ends a
-/// life, and a switch that starts anew may take its ports' carriers away by turns for seconds. Doubled with each further step up
-/// to [`HOLD_MAX`].
+/// Shortest time that the driver VM stays with a NIC after it left the other one because of a lost carrier. Each change ends a
+/// life, and a switch that restarts may take its ports' carriers away by turns for seconds. Doubled with each further change, up to
+/// [`HOLD_MAX`].
 const HOLD: Duration = Duration::from_secs(5);
 
-/// Longest such stay: guests may be without a link for as long though the other NIC has one, where both come and go all the time.
+/// Longest such stay. It bounds how long guests may be without a link although the other NIC has one, where both carriers come and
+/// go all the time.
 const HOLD_MAX: Duration = Duration::from_secs(60);
 
-/// Time without such a step after which the next stay is [`HOLD`] again: several times [`HOLD_MAX`], so that carriers that come and
-/// go at the pace of the longest stay do not begin with the shortest again.
+/// Time without such a change after which the next stay is [`HOLD`] again: several times [`HOLD_MAX`], so that carriers that come
+/// and go at the pace of the longest stay do not begin with the shortest again.
 const CALM: Duration = Duration::from_secs(300);
 
 /// The carrier of the present life.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CarrierWatch {
     now: Carrier,
-    /// When it was lost, where there is none and has been one in this life.
+    /// When the carrier was lost; `None`: there is one, or has been none in this life.
     lost: Option<Time>,
-    /// How long a lost one is waited for; `None`: for ever.
+    /// How long a lost carrier is waited for; `None`: for ever.
     patience: Option<Duration>,
     /// When the driver VM last went over because a carrier was lost, and how long it stays with the NIC that it went to.
     last: Option<(Time, Duration)>,
@@ -70,8 +71,8 @@ impl CarrierWatch {
         self.now = carrier;
     }
 
-    /// When this NIC is to be left for an armed spare: at once where it has found no carrier in this life. `None`: not for what is
-    /// known now.
+    /// When to leave this NIC for an armed spare: at once where it has found no carrier in this life. `None`: there is no reason
+    /// to.
     fn leave_due(&self) -> Option<Time> {
         match (self.now, self.lost) {
             (Carrier::Up, _) => None,
@@ -83,7 +84,7 @@ impl CarrierWatch {
         }
     }
 
-    /// It is left at `now`. Why, and since when there has been no carrier.
+    /// Leaves this NIC at `now`: the reason, and since when there has been no carrier.
     fn leave(&mut self, now: Time) -> (String, Time) {
         let Some(lost) = self.lost else {
             return ("its NIC has found no carrier, and the spare's has one".into(), now);
@@ -99,8 +100,8 @@ impl CarrierWatch {
 }
 
 impl Lifecycle {
-    /// With another wait for a lost carrier than [`DEFAULT_SPARE_AFTER_MS`], in ms; 0: a lost carrier never has it go over to the
-    /// spare.
+    /// Sets the wait for a lost carrier, in ms, in place of [`DEFAULT_SPARE_AFTER_MS`]; 0: a lost carrier never makes it go over to
+    /// the spare.
     #[must_use]
     pub fn with_spare_after(mut self, ms: u32) -> Self {
         self.carrier.set_patience(ms);
@@ -112,7 +113,7 @@ impl Lifecycle {
         self.carrier.now
     }
 
-    /// How long a NIC may take to find its link before the guests are told that there is none.
+    /// How long a NIC may take to find its link before the guests learn that there is none.
     pub(super) fn carrier_patience(&self) -> Duration {
         Duration::from_secs(self.history.policy().carrier_timeout_s.into())
     }
@@ -142,8 +143,8 @@ impl Lifecycle {
         matches!(self.state, State::Live { .. }) || self.lacks_carrier()
     }
 
-    /// When the present life is to give way to the spare because of its carrier. A sign of failure comes before that: it has a
-    /// better reason, and goes over as well.
+    /// When the present life has to give way to the spare because of its carrier. `None` also while there is a sign of failure,
+    /// which is a better reason and leads to the spare as well.
     pub(super) fn leave_due(&self) -> Option<Time> {
         let may = self.lacks_carrier() && self.is_armed() && self.suspicion.is_none();
         self.carrier.leave_due().filter(|_| may)

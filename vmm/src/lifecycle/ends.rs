@@ -30,7 +30,7 @@ impl Lifecycle {
                 self.suspects.clear(end);
                 return vec![Action::EndLive(end)];
             }
-            // It was armed in the eyes of the splitter, and the supervisor has not got so far.
+            // The splitter took the spare while that was armed; the supervisor has not handled that yet.
             State::Booting { .. } | State::Configuring { .. } | State::WaitingCarrier { .. }
                 if self.reserve.is_spare() =>
             {
@@ -61,7 +61,7 @@ impl Lifecycle {
         self.check_all_live(now)
     }
 
-    /// The guest of `end` is another one than that whose requests were recorded: it was started anew.
+    /// The guest at `end` was started again: it is not the one whose recorded requests lives have died of.
     pub fn end_starts_over(&mut self, end: End) {
         self.suspects.clear(end);
     }
@@ -79,12 +79,12 @@ impl Lifecycle {
         vec![Action::Live]
     }
 
-    /// The driver VM is live without those that have not answered.
+    /// Goes live without the ends that have not answered in time.
     pub(super) fn leave_behind(&mut self, now: Time) -> Vec<Action> {
         if let State::GoingLive { waiting, .. } = &mut self.state {
             self.late = std::mem::take(waiting);
         }
-        // Without a carrier they wait for that, and are not to blame.
+        // Ends that wait for a carrier are not to blame for their silence.
         let silent = self.late.iter().filter(|_| self.carrier() == Carrier::Up);
         let late = silent.copied().map(Action::LeaveBehind).collect::<Vec<_>>();
         self.live(now).into_iter().chain(late).collect()

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::{Action, Lifecycle, NoticedBy, RESET_PATIENCE, State, Time};
 
-/// Age of a kill at which people are warned: a process with gigabytes of pinned memory takes a second or two to end.
+/// Time after a kill at which people are warned that the process has not ended. A process with gigabytes of pinned memory takes a
+/// second or two to end.
 pub(super) const ALARM: Duration = Duration::from_secs(10);
 
 /// A process that was killed and has not ended.
@@ -24,24 +25,25 @@ impl Killed {
         Self { since: now, warned: false }
     }
 
-    /// When something is to be done about it.
+    /// When to warn of it, or, after the warning, to stop waiting for it.
     pub(super) fn due(self) -> Time {
         self.since + if self.warned { RESET_PATIENCE } else { ALARM }
     }
 }
 
 impl Lifecycle {
-    /// Whether it is quarantined because of a killed process that has not ended, nor since.
+    /// Whether the driver VM is quarantined because a killed process did not end in time, and has not ended since.
     pub fn process_hangs(&self) -> bool {
         self.process_hangs
     }
 
-    /// Why there is no spare, where a process that was to give the spare's device up holds it for longer than it should.
+    /// Why there is no spare: a process that was to give the spare's device up has held it for longer than `ALARM`. `None`: it
+    /// has not.
     pub fn spare_is_held(&self) -> Option<String> {
         self.reserve.held()
     }
 
-    /// The failed life, which had `lived` so long, was killed and is still there.
+    /// The failed life, which was live for `lived`, was killed and has not ended: warns, later quarantines.
     pub(super) fn tick_killed(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
         if !self.hangs_for_good(now) {
             return self.alarm(now, "its guests wait, and it is quarantined");
@@ -57,7 +59,7 @@ impl Lifecycle {
         actions
     }
 
-    /// The life that was killed because the machine ends is still there.
+    /// The life that was killed at the end of the run has not ended: warns, later stops without it.
     pub(super) fn tick_stopping(&mut self, now: Time) -> Vec<Action> {
         if !self.hangs_for_good(now) {
             return self.alarm(now, "the machine ends without it");
@@ -66,14 +68,14 @@ impl Lifecycle {
         Vec::new()
     }
 
-    /// Whether what was killed is not waited for any more.
+    /// Whether the wait for the killed process is over.
     fn hangs_for_good(&mut self, now: Time) -> bool {
         let over = self.killed.take_if(|killed| killed.since + RESET_PATIENCE <= now).is_some();
         self.process_hangs |= over;
         over
     }
 
-    /// Tells people, once, what comes next.
+    /// The warning, once, with what comes `next`.
     fn alarm(&mut self, now: Time, next: &str) -> Vec<Action> {
         let Some(killed) = self.killed.as_mut().filter(|killed| killed.due() <= now) else { return Vec::new() };
         killed.warned = true;

@@ -55,20 +55,20 @@ pub use standby::{Standby, StandbyPolicy, StandbyStage};
 pub use state::{Action, Carrier, End, Failure, Input, NoticedBy, State, StateName};
 use suspects::Suspects;
 
-/// A lost link or control stream is mostly the echo of a death whose own sign (the process's exit, the VM's end) is
-/// on its way: so long is that waited for. The guests are masked meanwhile.
+/// Grace period after a lost link or control stream, in which the guests are masked already. The loss is usually a side effect of a
+/// death whose own event (the process's exit, the VM's end) is still queued; wait this long for that better reason.
 const SUSPICION: Duration = Duration::from_millis(100);
 
-/// How long a failed VM's process may take to give its device up before it is killed. Milliseconds will do, but its
-/// vCPUs may keep the machine busy.
+/// Time for a failed VM's process to give its device up before it is killed. Milliseconds are enough, unless its vCPUs keep the
+/// machine busy.
 const RELEASE: Duration = Duration::from_millis(250);
 
-/// How long the guests' splitters may take to replay and go live before the driver VM counts as live without the one that has
-/// not answered. A replay takes milliseconds, and two seconds into a network that does not answer; a guest that hangs must not
-/// hold up what the standby waits for.
+/// Time for the guests' splitters to replay and go live; then the driver VM counts as live without those that have not answered. A
+/// replay takes milliseconds, or two seconds into a network that does not answer. A guest that hangs must not hold up the standby,
+/// which waits until the driver VM is live.
 const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A reset that has not returned after this long will not; the kernel's own longest wait is 60 s for a device to
+/// Time after which a reset that has not returned counts as hung: longer than the kernel's own longest wait, 60 s for a device to
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
 const RESET_PATIENCE: Duration = Duration::from_secs(75);
 
@@ -76,41 +76,41 @@ const RESET_PATIENCE: Duration = Duration::from_secs(75);
 #[derive(Clone, Debug)]
 pub struct Lifecycle {
     state: State,
-    /// Of the present life, or of the last one.
+    /// Generation of the present life, or of the last one.
     generation: Option<Generation>,
     history: RestartHistory,
     /// The ends whose guests are there.
     ends: BTreeSet<End>,
-    /// Of those, the ones that have not gone live with a life that is live: they came later, or did not answer in time.
+    /// Those of `ends` that have not gone live with a life that is live: their guests came later, or did not answer in time.
     late: BTreeSet<End>,
     suspects: Suspects,
-    /// A sign of failure, and until when a better reason is waited for.
+    /// Until when a better reason is waited for, and the failure that is reported if none comes.
     suspicion: Option<(Time, Failure)>,
     /// Since the last sign of life from the agent, once it forwards.
     silence: Option<Silence>,
     carrier: CarrierWatch,
-    /// The present life has got as far as to apply what was recorded to its device.
+    /// The present life has begun to apply to its device what was recorded of the guests' settings.
     applying: bool,
     reserve: Standbys,
-    /// A restart was asked for; it waits for the standby until then.
+    /// When a requested restart is given up, if its standby is not ready by then; `None`: no restart was requested.
     restarting: Option<Time>,
-    /// That standby was started since, from what is to be given up together with the restart.
+    /// That restart asked for a fresh standby, which is given up together with the restart.
     fresh: bool,
-    /// The device's reset has not returned within its time, nor since.
+    /// The device's reset did not return within [`RESET_PATIENCE`], and has not returned since.
     reset_hangs: bool,
-    /// The failed process was killed and has not ended.
+    /// The kill of the failed process, which has not ended yet.
     killed: Option<Killed>,
-    /// It has not ended within its time, nor since.
+    /// The killed process did not end within its time, and has not ended since.
     process_hangs: bool,
-    /// The newest number that a process has had.
+    /// Highest generation number given to a process so far.
     newest: Option<Generation>,
-    /// The ends that have gone live by themselves, and with which generation.
+    /// Ends that have gone live by themselves, each with the generation that it went live with.
     ahead: BTreeMap<End, Generation>,
 }
 
 impl Lifecycle {
-    /// A driver VM that serves `ends` guests from the start (others come by [`Input::EndHere`]) and is restarted as `history`'s
-    /// policy says, with what is `ahead`.
+    /// A driver VM that serves `ends` guests from the start (others are added by [`Input::EndHere`]), restarts by the policy in
+    /// `history`, and keeps the standby that `ahead` asks for.
     pub fn new(history: RestartHistory, ends: usize, ahead: StandbyPolicy) -> Self {
         let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
@@ -141,12 +141,12 @@ impl Lifecycle {
         &self.state
     }
 
-    /// The generation of the present life, or of the last one.
+    /// Generation of the present life, or of the last one; `None` before the first.
     pub fn generation(&self) -> Option<Generation> {
         self.generation
     }
 
-    /// The standby.
+    /// State of the standby.
     pub fn standby(&self) -> Standby {
         self.reserve.state()
     }
@@ -166,14 +166,15 @@ impl Lifecycle {
         matches!(self.reserve.state(), Standby::Booting { .. })
     }
 
-    /// The standby of another driver boots: one that is due waits for its turn, unless somebody waits for it.
+    /// Another driver's standby boots: a standby that is due waits for its turn, unless a restart or guests without a link wait for
+    /// it.
     pub fn wait_turn(&mut self, now: Time) {
         if self.restarting.is_none() && !self.awaits_spare() {
             self.reserve.wait_turn(now);
         }
     }
 
-    /// When [`Input::Tick`] is due.
+    /// When [`Input::Tick`] is due next; `None`: nothing is pending.
     pub fn deadline(&self) -> Option<Time> {
         let state = match self.state {
             State::Resetting { until, .. }
@@ -192,13 +193,14 @@ impl Lifecycle {
         deadlines.into_iter().flatten().min()
     }
 
-    /// Since when it is worth a look whether the silent life gets a processor at all, and when its silence is a failure.
+    /// For a silent life: when to begin checking whether it gets a processor at all, and when its silence becomes a failure.
     pub fn silence(&self) -> Option<(Time, Time)> {
         let (silence, timeout) = (self.silence.filter(|_| self.has_life())?, self.heartbeat_timeout());
         Some((silence.half(timeout), silence.heard() + silence.limit(timeout)))
     }
 
-    /// Longer before it forwards: the kernel may hold the agent up while the driver starts its NIC.
+    /// Longest time between two heartbeats. [`PATIENCE`] times as long before the life forwards, because the kernel may hold the
+    /// agent up while the driver starts its NIC.
     fn heartbeat_timeout(&self) -> Duration {
         let timeout = Duration::from_millis(self.history.policy().heartbeat_timeout_ms.into());
         if matches!(self.state, State::Configuring { .. }) { timeout * PATIENCE } else { timeout }
@@ -265,12 +267,12 @@ impl Lifecycle {
         Vec::new()
     }
 
-    /// Gives the standby up without a word.
+    /// Gives the standby up, with no reason to report.
     fn drop_standby(&mut self, now: Time) -> Vec<Action> {
         if self.reserve.give_up(now) { vec![Action::DropStandby(None)] } else { Vec::new() }
     }
 
-    /// The time has come for the next standby, or for the present one to be given up.
+    /// Starts the next standby when it is due; gives the present one up when it is overdue.
     fn tick_standby(&mut self, now: Time) -> Vec<Action> {
         if let Some(why) = self.reserve.overdue(now) {
             return self.on_standby(now, Input::StandbyFailed(why));
@@ -285,7 +287,7 @@ impl Lifecycle {
                 self.reserve.started(now, generation);
                 vec![Action::SpawnStandby(generation)]
             }
-            // Not beside a recovery; the next life that is live asks again.
+            // No standby is started beside a recovery; the next life that goes live asks for one again.
             (Standby::Due(at), _) if at <= now => self.drop_standby(now),
             _ => Vec::new(),
         }
@@ -306,7 +308,7 @@ impl Lifecycle {
     }
 
     fn on_resume(&mut self, now: Time) -> Vec<Action> {
-        // A second reset beside one that hangs would help nobody.
+        // A second reset would not help while the first one, or the killed process, still hangs.
         if self.state != State::Quarantined || self.reset_hangs || self.process_hangs {
             return Vec::new();
         }
@@ -332,7 +334,8 @@ impl Lifecycle {
         }
     }
 
-    /// The standby's, if there is one, even if it still boots: a new one would take longer.
+    /// Begins a life: adopts the standby, even one that still boots, because a new VM would take longer; without a standby, starts
+    /// a process.
     fn begin_life(&mut self, now: Time) -> Vec<Action> {
         self.suspicion = None;
         self.silence = None;
@@ -349,7 +352,7 @@ impl Lifecycle {
                 self.state = State::Booting { until };
                 vec![Action::Adopt(generation)]
             }
-            // It has its plan, since its hello.
+            // It got its plan when it said hello.
             Some(_) => {
                 self.silence = Some(Silence::since(now));
                 self.state = State::Configuring { until };
@@ -381,7 +384,7 @@ impl Lifecycle {
         if self.carrier() == Carrier::Up {
             return self.go_live(now);
         }
-        // The other NIC may have one: its spare need not wait for this one's.
+        // The spare's NIC may have a carrier, so the spare is wanted before this NIC has one.
         self.reserve.want_beside(now);
         Vec::new()
     }
@@ -418,11 +421,11 @@ impl Lifecycle {
         if let Some((_, sign)) = self.suspicion.take() {
             failure.at = failure.at.min(sign.at);
         }
-        // Without a carrier nothing of the log has gone out that could be what killed it.
+        // Without a carrier no frame of the log has gone out, so none can be what killed it.
         let replays = self.carrier() == Carrier::Up;
         let lived = match &self.state {
             State::Live { since } => {
-                // What is replayed to it at an end that came late may be what has killed it.
+                // Frames replayed at an end that came late may be what killed it.
                 if failure.source.is_failure() && replays {
                     self.suspects.died(&self.late, true);
                 }
@@ -465,7 +468,7 @@ impl Lifecycle {
     fn on_released(&mut self, now: Time) -> Vec<Action> {
         let State::Fencing { patience: Some(_), lived, source } = self.state else { return Vec::new() };
         let mut actions = self.fenced(now, lived, source);
-        // The reset is all that the guests wait for; then the life may say its last words, then the report is written.
+        // The guests wait for the reset alone, so it goes first; then the life's last words, then the report.
         let behind_reset = actions.iter().position(|action| *action == Action::Reset).map_or(0, |n| n + 1);
         actions.insert(behind_reset, Action::Bury);
         actions
@@ -487,7 +490,7 @@ impl Lifecycle {
         actions
     }
 
-    /// The failed generation can do no more harm: what comes next?
+    /// Decides what follows, once the failed generation can do no more harm.
     fn fenced(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
         let until = now + RESET_PATIENCE;
         if !source.is_failure() {

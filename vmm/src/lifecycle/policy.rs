@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::base::time::Time;
 use crate::config::Restart;
 
-/// A life that was live for so long is a success: the failure after it is the first in a new row. Short, so that
-/// only a driver which dies of starting is slowed down; frequent deaths in service are the restart limit's to bound.
+/// Time in service after which a life counts as a success: a failure after it is the first in a new row. Short, so that the
+/// back-off slows down only a driver that dies while it starts; frequent deaths in service are bounded by the restart limit.
 const STABLE: Duration = Duration::from_secs(1);
 
 /// What follows a failure.
@@ -63,8 +63,8 @@ impl RestartHistory {
         RestartVerdict::Restart(self.back_off())
     }
 
-    /// Whether a failure at `now` of a life that was live for `lived` would be one too many: within the window, or in a row,
-    /// because lives that are slow to fail never get so many into a window.
+    /// Whether a failure at `now` of a life that was live for `lived` would exceed a limit: that of failures within the window, or
+    /// the same number of failures in a row, because lives that take long to fail never fill a window.
     pub fn is_exhausted(&self, now: Time, lived: Option<Duration>) -> bool {
         self.fills_window(now) || self.row_with(lived) > self.policy.limit
     }
@@ -85,12 +85,12 @@ impl RestartHistory {
         recent >= usize::try_from(self.policy.limit).unwrap_or(usize::MAX)
     }
 
-    /// The row of failures with that of a life that was live for `lived`.
+    /// Number of failures in a row, including that of a life that was live for `lived`.
     fn row_with(&self, lived: Option<Duration>) -> u32 {
         if lived.is_some_and(|d| d >= STABLE) { 1 } else { self.in_a_row.saturating_add(1) }
     }
 
-    /// What was does not count any more; only [`Self::total`] remembers.
+    /// Forgets the failures so far; only [`Self::total`] still counts them.
     pub fn forgive(&mut self) {
         self.recent.clear();
         self.in_a_row = 0;

@@ -1,4 +1,4 @@
-//! A restart that was asked for: it waits for the next driver VM beside the serving one, and goes over to it. Pure, a part of
+//! A requested restart: it waits beside the serving driver VM until the next one is ready, then goes over to that. Pure, a part of
 //! the life cycle.
 //!
 //! Invariants: it has an end, [`Action::RestartOff`] at the latest; a fresh standby whose restart is given up goes with it, so
@@ -21,7 +21,7 @@ impl Lifecycle {
         actions
     }
 
-    /// The next driver VM has not been ready in time.
+    /// Gives the restart up, because the next driver VM was not ready in time.
     pub(super) fn give_restart_up(&mut self, now: Time) -> Vec<Action> {
         let why = if self.reserve.is_hot() { "its spare has no carrier" } else { "it was not ready in time" };
         self.restarting = None;
@@ -32,7 +32,7 @@ impl Lifecycle {
         actions
     }
 
-    /// Hands over to the standby if that was asked for and it is ready.
+    /// Hands over to the standby, if a restart was requested and the standby is ready.
     pub(super) fn switch_over(&mut self, now: Time) -> Vec<Action> {
         let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
         if !(self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })) {
@@ -47,7 +47,7 @@ impl Lifecycle {
         actions
     }
 
-    /// The next standby is wanted, if there is a life beside which it could boot.
+    /// Schedules the next standby, if there is a live driver VM beside which it can boot.
     pub(super) fn want_next(&mut self, now: Time) {
         match (&self.state, self.restarting) {
             (State::Live { .. }, Some(_)) => self.reserve.want_now(now),

@@ -1,5 +1,5 @@
-//! How long the agent of a life has been silent. Time for which its VM got no processor says nothing of the VM and is
-//! excused, within a bound.
+//! How long the agent of a life has been silent. Time in which its VM got no processor shows nothing about the VM, and is excused
+//! within a bound.
 
 use std::time::Duration;
 
@@ -24,17 +24,17 @@ impl Silence {
         self.heard
     }
 
-    /// How long it may last.
+    /// Longest silence that is no failure: the time-out, and what was excused.
     pub(super) fn limit(&self, timeout: Duration) -> Duration {
         timeout + self.excused
     }
 
-    /// When it is half a time-out before its limit: from here on it is worth a look whether the VM gets a processor.
+    /// Half a time-out before the limit: when to begin checking whether the VM gets a processor.
     pub(super) fn half(&self, timeout: Duration) -> Time {
         self.heard + timeout / 2 + self.excused
     }
 
-    /// The VM got no processor in the last half of the time-out: that long it may last longer, [`PATIENCE`] time-outs in all.
+    /// The VM got no processor in the last half of the time-out: extends the limit by that half, to [`PATIENCE`] time-outs at most.
     pub(super) fn excuse(&mut self, timeout: Duration) {
         self.excused = (self.excused + timeout / 2).min(timeout * (PATIENCE - 1));
     }

@@ -1,4 +1,5 @@
-//! The hot spare: the standby with a device of its own, which takes over as it is. Pure, a part of the life cycle.
+//! The hot spare: the standby with a device of its own, which takes over at the stage that it has reached. Pure, a part of the life
+//! cycle.
 //!
 //! ```text
 //!           live            1 s later, reset     hello, forwarding          carrier         failure of the
@@ -22,7 +23,7 @@ impl Lifecycle {
         match *input {
             Input::SpareForwarding => {
                 self.reserve.forwarding(now);
-                // What is left to wait for is its carrier.
+                // From here on only its carrier is awaited.
                 let patience = self.carrier_patience();
                 if let Some(until) = self.restarting.as_mut().filter(|_| self.reserve.is_hot()) {
                     *until = (*until).min(now + patience);
@@ -31,7 +32,8 @@ impl Lifecycle {
             }
             Input::SpareCarrier(carrier) => self.on_spare_carrier(now, carrier == Carrier::Up),
             Input::SpareLive(end) => {
-                // The failure of the serving life that it follows from comes, or its better reason is waited for.
+                // The splitter left the serving life because that has failed: its failure is still to come, or waits for a better
+                // reason.
                 self.ahead.extend(self.reserve.state().generation().map(|generation| (end, generation)));
                 Vec::new()
             }
@@ -56,7 +58,7 @@ impl Lifecycle {
 
     fn spawn_spare(&mut self, now: Time) -> Vec<Action> {
         if !self.may_start_spare() {
-            // Not beside a recovery; the next life that is live asks again.
+            // No spare is started beside a recovery; the next life that goes live asks for one again.
             return Vec::new();
         }
         let generation = self.next_generation();
@@ -64,8 +66,8 @@ impl Lifecycle {
         vec![Action::SpawnStandby(generation)]
     }
 
-    /// The serving life has failed after it `lived` so long: the spare takes over as far as it has come, even if it still
-    /// boots, because its device needs neither fence nor reset. `None`: there is no spare, or no restart is allowed.
+    /// The serving life has failed after being live for `lived`: the spare takes over at the stage that it has reached, even if it
+    /// still boots, because its device needs neither fence nor reset. `None`: there is no spare, or no restart is allowed.
     pub(super) fn take_over(&mut self, now: Time, failure: &Failure, lived: Option<Duration>) -> Option<Vec<Action>> {
         let counts = failure.source.is_failure();
         if !self.reserve.is_spare() || (counts && self.history.is_exhausted(now, lived)) {
@@ -73,7 +75,7 @@ impl Lifecycle {
         }
         let (generation, stage) = self.reserve.adopt(now)?;
         if counts {
-            // Not delayed: its guests may be with the spare already.
+            // No back-off: guests may have gone over to the spare already.
             self.history.failed(now, lived);
         }
         self.generation = Some(generation);

@@ -21,21 +21,21 @@ use umbra_shadow::Generation;
 use super::fencing::ALARM;
 use crate::base::time::Time;
 
-/// After a recovery the machine is left in peace for so long before the next standby boots.
+/// Pause between a recovery and the boot of the next standby, which leaves the machine in peace at first.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Standbys of several drivers boot one after the other, so that a common failure does not cost the machine two boots at
-/// once: one that is due looks again so often whether it is its turn,
+/// Interval at which a standby that is due checks whether it is its turn. Standbys of several drivers boot one after the other, so
+/// that a common failure does not cost the machine two boots at once.
 const TURN: Duration = Duration::from_millis(250);
-/// and waits no longer than this.
+/// Longest time that a due standby waits for its turn.
 const TURN_MAX: Duration = Duration::from_secs(15);
 
 /// Delay before a standby that died is replaced; doubled with each death in a row up to [`BACK_OFF_MAX`].
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
-/// A standby boots beside everything else at low priority, and waits where nothing hangs on its being punctual: it has
-/// so many times the patience of a life in service.
+/// Factor between a standby's time limits and those of a life in service: it boots at low priority beside everything else, and
+/// nothing depends on its being punctual.
 pub(super) const PATIENCE: u32 = 4;
 
 /// Where the standby is.
@@ -60,23 +60,23 @@ pub enum Standby {
     },
     /// Its kernel boots, its agent loads modules; that of a spare sets up forwarding as well.
     Booting {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// Whether the agent has said hello.
         hello: bool,
-        /// When it should be ready.
+        /// When it is given up, if it is not ready.
         until: Time,
     },
     /// It waits for the device.
     Ready {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// The agent's last sign of life.
         heard: Time,
     },
     /// A spare: it forwards, with its own device.
     Hot {
-        /// Its number.
+        /// Its generation.
         generation: Generation,
         /// The agent's last sign of life.
         heard: Time,
@@ -86,7 +86,7 @@ pub enum Standby {
 }
 
 impl Standby {
-    /// Its number, if it has a process that is of use.
+    /// Its generation, if it has a process that is of use.
     pub fn generation(&self) -> Option<Generation> {
         match self {
             Self::Booting { generation, .. } | Self::Ready { generation, .. } | Self::Hot { generation, .. } => {
@@ -165,15 +165,15 @@ pub(super) enum Stage {
 pub(super) struct Standbys {
     ahead: StandbyPolicy,
     state: Standby,
-    /// Deaths since one was last adopted.
+    /// Standbys that died in a row, since one was last adopted.
     deaths: u32,
-    /// Since when one that is due waits for its turn.
+    /// When the standby that is due began to wait for its turn.
     waits_since: Option<Time>,
     boot_patience: Duration,
     heartbeat_patience: Duration,
-    /// Since when a process that is to give the spare's device up still holds it.
+    /// When the process that still holds the spare's device was killed or asked to give it up.
     held_since: Option<Time>,
-    /// People have been warned of that.
+    /// People have been warned that the device is still held.
     warned: bool,
 }
 
@@ -200,12 +200,12 @@ impl Standbys {
         matches!(self.state, Standby::Hot { .. })
     }
 
-    /// How long one that is wanted now may take to be ready.
+    /// Longest time until a standby that is wanted now is ready.
     pub(super) fn longest(&self) -> Duration {
         TURN_MAX + self.boot_patience
     }
 
-    /// The driver VM is live: one is wanted, if there is none.
+    /// The driver VM is live: schedules the next standby, if there is none.
     pub(super) fn want(&mut self, now: Time) {
         match &mut self.state {
             Standby::Absent if self.ahead != StandbyPolicy::Nothing => self.state = Standby::Due(now + SETTLE),
@@ -215,19 +215,19 @@ impl Standbys {
         }
     }
 
-    /// The life that forwards has no carrier: a spare is wanted already, because its NIC may have one.
+    /// The life that forwards has no carrier: schedules a spare already, because its NIC may have one.
     pub(super) fn want_beside(&mut self, now: Time) {
         if self.is_spare() {
             self.want(now);
         }
     }
 
-    /// The spare's device is to be reset, and then a spare started.
+    /// A reset of the spare's device begins; a spare is to start after it.
     pub(super) fn resetting(&mut self) {
         self.state = Standby::Resetting { wanted: true };
     }
 
-    /// Another standby of the machine boots: one that is due waits for its turn.
+    /// Another standby of the machine boots: a standby that is due waits for its turn, for [`TURN_MAX`] at most.
     pub(super) fn wait_turn(&mut self, now: Time) {
         if let Standby::Due(at) = &mut self.state
             && *at <= now
@@ -242,7 +242,7 @@ impl Standbys {
         self.state = Standby::Booting { generation, hello: false, until: now + self.boot_patience };
     }
 
-    /// Returns whether it is to be told what to serve.
+    /// The agent said hello. Returns whether it has to be sent its plan, which is once.
     pub(super) fn hello(&mut self) -> bool {
         match &mut self.state {
             Standby::Booting { hello, .. } => !std::mem::replace(hello, true),
@@ -280,7 +280,7 @@ impl Standbys {
         }
     }
 
-    /// One is wanted at once, whatever the configuration says.
+    /// Schedules a standby at once, even where the configuration asks for none.
     pub(super) fn want_now(&mut self, now: Time) {
         match &mut self.state {
             Standby::Absent | Standby::Due(_) => self.state = Standby::Due(now),
@@ -303,7 +303,7 @@ impl Standbys {
         };
         self.deaths = 0;
         match self.ahead {
-            // Without a carrier it is a last resort: nothing is left in peace for it.
+            // A spare taken without a carrier is a last resort: the next one starts without a pause.
             StandbyPolicy::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
             StandbyPolicy::Spare => self.fence(now, Some(now + SETTLE), true),
             StandbyPolicy::Nothing | StandbyPolicy::Warm => self.state = Standby::Absent,
@@ -311,7 +311,7 @@ impl Standbys {
         Some(taken)
     }
 
-    /// No standby any more, and none due. Whether there was one.
+    /// Drops the standby and schedules no other. Whether there was one.
     pub(super) fn give_up(&mut self, now: Time) -> bool {
         let (was, is_spare) = (self.state.generation().is_some(), self.is_spare());
         self.waits_since = None;
@@ -324,7 +324,7 @@ impl Standbys {
         was
     }
 
-    /// The standby has died while it waited. Whether there was one.
+    /// The standby has died while it waited: schedules the next one. Whether there was one.
     pub(super) fn died(&mut self, now: Time) -> bool {
         if self.state.generation().is_none() {
             return false;
@@ -339,7 +339,7 @@ impl Standbys {
         true
     }
 
-    /// The spare's device is held by a process that is to give it up, or was killed, just now.
+    /// From now on a process holds the spare's device that was killed, or asked to give it up.
     fn fence(&mut self, now: Time, next: Option<Time>, served: bool) {
         self.state = Standby::Fencing { next, served };
         (self.held_since, self.warned) = (Some(now), false);
@@ -357,7 +357,7 @@ impl Standbys {
         self.held_since.filter(|_| !self.warned).map(|since| since + ALARM)
     }
 
-    /// Tells people, once, that the spare's device is still held.
+    /// The warning, once, that the spare's device is still held.
     pub(super) fn alarm(&mut self, now: Time) -> Option<String> {
         self.alarm_due().filter(|due| *due <= now)?;
         self.warned = true;
@@ -383,9 +383,9 @@ impl Standbys {
 
     pub(super) fn deadline(&self) -> Option<Time> {
         match self.state {
-            // A killed process ends; nothing waits for it, but people are warned.
+            // Nothing waits for a killed process to end, but people are warned.
             Standby::Fencing { .. } => self.alarm_due(),
-            // The kernel's reset returns; nothing waits for it.
+            // Nothing waits for the reset to return.
             Standby::Absent | Standby::Resetting { .. } => None,
             Standby::Due(at) => Some(at),
             Standby::Booting { until, .. } => Some(until),

@@ -17,11 +17,11 @@ pub type End = usize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NoticedBy {
-    /// pvpanic: the kernel said so.
+    /// pvpanic: the kernel reported its panic.
     Panic,
     /// The VM ended: power-off, reset, triple fault.
     VmEnd,
-    /// The process ended without a word.
+    /// The process ended without reporting why.
     ProcessExit,
     /// The VM could not be started.
     Start,
@@ -31,9 +31,9 @@ pub enum NoticedBy {
     Agent,
     /// The agent's stream was closed or carried what is no message.
     ControlStream,
-    /// No heartbeat.
+    /// No heartbeat within its time-out.
     Heartbeat,
-    /// Not forwarding in time.
+    /// The life did not forward within `boot_timeout_s`.
     BootTimeout,
     /// The link was closed, or broke a rule.
     Link,
@@ -81,7 +81,7 @@ pub enum Input {
     ResetDone,
     /// The agent said hello.
     Hello,
-    /// The device is there, and gets what was recorded of the guests' settings.
+    /// The device is there and is about to get what was recorded of the guests' settings.
     Applying,
     /// The driver VM forwards frames.
     Forwarding,
@@ -89,7 +89,7 @@ pub enum Input {
     Carrier(Carrier),
     /// The agent lives.
     Heartbeat,
-    /// In the last half of the time-out of its silence the life's VM wanted a processor and got none.
+    /// In the last half of the heartbeat time-out, the life's VM wanted a processor and got none.
     Starved,
     /// The splitter of this end went live.
     EndLive(End),
@@ -99,26 +99,26 @@ pub enum Input {
     EndGone(End),
     /// A certain failure.
     Failed(Failure),
-    /// A failure that may be the echo of one whose own sign is still to come.
+    /// A failure that may be a side effect of another one, whose own event is still to come.
     Sign(Failure),
     /// The process has given the device up.
     Released,
-    /// The process has told all it had to tell.
+    /// The process has reported all that it had to report.
     Evidence,
-    /// The process is gone, and everything it held with it.
+    /// The process has ended and released everything that it held; how it ended, for people.
     ProcessGone(String),
     /// A deadline may have passed.
     Tick,
     /// No further life; end this one.
     Stop,
-    /// Replace the driver VM by the next one once that waits booted; `fresh`: by one that is started from now on.
+    /// Replace the driver VM by its standby when that has booted; `fresh`: by a standby that is started from now on.
     Restart {
         /// The present standby is of no use.
         fresh: bool,
     },
     /// The standby is of no use: another one is to be started.
     StandbyUseless,
-    /// A quarantine is to end: it is tried again, as if nothing had happened before.
+    /// A quarantine is to end: the driver VM is started again, as if it had never failed.
     Resume,
     /// The standby's agent said hello.
     StandbyHello,
@@ -126,7 +126,7 @@ pub enum Input {
     StandbyLoaded,
     /// The standby's agent lives.
     StandbyHeartbeat,
-    /// The standby has failed while it waited, and this is why.
+    /// The standby has failed while it waited; the reason, for people.
     StandbyFailed(String),
     /// The spare forwards.
     SpareForwarding,
@@ -161,50 +161,50 @@ pub enum Action {
     Adopt(Generation),
     /// Start the process of this generation as the standby: without the device, or, as a spare, with that of the spare.
     SpawnStandby(Generation),
-    /// Make the spare, which is of this generation, the present life as it is, and its device the serving one; have the
-    /// present life give the other device up; answered by [`Input::SpareFenced`].
+    /// Make the spare, which is of this generation, the present life at the stage that it has reached, and its device the serving
+    /// one; have the life before give its own device up, which is answered by [`Input::SpareFenced`].
     TakeOver(Generation),
-    /// Tell the standby's agent what to serve, ahead.
+    /// Send the standby's agent its plan, ahead of its turn.
     ConfigureStandby,
-    /// Tell the guests that the spare can take over at any moment, or no more.
+    /// Tell the guests whether the spare can take over at any moment.
     Arm(bool),
     /// Reset the spare's device; answered by [`Input::SpareResetDone`].
     ResetSpare,
-    /// Kill the standby (where it is a spare, its end is answered by [`Input::SpareFenced`]); it has failed, and this is why, or
-    /// it is of no use any more.
+    /// Kill the standby, which has failed for the given reason or (`None`) is of no use any more. The end of a spare is answered by
+    /// [`Input::SpareFenced`].
     DropStandby(Option<String>),
-    /// The restart that was asked for is off, because its driver VM did not come up: nothing has changed.
+    /// Report that a requested restart does not take place, for the given reason; nothing has changed.
     RestartOff(String),
     /// Tell the agent what network to serve.
     Configure,
     /// Let the splitter of this end replay and go live.
     GoLive(End, Replay),
-    /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its
-    /// guest is told so, as in a quarantine.
+    /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its guest
+    /// learns of that loss, as in a quarantine.
     StartClean(End),
-    /// This end, which had come late or again, is live.
+    /// An end that came late, or came back, is live.
     EndLive(End),
     /// This end has not gone live in time: the driver VM is live without it.
     LeaveBehind(End),
-    /// Everything flows, at all ends but those that were left behind.
+    /// The driver VM is live, at all ends but those that were left behind.
     Live,
     /// The generation is about to fail: let the guests' shadows answer already.
     Mask,
-    /// The generation has failed: tell the guests (they may know), and people.
+    /// The generation has failed: tell the guests, whose splitters may have noticed first, and report it.
     Failed(Failure),
     /// Have the process give the device up; answered by [`Input::Released`].
     Release,
-    /// The process without its device is no longer the present life: let it say its last words, then kill it.
+    /// The process has given its device up and is no longer the present life: let it say its last words, then kill it.
     Bury,
     /// Kill the process; answered by [`Input::ProcessGone`].
     Kill,
-    /// Tell people, with the driver VM's name before it: something takes longer than it should.
+    /// Warn people, with the driver VM's name before the text: something takes longer than it should.
     Warn(String),
-    /// The failed generation is fenced: keep the report.
+    /// The failed generation is fenced: complete its crash report.
     Report,
-    /// The life that has failed, and whose place the spare has taken, is fenced: complete its report.
+    /// The failed life whose place the spare has taken is fenced: complete its crash report.
     ReportFenced,
-    /// There will be no further generation unless someone resumes it, and this is why: tell the guests.
+    /// No further generation starts until someone resumes the driver VM, for the given reason: tell the guests.
     Quarantine(String),
 }
 
@@ -215,7 +215,7 @@ pub enum State {
     Idle,
     /// No process; the device's reset is under way.
     Resetting {
-        /// When it counts as hung.
+        /// When the reset counts as hung.
         until: Time,
         /// Earliest start of the next life; `None`: there is none.
         next: Option<Time>,
@@ -227,24 +227,24 @@ pub enum State {
     },
     /// The kernel boots.
     Booting {
-        /// When it should forward.
+        /// Deadline for forwarding.
         until: Time,
     },
     /// The agent loads the driver and sets up forwarding.
     Configuring {
-        /// When it should forward.
+        /// Deadline for forwarding.
         until: Time,
     },
     /// Forwarding; the NIC looks for its link.
     WaitingCarrier {
-        /// How long that is waited for.
+        /// When the wait for the link ends.
         until: Time,
     },
     /// The ends replay.
     GoingLive {
         /// Those that are not live yet.
         waiting: BTreeSet<End>,
-        /// How long they are waited for.
+        /// When the wait for them ends.
         until: Time,
     },
     /// In service.
@@ -254,11 +254,11 @@ pub enum State {
     },
     /// Failed; the device is about to be free.
     Fencing {
-        /// Until when the process may give it up by itself; `None`: it has been killed.
+        /// When the process is killed, if it has not given the device up by itself; `None`: it has been killed.
         patience: Option<Time>,
-        /// For how long it was live.
+        /// How long the life was live; `None`: it never was.
         lived: Option<Duration>,
-        /// Whether it counts.
+        /// How the failure was noticed, which decides whether it counts as one.
         source: NoticedBy,
     },
     /// Given up.

@@ -1,12 +1,12 @@
-//! What a new life gets of what was recorded, after lives that died while they got it. Each death takes something away:
-//! first the logged requests, then everything (a clean start).
+//! How much of what was recorded a new life gets, after lives that died while they got it. Each death takes something away: first
+//! the logged requests, then everything (a clean start).
 
 use std::collections::BTreeMap;
 
 use super::End;
 use crate::wire::messages::Replay;
 
-/// Lives in a row that died replaying, from which on the next one starts clean.
+/// Lives in a row that died replaying, after which the next one starts clean.
 const CLEAN_FROM: u32 = 2;
 
 /// The ends at which lives have died while they replayed, since the last one that went live there.
@@ -15,11 +15,11 @@ pub(super) struct Suspects(BTreeMap<End, Suspect>);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Suspect {
-    /// Lives in a row.
+    /// Lives in a row that died.
     lives: u32,
-    /// One of them had begun with the log.
+    /// For one of them the replay of the log had begun.
     log: bool,
-    /// The guest has not been told of the last of them.
+    /// A clean start because of the last death has not been reported to the guest yet.
     untold: bool,
 }
 
@@ -62,7 +62,7 @@ impl Suspects {
         self.0.get(&end).is_some_and(Suspect::is_clean)
     }
 
-    /// The ends of which that is so by a death that their guests have not been told of; they have been, from now on.
+    /// The ends that start clean because of a death of which their guests do not know yet. Each death is returned once.
     pub(super) fn tell(&mut self) -> Vec<End> {
         let clean = self.0.iter_mut().filter(|(_, suspect)| suspect.is_clean());
         clean.filter_map(|(end, suspect)| std::mem::take(&mut suspect.untold).then_some(*end)).collect()

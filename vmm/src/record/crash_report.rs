@@ -17,10 +17,10 @@ use crate::base::untrusted_text::{self, block, line};
 use crate::lifecycle::NoticedBy;
 use crate::wire::messages::{LinkEnd, MaskedCounts};
 
-/// Reports kept per driver VM: the run directory is mostly in memory.
+/// Reports kept per driver VM: few, because the run directory is mostly in memory.
 const KEEP: u32 = 32;
 
-/// Most reports that wait for room on the disk; the oldest go first.
+/// Most reports that wait for room on the disk; the oldest are dropped first.
 const WAITING: usize = 64;
 
 /// Reports that could not be written: they wait here until they can.
@@ -34,7 +34,7 @@ impl PendingReports {
     ///
     /// # Errors
     ///
-    /// It has to wait; the error is there when none had to wait before, so that it is told once.
+    /// The report has to wait. The error is there only if no other report waited already, so that it is reported once.
     pub fn write(&mut self, dir: &Path, report: &CrashReport) -> Result<PathBuf, Option<io::Error>> {
         let same = |kept: &CrashReport| kept.driver == report.driver && kept.generation == report.generation;
         let first = self.waiting.is_empty();
@@ -51,7 +51,7 @@ impl PendingReports {
         }
     }
 
-    /// Tries those that wait again; returns the driver VMs and the paths of those that are written now.
+    /// Tries again to write the reports that wait; returns the driver VMs and paths of those that are written now.
     pub fn retry(&mut self, dir: &Path) -> Vec<(String, PathBuf)> {
         let mut written = Vec::new();
         while let Some(path) = self.waiting.first().and_then(|report| report.write(dir).ok()) {
@@ -69,23 +69,23 @@ impl PendingReports {
 /// A crash report.
 #[derive(Clone, Debug, Serialize)]
 pub struct CrashReport {
-    /// The driver VM.
+    /// Name of the driver VM.
     pub driver: String,
-    /// The life that ended.
+    /// Generation of the life that ended.
     pub generation: u32,
-    /// PCI address.
+    /// PCI address of the device.
     pub device: String,
     /// Kernel driver, if the agent had said.
     pub kernel_driver: Option<String>,
     /// Kernel release, if the agent had said.
     pub kernel: Option<String>,
-    /// How it was noticed.
+    /// How the failure was noticed.
     pub source: NoticedBy,
-    /// What happened.
+    /// What happened, for people.
     pub reason: String,
     /// The kernel's own line about it, out of the console.
     pub kernel_says: Option<String>,
-    /// How the process ended.
+    /// How the process ended, in words.
     pub exit: String,
     /// What the policy made of it.
     pub verdict: Verdict,
@@ -95,15 +95,15 @@ pub struct CrashReport {
     pub masks: Vec<Mask>,
     /// From the mask to live, ms; none while it lasts.
     pub outage_ms: Option<f64>,
-    /// How long each part of the recovery took.
+    /// How long each part of the recovery took, ms.
     pub parts: RecoveryParts,
     /// What became of the frames, summed over the guests.
     pub frames: MaskedCounts,
-    /// Step by step.
+    /// The steps of failure and recovery, in the order of their times.
     pub timeline: Vec<Mark>,
     /// Registers of the driver VM's vCPUs, where there was time to read them.
     pub registers: String,
-    /// The end of the console.
+    /// The last 64 KiB of the life's console.
     pub console_tail: String,
 }
 
@@ -113,7 +113,7 @@ pub struct CrashReport {
 pub enum Verdict {
     /// The next life.
     Restart,
-    /// None: the bound on restarts is reached, or the device or the process hangs.
+    /// No next life: the bound on restarts is reached, or the device or the process hangs.
     Quarantine,
 }
 

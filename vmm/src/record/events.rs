@@ -24,7 +24,7 @@ use crate::base::time::Time;
 use crate::base::untrusted_text;
 use crate::base::wall;
 
-/// How long the end of the run waits for lines that are not written yet, for each place.
+/// Longest wait at the end of the run, for each place, until its lines are written.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Whether sentences are printed.
@@ -43,7 +43,7 @@ pub struct Events {
     sentences: Option<Writer>,
     /// JSON lines: the file of `--events`, and the log.
     lines: Vec<Writer>,
-    /// What the writers have to tell.
+    /// Warnings that come from the writers.
     warnings: (Sender<String>, Receiver<String>),
     metrics: Option<Metrics>,
     past: RecentEvents,
@@ -114,7 +114,7 @@ impl Events {
         self.metrics.as_ref()
     }
 
-    /// Tells `event`. Nothing is waited for.
+    /// Reports `event` in all places, without waiting for any.
     pub fn tell(&mut self, event: &Event) {
         if let Some(metrics) = &self.metrics {
             metrics.observe(event);
@@ -146,20 +146,20 @@ impl Events {
         lost.into_iter().for_each(|told| self.warn(told));
     }
 
-    /// Tells what the places for lines have had to say since this was called last.
+    /// Reports the warnings of the places for lines since the last call.
     pub fn tell_troubles(&mut self) {
         while let Ok(what) = self.warnings.1.try_recv() {
             self.warn(what);
         }
     }
 
-    /// Waits a bounded time until all that was told is written. What is told later is written nowhere.
+    /// Waits a bounded time until everything reported is written. What is reported later is written nowhere.
     pub fn finish(&mut self) {
         let places = self.lines.drain(..).chain(self.sentences.take());
         places.for_each(|place| place.finish(LAST_LINES));
     }
 
-    /// Tells a warning.
+    /// Reports a warning.
     pub fn warn(&mut self, what: String) {
         self.tell(&Event::Warning { what });
     }
@@ -186,7 +186,7 @@ impl Drop for Events {
 fn stderr(warnings: Sender<String>) -> Option<Writer> {
     let mut stderr = File::from(std::io::stderr().as_fd().try_clone_to_owned().ok()?);
     Writer::start("stderr", warnings, move |line| {
-        // Nobody is left to be told that stderr is gone.
+        // With stderr gone there is nowhere to report that.
         let _ = stderr.write_all(line.as_bytes());
         Ok(())
     })

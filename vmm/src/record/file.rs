@@ -1,4 +1,4 @@
-//! The file of `umbra run --events`: what runs before have told stays in it.
+//! The file of `umbra run --events`: what earlier runs have written stays in it.
 //!
 //! Invariant: a run's first event, which has the number 1, begins a line, also where the run before was killed in the midst
 //! of one.

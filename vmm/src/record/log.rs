@@ -12,7 +12,7 @@ pub const EVENT_LOG: &str = "events.jsonl";
 
 const MAX_FILE: u64 = 2 << 20;
 
-/// Lines that wait at most while the disk is full; the oldest go first.
+/// Most lines that wait while the disk is full; the oldest are dropped first.
 const MAX_WAITING: usize = 4096;
 
 /// The file.
@@ -20,7 +20,7 @@ const MAX_WAITING: usize = 4096;
 pub struct EventLog {
     path: PathBuf,
     file: Option<File>,
-    /// Length of what is whole.
+    /// Length of the whole lines in the file, in bytes.
     length: u64,
     limit: u64,
     waiting: VecDeque<String>,

@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RecoveryParts {
-    /// First sign to certainty.
+    /// From the first sign of the failure to certainty.
     pub detect_ms: Option<f64>,
-    /// Certainty to the end of the process.
+    /// From certainty until the device was given up, or the process ended.
     pub fence_ms: Option<f64>,
     /// The device's reset.
     pub reset_ms: Option<f64>,
-    /// By which method.
+    /// Method of the reset; `none` where only bus mastering was cleared.
     pub reset_method: String,
-    /// The policy's delay.
+    /// The restart policy's delay.
     pub back_off_ms: Option<f64>,
     /// Start of the process to the agent's hello; nothing for a standby that was ready.
     pub boot_ms: Option<f64>,
@@ -24,11 +24,11 @@ pub struct RecoveryParts {
     pub plug_ms: Option<f64>,
     /// Hello, or the device's arrival in a standby, to the driver bound.
     pub probe_ms: Option<f64>,
-    /// NIC to forwarding.
+    /// From the driver bound to forwarding.
     pub setup_ms: Option<f64>,
     /// Forwarding to carrier, or to the end of the patience for it.
     pub link_ms: Option<f64>,
-    /// Replay.
+    /// From `GoLive` until all guests are live.
     pub replay_ms: Option<f64>,
 }
 

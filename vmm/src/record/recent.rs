@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 
-/// Events kept: more than a hundred recoveries.
+/// Most events kept: more than a hundred recoveries.
 const KEEP: usize = 2048;
 
-/// Bytes kept: an event may carry a driver VM's words.
+/// Most bytes kept: an event may carry a driver VM's words.
 const KEEP_BYTES: usize = 1 << 20;
 
 /// Numbered lines, the newest at the end; the oldest go when there are too many.

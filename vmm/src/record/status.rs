@@ -15,7 +15,7 @@ use crate::wire::messages::{MaskedCounts, ShadowMode, SoundCounts};
 pub struct Status {
     /// The machine's name.
     pub name: String,
-    /// The supervisor's process.
+    /// Number of the supervisor's process.
     pub pid: u32,
     /// Guests, by name.
     pub guests: Vec<GuestStatus>,
@@ -30,9 +30,9 @@ pub struct GuestStatus {
     pub name: String,
     /// Where its VM is.
     pub state: GuestStateName,
-    /// Why, where it failed.
+    /// The reason, where it failed, for people.
     pub reason: Option<String>,
-    /// Its process, while there is one.
+    /// Number of its process, while there is one.
     pub pid: Option<u32>,
     /// Seconds since the VM was started.
     pub uptime_s: f64,
@@ -127,7 +127,7 @@ impl fmt::Display for DeviceMode {
 pub struct SoundStatus {
     /// Index in the guest.
     pub index: usize,
-    /// The driver VM.
+    /// Name of the driver VM.
     pub driver: Option<String>,
     /// The card, once its driver VM has reported it.
     pub card: Option<String>,
@@ -148,7 +148,7 @@ pub struct NetStatus {
     pub mac: String,
     /// The host interface, where it is a TAP.
     pub tap: Option<String>,
-    /// The driver VM, where there is one.
+    /// Name of the driver VM, where there is one.
     pub driver: Option<String>,
     /// What serves it, and how.
     pub mode: DeviceMode,
@@ -170,17 +170,17 @@ pub struct NetStatus {
 pub struct DriverStatus {
     /// Its name.
     pub name: String,
-    /// PCI address.
+    /// PCI address of the device.
     pub device: String,
     /// Kernel driver, once the agent has said.
     pub driver: Option<String>,
     /// The kernel of the driver VM, once the agent has said.
     pub kernel: Option<String>,
-    /// Present or last life.
+    /// Generation of the present life, or of the last one.
     pub generation: Option<u32>,
     /// The life cycle's state (`docs/recovery.md`).
     pub state: StateName,
-    /// Its process, while there is one.
+    /// Number of its process, while there is one.
     pub pid: Option<u32>,
     /// The NIC's carrier.
     pub carrier: bool,
@@ -195,7 +195,7 @@ pub struct DriverStatus {
     pub reason: Option<String>,
     /// The last outage as the guests' devices saw it, from the mask to live, in ms.
     pub last_outage_ms: Option<f64>,
-    /// The last crash report.
+    /// Path of the last crash report.
     pub report: Option<String>,
     /// Memory available in the driver VM, as the last heartbeat said, bytes.
     pub available_memory: Option<u64>,
@@ -207,7 +207,7 @@ pub struct DriverStatus {
 /// The next life of a driver VM, that waits without the device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StandbyStatus {
-    /// How far it is.
+    /// The stage that it has reached.
     pub state: StandbyStage,
     /// The device of a spare; `None` for a standby without one.
     #[serde(default)]
@@ -215,11 +215,11 @@ pub struct StandbyStatus {
     /// Whether a spare is on the guests' network.
     #[serde(default)]
     pub network: Option<SpareNetwork>,
-    /// Its number, while there is one.
+    /// Its generation, while there is one.
     pub generation: Option<u32>,
-    /// Its process, while there is one.
+    /// Number of its process, while there is one.
     pub pid: Option<u32>,
-    /// Why there is none for longer than there should be.
+    /// Why there is no spare although there should be one by now.
     #[serde(default)]
     pub reason: Option<String>,
 }

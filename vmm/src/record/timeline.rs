@@ -39,7 +39,7 @@ pub enum Milestone {
     Forwarding,
     /// The NIC has its link.
     Carrier,
-    /// The splitters were told to replay.
+    /// The splitters were ordered to replay.
     GoLive,
     /// All guests' devices are live.
     Live,
@@ -93,7 +93,7 @@ impl LifeStage {
     }
 }
 
-/// The steps so far. A step is taken once; of several times the earliest counts.
+/// The steps so far. A step that is marked several times keeps its earliest time.
 #[derive(Clone, Debug, Default)]
 pub struct Timeline(Vec<(Milestone, Time)>);
 
@@ -124,7 +124,7 @@ impl Timeline {
         self.0.iter().find(|(have, _)| *have == step).map(|(_, at)| *at)
     }
 
-    /// How long it took from `from` to `to`.
+    /// Time from `from` to `to`; `None` where one of them has not happened.
     pub fn between(&self, from: Milestone, to: Milestone) -> Option<Duration> {
         Some(self.at(to)?.since(self.at(from)?))
     }

@@ -8,10 +8,10 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError};
 use std::thread;
 use std::time::Duration;
 
-/// Lines that wait at most for a place that takes none: more than two hundred recoveries.
+/// Most lines that wait for a place that takes none: more than two hundred recoveries.
 const MAX_WAITING: usize = 4096;
 
-/// The thread's nice value: a recovery is under way when there is most to write.
+/// The thread's nice value: there is most to write while a recovery runs, which goes first.
 const NICE: i32 = 10;
 
 /// A place for lines, written by its thread.
@@ -31,16 +31,16 @@ pub(super) struct Writer {
 pub(super) enum Queued {
     /// It will be written.
     Taken,
-    /// It will be written, and this is to be told: lines before it were left out.
+    /// It will be written. The warning, to be reported, says that lines before it were left out.
     TakenAfterLoss(String),
     /// It was left out.
     LeftOut,
-    /// The place is of no more use; the thread has said why.
+    /// The place is of no more use; the thread has reported why.
     Closed,
 }
 
 impl Writer {
-    /// Begins to write to `place` by `write`; what that has to tell comes as `warnings`. `None`: there is no thread.
+    /// Begins to write to `place` by `write`, whose troubles are sent as `warnings`. `None`: no thread could be started.
     pub(super) fn start(
         place: &'static str,
         warnings: Sender<String>,
@@ -56,7 +56,7 @@ impl Writer {
                 let Err(trouble) = write(&line) else { continue };
                 let last = matches!(trouble, Trouble::Last(_));
                 let (Trouble::Passing(what) | Trouble::Last(what)) = trouble;
-                // Nobody is left to be told when the machine has ended.
+                // After the end of the machine nobody takes the warning.
                 let _ = warnings.send(what);
                 if last {
                     return;
@@ -94,12 +94,12 @@ impl Writer {
     }
 }
 
-/// What a place said to a line.
+/// How a place failed to take a line.
 #[derive(Debug)]
 pub(super) enum Trouble {
-    /// To be told; the next line is tried.
+    /// A warning to report; the next line is tried.
     Passing(String),
-    /// To be told; it is the end.
+    /// A warning to report; no other line is tried.
     Last(String),
 }
 

@@ -44,7 +44,7 @@ impl Supervisor {
             Action::Mask => self.mask(n, now),
             Action::Failed(failure) => self.on_failed(n, &failure, now),
             Action::Release => {
-                // What it prints, of a panic for one, is not to hold up the thread that gives the device up.
+                // What it prints (a panic, for one) must not hold up the thread that gives the device up.
                 if let Some(life) = &self.drivers[n].life {
                     renice_vcpus(life.process.pid(), LAST);
                 }

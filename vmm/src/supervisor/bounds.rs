@@ -40,7 +40,7 @@ pub(super) fn heard(line: &str) -> Result<FromAgent, String> {
     serde_json::from_str(line).map_err(|error| text(&format!("its agent sent what is no message ({error})")))
 }
 
-/// A text of an agent, as it is kept.
+/// The part of an agent's text that is kept.
 pub(super) fn text(said: &str) -> String {
     bounded(said, MAX_AGENT_TEXT)
 }

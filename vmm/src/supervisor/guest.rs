@@ -151,7 +151,7 @@ impl GuestVm {
         self.spec.console == Console::Terminal
     }
 
-    /// Whether it has ended for good.
+    /// Whether it has ended and is not started again.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state, GuestState::Off | GuestState::Failed(_))
     }

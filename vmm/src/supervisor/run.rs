@@ -38,13 +38,13 @@ use crate::record::log::EventLog;
 use crate::record::metrics::{Metrics, Server, ServerError};
 use crate::wire::spawn::SpawnError;
 
-/// How often crash reports that wait for room are tried.
+/// Interval at which crash reports that wait for room are tried again.
 const RETRY_PERIOD: Duration = Duration::from_secs(1);
 
-/// How often the present state is renewed for the metrics.
+/// Interval at which the metrics get the present state.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long the end of the run waits for resets that are under way. A bus reset takes a second.
+/// Longest wait at the end of the run for resets that are under way. A bus reset takes a second.
 const LAST_RESET: Duration = Duration::from_secs(5);
 
 /// How a machine is run.
@@ -295,7 +295,7 @@ impl Supervisor {
         self.is_without_guests() && self.drivers.iter().all(stopped)
     }
 
-    /// All guests have ended, and nobody is to start one again.
+    /// All guests have ended, and the machine is not to wait for somebody to start one again.
     fn is_without_guests(&self) -> bool {
         self.guests.iter().all(GuestVm::is_over) && (!self.keep || self.stopping.is_some())
     }
@@ -490,7 +490,7 @@ impl Supervisor {
                 self.guests[n].state = GuestState::Off;
             }
             match how {
-                // A guest that is about to reboot gets its process back first; it is off as it is.
+                // A guest that has just reset is not started again: it is off when its process has ended.
                 StopHow::PowerButton => self.tell_guest(n, &crate::wire::messages::ToVm::PowerButton),
                 StopHow::Kill => {
                     if let Some(process) = &mut self.guests[n].process {

@@ -46,7 +46,7 @@ pub enum Error {
     /// A virtio device.
     #[error("make {name}")]
     Virtio {
-        /// Which.
+        /// Name of the device.
         name: String,
         /// The cause.
         #[source]
@@ -55,7 +55,7 @@ pub enum Error {
     /// Its transport.
     #[error("make {name}")]
     Transport {
-        /// Which.
+        /// Name of the device.
         name: String,
         /// The cause.
         #[source]
@@ -218,17 +218,17 @@ pub struct Devices {
     vfio: Option<Arc<Vfio>>,
     /// Those functions.
     functions: Vec<Arc<Mutex<VfioPciDevice>>>,
-    /// The one whose files are to come.
+    /// The function whose files are to come.
     awaited: Option<Arc<Mutex<VfioPciDevice>>>,
-    /// Most that one interrupt of each of them may come a second; `None`: no limit.
+    /// Most times a second that one interrupt of a function may come; `None`: no limit.
     interrupt_limit: Option<NonZeroU32>,
-    /// What the event loop does not know yet.
+    /// Subscribers that the event loop does not have yet.
     subscribers: Vec<Subscriber>,
 }
 
 impl Devices {
-    /// Puts the host's function `function` on the bus, or behind what is there of it ahead; before the vCPUs run, or later.
-    /// Without its `files` it is opened.
+    /// Puts the host's function `function` on the bus, or, where a snapshot of it is there, in the place of that; before the vCPUs
+    /// run, or later. Without its `files` it is opened.
     pub fn plug(&mut self, vm: &Vm, (function, files): (&str, Vec<OwnedFd>), host: &Arc<Host>) -> Result<(), Error> {
         let bdf: Bdf = function.parse()?;
         let vfio = match &self.vfio {

@@ -1,8 +1,8 @@
 //! A VM process's way to whoever started it: the supervisor on the control socket, or, for trying a VM by hand
 //! from a spec file, the log.
 //!
-//! Invariant: who tells something never waits. What a supervisor that is busy or stopped does not take now is sent by a
-//! thread, in order; what is more than [`MAX_WAITING`] is left out and counted.
+//! Invariant: a sender never waits. What a supervisor that is busy or stopped does not take now is sent by a thread, in order;
+//! messages beyond [`MAX_WAITING`] are left out and counted.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,11 +17,11 @@ use crate::base::lock::lock;
 use crate::wire::channel::{self, Channel};
 use crate::wire::messages::FromVm;
 
-/// Messages that wait for a supervisor that does not read: many times what a VM has to say in an outage, and some 100 KiB.
+/// Most messages that wait for a supervisor that does not read: many times what a VM has to say in an outage, and some 100 KiB.
 const MAX_WAITING: usize = 1024;
 
-/// How long the end of a process waits for what is still to be told. A supervisor reads within milliseconds; one that is
-/// stopped has the process's end itself to notice.
+/// Longest wait at the end of a process for messages that are not sent yet. A supervisor reads within milliseconds; one that is
+/// stopped notices the end of the process itself.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Where this process reports to. Threads share it.
@@ -97,7 +97,7 @@ impl Supervisor {
     }
 }
 
-/// Sends what comes until nobody can send more.
+/// Sends messages as they come, until there is no sender any more.
 fn send_all(channel: &Channel, messages: &Receiver<FromVm>, waiting: &AtomicUsize) {
     for message in messages {
         // A supervisor that is stopped may be continued hours later.
@@ -122,7 +122,7 @@ impl Host {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Waits, bounded, until everything is told: before the process ends.
+    /// Waits a bounded time, before the process ends, until everything is sent.
     pub fn finish(&self) {
         let Self::Supervisor(supervisor) = self else { return };
         let until = Instant::now() + LAST_WORDS;

@@ -15,9 +15,9 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Input pins of the I/O APIC that KVM emulates; MSI routes use the GSIs behind them.
+/// Number of input pins of the I/O APIC that KVM emulates; MSI routes use the GSIs behind them.
 const IOAPIC_PINS: u32 = 24;
-/// GSIs that KVM accepts (`KVM_MAX_IRQ_ROUTES` is 4096); a bound against a device with absurd vector counts.
+/// Number of GSIs that KVM accepts (`KVM_MAX_IRQ_ROUTES`): a bound against a device with absurd vector counts.
 const MAX_GSI: u32 = 4096;
 /// First I/O APIC pin that PCI INTx lines use; 16 to 23 are free of ISA devices.
 const INTX_FIRST_PIN: u32 = 16;
@@ -192,8 +192,8 @@ impl MsiVector {
             self.message = message;
         }
         if !self.assigned {
-            // KVM injects what it finds in the eventfd but does not take it out, so that it would look pending
-            // again after the next mask: take it out and signal it anew.
+            // KVM injects what it finds in the eventfd but does not take it out, so that it would look pending again after the next
+            // mask: take it out and signal it again.
             let waited = self.event.read().is_ok();
             let bound = self.interrupts.vm.register_irqfd(&self.event, self.gsi);
             bound.map_err(|source| Error::Irqfd { gsi: self.gsi, source })?;

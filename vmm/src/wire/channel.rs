@@ -23,8 +23,8 @@ pub const MAX_MESSAGE: usize = 128 * 1024;
 /// Most descriptors one message carries.
 pub const MAX_FDS: usize = 8;
 
-/// How long a sender waits for a peer whose socket buffer is full, in milliseconds. A peer that does not read
-/// for so long is stuck.
+/// Longest time that a sender waits for a peer whose socket buffer is full, in milliseconds. A peer that does not read for that
+/// long is stuck.
 const SEND_TIMEOUT_MS: u16 = 2_000;
 
 /// Errors of a channel.
@@ -57,9 +57,9 @@ pub enum Error {
     /// More descriptors than belong to any message in this direction.
     #[error("a control message came with {sent} file descriptors, of {most} that are allowed")]
     Descriptors {
-        /// Those that came with it, at least.
+        /// Descriptors that came with it, at least.
         sent: usize,
-        /// How many may come.
+        /// Most descriptors that may come.
         most: usize,
     },
 }

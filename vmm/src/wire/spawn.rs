@@ -81,7 +81,7 @@ impl VmProcess {
         let vm = spec.name.clone();
         let (channel, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
-        // What is told to a service manager is the supervisor's to say.
+        // Only the supervisor reports to a service manager.
         command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         let console =

@@ -19,9 +19,9 @@ use crate::self_test;
 use crate::sound::{self, Service};
 use crate::{kernel_log, pci, system};
 
-/// How often a host that has closed its end is looked for again; poll(2) cannot wait for it.
+/// Interval at which a host that has closed its end is looked for again; poll(2) cannot wait for it.
 const HOST_AWAY: Duration = Duration::from_millis(20);
-/// How long a last message may take to be read.
+/// Longest wait until the host has read the last message.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const BEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
 
@@ -34,7 +34,7 @@ pub struct Agent {
     host_away: bool,
     loading: Loading,
     task: Task,
-    /// When a sound card that has not appeared is missing.
+    /// When a sound card that has not appeared counts as missing.
     deadline: Option<Instant>,
     beats: u64,
     next_beat: Instant,
@@ -65,7 +65,7 @@ impl Agent {
         Ok(new)
     }
 
-    /// Works until something fails; tells the host.
+    /// Works until something fails; reports that to the host and returns it.
     pub fn run(mut self) -> anyhow::Error {
         loop {
             if let Err(error) = self.turn() {
@@ -191,7 +191,7 @@ impl Agent {
         Ok(())
     }
 
-    /// The device has to appear from now on.
+    /// The device has come: from now on it has to appear within its time.
     fn device_has_come(&mut self) -> anyhow::Result<()> {
         self.deadline = Some(Instant::now() + DEVICES_WITHIN);
         if let Task::Network(network) = &self.task {
@@ -252,7 +252,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Why this is the end: a device is missing.
+    /// The error for a missing device, which ends the driver VM.
     fn missing(&self, what: &str) -> anyhow::Error {
         let mut what = format!("{what}: {}", pci::describe());
         for failure in self.loading.failures() {
@@ -278,7 +278,7 @@ impl Agent {
         self.port.send(&FromAgent::Heartbeat { sequence: self.beats, available_memory })
     }
 
-    /// Tells the host why this is the end, and gives it a moment to read.
+    /// Reports to the host why this is the end, and waits a moment for it to read that.
     fn last_words(&mut self, error: &anyhow::Error) {
         let deadline = Instant::now() + LAST_WORDS;
         let mut sent = self.port.send(&FromAgent::Failed { what: format!("{error:#}") });

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use umbra_driver_vm::protocol::HEARTBEAT_MS;
 
-/// How long one call may take, seconds. No driver's recovery is known to hold the lock for so long (firmware downloads and
-/// self-tests take 5 to 10 s); the kernel's own patience with a task that waits for a lock is the same (`hung_task_timeout_secs`).
+/// Longest time of one call, in seconds. No driver's recovery is known to hold the lock for that long (firmware downloads and
+/// self-tests take 5 to 10 s); the kernel has the same limit for a task that waits for a lock (`hung_task_timeout_secs`).
 pub const PATIENCE_S: u64 = 30;
-/// The same in beats.
+/// [`PATIENCE_S`] in beats.
 const BEATS: u64 = PATIENCE_S * 1000 / HEARTBEAT_MS;
 
 /// The calls of one thread, counted: even between two calls, odd while one is under way.

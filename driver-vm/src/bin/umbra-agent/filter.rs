@@ -12,7 +12,7 @@ use umbra_driver_vm::protocol::{Mac, RxMode};
 use crate::interface::{self, IFF_ALLMULTI, IFF_PROMISC, Index};
 use crate::netlink::{Netlink, NetlinkError, Request};
 
-/// More addresses than this turn into "all" (as the protocol says; NICs have 16 to 128 places).
+/// Most addresses in a list; more turn into "all" (as the protocol says; NICs have 16 to 128 places).
 const MAX_ADDRESSES: usize = 64;
 /// `NDA_LLADDR`.
 const NDA_LLADDR: u16 = 2;
@@ -30,8 +30,8 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// The filter for a guest's mode, on a NIC that has `own` address. `tags_dropped`: the NIC drops frames with
-    /// VLAN tags unless it is promiscuous, and cannot be told otherwise.
+    /// The filter for a guest's mode, on a NIC that has `own` address. `tags_dropped`: the NIC drops frames with VLAN tags unless
+    /// it is promiscuous, and that cannot be switched off.
     pub fn of(mode: &RxMode, own: Option<Mac>, tags_dropped: bool) -> Self {
         let wants_tags = mode.vlans.as_ref().is_none_or(|vlans| vlans.iter().any(|&vlan| vlan != 0));
         let promiscuous = mode.promiscuous || mode.unicast.len() > MAX_ADDRESSES || (wants_tags && tags_dropped);

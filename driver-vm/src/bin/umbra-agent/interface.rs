@@ -80,8 +80,8 @@ pub fn all(netlink: &mut Netlink) -> Result<Vec<Interface>, NetlinkError> {
     Ok(netlink.call(request)?.iter().filter_map(parse).collect())
 }
 
-/// The interface with this number, as it is now. Since Linux 6.8, asking also makes the kernel act at once on a link
-/// that has just changed, where it might let up to a second pass otherwise.
+/// The interface with this number, freshly read. Since Linux 6.8, asking also makes the kernel act at once on a link that has just
+/// changed, where it might let up to a second pass otherwise.
 ///
 /// # Errors
 /// When there is none any more.

@@ -25,7 +25,7 @@ const CONSOLE: &str = "/dev/console";
 /// Largest record of [`LOG`] (`PRINTKRB_RECORD_MAX`, with room for what the kernel adds).
 const MAX_RECORD: usize = 8192;
 
-/// How long errors wait: a card's driver has then mostly begun to serve.
+/// Delay before errors go to the console: a card's driver has mostly begun to serve by then.
 const CALM: Duration = Duration::from_millis(500);
 
 /// Starts the thread that writes errors to the console, from now on.

@@ -1,5 +1,5 @@
-//! Loads the image's kernel modules: the device's drivers and those of the link to the host side by side, because a
-//! driver's probe mostly sleeps. The main loop is told by a channel and an event descriptor; it never waits.
+//! Loads the image's kernel modules: the device's drivers and those of the link to the host side by side, because a driver's probe
+//! mostly sleeps. The main loop learns of it by a channel and an event descriptor; it never waits.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd};

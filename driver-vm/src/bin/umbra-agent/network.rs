@@ -4,8 +4,8 @@
 //!   Awaited --ends appear--> Awaited, ends up --NIC appears, is brought up--> Forwarding
 //!           (or the NIC first)
 //! ```
-//! Each is brought up as soon as it is there: the NIC, because its link takes longest; the ends, because in a standby they
-//! wait for the NIC.
+//! NIC and ends are brought up as soon as they are there: the NIC, because its link takes longest; the ends, because in a standby
+//! they wait for the NIC.
 //!
 //! There is an end for each guest device, also while no guest is there: such an end has no carrier, and is part of the network
 //! all the same. A frame for it is dropped (`mirred`, a bridge's port, the queue of a device without carrier: none of them keeps
@@ -25,9 +25,9 @@ use crate::kernel_log;
 use crate::netlink::Netlink;
 use crate::{receive, transmit};
 
-/// Merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
+/// Feature of a NIC that merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
 const LRO: (&str, bool) = ("rx-lro", false);
-/// Drops frames with VLAN tags that the NIC was not told of.
+/// Feature of a NIC that drops frames whose VLAN tag is not in its filter.
 const VLAN_FILTER: &str = "rx-vlan-filter";
 
 /// Fragments of one packet in the kernel (`MAX_SKB_FRAGS`). Received frames merged into more become a list of packets,
@@ -77,7 +77,7 @@ pub struct Network {
 }
 
 impl Nic {
-    /// Looks for the NIC; if it is there, says so to `tell` and brings it up.
+    /// Looks for the NIC. If it is there, calls `tell` and brings it up.
     ///
     /// # Errors
     /// When it is there but cannot be set up.
@@ -93,7 +93,7 @@ impl Nic {
 
     fn set_up(netlink: &mut Netlink, found: Interface, driver: String, plan: &NetPlan) -> anyhow::Result<Self> {
         let Interface { index, name, address, permanent, mtu: own_mtu, .. } = found;
-        // What differs is set before the NIC is up, because some drivers start it anew for it; what does not, is left alone.
+        // Only what differs is set, and before the NIC is up, because some drivers restart it for a change.
         let mtu = plan.mtu.map_or(own_mtu, u32::from);
         if mtu != own_mtu {
             interface::set_mtu(netlink, index, mtu)

@@ -19,15 +19,15 @@ use crate::network::{Ends, Network, Nic};
 use crate::orders::{Mailbox, Orders};
 use crate::{kernel_log, system};
 
-/// How long the devices may take to appear, after the plan or, where the device comes later, after it has come: the slowest
-/// probes seen take about 5 s.
+/// Time in which the devices have to appear after the plan or, where the device comes later, after it has come: the slowest probes
+/// seen take about 5 s.
 pub const DEVICES_WITHIN: Duration = Duration::from_secs(10);
-/// How often carrier and, until then, devices are looked for, beside the kernel's notifications: those of a link that goes down
-/// come up to a second late, and looking costs little.
+/// Interval at which carrier and, until they are there, devices are looked for, beside the kernel's notifications: those of a link
+/// that goes down come up to a second late, and looking costs little.
 const LOOK: Duration = Duration::from_millis(250);
 /// The same while the device is still to come: all that happens then is notified.
 const LOOK_IDLE: Duration = Duration::from_secs(2);
-/// The NIC's queues are looked at once a second; it takes many looks for one to stand still.
+/// Looks between two checks of the NIC's queues, which makes one check a second; a queue counts as stuck after many checks.
 const LOOKS_PER_CHECK: u64 = 4;
 
 /// A device of the plan has not appeared in time.
@@ -174,7 +174,7 @@ struct Worker<'a> {
     requests: Netlink,
     changes: Netlink,
     loaded: bool,
-    /// When a device that has not appeared is missing.
+    /// When a device that has not appeared counts as missing.
     deadline: Option<Instant>,
     state: State,
     looks: u64,

@@ -18,9 +18,9 @@ pub struct Orders {
     pub offloads: BTreeMap<u16, Offloads>,
     /// All modules are loaded.
     pub loaded: bool,
-    /// The device has come, and has to appear from now on.
+    /// The device has come: from now on it has to appear within its time.
     pub device_has_come: bool,
-    /// The guests' frames are to be taken no more.
+    /// The guests' frames are no longer to be taken.
     pub stall: bool,
 }
 

@@ -13,7 +13,7 @@ const VIRTIO: &str = "0x1af4";
 /// Class of bridges, in the upper byte.
 const BRIDGE: &str = "0x06";
 
-/// A driver that there is none of: a function that has to be given to it is given to nobody.
+/// Name of no driver: a function that may only be given to it is given to nobody.
 const NOBODY: &str = "umbra-awaited";
 
 /// Keeps drivers off the functions that are neither virtio nor a bridge: there is nothing behind them yet.
@@ -25,8 +25,8 @@ pub fn hold_all() {
     }
 }
 
-/// The device has come: its driver gets what was held, else the kernel has to look for it. In a thread: drivers probe in
-/// it, and that takes as long as it takes.
+/// The device has come: its driver gets what was held, else the kernel has to look for it. This is done in a thread, because
+/// drivers probe in it, which may take any time.
 ///
 /// # Errors
 /// When no thread can be made.

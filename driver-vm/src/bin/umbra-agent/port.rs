@@ -12,11 +12,11 @@ use anyhow::{Context, bail};
 use umbra_driver_vm::lines::{LineError, LineReader, to_line};
 use umbra_driver_vm::protocol::{CONTROL_PORT, FromAgent, ToAgent};
 
-/// How long the port may take to appear (the virtio modules are loading meanwhile).
+/// Longest wait for the port to appear, while the virtio modules are loading.
 const APPEARS_WITHIN: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(2);
-/// Most that waits for a host that does not read; what comes then is dropped. A host that is this far behind has
-/// given the VM up.
+/// Most bytes that wait for a host that does not read; messages beyond that are dropped. A host that is this far behind has given
+/// the VM up.
 const MAX_PENDING: usize = 64 * 1024;
 
 /// The open control port.

@@ -7,9 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Looks that have found more frames missed and none received, before the driver counts as stuck: at one look a second at least
-/// 10 s. Some drivers fetch their counts from the NIC every 2 s, and a driver's own reset takes up to 5 s; neither lasts for ten
-/// such looks.
+/// Looks that find more frames missed and none received before the driver counts as stuck: at one look a second at least 10 s. Some
+/// drivers fetch their counts from the NIC every 2 s, and a driver's own reset takes up to 5 s; neither lasts for ten such looks.
 pub const LOOKS: u32 = 10;
 
 /// Frames that have come to the NIC and found no room: in its own memory, in its queue, or at its driver.
@@ -40,7 +39,7 @@ impl Watch {
             return None;
         }
         let missed = missed();
-        // Fewer than before: the driver has begun to count anew.
+        // Fewer than before: the driver's count has started again from zero.
         let Some(still) = self.still.as_mut().filter(|still| missed >= still.missed) else {
             self.still = Some(Standstill { missed, grown: 0 });
             return None;
@@ -53,7 +52,7 @@ impl Watch {
         })
     }
 
-    /// Nothing need be received: there is no carrier.
+    /// No frame need be received, because there is no carrier.
     pub fn pause(&mut self) {
         *self = Self::default();
     }

@@ -15,10 +15,10 @@ use umbra_shadow::sound::Card;
 
 /// Where the image has it.
 const PROGRAM: &str = "/bin/umbra-sound";
-/// Longest description of a card.
+/// Longest description of a card, in bytes.
 const MAX_LINE: usize = 16 * 1024;
-/// How long the process of a service that has closed its output may take to end, before that is said without its status:
-/// a few heartbeats.
+/// Time in which the process of a service that has closed its output has to end; later its end is reported without its status. A
+/// few heartbeats.
 const ENDS_WITHIN: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
 

@@ -67,7 +67,7 @@ pub fn set_all() {
     }
 }
 
-/// Real-time priority of the main loop: its heartbeats tell that the kernel lives, not how much there is to do, be it by the
+/// Real-time priority of the main loop: its heartbeats show that the kernel lives, not how much there is to do, be it by the
 /// network thread.
 pub const BEAT_PRIORITY: i32 = 2;
 /// Real-time priority of the network thread: a recovery does not wait for ordinary threads.

@@ -1,20 +1,20 @@
 //! A driver that lives and sends nothing: its transmit queue stands still, and the frames forwarded to it are dropped.
 //!
-//! The kernel counts how often frames have waited too long in a queue (the netdev watchdog, 5 s for most drivers), and has
-//! the driver reset its adapter each time. The first time is left to that. It did not help if the kernel counts another
-//! soon after, or if the NIC has sent nothing since though frames came: few of them do not fill a queue that stands still,
-//! and the watchdog sees full ones alone.
+//! The kernel counts how often frames have waited too long in a queue (the netdev watchdog, 5 s for most drivers), and has the
+//! driver reset its adapter each time. The first time-out is left to that reset. It did not help if the kernel counts another
+//! time-out soon after, or if the NIC has sent nothing since although frames came: the watchdog sees full queues alone, and few
+//! frames do not fill one that stands still.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// So long after a time-out the queue is watched: with 5 s for each, and a reset of the slowest adapters between them, a
-/// second one happens well within it, and a queue that moves again for a minute has been helped.
+/// Time after a time-out in which the queue is watched. A second time-out comes well within it: 5 s for each, and a reset of the
+/// slowest adapters between them. A queue that moves again for a minute has recovered.
 pub const WITHIN: Duration = Duration::from_secs(60);
-/// A queue that is watched may stand still for so long while frames come: the slowest autonegotiation, twice.
+/// Longest standstill of a watched queue while frames come: twice the slowest autonegotiation.
 pub const STANDSTILL: Duration = Duration::from_secs(8);
-/// As many frames have come then: fewer may have been lost elsewhere.
+/// Frames that must have come during a standstill that counts: fewer may have been lost elsewhere.
 const FRAMES: u64 = 4;
 
 /// Frames, as the kernel has counted them.
@@ -31,13 +31,13 @@ pub struct Flow {
 pub struct Watch {
     timeouts: u64,
     last: Option<Instant>,
-    /// Since when no frame was sent, and the counts then.
+    /// Since when no frame was sent, and the counts at that time.
     still: Option<(Instant, Flow)>,
 }
 
 impl Watch {
-    /// Takes the time-outs until `now`, and after one the `flow`; returns why the driver is stuck, if it is. Fewer time-outs
-    /// are a new start: queues have gone.
+    /// Takes the count of time-outs at `now` and, after a time-out, the `flow`; returns why the driver is stuck, if it is. A lower
+    /// count is a new start: queues have gone.
     pub fn look(&mut self, now: Instant, timeouts: u64, flow: impl FnOnce() -> Option<Flow>) -> Option<String> {
         if timeouts < self.timeouts {
             *self = Self { timeouts, ..Self::default() };
@@ -69,7 +69,7 @@ impl Watch {
         }
     }
 
-    /// It need not move: there is no carrier.
+    /// The queue need not move, because there is no carrier.
     pub fn pause(&mut self) {
         self.still = None;
     }
@@ -83,7 +83,7 @@ fn interface(name: &str) -> PathBuf {
     Path::new("/sys/class/net").join(name)
 }
 
-/// The time-outs of all transmit queues of a NIC; `None` where the kernel does not tell.
+/// The time-outs of all transmit queues of a NIC; `None` where the kernel does not count them.
 pub fn timeouts(nic: &str) -> Option<u64> {
     let queues = fs::read_dir(interface(nic).join("queues")).ok()?;
     // Receive queues have no such file.
@@ -100,7 +100,7 @@ pub fn flow(nic: &str, end: &str) -> Option<Flow> {
 mod tests {
     use super::*;
 
-    /// Whether each is a failure: time-outs, sent and come, so many seconds after the start.
+    /// Whether each look is a failure: seconds after the start; then time-outs, frames sent, frames come.
     fn stuck<const N: usize>(looks: [(u64, [u64; 3]); N]) -> [bool; N] {
         let (start, mut watch) = (Instant::now(), Watch::default());
         looks.map(|(at, [timeouts, sent, came])| {

@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::{Finding, Root};
 use crate::config::MemorySize;
 
-/// A driver VM's memory when nothing else is said, and what VFIO locks besides.
+/// Locked memory that a driver VM needs, in bytes: its own by default (128 MiB), and what VFIO locks besides.
 const LOCKED: u64 = (128 + 16) << 20;
 
 /// Who asks, and what the kernel allows it.

@@ -25,7 +25,7 @@ pub struct Card {
     pub interface_up: Option<String>,
     /// Maker and model, or their numbers.
     pub name: String,
-    /// Whether a driver VM can have it as it is.
+    /// Whether a driver VM can have it without further steps.
     pub ready: bool,
     /// Why not, or the next step.
     pub next: String,

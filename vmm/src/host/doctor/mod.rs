@@ -18,9 +18,9 @@ use serde::Serialize;
 pub enum Grade {
     /// As it should be.
     Good,
-    /// Works, with something to know or to better.
+    /// Works, with something to know or to improve.
     Note,
-    /// Umbra cannot do its work so.
+    /// Umbra does not work this way.
     Missing,
 }
 

@@ -18,52 +18,52 @@ use crate::wire::messages::{LinkEnd, MaskedCounts, PaceSteps, SoundCounts};
 pub enum Event {
     /// A guest's vCPUs run.
     GuestRunning {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
     },
     /// A guest resets: it is started again.
     GuestRebooted {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
     },
     /// A guest has ended.
     GuestEnded {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// How: `powered off`, `killed`, or what went wrong.
         how: String,
     },
-    /// A guest's device that came later than its driver VM's life, or was connected with it again, is served.
+    /// A guest's device is served that came later than its driver VM's life, or was connected with it again.
     EndLive {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// Its device.
         #[serde(with = "words::device")]
         device: DeviceId,
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
     },
     /// A generation of a driver VM is started.
     DriverStarting {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
     },
     /// A standby boots.
     StandbyStarting {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life it will be.
+        /// Generation that it will be.
         generation: u32,
     },
     /// A standby waits for its turn.
     StandbyReady {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life it will be.
+        /// Generation that it will be.
         generation: u32,
         /// How long it took to boot, ms.
         boot_ms: f64,
@@ -73,47 +73,47 @@ pub enum Event {
     },
     /// A standby died while it waited; another one is started after a delay.
     StandbyFailed {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life it would have been.
+        /// Generation that it would have been.
         generation: u32,
-        /// Why.
+        /// The reason, for people.
         reason: String,
     },
     /// A standby takes the device, or a spare takes over with its own.
     DriverAdopted {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life it is now.
+        /// Generation that serves from now on.
         generation: u32,
-        /// The device that serves from now on.
+        /// PCI address of the device that serves from now on.
         device: String,
         /// How far it was: ready or booting; a spare armed, without carrier or booting.
         standby: StandbyStage,
     },
-    /// The carrier of a waiting spare's NIC changed: with one it takes over at once, without it does not.
+    /// The carrier of a waiting spare's NIC changed: with a carrier it takes over at once, without one it does not.
     SpareCarrier {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life it will be.
+        /// Generation that it will be.
         generation: u32,
         /// Link up.
         up: bool,
     },
-    /// A restart that was asked for did not come about; the image of before is in use.
+    /// A requested restart did not come about; the image of before is in use.
     RestartFailed {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Why.
+        /// The reason, for people.
         reason: String,
     },
     /// A generation got on.
     DriverStage {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
-        /// How far it is.
+        /// The stage that it has reached.
         stage: LifeStage,
         /// Since the process was started, ms.
         ms: f64,
@@ -122,14 +122,14 @@ pub enum Event {
     },
     /// A guest's device lost its driver VM; the shadow answers.
     Masked {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// The device, as `net0` or `sound0`.
         #[serde(with = "words::device")]
         device: DeviceId,
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// The life that was lost.
+        /// Generation of the life that was lost.
         generation: u32,
         /// Why the link was lost.
         #[serde(with = "words::cause")]
@@ -137,22 +137,22 @@ pub enum Event {
     },
     /// A driver VM has failed.
     DriverFailed {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
         /// How it was noticed.
         source: NoticedBy,
-        /// What happened.
+        /// What happened, for people.
         reason: String,
         /// From the first sign to the certainty, ms.
         detect_ms: f64,
     },
     /// The failed life is fenced and its evidence kept.
     DriverFenced {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
         /// From the certainty to the end of the process, ms.
         fence_ms: f64,
@@ -161,9 +161,9 @@ pub enum Event {
     },
     /// The device was reset between two lives.
     DeviceReset {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// The device.
+        /// PCI address of the device.
         device: String,
         /// The method, or `none`.
         method: String,
@@ -174,9 +174,9 @@ pub enum Event {
     },
     /// A driver VM serves.
     DriverLive {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
         /// From the mask to here, ms; none for the first life.
         outage_ms: Option<f64>,
@@ -189,44 +189,44 @@ pub enum Event {
     },
     /// A guest's sound device plays again after an outage.
     SoundLive {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// The device, as `sound0`.
         #[serde(with = "words::device")]
         device: DeviceId,
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
         /// What became of the samples.
         samples: SoundCounts,
     },
     /// How much a guest's device moved around an outage, two seconds after it.
     Pace {
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// The device, as `net0` or `sound0`.
         #[serde(with = "words::device")]
         device: DeviceId,
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// The life that serves now.
+        /// Generation of the life that serves now.
         generation: u32,
-        /// How much.
+        /// Frames in each step of time.
         steps: PaceSteps,
     },
     /// The NIC's carrier changed.
     Carrier {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
         /// Link up.
         up: bool,
     },
-    /// The next generation gets nothing of what was recorded of a guest's device, and the guest is told.
+    /// The next generation gets nothing of what was recorded of a guest's device, and the guest learns of that loss.
     CleanStart {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// The guest.
+        /// Name of the guest.
         guest: String,
         /// Its device: `net0`, `sound0`.
         #[serde(with = "words::device")]
@@ -234,43 +234,43 @@ pub enum Event {
     },
     /// There will be no further generation.
     Quarantined {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Why.
+        /// The reason, for people.
         reason: String,
     },
     /// Someone asked for the end of a quarantine.
     Resumed {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
     },
     /// The run before was killed; this one has cleaned up after it.
     CleanedUp {
         /// The number of the supervisor that was killed.
         pid: u32,
-        /// What was done.
+        /// What was done, in words.
         done: String,
     },
     /// Somebody asked for a crash.
     CrashRequested {
-        /// The driver VM.
+        /// Name of the driver VM.
         driver: String,
-        /// Which life.
+        /// Generation of the life.
         generation: u32,
         /// How: a kind of `umbra crash`.
         kind: String,
     },
     /// The machine is ending.
     Stopping {
-        /// Why and how.
+        /// Who asked for it, and what they asked for.
         how: String,
     },
     /// Something is not as it should be, and the machine goes on.
     Warning {
-        /// What.
+        /// The warning, as a sentence.
         what: String,
     },
-    /// An event of another version, read from its log. Never told.
+    /// An event of another version, read from its log. Never reported.
     #[serde(other)]
     Unknown,
 }

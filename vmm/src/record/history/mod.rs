@@ -23,7 +23,7 @@ use crate::wire::messages::{MaskedCounts, PaceSteps};
 /// A machine's past.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    /// The machine.
+    /// Name of the machine.
     pub machine: String,
     /// Time of the first event, wall clock, UTC.
     pub from: String,
@@ -44,7 +44,7 @@ pub struct History {
 pub struct Driver {
     /// Its name.
     pub name: String,
-    /// PCI address, if a report says.
+    /// PCI address, if a crash report has it.
     pub device: Option<String>,
     /// Its kernel's driver for the device.
     pub kernel_driver: Option<String>,
@@ -59,9 +59,9 @@ pub struct Driver {
 /// One failure of a driver VM, and what followed.
 #[derive(Clone, Debug)]
 pub struct PastFailure {
-    /// The driver VM.
+    /// Name of the driver VM.
     pub driver: String,
-    /// The life that ended.
+    /// Generation of the life that ended.
     pub generation: u32,
     /// When it was certain, wall clock, UTC.
     pub time: String,
@@ -69,15 +69,15 @@ pub struct PastFailure {
     pub second: f64,
     /// How it was noticed.
     pub source: NoticedBy,
-    /// What happened.
+    /// What happened, for people.
     pub reason: String,
-    /// Somebody had asked for it: how.
+    /// The kind of crash, where somebody had asked for it.
     pub requested: Option<String>,
     /// First sign to certainty, ms.
     pub detect_ms: f64,
     /// What followed.
     pub outcome: Outcome,
-    /// How long each part took, as far as it is known.
+    /// How long each part took; parts that are not known are `None`.
     pub parts: RecoveryParts,
     /// Frames of the outage.
     pub frames: MaskedCounts,
@@ -103,7 +103,7 @@ pub struct DevicePace {
 /// What followed a failure.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Outcome {
-    /// The next life serves, after an outage of so many ms (`None`: nothing had been served before).
+    /// The next life serves: its generation, and the outage in ms (`None`: nothing had been served before).
     Live(u32, Option<f64>),
     /// The next life failed before it served.
     FailedAgain,
@@ -126,13 +126,13 @@ pub struct Evidence {
     pub kernel: Option<String>,
     /// The kernel's own line about it.
     pub kernel_says: Option<String>,
-    /// How the process ended.
+    /// How the process ended, in words.
     pub exit: Option<String>,
     /// Registers.
     pub registers: String,
-    /// The end of the console.
+    /// The end of the life's console.
     pub console_tail: String,
-    /// The steps.
+    /// The steps of failure and recovery.
     pub timeline: Vec<Mark>,
 }
 

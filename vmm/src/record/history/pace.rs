@@ -17,7 +17,7 @@ const MIDDLE: f64 = 20.0 + HALF;
 /// Most steps drawn: as many as an event has.
 const DRAWN: usize = 240;
 
-/// Draws `pace`; the outage of so many ms is shaded. Empty where nothing moved at all.
+/// Draws `pace`, with `outage` (ms) shaded. Empty where nothing moved at all.
 pub(super) fn svg(pace: &DevicePace, outage: Option<f64>) -> String {
     let DevicePace { guest, device, steps } = pace;
     let name = escaped(&format!("{guest}.{device}"));

@@ -13,10 +13,10 @@ use crate::wire::messages::MaskedCounts;
 /// The page's style.
 const STYLE: &str = include_str!("page.css");
 
-/// What of a console is shown: the end tells why.
+/// Most bytes of a console that are shown: its end says why.
 const CONSOLE_BYTES: usize = 16 << 10;
 
-/// Failures shown one by one: the newest; the charts have all.
+/// Most failures shown one by one, the newest; the charts have all.
 const SHOWN: usize = 200;
 
 const INTRODUCTION: &str = "<p>On this machine each physical device and its driver live in a small virtual machine of \

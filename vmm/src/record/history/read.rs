@@ -14,9 +14,9 @@ use crate::record::log::EventLog;
 use crate::record::parts::RecoveryParts;
 use crate::wire::messages::MaskedCounts;
 
-/// Largest crash report that is read: console and registers are bounded where they are written.
+/// Largest crash report that is read, in bytes: console and registers are bounded where they are written.
 const MAX_REPORT: u64 = 4 << 20;
-/// Remarks kept: a flood of warnings is no report.
+/// Most remarks kept: a flood of warnings is no report.
 const MAX_REMARKS: usize = 200;
 
 /// Why there is no past to show.
@@ -25,7 +25,7 @@ pub enum ReadError {
     /// A file cannot be read.
     #[error("read {}", path.display())]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,

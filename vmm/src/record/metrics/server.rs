@@ -1,7 +1,7 @@
-//! Answers who asks for the metrics, by as much of HTTP/1.1 as that takes, in a thread of its own.
+//! Answers those who ask for the metrics, with as much of HTTP/1.1 as that takes, in a thread of its own.
 //!
-//! One client at a time, each with a second in all and a few kilobytes to ask in: a hostile one delays the next by that
-//! second, and the supervisor never.
+//! One client at a time. Each has a second in all, and a few kilobytes for its request: a hostile client delays the next one by
+//! that second, and the supervisor never.
 
 use std::fs;
 use std::io::{self, ErrorKind, PipeWriter, Read, Write};
@@ -20,9 +20,9 @@ use super::Metrics;
 use crate::base::unix_socket::{self, ListenError};
 use crate::config::metrics_address::Address;
 
-/// What a client has, from the first byte of its question to the last of its answer.
+/// Time of one client, from the first byte of its request to the last byte of the answer.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Longest question.
+/// Longest request, in bytes.
 const MAX_REQUEST: usize = 8 << 10;
 /// The format, as the OpenMetrics specification (1.0.0) names it.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -39,7 +39,7 @@ pub enum ServerError {
     /// Another failure.
     #[error("serve metrics at {address}")]
     Listen {
-        /// Where.
+        /// The configured address.
         address: Address,
         /// Why not.
         source: io::Error,

@@ -174,7 +174,7 @@ impl DriverVm {
 }
 
 impl Supervisor {
-    /// What the agent of `life` is told to serve, and what is to follow because the message would be too long with it.
+    /// What is sent to the agent of `life` to serve, and what has to follow because the message would be too long with it.
     fn plan(&self, driver: &DriverVm, life: &Life) -> (ToAgent, BTreeSet<(u16, Setting)>) {
         match driver.class() {
             Class::Net => settings::plan_messages(settings::net_plan(&self.guests, driver, life)),

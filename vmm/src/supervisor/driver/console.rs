@@ -42,9 +42,9 @@ impl Fatal {
     }
 }
 
-/// How Linux begins to say so. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver VM's
-/// kernel is told to panic on every oops, lock-up and RCU stall: what begins one is as certain as the panic itself, and thousands of
-/// characters earlier (the stacks of all CPUs). The words of lock-ups and stalls are those of `kernel/watchdog.c` and
+/// How Linux begins to report such an end. Registers and stack follow a panic's first line, and pvpanic only behind that. A driver
+/// VM's kernel is set to panic on every oops, lock-up and RCU stall: the beginning of one is as certain as the panic itself, and
+/// thousands of characters earlier (the stacks of all CPUs). The words of lock-ups and stalls are those of `kernel/watchdog.c` and
 /// `kernel/rcu/tree_stall.h`, without the prefixes that differ between kernels.
 const SIGNS: [(&[u8], Fatal); 11] = [
     (b"Kernel panic - not syncing", Fatal::Panic),
@@ -60,10 +60,10 @@ const SIGNS: [(&[u8], Fatal); 11] = [
     (b": nobody cared (try booting with", Fatal::DeadInterrupt),
 ];
 
-/// The longest of them.
+/// Length of the longest of these signs, in bytes.
 const LONGEST_SIGN: usize = 36;
 
-/// What is read at a time; a VM that prints without end is read again at the next turn of the loop.
+/// Most bytes read at a time; a VM that prints without end is read again at the next turn of the loop.
 const READ_AT_ONCE: usize = 64 * 1024;
 
 /// The captured output of one driver VM, across its lives.
@@ -144,7 +144,7 @@ impl Console {
         String::from_utf8_lossy(&[a, b].concat()).replace('\r', "")
     }
 
-    /// What the kernel has begun to say of its end, in this life.
+    /// The end that the kernel has begun to report on the console in this life, if any.
     pub fn fatal(&self) -> Option<Fatal> {
         self.fatal
     }

@@ -18,18 +18,18 @@ use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{FromVm, ToVm};
 use crate::wire::spawn::{VmProcess, describe_exit};
 
-/// The first line of a panic is followed by the stack, and only then by pvpanic or the reset. On hardware that takes
-/// some ten milliseconds; where the console is slower, the evidence is cut off here.
+/// Time for the last words after the first line of a panic, which is followed by the stack, and only then by pvpanic or the reset.
+/// On hardware that takes some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// Nice value of a failed life's process: the recovery goes before it.
 pub(in crate::supervisor) const LAST: i32 = 19;
 
-/// How long the process, which comes last on a busy machine, may take to hand over its registers before it is killed.
+/// Time for the process, which comes last on a busy machine, to hand over its registers before it is killed.
 const EVIDENCE: Duration = Duration::from_millis(500);
 
-/// How long it may take to give its device up, where a spare has taken its place. Longer than a fence that a recovery waits
-/// for: nobody does here.
+/// Time for a failed life to give its device up where a spare has taken its place. Longer than the limit of a fence that a recovery
+/// waits for, because nobody waits here.
 const RELEASE: Duration = Duration::from_secs(1);
 
 /// A failed life without its device.
@@ -40,8 +40,8 @@ pub(in crate::supervisor) struct Dying {
     stage: Stage,
     /// It still has its device, and may keep it until this time. Set where a spare has taken its place, so that no recovery waits.
     pub(in crate::supervisor) holds: Option<Time>,
-    /// The report of its failure as last written. The driver VM's own is that of the next failure if one comes before this life
-    /// is over.
+    /// The report of its failure as last written. It is kept here because the driver VM's own becomes that of the next failure, if
+    /// one comes before this life is over.
     pub(in crate::supervisor) report: Option<CrashReport>,
 }
 

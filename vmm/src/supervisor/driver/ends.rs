@@ -361,7 +361,7 @@ impl Supervisor {
         }
     }
 
-    /// An end that loses one connection after the other: its guest is told, the others go on.
+    /// An end has lost too many connections in a row: quarantines the guest's device there; the other ends go on.
     fn give_end_up(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let name = self.end_name(d, end);

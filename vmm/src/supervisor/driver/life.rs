@@ -117,7 +117,7 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) begin: Begin,
     /// What guests ask for and its agent was not sent yet.
     pub(in crate::supervisor) settings: Settings,
-    /// How often its carrier has changed lately.
+    /// Recent changes of its carrier: too many are a failure.
     pub(in crate::supervisor) flaps: Flaps,
 }
 

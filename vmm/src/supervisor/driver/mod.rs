@@ -59,7 +59,7 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=
                        mitigations=off kfence.sample_interval=0 audit=0 apparmor=0 initcall_blacklist=jent_mod_init,\
                        crypto_kdf108_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init";
 
-/// Largest console pipe; what a VM prints between two turns of the loop fits in.
+/// Size of the console pipe, in bytes: what a VM prints between two turns of the loop fits in.
 const CONSOLE_PIPE: i32 = 256 * 1024;
 
 /// Errors of starting a generation.
@@ -286,7 +286,7 @@ impl DriverVm {
         self.mtu.unwrap_or(config::DEFAULT_MTU)
     }
 
-    /// Keeps a device from going on with what it has when nobody feeds it any more.
+    /// Stops a device that would go on with what it has when nobody feeds it any more.
     pub(in crate::supervisor) fn silence(&self) {
         if let Err(error) = self.device.stop_dma() {
             tracing::warn!(%error, "cannot switch the device's bus mastering off");

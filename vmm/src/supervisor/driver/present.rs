@@ -123,7 +123,7 @@ impl Supervisor {
                 self.drive(n, Input::Hello);
                 self.rescan(n);
             }
-            // Of interest before there is a device to wait for: in a standby.
+            // Of interest only in a standby, before there is a device to wait for.
             FromAgent::Loaded { .. } => {}
             FromAgent::NicFound { .. } => self.drive(n, Input::Applying),
             FromAgent::Nic { driver, interface, .. } => {

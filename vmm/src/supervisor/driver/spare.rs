@@ -107,7 +107,7 @@ impl Supervisor {
         self.drive(n, Input::SpareResetDone);
     }
 
-    /// The spare forwards and has its carrier, or has it no more.
+    /// The spare forwards and has its carrier (`up`), or has lost it.
     pub(in crate::supervisor) fn arm(&mut self, n: DriverId, up: bool) {
         let driver = &mut self.drivers[n];
         let Some(generation) = driver.standby.as_ref().map(|standby| standby.life.generation) else { return };
@@ -176,7 +176,8 @@ impl Supervisor {
         self.tell_armed(n, generation, true);
     }
 
-    /// The spare becomes the present life as it is; the life that was has failed, and is to give its device up.
+    /// The spare becomes the present life at the stage that it has reached; the life before has failed, and has to give its device
+    /// up.
     pub(in crate::supervisor) fn take_over(&mut self, n: DriverId, generation: Generation) {
         let now = Time::now();
         let failed = self.drivers[n].present;
@@ -216,12 +217,12 @@ impl Supervisor {
         }
     }
 
-    /// The life that has failed has no device any more: its report gets that.
+    /// The failed life has no device any more: completes its report.
     pub(in crate::supervisor) fn report_retired(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         if let Some(spare) = &mut driver.spare {
-            // Not before: it would take the CPU from those who go over to the other device, and can wait, because this one
-            // reaches nothing but the memory of the life that is gone.
+            // Not fenced earlier: that would take the CPU from the guests that go over to the other device, and it can wait,
+            // because this device reaches nothing but the memory of the life that is gone.
             spare.held.fence();
         }
         let retired = driver.spare.as_mut().and_then(|spare| spare.retired.take()).map(Generation::get);

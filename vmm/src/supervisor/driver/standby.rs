@@ -128,7 +128,7 @@ impl Supervisor {
 
     /// The device is on the bus of the adopted standby: its kernel has to look for it.
     pub(in crate::supervisor) fn on_plugged(&mut self, n: DriverId, at: Time) {
-        // The time line first: it says whether the agent can be told.
+        // The time line first: it shows whether the agent can be sent anything yet.
         self.drivers[n].timeline.mark(Milestone::Plugged, at);
         self.rescan(n);
         self.told_stage(n, LifeStage::Plugged, String::new());
@@ -143,8 +143,8 @@ impl Supervisor {
         }
     }
 
-    /// The standby of driver VM `n` has said or done something; why it is given up, if it is. One that was dropped is but waited
-    /// for.
+    /// The standby of driver VM `n` has said or done something; why it is given up, if it is. Of a dropped standby only the end is
+    /// awaited.
     pub(super) fn on_standby(&mut self, n: DriverId, heard: Heard) -> Option<String> {
         if self.drivers[n].standby.as_ref()?.dropped && !matches!(heard, Heard::Exited(_)) {
             return None;
@@ -155,7 +155,7 @@ impl Supervisor {
             Heard::Agent(message) => self.on_standby_message(n, message),
             Heard::ControlBroken(what) | Heard::Nonsense(what) => Some(what),
             Heard::AgentLost(error) => Some(format!("its agent's control stream: {error}")),
-            // It is not to be adopted.
+            // A standby whose kernel is dying must not be adopted.
             Heard::Fatal(fatal) => Some(fatal.in_words().into()),
             Heard::Exited(status) => self.standby_gone(n, status),
         }
@@ -250,7 +250,7 @@ impl Supervisor {
 }
 
 impl DriverVm {
-    /// The standby has failed, unless a better reason comes.
+    /// Suspects the standby of having failed; gives it up later, unless a better reason comes.
     pub(in crate::supervisor) fn suspect_standby(&mut self, why: String) {
         if let Some(standby) = &mut self.standby {
             standby.suspicion.get_or_insert((Time::now() + SUSPICION, why));

@@ -20,8 +20,8 @@ use crate::supervisor::front::protocol::Response;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 
-/// How long a new image has to serve before it is kept. Most drivers that cannot work with their device fail when
-/// they probe or at the first traffic.
+/// Time for which a new image has to serve before it is kept. Most drivers that cannot work with their device fail when they probe
+/// or at the first traffic.
 const TRIAL: Duration = Duration::from_secs(30);
 
 /// A restart under way, or on trial.
@@ -113,7 +113,7 @@ impl Supervisor {
         let Some(trial) = driver.trial.as_mut() else { return };
         let earlier = trial.earlier.take();
         if let Some(image) = serving {
-            // What serves goes on, be it on trial itself.
+            // The serving driver VM goes on, even if it is on trial itself.
             trial.before = Some(image).filter(|image| !Arc::ptr_eq(image, &driver.image));
         }
         self.fall_back(n, &what);
@@ -197,7 +197,7 @@ impl DriverVm {
         tried.and_then(|trial| trial.before.as_ref()).unwrap_or(&self.image)
     }
 
-    /// Whether another image than that of before is on trial.
+    /// Whether a new image is on trial.
     pub(in crate::supervisor) fn tries_an_image(&self) -> bool {
         self.trial.as_ref().is_some_and(|trial| trial.before.is_some())
     }

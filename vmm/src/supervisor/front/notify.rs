@@ -1,4 +1,4 @@
-//! Telling systemd how it stands (`sd_notify(3)`): ready, a line of status, stopping, and that the loop still turns
+//! Reports the machine's state to systemd (`sd_notify(3)`): ready, a line of status, stopping, and that the loop still turns
 //! (`WatchdogSec=`). Does nothing where no service manager asked for it.
 
 use std::env;
@@ -17,7 +17,7 @@ const SOCKET: &str = "NOTIFY_SOCKET";
 #[derive(Debug, Default)]
 pub struct Notify {
     to: Option<(UnixDatagram, SocketAddr)>,
-    /// How often the watchdog wants to hear of us.
+    /// Interval of the messages to the watchdog; `None`: there is no watchdog.
     period: Option<Duration>,
     next: Time,
     /// The status as last sent.
@@ -34,7 +34,7 @@ impl Notify {
         Self::new(env::var_os(SOCKET), watchdog.map(Duration::from_micros))
     }
 
-    /// Tells the manager at `socket`, and its watchdog at least every `watchdog`.
+    /// Reports to the manager at `socket`, and to its watchdog at least every `watchdog`.
     pub fn new(socket: Option<OsString>, watchdog: Option<Duration>) -> Self {
         let address = socket.and_then(|name| match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name).ok(),
@@ -50,12 +50,12 @@ impl Notify {
         Self { to, period, ..Self::default() }
     }
 
-    /// When the watchdog is to hear of us next.
+    /// When the next message to the watchdog is due.
     pub(in crate::supervisor) fn deadline(&self) -> Option<Time> {
         self.period.map(|_| self.next)
     }
 
-    /// Tells what has changed: whether all VMs are up, and the `status` in a line.
+    /// Reports what has changed: whether all VMs are up, and the `status` in a line.
     pub(in crate::supervisor) fn tell(&mut self, now: Time, ready: bool, status: impl FnOnce() -> String) {
         if self.to.is_none() {
             return;
@@ -79,7 +79,7 @@ impl Notify {
         }
     }
 
-    /// Tells that the end has begun.
+    /// Reports that the end has begun.
     pub(in crate::supervisor) fn stopping(&self) {
         self.send("STOPPING=1\n");
     }

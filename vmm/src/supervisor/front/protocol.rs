@@ -16,7 +16,7 @@ pub const MAX_REQUEST: usize = 4096;
 pub enum Request {
     /// Show everything. Answered by [`Response::Status`].
     Status,
-    /// Tell events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
+    /// Send the events as they are in the event log, a line each, and then [`Response::EventsEnd`] unless `follow` is set.
     Events {
         /// Only those with a higher number.
         after: u64,
@@ -25,47 +25,47 @@ pub enum Request {
     },
     /// Make a driver VM fail for real. Answered by [`Response::Crashing`].
     Crash {
-        /// Which.
+        /// Name of the driver VM.
         name: String,
-        /// How.
+        /// The way to fail.
         kind: CrashKind,
     },
     /// Restart a driver VM, masked, from another image if one is named. Answered by [`Response::Restarted`] when it
     /// serves again, or by [`Response::Error`] when the old one goes on or is back.
     Restart {
-        /// Which.
+        /// Name of the driver VM.
         name: String,
         /// The folder of the image, absolute.
         image: Option<PathBuf>,
     },
     /// End the quarantine of a driver VM. Answered as [`Request::Restart`].
     Resume {
-        /// Which.
+        /// Name of the driver VM.
         name: String,
     },
     /// Start a guest that is off or has failed. Answered by [`Response::Done`].
     StartGuest {
-        /// Which.
+        /// Name of the guest.
         name: String,
     },
-    /// Have a guest power off, or kill it; the machine goes on while it has another one. Answered by [`Response::Done`] when
-    /// the guest has been told.
+    /// Have a guest power off, or kill it; the machine goes on while it has another one. Answered by [`Response::Done`] when the
+    /// power button was pressed, or the kill was sent.
     StopGuest {
-        /// Which.
+        /// Name of the guest.
         name: String,
-        /// How.
+        /// By the power button or by a kill.
         how: StopHow,
     },
     /// Have a guest power off, or kill it, and start it again. Answered as [`Request::StopGuest`].
     RebootGuest {
-        /// Which.
+        /// Name of the guest.
         name: String,
-        /// How.
+        /// By the power button or by a kill.
         how: StopHow,
     },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
-        /// How.
+        /// By the power button or by a kill.
         how: StopHow,
     },
 }
@@ -86,25 +86,25 @@ pub enum StopHow {
 pub enum Response {
     /// It is done, or under way: `umbra status` shows how it goes on.
     Done {
-        /// The guest.
+        /// Name of the guest.
         name: String,
     },
     /// The status.
     Status(Box<Status>),
-    /// All past events have been told.
+    /// All past events have been sent.
     EventsEnd,
-    /// The driver VM's agent has been told to crash.
+    /// The driver VM's agent was ordered to crash.
     Crashing {
-        /// The driver VM.
+        /// Name of the driver VM.
         name: String,
         /// The generation that is to die.
         generation: u32,
-        /// How.
+        /// The way to fail.
         kind: CrashKind,
     },
     /// The driver VM serves again.
     Restarted {
-        /// The driver VM.
+        /// Name of the driver VM.
         name: String,
         /// Its new generation.
         generation: u32,
@@ -113,7 +113,7 @@ pub enum Response {
     },
     /// The machine is ending.
     Stopping {
-        /// How.
+        /// By the power button or by a kill.
         how: StopHow,
     },
     /// The request cannot be met.

@@ -1,6 +1,6 @@
 //! The control socket's end in the supervisor: few clients, short requests, nobody waited for.
 //!
-//! Invariant: a client that is connected and wants nothing keeps nobody out. One that cannot be served is told so at once,
+//! Invariant: a client that is connected and wants nothing keeps nobody out. A client that cannot be served gets an error at once,
 //! so that a connection that ends without a word means: the machine has ended, or the client was idle.
 
 use std::collections::BTreeMap;
@@ -24,19 +24,19 @@ use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
 
-/// Clients at a time: each costs the supervisor a descriptor and up to 256 KiB of unsent lines. `umbra` itself holds one
+/// Most clients at a time: each costs the supervisor a descriptor and up to 256 KiB of unsent lines. `umbra` itself holds one
 /// connection for a moment.
 const MAX_CLIENTS: usize = 16;
 
-/// Clients among them that follow the events, for as long as they like: the rest stays free for `umbra status` and
-/// `umbra stop`.
+/// Most clients among them that follow the events, which they may do for as long as they like: the other places stay free for
+/// `umbra status` and `umbra stop`.
 const MAX_FOLLOWERS: usize = 12;
 
-/// Silence after which a client that waits for nothing gives its place to a new one: many times what lies between the
-/// connection and the request of `umbra` on a busy machine, and short enough for a person who tries again.
+/// Silence after which a client that waits for nothing gives its place to a new one: many times the delay between connection and
+/// request of `umbra` on a busy machine, and short enough for a person who tries again.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// How long guests may take to say how their network devices are; a guest that hangs shows what it said before.
+/// Longest wait for the guests' answers about their devices; of a guest that hangs the last answer is shown.
 const STATUS_PATIENCE: Duration = Duration::from_millis(250);
 
 /// [`Response::EventsEnd`] as a line.
@@ -290,7 +290,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers those who asked for the status, once the guests have said theirs or have taken too long.
+    /// Answers the clients that asked for the status, once the guests have answered or their time is over.
     pub(in crate::supervisor) fn answer_status(&mut self, now: Time) {
         let complete = self.guests.iter().all(GuestVm::is_fresh);
         let due = |client: &Client| client.status_due.is_some_and(|due| complete || due <= now);

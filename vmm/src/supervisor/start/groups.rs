@@ -27,7 +27,7 @@ pub enum Use {
 pub struct Claim {
     /// The device.
     pub device: Bdf,
-    /// What for.
+    /// What it is for.
     pub user: Use,
 }
 

@@ -1,5 +1,5 @@
-//! What a supervisor that was killed (`kill -9`, out of memory) left behind: found by the next start of the machine, ended
-//! or put back, and said.
+//! What a supervisor that was killed (`kill -9`, out of memory) left behind: found by the next start of the machine, ended or put
+//! back, and reported.
 //!
 //! The kernel kills VM processes with their supervisor (`PR_SET_PDEATHSIG`), but one that holds much memory or a device
 //! takes its time to end; until then the device is busy. A reset that was under way leaves the device with Umbra's order
@@ -18,7 +18,7 @@ use thiserror::Error;
 use crate::host::sysfs::HostDevice;
 use crate::wire::spawn::SUPERVISOR;
 
-/// How long the VMs may take to end: unpinning and freeing hundreds of gigabytes takes seconds.
+/// Longest wait for the VMs to end: unpinning and freeing hundreds of gigabytes takes seconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A VM process of the run before does not end.
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
      (`cat /proc/{pid}/stack`, `dmesg`). Wait for it, or reboot the host"
 )]
 pub struct LeftoverError {
-    /// Its number.
+    /// Number of the process.
     pub pid: i32,
     /// The VM.
     pub name: String,

@@ -1,5 +1,5 @@
-//! What a machine needs from the host, looked at before anything is started: the first thing that is missing is said,
-//! with what to do about it, and nothing is left behind.
+//! What a machine needs from the host, checked before anything is started: the first thing that is missing is reported, with what
+//! to do about it, and nothing is left behind.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -91,9 +91,9 @@ pub enum PreflightError {
          LimitMEMLOCK= of the service), or run as root"
     )]
     LockedMemory {
-        /// Who.
+        /// The guest or driver VM that has the device.
         user: String,
-        /// How much.
+        /// Memory that has to be locked.
         needed: MemorySize,
         /// The limit, in words.
         limit: String,

@@ -25,7 +25,7 @@ use crate::host::sysfs::HostDevice;
 use crate::vm::interrupt::Interrupts;
 use crate::vm::machine::memory::MemorySlots;
 
-/// Locked beside the VM's memory: ring buffers of other libraries and the kernel's accounting round up.
+/// Memory that is locked beside the VM's, in bytes: ring buffers of other libraries, and the kernel's accounting rounds up.
 const LOCKED_SLACK: u64 = 16 << 20;
 
 /// What passthrough needs of a VM.

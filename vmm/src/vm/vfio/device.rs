@@ -172,8 +172,8 @@ impl VfioPciDevice {
         self.interrupts.update(host, &self.config)
     }
 
-    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (`None`: any
-    /// number is none); add the result to the VM's event loop. `tell` is called there.
+    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (`None`: no limit); add
+    /// the result to the VM's event loop, which calls `tell`.
     pub fn watch(
         &self,
         interrupt_limit: Option<NonZeroU32>,

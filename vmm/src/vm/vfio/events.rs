@@ -30,7 +30,7 @@ pub enum DeviceFailure {
     Vanished,
     /// Something else than its driver has switched it off or reset it.
     SwitchedOff,
-    /// It interrupts so many times a second, more than it may.
+    /// One of its interrupts comes this many times a second, more than is allowed.
     InterruptStorm(u32),
 }
 
@@ -46,7 +46,7 @@ impl std::fmt::Display for DeviceFailure {
     }
 }
 
-/// How often the function's command register is looked at, and its interrupts are counted.
+/// Interval at which the function's command register is read and its interrupts are counted.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn timer() -> nix::Result<TimerFd> {
@@ -55,23 +55,23 @@ fn timer() -> nix::Result<TimerFd> {
     Ok(timer)
 }
 
-/// Tells a callback about each failure of one function. Subscribe it to the VM's event loop.
+/// Reports each failure of one function to a callback. Subscribe it to the VM's event loop.
 pub struct FailureWatch {
     bdf: Bdf,
     error: EventFd,
     request: EventFd,
     vanished: EventFd,
-    /// Looked at from time to time. A reference would keep the device open.
+    /// The function that is looked at. A strong reference would keep the device open.
     host: Weak<HostFunction>,
     looks: TimerFd,
-    /// How it was at the last look.
+    /// What the last look found.
     last: Presence,
     storm: Option<StormWatch>,
     tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
 }
 
 impl FailureWatch {
-    /// `interrupt_limit` is the most interrupts a second that are no failure; `None`: any number is none.
+    /// `interrupt_limit`: most interrupts a second that are no failure; `None`: no limit.
     pub(super) fn new(
         host: &Arc<HostFunction>,
         interrupt_limit: Option<NonZeroU32>,
@@ -99,9 +99,9 @@ impl FailureWatch {
         Ok(this)
     }
 
-    /// The same bad news twice in a row counts: in between a driver may be about to switch something.
+    /// Reports what two looks in a row have found: at one look a driver may be about to switch something.
     fn look(&mut self) {
-        // Nothing to read would be a look too many.
+        // With nothing to read, this look is an extra one, which does no harm.
         let _ = self.looks.wait();
         let Some(host) = self.host.upgrade() else { return };
         let now = host.look();
@@ -113,7 +113,7 @@ impl FailureWatch {
         let failure = failure.filter(|_| now == self.last);
         let storm = self.storm.as_mut().and_then(|storm| storm.look(Instant::now()));
         if let Some(failure) = failure.or(storm.map(DeviceFailure::InterruptStorm)) {
-            // Once is enough.
+            // One report is enough.
             let _ = self.looks.unset();
             (self.tell)(self.bdf, failure);
         }

@@ -66,8 +66,8 @@ impl BarMapping {
         Ok(this)
     }
 
-    /// Takes the registers out of this process and the VM, at once; where they were there is memory. After an error some may
-    /// still be there.
+    /// Takes the registers out of this process and the VM, at once, and leaves memory in their place. After an error some of them
+    /// may still be there.
     pub fn leave_device(&mut self) -> std::io::Result<()> {
         for area in &self.areas {
             let at = NonZeroUsize::new(area.address.as_ptr() as usize);

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use crate::base::pci_address::Bdf;
 
-/// Where the kernel tells of each interrupt.
+/// Folder with the kernel's counters of each interrupt.
 const COUNTERS: &str = "/sys/kernel/irq";
 
 /// Watches the interrupts of one function.
@@ -24,7 +24,7 @@ pub(super) struct StormWatch {
     /// How the kernel's VFIO names the function as the user of an interrupt: `vfio-msix[0](0000:03:00.0)`.
     user: String,
     counters: PathBuf,
-    /// Most that one interrupt may come a second.
+    /// Most times that one interrupt may come per second.
     limit: NonZeroU32,
     last: Option<(Instant, BTreeMap<u32, u32>)>,
     /// The last look found too many.
@@ -37,7 +37,8 @@ impl StormWatch {
         Self { device, user: format!("({bdf})"), counters: COUNTERS.into(), limit, last: None, over: false }
     }
 
-    /// To be called about every second. Returns how often one came per second, if that was too often twice in a row.
+    /// To be called about every second. Returns how often an interrupt came per second, if that was too often at two looks in a
+    /// row.
     pub(super) fn look(&mut self, now: Instant) -> Option<u32> {
         let counts = self.counts();
         let before = self.last.replace((now, counts));
@@ -57,7 +58,7 @@ impl StormWatch {
 
     fn count(&self, irq: u32) -> Option<u32> {
         let directory = self.counters.join(irq.to_string());
-        // A line that others share says nothing about this one, and one that only another uses is not its own.
+        // A line shared with others says nothing about this function, and one that only another function uses is not its own.
         let users = fs::read_to_string(directory.join("actions")).ok()?;
         if !users.contains(&self.user) || users.contains(',') {
             return None;
@@ -71,8 +72,8 @@ fn sum(text: &str) -> Option<u32> {
     text.trim().split(',').try_fold(0u32, |sum, number| Some(sum.wrapping_add(number.parse().ok()?)))
 }
 
-/// By how much the fastest counter has grown. One that is new, or smaller than before because its number was given anew,
-/// begins here.
+/// Growth of the fastest counter. A counter that is new, or smaller than before because its number was given to another interrupt,
+/// starts from here.
 fn grown(before: &BTreeMap<u32, u32>, now: &BTreeMap<u32, u32>) -> u32 {
     now.iter().filter_map(|(irq, count)| count.checked_sub(*before.get(irq)?)).max().unwrap_or(0)
 }

@@ -81,7 +81,7 @@ impl QueueEvents {
                 let _ = kick.read();
                 vec![Wake::Kicked(index)]
             }
-            // Stopped since the event came.
+            // The queue was stopped after the event came.
             _ => Vec::new(),
         }
     }

@@ -1,7 +1,7 @@
 //! How much a device moved around an outage, in small steps of time: what a report draws of it.
 //!
-//! Told at each event of its device ([`OutageTrace::note`]), which costs a clock reading and an addition. Two seconds
-//! after a driver VM has taken over, the timer fires, and [`OutageTrace::take`] has the steps from two seconds before the loss on.
+//! [`OutageTrace::note`] is called at each event of the device, which costs a clock reading and an addition. Two seconds after a
+//! driver VM has taken over, the timer fires, and [`OutageTrace::take`] has the steps from two seconds before the loss on.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,11 +15,11 @@ use crate::wire::messages::PaceSteps;
 
 /// Length of a step, ns.
 const STEP_NS: u64 = 25_000_000;
-/// Steps before the loss and after the recovery: two seconds.
+/// Steps kept before the loss, and again after the recovery: two seconds each.
 const AROUND: u64 = 80;
-/// Most steps told of: longer outages have longer steps.
+/// Most steps reported: longer outages are reported in longer steps.
 const TOLD: u64 = 240;
-/// Most steps kept, of those in which something moved.
+/// Most steps kept, counting only those in which something moved.
 const KEPT: usize = 4096;
 
 /// What a device has moved since it was made, in frames.
@@ -34,7 +34,7 @@ pub struct Moved {
 /// A step in which something moved.
 #[derive(Clone, Copy, Debug)]
 struct Step {
-    /// Since the epoch of the clock, in [`STEP_NS`].
+    /// Number of the step since the clock's epoch, in units of [`STEP_NS`].
     number: u64,
     moved: Moved,
 }
@@ -51,7 +51,7 @@ pub struct OutageTrace {
 }
 
 impl OutageTrace {
-    /// Nothing has moved.
+    /// A trace in which nothing has moved yet.
     ///
     /// # Errors
     /// The host has no more descriptors.
@@ -96,7 +96,7 @@ impl OutageTrace {
 
     /// What moved around the outage that is over; none if another one has begun.
     pub fn take(&mut self, now: u64) -> Option<PaceSteps> {
-        // Nothing to read if it was set anew a moment ago.
+        // Nothing to read if the timer was set again a moment ago.
         let _ = self.timer.wait();
         self.serving?;
         let (lost, end) = (self.lost.take()?, now / STEP_NS);

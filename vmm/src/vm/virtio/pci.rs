@@ -126,7 +126,7 @@ pub struct VirtioPci {
     queues: Vec<Kick>,
     /// Signalled where the driver wants no interrupt; nobody listens.
     silent: EventFd,
-    /// Of what the driver does wrong.
+    /// Bounds the warnings about what the driver does wrong.
     log: LogLimit,
 }
 
@@ -265,7 +265,7 @@ impl VirtioPci {
         lock(&self.device).stop_queue(index)
     }
 
-    /// Tells the driver that only a reset helps (section 2.1.1).
+    /// Shows the driver that only a reset helps (section 2.1.1).
     fn fail(&mut self) {
         self.common.set_needs_reset();
         // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.

@@ -52,7 +52,7 @@ impl FromDriver {
 pub enum ToDriver {
     /// There is a port.
     Add(u32),
-    /// Its name.
+    /// A port and its name.
     Name(u32, String),
     /// The host's end was connected or disconnected.
     Open(u32, bool),

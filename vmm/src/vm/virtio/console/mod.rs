@@ -1,6 +1,6 @@
-//! A console device with named ports (virtio 1.2, section 5.3). Port 0 is never announced: drivers may take it
-//! for a console; the ports of the VM are 1 and up. Invariant: the driver is told of a host's end being
-//! connected before data flows and of its end after the last byte. No console, no resize, no emergency write.
+//! A console device with named ports (virtio 1.2, section 5.3). Port 0 is never announced: drivers may take it for a console; the
+//! ports of the VM are 1 and up. Invariant: the driver learns that a host's end is connected before data flows, and that it is gone
+//! after the last byte. No console, no resize, no emergency write.
 
 pub mod control;
 mod port;
@@ -44,7 +44,7 @@ pub const MAX_PORTS: usize = 31;
 const WAKE: u32 = FIRST_DEVICE_TAG;
 /// First tag of the ports' descriptors.
 const FIRST_PORT_TAG: u32 = FIRST_DEVICE_TAG + 2;
-/// Messages that may wait for the driver to take them; until then its own are not read either.
+/// Most messages that wait for the driver to take them; until then its own are not read either.
 const MAX_PENDING: usize = 2 * MAX_PORTS;
 /// Rounds of control messages in one turn: as many as the driver's queue holds messages.
 const BUDGET: u16 = QUEUE_SIZE;
@@ -228,7 +228,7 @@ impl Console {
         }
     }
 
-    /// Tells the driver of host's ends that were connected or disconnected.
+    /// Informs the driver of host's ends that were connected or disconnected.
     fn announce(&mut self) {
         for (id, port) in (1u32..).zip(&mut self.ports) {
             let connected = port.stream.is_some();
@@ -268,7 +268,7 @@ impl Console {
             let mut set = EventSet::empty();
             set.set(EventSet::IN, port.open && port.announced && room && !self.broken);
             set.set(EventSet::OUT, port.wants_to_write() && !self.broken);
-            // A stream that nobody waits for is not watched at all: its end would be told without pause.
+            // A stream that nobody waits for is not watched at all: its end would be reported without pause.
             let stream = port.stream.as_ref().filter(|_| !set.is_empty());
             watched.change(stream.map(|stream| (stream.as_raw_fd(), set)), stream_tag(index), ops);
             port.gone.clear();

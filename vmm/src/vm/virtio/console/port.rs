@@ -25,9 +25,9 @@ use crate::wire::messages::{PortBackend, PortEnd};
 /// Largest request of the guest, in bytes: Linux writes up to 32 KiB, or a whole pipe (1 MiB) by `splice`. The
 /// bound keeps a guest from making this process allocate gigabytes.
 const MAX_REQUEST: usize = 1 << 20;
-/// Bytes read from the host's end at once.
+/// Most bytes read from the host's end at once.
 const CHUNK: usize = 16 * 1024;
-/// Requests handled before other devices get their turn.
+/// Most requests handled before other devices get their turn.
 const BUDGET: usize = 64;
 
 /// Errors of joining a port to its host's end.
@@ -47,7 +47,7 @@ pub enum Error {
     Inherited {
         /// The port.
         name: String,
-        /// Its number.
+        /// Number of the descriptor.
         fd: i32,
         /// The cause.
         #[source]
@@ -64,7 +64,7 @@ pub(super) enum End {
     Inherited,
     /// Peers are given, one after the other.
     Attached {
-        /// Joined as soon as the guest has nothing left of the one before.
+        /// The next peer, joined as soon as the guest has nothing left of the one before.
         next: Option<UnixStream>,
         /// Bytes have passed since the guest closed the port last.
         touched: bool,
@@ -87,15 +87,15 @@ pub(super) struct Port {
     /// A program in the guest has it open. The client stays connected when it closes: scripts open and close a port
     /// for each line that they write.
     pub(super) open: bool,
-    /// What the driver was told last of the host's end.
+    /// State of the host's end as last announced to the driver.
     pub(super) announced: bool,
     /// Bytes have gone to the guest since the port was made.
     pub(super) told: bool,
     /// What is left of the guest's last request.
     pub(super) to_host: Vec<u8>,
-    /// The pump to the host stopped for fairness alone.
+    /// The pump to the host stopped only to let other devices have their turn.
     more: bool,
-    /// Of what the guest does wrong.
+    /// Bounds the warnings about what the guest does wrong.
     log: LogLimit,
 }
 
@@ -115,7 +115,7 @@ impl Port {
         Ok(Self { name, end, stream, gone, ready, open, announced, told: false, to_host, more: false, log })
     }
 
-    /// The guest's side starts anew; the host's end stays connected, but for a given peer that has lost bytes by it.
+    /// The guest's side starts again; the host's end stays connected, except a given peer that has lost bytes by it.
     pub(super) fn reset(&mut self) {
         if let End::Attached { touched, hung_up, .. } = &mut self.end {
             *hung_up = false;

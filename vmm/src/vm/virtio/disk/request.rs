@@ -33,7 +33,7 @@ pub enum Request {
     Write(u64),
     /// Make what was written durable.
     Flush,
-    /// Tell the identifier.
+    /// Read the identifier.
     GetId,
 }
 

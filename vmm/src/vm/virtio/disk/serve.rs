@@ -1,8 +1,8 @@
 //! From the queue to the worker and back: takes requests, hands them over in parts, answers those that are done.
 //!
-//! Invariants: a request's header is read once and checked against the disk's size before anything else is done; its buffers
-//! are walked and checked anew at each part, as the driver could have changed them, and are touched in the event loop alone, at
-//! most [`TURN_BYTES`] and a part at a turn. What is in flight is bounded in requests and bytes: the rest waits in the ring.
+//! Invariants: a request's header is read once and checked against the disk's size before anything else is done; its buffers are
+//! walked and checked again at each part, as the driver could have changed them, and are touched in the event loop alone, at most
+//! [`TURN_BYTES`] and a part at a turn. What is in flight is bounded in requests and bytes: the rest waits in the ring.
 
 use std::collections::BTreeMap;
 
@@ -15,9 +15,9 @@ use super::worker::{Done, Tag, Work, Worker};
 
 /// Longest part of a request, in bytes, and so the longest buffer: a quarter of a millisecond to copy.
 pub(super) const PART: usize = 1 << 20;
-/// Bytes copied at a turn of the event loop, give or take a part: its network devices wait meanwhile.
+/// Bytes copied at a turn of the event loop, give or take a part: the VM's network devices wait meanwhile.
 const TURN_BYTES: usize = 1 << 20;
-/// Requests begun at a turn.
+/// Most requests begun at a turn.
 const TURN_REQUESTS: usize = 32;
 /// Bytes in flight beyond which no request is begun: buffers for the disk's thread while the loop copies others.
 const MOST_BYTES: usize = 4 << 20;
@@ -87,9 +87,9 @@ impl InFlight {
 /// What becomes of a request at a turn.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// It is answered, with so many bytes written.
+    /// It is answered; how many bytes were written.
     Answered(u32),
-    /// The worker has it; so many bytes were copied for that.
+    /// The worker has it; how many bytes were copied for that.
     HandedOver(usize),
 }
 

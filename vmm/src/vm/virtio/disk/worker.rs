@@ -2,9 +2,9 @@
 //! carries out in their order, and one for flushes, so that neither waits for the other.
 //!
 //! Invariants: a job has its own buffer, so that no thread touches a VM's memory, however late the file system answers. After
-//! [`Worker::forget`] nothing of the earlier jobs is heard any more, and at most one of each thread is still under way; a write
+//! [`Worker::forget`] nothing of the earlier jobs is reported any more, and at most one of each thread is still under way; a write
 //! among them ends before any later write begins. A flush begins after the jobs that were done when it was handed over; flushes
-//! that wait together are one, and share its outcome (the kernel tells an error of write-back once).
+//! that wait together are one, and share its outcome (the kernel reports an error of write-back once).
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long the end waits for jobs under way: longer than a disk that works takes for one. A thread that a frozen file system
+/// Longest wait at the end for jobs under way: longer than a disk that works takes for one. A thread that a frozen file system
 /// holds is left to the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -76,7 +76,7 @@ struct State {
     transfers: VecDeque<(Tag, Work)>,
     flushes: VecDeque<(Tag, Work)>,
     done: VecDeque<Done>,
-    /// Grows with each [`Worker::forget`].
+    /// Number of calls of [`Worker::forget`]; a job that began before the last of them reports nothing.
     life: u64,
     stopping: bool,
     /// Threads that have ended.
@@ -119,7 +119,7 @@ impl Worker {
         &self.shared.done
     }
 
-    /// Drops all jobs: those that have not begun are not carried out, of the others nothing is heard.
+    /// Drops all jobs: those that have not begun are not carried out; the outcome of the others is not reported.
     pub fn forget(&self) {
         let mut state = self.shared.lock();
         state.transfers.clear();

@@ -30,7 +30,7 @@ bitflags! {
     }
 }
 
-/// What a driver told of a queue.
+/// What a driver has set for a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
     pub(super) max_size: u16,

@@ -20,7 +20,7 @@ const DEVICE_ID: u16 = 4;
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Requests may be indirect descriptors; event indices save exits.
 const FEATURES: u64 = 1 << 28 | 1 << 29;
-/// Bytes of a request that are filled: Linux asks for 64 at a time. A guest cannot make this process generate
+/// Most bytes of a request that are filled: Linux asks for 64 at a time. The bound keeps a guest from making this process generate
 /// gigabytes in one go.
 const MAX_REQUEST: usize = 4096;
 /// Requests served in one turn: as many as the queue holds. The driver kicks for more.

@@ -70,10 +70,10 @@ pub struct Sound {
     splitter: SoundSplitter,
     queues: Queues,
     events: QueueEvents,
-    /// Calls the event loop, which alone can change its watch list and the timer.
+    /// Wakes the event loop, which alone can change its watch list and the timer.
     wake: EventFd,
     timer: TimerFd,
-    /// What the timer is set to.
+    /// Time that the timer is set to, ns.
     due: Option<u64>,
     /// The link that is watched, and whether for writing.
     watched: Option<(RawFd, EventSet)>,
@@ -221,7 +221,7 @@ impl Sound {
             Wake::Device(_) => self.splitter.service(now()),
         }
         if self.splitter.deadline().is_some_and(|at| at <= now()) {
-            // First what the card has said: if it is this process that is late, the card did not stand still.
+            // What the card has said comes first: if it is this process that is late, the card did not stand still.
             self.splitter.service(now());
             self.splitter.tick(now());
         }
@@ -253,7 +253,7 @@ impl Sound {
         self.pace.note(now(), Moved { out: moved.played, into: moved.recorded }, self.serving());
     }
 
-    /// Tells what moved around an outage.
+    /// Reports what moved around an outage.
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.serving()) {
             (self.outbox)(FromVm::Pace { device: self.device, generation, steps });

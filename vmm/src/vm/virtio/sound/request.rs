@@ -84,11 +84,11 @@ pub enum Item {
 /// A range of items to describe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Query {
-    /// What.
+    /// What to describe.
     pub item: Item,
-    /// The first.
+    /// Index of the first item.
     pub start: u32,
-    /// How many.
+    /// Number of items.
     pub count: u32,
     /// Bytes that the driver has for each.
     pub size: u32,

@@ -46,7 +46,7 @@ pub struct SplitNet {
     device: DeviceId,
     splitter: NetSplitter,
     config_call: ConfigCall,
-    /// Kicks in the event loop.
+    /// Kicks that the event loop watches.
     watched: Vec<(RawFd, Kicker)>,
     /// Runs while frames wait for the driver VM.
     looks: TimerFd,
@@ -160,7 +160,7 @@ impl SplitNet {
         self.pace.note(now(), moved, self.splitter.serving());
     }
 
-    /// Tells what moved around an outage.
+    /// Reports what moved around an outage.
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.splitter.serving()) {
             (self.outbox)(FromVm::Pace { device: self.device, generation, steps });

@@ -11,7 +11,7 @@ use umbra_splitter::header::{HEADER_LEN, MAX_FRAME};
 use umbra_splitter::queue::{Chain, Ring, RingFault, Virtqueue};
 use vm_memory::VolatileSlice;
 
-/// Frames moved before other devices get their turn.
+/// Most frames moved before other devices get their turn.
 const BUDGET: usize = 128;
 /// Most buffers that one received frame is spread over.
 const MAX_BUFFERS: u16 = 64;

@@ -1,5 +1,5 @@
-//! A TAP interface of the host: opened, given a virtio-net header of 12 bytes a frame, and told which offloads
-//! the guest takes. Names are checked before the kernel sees them.
+//! A TAP interface of the host: opened, given a virtio-net header of 12 bytes a frame, and set to the offloads that the guest
+//! takes. Names are checked before the kernel sees them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -115,7 +115,7 @@ impl Tap {
         Ok(Self { file })
     }
 
-    /// Tells the kernel what frames towards the guest may look like.
+    /// Sets which offloads frames towards the guest may use.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         let bits = [
             (Offloads::CHECKSUM, libc::TUN_F_CSUM),

@@ -17,8 +17,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::base::high_duplicate::high_duplicate;
 use crate::vm::virtio::device::QueueResources;
 
-/// Longest set-up. The back-end's thread answers within microseconds; a back-end whose process is stopped or starved does
-/// not, and is connected anew when it says that it lost this connection, so that the limit costs nobody anything.
+/// Longest time for the set-up of a connection. The back-end's thread answers within microseconds. A back-end whose process is
+/// stopped or starved does not; it is connected again when it reports that it lost this connection, so the limit costs nobody
+/// anything.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, a feature bit of the connection, not of the device.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -35,13 +36,13 @@ pub enum Error {
     /// A message failed.
     #[error("{message}")]
     Message {
-        /// The protocol's name of it.
+        /// The message's name in the protocol.
         message: &'static str,
         /// The cause.
         #[source]
         source: vhost::Error,
     },
-    /// The back-end does not speak of enabling queues.
+    /// The back-end does not offer protocol features, without which queues cannot be enabled.
     #[error("the back-end does not offer protocol features")]
     TooOld,
     /// The driver VM's driver has accepted what this back-end cannot do.
@@ -84,7 +85,7 @@ impl Deadline {
     }
 }
 
-/// A queue as the back-end is told of it.
+/// A queue as it is described to the back-end.
 pub(super) struct Vring {
     config: VringConfigData,
     base: u16,
@@ -93,7 +94,7 @@ pub(super) struct Vring {
 }
 
 impl Vring {
-    /// The queue goes on where its used ring stands: buffers come back in order, so that what is not in there was not taken.
+    /// The queue goes on where its used ring stands: buffers come back in order, so whatever is not in that ring was not taken.
     pub(super) fn new(resources: &QueueResources) -> Result<Self, Error> {
         let QueueResources { memory, queue, kick, call } = resources;
         let host = |address| {
@@ -122,7 +123,7 @@ pub(super) fn used_index(resources: &QueueResources) -> Result<u16, Error> {
     index.map(u16::from_le).map_err(|source| Error::Ring { address, source })
 }
 
-/// Everything that a back-end is told.
+/// Everything that a back-end gets in a set-up.
 pub(super) struct SetUp {
     /// Features that the driver VM's driver has accepted, of those that the back-end needs to know.
     pub(super) features: u64,

@@ -41,9 +41,9 @@ const DEVICE_ID: u16 = 1;
 /// Receive and transmit; as large as the guest's own.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 
-/// Features that make sense with two queues and a back-end that only moves frames: checksum and segmentation
-/// offloads both ways, mergeable buffers, indirect descriptors, event indices. Offered whether a back-end is there or not,
-/// and required of each: the splitter's are these.
+/// Features that make sense with two queues and a back-end that only moves frames: checksum and segmentation offloads both ways,
+/// mergeable buffers, indirect descriptors, event indices. They are offered whether a back-end is there or not, and required of
+/// each: they are the splitter's own.
 const PASSED: u64 = umbra_splitter::net::features::DRIVER_VM;
 
 /// Tags in the event loop.
@@ -78,7 +78,7 @@ pub struct VhostUserNet {
     accepted: u64,
     queues: [Option<QueueResources>; QUEUE_SIZES.len()],
     connection: Connection,
-    /// The number of the connection that is or was last.
+    /// Number of the present connection, or of the last one.
     link: Option<LinkId>,
     config_call: Option<EventFd>,
     /// For the event loop: a set-up has ended, or a socket is to be watched no more.
@@ -192,7 +192,7 @@ impl VhostUserNet {
     /// Set-ups that have ended.
     fn take_set_ups(&mut self, ops: &mut EventOps) {
         while let Ok((link, outcome)) = self.set_up.1.try_recv() {
-            // Of a connection that was given up meanwhile.
+            // The result of a connection that was given up meanwhile.
             if self.link != Some(link) || !matches!(self.connection, Connection::SettingUp { .. }) {
                 continue;
             }
@@ -220,7 +220,7 @@ impl MutEventSubscriber for VhostUserNet {
 
     fn process(&mut self, event: Events, ops: &mut EventOps) {
         if event.data() == TAG_SOCKET {
-            // Of one that was given up a moment ago there is nothing more to say.
+            // A connection that was given up a moment ago has nothing more to report.
             let current = matches!(&self.connection, Connection::Up { socket, .. } if socket.as_raw_fd() == event.fd());
             if current {
                 self.disconnected(Disconnect::Closed);
