@@ -18,8 +18,7 @@ use super::parts::{Ms, Parts};
 use super::recent::RecentEvents;
 use super::writer::{Queued, Trouble, Writer};
 use crate::base::time::Time;
-use crate::base::untrusted_text;
-use crate::base::wall;
+use crate::base::{untrusted_text, wall};
 use crate::lifecycle::Source;
 use crate::wire::messages::{MaskedCounts, PaceSteps, SoundCounts};
 
@@ -81,7 +80,6 @@ pub enum Event {
         /// How long it took to boot, ms.
         boot_ms: f64,
         /// It was restored from a snapshot.
-        #[serde(default)]
         restored: bool,
     },
     /// A standby died while it waited; another one is started after a delay.
@@ -282,9 +280,8 @@ impl Event {
     /// The sentence for people; `None` for what only measures.
     pub(crate) fn sentence(&self) -> Option<String> {
         Some(match self {
-            Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::DriverStage { .. } => return None,
-            Self::Pace { .. } => return None,
-            Self::DriverFenced { report: None, .. } => return None,
+            Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::Pace { .. } => return None,
+            Self::DriverStage { .. } | Self::DriverFenced { report: None, .. } => return None,
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),
             Self::GuestRebooted { guest } => format!("{guest}: reboots"),
