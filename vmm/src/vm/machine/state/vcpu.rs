@@ -61,8 +61,8 @@ impl VcpuState {
         })
     }
 
-    /// Makes sure that the TSC can be set, whatever the VM's age: to be called for the first vCPU alone, since the others are meant to be in
-    /// step with it.
+    /// Makes sure that the TSC can be set, whatever the VM's age: to be called for the first vCPU alone, since the others are meant
+    /// to be in step with it.
     pub(super) fn prepare_tsc(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         let Some(&(_, value)) = self.msrs.iter().find(|(index, _)| *index == TSC) else { return Ok(()) };
         let far = u64::from(self.tsc_khz.unwrap_or(FAST_KHZ)).saturating_mul(FAR);
