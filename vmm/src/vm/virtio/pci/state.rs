@@ -1,7 +1,7 @@
 //! The transport's part of a snapshot: registers, vectors and queues. A device's own part is a value of its own making.
 //!
-//! Invariant: after [`VirtioPci::restore`] and `restored` every queue that ran runs again, where it stood, and its driver is interrupted once: an
-//! interrupt that was on its way when the state was taken may be lost, and drivers accept one without work.
+//! Invariant: after `restore` and `restored` every queue that ran runs again, where it stood, and its driver is interrupted once:
+//! an interrupt that was on its way when the state was taken may be lost, and drivers accept one without work.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
