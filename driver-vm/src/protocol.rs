@@ -325,3 +325,23 @@ pub enum FromAgent {
         what: String,
     },
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entropy_is_whole_on_the_wire_and_never_shown() {
+        let mut bytes = [0xa5; ENTROPY_BYTES];
+        bytes[0] = 0x01;
+        let message = ToAgent::Begin { generation: 2, entropy: Entropy(bytes), unix_ns: 3 };
+        let text = serde_json::to_string(&message).unwrap();
+        assert!(text.contains("01a5a5"), "{text}");
+        assert_eq!(serde_json::from_str::<ToAgent>(&text).unwrap(), message);
+        assert!(!format!("{message:?}").contains("a5"));
+        for wrong in [text.replace("01a5", "01"), text.replace("01a5", "0xa5"), text.replace("01a5", "01a5\u{e4}")] {
+            assert!(serde_json::from_str::<ToAgent>(&wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
-use kvm_bindings::kvm_lapic_state;
+use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use umbra_vmm::vm::machine::state::{ChipsState, MachineState, VcpuState, msr_indices};
 use umbra_vmm::vm::machine::{cpuid, kvm as machine_kvm};
@@ -51,6 +51,20 @@ impl Machine {
         MachineState { vcpus, chips: ChipsState::take(&self.vm).unwrap() }
     }
 
+    fn tsc(&self, vcpu: usize) -> u64 {
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index: 0x10, ..Default::default() }]).unwrap();
+        assert_eq!(self.vcpus[vcpu].get_msrs(&mut msrs).unwrap(), 1);
+        msrs.as_slice()[0].data
+    }
+
+    /// A KVM in software may have nothing but the host's TSC.
+    fn has_its_own_tsc(&self) -> bool {
+        const FAR: u64 = 1 << 60;
+        let entry = kvm_msr_entry { index: 0x10, data: FAR, ..Default::default() };
+        self.vcpus[0].set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap();
+        self.tsc(0) >= FAR
+    }
+
     fn count(&self) -> u32 {
         register(&self.vcpus[0].get_lapic().unwrap(), CURRENT)
     }
@@ -86,7 +100,8 @@ fn registers_come_back_and_no_time_passes_in_between() {
     pit.channels[2].count = 0x1234;
     before.vm.set_pit2(&pit).unwrap();
     let state = serde_json::to_vec(&before.take()).unwrap();
-    let (count, clock) = (before.count(), before.vm.get_clock().unwrap().clock);
+    let (count, clock, tsc) = (before.count(), before.vm.get_clock().unwrap().clock, before.tsc(0));
+    let khz = before.vcpus[0].get_tsc_khz().map_or(u64::MAX, u64::from);
     assert!(count > 0, "the timer runs");
     drop(before);
     // Long enough to be told from what the rest takes.
@@ -97,12 +112,19 @@ fn registers_come_back_and_no_time_passes_in_between() {
     let begin = Instant::now();
     state.restore(&after.vm, &after.vcpus).unwrap();
     let (count_after, clock_after) = (after.count(), after.vm.get_clock().unwrap().clock);
+    // In the order in which they were taken before.
+    let tscs_after = [0, 1].map(|vcpu| after.tsc(vcpu));
     let passed = u64::try_from(begin.elapsed().as_nanos()).unwrap();
     let regs = after.vcpus[0].get_regs().unwrap();
     assert_eq!((regs.rax, regs.rip), (0x1234_5678_9abc, 0x4242));
     assert_eq!(after.vm.get_pit2().unwrap().channels[2].count, 0x1234);
     // A moment passed between the state and the figures to compare with.
     let moment = 100_000_000;
+    let cycles = |ns: u64| (khz / 1000).saturating_mul(ns / 1000 + 1);
+    for tsc_after in tscs_after.into_iter().filter(|_| Machine::new().has_its_own_tsc()) {
+        let (early, late) = (tsc.saturating_sub(cycles(moment)), tsc.saturating_add(cycles(passed + moment)));
+        assert!((early..=late).contains(&tsc_after), "{tsc} {tscs_after:?} {khz} {passed}");
+    }
     let (count, count_after) = (u64::from(count), u64::from(count_after));
     assert!(count_after <= count + moment && count <= count_after + passed, "{count} {count_after} {passed}");
     assert!(clock_after + moment >= clock && clock_after <= clock + passed, "{clock} {clock_after} {passed}");

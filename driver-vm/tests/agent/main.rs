@@ -98,7 +98,7 @@ fn two_guests_share_a_nic() {
 fn a_missing_nic_is_named() {
     let _alone = alone();
     let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
-    vm.expect(|m| matches!(m, FromAgent::Hello { .. }));
+    vm.begin();
     vm.send(&ToAgent::ConfigureNet(plan(vec![mode_of(GUEST)])));
     let failed = vm.expect(|m| matches!(m, FromAgent::Failed { .. }));
     assert!(matches!(&failed, FromAgent::Failed { what } if what.contains("the NIC has not appeared")), "{failed:?}");
@@ -110,7 +110,7 @@ fn a_missing_nic_is_named() {
 fn nonsense_from_the_host_is_a_failure() {
     let _alone = alone();
     let Some(mut vm) = DriverVm::boot(None, "e1000e", 1) else { return };
-    vm.expect(|m| matches!(m, FromAgent::Hello { .. }));
+    vm.begin();
     vm.send(&ToAgent::SetRxMode { end: 0, mode: RxMode::default() });
     let failed = vm.expect(|m| matches!(m, FromAgent::Failed { .. }));
     assert!(

@@ -102,16 +102,19 @@ impl DriverVm {
 
     /// Waits until a VM that boots forwards frames and the link is up.
     pub fn expect_forwarding(&mut self, modes: Vec<RxMode>) {
-        self.send(&ToAgent::Begin {
-            generation: 3,
-            entropy: Entropy([7; ENTROPY_BYTES]),
-            unix_ns: 1_700_000_000_000_000_000,
-        });
-        self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
+        self.begin();
         self.send(&ToAgent::ConfigureNet(plan(modes)));
         self.expect(|m| matches!(m, FromAgent::Nic { mac: GUEST, mtu: 1500, .. }));
         self.expect(|m| matches!(m, FromAgent::Forwarding { .. }));
         self.expect(|m| matches!(m, FromAgent::Carrier { up: true, .. }));
+    }
+
+    /// Waits for the agent and tells it which life this is.
+    pub fn begin(&mut self) {
+        self.expect(|m| matches!(m, FromAgent::Ready { loaded: false }));
+        let (entropy, unix_ns) = (Entropy([7; ENTROPY_BYTES]), 1_700_000_000_000_000_000);
+        self.send(&ToAgent::Begin { generation: 3, entropy, unix_ns });
+        self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
     }
 
     /// Sends the agent a message.

@@ -15,7 +15,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::devices::{self, Devices};
 use super::host::Host;
-use super::machine::memory;
+use super::machine::memory::{self, Pace};
 use super::machine::vm::Vm;
 use super::process::{Error, Subscriber};
 use super::snapshot::{self, Found, Place};
@@ -54,8 +54,8 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
         },
     };
     if !spec.passthrough.is_empty() || spec.standby {
-        // A standby has time.
-        memory::collapse(&memory, spec.standby);
+        // A standby that boots has time.
+        memory::collapse(&memory, if spec.standby { Pace::Gentle } else { Pace::Steady });
     }
     tracing::debug!("memory is there");
     let vm = Vm::new(spec, memory)?;
@@ -92,6 +92,8 @@ fn restored(spec: &VmSpec, image: &str, memory: &GuestMemoryMmap, host: &Arc<Hos
 }
 
 fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
+    memory::collapse(memory, Pace::Swift);
+    tracing::debug!("memory is there");
     found.fill(memory)?;
     tracing::debug!("memory is filled");
     let vm = Vm::new(spec, memory.clone())?;

@@ -5,6 +5,7 @@
 //! irqfd is not assigned: its `eventfd` keeps the count, and KVM injects it when the irqfd is assigned again
 //! (`kvm_irqfd_assign` polls the eventfd), so no pending bit is lost.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::{
@@ -64,6 +65,8 @@ pub enum Error {
 pub struct Interrupts {
     vm: Arc<VmFd>,
     routes: Mutex<Vec<Option<kvm_irq_routing_entry>>>,
+    /// Changes of routes are given to KVM later, all at once.
+    deferred: AtomicBool,
 }
 
 /// Where an MSI is sent: address and data as the guest wrote them (PCI 3.0, section 6.8.1).
@@ -78,9 +81,19 @@ pub struct MsiMessage {
 impl Interrupts {
     /// Routes the I/O APIC and PIC pins as on a PC. The in-kernel irqchip must exist.
     pub fn new(vm: Arc<VmFd>) -> Result<Arc<Self>, Error> {
-        let this = Self { vm, routes: Mutex::new(Vec::new()) };
+        let this = Self { vm, routes: Mutex::new(Vec::new()), deferred: AtomicBool::new(false) };
         this.commit(&this.lock())?;
         Ok(Arc::new(this))
+    }
+
+    /// Gives KVM the changes of routes that `change` makes when it is done, all at once: each call costs KVM a wait for all vCPUs.
+    /// What is signalled in `change` may be lost.
+    pub fn at_once<T>(&self, change: impl FnOnce() -> T) -> Result<T, Error> {
+        self.deferred.store(true, Ordering::Relaxed);
+        let result = change();
+        self.deferred.store(false, Ordering::Relaxed);
+        self.commit(&self.lock())?;
+        Ok(result)
     }
 
     /// Makes an MSI vector: an eventfd and a GSI. It is masked until [`MsiVector::unmask`].
@@ -153,7 +166,7 @@ impl Interrupts {
         let mut routes = self.lock();
         let index = (gsi - IOAPIC_PINS) as usize;
         routes[index] = message.map(|m| msi_entry(gsi, m));
-        self.commit(&routes)
+        if self.deferred.load(Ordering::Relaxed) { Ok(()) } else { self.commit(&routes) }
     }
 }
 

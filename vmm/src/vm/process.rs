@@ -19,7 +19,6 @@ use thiserror::Error;
 use super::assemble::{Assembled, assemble};
 use super::devices::{self, Devices};
 use super::host::{Host, Supervisor};
-use super::machine::memory;
 use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::Vcpus;
 use super::machine::vm::{self, Vm};
@@ -175,9 +174,6 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
 
     let vcpus = vm.start(vcpus)?;
     host.tell(&FromVm::Running { at: Time::now().0 });
-    if spec.snapshot_of.is_some() && snapshot.is_none() {
-        back_with_huge_pages(&vm);
-    }
     let terminal = if spec.console == Console::Terminal {
         let input = TerminalInput::new(Arc::clone(&vm.serial), Arc::clone(&vm.end));
         let input = input.map_err(Error::system("put the terminal into raw mode"))?;
@@ -230,15 +226,6 @@ fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), place: Option<Place>, host: &Host) 
     };
     tracing::debug!(?news, "the VM stood still for {:?}", Time::now().since(start));
     host.tell(&FromVm::Snapshot { news });
-}
-
-/// What a boot has before it begins, a VM that is restored gets while it waits.
-fn back_with_huge_pages(vm: &Arc<Vm>) {
-    let memory = vm.memory.clone();
-    let spawned = std::thread::Builder::new().name("huge-pages".into()).spawn(move || memory::collapse(&memory, true));
-    if let Err(error) = spawned {
-        tracing::debug!(%error, "start a thread that backs memory with huge pages");
-    }
 }
 
 /// A VM must not outlive its supervisor. One that holds the terminal gets a signal that lets it clean up.

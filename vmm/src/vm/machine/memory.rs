@@ -144,38 +144,54 @@ fn map_aligned(file: &File, offset: u64, length: usize) -> io::Result<*mut u8> {
     Ok(mapped.cast())
 }
 
-/// Backs all of `memory` with huge pages now, where the kernel can (Linux 6.1). For memory
-/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while the guest boots. One page at a time:
-/// the kernel is not preempted while it makes one, which takes long where it has to compact its memory first, and what has
-/// to be punctual on the same processor, as a player in a guest, is late by as much. `gently` it rests after each page for as
-/// long as that took, and after a slow one for three times as long. What the memory holds does not change: a guest may run.
-pub fn collapse(memory: &GuestMemoryMmap, gently: bool) {
+/// How memory is backed with huge pages ([`collapse`]). The kernel is not preempted while it makes one, which takes long where it has to
+/// compact its memory first; what has to be punctual on the same processor, as a player in a guest, is late by as much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Page by page, with a rest after each for as long as it took, and after a slow one for three times as long: nobody waits for it.
+    Gentle,
+    /// Page by page.
+    Steady,
+    /// [`SWIFT`] bytes at once: each call has the kernel wait for all processors, which for single pages takes longer than the pages. It
+    /// lets others go between two pages.
+    Swift,
+}
+
+/// Bytes of a call at [`Pace::Swift`].
+const SWIFT: usize = 16 << 20;
+
+/// Backs all of `memory` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For memory
+/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
+pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
+    let step = if pace == Pace::Swift { SWIFT } else { HUGE_PAGE };
     for region in memory.iter() {
-        for offset in (0..region.len()).step_by(HUGE_PAGE) {
+        for offset in (0..region.len()).step_by(step) {
             let start = Instant::now();
-            if let Err(error) = collapse_one(region, MemoryRegionAddress(offset)) {
-                tracing::debug!(%error, "back guest memory with a huge page");
+            if let Err(error) = collapse_part(region, offset, step) {
+                tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
                     return;
                 }
             }
             let took = start.elapsed();
-            if gently {
+            if pace == Pace::Gentle {
                 std::thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
             }
         }
     }
 }
 
-/// Backs the [`HUGE_PAGE`] bytes of `region` from `at`, or what is left there, with one huge page.
-fn collapse_one(region: &GuestRegionMmap, at: MemoryRegionAddress) -> io::Result<()> {
+/// Backs `length` bytes of `region` from `offset` on, or what is left there, with huge pages.
+fn collapse_part(region: &GuestRegionMmap, offset: u64, length: usize) -> io::Result<()> {
+    let left = usize::try_from(region.len() - offset).unwrap_or(length).min(length);
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
-    let _: u8 = region.read_obj(at).map_err(io::Error::other)?;
-    let host = region.get_host_address(at).map_err(io::Error::other)?;
-    let left = usize::try_from(region.len() - at.0).unwrap_or(HUGE_PAGE);
+    for page in (offset..offset + left as u64).step_by(HUGE_PAGE) {
+        let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;
+    }
+    let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
-    match unsafe { libc::madvise(host.cast(), left.min(HUGE_PAGE), libc::MADV_COLLAPSE) } {
+    match unsafe { libc::madvise(host.cast(), left, libc::MADV_COLLAPSE) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

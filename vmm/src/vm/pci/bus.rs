@@ -278,6 +278,12 @@ impl PciBus {
         Ok(())
     }
 
+    /// All devices are restored, and interrupts are delivered.
+    pub fn restored(&self) {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().flatten().for_each(|added| lock(&added.device).restored());
+    }
+
     fn assign(&self, device: &SharedDevice) -> Result<Vec<(Bar, u64)>, Error> {
         let (name, bars) = {
             let device = lock(device);

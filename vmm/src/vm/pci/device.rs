@@ -84,6 +84,9 @@ pub trait PciDevice: Send {
         let _ = state;
         Err(StateError::no_snapshots(self.name()))
     }
+
+    /// All devices have their state: interrupts are delivered from here on. Sends again what may have been lost on its way.
+    fn restored(&mut self) {}
 }
 
 /// A BAR that decodes elsewhere than before.

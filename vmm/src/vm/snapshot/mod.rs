@@ -27,6 +27,7 @@ use vm_memory::GuestMemoryMmap;
 use self::cache::Cache;
 use self::device::StateError;
 use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
+use super::interrupt;
 use super::machine::kvm;
 use super::machine::legacy::LegacyState;
 use super::machine::state::{self, ChipsState, MachineState};
@@ -47,6 +48,9 @@ pub enum Error {
     /// KVM itself.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// Interrupts.
+    #[error(transparent)]
+    Interrupts(#[from] interrupt::Error),
     /// A device's part.
     #[error(transparent)]
     Device(#[from] StateError),
@@ -165,9 +169,11 @@ impl Found {
     pub fn restore(&self, vm: &Vm, vcpus: &[VcpuFd]) -> Result<(), Error> {
         let state: VmState = serde_json::from_slice(&self.contents.state).map_err(Error::State)?;
         state.machine.restore(&vm.fd, vcpus)?;
+        tracing::debug!("KVM has its state");
         // Behind the interrupt controllers: what devices signal now must not be overwritten.
         vm.bus.legacy.restore(state.legacy)?;
-        vm.bus.pci.restore(state.pci)?;
+        vm.interrupts.at_once(|| vm.bus.pci.restore(state.pci))??;
+        vm.bus.pci.restored();
         Ok(())
     }
 }

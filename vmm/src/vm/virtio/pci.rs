@@ -410,6 +410,10 @@ impl PciDevice for VirtioPci {
     fn restore(&mut self, state: Value) -> Result<Vec<BarChange>, StateError> {
         self.restore_state(state)
     }
+
+    fn restored(&mut self) {
+        self.interrupt_all();
+    }
 }
 
 impl Drop for VirtioPci {

@@ -71,6 +71,9 @@ impl MachineState {
         if vcpus.len() != self.vcpus.len() {
             return Err(Error::VcpuCount { have: self.vcpus.len(), should: vcpus.len() });
         }
+        if let (Some(vcpu), Some(state)) = (vcpus.first(), self.vcpus.first()) {
+            state.prepare_tsc(vcpu)?;
+        }
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             state.restore(vcpu)?;
         }

@@ -10,6 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 
+/// The time-stamp counter.
+const TSC: u32 = 0x10;
+/// Milliseconds that are long to KVM: a TSC that is set to within a second of what it would be is taken for one that is meant to be in
+/// step with it, and is not set (`kvm_synchronize_tsc`).
+const FAR: u64 = 10_000;
+/// Cycles in a millisecond where KVM does not say: as many as no processor has.
+const FAST_KHZ: u32 = 10_000_000;
 /// The deadline of the local APIC's timer, in cycles of the TSC.
 const TSC_DEADLINE: u32 = 0x6e0;
 /// Most MSRs in a call, below KVM's own limit of 256.
@@ -52,6 +59,15 @@ impl VcpuState {
             msrs: read_msrs(vcpu, indices)?,
             events: vcpu.get_vcpu_events().map_err(Error::kvm("KVM_GET_VCPU_EVENTS"))?,
         })
+    }
+
+    /// Makes sure that the TSC can be set, whatever the VM's age: to be called for the first vCPU alone, since the others are meant
+    /// to be in step with it.
+    pub(super) fn prepare_tsc(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let Some(&(_, value)) = self.msrs.iter().find(|(index, _)| *index == TSC) else { return Ok(()) };
+        let far = u64::from(self.tsc_khz.unwrap_or(FAST_KHZ)).saturating_mul(FAR);
+        let msrs = entries(std::iter::once((TSC, value.wrapping_add(far))))?;
+        vcpu.set_msrs(&msrs).map(drop).map_err(Error::kvm("set the TSC (KVM_SET_MSRS)"))
     }
 
     /// Puts the state into `vcpu`, which has its CPUID and has not run.

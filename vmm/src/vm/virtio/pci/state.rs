@@ -1,7 +1,7 @@
 //! The transport's part of a snapshot: registers, vectors and queues. A device's own part is a value of its own making.
 //!
-//! Invariant: after [`VirtioPci::restore`] every queue that ran runs again, where it stood, and its driver is interrupted once: an
-//! interrupt that was on its way when the state was taken may be lost, and drivers accept one without work.
+//! Invariant: after `restore` and `restored` every queue that ran runs again, where it stood, and its driver is interrupted once:
+//! an interrupt that was on its way when the state was taken may be lost, and drivers accept one without work.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -81,11 +81,17 @@ impl VirtioPci {
             if !self.queues[usize::from(index)].running {
                 return Err(StateError::new(&self.name, format!("cannot go on with queue {index}")));
             }
-            if let Some(registers) = self.common.queue(index) {
+        }
+        Ok(changes)
+    }
+
+    /// Interrupts the driver once for each queue that runs.
+    pub(super) fn interrupt_all(&self) {
+        for (index, kick) in (0u16..).zip(&self.queues) {
+            if let Some(registers) = self.common.queue(index).filter(|_| kick.running) {
                 // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
                 let _ = self.call(registers.vector).write(1);
             }
         }
-        Ok(changes)
     }
 }
