@@ -1,11 +1,11 @@
-//! The warm standby: it takes over, dies and is replaced, and is taken as it is when it still boots.
+//! The warm standby: it takes over, dies and is replaced, is adopted while it still boots, and is restored from a snapshot.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
 use common::{OrTell, RECOVERY, STEP, carrier_changes, most_ms, place_with, say, scenario};
 use serde_json::Value;
-use umbra_tests::demo::machine::Machine;
+use umbra_tests::demo::machine::{Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
 use umbra_tests::peer::peer_address;
 
@@ -28,14 +28,46 @@ fn a_standby_takes_over_and_is_replaced_when_it_dies() {
 }
 
 fn take_over_and_be_replaced() {
-    let (mut place, spec) = place_with("standby", "rtl8139");
-    let mut machine = Machine::start(&mut place, &spec).or_tell();
-    guest_reaches_peer(&mut place);
-    let before = carrier_changes(&mut place);
+    let (mut place, mut spec) = place_with("standby", "rtl8139");
+    boot_and_take_over(&mut place, &spec);
+    spec.snapshots = true;
+    be_restored_and_take_over(&mut place, &spec);
+    let left = place.run("pidof umbra", STEP).or_tell();
+    assert!(!left.ok(), "processes are left: {}", left.stdout);
+}
+
+/// A standby that is saved takes over, the next one is restored, takes over as well, and is followed by another.
+fn be_restored_and_take_over(place: &mut Place, spec: &MachineSpec) {
+    say("a standby is saved, the next ones are restored");
+    let mut machine = Machine::start(place, spec).or_tell();
+    let before = carrier_changes(place);
+    let mut ready_after = Vec::new();
+    for restored in [false, true, true] {
+        let ready = machine.await_event(RECOVERY, |event| event.event == "standby-ready").or_tell();
+        assert_eq!(ready.fields["restored"].as_bool(), Some(restored), "{ready:?}");
+        ready_after.push(ready.number("boot_ms").unwrap());
+        place.expect("umbra crash nic0", STEP).or_tell();
+        let live = machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
+        assert_eq!(live.generation, ready.generation);
+        guest_reaches_peer(place);
+    }
+    say(&format!(
+        "ready after {:.0} ms (booted), {:.0} and {:.0} ms (restored)",
+        ready_after[0], ready_after[1], ready_after[2]
+    ));
+    assert!(ready_after[1] < ready_after[0] / 2.0, "a restored standby is no sooner there: {ready_after:?}");
+    assert_eq!(carrier_changes(place), before, "the guest's link never went down");
+    machine.stop(place).or_tell();
+}
+
+fn boot_and_take_over(place: &mut Place, spec: &MachineSpec) {
+    let mut machine = Machine::start(place, spec).or_tell();
+    guest_reaches_peer(place);
+    let before = carrier_changes(place);
 
     say("a standby that is killed is replaced");
     assert_eq!(ready(&mut machine), 2);
-    let waits = standby(&mut machine, &mut place);
+    let waits = standby(&mut machine, place);
     assert_eq!((waits["state"].as_str(), waits["generation"].as_u64()), (Some("ready"), Some(2)));
     place.expect(&format!("kill -9 {}", waits["pid"]), STEP).or_tell();
     let failed = machine.await_event(STEP, |event| event.event == "standby-failed").or_tell();
@@ -50,7 +82,7 @@ fn take_over_and_be_replaced() {
     assert_eq!(live.generation, 3);
     assert_eq!(live.fields["parts"]["boot_ms"].as_f64(), Some(0.0), "nothing boots in the outage");
     assert!(live.number("outage_ms").unwrap() < most_ms(5000.0), "{live:?}");
-    guest_reaches_peer(&mut place);
+    guest_reaches_peer(place);
 
     say("a failure while the next one boots");
     machine.await_event(RECOVERY, |event| event.event == "standby-starting").or_tell();
@@ -58,9 +90,7 @@ fn take_over_and_be_replaced() {
     let adopted = machine.await_event(RECOVERY, |event| event.event == "driver-adopted").or_tell();
     assert_eq!(adopted.generation, 4);
     machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
-    guest_reaches_peer(&mut place);
-    assert_eq!(carrier_changes(&mut place), before, "the guest's link never went down");
-    machine.stop(&mut place).or_tell();
-    let left = place.run("pidof umbra", STEP).or_tell();
-    assert!(!left.ok(), "processes are left: {}", left.stdout);
+    guest_reaches_peer(place);
+    assert_eq!(carrier_changes(place), before, "the guest's link never went down");
+    machine.stop(place).or_tell();
 }

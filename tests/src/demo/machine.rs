@@ -87,6 +87,8 @@ pub struct MachineSpec {
     pub driver_memory: String,
     /// `warm` or `cold`.
     pub standby: String,
+    /// Standbys are restored from a snapshot.
+    pub snapshots: bool,
 }
 
 impl MachineSpec {
@@ -108,6 +110,7 @@ impl MachineSpec {
             interrupts_per_s: 200_000,
             driver_memory: "128M".into(),
             standby: "warm".into(),
+            snapshots: false,
         }
     }
 
@@ -149,10 +152,11 @@ impl MachineSpec {
             let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
+                 standby = \"{}\"\nsnapshots = {}\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
                  backoff_ms = 100\nbackoff_max_ms = 200\n\
                  boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
                 self.standby,
+                self.snapshots,
                 self.restart_limit,
                 BOOT_S * factor() + f64::from(self.slow_boot_s),
                 self.interrupts_per_s

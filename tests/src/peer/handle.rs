@@ -180,9 +180,17 @@ impl Peer {
     /// # Errors
     /// The peer is gone.
     pub fn take_ticks(&mut self) -> Result<Vec<Tick>, PeerError> {
-        match self.ask(&Request::TakeTicks)? {
-            Reply::Ticks { ticks } => Ok(ticks),
-            _ => Err(PeerError::Protocol),
+        let mut all = Vec::new();
+        loop {
+            match self.ask(&Request::TakeTicks)? {
+                Reply::Ticks { ticks, more } => {
+                    all.extend(ticks);
+                    if !more {
+                        return Ok(all);
+                    }
+                }
+                _ => return Err(PeerError::Protocol),
+            }
         }
     }
 }

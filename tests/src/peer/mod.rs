@@ -71,7 +71,7 @@ pub enum Request {
     MarkStall,
     /// How far are the downloads?
     Progress,
-    /// The ticks that arrived since the last such question.
+    /// The ticks that arrived since the last such question, or as many of them as one answer has.
     TakeTicks,
 }
 
@@ -94,6 +94,8 @@ pub enum Reply {
     Ticks {
         /// In order of arrival.
         ticks: Vec<Tick>,
+        /// More of them are there.
+        more: bool,
     },
 }
 

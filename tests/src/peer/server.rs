@@ -75,8 +75,7 @@ fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
         Request::MarkStall => state.progress.longest_stall_ms = 0,
         Request::Progress => return Reply::Progress(state.progress.clone()),
         Request::TakeTicks => {
-            let mut kept = recorded.lock().unwrap_or_else(PoisonError::into_inner);
-            return Reply::Ticks { ticks: kept.drain(..).collect() };
+            return ticks::take(&mut recorded.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
     Reply::Done

@@ -12,11 +12,15 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::ports;
+use super::{Reply, ports};
 use crate::probe::net::{TICK_LEN, TICK_MAGIC};
 
 /// Ticks kept until they are asked for: 100 a second for three hours.
 const MAX_TICKS: usize = 1 << 20;
+
+/// Most ticks of one answer: some 100 bytes each in JSON, far below the longest line (`probe::wire::MAX_LINE`). A demo on a slow
+/// machine asks for its ticks after many minutes, when there are tens of thousands.
+const AT_ONCE: usize = 8192;
 
 /// One arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +57,12 @@ pub(super) fn record() -> io::Result<Ticks> {
     Ok(ticks)
 }
 
+/// Takes the oldest of the ticks that were `kept`.
+pub(super) fn take(kept: &mut VecDeque<Tick>) -> Reply {
+    let ticks: Vec<_> = kept.drain(..kept.len().min(AT_ONCE)).collect();
+    Reply::Ticks { ticks, more: !kept.is_empty() }
+}
+
 /// `CLOCK_MONOTONIC`, microseconds: the same clock in the bench and its peer.
 pub fn now_us() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
@@ -77,4 +87,30 @@ pub(super) fn echo() -> io::Result<()> {
         }
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::wire::{Lines, write_line};
+
+    #[test]
+    fn ticks_of_hours_are_all_handed_over_in_lines_that_are_accepted() {
+        let tick =
+            |seq| Tick { from: Ipv4Addr::new(255, 255, 255, 255), seq, sent_us: u64::MAX, arrived_us: u64::MAX - seq };
+        let mut kept: VecDeque<_> = (0..200_000).map(tick).collect();
+        let (mut lines, mut taken) = (Lines::default(), Vec::new());
+        loop {
+            let mut line = Vec::new();
+            write_line(&mut line, &take(&mut kept)).unwrap();
+            let mut reply = None;
+            lines.push(&line, |read| reply = Some(read));
+            let Some(Reply::Ticks { ticks, more }) = reply else { panic!("an answer of {} bytes is lost", line.len()) };
+            taken.extend(ticks);
+            if !more {
+                break;
+            }
+        }
+        assert_eq!((taken.len(), taken.last().unwrap().seq), (200_000, 199_999));
+    }
 }
