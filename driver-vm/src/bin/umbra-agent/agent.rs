@@ -12,8 +12,9 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use umbra_driver_vm::protocol::{CrashKind, DevicePlace, Entropy, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
 
+use crate::due::Due;
 use crate::modules::Loading;
-use crate::network_thread::{DEVICES_WITHIN, Missing, NetworkThread, Report};
+use crate::network_thread::{Missing, NetworkThread, Report};
 use crate::port::Port;
 use crate::self_test;
 use crate::sound::{self, Service};
@@ -34,8 +35,8 @@ pub struct Agent {
     host_away: bool,
     loading: Loading,
     task: Task,
-    /// When a sound card that has not appeared counts as missing.
-    deadline: Option<Instant>,
+    /// When devices that have not appeared count as missing.
+    due: Due,
     beats: u64,
     next_beat: Instant,
 }
@@ -59,8 +60,9 @@ impl Agent {
     pub fn start(loading: Loading) -> anyhow::Result<Self> {
         let port = Port::open()?;
         let (task, next_beat) = (Task::Idle, Instant::now() + BEAT);
-        let (generation, host_away, deadline, beats) = (None, false, None, 0);
-        let mut new = Self { port, generation, host_away, loading, task, deadline, beats, next_beat };
+        let (generation, host_away, beats) = (None, false, 0);
+        let due = Due::after_boot(Duration::from_millis(system::uptime_ms()));
+        let mut new = Self { port, generation, host_away, loading, task, due, beats, next_beat };
         new.port.send(&FromAgent::Ready { loaded: false })?;
         Ok(new)
     }
@@ -82,6 +84,7 @@ impl Agent {
             kernel_log::error(&failure);
         }
         if self.loading.done() && !was_done {
+            self.due.loaded(Instant::now());
             self.say_loaded()?;
             if let Task::Network(network) = &self.task {
                 network.order(|orders| orders.loaded = true);
@@ -161,7 +164,7 @@ impl Agent {
             (ToAgent::ConfigureNet(plan), Task::Idle) => self.start_network(plan)?,
             (ToAgent::ConfigureSound { ends, device }, Task::Idle) => {
                 if device == DevicePlace::Present {
-                    self.deadline = Some(Instant::now() + DEVICES_WITHIN);
+                    self.due.expect(Instant::now());
                 }
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
@@ -184,8 +187,8 @@ impl Agent {
     }
 
     fn start_network(&mut self, plan: NetPlan) -> anyhow::Result<()> {
-        let network = NetworkThread::start(plan)?;
-        let (loaded, device_has_come) = (self.loading.done(), self.deadline.is_some());
+        let network = NetworkThread::start(plan, self.due.clone())?;
+        let (loaded, device_has_come) = (self.loading.done(), self.due.is_expected());
         network.order(|orders| (orders.loaded, orders.device_has_come) = (loaded, device_has_come));
         self.task = Task::Network(network);
         Ok(())
@@ -193,7 +196,7 @@ impl Agent {
 
     /// The device has come: from now on it has to appear within its time.
     fn device_has_come(&mut self) -> anyhow::Result<()> {
-        self.deadline = Some(Instant::now() + DEVICES_WITHIN);
+        self.due.expect(Instant::now());
         if let Task::Network(network) = &self.task {
             network.order(|orders| orders.device_has_come = true);
         }
@@ -239,7 +242,7 @@ impl Agent {
     }
 
     fn advance_sound(&mut self) -> anyhow::Result<()> {
-        let overdue = self.deadline.is_some_and(|deadline| deadline < Instant::now());
+        let overdue = self.due.is_over(Instant::now());
         let Task::Sound(service) = &mut self.task else { return Ok(()) };
         if let Some(card) = service.card()? {
             let (driver, uptime_ms) = (sound::driver(), system::uptime_ms());

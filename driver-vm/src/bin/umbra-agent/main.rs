@@ -3,6 +3,7 @@
 
 mod agent;
 mod calls;
+mod due;
 mod ethtool;
 mod filter;
 mod forward;

@@ -14,14 +14,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use umbra_driver_vm::protocol::{DevicePlace, FromAgent, NetPlan};
 
 use crate::calls::{self, CallWatch, Calls};
+use crate::due::Due;
 use crate::netlink::Netlink;
 use crate::network::{Ends, Network, Nic};
 use crate::orders::{Mailbox, Orders};
 use crate::{kernel_log, system};
 
-/// Time in which the devices have to appear after the plan or, where the device comes later, after it has come: the slowest probes
-/// seen take about 5 s.
-pub const DEVICES_WITHIN: Duration = Duration::from_secs(10);
 /// Interval at which carrier and, until they are there, devices are looked for, beside the kernel's notifications: those of a link
 /// that goes down come up to a second late, and looking costs little.
 const LOOK: Duration = Duration::from_millis(250);
@@ -62,7 +60,7 @@ impl NetworkThread {
     ///
     /// # Errors
     /// When there is no thread or event descriptor to be had.
-    pub fn start(plan: NetPlan) -> anyhow::Result<Self> {
+    pub fn start(plan: NetPlan, due: Due) -> anyhow::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wake = Arc::new(EventFd::from_flags(flags).context("cannot make an event descriptor")?);
         let mailbox = Arc::new(Mailbox::new().context("cannot make an event descriptor")?);
@@ -72,7 +70,7 @@ impl NetworkThread {
         let (orders, its_calls) = (Arc::clone(&mailbox), calls.clone());
         std::thread::Builder::new()
             .name("network".into())
-            .spawn(move || run(plan, orders, its_calls, &reporter))
+            .spawn(move || run((plan, due), orders, its_calls, &reporter))
             .context("cannot start a thread")?;
         Ok(Self { ends, mailbox, reports, wake, calls, watch: CallWatch::default() })
     }
@@ -153,7 +151,7 @@ impl Reporter {
     }
 }
 
-fn run(plan: NetPlan, mailbox: Arc<Mailbox>, calls: Calls, reporter: &Reporter) {
+fn run(plan: (NetPlan, Due), mailbox: Arc<Mailbox>, calls: Calls, reporter: &Reporter) {
     system::go_first(system::NETWORK_PRIORITY);
     let error = match Worker::new(plan, mailbox, calls, reporter) {
         Ok(mut worker) => loop {
@@ -175,7 +173,7 @@ struct Worker<'a> {
     changes: Netlink,
     loaded: bool,
     /// When a device that has not appeared counts as missing.
-    deadline: Option<Instant>,
+    due: Due,
     state: State,
     looks: u64,
     next_look: Instant,
@@ -190,8 +188,16 @@ enum State {
 }
 
 impl<'a> Worker<'a> {
-    fn new(plan: NetPlan, mailbox: Arc<Mailbox>, calls: Calls, reporter: &'a Reporter) -> anyhow::Result<Self> {
+    fn new(
+        (plan, mut due): (NetPlan, Due),
+        mailbox: Arc<Mailbox>,
+        calls: Calls,
+        reporter: &'a Reporter,
+    ) -> anyhow::Result<Self> {
         let now = Instant::now();
+        if plan.device == DevicePlace::Present {
+            due.expect(now);
+        }
         Ok(Self {
             mailbox,
             reporter,
@@ -199,7 +205,7 @@ impl<'a> Worker<'a> {
             changes: Netlink::link_changes(calls.clone()).context("cannot hear of link changes")?,
             calls,
             loaded: false,
-            deadline: (plan.device == DevicePlace::Present).then(|| now + DEVICES_WITHIN),
+            due,
             state: State::Awaited { plan, nic: None, ends: None },
             looks: 0,
             next_look: now,
@@ -230,10 +236,14 @@ impl<'a> Worker<'a> {
     }
 
     fn obey(&mut self, orders: Orders) -> anyhow::Result<()> {
-        self.loaded |= orders.loaded;
+        if orders.loaded {
+            self.loaded = true;
+            self.due.loaded(Instant::now());
+        }
         if orders.device_has_come {
             let now = Instant::now();
-            (self.deadline, self.next_look) = (Some(now + DEVICES_WITHIN), now);
+            self.due.expect(now);
+            self.next_look = now;
         }
         match &mut self.state {
             State::Forwarding { network, .. } => {
@@ -293,7 +303,7 @@ impl<'a> Worker<'a> {
             let network = Network::join(&mut self.requests, nic, ends, plan)?;
             return self.forwarding(network);
         }
-        if self.deadline.is_some_and(|deadline| deadline < Instant::now()) {
+        if self.due.is_over(Instant::now()) {
             let nic_is_there = nic.is_some();
             let what = if nic_is_there { "a virtio-net end has not come up" } else { "the NIC has not appeared" };
             return Err(Missing(what).into());
@@ -330,7 +340,7 @@ impl<'a> Worker<'a> {
         if now < self.next_look {
             return Ok(());
         }
-        let idle = matches!(self.state, State::Awaited { .. }) && self.deadline.is_none();
+        let idle = matches!(self.state, State::Awaited { .. }) && !self.due.is_expected();
         self.next_look = now + if idle { LOOK_IDLE } else { LOOK };
         self.looks += 1;
         self.look_at_carrier()?;
