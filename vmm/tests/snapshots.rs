@@ -12,7 +12,7 @@ use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use umbra_vmm::vm::machine::state::{ChipsState, MachineState, VcpuState, msr_indices};
 use umbra_vmm::vm::machine::{cpuid, kvm as machine_kvm};
-use umbra_vmm::wire::messages::{FromVm, SnapshotNews, ToVm, VmEnd, VmSpec};
+use umbra_vmm::wire::messages::{FromVm, SnapshotNews, ToVm, VmSpec};
 
 /// Local APIC registers: spurious vector, timer, its divider, its initial and its current count.
 const SPURIOUS: usize = 0xf0;
@@ -205,8 +205,7 @@ fn taken() -> (tempfile::TempDir, PathBuf, u32) {
     wait_for_bytes(&vm, 16);
     let all = counts(&console(&vm)[2..]);
     assert!(all.windows(2).all(|pair| pair[1] == pair[0] + 4096), "{all:?}");
-    vm.send(&ToVm::Kill);
-    assert_eq!(vm.end().0, VmEnd::Killed);
+    vm.kill();
     (dir, kernel, count)
 }
 
@@ -229,8 +228,7 @@ fn a_guest_goes_on_in_another_process_and_so_does_its_twin() {
             all[0] > count && all[0].is_multiple_of(4096) && all.windows(2).all(|pair| pair[1] == pair[0] + 4096)
         });
         assert!(goes_on, "{count}: {printed:x?}");
-        vm.send(&ToVm::Kill);
-        assert_eq!(vm.end().0, VmEnd::Killed);
+        vm.kill();
     }
 }
 
@@ -265,12 +263,10 @@ fn a_snapshot_that_cannot_be_used_costs_a_boot_and_says_why() {
         // It is replaced by a better one.
         vm.send(&ToVm::Snapshot);
         assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
-        vm.send(&ToVm::Kill);
-        vm.end();
+        vm.kill();
         let mut vm = start(&cache, &kernel, |_| {});
         assert_eq!(news(&vm), SnapshotNews::Restored);
-        vm.send(&ToVm::Kill);
-        vm.end();
+        vm.kill();
     }
 }
 
@@ -289,8 +285,7 @@ fn another_vm_has_another_snapshot() {
     for edit in edits {
         let mut vm = start(&dir.path().join("cache"), &kernel, edit);
         assert_eq!(news(&vm), SnapshotNews::Missing);
-        vm.send(&ToVm::Kill);
-        vm.end();
+        vm.kill();
     }
 }
 
@@ -310,8 +305,7 @@ fn a_folder_that_others_may_write_to_is_not_used() {
     vm.send(&ToVm::Snapshot);
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
     assert!(said.contains("others may write to it"), "{said}");
-    vm.send(&ToVm::Kill);
-    vm.end();
+    vm.kill();
 }
 
 #[test]
@@ -335,6 +329,5 @@ fn what_is_more_urgent_ends_a_snapshot() {
     assert!(said.contains("more urgent"), "{said}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left of it");
     wait_for_bytes(&vm, 16);
-    vm.send(&ToVm::Kill);
-    vm.end();
+    vm.kill();
 }

@@ -81,8 +81,7 @@ fn a_panic_is_heard_while_the_guest_runs_on() {
     let mut vm = Process::start(&Code::new().out8(0x505, 1).print("still here").spin().0);
     assert!(matches!(vm.next(), Some(FromVm::Panicked { .. })));
     vm.wait_for("still here");
-    vm.send(&ToVm::Kill);
-    assert_eq!(vm.end().0, VmEnd::Killed);
+    vm.kill();
 }
 
 #[test]
@@ -144,9 +143,7 @@ fn a_guest_that_is_locked_up_spins_with_interrupts_off_and_can_be_killed() {
             vm.files.printed().len() == before
         };
         assert!((0..50).any(|_| quiet()), "it prints on");
-        vm.send(&ToVm::Kill);
-        let (how, registers) = vm.end();
-        assert_eq!(how, VmEnd::Killed);
+        let registers = vm.kill();
         assert!(registers.contains("code eb fe"), "{registers}");
         let flags = registers.split("rflags ").nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap();
         assert_eq!(u32::from_str_radix(flags, 16).unwrap() & INTERRUPTS, 0, "{registers}");
@@ -163,9 +160,7 @@ fn all_vcpus_of_a_guest_stop() {
     spec.cpus = 4;
     let mut vm = Process::with(files, spec);
     vm.wait_for("up");
-    vm.send(&ToVm::Kill);
-    let (how, registers) = vm.end();
-    assert_eq!(how, VmEnd::Killed);
+    let registers = vm.kill();
     assert!((0..4).all(|id| registers.contains(&format!("vcpu{id}: stopped"))), "{registers}");
 }
 

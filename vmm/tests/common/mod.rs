@@ -172,6 +172,14 @@ impl Process {
         }
     }
 
+    /// Has the VM end, and waits for that; the registers.
+    pub fn kill(&mut self) -> String {
+        self.send(&ToVm::Kill);
+        let (how, registers) = self.end();
+        assert_eq!(how, VmEnd::Killed);
+        registers
+    }
+
     /// Waits for the process.
     pub fn wait(&mut self) -> std::process::ExitStatus {
         let deadline = Instant::now() + PATIENCE;

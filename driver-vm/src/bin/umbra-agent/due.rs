@@ -41,6 +41,11 @@ impl Due {
         self.loaded.get_or_insert(now);
     }
 
+    /// Whether all modules are loaded.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.is_some()
+    }
+
     /// They should have appeared by `now`.
     pub fn is_over(&self, now: Instant) -> bool {
         self.expected.zip(self.loaded).is_some_and(|(expected, loaded)| now > expected.max(loaded) + self.within)

@@ -171,7 +171,6 @@ struct Worker<'a> {
     calls: Calls,
     requests: Netlink,
     changes: Netlink,
-    loaded: bool,
     /// When a device that has not appeared counts as missing.
     due: Due,
     state: State,
@@ -204,7 +203,6 @@ impl<'a> Worker<'a> {
             requests: Netlink::requests(calls.clone()).context("cannot talk to the kernel's network")?,
             changes: Netlink::link_changes(calls.clone()).context("cannot hear of link changes")?,
             calls,
-            loaded: false,
             due,
             state: State::Awaited { plan, nic: None, ends: None },
             looks: 0,
@@ -237,7 +235,6 @@ impl<'a> Worker<'a> {
 
     fn obey(&mut self, orders: Orders) -> anyhow::Result<()> {
         if orders.loaded {
-            self.loaded = true;
             self.due.loaded(Instant::now());
         }
         if orders.device_has_come {
@@ -279,7 +276,7 @@ impl<'a> Worker<'a> {
     fn advance(&mut self) -> anyhow::Result<()> {
         let State::Awaited { plan, nic, ends } = &mut self.state else { return Ok(()) };
         // Before the NIC, which in a standby comes last: then there is nothing left to do but to join them.
-        if ends.is_none() && self.loaded {
+        if ends.is_none() && self.due.is_loaded() {
             *ends = Ends::find(&mut self.requests, plan)?;
         }
         if nic.is_none() {

@@ -7,6 +7,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Entry;
+use crate::vm::machine::kvm;
 use crate::vm::machine::layout;
 
 const CR0_PE: u64 = 1;
@@ -41,14 +42,8 @@ const TASK: u16 = 0x20;
 #[derive(Debug, Error)]
 pub enum Error {
     /// KVM refused.
-    #[error("{operation}")]
-    Kvm {
-        /// What was tried.
-        operation: &'static str,
-        /// The cause.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// Page tables or GDT do not fit in memory.
     #[error("write page tables and GDT to guest memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
@@ -77,7 +72,7 @@ pub fn set_up(vcpu: &VcpuFd, memory: &GuestMemoryMmap, entry: Option<Entry>) -> 
 }
 
 fn failed(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
-    move |source| Error::Kvm { operation, source }
+    move |source| kvm::Error::ioctl(operation)(source).into()
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {

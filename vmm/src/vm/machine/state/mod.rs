@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::kvm;
 pub use chips::ChipsState;
 pub use vcpu::VcpuState;
 
@@ -18,14 +19,8 @@ pub use vcpu::VcpuState;
 #[derive(Debug, Error)]
 pub enum Error {
     /// KVM refused.
-    #[error("{operation}")]
-    Kvm {
-        /// What was tried.
-        operation: &'static str,
-        /// The cause.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// An MSR of the snapshot cannot be set.
     #[error("KVM does not let MSR {index:#x} be set to {value:#x}")]
     Msr {
@@ -49,7 +44,7 @@ pub enum Error {
 
 impl Error {
     fn kvm(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |source| Self::Kvm { operation, source }
+        move |source| kvm::Error::ioctl(operation)(source).into()
     }
 }
 
