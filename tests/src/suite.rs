@@ -1,14 +1,15 @@
 //! `make test`: runs the test runner, shows all that it says, and closes with what its many targets do not say together: how many
 //! attempts scenarios needed, which took longest, which tests failed, and one line of counts.
 //!
-//! What runs braked takes long and little of the machine: a second runner does that beside the first. What it says is shown when
-//! the first one is through.
+//! What runs braked takes long and little of the machine: a second runner does that beside the first. What it says is shown line by
+//! line, each with a mark.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,9 @@ pub struct Needed {
     /// All attempts together, seconds.
     pub seconds: f64,
 }
+
+/// What marks the lines of the runner beside the first.
+const BESIDE: &[u8] = b"beside | ";
 
 /// Longest scenarios that the closing lines name.
 const LONGEST: usize = 5;
@@ -70,6 +74,15 @@ impl Counts {
             let line: Vec<u8> = self.partial.drain(..=end).collect();
             self.line(String::from_utf8_lossy(&line).trim_end());
         }
+    }
+
+    /// Takes what another runner counted.
+    fn add(&mut self, other: Self) {
+        self.targets += other.targets;
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+        self.failures.extend(other.failures);
     }
 
     fn line(&mut self, line: &str) {
@@ -138,31 +151,31 @@ pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result
         fs::create_dir_all(dir)?;
     }
     let start = Instant::now();
-    let mut counts = Counts::default();
-    let status = thread::scope(|scope| {
+    let shown = Mutex::new(Shown::on(io::stdout()));
+    let (counts, status) = thread::scope(|scope| {
         let second = match beside {
             [] => None,
             beside => {
                 let (begun, has_begun) = channel();
-                let second = scope.spawn(move || Quiet::run(beside, attempts, &begun));
+                let shown = &shown;
+                let second = scope.spawn(move || run_beside(beside, attempts, shown, &begun));
                 // Until then it may be compiling, which the first one would only wait for. A runner that cannot be started
                 // hangs up.
                 let _ = has_begun.recv();
                 Some(second)
             }
         };
-        let mut shown = io::stdout();
+        let mut counts = Counts::default();
         let first = runner(command, attempts, &mut |output| {
             counts.take(output);
-            shown.write_all(output)?;
-            shown.flush()
+            lock(&shown).first(output)
         })?;
-        let second = second.map(Quiet::of).transpose()?;
-        if let Some(Quiet { output, .. }) = &second {
-            counts.take(output);
-            shown.write_all(output)?;
+        let second = second.map(joined).transpose()?;
+        let status = second.as_ref().map(|(_, status)| *status).filter(|_| first.success()).unwrap_or(first);
+        if let Some((beside, _)) = second {
+            counts.add(beside);
         }
-        Ok::<_, io::Error>(second.map(|quiet| quiet.status).filter(|_| first.success()).unwrap_or(first))
+        Ok::<_, io::Error>((counts, status))
     })?;
     println!();
     for line in counts.closing_lines(&read(attempts), start.elapsed()) {
@@ -171,27 +184,62 @@ pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result
     Ok(status)
 }
 
-/// A runner that has ended, and what it said.
-struct Quiet {
-    status: ExitStatus,
-    output: Vec<u8>,
+/// Runs the second runner; says when it has `begun` to say something. What it counted, and its status.
+fn run_beside<W: Write>(
+    command: &[String],
+    attempts: &Path,
+    shown: &Mutex<Shown<W>>,
+    begun: &Sender<()>,
+) -> io::Result<(Counts, ExitStatus)> {
+    let (mut counts, mut line) = (Counts::default(), Vec::new());
+    let status = runner(command, attempts, &mut |more| {
+        // Nobody waits for it any more after the first time.
+        let _ = begun.send(());
+        counts.take(more);
+        for part in more.split_inclusive(|&byte| byte == b'\n') {
+            line.extend_from_slice(part);
+            if line.ends_with(b"\n") {
+                lock(shown).second(&line)?;
+                line.clear();
+            }
+        }
+        Ok(())
+    })?;
+    Ok((counts, status))
 }
 
-impl Quiet {
-    /// Runs `command`; says when it has `begun` to say something.
-    fn run(command: &[String], attempts: &Path, begun: &Sender<()>) -> io::Result<Self> {
-        let mut output = Vec::new();
-        let status = runner(command, attempts, &mut |more| {
-            // Nobody waits for it any more after the first time.
-            let _ = begun.send(());
-            output.extend_from_slice(more);
-            Ok(())
-        })?;
-        Ok(Self { status, output })
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where both runners' output is shown.
+struct Shown<W> {
+    out: W,
+    /// The first runner has begun a line.
+    is_within_line: bool,
+}
+
+impl<W: Write> Shown<W> {
+    fn on(out: W) -> Self {
+        Self { out, is_within_line: false }
     }
 
-    fn of(runner: ScopedJoinHandle<'_, io::Result<Self>>) -> io::Result<Self> {
-        runner.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    /// What the first runner says, as it is.
+    fn first(&mut self, output: &[u8]) -> io::Result<()> {
+        self.is_within_line = output.last().map_or(self.is_within_line, |&byte| byte != b'\n');
+        self.out.write_all(output)?;
+        self.out.flush()
+    }
+
+    /// A line of the second one, on a line of its own.
+    fn second(&mut self, line: &[u8]) -> io::Result<()> {
+        let begin: &[u8] = if std::mem::take(&mut self.is_within_line) { b"\n" } else { b"" };
+        self.out.write_all(&[begin, BESIDE, line].concat())?;
+        self.out.flush()
     }
 }
 
@@ -246,6 +294,18 @@ mod tests {
                 "41 passed, 1 failed, 3 skipped",
             ]
         );
+    }
+
+    #[test]
+    fn a_line_of_the_second_runner_is_a_line_of_its_own() {
+        let mut shown = Shown::on(Vec::new());
+        shown.first(b"test a ... ").unwrap();
+        shown.second(b"test b ... ok\n").unwrap();
+        shown.second(b"\n").unwrap();
+        shown.first(b"ok\n").unwrap();
+        shown.second(b"running 1 test\n").unwrap();
+        let text = String::from_utf8(shown.out).unwrap();
+        assert_eq!(text, "test a ... \nbeside | test b ... ok\nbeside | \nok\nbeside | running 1 test\n");
     }
 
     fn shell(script: &str) -> [String; 3] {

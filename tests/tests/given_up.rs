@@ -24,7 +24,6 @@ fn lose_the_card() {
     let sound = Sound::new(&["hda".into()], Length::Seconds(SECONDS), &assets).or_tell();
     let mut bench = BenchSpec::new("given-up").nics(&[]);
     sound.add_to(&mut bench);
-    bench.is_judged = false;
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
     sound.prepare(&mut place).or_tell();
     let spec = sound.machine(0, &mut place, "skip").or_tell();

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{OrTell, RECOVERY, STEP, assets, most_ms, say, scenario};
+use common::{OrTell, RECOVERY, STEP, assets, longer_by, most_ms, say, scenario};
 use serde_json::Value;
 use umbra_tests::bench::patience::whole_factor;
 use umbra_tests::bench::{Bench, BenchSpec};
@@ -61,6 +61,13 @@ fn setting((name, usual): (&str, u64)) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(usual)
 }
 
+/// What the settings take, all together.
+fn asked_for() -> Duration {
+    /// More than a reboot takes until the guest is served again.
+    const REBOOT_S: u64 = 30;
+    Duration::from_secs(REBOOT_S * setting(REBOOTS) + setting(STOPPED_S) + setting(SLOW_BOOT_S))
+}
+
 fn slow_boot_s() -> u32 {
     u32::try_from(setting(SLOW_BOOT_S)).unwrap() * whole_factor()
 }
@@ -71,6 +78,7 @@ fn a_guest_that_dies_costs_its_neighbour_nothing() {
 }
 
 fn lives() {
+    longer_by(asked_for());
     let assets = assets();
     let mut sound = Sound::new(&["hda".into()], Length::Fed(ROUND_S), &assets).or_tell();
     sound.song = assets.song_in_pieces(MIXED_RATE, ROUND_S).or_tell();
@@ -133,7 +141,7 @@ fn a_slow_card_holds_up_no_nic(place: &mut Place, spec: &MachineSpec, slow: &Pat
     machine.drain();
     let before = if machine.seen.iter().any(is_of_card) { "" } else { ", before the card's driver VM runs" };
     say(&format!("{NEIGHBOUR} reaches the peer after {:.1} s{before}", start.elapsed().as_secs_f64()));
-    machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
+    machine.await_live(SOUND_DRIVER, RECOVERY + Duration::from_secs(setting(SLOW_BOOT_S))).or_tell();
     say(&format!("{SOUND_DRIVER} is live after {:.1} s", start.elapsed().as_secs_f64()));
     assert!(start.elapsed() > Duration::from_secs(spec.slow_boot_s.into()), "its boot is not slow");
     served(place);

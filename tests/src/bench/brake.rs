@@ -5,14 +5,18 @@
 //! so a single busy virtual CPU runs at full speed until the quota is spent, and a group needs rights and outlives a killed bench.
 //! The peer, real time and the clock of the recording go on meanwhile, as they do beside a slow machine.
 //!
-//! Invariant: signals go through a pidfd, so that none ever reaches another process that got the emulator's number.
+//! The share is one of the processors, not of the wall's clock: time in which the emulator could run and other load had the
+//! processors does not count as run.
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use super::process::Process;
 
 /// The share of full speed at which the emulator runs, above 0 and at most 1.
 pub const SPEED_VARIABLE: &str = "UMBRA_BENCH_SPEED";
@@ -23,6 +27,9 @@ const SLOWEST: f64 = 0.02;
 const TURN: Duration = Duration::from_millis(20);
 /// Longest single stop, where earlier ones came too short: shorter than a player's buffer of 200 ms.
 const LONGEST_STOP: Duration = Duration::from_millis(100);
+
+/// Nice value of a test host that its scenario has braked and that runs beside others: it takes what they leave.
+pub(super) const NICE: i32 = 19;
 
 /// `UMBRA_BENCH_SPEED` is no speed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +84,7 @@ impl Brake {
             return Ok(Self { release: None, thread: None });
         }
         let process = Process::open(pid)?;
+        let mut wanted = Wanted::of(pid);
         let (release, released) = channel();
         let thread = thread::Builder::new().name("brake".into()).spawn(move || {
             let mut duty = Duty::new(speed);
@@ -91,8 +99,9 @@ impl Brake {
                 }
                 let stopped = Instant::now();
                 let end = released.recv_timeout(duty.stop(stopped - running)) != Err(RecvTimeoutError::Timeout);
+                let ran = stopped - running;
                 running = Instant::now();
-                duty.has_stopped(running - stopped);
+                duty.has_stopped(running - stopped, ran.mul_f64(wanted.share_got()));
                 if process.signal(libc::SIGCONT).is_err() || end {
                     return;
                 }
@@ -111,17 +120,20 @@ impl Drop for Brake {
     }
 }
 
-/// Keeps account of a process that runs and stands still by turns: a late wake-up is made up for in the next turns. Pure.
+/// Keeps account of a process that runs and stands still by turns: what a turn had too much or too little of is made up for in the
+/// next ones. Pure.
 #[derive(Debug)]
 struct Duty {
     speed: f64,
     /// What is to be stood still in addition, seconds; less than 0 after a stop that came too long.
     owed: f64,
+    /// How long it ran before it was stopped, by the clock.
+    ran: Duration,
 }
 
 impl Duty {
     fn new(speed: f64) -> Self {
-        Self { speed, owed: 0.0 }
+        Self { speed, owed: 0.0, ran: Duration::ZERO }
     }
 
     /// How long it runs in this turn.
@@ -133,40 +145,75 @@ impl Duty {
 
     /// How long it stands still after it `ran`.
     fn stop(&mut self, ran: Duration) -> Duration {
-        self.owed += ran.as_secs_f64() * (1.0 - self.speed) / self.speed;
+        self.ran = ran;
+        self.owed += self.stop_for(ran);
         Duration::from_secs_f64(self.owed.clamp(0.0, LONGEST_STOP.as_secs_f64()))
     }
 
-    fn has_stopped(&mut self, stopped: Duration) {
-        self.owed -= stopped.as_secs_f64();
+    /// It has `stopped` for so long; before that it had processors for as long as `had`.
+    fn has_stopped(&mut self, stopped: Duration, had: Duration) {
+        self.owed -= stopped.as_secs_f64() + self.stop_for(self.ran.saturating_sub(had));
         // What a machine under load could not give for long is forgotten: no run of stops that stands for a hang.
         self.owed = self.owed.clamp(-1.0, 1.0);
     }
+
+    /// The stop that belongs to a run, seconds.
+    fn stop_for(&self, ran: Duration) -> f64 {
+        ran.as_secs_f64() * (1.0 - self.speed) / self.speed
+    }
 }
 
-/// A process by its descriptor.
+/// What a process has had of the processors, of what it wanted: the sums over its threads (`Documentation/scheduler/sched-stats.rst`,
+/// `/proc/<pid>/schedstat`).
 #[derive(Debug)]
-struct Process(OwnedFd);
+struct Wanted {
+    tasks: PathBuf,
+    seen: Used,
+}
 
-impl Process {
-    fn open(pid: u32) -> io::Result<Self> {
-        let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
-        // SAFETY: pidfd_open takes two integers and touches no memory.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+/// Nanoseconds on a processor, and ready to run without one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Used {
+    ran: u64,
+    waited: u64,
+}
+
+impl Wanted {
+    fn of(pid: u32) -> Self {
+        let tasks = PathBuf::from(format!("/proc/{pid}/task"));
+        let seen = Used::read(&tasks);
+        Self { tasks, seen }
     }
 
-    fn signal(&self, signal: libc::c_int) -> io::Result<()> {
-        let none = std::ptr::null_mut::<libc::siginfo_t>();
-        // SAFETY: a null siginfo is allowed; the descriptor outlives the call.
-        let done = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, none, 0) };
-        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    /// The share that it got of the time in which its threads could run, since the last call: from 0 to 1. All of it where none
+    /// could.
+    fn share_got(&mut self) -> f64 {
+        let now = Used::read(&self.tasks);
+        let before = std::mem::replace(&mut self.seen, now);
+        // A thread that has ended takes its sums with it.
+        let (ran, waited) = (now.ran.saturating_sub(before.ran), now.waited.saturating_sub(before.waited));
+        share(ran, waited)
     }
+}
+
+impl Used {
+    fn read(tasks: &Path) -> Self {
+        let threads = fs::read_dir(tasks).into_iter().flatten().flatten();
+        let texts = threads.filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok());
+        texts
+            .filter_map(|text| Self::parse(&text))
+            .fold(Self::default(), |sum, one| Self { ran: sum.ran + one.ran, waited: sum.waited + one.waited })
+    }
+
+    fn parse(schedstat: &str) -> Option<Self> {
+        let mut fields = schedstat.split_whitespace().map(str::parse);
+        Some(Self { ran: fields.next()?.ok()?, waited: fields.next()?.ok()? })
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a share of some milliseconds")]
+fn share(ran: u64, waited: u64) -> f64 {
+    if ran + waited == 0 { 1.0 } else { ran as f64 / (ran + waited) as f64 }
 }
 
 #[cfg(test)]
@@ -194,12 +241,41 @@ mod tests {
             let late = |every: u32| Duration::from_millis(if turn % every == 0 { 7 } else { 0 });
             let run = duty.run() + late(3);
             let stop = duty.stop(run) + late(5);
-            duty.has_stopped(stop);
+            duty.has_stopped(stop, run);
             ran += run.as_secs_f64();
             stopped += stop.as_secs_f64();
         }
         let share = ran / (ran + stopped);
         assert!((share - 0.25).abs() < 0.01, "{share}");
+    }
+
+    #[test]
+    fn what_other_load_takes_is_not_counted_as_run() {
+        let mut duty = Duty::new(0.25);
+        let (mut had, mut by_the_clock) = (0.0, 0.0);
+        for _ in 0..1000 {
+            // Other load has the processors for half of each run.
+            let run = duty.run();
+            let stop = duty.stop(run);
+            duty.has_stopped(stop, run / 2);
+            had += run.as_secs_f64() / 2.0;
+            by_the_clock += (run + stop).as_secs_f64();
+        }
+        let share = had / by_the_clock;
+        assert!((share - 0.25).abs() < 0.01, "{share}");
+    }
+
+    #[test]
+    fn what_a_process_wanted_and_got_is_read_from_its_threads() {
+        assert_eq!(Used::parse("9699800 155570 2\n"), Some(Used { ran: 9_699_800, waited: 155_570 }));
+        assert_eq!(Used::parse(""), None);
+        assert!((share(0, 0) - 1.0).abs() < f64::EPSILON && (share(1, 3) - 0.25).abs() < f64::EPSILON);
+        let mut own = Wanted::of(std::process::id());
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(50) {}
+        let share = own.share_got();
+        assert!(share > 0.0 && share <= 1.0, "{share}");
+        assert!(own.seen.ran > 0, "this kernel tells nothing of its threads");
     }
 
     /// CPU time of a process, clock ticks (proc(5), fields 14 and 15).

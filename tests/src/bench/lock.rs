@@ -1,7 +1,7 @@
 //! One bench at a time: two emulated hosts on one machine would measure each other.
 //!
-//! In a test suite a test host that its scenario has braked, which leaves most of the machine to others, may run beside another
-//! one, unless that one's sound is judged sample by sample.
+//! In a test suite a test host that its scenario has braked runs beside another one: it leaves most of the machine to that one, and
+//! gives way where both want all of it.
 //!
 //! Invariant: who takes both files takes [`Lane::Full`] first, so that no two processes wait for each other.
 
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{BenchError, BenchSpec, brake};
+use super::{BenchError, brake};
 use crate::suite;
 
 /// Processors that two test hosts side by side need.
@@ -37,23 +37,32 @@ impl Lane {
 }
 
 /// The lanes that a test host takes. Pure.
-fn lanes(is_braked: bool, is_judged: bool, two_may_run: bool) -> &'static [Lane] {
+fn lanes(is_braked: bool, two_may_run: bool) -> &'static [Lane] {
     match (two_may_run, is_braked) {
         (true, true) => &[Lane::Braked],
-        (true, false) if !is_judged => &[Lane::Full],
-        _ => &[Lane::Full, Lane::Braked],
+        (true, false) => &[Lane::Full],
+        (false, _) => &[Lane::Full, Lane::Braked],
     }
 }
 
 /// Held while a bench lives; the kernel lets go of the files when the process ends, however that may be.
-pub(super) struct Lock(#[expect(dead_code, reason = "held, not read")] Vec<Flock<File>>);
+pub(super) struct Lock {
+    lanes: &'static [Lane],
+    _files: Vec<Flock<File>>,
+}
 
 impl Lock {
-    /// Waits for the lanes of a test host like `spec` in the folder of all benches, `out`.
-    pub(super) fn take(out: &Path, spec: &BenchSpec) -> Result<Self, BenchError> {
+    /// Waits for the lanes of a test host of this process in the folder of all benches, `out`.
+    pub(super) fn take(out: &Path) -> Result<Self, BenchError> {
         fs::create_dir_all(out).map_err(|e| BenchError::file("make", out, e))?;
-        let lanes = lanes(brake::is_asked_for(), spec.is_judged, suite::is_running() && has_room_for_two());
-        lanes.iter().map(|lane| take(&out.join(lane.file_name()))).collect::<Result<_, _>>().map(Self)
+        let lanes = lanes(brake::is_asked_for(), suite::is_running() && has_room_for_two());
+        let files = lanes.iter().map(|lane| take(&out.join(lane.file_name()))).collect::<Result<_, _>>()?;
+        Ok(Self { lanes, _files: files })
+    }
+
+    /// The test host may run beside one that goes before it.
+    pub(super) fn gives_way(&self) -> bool {
+        self.lanes == [Lane::Braked]
     }
 }
 
@@ -82,13 +91,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_braked_test_host_runs_beside_one_whose_sound_is_not_judged_and_only_in_a_suite() {
-        let both: &[Lane] = &[Lane::Full, Lane::Braked];
-        assert_eq!(lanes(true, true, true), [Lane::Braked]);
-        assert_eq!(lanes(false, false, true), [Lane::Full]);
-        assert_eq!(lanes(false, true, true), both);
-        for (is_braked, is_judged) in [(false, false), (false, true), (true, false), (true, true)] {
-            assert_eq!(lanes(is_braked, is_judged, false), both);
+    fn a_braked_test_host_runs_beside_another_one_and_only_in_a_suite() {
+        assert_eq!(lanes(true, true), [Lane::Braked]);
+        assert_eq!(lanes(false, true), [Lane::Full]);
+        for is_braked in [false, true] {
+            assert_eq!(lanes(is_braked, false), [Lane::Full, Lane::Braked]);
         }
     }
 

@@ -8,9 +8,11 @@ pub mod brake;
 mod error;
 mod files;
 pub mod guest;
+pub mod limit;
 mod lock;
 pub mod patience;
 pub mod pcap;
+mod process;
 mod qemu;
 pub mod spec;
 
@@ -32,6 +34,7 @@ use crate::probe::client::{Client, ClientError, Run};
 use brake::Brake;
 pub use error::BenchError;
 pub use guest::Guest;
+use limit::Limit;
 use lock::Lock;
 use patience::Stall;
 pub use qemu::real_kvm as has_nested_kvm;
@@ -47,8 +50,9 @@ const TAIL_LINES: usize = 25;
 pub struct Bench {
     spec: BenchSpec,
     dir: PathBuf,
-    /// Declared before the process that it brakes, so that it is let go first.
+    /// Declared before the process that they are about, so that it is let go first.
     brake: Option<Brake>,
+    limit: Option<Limit>,
     qemu: Child,
     exec: Client,
     peer: Peer,
@@ -62,7 +66,7 @@ impl Bench {
     /// What is missing on this machine, or the last lines of the test host's console.
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let speed = brake::speed()?;
-        let lock = Lock::take(assets.out(), &spec)?;
+        let lock = Lock::take(assets.out())?;
         assets.check_models(&spec.nics)?;
         let mut spec = spec;
         if assets.unsteady_smp() && !qemu::real_kvm() {
@@ -73,11 +77,14 @@ impl Bench {
         let taps = peer.take_taps();
         files::fill_share(&dir.join("share"), assets, &spec)?;
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
-        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
+        let nice = lock.gives_way().then_some(brake::NICE);
+        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs), nice)?;
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
-        let mut bench = Self { spec, dir, brake: None, qemu, exec, peer, _lock: lock };
+        let mut bench = Self { spec, dir, brake: None, limit: None, qemu, exec, peer, _lock: lock };
         let brake = Brake::on(bench.qemu.id(), speed);
         bench.brake = Some(brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?);
+        let limit = Limit::on(bench.qemu.id(), &bench.spec.name);
+        bench.limit = Some(limit.map_err(|e| BenchError::file("watch QEMU in", &bench.dir, e))?);
         let start = Instant::now();
         bench.await_boot()?;
         patience::note_boot(start.elapsed());
@@ -246,6 +253,7 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         self.brake = None;
+        self.limit = None;
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
@@ -257,6 +265,7 @@ fn start_qemu(
     dir: &Path,
     taps: &[OwnedFd],
     exec: &OwnedFd,
+    nice: Option<i32>,
 ) -> Result<Child, BenchError> {
     let inherit = |fd: &OwnedFd| -> io::Result<i32> {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -273,9 +282,15 @@ fn start_qemu(
     if !spec.shell {
         command.stdin(Stdio::null()).stdout(log);
     }
-    // SAFETY: prctl is async-signal-safe and touches no memory of this process.
+    // SAFETY: prctl and setpriority are async-signal-safe and touch no memory of this process.
     unsafe {
-        command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));
+        command.pre_exec(move || {
+            if let Some(nice) = nice {
+                // Best effort: without it the test host is one that gives no way.
+                let _ = libc::setpriority(libc::PRIO_PROCESS, 0, nice);
+            }
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into)
+        });
     }
     command.spawn().map_err(failed)
 }

@@ -99,8 +99,6 @@ pub struct BenchSpec {
     pub sound: Vec<Model>,
     /// Frames a second of what they play together, in `sound.wav`; what is played at another rate is resampled.
     pub wav_rate: u32,
-    /// What is played is judged sample by sample: nothing else may take the machine's time.
-    pub is_judged: bool,
     /// Disks, in order: `DISK0`, ...
     pub storage: Vec<Storage>,
     /// CPUs of the test host.
@@ -131,7 +129,6 @@ impl BenchSpec {
             one_wire: false,
             sound: Vec::new(),
             wav_rate: 48_000,
-            is_judged: false,
             storage: Vec::new(),
             cpus: 2,
             memory_mib: 3072,
@@ -139,7 +136,7 @@ impl BenchSpec {
             capture: Some(128),
             cmdline: String::new(),
             files: Vec::new(),
-            boot_silence: Duration::from_secs(60),
+            boot_silence: Duration::from_secs(30),
             shell: false,
         }
     }

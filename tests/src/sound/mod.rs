@@ -72,7 +72,6 @@ impl Sound {
     pub fn add_to(&self, bench: &mut BenchSpec) {
         bench.sound = self.models.iter().cloned().chain([CLOCK.into()]).collect();
         bench.wav_rate = RATE;
-        bench.is_judged = true;
         bench.files.extend(self.images.iter().chain([&self.programs, &self.song.archive]).cloned());
     }
 

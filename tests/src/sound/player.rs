@@ -13,7 +13,7 @@ const STEP: Duration = Duration::from_secs(60);
 const STILL: Duration = Duration::from_secs(60);
 /// The player of a sound server, whose stream goes on when the player hangs.
 const SERVED: &str = "paplay";
-/// Longest time that it may take in all.
+/// Longest time that it may take in all, as may a player that is fed no more.
 const LONGEST: Duration = Duration::from_secs(300);
 /// How often a player is asked whether it has ended: each question costs the emulated machine time.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -159,7 +159,7 @@ impl Player {
     /// As [`Self::wait`].
     pub fn finish(&self, place: &mut Place) -> Result<(Ended, usize), DemoError> {
         place.in_guest(&self.guest, &format!(": >{ENOUGH}"), STEP)?;
-        let ended = self.wait(place)?;
+        let ended = self.wait_for(place, Some(LONGEST))?;
         let said = place.in_guest(&self.guest, &format!("cat {FED}"), STEP)?;
         let none = |_| DemoError::Umbra { what: "the player was fed nothing".into(), said: said.clone() };
         Ok((ended, said.trim().parse().map_err(none)?))
@@ -170,6 +170,10 @@ impl Player {
     /// # Errors
     /// It does not end: its stream moves no more, or has moved for too long.
     pub fn wait(&self, place: &mut Place) -> Result<Ended, DemoError> {
+        self.wait_for(place, (self.name == SERVED).then_some(LONGEST))
+    }
+
+    fn wait_for(&self, place: &mut Place, longest: Option<Duration>) -> Result<Ended, DemoError> {
         let (mut stall, start) = (Stall::new(STILL), Instant::now());
         loop {
             if let Some(ended) = self.ended(place)? {
@@ -179,7 +183,7 @@ impl Player {
                 place.in_guest(&self.guest, &format!("cat {STATUS} {STATUS_CAPTURE} 2>/dev/null || true"), STEP)?;
             let position = |line: &&str| line.starts_with("hw_ptr");
             let still = stall.is_over(state.lines().filter(position).map(str::to_owned).collect::<Vec<_>>());
-            let too_long = self.name == SERVED && start.elapsed() > scaled(LONGEST);
+            let too_long = longest.is_some_and(|longest| start.elapsed() > scaled(longest));
             if still || too_long {
                 let said = place.in_guest(&self.guest, "dmesg | tail -n 5", STEP)?;
                 let what = format!("{} in the guest does not end", self.name);

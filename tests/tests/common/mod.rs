@@ -2,10 +2,11 @@
 #![allow(dead_code, reason = "each scenario uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use umbra_tests::assets::Assets;
-use umbra_tests::bench::{Bench, BenchSpec, brake, patience};
+use umbra_tests::bench::{Bench, BenchSpec, brake, limit, patience};
 use umbra_tests::demo::attempts;
 use umbra_tests::demo::machine::MachineSpec;
 use umbra_tests::demo::place::Place;
@@ -15,7 +16,9 @@ use umbra_tests::suite::Needed;
 /// Longest time in which nothing may move during a single step, as on the reference machine (`umbra_tests::bench::patience`).
 pub const STEP: Duration = Duration::from_secs(60);
 /// The same during a recovery or the boot of a standby.
-pub const RECOVERY: Duration = Duration::from_secs(150);
+pub const RECOVERY: Duration = Duration::from_secs(90);
+/// Longest life of a scenario's test host, more than twice that of the longest one.
+const LONGEST: Duration = Duration::from_secs(8 * 60);
 
 /// Set to 1 to leave out what needs QEMU.
 const SKIP: &str = "UMBRA_SKIP_BENCH";
@@ -29,7 +32,7 @@ pub fn skipped() -> bool {
     skip
 }
 
-/// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown and the
+/// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown at once and the
 /// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts. How many attempts were needed
 /// is in the suite's closing lines.
 pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
@@ -42,16 +45,39 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
         let seconds = start.elapsed().as_secs_f64();
         Needed { scenario: this_scenario(), attempts, ok, seconds }.note();
     };
+    limit::at_most(LONGEST);
     for attempt in 1..=attempts {
-        match std::panic::catch_unwind(&run) {
-            Ok(()) => return note(attempt, true),
-            Err(panic) if attempt == attempts => {
-                note(attempt, false);
-                std::panic::resume_unwind(panic);
-            }
-            Err(_) => say(&format!("attempt {attempt} of {attempts} failed on an emulated machine (above); once more")),
+        let begin = Instant::now();
+        let Err(panic) = std::panic::catch_unwind(&run) else { return note(attempt, true) };
+        let again = if attempt < attempts { "once more" } else { "given up" };
+        tell_at_once(&format!(
+            "{}: attempt {attempt} of {attempts} failed after {:.0} s ({}); {again}",
+            this_scenario(),
+            begin.elapsed().as_secs_f64(),
+            first_line(panic.as_ref())
+        ));
+        if attempt == attempts {
+            note(attempt, false);
+            std::panic::resume_unwind(panic);
         }
     }
+}
+
+/// The test hosts of this scenario may live for so much longer, as on the reference machine: it was asked for more than usual.
+pub fn longer_by(more: Duration) {
+    limit::at_most(LONGEST + more);
+}
+
+/// What the runner must not keep until the test has ended, as it keeps what macros print.
+fn tell_at_once(what: &str) {
+    let _ = writeln!(std::io::stderr(), "    {what}");
+}
+
+/// The first line of a panic's message.
+fn first_line(panic: &(dyn std::any::Any + Send)) -> &str {
+    let literal = || panic.downcast_ref::<&str>().copied();
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(literal);
+    text.and_then(|text| text.lines().next()).unwrap_or("no message")
 }
 
 /// As [`scenario`], as on a machine so much slower: `speed` is a share of this one's.

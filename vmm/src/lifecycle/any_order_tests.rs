@@ -63,7 +63,7 @@ proptest! {
             }
             over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
             let actions = life.handle(at(now), input.clone());
-            let given_up = actions.contains(&Action::Bury);
+            let given_up = actions.contains(&Action::BeginLastWords);
             for action in actions {
                 match action {
                     Action::Spawn(generation) => {
@@ -93,7 +93,7 @@ proptest! {
                     }
                     Action::ConfigureStandby => prop_assert!(standby.is_some()),
                     Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
-                    Action::Bury => {
+                    Action::BeginLastWords => {
                         prop_assert!(alive, "bury nothing at {input:?}");
                         alive = false;
                     }

@@ -470,7 +470,7 @@ impl Lifecycle {
         let mut actions = self.fenced(now, lived, source);
         // The guests wait for the reset alone, so it goes first; then the life's last words, then the report.
         let behind_reset = actions.iter().position(|action| *action == Action::Reset).map_or(0, |n| n + 1);
-        actions.insert(behind_reset, Action::Bury);
+        actions.insert(behind_reset, Action::BeginLastWords);
         actions
     }
 

@@ -151,7 +151,7 @@ fn with_both_down_the_serving_device_recovers_first() {
     life.handle(at(2000), Input::StandbyFailed("it broke".into()));
     let actions = life.handle(at(2001), Input::Failed(failure(NoticedBy::Panic, 2001)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::Release]), "{actions:?}");
-    assert_eq!(life.handle(at(2010), Input::Released), [Action::Reset, Action::Bury, Action::Report]);
+    assert_eq!(life.handle(at(2010), Input::Released), [Action::Reset, Action::BeginLastWords, Action::Report]);
     assert_eq!(life.handle(at(2020), Input::SpareFenced), []);
     assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(3))]);
     // Not beside the recovery.
@@ -316,7 +316,7 @@ impl World {
                 prop_assert!(matches!(spare, Holder::Nobody | Holder::Clean), "{:?}", spare);
                 *spare = Holder::Reset;
             }
-            Action::Bury => prop_assert_eq!(*serving, Holder::Reset),
+            Action::BeginLastWords => prop_assert_eq!(*serving, Holder::Reset),
             Action::GoLive(..) | Action::Configure | Action::Mask => {
                 prop_assert!(matches!(serving, Holder::Process(_)));
             }
@@ -359,7 +359,7 @@ proptest! {
             let actions = life.handle(at(now), input.clone());
             let left = actions.iter().any(|action| matches!(action, Action::Failed(f) if f.source == NoticedBy::Carrier));
             prop_assert!(!left || may_leave, "left at {:?}", input);
-            world.given_up = actions.contains(&Action::Bury);
+            world.given_up = actions.contains(&Action::BeginLastWords);
             for action in actions {
                 world.act(&action)?;
             }

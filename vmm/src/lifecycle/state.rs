@@ -195,7 +195,7 @@ pub enum Action {
     /// Have the process give the device up; answered by [`Input::Released`].
     Release,
     /// The process has given its device up and is no longer the present life: let it say its last words, then kill it.
-    Bury,
+    BeginLastWords,
     /// Kill the process; answered by [`Input::ProcessGone`].
     Kill,
     /// Warn people, with the driver VM's name before the text: something takes longer than it should.

@@ -83,7 +83,7 @@ fn a_panic_is_fenced_reported_reset_and_restarted() {
     let mut life = live(1);
     let panic = failure(NoticedBy::Panic, 2000);
     assert_eq!(life.handle(at(2000), Input::Failed(panic.clone())), [Action::Failed(panic), Action::Release]);
-    let fenced = [Action::Reset, Action::Bury, Action::Report];
+    let fenced = [Action::Reset, Action::BeginLastWords, Action::Report];
     assert_eq!(life.handle(at(2003), Input::Released), fenced, "the reset first, and nobody waits for the process");
     assert_eq!(life.handle(at(2004), Input::Released), [], "once");
     assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(2))]);
@@ -486,7 +486,7 @@ fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
         matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == NoticedBy::Planned),
         "{actions:?}"
     );
-    assert_eq!(life.handle(at(2610), Input::Released), [Action::Reset, Action::Bury]);
+    assert_eq!(life.handle(at(2610), Input::Released), [Action::Reset, Action::BeginLastWords]);
     assert_eq!(life.handle(at(2700), Input::ResetDone)[0], Action::Adopt(generation(2)));
     assert_eq!(life.history().total(), 0);
 }

@@ -54,7 +54,7 @@ impl Supervisor {
                 }
                 self.drivers[n].held.fence();
             }
-            Action::Bury => self.begin_last_words(n),
+            Action::BeginLastWords => self.begin_last_words(n),
             Action::Kill => match &mut self.drivers[n].life {
                 Some(life) => {
                     life.process.kill();
