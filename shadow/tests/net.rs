@@ -277,6 +277,21 @@ fn an_outage_has_its_own_counters_and_a_crash_in_replay_goes_on_with_them() {
 }
 
 #[test]
+fn a_link_lost_before_it_served_bars_nothing_but_the_earlier_ones_of_its_life() {
+    let mut shadow = shadow();
+    let second = LinkId { attempt: 2, ..link(2) };
+    assert!(shadow.apply(Event::Lost(second)));
+    assert!(!shadow.would_serve(link(2)) && !shadow.apply(Event::GoLive(second)));
+    assert!(shadow.would_serve(second.next()) && shadow.would_serve(link(1)));
+    assert!(shadow.apply(Event::GoLive(link(1))));
+    assert!(shadow.apply(Event::Lost(link(1))));
+    assert!(!shadow.would_serve(link(1)) && shadow.would_serve(link(1).next()));
+    // A life that is given up as a whole bars all before it.
+    assert!(shadow.apply(Event::Lost(LinkId::last(generation(2)))));
+    assert!(!shadow.would_serve(link(1).next()) && !shadow.would_serve(second.next()) && shadow.would_serve(link(3)));
+}
+
+#[test]
 fn a_carrier_reported_before_going_live_is_shown_when_live() {
     let mut shadow = shadow();
     assert!(!shadow.carrier(generation(1), false));

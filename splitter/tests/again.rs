@@ -123,6 +123,39 @@ fn a_waiting_link_does_not_displace_one_that_is_being_set_up() {
     exchange(&mut guest, &mut second, 50);
 }
 
+/// A guest's process that starts slowly finds that nobody waits at the other ends any more: both lives are connected again, in any
+/// order, and the present one serves.
+#[test]
+fn connections_that_were_given_up_before_they_served_bar_no_other_life() {
+    for standby_first in [false, true] {
+        let mut guest = Guest::new();
+        let (mut first, mut second) = (DriverVm::new().0, DriverVm::new().0);
+        let dead = || DriverVm::new().1;
+        guest.splitter.attach(link(1), dead());
+        guest.splitter.go_live(generation(1), Log::Replay);
+        guest.splitter.attach(link(2), dead());
+        let mut awaited = vec![link(1), link(2)];
+        while !awaited.is_empty() {
+            if let Notice::LinkLost(lost, _) = guest.notice() {
+                awaited.retain(|id| *id != lost);
+            }
+        }
+        if standby_first {
+            attached_again(&mut guest, &mut second, link(2).next());
+            attached_again(&mut guest, &mut first, link(1).next());
+        } else {
+            attached_again(&mut guest, &mut first, link(1).next());
+            attached_again(&mut guest, &mut second, link(2).next());
+        }
+        live(&mut guest, &mut first, 1);
+        exchange(&mut guest, &mut first, 1);
+        second.rx.offer_all();
+        guest.splitter.mask(generation(1));
+        live(&mut guest, &mut second, 2);
+        exchange(&mut guest, &mut second, 50);
+    }
+}
+
 #[test]
 fn a_link_that_was_given_up_or_is_older_is_refused() {
     let mut guest = Guest::new();

@@ -92,7 +92,7 @@ pub enum Event {
     CarrierDown(Generation),
     /// The log is empty.
     Drained,
-    /// This link is lost, or is given up, and all before it.
+    /// This link is lost. If it has served, or stands for its whole life ([`LinkId::last`]), it and all before it are given up.
     Lost(LinkId),
     /// No further driver VM for now.
     Quarantine,
@@ -145,8 +145,11 @@ pub enum FrameVerdict {
 pub struct NetShadow {
     mode: Mode,
     log: TransmitLog,
-    /// The newest link that was given up; it and all older ones are barred.
+    /// The newest link that was given up after it had served, or whose whole life was; it and all older ones are barred.
     barred: Option<LinkId>,
+    /// The newest link that was lost before it could serve. Of its life, it and those before are barred; the life before may be the one
+    /// that is to serve, and be connected again.
+    unserved: Option<LinkId>,
     /// The carrier as the guest sees it.
     link_up: bool,
     /// The carrier as a generation reports it that is not live yet; the last report counts.
@@ -168,6 +171,7 @@ impl NetShadow {
             mode: Mode::Masking,
             log: TransmitLog::default(),
             barred: None,
+            unserved: None,
             link_up: true,
             next_carrier: None,
             heard: None,
@@ -231,7 +235,11 @@ impl NetShadow {
                 Mode::Masking
             }
             (Mode::Masking | Mode::Quarantined, Event::Lost(l)) => {
-                self.give_up(l, 0);
+                if l == LinkId::last(l.generation) {
+                    self.give_up(l, 0);
+                } else {
+                    self.unserved = Some(l);
+                }
                 self.mode
             }
             (Mode::Quarantined, Event::Quarantine) => return false,
@@ -257,13 +265,9 @@ impl NetShadow {
         !self.is_barred(link) && self.link().is_none_or(|serving| link > serving)
     }
 
-    /// The newest link that was given up.
-    pub fn gave_up(&self) -> Option<LinkId> {
-        self.barred
-    }
-
     fn is_barred(&self, link: LinkId) -> bool {
-        self.barred.is_some_and(|barred| link <= barred)
+        let of_its_life = self.unserved.filter(|lost| lost.generation == link.generation);
+        self.barred.max(of_its_life).is_some_and(|barred| link <= barred)
     }
 
     fn give_up(&mut self, link: LinkId, in_flight: u64) {

@@ -269,13 +269,12 @@ impl NetSplitter {
     }
 
     /// A new connection with a driver VM. A connection older than what has served is closed; one of a later generation than the
-    /// present link waits until that link is lost; one of the same generation takes the present link's place.
+    /// present link waits until that link is lost; one of the same generation takes the present link's place, as does one of an
+    /// earlier generation: the present one has only waited so far.
     pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
         self.take_events();
-        // Another connection of a life that has lost one may come while a later life waits.
-        let again = self.shadow.gave_up().is_some_and(|lost| lost.generation == link.generation);
         let mut known = [self.link.id(), self.next.id()].into_iter().flatten();
-        let stale = known.any(|known| known >= link && !(again && known.generation > link.generation));
+        let stale = known.any(|known| known.generation == link.generation && known >= link);
         if stale || !self.shadow.would_serve(link) {
             tracing::debug!(%link, "closed the link of an old generation");
             return;
