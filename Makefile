@@ -56,8 +56,12 @@ test: build browser
 	@$(BENCH) setup
 	@echo '==> testing the sound service, which has a workspace of its own'
 	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) test --release --quiet
-	@echo '==> running all tests (release; one test machine at a time)'
-	@$(BENCH) suite --beside '--test braked' -- $(CARGO) test --release --workspace --no-fail-fast -- --test-threads=1
+	@echo '==> building all tests (release)'
+	@$(CARGO) test --release --workspace --no-run
+	@$(CARGO) test --release --workspace --no-run --test braked
+	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
+	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' --beside '--workspace --test braked' \
+	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

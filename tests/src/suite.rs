@@ -1,14 +1,13 @@
 //! `make test`: runs the test runner, shows all that it says, and closes with what its many targets do not say together: how many
 //! attempts scenarios needed, which took longest, which tests failed, and one line of counts.
 //!
-//! What runs braked takes long and little of the machine: a second runner does that beside the first. What it says is shown line by
-//! line, each with a mark.
+//! Two runners share the work: one has the scenarios at full speed, one beside it what needs little of the machine. What the second
+//! one says is shown line by line, each with a mark.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -140,12 +139,12 @@ fn read(path: &Path) -> Vec<Needed> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Runs the test runners `command` and, if there is one, `beside` at the same time; shows what they print, and prints the closing
-/// lines. The status of the first that failed.
+/// Runs the test runner `command` and, one after the other, those `beside` it; shows what they print, and prints the closing lines.
+/// The status of the first that failed.
 ///
 /// # Errors
 /// A runner cannot be started, or its output not be read or shown.
-pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result<ExitStatus> {
+pub fn run(command: &[String], beside: &[Vec<String>], attempts: &Path) -> io::Result<ExitStatus> {
     let _ = fs::remove_file(attempts);
     if let Some(dir) = attempts.parent() {
         fs::create_dir_all(dir)?;
@@ -153,29 +152,15 @@ pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result
     let start = Instant::now();
     let shown = Mutex::new(Shown::on(io::stdout()));
     let (counts, status) = thread::scope(|scope| {
-        let second = match beside {
-            [] => None,
-            beside => {
-                let (begun, has_begun) = channel();
-                let shown = &shown;
-                let second = scope.spawn(move || run_beside(beside, attempts, shown, &begun));
-                // Until then it may be compiling, which the first one would only wait for. A runner that cannot be started
-                // hangs up.
-                let _ = has_begun.recv();
-                Some(second)
-            }
-        };
+        let second = scope.spawn(|| run_beside(beside, attempts, &shown));
         let mut counts = Counts::default();
         let first = runner(command, attempts, &mut |output| {
             counts.take(output);
             lock(&shown).first(output)
         })?;
-        let second = second.map(joined).transpose()?;
-        let status = second.as_ref().map(|(_, status)| *status).filter(|_| first.success()).unwrap_or(first);
-        if let Some((beside, _)) = second {
-            counts.add(beside);
-        }
-        Ok::<_, io::Error>((counts, status))
+        let (beside, failed) = joined(second)?;
+        counts.add(beside);
+        Ok::<_, io::Error>((counts, failed.filter(|_| first.success()).unwrap_or(first)))
     })?;
     println!();
     for line in counts.closing_lines(&read(attempts), start.elapsed()) {
@@ -184,28 +169,28 @@ pub fn run(command: &[String], beside: &[String], attempts: &Path) -> io::Result
     Ok(status)
 }
 
-/// Runs the second runner; says when it has `begun` to say something. What it counted, and its status.
+/// Runs the runners `beside` the first: what they counted, and the status of the first of them that failed.
 fn run_beside<W: Write>(
-    command: &[String],
+    beside: &[Vec<String>],
     attempts: &Path,
     shown: &Mutex<Shown<W>>,
-    begun: &Sender<()>,
-) -> io::Result<(Counts, ExitStatus)> {
-    let (mut counts, mut line) = (Counts::default(), Vec::new());
-    let status = runner(command, attempts, &mut |more| {
-        // Nobody waits for it any more after the first time.
-        let _ = begun.send(());
-        counts.take(more);
-        for part in more.split_inclusive(|&byte| byte == b'\n') {
-            line.extend_from_slice(part);
-            if line.ends_with(b"\n") {
-                lock(shown).second(&line)?;
-                line.clear();
+) -> io::Result<(Counts, Option<ExitStatus>)> {
+    let (mut counts, mut line, mut failed) = (Counts::default(), Vec::new(), None);
+    for command in beside {
+        let status = runner(command, attempts, &mut |more| {
+            counts.take(more);
+            for part in more.split_inclusive(|&byte| byte == b'\n') {
+                line.extend_from_slice(part);
+                if line.ends_with(b"\n") {
+                    lock(shown).second(&line)?;
+                    line.clear();
+                }
             }
-        }
-        Ok(())
-    })?;
-    Ok((counts, status))
+            Ok(())
+        })?;
+        failed = failed.or(Some(status).filter(|status| !status.success()));
+    }
+    Ok((counts, failed))
 }
 
 fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
@@ -332,14 +317,15 @@ mod tests {
             let await_file = |name: &str| format!("until [ -e {0}/{name} ]; do sleep 0.01; done", dir.path().display());
             // Each ends only when it has seen the other.
             let touch = |name: &str| format!("touch {}/{name}", dir.path().display());
-            let beside = shell(&format!("echo begun; {}; {}; exit {second}", touch("beside"), await_file("first")));
+            let beside = shell(&format!("{}; {}; exit {second}", touch("beside"), await_file("first")));
             let main = shell(&format!("{}; {}; exit {first}", touch("first"), await_file("beside")));
-            run(&main, &beside, &attempts).unwrap().code()
+            let third = shell(&format!("{}; [ -e {}/first ]", await_file("beside"), dir.path().display()));
+            run(&main, &[beside.to_vec(), third.to_vec()], &attempts).unwrap().code()
         };
         assert_eq!(both(0, 0), Some(0));
         assert_eq!(both(3, 0), Some(3));
         assert_eq!(both(0, 4), Some(4));
         assert_eq!(both(3, 4), Some(3));
-        assert!(run(&shell("true"), &["/no/such/runner".into()], &attempts).is_err());
+        assert!(run(&shell("true"), &[vec!["/no/such/runner".into()]], &attempts).is_err());
     }
 }

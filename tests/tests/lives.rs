@@ -125,7 +125,8 @@ fn reaches_peer(place: &mut Place, guest: &str) {
 /// The NIC's driver VM is live, and a guest without a card is served, while the card's driver VM boots; then its guest comes too.
 fn a_slow_card_holds_up_no_nic(place: &mut Place, spec: &MachineSpec, slow: &Path) {
     say("a card that takes long to boot");
-    let mut spec = MachineSpec { without_card: vec![NEIGHBOUR.into()], standby: "cold".into(), ..spec.clone() };
+    let mut spec =
+        MachineSpec { without_card: vec![NEIGHBOUR.into()], standby: "cold".into(), snapshots: false, ..spec.clone() };
     spec.slow_boot_s = slow_boot_s();
     if let Some(card) = &mut spec.sound {
         card.image = file_name(slow);

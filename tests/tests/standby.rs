@@ -29,8 +29,9 @@ fn a_standby_takes_over_and_is_replaced_when_it_dies() {
 
 fn take_over_and_be_replaced() {
     let (mut place, mut spec) = place_with("standby", "rtl8139");
+    spec.snapshots = false;
     boot_and_take_over(&mut place, &spec);
-    spec.snapshots = true;
+    (spec.snapshots, spec.snapshot_folder) = (true, Some("/tmp/snapshots".into()));
     be_restored_and_take_over(&mut place, &spec);
     let left = place.run("pidof umbra", STEP).or_tell();
     assert!(!left.ok(), "processes are left: {}", left.stdout);

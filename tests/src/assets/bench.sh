@@ -1,4 +1,6 @@
 # Functions for scripts in the test host.
+# The folder in the shared one is umbra's own, as it has to be.
+: "${UMBRA_SNAPSHOT_DIR:=/snapshots/umbra}"; export UMBRA_SNAPSHOT_DIR
 # bdf_at rp:10 | pci:08: the PCI function behind that root port, or in that slot of the root bus
 bdf_at() {
   case $1 in

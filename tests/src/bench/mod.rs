@@ -274,7 +274,10 @@ fn start_qemu(
     let failed = |e| BenchError::file("start QEMU in", dir, e);
     let taps = taps.iter().map(inherit).collect::<io::Result<Vec<_>>>().map_err(failed)?;
     let exec = inherit(exec).map_err(failed)?;
-    let parts = qemu::Parts { kernel: assets.kernel(), initrd: assets.host_initramfs(), dir, taps: &taps, exec };
+    let snapshots = assets.out().join("snapshots");
+    fs::create_dir_all(&snapshots).map_err(|e| BenchError::file("make", &snapshots, e))?;
+    let (kernel, initrd) = (assets.kernel(), assets.host_initramfs());
+    let parts = qemu::Parts { kernel, initrd, dir, taps: &taps, exec, snapshots: &snapshots };
     let arguments = qemu::arguments(spec, &parts);
     let log = fs::File::create(dir.join("qemu.log")).map_err(failed)?;
     let mut command = Command::new(assets.qemu());

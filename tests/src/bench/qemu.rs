@@ -21,6 +21,8 @@ pub(super) struct Parts<'a> {
     pub(super) taps: &'a [RawFd],
     /// The exec server's connected socket.
     pub(super) exec: RawFd,
+    /// Folder of driver VMs' snapshots, of all test hosts.
+    pub(super) snapshots: &'a Path,
 }
 
 /// First slot on the root bus for conventional devices; 0x1f and the low ones are the chip set's and the bench's own.
@@ -134,6 +136,9 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
         slots.cmdline.push_str(" umbra.shell");
     }
     slots.add(&["-virtfs", &format!("local,path={dir}/share,mount_tag=share,security_model=none,multidevs=remap")]);
+    // Owner and mode are kept beside: in the test host the files are root's, whoever runs this.
+    let snapshots = parts.snapshots.display();
+    slots.add(&["-virtfs", &format!("local,path={snapshots},mount_tag=snapshots,security_model=mapped-file")]);
     nics(spec, parts, &mut slots);
     sound(spec, parts, &mut slots);
     storage(spec, parts, &mut slots);
@@ -201,8 +206,9 @@ mod tests {
     use super::*;
 
     fn line(spec: &BenchSpec) -> String {
-        let parts =
-            Parts { kernel: Path::new("k"), initrd: Path::new("i"), dir: Path::new("d"), taps: &[5, 6, 7], exec: 4 };
+        let (kernel, initrd) = (Path::new("k"), Path::new("i"));
+        let (dir, snapshots) = (Path::new("d"), Path::new("s"));
+        let parts = Parts { kernel, initrd, dir, taps: &[5, 6, 7], exec: 4, snapshots };
         arguments(spec, &parts).join(" ")
     }
 

@@ -10,9 +10,12 @@ use crate::suite;
 /// Arguments of `umbra-bench suite`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// Arguments of a second run of the runner, at the same time, as `--beside "--test braked"`.
+    /// Arguments of the first run of the runner, as `--first "--workspace"`.
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
+    first: String,
+    /// Arguments of a second run at the same time, as `--beside "--test braked"`; of several, one follows the other.
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
-    beside: Option<String>,
+    beside: Vec<String>,
     /// The test runner and its arguments, as `-- cargo test`.
     #[arg(last = true, required = true)]
     command: Vec<String>,
@@ -24,15 +27,15 @@ pub struct Args {
 /// The runner cannot be started.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let attempts = target_dir().join("bench/attempts.jsonl");
-    let beside = args.beside.as_deref().map(|more| beside(&args.command, more)).unwrap_or_default();
-    let status = suite::run(&args.command, &beside, &attempts)
+    let beside: Vec<_> = args.beside.iter().map(|more| with(&args.command, more)).collect();
+    let status = suite::run(&with(&args.command, &args.first), &beside, &attempts)
         .with_context(|| format!("cannot run {}", args.command.join(" ")))?;
     // A runner that a signal ended has no status.
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// The runner with `more` arguments before those of the tests themselves.
-fn beside(command: &[String], more: &str) -> Vec<String> {
+fn with(command: &[String], more: &str) -> Vec<String> {
     let tests = command.iter().position(|argument| argument == "--").unwrap_or(command.len());
     let more = more.split_whitespace().map(str::to_owned);
     command[..tests].iter().cloned().chain(more).chain(command[tests..].iter().cloned()).collect()
@@ -43,10 +46,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_of_the_second_run_come_before_those_of_the_tests() {
+    fn arguments_of_a_run_come_before_those_of_the_tests() {
         let command: Vec<String> = ["cargo", "test", "--", "--test-threads=1"].map(Into::into).into();
         let expected = ["cargo", "test", "--test", "braked", "--", "--test-threads=1"];
-        assert_eq!(beside(&command, "--test braked"), expected);
-        assert_eq!(beside(&command[..2], "--test braked"), expected[..4]);
+        assert_eq!(with(&command, "--test braked"), expected);
+        assert_eq!(with(&command[..2], "--test braked"), expected[..4]);
     }
 }

@@ -87,8 +87,10 @@ pub struct MachineSpec {
     pub driver_memory: String,
     /// `warm` or `cold`.
     pub standby: String,
-    /// Standbys are restored from a snapshot.
+    /// Driver VMs are restored from snapshots.
     pub snapshots: bool,
+    /// The folder of snapshots in the place, where it is not that of all test hosts.
+    pub snapshot_folder: Option<String>,
 }
 
 impl MachineSpec {
@@ -110,7 +112,8 @@ impl MachineSpec {
             interrupts_per_s: 200_000,
             driver_memory: "128M".into(),
             standby: "warm".into(),
-            snapshots: false,
+            snapshots: true,
+            snapshot_folder: None,
         }
     }
 
@@ -219,7 +222,9 @@ impl Machine {
             ),
             START_LIMIT,
         )?;
-        let run = place.start(&format!("umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
+        let folder = spec.snapshot_folder.iter().map(|folder| format!("UMBRA_SNAPSHOT_DIR={folder} "));
+        let folder: String = folder.collect();
+        let run = place.start(&format!("{folder}umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
         let share = place.share();
         Ok(Self { run, events: Follow::new(share.join("events.jsonl")), share, seen: Vec::new() })
     }

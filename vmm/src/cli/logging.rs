@@ -13,18 +13,22 @@ use std::os::fd::AsFd;
 use std::sync::OnceLock;
 
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::base::background_writer::{BackgroundWriter, PATIENCE};
 use crate::base::untrusted_text::whole_line;
 use crate::base::wall;
 
-/// Warnings and errors.
-const DEFAULT: &str = "warn";
+/// Environment variable: what is logged, as `debug` or `umbra_vmm::vfio=trace`.
+const FILTER: &str = "UMBRA_LOG";
+/// Without it: warnings and errors.
+const DEFAULT: LevelFilter = LevelFilter::WARN;
 
 /// Bytes of lines that wait for a stderr that takes none: some thousand lines.
 const BUFFER: usize = 512 << 10;
@@ -41,10 +45,17 @@ pub(super) enum WrittenBy {
     Thread,
 }
 
-/// Starts logging; lines that are about no VM are about `subject`. `UMBRA_LOG` takes a filter, as `debug` or
-/// `umbra_vmm::vfio=trace`.
-pub(super) fn init(subject: &str, written_by: WrittenBy) {
-    let filter = EnvFilter::try_from_env("UMBRA_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT));
+/// Starts logging; lines that are about no VM are about `subject`. What is wrong with the filter that the user asks for, if anything is:
+/// the usual one is in its place.
+pub(super) fn init(subject: &str, written_by: WrittenBy) -> Option<String> {
+    let asked = std::env::var(FILTER).unwrap_or_default();
+    let (filter, refused) = match filter(&asked) {
+        Ok(filter) => (filter, None),
+        Err(why) => {
+            let what = format!("{FILTER}={asked} is no log filter ({why}); one is `debug`, or `umbra_vmm::vfio=trace`");
+            (Targets::new().with_default(DEFAULT), Some(what))
+        }
+    };
     let format = Lines { subject: subject.into() };
     let queue = match written_by {
         WrittenBy::Caller => None,
@@ -54,7 +65,17 @@ pub(super) fn init(subject: &str, written_by: WrittenBy) {
         Some(queue) => BoxMakeWriter::new(move || Queued(queue)),
         None => BoxMakeWriter::new(io::stderr),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).event_format(format).init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false).event_format(format);
+    tracing_subscriber::registry().with(lines).with(filter).init();
+    refused
+}
+
+/// The filter that is `asked` for; nothing asks for [`DEFAULT`].
+fn filter(asked: &str) -> Result<Targets, String> {
+    match asked.trim() {
+        "" => Ok(Targets::new().with_default(DEFAULT)),
+        asked => asked.parse().map_err(|error| format!("{error}")),
+    }
 }
 
 /// Waits a bounded time until all lines are written.
@@ -127,6 +148,16 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
+
+    #[test]
+    fn a_filter_is_a_level_or_one_for_each_module() {
+        let takes = |asked: &str, module: &str, level: Level| filter(asked).unwrap().would_enable(module, &level);
+        assert!(takes("", "umbra_vmm::vfio", Level::WARN) && !takes(" ", "umbra_vmm::vfio", Level::INFO));
+        assert!(takes("debug", "umbra_vmm", Level::DEBUG) && !takes("debug", "umbra_vmm", Level::TRACE));
+        assert!(takes("umbra_vmm::vfio=trace", "umbra_vmm::vfio", Level::TRACE));
+        assert!(takes("warn,umbra_vmm::vfio=trace", "umbra_vmm", Level::WARN));
+        assert!(filter("umbra_vmm=loud").is_err());
+    }
 
     #[test]
     fn each_line_names_what_it_is_about() {

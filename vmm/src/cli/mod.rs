@@ -93,7 +93,11 @@ impl Command {
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
-    logging::init(command.subject(), command.log_written_by());
+    let refused = logging::init(command.subject(), command.log_written_by());
+    // A VM's process has the supervisor's environment, which has been told.
+    if let Some(what) = refused.filter(|_| !matches!(command, Command::Vm(_))) {
+        tracing::warn!("{what}");
+    }
     let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => client::status(&args),

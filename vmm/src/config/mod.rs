@@ -196,8 +196,8 @@ pub struct Driver {
     /// Whether the next driver VM waits booted.
     #[serde(default)]
     pub standby: Standby,
-    /// Whether a standby is restored from a snapshot, which the first one leaves.
-    #[serde(default)]
+    /// Whether driver VMs are restored from a snapshot, which the first standby leaves.
+    #[serde(default = "default_snapshots")]
     pub snapshots: bool,
     /// How often it may be restarted, and what then.
     #[serde(default)]
@@ -227,7 +227,7 @@ impl Driver {
             cpus: default_cpus(),
             cmdline: String::new(),
             standby: Standby::default(),
-            snapshots: false,
+            snapshots: default_snapshots(),
             restart: Restart::default(),
         }
     }
@@ -295,6 +295,10 @@ fn default_spare_after_ms() -> u32 {
 
 fn default_cpus() -> u8 {
     1
+}
+
+fn default_snapshots() -> bool {
+    true
 }
 
 fn default_cmdline() -> String {

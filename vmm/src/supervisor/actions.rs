@@ -130,6 +130,7 @@ impl Supervisor {
         driver.present = Some(generation);
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
         match driver.start(&self.program, generation) {
+            Ok(()) if self.drivers[n].awaits_device() => self.give_device(n),
             Ok(()) => self.connect_ends(n),
             Err(error) => self.fail_driver(n, NoticedBy::Start, error.to_string(), Time::now()),
         }

@@ -219,7 +219,8 @@ impl GuestVm {
             sounds,
             ports: self.spec.port.iter().map(port).collect(),
             passthrough: self.spec.passthrough.clone(),
-            standby: false,
+            awaits_device: false,
+            has_time: false,
             // Nobody would restart a guest for it.
             snapshot_of: None,
             awaited: None,

@@ -53,9 +53,8 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
             }
         },
     };
-    if !spec.passthrough.is_empty() || spec.standby {
-        // A standby that boots has time.
-        memory::collapse(&memory, if spec.standby { Pace::Gentle } else { Pace::Steady });
+    if !spec.passthrough.is_empty() || spec.awaits_device {
+        memory::collapse(&memory, if spec.has_time { Pace::Gentle } else { Pace::Steady });
     }
     tracing::debug!("memory is there");
     let vm = Vm::new(spec, memory)?;

@@ -109,7 +109,7 @@ pub fn add(
         adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
     }
     adder.virtio("virtio-rng", Arc::new(Mutex::new(Rng::new()?)))?;
-    if !spec.passthrough.is_empty() || spec.standby {
+    if !spec.passthrough.is_empty() || spec.awaits_device {
         adder.devices.vfio = Some(new_vfio(vm)?);
     }
     for function in &spec.passthrough {

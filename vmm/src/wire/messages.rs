@@ -46,9 +46,12 @@ pub struct VmSpec {
     pub ports: Vec<PortBackend>,
     /// PCI functions to pass through.
     pub passthrough: Vec<String>,
-    /// A driver VM that waits for its device: [`ToVm::Plug`].
+    /// A driver VM that gets its device later: [`ToVm::Plug`].
     #[serde(default)]
-    pub standby: bool,
+    pub awaits_device: bool,
+    /// Nobody waits for it while it boots.
+    #[serde(default)]
+    pub has_time: bool,
     /// Restore it from its snapshot where there is one, and let one be taken by [`ToVm::Snapshot`]: the digest of kernel and initial
     /// RAM disks. Answered by [`FromVm::Snapshot`] at its start. `None`: it has no snapshots.
     #[serde(default)]

@@ -39,7 +39,7 @@ pub fn main(args: &[String]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();
-    if spec.passthrough.is_empty() && !spec.standby {
+    if spec.passthrough.is_empty() && !spec.awaits_device {
         guest(&spec, &channel)
     } else {
         driver(&spec, channel)
@@ -221,7 +221,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
         let control = Arc::clone(&channel);
         thread::spawn(move || obey(&control));
     };
-    if spec.standby {
+    if spec.awaits_device {
         say(FromAgent::Loaded { uptime_ms: 2 });
         heartbeats();
     }
@@ -229,7 +229,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let Ok(ToAgent::ConfigureNet(plan)) = serde_json::from_str(&plan) else { panic!("{plan}") };
     let Some(end) = plan.ends.first() else { panic!("{plan:?}") };
     assert_eq!(end.mode.promiscuous && !end.offloads.checksum, told("clean"), "{plan:?}");
-    if spec.standby {
+    if spec.awaits_device {
         // Guests come and go meanwhile, and ask for other settings.
         let mut orders = lines.by_ref().map(|line| serde_json::from_str::<ToAgent>(&line.unwrap()).unwrap());
         assert!(orders.any(|order| order == ToAgent::Rescan));
@@ -267,7 +267,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     if told("flood") {
         let _ = sender.lock().unwrap().write_all(&vec![b'x'; 1 << 20]);
     }
-    if !spec.standby {
+    if !spec.awaits_device {
         heartbeats();
     }
     if told("deaf") {
@@ -281,14 +281,18 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
 }
 
-/// The begin of a life with a snapshot: there is one from the second standby on. Whether it is restored.
+/// The begin of a life with a snapshot: there is one from the second standby on, or from the second life on. Whether it is restored.
 fn snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
     let tell = |news| channel.send(&FromVm::Snapshot { news }, &[]).unwrap();
     // As much as a process has between its start and the word that it is restored.
     thread::sleep(Duration::from_millis(50));
     match spec.name.as_str() {
-        "nic0.2" => tell(SnapshotNews::Missing),
-        "nic0.3" => tell(SnapshotNews::Refused("its memory is damaged".into())),
+        "nic0.1" => {
+            tell(SnapshotNews::Missing);
+            return false;
+        }
+        "nic0.2" if !spec.cmdline.contains("restored ") => tell(SnapshotNews::Missing),
+        "nic0.3" if !spec.cmdline.contains("restored ") => tell(SnapshotNews::Refused("its memory is damaged".into())),
         _ => {
             tell(SnapshotNews::Restored);
             return true;

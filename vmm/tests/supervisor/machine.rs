@@ -99,10 +99,12 @@ pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     let dir = tempfile::tempdir().unwrap();
     make_host(dir.path());
     fs::write(dir.path().join("kernel"), "a kernel").unwrap();
+    // A test that is about snapshots asks for them.
+    let snapshots = if more.contains("snapshots") { "" } else { "snapshots = false\n" };
     let text = format!(
         "metrics = \"./metrics.sock\"\n[guest.web]\nkernel = \"kernel\"\ncmdline = \"{guest} \"\nconsole = {{ file = \"web.log\" }}\n\
          net = [{{ driver = \"nic0\" }}]\n\
-         [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\n{more}\n"
+         [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\n{snapshots}{more}\n"
     );
     fs::write(dir.path().join("m.toml"), text).unwrap();
     // Messages wait in it until a test reads them.
@@ -305,18 +307,31 @@ impl TestMachine {
 
     /// The report of a generation, once its process has ended: its last words come after the recovery has begun.
     pub fn report(&self, generation: u32) -> Value {
+        self.report_with(generation, "its process's end", |_| true)
+    }
+
+    /// As [`Self::report`], and once it has `what` as well: it is written again when more is known.
+    pub fn report_with(&self, generation: u32, what: &str, has: impl Fn(&Value) -> bool) -> Value {
         let path = self.run_dir().join(format!("reports/nic0-gen{generation}.json"));
         let until = Instant::now() + PATIENCE;
         loop {
-            let text = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             // It may be written just now.
+            let text = fs::read(&path).unwrap_or_default();
             let report: Value = serde_json::from_slice(&text).unwrap_or_default();
-            if report["exit"].as_str().is_some_and(|exit| !exit.is_empty()) {
+            if report["exit"].as_str().is_some_and(|exit| !exit.is_empty()) && has(&report) {
                 return report;
             }
-            assert!(Instant::now() < until, "the report of generation {generation} stays incomplete: {report}");
+            assert!(Instant::now() < until, "the report of generation {generation} stays without {what}: {report}");
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// As [`Self::report`], and once it has these steps in its time line.
+    pub fn report_with_steps(&self, generation: u32, steps: &[&str]) -> Value {
+        let has = |report: &Value, step: &str| {
+            report["timeline"].as_array().is_some_and(|marks| marks.iter().any(|mark| mark["step"] == step))
+        };
+        self.report_with(generation, &format!("{steps:?}"), |report| steps.iter().all(|step| has(report, step)))
     }
 
     /// What the guest's process was told.

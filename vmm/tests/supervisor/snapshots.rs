@@ -15,6 +15,7 @@ pub const ALL: &[Case] = &[
         a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored,
     ),
     ("a_failure_while_the_standby_is_saved_is_survived", a_failure_while_the_standby_is_saved_is_survived),
+    ("without_a_standby_the_next_life_is_restored_too", without_a_standby_the_next_life_is_restored_too),
 ];
 
 fn with_snapshots(driver: &str) -> TestMachine {
@@ -62,5 +63,19 @@ fn a_failure_while_the_standby_is_saved_is_survived() {
     machine.crash(CrashKind::Panic);
     // It is told which life it is all the same, and serves.
     machine.wait_live(2);
+    machine.stop();
+}
+
+/// The life that is to serve is started without its device, restored, and gets the device then.
+fn without_a_standby_the_next_life_is_restored_too() {
+    let mut machine =
+        make("", "restored", "snapshots = true\nstandby = \"cold\"\nrestart = { backoff_ms = 10, limit = 9 }");
+    machine.start_again();
+    for generation in 1..=3 {
+        machine.wait_live(generation);
+        machine.crash(CrashKind::Panic);
+    }
+    machine.wait_live(4);
+    assert!(!events(&machine).contains("standby-starting"));
     machine.stop();
 }

@@ -5,7 +5,7 @@
 //!            asks (Ready)                     begin
 //!   Boots -----------------------------------------> Begun
 //!   Unmet --asks, modules loaded--> snapshot --done--^
-//!     +-----restored, or adopted before------------+
+//!     +-----restored, or to serve (asks)-----------+
 //! ```
 //! Invariant: until a life has begun it gets no word from here, and one that is `Unmet` no connection with a guest: what it has met would
 //! be in the snapshot, and in each life that is restored from it.
@@ -14,8 +14,8 @@ use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
+use umbra_guest_images::image::Image;
 
-use super::DriverVm;
 use crate::base::time::Time;
 use crate::lifecycle::NoticedBy;
 use crate::supervisor::driver::life::LifeRole;
@@ -28,33 +28,46 @@ use crate::wire::messages::{SnapshotNews, ToVm};
 pub(in crate::supervisor) enum Begin {
     /// It boots, and begins as soon as its agent asks.
     Boots,
-    /// It is restored from a snapshot, or a snapshot is taken of it before it begins.
+    /// It is restored from a snapshot, or a snapshot may be taken of it before it begins.
     Unmet,
+    /// As before, and its agent has asked: it hears what it is told.
+    Asked,
     /// Its agent has been told.
     Begun,
 }
 
-impl DriverVm {
-    /// The digest of the next life's image, which its snapshots are found by.
-    pub(super) fn image_digest(&self) -> String {
-        let manifest = &self.next_image().manifest;
-        format!("{}+{}", manifest.vmlinux.sha256, manifest.initramfs.sha256)
-    }
+/// What the snapshots of driver VMs from `image` are found by.
+pub(super) fn digest(image: &Image) -> String {
+    format!("{}+{}", image.manifest.vmlinux.sha256, image.manifest.initramfs.sha256)
 }
 
 impl Supervisor {
     /// The agent asks which life this is; whether all of its modules are `loaded`.
     pub(in crate::supervisor) fn on_agent_ready(&mut self, n: DriverId, role: LifeRole, loaded: bool) {
-        let Some(life) = self.drivers[n].life_of(role) else { return };
+        let Some(life) = self.drivers[n].life_of_mut(role) else { return };
         match life.begin {
             Begin::Boots => self.begin(n, role),
-            Begin::Unmet if loaded => {
+            // There is no time for a snapshot.
+            Begin::Unmet | Begin::Asked if role == LifeRole::Present => self.begin(n, role),
+            Begin::Unmet | Begin::Asked => {
+                life.begin = Begin::Asked;
+                if !loaded {
+                    return;
+                }
                 if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot, &[]) {
                     self.events.warn(format!("{}: ask for a snapshot: {error}", self.drivers[n].name));
                     self.begin(n, role);
                 }
             }
-            Begin::Unmet | Begin::Begun => {}
+            Begin::Begun => {}
+        }
+    }
+
+    /// The life of driver VM `n` is to serve from now on: it begins as soon as its agent hears it.
+    pub(super) fn begin_at_once(&mut self, n: DriverId) {
+        if self.drivers[n].life.as_ref().is_some_and(|life| life.begin == Begin::Asked) {
+            // There is no time for a snapshot.
+            self.begin(n, LifeRole::Present);
         }
     }
 

@@ -390,13 +390,14 @@ impl Supervisor {
     fn add_mask(&mut self, d: DriverId, generation: Generation, mask: Mask) {
         let driver = &mut self.drivers[d];
         let report = driver.report.as_mut().filter(|report| report.generation == generation.get());
+        let is_over = driver.timeline.at(Milestone::Live).is_some();
         match report {
-            Some(report) if report.outage_ms.is_some() => {
+            Some(report) if is_over => {
                 report.masks.push(mask);
                 report.masks.truncate(MAX_MASKS);
                 self.write_report(d);
             }
-            _ if driver.timeline.at(Milestone::Live).is_none() => {
+            _ if !is_over => {
                 driver.timeline.mark(Milestone::Mask, Time(mask.at_ns));
                 driver.masks.push(mask);
             }

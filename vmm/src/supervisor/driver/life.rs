@@ -35,8 +35,10 @@ pub(in crate::supervisor) const AT_ONCE: usize = 64;
 /// What a process is started for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::supervisor) enum Purpose {
-    /// It gets the device at once.
+    /// It has the device from its start.
     Serve,
+    /// It gets the device as soon as it can take it: until then it may be restored from a snapshot, which has met none.
+    ServeSoon,
     /// It waits for the device.
     Wait,
     /// It waits with the spare's device.
@@ -48,8 +50,13 @@ impl Purpose {
     pub(in crate::supervisor) fn device(self) -> DevicePlace {
         match self {
             Self::Serve | Self::WaitWithSpare => DevicePlace::Present,
-            Self::Wait => DevicePlace::ToCome,
+            Self::Wait | Self::ServeSoon => DevicePlace::ToCome,
         }
+    }
+
+    /// It is started without a device.
+    pub(in crate::supervisor) fn awaits_device(self) -> bool {
+        self.device() == DevicePlace::ToCome
     }
 }
 

@@ -223,19 +223,21 @@ impl DriverVm {
         self.spare.is_some() && self.lifecycle.standby().generation() == Some(generation)
     }
 
-    /// Starts the process of `generation`, with the device.
+    /// Starts the process of `generation`, which is to serve. The device comes behind it where the VM may be restored from a snapshot,
+    /// which has met none; else it has the device from its start.
     pub(in crate::supervisor) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
         self.console.begin(&format!("{}.{generation}", self.name));
-        self.life = Some(self.launch(program, generation, Purpose::Serve)?);
+        let purpose = if self.spec.snapshots { Purpose::ServeSoon } else { Purpose::Serve };
+        self.life = Some(self.launch(program, generation, (purpose, &self.image))?);
         Ok(())
     }
 
-    /// Starts a process of `generation`.
+    /// Starts a process of `generation` from `image`.
     pub(in crate::supervisor) fn launch(
         &self,
         program: &Path,
         generation: Generation,
-        purpose: Purpose,
+        (purpose, image): (Purpose, &Arc<Image>),
     ) -> Result<Life, StartError> {
         let name = format!("{}.{generation}", self.name);
         let mut inherited: Vec<OwnedFd> = Vec::new();
@@ -243,7 +245,7 @@ impl DriverVm {
         let device = match purpose {
             Purpose::Serve => Some((&self.device, &self.held)),
             Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.held)),
-            Purpose::Wait => None,
+            Purpose::Wait | Purpose::ServeSoon => None,
         };
         let files = device.map(|(_, held)| held.files()).transpose().map_err(StartError::Device)?;
         let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
@@ -252,9 +254,8 @@ impl DriverVm {
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
-        let awaits = if purpose == Purpose::Wait { " umbra.awaits" } else { "" };
-        let image = if purpose == Purpose::Serve { &self.image } else { self.next_image() };
-        let snapshot_of = (purpose == Purpose::Wait && self.spec.snapshots).then(|| self.image_digest());
+        let awaits = if purpose.awaits_device() { " umbra.awaits" } else { "" };
+        let snapshot_of = (purpose.awaits_device() && self.spec.snapshots).then(|| begin::digest(image));
         let begin = if snapshot_of.is_some() { Begin::Unmet } else { Begin::Boots };
         let spec = VmSpec {
             name,
@@ -269,9 +270,10 @@ impl DriverVm {
             sounds: Vec::new(),
             ports: std::iter::once(port).chain(ends).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
-            standby: purpose == Purpose::Wait,
+            awaits_device: purpose.awaits_device(),
+            has_time: purpose == Purpose::Wait,
             snapshot_of,
-            awaited: self.held.snapshot().filter(|_| purpose == Purpose::Wait).cloned(),
+            awaited: self.held.snapshot().filter(|_| purpose.awaits_device()).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
         let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
@@ -280,6 +282,11 @@ impl DriverVm {
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
         Ok(Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len()))
+    }
+
+    /// The present life was started without the device.
+    pub(in crate::supervisor) fn awaits_device(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| life.purpose.awaits_device())
     }
 
     fn mtu(&self) -> u16 {

@@ -11,7 +11,6 @@ use std::time::Duration;
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
 use umbra_shadow::Generation;
 
-use super::begin::Begin;
 use super::console::Console;
 use super::life::{Heard, LifeRole, Purpose};
 use super::{DriverVm, StandbyVm};
@@ -37,7 +36,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
         let purpose = if driver.spare.is_some() { Purpose::WaitWithSpare } else { Purpose::Wait };
-        match driver.launch(&self.program, generation, purpose) {
+        match driver.launch(&self.program, generation, (purpose, driver.next_image())) {
             Ok(life) => {
                 if may_renice() && !driver.lifecycle.awaits_spare() {
                     renice(life.process.pid(), NICE);
@@ -104,13 +103,15 @@ impl Supervisor {
         driver.present = Some(generation);
         let standby = if ready { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
-        if driver.life.as_ref().is_some_and(|life| life.begin == Begin::Unmet) {
-            // There is no time for a snapshot.
-            self.begin(n, LifeRole::Present);
-        }
+        self.give_device(n);
+        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
+    }
+
+    /// The present life, which was started without the device, gets it, and is connected with its guests.
+    pub(in crate::supervisor) fn give_device(&mut self, n: DriverId) {
+        self.begin_at_once(n);
         self.plug(n);
         self.connect_ends(n);
-        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
     }
 
     fn plug(&mut self, n: DriverId) {

@@ -1,12 +1,14 @@
 //! The key of a snapshot: everything that a restored VM has to agree with, digested. Whatever differs, the snapshot is another
 //! one, and the VM boots cold.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::hash::Hasher;
+use std::io::{self, Read};
 
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use twox_hash::XxHash64;
 
 use super::Error;
 use super::format::Key;
@@ -17,8 +19,8 @@ use crate::wire::messages::{NetBackend, VmSpec};
 /// What goes in.
 #[derive(Serialize)]
 struct Ingredients<'a> {
-    /// The program: its version and which file it is, because a device may differ between two builds of a version.
-    program: (&'static str, Option<[i64; 4]>),
+    /// The program: its version and a checksum of its file, because a device may differ between two builds of a version.
+    program: (&'static str, u64),
     /// The host's kernel, KVM with it: release and build.
     kernel: [String; 2],
     /// CPU model and features, as the first vCPU sees them.
@@ -47,7 +49,7 @@ pub fn key(kvm: &Kvm, spec: &VmSpec, image: &str) -> Result<Key, Error> {
     let utsname = nix::sys::utsname::uname().map_err(|error| Error::Memory(error.into()))?;
     let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
     let ingredients = Ingredients {
-        program: (env!("CARGO_PKG_VERSION"), program().map(|file| identity(&file))),
+        program: (env!("CARGO_PKG_VERSION"), program().map_err(Error::Program)?),
         kernel: [text(utsname.release()), text(utsname.version())],
         cpu: cpuid.as_slice().iter().map(leaf).collect(),
         msrs: state::msr_indices(kvm)?,
@@ -63,10 +65,26 @@ pub fn key(kvm: &Kvm, spec: &VmSpec, image: &str) -> Result<Key, Error> {
     Ok(Key(Sha256::digest(text).into()))
 }
 
-fn program() -> Option<Metadata> {
-    std::fs::metadata("/proc/self/exe").ok()
+/// A checksum of this program's file.
+fn program() -> io::Result<u64> {
+    let mut file = File::open("/proc/self/exe")?;
+    let (mut hasher, mut buffer) = (XxHash64::with_seed(0), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finish()),
+            length => hasher.write(&buffer[..length]),
+        }
+    }
 }
 
-fn identity(file: &Metadata) -> [i64; 4] {
-    [file.ino().cast_signed(), file.size().cast_signed(), file.mtime(), file.mtime_nsec()]
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_the_same_each_time_it_is_asked_for() {
+        assert_eq!(program().unwrap(), program().unwrap());
+        assert_ne!(program().unwrap(), XxHash64::with_seed(0).finish());
+    }
 }

@@ -75,6 +75,9 @@ pub enum Error {
     /// The VM's memory, or a fact about the host.
     #[error("the VM's memory")]
     Memory(#[source] io::Error),
+    /// This program's own file cannot be read.
+    #[error("read this program's own file")]
+    Program(#[source] io::Error),
     /// The state is no state.
     #[error("its state cannot be understood")]
     State(#[source] serde_json::Error),
