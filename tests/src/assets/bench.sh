@@ -28,14 +28,14 @@ unvfio() {
 # netof BDF: the function's network interface
 netof() { ls /sys/bus/pci/devices/$1/net 2>/dev/null | head -n 1; }
 # fetch FROM TO: copies a file, or a folder with what is in it, out of the shared folder in large pieces (busybox cp asks
-# for 4 KiB at a time, and each is a round trip there)
+# for 4 KiB at a time, and each is a round trip there); its time stays, by which a snapshot knows it
 fetch() {
   local file
   if [ -d "$1" ]; then
     mkdir -p "$2" || return 1
     for file in "$1"/*; do fetch "$file" "$2/${file##*/}" || return 1; done
   else
-    dd if="$1" of="$2" bs=256k 2>/dev/null && chmod 755 "$2"
+    dd if="$1" of="$2" bs=256k 2>/dev/null && chmod 755 "$2" && touch -r "$1" "$2"
   fi
 }
 # await SECONDS COMMAND...: runs the command until it succeeds; the seconds are those of the reference machine

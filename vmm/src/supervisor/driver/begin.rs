@@ -11,6 +11,8 @@
 //! be in the snapshot, and in each life that is restored from it.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
@@ -36,9 +38,14 @@ pub(in crate::supervisor) enum Begin {
     Begun,
 }
 
-/// What the snapshots of driver VMs from `image` are found by.
+/// What the snapshots of driver VMs from `image` are found by: what its files should be, and that they are still those files.
 pub(super) fn digest(image: &Image) -> String {
-    format!("{}+{}", image.manifest.vmlinux.sha256, image.manifest.initramfs.sha256)
+    let part = |path: &Path, sha256: &str| match std::fs::metadata(path) {
+        Ok(file) => format!("{sha256} {} {}.{:09}", file.size(), file.mtime(), file.mtime_nsec()),
+        Err(error) => format!("{sha256} {error}"),
+    };
+    let Image { vmlinux, initramfs, manifest } = image;
+    format!("{}, {}", part(vmlinux, &manifest.vmlinux.sha256), part(initramfs, &manifest.initramfs.sha256))
 }
 
 impl Supervisor {
