@@ -14,7 +14,7 @@ use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::player::{Player, patient};
+use umbra_tests::sound::player::{Player, patient, patient_kernel};
 use umbra_tests::sound::{Length, RATE, Sound, recording};
 use umbra_tests::wav::{Wav, tone};
 
@@ -91,6 +91,12 @@ fn judge_holding(wav: &Path, sound: &Sound, parts: Vec<(Range<usize>, usize)>) {
     }
 }
 
+/// Length of one of the sound server's four fragments, ms as on the reference machine: its own default. It writes one in time or the
+/// stream stands still.
+const FRAGMENT_MS: u32 = 25;
+/// More than so many times as long is refused by the guest's kernel.
+const LONGEST_FRAGMENT: u32 = 8;
+
 /// What a desktop does: a sound server has the card, and a player speaks to the server. Its part of the recording.
 fn a_sound_server(place: &mut Place, machine: &mut Machine) -> Range<usize> {
     say("a sound server");
@@ -98,15 +104,21 @@ fn a_sound_server(place: &mut Place, machine: &mut Machine) -> Range<usize> {
     let begin = recording::frames_so_far(&place.wav()).unwrap();
     let before = GuestLog::read(place, GUEST).or_tell();
     // As root and without the message bus of a desktop.
+    let fragment = RATE * 4 * FRAGMENT_MS * whole_factor().min(LONGEST_FRAGMENT) / 1000;
     let start = format!(
         "mkdir -p /run /root; mpg123 -q -w /tmp/song.wav /song.mp3 && export PULSE_RUNTIME_PATH=/tmp/pulse && \
-         {{ pulseaudio -n --exit-idle-time=-1 -L 'module-alsa-sink device=hw:0 rate={RATE}' -L module-native-protocol-unix \
+         {{ pulseaudio -n --exit-idle-time=-1 \
+         -L 'module-alsa-sink device=hw:0 rate={RATE} fragments=4 fragment_size={fragment}' -L module-native-protocol-unix \
          </dev/null >/tmp/pulseaudio.log 2>&1 & }}; await 30 test -S /tmp/pulse/native; cat /tmp/pulseaudio.log; [ -S /tmp/pulse/native ]"
     );
     say(place.in_guest(GUEST, &start, RECOVERY).or_tell().trim());
     let play = "PULSE_RUNTIME_PATH=/tmp/pulse paplay /tmp/song.wav";
     let player = Player::run(place, GUEST, "paplay", play).or_tell();
-    recording::await_sound(&place.wav(), Duration::from_secs(2), RECOVERY).or_tell();
+    if let Err(error) = recording::await_sound(&place.wav(), Duration::from_secs(2), RECOVERY) {
+        let said =
+            place.in_guest(GUEST, "cat /tmp/pulseaudio.log /proc/asound/card0/pcm0p/sub0/status", STEP).or_tell();
+        panic!("{error}; the player: {:?}; the server:\n{said}", player.ended(place).or_tell());
+    }
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
     machine.await_live(SOUND_DRIVER, RECOVERY).or_tell();
     let ended = player.wait(place).or_tell();
@@ -190,6 +202,7 @@ fn sound_survives() {
     machine.stop(&mut place).or_tell();
     // A card that two guests share is not played bit by bit as one guest's is.
     let mut alone = spec;
+    alone.guest_options = patient_kernel();
     alone.archives.push(server.file_name().unwrap().to_string_lossy().into_owned());
     let mut machine = Machine::start(&mut place, &alone).or_tell();
     let served = a_sound_server(&mut place, &mut machine);

@@ -28,9 +28,6 @@ const TURN: Duration = Duration::from_millis(20);
 /// Longest single stop, where earlier ones came too short: shorter than a player's buffer of 200 ms.
 const LONGEST_STOP: Duration = Duration::from_millis(100);
 
-/// Nice value of a test host that its scenario has braked and that runs beside others: it takes what they leave.
-pub(super) const NICE: i32 = 19;
-
 /// `UMBRA_BENCH_SPEED` is no speed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -44,11 +41,6 @@ static ASKED: Mutex<Option<f64>> = Mutex::new(None);
 /// Has every test host of this process run at `speed` at most.
 pub fn at_most(speed: f64) {
     *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(speed.clamp(SLOWEST, 1.0));
-}
-
-/// This process has asked for a slow test host itself.
-pub(super) fn is_asked_for() -> bool {
-    ASKED.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|speed| speed < 1.0)
 }
 
 /// The share of full speed at which test hosts run: what [`at_most`] asked for, or `UMBRA_BENCH_SPEED` where that is less, else 1.

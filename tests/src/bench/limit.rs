@@ -5,23 +5,40 @@
 //! waits for it fails.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::patience;
 use super::process::Process;
+use super::{brake, patience};
 
 /// How often it is looked whether the time is over: what boots have shown of this machine may have made it longer.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// So many times longer than on the reference machine a life may be, the brake apart: a boot that was very late for once must not make it
+/// last for hours.
+const SLOWEST: f64 = 4.0;
+
 /// What the program asks for.
 static ASKED: Mutex<Option<Duration>> = Mutex::new(None);
+/// A test host was ended.
+static EXCEEDED: AtomicBool = AtomicBool::new(false);
 
 /// Has every test host of this process live for `longest` at most, as on the reference machine ([`patience`]).
 pub fn at_most(longest: Duration) {
     *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(longest);
+}
+
+/// A test host of this process has lived for too long.
+pub fn was_exceeded() -> bool {
+    EXCEEDED.load(Ordering::Relaxed)
+}
+
+/// `longest` as it is on this machine.
+fn scaled(longest: Duration) -> Duration {
+    longest.mul_f64(patience::factor().min(SLOWEST / brake::speed().unwrap_or(1.0)))
 }
 
 /// The limit of a process's life; gone when dropped.
@@ -43,9 +60,10 @@ impl Limit {
         let (release, released) = channel::<()>();
         let thread = thread::Builder::new().name("limit".into()).spawn(move || {
             while released.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
-                if start.elapsed() < patience::scaled(longest) {
+                if start.elapsed() < scaled(longest) {
                     continue;
                 }
+                EXCEEDED.store(true, Ordering::Relaxed);
                 let minutes = start.elapsed().as_secs() / 60;
                 // Not by a macro: the runner keeps what those print until the test has ended.
                 let _ = writeln!(
@@ -81,6 +99,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let _limit = Limit::on(child.id(), "x").unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+        assert!(was_exceeded());
 
         at_most(Duration::from_secs(1000));
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();

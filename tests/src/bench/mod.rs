@@ -2,7 +2,7 @@
 //!
 //! [`Bench::boot`] sets up the peer's network, starts QEMU and waits for the exec server; [`Bench::run`] runs scripts,
 //! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
-//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting; the exception is in its file.
+//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting.
 
 pub mod brake;
 mod error;
@@ -77,8 +77,7 @@ impl Bench {
         let taps = peer.take_taps();
         files::fill_share(&dir.join("share"), assets, &spec)?;
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
-        let nice = lock.gives_way().then_some(brake::NICE);
-        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs), nice)?;
+        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
         let mut bench = Self { spec, dir, brake: None, limit: None, qemu, exec, peer, _lock: lock };
         let brake = Brake::on(bench.qemu.id(), speed);
@@ -265,7 +264,6 @@ fn start_qemu(
     dir: &Path,
     taps: &[OwnedFd],
     exec: &OwnedFd,
-    nice: Option<i32>,
 ) -> Result<Child, BenchError> {
     let inherit = |fd: &OwnedFd| -> io::Result<i32> {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -285,15 +283,9 @@ fn start_qemu(
     if !spec.shell {
         command.stdin(Stdio::null()).stdout(log);
     }
-    // SAFETY: prctl and setpriority are async-signal-safe and touch no memory of this process.
+    // SAFETY: prctl is async-signal-safe and touches no memory of this process.
     unsafe {
-        command.pre_exec(move || {
-            if let Some(nice) = nice {
-                // Best effort: without it the test host is one that gives no way.
-                let _ = libc::setpriority(libc::PRIO_PROCESS, 0, nice);
-            }
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into)
-        });
+        command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));
     }
     command.spawn().map_err(failed)
 }

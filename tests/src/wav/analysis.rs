@@ -73,13 +73,14 @@ impl Analysis {
             _ => (0, heard.frames.len()),
         };
         let (lost, doubled) = coverage(&pieces);
+        let (unknown, stuttered) = between(heard, source, &pieces);
         let begin = pieces.iter().map(|p| p.source).min().unwrap_or(0);
         let end = pieces.iter().map(|p| p.source + p.frames).max().unwrap_or(0);
         Self {
             silences: silences(heard, first, last),
             lost,
-            doubled,
-            unknown: unknown(&heard.frames, &pieces),
+            doubled: doubled + stuttered,
+            unknown,
             clicks: clicks(&heard.frames, &pieces),
             unheard_ends: (begin, source.frames.len() - end),
             pieces,
@@ -186,10 +187,30 @@ fn coverage(pieces: &[Piece]) -> (usize, usize) {
     (lost, doubled)
 }
 
-/// Frames between the pieces that are not zero.
-fn unknown(heard: &[Frame], pieces: &[Piece]) -> usize {
-    let between = |pair: &[Piece]| &heard[pair[0].heard + pair[0].frames..pair[1].heard];
-    pieces.windows(2).flat_map(between).filter(|frame| **frame != [0, 0]).count()
+/// Frames between the pieces that are not zero: those that are unknown, and those that are heard again in a stutter too short to be a
+/// piece.
+fn between(heard: &Wav, source: &Wav, pieces: &[Piece]) -> (usize, usize) {
+    let (mut unknown, mut stuttered) = (0, 0);
+    for pair in pieces.windows(2) {
+        let end = pair[0].source + pair[0].frames;
+        let gap = &heard.frames[pair[0].heard + pair[0].frames..pair[1].heard];
+        let sound = gap.iter().filter(|frame| **frame != [0, 0]).count();
+        let behind = &source.frames[end.saturating_sub(BEHIND)..end.min(source.frames.len())];
+        if is_short_stutter(gap, behind) {
+            stuttered += sound;
+        } else {
+            unknown += sound;
+        }
+    }
+    (unknown, stuttered)
+}
+
+/// What is between two pieces is, silence apart, a part of what was `behind`, too short for [`Index`].
+fn is_short_stutter(gap: &[Frame], behind: &[Frame]) -> bool {
+    let loud = |frame: &Frame| *frame != [0, 0];
+    let Some((first, last)) = gap.iter().position(loud).zip(gap.iter().rposition(loud)) else { return false };
+    let sound = &gap[first..=last];
+    sound.len() < 2 * WINDOW && behind.windows(sound.len()).any(|part| part == sound)
 }
 
 /// Silences from frame `first` to frame `last`.
@@ -294,6 +315,18 @@ mod tests {
         let analysis = Analysis::of(&heard(&parts), &source);
         assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (0, 124, 0));
         assert!(analysis.silences.is_empty());
+    }
+
+    #[test]
+    fn a_stutter_shorter_than_a_window_is_heard_again_and_as_short_a_noise_is_unknown() {
+        let source = source();
+        let (before, after) = (&source.frames[..20_000], &source.frames[20_000..]);
+        let analysis = Analysis::of(&heard(&[before, &source.frames[15_000..15_050], after]), &source);
+        assert_eq!((analysis.lost, analysis.doubled, analysis.unknown), (0, 50, 0));
+        let noise: Vec<Frame> = source.frames[15_000..15_050].iter().map(|f| [f[0] / 3, f[1] / 3]).collect();
+        let analysis = Analysis::of(&heard(&[before, &noise, after]), &source);
+        assert_eq!((analysis.lost, analysis.doubled), (0, 0));
+        assert!(analysis.unknown > 40, "{}", analysis.unknown);
     }
 
     #[test]

@@ -49,14 +49,16 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
     for attempt in 1..=attempts {
         let begin = Instant::now();
         let Err(panic) = std::panic::catch_unwind(&run) else { return note(attempt, true) };
-        let again = if attempt < attempts { "once more" } else { "given up" };
+        // What goes on without end would do so again.
+        let is_last = attempt == attempts || limit::was_exceeded();
+        let again = if is_last { "given up" } else { "once more" };
         tell_at_once(&format!(
             "{}: attempt {attempt} of {attempts} failed after {:.0} s ({}); {again}",
             this_scenario(),
             begin.elapsed().as_secs_f64(),
             first_line(panic.as_ref())
         ));
-        if attempt == attempts {
+        if is_last {
             note(attempt, false);
             std::panic::resume_unwind(panic);
         }
