@@ -59,7 +59,8 @@ test: build browser
 	@echo '==> building all tests (release)'
 	@$(CARGO) test --release --workspace --no-run
 	@echo '==> running them: the scenarios, and beside the first ones the tests of umbra-vmm'
-	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
+	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' \
+	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

@@ -144,7 +144,8 @@ impl Duty {
 
     /// It has `stopped` for so long; before that it had processors for as long as `had`.
     fn has_stopped(&mut self, stopped: Duration, had: Duration) {
-        self.owed -= stopped.as_secs_f64() + self.stop_for(self.ran.saturating_sub(had));
+        // The time in which it could run and did not is one of standing still as well.
+        self.owed -= stopped.as_secs_f64() + self.ran.saturating_sub(had).as_secs_f64() / self.speed;
         // What a machine under load could not give for long is forgotten: no run of stops that stands for a hang.
         self.owed = self.owed.clamp(-1.0, 1.0);
     }
