@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Output;
 use super::brake::SpeedError;
@@ -42,6 +43,16 @@ pub enum BenchError {
         /// The whole console.
         log: PathBuf,
     },
+    /// The test host stands still in its boot.
+    #[error("the test host does not come up: its console has printed nothing for {limit:.0?}\n--- end of {} ---\n{tail}", log.display())]
+    Silent {
+        /// For how long nothing was printed.
+        limit: Duration,
+        /// The console's last lines.
+        tail: String,
+        /// The whole console.
+        log: PathBuf,
+    },
     /// A script did not end as scripts do.
     #[error("in the test host, `{script}`\n--- end of the test host's console ---\n{tail}")]
     Script {
@@ -68,6 +79,7 @@ impl BenchError {
     pub fn headline(&self) -> String {
         match self {
             Self::Boot { what, .. } => format!("the test host is not running: {what}"),
+            Self::Silent { limit, .. } => format!("the test host stands still in its boot: nothing for {limit:.0?}"),
             Self::Script { source: ClientError::Deadline { limit, .. }, .. } => {
                 format!("a command in the test host does not end (nothing has moved for {:.0} s)", limit.as_secs_f64())
             }

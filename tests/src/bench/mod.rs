@@ -17,7 +17,7 @@ mod qemu;
 pub mod spec;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -43,6 +43,9 @@ pub use spec::{Accel, BenchSpec, Model, Storage};
 /// Longest time in which a test host that is powering off may print nothing and live on.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
+/// How often a test host is booted that stands still in its boot.
+const BOOTS: u32 = 3;
+
 /// Console lines shown with a failure.
 const TAIL_LINES: usize = 25;
 
@@ -60,11 +63,30 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Boots the test host and waits until it runs scripts.
+    /// Boots the test host and waits until it runs scripts. An emulated one that stands still in its boot (seen now and then:
+    /// its processors wait for an interrupt that does not come) is booted again, up to [`BOOTS`] times in all; that is said.
     ///
     /// # Errors
     /// What is missing on this machine, or the last lines of the test host's console.
     pub fn boot(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
+        for boot in 1..BOOTS {
+            match Self::boot_once(spec.clone(), assets) {
+                Err(error @ BenchError::Silent { .. }) if !qemu::real_kvm() => {
+                    let name = &spec.name;
+                    // Not by a macro: the runner keeps what those print until the test has ended.
+                    let what = error.headline();
+                    let _ = writeln!(
+                        io::stderr(),
+                        "    boot {boot} of {BOOTS} of the test host `{name}`: {what}; once more"
+                    );
+                }
+                other => return other,
+            }
+        }
+        Self::boot_once(spec, assets)
+    }
+
+    fn boot_once(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let speed = brake::speed()?;
         let lock = Lock::take(assets.out())?;
         assets.check_models(&spec.nics)?;
@@ -98,7 +120,7 @@ impl Bench {
             }
             self.check_alive()?;
         }
-        Err(self.boot_error(format!("it does not come up; its console has printed nothing for {:.0?}", stall.limit())))
+        Err(BenchError::Silent { limit: stall.limit(), tail: self.tail(), log: self.console() })
     }
 
     /// Bytes that the test host and its guests have printed: as long as they grow, something goes on.

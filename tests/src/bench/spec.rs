@@ -136,7 +136,7 @@ impl BenchSpec {
             capture: Some(128),
             cmdline: String::new(),
             files: Vec::new(),
-            boot_silence: Duration::from_secs(30),
+            boot_silence: Duration::from_secs(15),
             shell: false,
         }
     }
