@@ -75,6 +75,9 @@ pub struct Client {
     waiting: Waiting,
 }
 
+/// How long a server may take nothing while its end of the stream is full.
+const FULL: Duration = Duration::from_secs(10);
+
 /// Ids are unique in this process and unlikely to be those of an earlier client of the same port.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
@@ -107,6 +110,8 @@ impl Client {
     /// # Errors
     /// No second handle or no thread to be had.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
+        // A machine that hangs reads nothing: when its end is full, a write would wait for ever.
+        stream.set_write_timeout(Some(FULL))?;
         let reader = stream.try_clone()?;
         let waiting = Waiting::default();
         let routes = waiting.clone();
@@ -124,7 +129,10 @@ impl Client {
         let start = Instant::now();
         let (token, answers) = self.expect_replies();
         while start.elapsed() < patience {
-            self.send(&Request::Hello { token })?;
+            match self.send(&Request::Hello { token }) {
+                Err(ClientError::Send(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
+                sent => sent?,
+            }
             if answers.recv_timeout(Duration::from_millis(200)).is_ok() {
                 self.forget(token);
                 return Ok(());
@@ -303,6 +311,17 @@ mod tests {
         let client = Client::new(ours).unwrap();
         client.hello(Duration::from_secs(60)).unwrap();
         client
+    }
+
+    #[test]
+    fn a_machine_that_reads_nothing_is_not_waited_for_without_end() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let socket = ours.try_clone().unwrap();
+        let client = Client::new(ours).unwrap();
+        assert_eq!(socket.write_timeout().unwrap(), Some(FULL));
+        socket.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+        assert!(matches!(client.start(&"x".repeat(4 << 20)), Err(ClientError::Send(_))));
+        assert!(matches!(client.hello(Duration::from_secs(60)), Err(ClientError::Silent(_))));
     }
 
     #[test]
