@@ -11,12 +11,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::process::Process;
+use super::process::{Companion, Process};
 
 /// The share of full speed at which the emulator runs, above 0 and at most 1.
 pub const SPEED_VARIABLE: &str = "UMBRA_BENCH_SPEED";
@@ -59,57 +58,37 @@ fn parse(text: &str) -> Result<f64, SpeedError> {
     if (SLOWEST..=1.0).contains(&speed) { Ok(speed) } else { Err(wrong()) }
 }
 
-/// A process that is braked; let go when dropped.
-#[derive(Debug)]
-pub(super) struct Brake {
-    release: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Brake {
-    /// Brakes the process `pid`, a child that has not been waited for; not at all at full speed.
-    ///
-    /// # Errors
-    /// The process is gone, or there is no thread.
-    pub(super) fn on(pid: u32, speed: f64) -> io::Result<Self> {
-        if speed >= 1.0 {
-            return Ok(Self { release: None, thread: None });
-        }
-        let process = Process::open(pid)?;
-        let mut wanted = Wanted::of(pid);
-        let (release, released) = channel();
-        let thread = thread::Builder::new().name("brake".into()).spawn(move || {
-            let mut duty = Duty::new(speed);
-            let mut running = Instant::now();
-            loop {
-                // A released brake leaves the process running.
-                if released.recv_timeout(duty.run()) != Err(RecvTimeoutError::Timeout) {
-                    return;
-                }
-                if process.signal(libc::SIGSTOP).is_err() {
-                    return;
-                }
-                let stopped = Instant::now();
-                let end = released.recv_timeout(duty.stop(stopped - running)) != Err(RecvTimeoutError::Timeout);
-                let ran = stopped - running;
-                running = Instant::now();
-                duty.has_stopped(running - stopped, ran.mul_f64(wanted.share_got()));
-                if process.signal(libc::SIGCONT).is_err() || end {
-                    return;
-                }
+/// Brakes the process `pid`, a child that has not been waited for, until what is returned is dropped; not at all at full speed.
+///
+/// # Errors
+/// The process is gone, or there is no thread.
+pub(super) fn on(pid: u32, speed: f64) -> io::Result<Companion> {
+    if speed >= 1.0 {
+        return Ok(Companion::default());
+    }
+    let process = Process::open(pid)?;
+    let mut wanted = Wanted::of(pid);
+    Companion::start("brake", move |released| {
+        let mut duty = Duty::new(speed);
+        let mut running = Instant::now();
+        loop {
+            // A released brake leaves the process running.
+            if released.recv_timeout(duty.run()) != Err(RecvTimeoutError::Timeout) {
+                return;
             }
-        })?;
-        Ok(Self { release: Some(release), thread: Some(thread) })
-    }
-}
-
-impl Drop for Brake {
-    fn drop(&mut self) {
-        drop(self.release.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            if process.signal(libc::SIGSTOP).is_err() {
+                return;
+            }
+            let stopped = Instant::now();
+            let ran = stopped - running;
+            let end = released.recv_timeout(duty.stop(ran)) != Err(RecvTimeoutError::Timeout);
+            running = Instant::now();
+            duty.has_stopped(running - stopped, ran.mul_f64(1.0 - wanted.share_got()));
+            if process.signal(libc::SIGCONT).is_err() || end {
+                return;
+            }
         }
-    }
+    })
 }
 
 /// Keeps account of a process that runs and stands still by turns: what a turn had too much or too little of is made up for in the
@@ -119,13 +98,11 @@ struct Duty {
     speed: f64,
     /// What is to be stood still in addition, seconds; less than 0 after a stop that came too long.
     owed: f64,
-    /// How long it ran before it was stopped, by the clock.
-    ran: Duration,
 }
 
 impl Duty {
     fn new(speed: f64) -> Self {
-        Self { speed, owed: 0.0, ran: Duration::ZERO }
+        Self { speed, owed: 0.0 }
     }
 
     /// How long it runs in this turn.
@@ -137,22 +114,16 @@ impl Duty {
 
     /// How long it stands still after it `ran`.
     fn stop(&mut self, ran: Duration) -> Duration {
-        self.ran = ran;
-        self.owed += self.stop_for(ran);
+        self.owed += ran.as_secs_f64() * (1.0 - self.speed) / self.speed;
         Duration::from_secs_f64(self.owed.clamp(0.0, LONGEST_STOP.as_secs_f64()))
     }
 
-    /// It has `stopped` for so long; before that it had processors for as long as `had`.
-    fn has_stopped(&mut self, stopped: Duration, had: Duration) {
+    /// It has `stopped` for so long; while it ran before that, it had no processor for as long as `waited`.
+    fn has_stopped(&mut self, stopped: Duration, waited: Duration) {
         // The time in which it could run and did not is one of standing still as well.
-        self.owed -= stopped.as_secs_f64() + self.ran.saturating_sub(had).as_secs_f64() / self.speed;
+        self.owed -= stopped.as_secs_f64() + waited.as_secs_f64() / self.speed;
         // What a machine under load could not give for long is forgotten: no run of stops that stands for a hang.
         self.owed = self.owed.clamp(-1.0, 1.0);
-    }
-
-    /// The stop that belongs to a run, seconds.
-    fn stop_for(&self, ran: Duration) -> f64 {
-        ran.as_secs_f64() * (1.0 - self.speed) / self.speed
     }
 }
 
@@ -213,6 +184,7 @@ fn share(ran: u64, waited: u64) -> f64 {
 mod tests {
     use super::*;
     use std::process::{Child, Command};
+    use std::thread;
 
     #[test]
     fn a_speed_is_a_number_from_a_little_to_one() {
@@ -234,7 +206,7 @@ mod tests {
             let late = |every: u32| Duration::from_millis(if turn % every == 0 { 7 } else { 0 });
             let run = duty.run() + late(3);
             let stop = duty.stop(run) + late(5);
-            duty.has_stopped(stop, run);
+            duty.has_stopped(stop, Duration::ZERO);
             ran += run.as_secs_f64();
             stopped += stop.as_secs_f64();
         }
@@ -281,7 +253,7 @@ mod tests {
     #[test]
     fn a_braked_process_gets_its_share_and_runs_on_when_let_go() {
         let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
-        let brake = Brake::on(child.id(), 0.25).unwrap();
+        let brake = on(child.id(), 0.25).unwrap();
         let (begin, start) = (used(&child), Instant::now());
         thread::sleep(Duration::from_secs(2));
         #[expect(clippy::cast_precision_loss, reason = "a figure of a few hundred")]

@@ -4,15 +4,14 @@
 //! keeps them waiting. A test host of a scenario therefore has a life of limited length: its emulator is killed then, and whatever
 //! waits for it fails.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::process::Process;
-use super::{brake, patience};
+use super::process::{Companion, Process};
+use super::{brake, patience, tell_at_once};
 
 /// How often it is looked whether the time is over: what boots have shown of this machine may have made it longer.
 const LOOK: Duration = Duration::from_secs(1);
@@ -41,50 +40,29 @@ fn scaled(longest: Duration) -> Duration {
     longest.mul_f64(patience::factor().min(SLOWEST / brake::speed().unwrap_or(1.0)))
 }
 
-/// The limit of a process's life; gone when dropped.
-#[derive(Debug)]
-pub(super) struct Limit {
-    release: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Limit {
-    /// Limits the life of the process `pid`, a child that has not been waited for, if the program has asked for it.
-    ///
-    /// # Errors
-    /// The process is gone, or there is no thread.
-    pub(super) fn on(pid: u32, name: &str) -> io::Result<Self> {
-        let asked = *ASKED.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(longest) = asked else { return Ok(Self { release: None, thread: None }) };
-        let (process, start, name) = (Process::open(pid)?, Instant::now(), name.to_owned());
-        let (release, released) = channel::<()>();
-        let thread = thread::Builder::new().name("limit".into()).spawn(move || {
-            while released.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
-                if start.elapsed() < scaled(longest) {
-                    continue;
-                }
-                EXCEEDED.store(true, Ordering::Relaxed);
-                let minutes = start.elapsed().as_secs() / 60;
-                // Not by a macro: the runner keeps what those print until the test has ended.
-                let _ = writeln!(
-                    io::stderr(),
-                    "    the test host `{name}` has lived for {minutes} min, which is too long: it is ended"
-                );
-                let _ = process.signal(libc::SIGKILL);
-                return;
+/// Limits the life of the process `pid`, a child that has not been waited for, until what is returned is dropped; if the program has
+/// asked for it.
+///
+/// # Errors
+/// The process is gone, or there is no thread.
+pub(super) fn on(pid: u32, name: &str) -> io::Result<Companion> {
+    let asked = *ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(longest) = asked else { return Ok(Companion::default()) };
+    let (process, start, name) = (Process::open(pid)?, Instant::now(), name.to_owned());
+    Companion::start("limit", move |released| {
+        while released.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+            if start.elapsed() < scaled(longest) {
+                continue;
             }
-        })?;
-        Ok(Self { release: Some(release), thread: Some(thread) })
-    }
-}
-
-impl Drop for Limit {
-    fn drop(&mut self) {
-        drop(self.release.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            EXCEEDED.store(true, Ordering::Relaxed);
+            let minutes = start.elapsed().as_secs() / 60;
+            tell_at_once(&format!(
+                "the test host `{name}` has lived for {minutes} min, which is too long: it is ended"
+            ));
+            let _ = process.signal(libc::SIGKILL);
+            return;
         }
-    }
+    })
 }
 
 #[cfg(test)]
@@ -97,13 +75,13 @@ mod tests {
     fn a_process_that_lives_too_long_is_ended_and_one_that_is_let_go_lives_on() {
         at_most(Duration::ZERO);
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let _limit = Limit::on(child.id(), "x").unwrap();
+        let _limit = on(child.id(), "x").unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
         assert!(was_exceeded());
 
         at_most(Duration::from_secs(1000));
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        drop(Limit::on(child.id(), "x").unwrap());
+        drop(on(child.id(), "x").unwrap());
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();

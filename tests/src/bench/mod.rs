@@ -31,12 +31,11 @@ use crate::assets::Assets;
 use crate::peer::Peer;
 pub use crate::probe::client::Output;
 use crate::probe::client::{Client, ClientError, Run};
-use brake::Brake;
 pub use error::BenchError;
 pub use guest::Guest;
-use limit::Limit;
 use lock::Lock;
 use patience::Stall;
+use process::Companion;
 pub use qemu::real_kvm as has_nested_kvm;
 pub use spec::{Accel, BenchSpec, Model, Storage};
 
@@ -49,13 +48,18 @@ const BOOTS: u32 = 3;
 /// Console lines shown with a failure.
 const TAIL_LINES: usize = 25;
 
+/// Tells at once what the runner would keep until the test has ended, as it does with what macros print.
+pub fn tell_at_once(what: &str) {
+    let _ = writeln!(io::stderr(), "    {what}");
+}
+
 /// A running test host.
 pub struct Bench {
     spec: BenchSpec,
     dir: PathBuf,
     /// Declared before the process that they are about, so that it is let go first.
-    brake: Option<Brake>,
-    limit: Option<Limit>,
+    brake: Companion,
+    limit: Companion,
     qemu: Child,
     exec: Client,
     peer: Peer,
@@ -72,13 +76,8 @@ impl Bench {
         for boot in 1..BOOTS {
             match Self::boot_once(spec.clone(), assets) {
                 Err(error @ BenchError::Silent { .. }) if !qemu::real_kvm() => {
-                    let name = &spec.name;
-                    // Not by a macro: the runner keeps what those print until the test has ended.
-                    let what = error.headline();
-                    let _ = writeln!(
-                        io::stderr(),
-                        "    boot {boot} of {BOOTS} of the test host `{name}`: {what}; once more"
-                    );
+                    let (name, what) = (&spec.name, error.headline());
+                    tell_at_once(&format!("boot {boot} of {BOOTS} of the test host `{name}`: {what}; once more"));
                 }
                 other => return other,
             }
@@ -101,11 +100,12 @@ impl Bench {
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
         let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
-        let mut bench = Self { spec, dir, brake: None, limit: None, qemu, exec, peer, _lock: lock };
-        let brake = Brake::on(bench.qemu.id(), speed);
-        bench.brake = Some(brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?);
-        let limit = Limit::on(bench.qemu.id(), &bench.spec.name);
-        bench.limit = Some(limit.map_err(|e| BenchError::file("watch QEMU in", &bench.dir, e))?);
+        let mut bench =
+            Self { spec, dir, brake: Companion::default(), limit: Companion::default(), qemu, exec, peer, _lock: lock };
+        let brake = brake::on(bench.qemu.id(), speed);
+        bench.brake = brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?;
+        let limit = limit::on(bench.qemu.id(), &bench.spec.name);
+        bench.limit = limit.map_err(|e| BenchError::file("watch QEMU in", &bench.dir, e))?;
         let start = Instant::now();
         bench.await_boot()?;
         patience::note_boot(start.elapsed());
@@ -273,8 +273,8 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        self.brake = None;
-        self.limit = None;
+        self.brake = Companion::default();
+        self.limit = Companion::default();
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }

@@ -1,7 +1,10 @@
-//! A child process by its descriptor: a signal never reaches another process that got its number.
+//! A child process by its descriptor, so that a signal never reaches another process that got its number; and a thread that
+//! accompanies it.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
 
 #[derive(Debug)]
 pub(super) struct Process(OwnedFd);
@@ -30,5 +33,33 @@ impl Process {
         // SAFETY: a null siginfo is allowed; the descriptor outlives the call.
         let done = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, none, 0) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// A thread beside a process: ended, and waited for, when dropped. There may be none.
+#[derive(Debug, Default)]
+pub(super) struct Companion {
+    release: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Companion {
+    /// Starts `body`, which ends when what it gets has no sender any more.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub(super) fn start(name: &str, body: impl FnOnce(Receiver<()>) + Send + 'static) -> io::Result<Self> {
+        let (release, released) = channel();
+        let thread = thread::Builder::new().name(name.into()).spawn(move || body(released))?;
+        Ok(Self { release: Some(release), thread: Some(thread) })
+    }
+}
+
+impl Drop for Companion {
+    fn drop(&mut self) {
+        drop(self.release.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

@@ -2,11 +2,10 @@
 #![allow(dead_code, reason = "each scenario uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use umbra_tests::assets::Assets;
-use umbra_tests::bench::{Bench, BenchSpec, brake, limit, patience};
+use umbra_tests::bench::{Bench, BenchSpec, brake, limit, patience, tell_at_once};
 use umbra_tests::demo::attempts;
 use umbra_tests::demo::machine::MachineSpec;
 use umbra_tests::demo::place::Place;
@@ -68,11 +67,6 @@ pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
 /// The test hosts of this scenario may live for so much longer, as on the reference machine: it was asked for more than usual.
 pub fn longer_by(more: Duration) {
     limit::at_most(LONGEST + more);
-}
-
-/// What the runner must not keep until the test has ended, as it keeps what macros print.
-fn tell_at_once(what: &str) {
-    let _ = writeln!(std::io::stderr(), "    {what}");
 }
 
 /// The first line of a panic's message.

@@ -390,18 +390,13 @@ impl Supervisor {
     fn add_mask(&mut self, d: DriverId, generation: Generation, mask: Mask) {
         let driver = &mut self.drivers[d];
         let report = driver.report.as_mut().filter(|report| report.generation == generation.get());
-        let is_over = driver.timeline.at(Milestone::Live).is_some();
-        match report {
-            Some(report) if is_over => {
-                report.masks.push(mask);
-                report.masks.truncate(MAX_MASKS);
-                self.write_report(d);
-            }
-            _ if !is_over => {
-                driver.timeline.mark(Milestone::Mask, Time(mask.at_ns));
-                driver.masks.push(mask);
-            }
-            _ => {}
+        if driver.timeline.at(Milestone::Live).is_none() {
+            driver.timeline.mark(Milestone::Mask, Time(mask.at_ns));
+            driver.masks.push(mask);
+        } else if let Some(report) = report {
+            report.masks.push(mask);
+            report.masks.truncate(MAX_MASKS);
+            self.write_report(d);
         }
     }
 
