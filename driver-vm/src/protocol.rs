@@ -224,8 +224,9 @@ impl Default for Offloads {
     }
 }
 
-/// Real ways for a driver VM to fail.
+/// Real ways for a driver VM to fail. With the feature `clap` they are words of a command line, and their docs its help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum CrashKind {
     /// A kernel panic (`/proc/sysrq-trigger` `c`).

@@ -30,8 +30,8 @@ pub struct CrashArgs {
     /// The driver VM.
     driver: String,
     /// In which way it is to fail.
-    #[arg(long, value_enum, default_value_t = Kind::Panic)]
-    kind: Kind,
+    #[arg(long, value_enum, default_value_t = CrashKind::Panic)]
+    kind: CrashKind,
     #[command(flatten)]
     common: Common,
 }
@@ -82,46 +82,6 @@ struct Common {
     /// Print the answer as JSON.
     #[arg(long)]
     json: bool,
-}
-
-/// Ways to fail.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Kind {
-    /// A kernel panic.
-    Panic,
-    /// The agent stops answering, the kernel lives on.
-    AgentHang,
-    /// A reboot without a panic.
-    Reboot,
-    /// Real-time tasks take every CPU.
-    Spin,
-    /// Every vCPU spins with interrupts off.
-    LockUp,
-    /// All memory is taken.
-    OutOfMemory,
-    /// The driver lets go of its device.
-    Unbind,
-    /// Frames or samples of the guests are taken no more; all else lives on.
-    Stall,
-    /// The NIC's driver tests it offline for some seconds (e1000e: 4 to 10) and holds the network stack's lock meanwhile, which
-    /// is to be outlived without a restart.
-    LockNetwork,
-}
-
-impl From<Kind> for CrashKind {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Panic => Self::Panic,
-            Kind::AgentHang => Self::AgentHang,
-            Kind::Reboot => Self::Reboot,
-            Kind::Spin => Self::Spin,
-            Kind::LockUp => Self::LockUp,
-            Kind::OutOfMemory => Self::OutOfMemory,
-            Kind::Unbind => Self::Unbind,
-            Kind::Stall => Self::Stall,
-            Kind::LockNetwork => Self::LockNetwork,
-        }
-    }
 }
 
 /// Shows a machine's status.

@@ -7,7 +7,7 @@ use crate::base::pci_address::Bdf;
 use crate::host::HostDevice;
 use crate::host::doctor::list::{self, Card};
 use crate::host::doctor::{Finding, Root, Text, device, host, missing};
-use crate::record::status::table;
+use crate::record::status::{Column, or_dash, table};
 
 /// Arguments of `umbra doctor`.
 #[derive(Debug, clap::Args)]
@@ -74,19 +74,14 @@ fn list_of(cards: &[Card]) -> String {
     if cards.is_empty() {
         return "none on the PCI bus\n".into();
     }
-    let dash = || "-".to_owned();
-    let mut rows = vec![["DEVICE", "KIND", "DRIVER", "GROUP", "RESET", "", "NAME"].map(String::from)];
-    rows.extend(cards.iter().map(|card| {
-        let resets = if card.resets.is_empty() { "none".into() } else { card.resets.join(" ") };
-        [
-            card.device.clone(),
-            card.kind.into(),
-            card.driver.clone().unwrap_or_else(dash),
-            card.group.map_or_else(dash, |group| group.to_string()),
-            resets,
-            card.next.clone(),
-            card.name.clone(),
-        ]
-    }));
-    table(&rows)
+    let columns: [Column<Card>; 7] = [
+        ("DEVICE", |card| card.device.clone()),
+        ("KIND", |card| card.kind.into()),
+        ("DRIVER", |card| or_dash(card.driver.as_ref())),
+        ("GROUP", |card| or_dash(card.group)),
+        ("RESET", |card| if card.resets.is_empty() { "none".into() } else { card.resets.join(" ") }),
+        ("", |card| card.next.clone()),
+        ("NAME", |card| card.name.clone()),
+    ];
+    table(&columns, cards)
 }

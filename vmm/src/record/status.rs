@@ -237,26 +237,10 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();
         if !self.guests.is_empty() {
-            let mut rows = vec![["GUEST", "STATE", "UPTIME", "DEVICES"].map(String::from)];
-            rows.extend(self.guests.iter().map(GuestStatus::row));
-            parts.push(table(&rows));
+            parts.push(table(&GUEST_COLUMNS, &self.guests));
         }
         if !self.drivers.is_empty() {
-            let heads = [
-                "DRIVER VM",
-                "DEVICE",
-                "DRIVER",
-                "GENERATION",
-                "STATE",
-                "STANDBY",
-                "RESET",
-                "FAILURES",
-                "LAST OUTAGE",
-                "REASON",
-            ];
-            let mut rows = vec![heads.map(String::from)];
-            rows.extend(self.drivers.iter().map(DriverStatus::row));
-            parts.push(table(&rows));
+            parts.push(table(&DRIVER_COLUMNS, &self.drivers));
         }
         for driver in self.drivers.iter().filter(|driver| driver.reset_method.is_none()) {
             parts.push(format!("{}: {}\n", driver.name, driver.reset_meaning));
@@ -270,16 +254,41 @@ impl fmt::Display for Status {
     }
 }
 
-impl GuestStatus {
-    fn row(&self) -> [String; 4] {
-        let nets = self.nets.iter().map(ToString::to_string);
-        let devices: Vec<_> = nets.chain(self.sounds.iter().map(ToString::to_string)).collect();
-        let state = match &self.reason {
-            Some(reason) => format!("{} ({reason})", self.state),
-            None => self.state.to_string(),
-        };
-        [self.name.clone(), state, format!("{:.0} s", self.uptime_s), devices.join(", ")]
-    }
+/// A column of a table: its head, and the cell of a row.
+pub(crate) type Column<T> = (&'static str, fn(&T) -> String);
+
+const GUEST_COLUMNS: [Column<GuestStatus>; 4] = [
+    ("GUEST", |guest| guest.name.clone()),
+    ("STATE", |guest| match &guest.reason {
+        Some(reason) => format!("{} ({reason})", guest.state),
+        None => guest.state.to_string(),
+    }),
+    ("UPTIME", |guest| format!("{:.0} s", guest.uptime_s)),
+    ("DEVICES", |guest| {
+        let nets = guest.nets.iter().map(ToString::to_string);
+        nets.chain(guest.sounds.iter().map(ToString::to_string)).collect::<Vec<_>>().join(", ")
+    }),
+];
+
+const DRIVER_COLUMNS: [Column<DriverStatus>; 10] = [
+    ("DRIVER VM", |driver| driver.name.clone()),
+    ("DEVICE", |driver| driver.device.clone()),
+    ("DRIVER", |driver| or_dash(driver.driver.as_ref())),
+    ("GENERATION", |driver| or_dash(driver.generation)),
+    ("STATE", |driver| {
+        let carrier = if driver.state == StateName::Live && !driver.carrier { " (no carrier)" } else { "" };
+        format!("{}{carrier}", driver.state)
+    }),
+    ("STANDBY", |driver| driver.standby.as_ref().map_or_else(|| "cold".into(), StandbyStatus::cell)),
+    ("RESET", |driver| reset::word(driver.reset_method).into()),
+    ("FAILURES", |driver| driver.failures.to_string()),
+    ("LAST OUTAGE", |driver| or_dash(driver.last_outage_ms.map(|ms| format!("{ms:.0} ms")))),
+    ("REASON", |driver| or_dash(driver.reason.as_ref())),
+];
+
+/// The cell of what may be unknown.
+pub(crate) fn or_dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
 impl fmt::Display for NetStatus {
@@ -313,39 +322,18 @@ impl StandbyStatus {
     }
 }
 
-impl DriverStatus {
-    fn row(&self) -> [String; 10] {
-        let dash = || "-".to_owned();
-        let carrier = if self.state == StateName::Live && !self.carrier { " (no carrier)" } else { "" };
-        [
-            self.name.clone(),
-            self.device.clone(),
-            self.driver.clone().unwrap_or_else(dash),
-            self.generation.map_or_else(dash, |n| n.to_string()),
-            format!("{}{carrier}", self.state),
-            self.standby.as_ref().map_or_else(|| "cold".into(), StandbyStatus::cell),
-            reset::word(self.reset_method).into(),
-            self.failures.to_string(),
-            self.last_outage_ms.map_or_else(dash, |ms| format!("{ms:.0} ms")),
-            self.reason.clone().unwrap_or_else(dash),
-        ]
-    }
-}
-
-/// Columns as wide as their widest cell. What a VM said is made fit for a terminal.
-pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| untrusted_text::line(cell))).collect();
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    let line = |row: &[String; N]| {
-        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+/// The table of `rows`: columns as wide as their widest cell. What a VM said is made fit for a terminal.
+pub(crate) fn table<T>(columns: &[Column<T>], rows: &[T]) -> String {
+    let heads = columns.iter().map(|(head, _)| (*head).to_owned()).collect();
+    let cells = rows.iter().map(|row| columns.iter().map(|(_, cell)| untrusted_text::line(&cell(row))).collect());
+    let lines: Vec<Vec<_>> = std::iter::once(heads).chain(cells).collect();
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or_default();
+    let widths: Vec<_> = (0..columns.len()).map(width).collect();
+    let line = |line: &Vec<String>| {
+        let cells: Vec<_> = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         format!("{}\n", cells.join("  ").trim_end())
     };
-    rows.iter().map(line).collect()
+    lines.iter().map(line).collect()
 }
 
 #[cfg(test)]

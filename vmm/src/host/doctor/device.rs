@@ -41,7 +41,7 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
 fn group(root: &Root, device: &HostDevice) -> Finding {
     let check = "IOMMU group";
     let Some(group) = device.group() else {
-        return Finding::missing(check, "none: its DMA could not be confined to a VM", host::iommu_mend(root));
+        return Finding::missing(check, "none: its DMA could not be confined to a VM", host::iommu_remedy(root));
     };
     let others: Vec<Bdf> =
         device.group_members().unwrap_or_default().into_iter().filter(|bdf| *bdf != device.bdf()).collect();
@@ -74,11 +74,11 @@ fn bind_all(device: &HostDevice) -> String {
 
 fn binding(device: &HostDevice) -> Finding {
     let check = "binding";
-    let mend = bind_all(device);
+    let remedy = bind_all(device);
     match device.driver() {
         Some(driver) if device.is_bound_to_vfio() => Finding::good(check, format!("held by {driver}, ready for a VM")),
-        Some(driver) => Finding::missing(check, format!("held by the host's driver {driver}"), mend),
-        None => Finding::missing(check, "no driver holds it", mend),
+        Some(driver) => Finding::missing(check, format!("held by the host's driver {driver}"), remedy),
+        None => Finding::missing(check, "no driver holds it", remedy),
     }
 }
 
@@ -86,7 +86,7 @@ fn binding(device: &HostDevice) -> Finding {
 fn in_use(device: &HostDevice) -> Option<Finding> {
     let interface = list::interface_up(device)?;
     let what = format!("the host uses its interface {interface}, and loses it when a driver VM takes the card");
-    Some(Finding::note("in use", what).with_mend(format!("`ip link set {interface} down` once it can be spared")))
+    Some(Finding::note("in use", what).with_remedy(format!("`ip link set {interface} down` once it can be spared")))
 }
 
 /// What becomes of the device between two lives of its driver.
@@ -134,7 +134,7 @@ mod tests {
         std::fs::write(net.join("flags"), "0x1003").unwrap();
         let findings = findings(&Root::default(), &nic);
         assert_eq!(super::super::missing(&findings), 2, "{findings:#?}");
-        assert_eq!(of(&findings, "binding").mend.as_deref(), Some("`umbra bind 0000:01:00.0 0000:01:00.1`"));
+        assert_eq!(of(&findings, "binding").remedy.as_deref(), Some("`umbra bind 0000:01:00.0 0000:01:00.1`"));
         assert!(of(&findings, "IOMMU group").what.contains("0000:01:00.1 (snd_hda_intel)"));
         assert!(of(&findings, "in use").what.contains("eth0"));
         let reset = of(&findings, "reset");
@@ -159,6 +159,6 @@ mod tests {
     fn without_an_iommu_the_group_is_what_is_missing() {
         let bus = FakeBus::new();
         let findings = findings(&Root::default(), &bus.add("0000:02:00.0", None, None));
-        assert!(of(&findings, "IOMMU group").mend.as_ref().unwrap().contains("iommu=pt"));
+        assert!(of(&findings, "IOMMU group").remedy.as_ref().unwrap().contains("iommu=pt"));
     }
 }

@@ -92,7 +92,7 @@ fn kvm(root: &Root) -> Finding {
                     software_kvm(root)
                 ),
             )
-            .with_mend(
+            .with_remedy(
                 "on hardware: switch virtualisation on in the firmware; in a VM: nested virtualisation in its host",
             ),
         },
@@ -102,7 +102,7 @@ fn kvm(root: &Root) -> Finding {
             "`sudo usermod -aG kvm $USER` and log in again, or run as root",
         ),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let mend = match processor {
+            let remedy = match processor {
                 Processor::Intel => "`modprobe kvm_intel`",
                 Processor::Amd => "`modprobe kvm_amd`",
                 Processor::Without => {
@@ -110,7 +110,7 @@ fn kvm(root: &Root) -> Finding {
                      then `modprobe kvm_intel` or `modprobe kvm_amd`"
                 }
             };
-            Finding::missing("KVM", "/dev/kvm is not there", mend)
+            Finding::missing("KVM", "/dev/kvm is not there", remedy)
         }
         Err(error) => {
             Finding::missing("KVM", format!("/dev/kvm does not open: {error}"), "`dmesg | grep -i kvm` says why")
@@ -142,11 +142,11 @@ fn iommu(root: &Root) -> Finding {
         return Finding::good("IOMMU", format!("on ({kind}{many})"));
     }
     let what = "off or not there: no device can be given to a VM, its DMA could not be confined";
-    Finding::missing("IOMMU", what, iommu_mend(root))
+    Finding::missing("IOMMU", what, iommu_remedy(root))
 }
 
 /// How an IOMMU is switched on here.
-pub(crate) fn iommu_mend(root: &Root) -> String {
+pub(crate) fn iommu_remedy(root: &Root) -> String {
     let cpu = root.read("proc/cpuinfo").unwrap_or_default();
     let words = if cpu.contains("AuthenticAMD") { "iommu=pt" } else { "intel_iommu=on iommu=pt" };
     let line = root.read("proc/cmdline").unwrap_or_default();
@@ -218,9 +218,8 @@ fn tun(root: &Root) -> Finding {
             "no /dev/net/tun and no module `tun`: guests cannot have interfaces on the host (`tap = ...`); NICs in driver \
              VMs do not need it",
         ),
-        (false, _) => {
-            Finding::note("TAP", "no /dev/net/tun: needed only for guests with `tap = ...`").with_mend("`modprobe tun`")
-        }
+        (false, _) => Finding::note("TAP", "no /dev/net/tun: needed only for guests with `tap = ...`")
+            .with_remedy("`modprobe tun`"),
     }
 }
 
@@ -255,7 +254,7 @@ fn huge_pages(root: &Root) -> Finding {
             Finding::note(check, "this kernel has no transparent huge pages: VMs run somewhat slower, nothing is lost")
         }
         Some(text) if text.contains("[deny]") => {
-            Finding::note(check, "denied for shared memory: VMs run somewhat slower, nothing is lost").with_mend(
+            Finding::note(check, "denied for shared memory: VMs run somewhat slower, nothing is lost").with_remedy(
                 "`echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled` (VMs then get them on demand)",
             )
         }

@@ -28,7 +28,7 @@ impl Tree {
 }
 
 fn text(finding: &Finding) -> String {
-    format!("{} -> {}", finding.what, finding.mend.as_deref().unwrap_or_default())
+    format!("{} -> {}", finding.what, finding.remedy.as_deref().unwrap_or_default())
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn modules_are_found_loaded_built_in_or_on_disk() {
 #[test]
 fn an_iommu_that_was_asked_for_is_the_firmware_s_to_mend() {
     let tree = Tree::new().file("proc/cmdline", "quiet intel_iommu=on iommu=pt");
-    assert!(iommu_mend(&tree.root()).contains("asks for it already"));
+    assert!(iommu_remedy(&tree.root()).contains("asks for it already"));
     let amd = Tree::new().file("proc/cpuinfo", "vendor_id : AuthenticAMD\n");
-    assert!(iommu_mend(&amd.root()).contains("add `iommu=pt`"));
+    assert!(iommu_remedy(&amd.root()).contains("add `iommu=pt`"));
 }

@@ -34,24 +34,24 @@ pub struct Finding {
     /// What was found, as a sentence without its full stop.
     pub what: String,
     /// The command, or the step, that fixes it.
-    pub mend: Option<String>,
+    pub remedy: Option<String>,
 }
 
 impl Finding {
     fn good(check: &'static str, what: impl Into<String>) -> Self {
-        Self { check, grade: Grade::Good, what: what.into(), mend: None }
+        Self { check, grade: Grade::Good, what: what.into(), remedy: None }
     }
 
     fn note(check: &'static str, what: impl Into<String>) -> Self {
-        Self { check, grade: Grade::Note, what: what.into(), mend: None }
+        Self { check, grade: Grade::Note, what: what.into(), remedy: None }
     }
 
-    fn missing(check: &'static str, what: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self { check, grade: Grade::Missing, what: what.into(), mend: Some(mend.into()) }
+    fn missing(check: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, grade: Grade::Missing, what: what.into(), remedy: Some(remedy.into()) }
     }
 
-    fn with_mend(mut self, mend: impl Into<String>) -> Self {
-        self.mend = Some(mend.into());
+    fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.remedy = Some(remedy.into());
         self
     }
 }
@@ -79,9 +79,9 @@ impl fmt::Display for Text<'_> {
             };
             let what = wrapped(&finding.what, WIDTH - indent.len()).join(&format!("\n{indent}"));
             writeln!(f, "{mark:<7}  {:<names$}  {what}", finding.check)?;
-            if let Some(mend) = &finding.mend {
-                let mend = wrapped(mend, WIDTH - indent.len() - 3).join(&format!("\n{indent}   "));
-                writeln!(f, "{indent}-> {mend}")?;
+            if let Some(remedy) = &finding.remedy {
+                let remedy = wrapped(remedy, WIDTH - indent.len() - 3).join(&format!("\n{indent}   "));
+                writeln!(f, "{indent}-> {remedy}")?;
             }
         }
         Ok(())
