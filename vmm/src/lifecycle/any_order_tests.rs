@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 
-use super::tests::{at, failure};
+use super::tests::{at, end, failure};
 use super::*;
 use crate::config::Restart;
 
@@ -17,14 +17,14 @@ fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::Carrier(Carrier::Up)),
         1 => Just(Input::Carrier(Carrier::Down)),
         1 => Just(Input::Heartbeat),
-        4 => (0_usize..3).prop_map(Input::EndLive),
-        1 => (0_usize..3).prop_map(Input::EndGone),
+        4 => (0_usize..3).prop_map(|place| Input::EndLive(end(place))),
+        1 => (0_usize..3).prop_map(|place| Input::EndGone(end(place))),
         1 => Just(Input::Failed(failure(NoticedBy::Panic, 0))),
         1 => Just(Input::Sign(failure(NoticedBy::Link, 0))),
         1 => Just(Input::Evidence),
         2 => Just(Input::Released),
         3 => Just(Input::ProcessGone("gone".into())),
-        1 => (0_usize..3).prop_map(Input::EndHere),
+        1 => (0_usize..3).prop_map(|place| Input::EndHere(end(place))),
         3 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),

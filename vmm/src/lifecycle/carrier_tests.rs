@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::super::policy::RestartHistory;
 use super::super::spare_tests::{any_input, arm, armed, failure, generation, live};
-use super::super::tests::at;
+use super::super::tests::{at, end};
 use super::*;
 use crate::config::Restart;
 use crate::lifecycle::{Input, Standby, StandbyPolicy, StandbyStage, StateName};
@@ -121,8 +121,8 @@ fn it_is_left_after_it_has_gone_live_as_well() {
     for second in 3..10 {
         tick(&mut life, at(second * 1000));
     }
-    life.handle(at(9500), Input::EndLive(0));
-    life.handle(at(9500), Input::EndLive(1));
+    life.handle(at(9500), Input::EndLive(end(0)));
+    life.handle(at(9500), Input::EndLive(end(1)));
     assert_eq!((life.state().name(), life.carrier()), (StateName::Live, DOWN));
     for input in [Input::SpareResetDone, Input::StandbyHello, Input::SpareForwarding] {
         life.handle(at(9600), input);
@@ -138,8 +138,8 @@ fn a_last_resort_that_finds_a_carrier_stays() {
     life.handle(at(3010), Input::Tick);
     life.handle(at(3100), Input::Carrier(UP));
     assert_eq!(life.handle(at(3101), Input::SpareResetDone), [], "not beside the recovery");
-    life.handle(at(3110), Input::EndLive(0));
-    assert_eq!(life.handle(at(3110), Input::EndLive(1)), [Action::Live]);
+    life.handle(at(3110), Input::EndLive(end(0)));
+    assert_eq!(life.handle(at(3110), Input::EndLive(end(1))), [Action::Live]);
     life.handle(at(4000), Input::Heartbeat);
     arm(&mut life, at(4110), 3);
     assert_eq!(tick(&mut life, at(5000)), []);
@@ -164,8 +164,8 @@ fn a_first_life_without_carrier_gives_way_to_a_spare_that_has_one() {
 fn a_spare_s_process_that_hangs_is_told_of_and_shown() {
     let mut life = armed();
     life.handle(at(2000), Input::Failed(failure(NoticedBy::Panic, 2000)));
-    life.handle(at(2001), Input::EndLive(0));
-    life.handle(at(2001), Input::EndLive(1));
+    life.handle(at(2001), Input::EndLive(end(0)));
+    life.handle(at(2001), Input::EndLive(end(1)));
     assert_eq!(tick(&mut life, at(4900)), []);
     tick(&mut life, at(7800));
     tick(&mut life, at(10_700));

@@ -4,12 +4,12 @@
 //! Invariant: no guest is waited for without a limit: a life goes live without those that are away or do not answer in time, and
 //! serves them when they come.
 
-use super::{Action, Carrier, End, GOING_LIVE_PATIENCE, Lifecycle, State, Time};
+use super::{Action, Carrier, Endpoint, GOING_LIVE_PATIENCE, Lifecycle, State, Time};
 
 impl Lifecycle {
     pub(super) fn go_live(&mut self, now: Time) -> Vec<Action> {
         let ahead = std::mem::take(&mut self.ahead);
-        let is_ahead = |end: &End| ahead.get(end).copied() == self.generation;
+        let is_ahead = |end: &Endpoint| ahead.get(end).copied() == self.generation;
         let waiting = self.ends.iter().copied().filter(|end| !is_ahead(end)).collect();
         self.state = State::GoingLive { waiting, until: now + GOING_LIVE_PATIENCE };
         let mut actions: Vec<_> =
@@ -18,7 +18,7 @@ impl Lifecycle {
         actions
     }
 
-    pub(super) fn on_end_live(&mut self, now: Time, end: End) -> Vec<Action> {
+    pub(super) fn on_end_live(&mut self, now: Time, end: Endpoint) -> Vec<Action> {
         match &mut self.state {
             State::GoingLive { waiting, .. } => {
                 let was_waiting = waiting.remove(&end);
@@ -41,7 +41,7 @@ impl Lifecycle {
         self.check_all_live(now)
     }
 
-    pub(super) fn on_end_here(&mut self, end: End) -> Vec<Action> {
+    pub(super) fn on_end_here(&mut self, end: Endpoint) -> Vec<Action> {
         self.ends.insert(end);
         match &mut self.state {
             State::GoingLive { waiting, .. } => drop(waiting.insert(end)),
@@ -51,7 +51,7 @@ impl Lifecycle {
         vec![Action::GoLive(end, self.suspects.replay(end))]
     }
 
-    pub(super) fn on_end_gone(&mut self, now: Time, end: End) -> Vec<Action> {
+    pub(super) fn on_end_gone(&mut self, now: Time, end: Endpoint) -> Vec<Action> {
         self.ends.remove(&end);
         self.late.remove(&end);
         self.ahead.remove(&end);
@@ -62,7 +62,7 @@ impl Lifecycle {
     }
 
     /// The guest at `end` was started again: it is not the one whose recorded requests lives have died of.
-    pub fn end_starts_over(&mut self, end: End) {
+    pub fn end_starts_over(&mut self, end: Endpoint) {
         self.suspects.clear(end);
     }
 

@@ -52,7 +52,7 @@ use standby::PATIENCE;
 
 use standby::{Stage, Standbys};
 pub use standby::{Standby, StandbyPolicy, StandbyStage};
-pub use state::{Action, Carrier, End, Failure, Input, NoticedBy, State, StateName};
+pub use state::{Action, Carrier, Endpoint, Failure, Input, NoticedBy, State, StateName};
 use suspects::Suspects;
 
 /// Grace period after a lost link or control stream, in which the guests are masked already. The loss is usually a side effect of a
@@ -80,9 +80,9 @@ pub struct Lifecycle {
     generation: Option<Generation>,
     history: RestartHistory,
     /// The ends whose guests are there.
-    ends: BTreeSet<End>,
+    ends: BTreeSet<Endpoint>,
     /// Those of `ends` that have not gone live with a life that is live: their guests came later, or did not answer in time.
-    late: BTreeSet<End>,
+    late: BTreeSet<Endpoint>,
     suspects: Suspects,
     /// Until when a better reason is waited for, and the failure that is reported if none comes.
     suspicion: Option<(Time, Failure)>,
@@ -105,7 +105,7 @@ pub struct Lifecycle {
     /// Highest generation number given to a process so far.
     newest: Option<Generation>,
     /// Ends that have gone live by themselves, each with the generation that it went live with.
-    ahead: BTreeMap<End, Generation>,
+    ahead: BTreeMap<Endpoint, Generation>,
 }
 
 impl Lifecycle {
@@ -126,7 +126,7 @@ impl Lifecycle {
             state: State::Idle,
             generation: None,
             history,
-            ends: (0..ends).collect(),
+            ends: (0..ends).map(Endpoint::at).collect(),
             late: BTreeSet::new(),
             suspects: Suspects::default(),
             suspicion: None,
@@ -157,7 +157,7 @@ impl Lifecycle {
     }
 
     /// Whether the next life gets nothing of what was recorded at `end`, because lives have died of it.
-    pub fn starts_clean(&self, end: End) -> bool {
+    pub fn starts_clean(&self, end: Endpoint) -> bool {
         self.suspects.is_clean(end)
     }
 

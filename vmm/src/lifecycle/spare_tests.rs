@@ -3,6 +3,7 @@
 
 use proptest::prelude::*;
 
+use super::tests::end;
 use super::*;
 use crate::config::Restart;
 use crate::wire::messages::Replay;
@@ -26,8 +27,8 @@ pub(super) fn live() -> Lifecycle {
     for input in [Input::ResetDone, Input::Hello, Input::Forwarding, Input::Carrier(Carrier::Up)] {
         life.handle(at(0), input);
     }
-    life.handle(at(10), Input::EndLive(0));
-    assert_eq!(life.handle(at(10), Input::EndLive(1)), [Action::Live]);
+    life.handle(at(10), Input::EndLive(end(0)));
+    assert_eq!(life.handle(at(10), Input::EndLive(end(1))), [Action::Live]);
     life
 }
 
@@ -50,7 +51,7 @@ pub(super) fn armed() -> Lifecycle {
     life
 }
 
-fn replay(end: End) -> Action {
+fn replay(end: Endpoint) -> Action {
     Action::GoLive(end, Replay::Everything)
 }
 
@@ -59,11 +60,11 @@ fn an_armed_spare_takes_over_at_once_and_the_devices_change_places() {
     let mut life = armed();
     let panic = failure(NoticedBy::Panic, 2000);
     let actions = life.handle(at(2000), Input::Failed(panic.clone()));
-    assert_eq!(actions, [Action::Failed(panic), Action::TakeOver(generation(2)), replay(0), replay(1)]);
+    assert_eq!(actions, [Action::Failed(panic), Action::TakeOver(generation(2)), replay(end(0)), replay(end(1))]);
     assert_eq!((life.generation(), life.carrier()), (Some(generation(2)), Carrier::Up));
     assert_eq!(life.standby().stage(), StandbyStage::Recovering);
-    life.handle(at(2001), Input::EndLive(0));
-    assert_eq!(life.handle(at(2002), Input::EndLive(1)), [Action::Live]);
+    life.handle(at(2001), Input::EndLive(end(0)));
+    assert_eq!(life.handle(at(2002), Input::EndLive(end(1))), [Action::Live]);
     assert_eq!(life.handle(at(2100), Input::SpareFenced), [Action::ReportFenced], "beside the service");
     assert_eq!(life.handle(at(2999), Input::Tick), []);
     // The failed one's device is the spare's now.
@@ -77,13 +78,13 @@ fn an_armed_spare_takes_over_at_once_and_the_devices_change_places() {
 fn ends_that_went_over_by_themselves_are_not_waited_for() {
     let mut life = armed();
     assert_eq!(life.handle(at(2000), Input::Sign(failure(NoticedBy::Link, 2000))), [Action::Mask]);
-    assert_eq!(life.handle(at(2001), Input::SpareLive(1)), []);
-    assert_eq!(life.handle(at(2001), Input::SpareLive(0)), []);
+    assert_eq!(life.handle(at(2001), Input::SpareLive(end(1))), []);
+    assert_eq!(life.handle(at(2001), Input::SpareLive(end(0))), []);
     assert_eq!(life.state().name(), StateName::Live, "the better reason is waited for");
     let actions = life.handle(at(2050), Input::ProcessGone("signal 9".into()));
     let [Action::Failed(why), rest @ ..] = &actions[..] else { panic!("{actions:?}") };
     assert_eq!((why.source, why.at), (NoticedBy::ProcessExit, at(2000)));
-    assert_eq!(*rest, [Action::TakeOver(generation(2)), replay(0), replay(1), Action::Live]);
+    assert_eq!(*rest, [Action::TakeOver(generation(2)), replay(end(0)), replay(end(1)), Action::Live]);
 }
 
 #[test]
@@ -93,9 +94,9 @@ fn an_end_that_is_ahead_of_the_supervisor_is_not_waited_for() {
     assert_eq!(life.handle(at(1990), Input::SpareCarrier(Carrier::Down)), [Action::Arm(false)]);
     life.handle(at(2000), Input::Failed(failure(NoticedBy::Panic, 2000)));
     assert_eq!(life.state().name(), StateName::WaitingCarrier);
-    life.handle(at(2001), Input::EndLive(0));
+    life.handle(at(2001), Input::EndLive(end(0)));
     life.handle(at(2500), Input::Carrier(Carrier::Up));
-    assert_eq!(life.handle(at(2501), Input::EndLive(1)), [Action::Live]);
+    assert_eq!(life.handle(at(2501), Input::EndLive(end(1))), [Action::Live]);
 }
 
 #[test]
@@ -108,7 +109,7 @@ fn a_spare_that_still_boots_is_sooner_than_the_failed_device() {
     assert!(matches!(&actions[..], [Action::Failed(_), Action::TakeOver(_)]), "configured already: {actions:?}");
     assert_eq!(life.state().name(), StateName::Configuring);
     life.handle(at(1400), Input::Forwarding);
-    assert_eq!(life.handle(at(1500), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
+    assert_eq!(life.handle(at(1500), Input::Carrier(Carrier::Up)), [replay(end(0)), replay(end(1))]);
 }
 
 #[test]
@@ -156,7 +157,9 @@ fn with_both_down_the_serving_device_recovers_first() {
     assert_eq!(life.handle(at(2100), Input::ResetDone), [Action::Spawn(generation(3))]);
     // Not beside the recovery.
     assert_eq!(life.handle(at(3500), Input::Tick), []);
-    for input in [Input::Hello, Input::Forwarding, Input::Carrier(Carrier::Up), Input::EndLive(0), Input::EndLive(1)] {
+    for input in
+        [Input::Hello, Input::Forwarding, Input::Carrier(Carrier::Up), Input::EndLive(end(0)), Input::EndLive(end(1))]
+    {
         life.handle(at(4000), input);
     }
     arm(&mut life, at(5000), 4);
@@ -215,7 +218,7 @@ fn a_restart_on_a_spare_without_carrier_is_refused_or_given_up() {
 #[test]
 fn a_guest_that_reboots_leaves_the_spare_armed() {
     let mut life = armed();
-    assert_eq!(life.handle(at(2001), Input::EndGone(0)), []);
+    assert_eq!(life.handle(at(2001), Input::EndGone(end(0))), []);
     assert!(life.is_armed());
 }
 
@@ -236,14 +239,14 @@ pub(super) fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::Carrier(Carrier::Up)),
         2 => Just(Input::Carrier(Carrier::Down)),
         1 => Just(Input::Heartbeat),
-        4 => (0_usize..2).prop_map(Input::EndLive),
-        1 => (0_usize..2).prop_map(Input::EndGone),
+        4 => (0_usize..2).prop_map(|place| Input::EndLive(end(place))),
+        1 => (0_usize..2).prop_map(|place| Input::EndGone(end(place))),
         2 => Just(Input::Failed(failure(NoticedBy::Panic, 0))),
         1 => Just(Input::Sign(failure(NoticedBy::Link, 0))),
         1 => Just(Input::Evidence),
         2 => Just(Input::Released),
         2 => Just(Input::ProcessGone("gone".into())),
-        1 => (0_usize..2).prop_map(Input::EndHere),
+        1 => (0_usize..2).prop_map(|place| Input::EndHere(end(place))),
         4 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),
@@ -253,7 +256,7 @@ pub(super) fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::SpareForwarding),
         4 => Just(Input::SpareCarrier(Carrier::Up)),
         1 => Just(Input::SpareCarrier(Carrier::Down)),
-        1 => (0_usize..2).prop_map(Input::SpareLive),
+        1 => (0_usize..2).prop_map(|place| Input::SpareLive(end(place))),
         4 => Just(Input::SpareFenced),
         4 => Just(Input::SpareResetDone),
     ]

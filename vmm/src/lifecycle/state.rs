@@ -10,8 +10,28 @@ use umbra_shadow::Generation;
 use crate::base::time::Time;
 use crate::wire::messages::Replay;
 
-/// Index of a guest's network device among those that a driver serves.
-pub type End = usize;
+/// A guest's device at a driver VM: its place among those that the driver VM serves, in the order of the machine file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Endpoint(usize);
+
+impl Endpoint {
+    /// The end at `place`, from 0.
+    pub const fn at(place: usize) -> Self {
+        Self(place)
+    }
+
+    /// Its place, from 0.
+    pub const fn place(self) -> usize {
+        self.0
+    }
+}
+
+/// An end as messages name it.
+impl From<u16> for Endpoint {
+    fn from(place: u16) -> Self {
+        Self(place.into())
+    }
+}
 
 /// How a failure was noticed. Events and crash reports have the variant's name in kebab case, and are read back by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,11 +112,11 @@ pub enum Input {
     /// In the last half of the heartbeat time-out, the life's VM wanted a processor and got none.
     Starved,
     /// The splitter of this end went live.
-    EndLive(End),
+    EndLive(Endpoint),
     /// The guest of this end is there, and connected with the present life.
-    EndHere(End),
+    EndHere(Endpoint),
     /// The guest of this end is off, or has lost its connection with the present life.
-    EndGone(End),
+    EndGone(Endpoint),
     /// A certain failure.
     Failed(Failure),
     /// A failure that may be a side effect of another one, whose own event is still to come.
@@ -133,7 +153,7 @@ pub enum Input {
     /// The carrier of the spare's NIC.
     SpareCarrier(Carrier),
     /// The splitter of this end has gone over to the spare by itself.
-    SpareLive(End),
+    SpareLive(Endpoint),
     /// The process that held the spare's device has given it up, or is gone.
     SpareFenced,
     /// The reset of the spare's device has returned, well or not.
@@ -178,14 +198,14 @@ pub enum Action {
     /// Tell the agent what network to serve.
     Configure,
     /// Let the splitter of this end replay and go live.
-    GoLive(End, Replay),
+    GoLive(Endpoint, Replay),
     /// Lives in a row have died while they replayed at this end: the next one gets nothing of what was recorded, and its guest
     /// learns of that loss, as in a quarantine.
-    StartClean(End),
+    StartClean(Endpoint),
     /// An end that came late, or came back, is live.
-    EndLive(End),
+    EndLive(Endpoint),
     /// This end has not gone live in time: the driver VM is live without it.
-    LeaveBehind(End),
+    LeaveBehind(Endpoint),
     /// The driver VM is live, at all ends but those that were left behind.
     Live,
     /// The generation is about to fail: let the guests' shadows answer already.
@@ -243,7 +263,7 @@ pub enum State {
     /// The ends replay.
     GoingLive {
         /// Those that are not live yet.
-        waiting: BTreeSet<End>,
+        waiting: BTreeSet<Endpoint>,
         /// When the wait for them ends.
         until: Time,
     },

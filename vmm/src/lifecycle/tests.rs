@@ -9,6 +9,10 @@ pub(super) fn at(ms: u64) -> Time {
     Time(ms * 1_000_000)
 }
 
+pub(super) const fn end(place: usize) -> Endpoint {
+    Endpoint::at(place)
+}
+
 fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
@@ -26,8 +30,8 @@ pub(super) fn live(ends: usize) -> Lifecycle {
     let mut life = new(ends);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    for end in 0..ends {
-        life.handle(at(10), Input::EndLive(end));
+    for place in 0..ends {
+        life.handle(at(10), Input::EndLive(end(place)));
     }
     assert_eq!(*life.state(), State::Live { since: at(10) });
     life
@@ -55,10 +59,10 @@ fn the_first_life_goes_through_its_stages_to_live() {
     assert_eq!(life.handle(at(1), Input::ResetDone), [Action::Spawn(generation(1))]);
     assert_eq!(life.handle(at(2), Input::Hello), [Action::Configure]);
     assert_eq!(life.handle(at(3), Input::Forwarding), []);
-    let replay = |end| Action::GoLive(end, Replay::Everything);
-    assert_eq!(life.handle(at(4), Input::Carrier(Carrier::Up)), [replay(0), replay(1)]);
-    assert_eq!(life.handle(at(5), Input::EndLive(1)), []);
-    assert_eq!(life.handle(at(6), Input::EndLive(0)), [Action::Live]);
+    let replay = |end: Endpoint| Action::GoLive(end, Replay::Everything);
+    assert_eq!(life.handle(at(4), Input::Carrier(Carrier::Up)), [replay(end(0)), replay(end(1))]);
+    assert_eq!(life.handle(at(5), Input::EndLive(end(1))), []);
+    assert_eq!(life.handle(at(6), Input::EndLive(end(0))), [Action::Live]);
     assert_eq!(life.state().name(), StateName::Live);
 }
 
@@ -74,7 +78,7 @@ fn a_carrier_is_waited_for_as_long_as_the_policy_says() {
         // Before the heartbeat is missed.
         life.handle(Time(over.0 - 1_000_000), Input::Heartbeat);
         assert_eq!(life.handle(Time(over.0 - 1), Input::Tick), []);
-        assert_eq!(life.handle(over, Input::Tick), [Action::GoLive(0, Replay::Everything)]);
+        assert_eq!(life.handle(over, Input::Tick), [Action::GoLive(end(0), Replay::Everything)]);
     }
 }
 
@@ -172,7 +176,7 @@ fn a_cable_that_is_out_does_not_keep_the_guest_waiting() {
     life.handle(at(0), Input::Hello);
     life.handle(at(0), Input::Forwarding);
     life.handle(at(5000), Input::Heartbeat);
-    assert_eq!(life.handle(at(6000), Input::Tick), [Action::GoLive(0, Replay::Everything)]);
+    assert_eq!(life.handle(at(6000), Input::Tick), [Action::GoLive(end(0), Replay::Everything)]);
     assert_eq!(life.carrier(), Carrier::Down);
 }
 
@@ -181,12 +185,12 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
     let mut life = new(2);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    life.handle(at(1), Input::EndLive(0));
+    life.handle(at(1), Input::EndLive(end(0)));
     life.handle(at(2), Input::ProcessGone("signal 9".into()));
     let again = bring_up(&mut life, at(3));
-    assert_eq!(again, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::ConfigurationOnly)]);
-    life.handle(at(4), Input::EndLive(0));
-    life.handle(at(4), Input::EndLive(1));
+    assert_eq!(again, [Action::GoLive(end(0), Replay::Everything), Action::GoLive(end(1), Replay::ConfigurationOnly)]);
+    life.handle(at(4), Input::EndLive(end(0)));
+    life.handle(at(4), Input::EndLive(end(1)));
     life.handle(at(5), Input::ProcessGone("signal 9".into()));
     // The second failure in a row waits for its back-off.
     assert_eq!(life.handle(at(6), Input::ResetDone), []);
@@ -196,7 +200,7 @@ fn a_life_that_dies_replaying_makes_its_log_suspect() {
     life.handle(until, Input::Hello);
     life.handle(until, Input::Forwarding);
     let third = life.handle(until, Input::Carrier(Carrier::Up));
-    assert_eq!(third, [Action::GoLive(0, Replay::Everything), Action::GoLive(1, Replay::Everything)]);
+    assert_eq!(third, [Action::GoLive(end(0), Replay::Everything), Action::GoLive(end(1), Replay::Everything)]);
 }
 
 #[test]
@@ -204,23 +208,26 @@ fn after_two_deaths_in_replay_an_end_starts_clean() {
     let mut life = new(2);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    life.handle(at(1), Input::EndLive(0));
+    life.handle(at(1), Input::EndLive(end(0)));
     let first = life.handle(at(2), Input::ProcessGone("signal 9".into()));
     assert!(!first.iter().any(|action| matches!(action, Action::StartClean(_))), "{first:?}");
     bring_up(&mut life, at(3));
-    life.handle(at(4), Input::EndLive(0));
+    life.handle(at(4), Input::EndLive(end(0)));
     let second = life.handle(at(5), Input::ProcessGone("signal 9".into()));
-    assert!(second.contains(&Action::StartClean(1)) && !second.contains(&Action::StartClean(0)), "{second:?}");
-    assert!(life.starts_clean(1) && !life.starts_clean(0));
+    assert!(
+        second.contains(&Action::StartClean(end(1))) && !second.contains(&Action::StartClean(end(0))),
+        "{second:?}"
+    );
+    assert!(life.starts_clean(end(1)) && !life.starts_clean(end(0)));
     life.handle(at(6), Input::ResetDone);
     let until = life.deadline().unwrap();
     life.handle(until, Input::Tick);
     life.handle(until, Input::Hello);
     life.handle(until, Input::Forwarding);
     life.handle(until, Input::Carrier(Carrier::Up));
-    life.handle(until, Input::EndLive(0));
-    life.handle(until, Input::EndLive(1));
-    assert!(!life.starts_clean(1), "it is live");
+    life.handle(until, Input::EndLive(end(0)));
+    life.handle(until, Input::EndLive(end(1)));
+    assert!(!life.starts_clean(end(1)), "it is live");
 }
 
 #[test]
@@ -239,9 +246,9 @@ fn a_death_with_the_configuration_alone_leaves_the_log_but_counts() {
     to_carrier(&mut life, at(0));
     life.handle(at(1), Input::ProcessGone("signal 9".into()));
     to_carrier(&mut life, at(2));
-    assert_eq!(life.handle(at(3), Input::Carrier(Carrier::Up)), [Action::GoLive(0, Replay::Everything)]);
+    assert_eq!(life.handle(at(3), Input::Carrier(Carrier::Up)), [Action::GoLive(end(0), Replay::Everything)]);
     let again = life.handle(at(4), Input::ProcessGone("signal 9".into()));
-    assert!(again.contains(&Action::StartClean(0)), "{again:?}");
+    assert!(again.contains(&Action::StartClean(end(0))), "{again:?}");
 }
 
 #[test]
@@ -269,7 +276,7 @@ fn a_quarantine_that_is_ended_begins_anew() {
         life.handle(at(5), Input::Hello);
         life.handle(at(5), Input::Forwarding);
         life.handle(at(5), Input::Carrier(Carrier::Up));
-        life.handle(at(5), Input::EndLive(0));
+        life.handle(at(5), Input::EndLive(end(0)));
     }
     assert_eq!(*life.state(), State::Quarantined);
     assert_eq!(life.handle(at(60), Input::Resume), [Action::Reset]);
@@ -293,11 +300,11 @@ fn a_reset_that_hangs_ends_in_quarantine() {
 #[test]
 fn a_guest_that_reboots_costs_its_own_end_and_is_served_again_when_it_is_back() {
     let mut life = with_standby();
-    assert_eq!(life.handle(at(2000), Input::EndGone(0)), []);
+    assert_eq!(life.handle(at(2000), Input::EndGone(end(0))), []);
     assert!(matches!(life.state(), State::Live { .. }) && life.standby().generation().is_some(), "both live on");
-    assert_eq!(life.handle(at(2100), Input::EndHere(0)), [Action::GoLive(0, Replay::Everything)]);
-    assert_eq!(life.handle(at(2101), Input::EndLive(0)), [Action::EndLive(0)]);
-    assert_eq!(life.handle(at(2102), Input::EndLive(0)), [], "told once");
+    assert_eq!(life.handle(at(2100), Input::EndHere(end(0))), [Action::GoLive(end(0), Replay::Everything)]);
+    assert_eq!(life.handle(at(2101), Input::EndLive(end(0))), [Action::EndLive(end(0))]);
+    assert_eq!(life.handle(at(2102), Input::EndLive(end(0))), [], "told once");
     assert_eq!(life.history().total(), 0);
 }
 
@@ -306,15 +313,15 @@ fn a_life_without_guests_goes_live_and_serves_those_that_come() {
     let mut life = new(0);
     life.handle(at(0), Input::Start);
     assert_eq!(bring_up(&mut life, at(0)).last(), Some(&Action::Live));
-    assert_eq!(life.handle(at(100), Input::EndHere(3)), [Action::GoLive(3, Replay::Everything)]);
-    assert_eq!(life.handle(at(101), Input::EndLive(3)), [Action::EndLive(3)]);
+    assert_eq!(life.handle(at(100), Input::EndHere(end(3))), [Action::GoLive(end(3), Replay::Everything)]);
+    assert_eq!(life.handle(at(101), Input::EndLive(end(3))), [Action::EndLive(end(3))]);
     // The next life waits for it.
     life.handle(at(200), Input::Failed(failure(NoticedBy::Panic, 200)));
     life.handle(at(201), Input::ProcessGone("gone".into()));
     life.handle(at(202), Input::ResetDone);
     let actions = bring_up_again(&mut life, at(300));
-    assert_eq!(actions, [Action::GoLive(3, Replay::Everything)]);
-    assert_eq!(life.handle(at(301), Input::EndLive(3)), [Action::Live]);
+    assert_eq!(actions, [Action::GoLive(end(3), Replay::Everything)]);
+    assert_eq!(life.handle(at(301), Input::EndLive(end(3))), [Action::Live]);
 }
 
 #[test]
@@ -322,25 +329,25 @@ fn a_guest_that_does_not_answer_holds_up_neither_the_others_nor_the_standby() {
     let mut life = new(2);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    life.handle(at(10), Input::EndLive(1));
+    life.handle(at(10), Input::EndLive(end(1)));
     let limit = at(0) + GOING_LIVE_PATIENCE;
     life.handle(limit, Input::Heartbeat);
     assert_eq!(life.deadline(), Some(limit));
-    assert_eq!(life.handle(limit, Input::Tick), [Action::Live, Action::LeaveBehind(0)]);
+    assert_eq!(life.handle(limit, Input::Tick), [Action::Live, Action::LeaveBehind(end(0))]);
     assert!(matches!(life.state(), State::Live { .. }));
     assert_eq!(life.history().total(), 0, "it is no failure of the driver VM");
-    assert_eq!(life.handle(at(60_000), Input::EndLive(0)), [Action::EndLive(0)]);
+    assert_eq!(life.handle(at(60_000), Input::EndLive(end(0))), [Action::EndLive(end(0))]);
 }
 
 #[test]
 fn a_replay_at_an_end_that_came_late_is_suspected_when_the_life_dies_of_it() {
     let mut life = live(1);
-    life.handle(at(2000), Input::EndGone(0));
-    life.handle(at(2001), Input::EndHere(0));
+    life.handle(at(2000), Input::EndGone(end(0)));
+    life.handle(at(2001), Input::EndHere(end(0)));
     life.handle(at(2002), Input::Failed(failure(NoticedBy::Panic, 2002)));
     life.handle(at(2003), Input::ProcessGone("gone".into()));
     life.handle(at(2004), Input::ResetDone);
-    assert_eq!(bring_up_again(&mut life, at(2100)), [Action::GoLive(0, Replay::ConfigurationOnly)]);
+    assert_eq!(bring_up_again(&mut life, at(2100)), [Action::GoLive(end(0), Replay::ConfigurationOnly)]);
 }
 
 #[test]
@@ -361,7 +368,7 @@ fn a_restart_of_a_cold_driver_vm_is_no_business_of_a_guest_that_goes() {
     let mut life = live(2);
     life.handle(at(2000), Input::Restart { fresh: false });
     assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))]);
-    assert_eq!(life.handle(at(2100), Input::EndGone(0)), []);
+    assert_eq!(life.handle(at(2100), Input::EndGone(end(0))), []);
     assert_eq!(life.handle(at(2100), Input::Tick), []);
 }
 
@@ -396,7 +403,7 @@ pub(super) fn with_standby() -> Lifecycle {
     let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    assert_eq!(life.handle(at(10), Input::EndLive(0)), [Action::Live]);
+    assert_eq!(life.handle(at(10), Input::EndLive(end(0))), [Action::Live]);
     assert_eq!(life.handle(at(1009), Input::Tick), [], "the machine is left in peace first");
     assert_eq!(life.handle(at(1010), Input::Tick), [Action::SpawnStandby(generation(2))]);
     life
@@ -407,7 +414,7 @@ fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
     let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm);
     life.handle(at(0), Input::Start);
     bring_up(&mut life, at(0));
-    life.handle(at(10), Input::EndLive(0));
+    life.handle(at(10), Input::EndLive(end(0)));
     life.wait_turn(at(500));
     assert_eq!(life.standby(), Standby::Due(at(1010)), "it is not due yet");
     let mut now = 1010;
@@ -435,7 +442,7 @@ fn a_ready_standby_takes_over_and_the_next_one_follows() {
     life.handle(at(3200), Input::Forwarding);
     life.handle(at(3200), Input::Carrier(Carrier::Up));
     assert_eq!(life.standby(), Standby::Absent, "none boots beside a recovery");
-    life.handle(at(3300), Input::EndLive(0));
+    life.handle(at(3300), Input::EndLive(end(0)));
     assert_eq!(life.handle(at(4300), Input::Tick), [Action::SpawnStandby(generation(3))]);
 }
 
@@ -519,7 +526,7 @@ fn messages_of_the_dead_change_nothing() {
         Input::Hello,
         Input::Forwarding,
         Input::Heartbeat,
-        Input::EndLive(0),
+        Input::EndLive(end(0)),
         Input::Evidence,
         Input::Released,
         Input::Start,

@@ -12,7 +12,7 @@ use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
-use crate::lifecycle::{Action, End, Failure, Input, NoticedBy, State};
+use crate::lifecycle::{Action, Endpoint, Failure, Input, NoticedBy, State};
 use crate::record::crash_report::{CrashReport, Verdict};
 use crate::record::events::Event;
 use crate::record::timeline::{Milestone, Timeline};
@@ -69,7 +69,7 @@ impl Supervisor {
     }
 
     /// A guest that came after the others, or came back, is live.
-    fn on_late_end_live(&mut self, n: DriverId, end: End) {
+    fn on_late_end_live(&mut self, n: DriverId, end: Endpoint) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.events.tell(&Event::EndLive {
             guest: self.guests[guest].name.clone(),
@@ -80,7 +80,7 @@ impl Supervisor {
         self.send_settings(n, LifeRole::Present);
     }
 
-    fn leave_behind(&mut self, n: DriverId, end: End) {
+    fn leave_behind(&mut self, n: DriverId, end: Endpoint) {
         self.await_greeting(n, end);
         let EndRef { guest, device } = self.drivers[n].ends[end];
         let (driver, guest) = (&self.drivers[n].name, &self.guests[guest]);
@@ -212,7 +212,7 @@ impl Supervisor {
         }
         driver.asked_to_mask.get_or_insert(now);
         let Some(generation) = driver.present else { return };
-        for EndRef { guest, device } in driver.ends.clone() {
+        for EndRef { guest, device } in driver.ends.rows() {
             self.tell_guest(guest, &ToVm::Mask { device, generation });
         }
     }
@@ -304,7 +304,7 @@ impl Supervisor {
         }
     }
 
-    fn start_clean(&mut self, n: DriverId, end: End) {
+    fn start_clean(&mut self, n: DriverId, end: Endpoint) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         // One that waits for its card has nothing that could be lost.
         if !self.guests[guest].knows_its_devices() {
@@ -328,7 +328,7 @@ impl Supervisor {
         driver.reason = Some(reason.clone());
         self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason: reason.clone() });
         self.fall_back(n, &format!("it is quarantined: {reason}"));
-        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+        for EndRef { guest, device } in self.drivers[n].ends.rows() {
             self.tell_guest(guest, &ToVm::Quarantine { device });
             if !self.guests[guest].knows_its_devices() {
                 let why = format!("{} never got its sound card to work", self.drivers[n].name);

@@ -10,7 +10,7 @@ use super::class::{self, Devices, GuestDevice};
 use super::ids::DriverId;
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
-use crate::lifecycle::End;
+use crate::lifecycle::Endpoint;
 use crate::record::status;
 use crate::wire::channel;
 use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
@@ -122,7 +122,7 @@ impl GuestVm {
     }
 
     /// The driver VM behind `device`, and as which of its ends.
-    pub(super) fn driver_of(&self, device: DeviceId) -> Option<(DriverId, End)> {
+    pub(super) fn driver_of(&self, device: DeviceId) -> Option<(DriverId, Endpoint)> {
         self.devices.get(&device)?.driver
     }
 
@@ -196,7 +196,7 @@ impl GuestVm {
     }
 
     /// The driver VMs that serve it, and as which of their ends.
-    pub(super) fn drivers(&self) -> Vec<(DriverId, End)> {
+    pub(super) fn drivers(&self) -> Vec<(DriverId, Endpoint)> {
         self.devices.values().filter_map(|device| device.driver).collect()
     }
 

@@ -1,10 +1,12 @@
-//! The numbers of a machine's guests and driver VMs, and the tables that they lead into.
+//! The numbers of a machine's guests and driver VMs, and of a driver VM's ends, and the tables that they lead into.
 //!
-//! Invariant: a number is a place in the machine file, and so in its table, for the whole run. The two kinds cannot be mixed up,
+//! Invariant: a number is a place in the machine file, and so in its table, for the whole run. The kinds cannot be mixed up,
 //! and there is none for "nobody".
 
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
+
+use crate::lifecycle::Endpoint;
 
 /// A place in a table of its own kind.
 pub(super) trait Id: Copy {
@@ -31,6 +33,16 @@ impl Id for GuestId {
     }
 }
 
+impl Id for Endpoint {
+    fn at(place: usize) -> Self {
+        Self::at(place)
+    }
+
+    fn place(self) -> usize {
+        self.place()
+    }
+}
+
 impl Id for DriverId {
     fn at(place: usize) -> Self {
         Self(place)
@@ -41,8 +53,8 @@ impl Id for DriverId {
     }
 }
 
-/// The guests or the driver VMs of a machine, in the order of its file.
-#[derive(Debug)]
+/// The guests or the driver VMs of a machine, or the ends of a driver VM, in the order of the machine file.
+#[derive(Clone, Debug)]
 pub(super) struct Table<I, T> {
     rows: Vec<T>,
     id: PhantomData<I>,
@@ -58,6 +70,14 @@ impl<I: Id, T> Table<I, T> {
         (0..self.rows.len()).map(I::at)
     }
 
+    /// Copies of all rows, without a hold on the table.
+    pub(super) fn rows(&self) -> Vec<T>
+    where
+        T: Copy,
+    {
+        self.rows.clone()
+    }
+
     pub(super) fn iter(&self) -> std::slice::Iter<'_, T> {
         self.rows.iter()
     }
@@ -69,6 +89,15 @@ impl<I: Id, T> Table<I, T> {
     /// Each row with its number.
     pub(super) fn numbered(&self) -> impl Iterator<Item = (I, &T)> {
         self.rows.iter().enumerate().map(|(place, row)| (I::at(place), row))
+    }
+
+    /// The row with number `id`, if it has one.
+    pub(super) fn get(&self, id: I) -> Option<&T> {
+        self.rows.get(id.place())
+    }
+
+    pub(super) fn get_mut(&mut self, id: I) -> Option<&mut T> {
+        self.rows.get_mut(id.place())
     }
 
     pub(super) fn position(&self, wanted: impl Fn(&T) -> bool) -> Option<I> {

@@ -8,7 +8,7 @@ use super::guest::GuestState;
 use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
 use crate::base::time::Time;
-use crate::lifecycle::End;
+use crate::lifecycle::Endpoint;
 use crate::record::events::Event;
 use crate::wire::channel::{self, Incoming};
 use crate::wire::messages::{FromVm, PaceSteps, ToVm};
@@ -113,7 +113,7 @@ impl Supervisor {
     }
 
     /// The driver VM behind a guest's device, and as which of its ends.
-    pub(super) fn served(&self, guest: GuestId, device: DeviceId) -> Option<(DriverId, End)> {
+    pub(super) fn served(&self, guest: GuestId, device: DeviceId) -> Option<(DriverId, Endpoint)> {
         self.guests[guest].driver_of(device)
     }
 }

@@ -234,8 +234,8 @@ impl Supervisor {
         });
         let drivers: Table<DriverId, DriverVm> = drivers.collect();
         for (driver, vm) in drivers.numbered() {
-            for (end, EndRef { guest, device }) in vm.ends.iter().enumerate() {
-                if let Some(device) = guests[*guest].devices.get_mut(device) {
+            for (end, &EndRef { guest, device }) in vm.ends.numbered() {
+                if let Some(device) = guests[guest].devices.get_mut(&device) {
                     device.driver = Some((driver, end));
                 }
             }

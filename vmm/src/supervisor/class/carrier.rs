@@ -69,7 +69,7 @@ impl Supervisor {
     fn tell_carrier(&mut self, n: DriverId, carrier: Carrier) {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         let up = carrier == Carrier::Up;
-        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+        for EndRef { guest, device } in self.drivers[n].ends.rows() {
             if traits(device.class).has_carrier {
                 self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
             }

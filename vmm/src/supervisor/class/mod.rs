@@ -18,11 +18,11 @@ use self::net::GuestNet;
 use self::settings::Setting;
 use self::sound::GuestSound;
 use super::driver::{DriverVm, EndRef, Life};
-use super::ids::{DriverId, GuestId};
+use super::ids::{DriverId, GuestId, Table};
 use super::run::Supervisor;
 use crate::base::time::Time;
 use crate::config::{Guest, Machine};
-use crate::lifecycle::End;
+use crate::lifecycle::Endpoint;
 use crate::record::status;
 use crate::wire::messages::{DeviceStatus, NetBackend, OutageCounts, PortBackend, Replay, SoundBackend};
 
@@ -53,7 +53,7 @@ pub(in crate::supervisor) type Devices = BTreeMap<DeviceId, GuestDevice>;
 #[derive(Debug)]
 pub(in crate::supervisor) struct GuestDevice {
     /// The driver VM that serves it, and as which of its ends.
-    pub(in crate::supervisor) driver: Option<(DriverId, End)>,
+    pub(in crate::supervisor) driver: Option<(DriverId, Endpoint)>,
     /// The last answer to `QueryStatus`.
     pub(in crate::supervisor) status: Option<DeviceStatus>,
     /// Whether that answers the last question.
@@ -134,12 +134,15 @@ pub(in crate::supervisor) fn backends(guest: &Guest, devices: &Devices) -> (Vec<
 }
 
 /// What a driver VM's process is to make of `ends`.
-pub(in crate::supervisor) fn end_backends(ends: &[EndRef], mtu: u16) -> (Vec<NetBackend>, Vec<PortBackend>) {
+pub(in crate::supervisor) fn end_backends(
+    ends: &Table<Endpoint, EndRef>,
+    mtu: u16,
+) -> (Vec<NetBackend>, Vec<PortBackend>) {
     let (mut nets, mut ports) = (Vec::new(), Vec::new());
-    for (n, end) in ends.iter().enumerate() {
-        match end.device.class {
-            Class::Net => nets.push(net::end_backend(n, mtu)),
-            Class::Sound => ports.push(sound::end_backend(n)),
+    for (end, EndRef { device, .. }) in ends.numbered() {
+        match device.class {
+            Class::Net => nets.push(net::end_backend(end.place(), mtu)),
+            Class::Sound => ports.push(sound::end_backend(end.place())),
         }
     }
     (nets, ports)
@@ -169,7 +172,7 @@ pub(in crate::supervisor) fn status(
 impl DriverVm {
     /// What it serves. The ends of a driver VM are those of one device; without any it would be a NIC's.
     pub(in crate::supervisor) fn class(&self) -> Class {
-        self.ends.first().map_or(Class::Net, |end| end.device.class)
+        self.ends.iter().next().map_or(Class::Net, |end| end.device.class)
     }
 }
 
@@ -183,7 +186,7 @@ impl Supervisor {
     }
 
     /// The life of driver VM `n` is ready: the guest's device at `end` goes live with it.
-    pub(in crate::supervisor) fn go_live_at(&mut self, n: DriverId, end: End, replay: Replay) {
+    pub(in crate::supervisor) fn go_live_at(&mut self, n: DriverId, end: Endpoint, replay: Replay) {
         let device = self.drivers[n].ends[end].device;
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         match device.class {

@@ -9,7 +9,7 @@ use super::settings::Setting;
 use super::{OfClass, Traits};
 use crate::base::time::Time;
 use crate::config::Net;
-use crate::lifecycle::{Carrier, End, Input};
+use crate::lifecycle::{Carrier, Endpoint, Input};
 use crate::record::status;
 use crate::supervisor::driver::EndRef;
 use crate::supervisor::guest::GuestVm;
@@ -117,7 +117,7 @@ impl GuestVm {
 }
 
 impl Supervisor {
-    pub(super) fn net_goes_live(&mut self, n: DriverId, end: End, (generation, replay): (Generation, Replay)) {
+    pub(super) fn net_goes_live(&mut self, n: DriverId, end: Endpoint, (generation, replay): (Generation, Replay)) {
         let driver = &self.drivers[n];
         let EndRef { guest, device } = driver.ends[end];
         let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
@@ -144,7 +144,7 @@ impl Supervisor {
         driver.frames.replayed += masked.replayed;
         driver.frames.dropped += masked.dropped;
         driver.frames.unknown += masked.unknown;
-        tracing::debug!(end, at = at.0, by_itself, "end live");
+        tracing::debug!(end = end.place(), at = at.0, by_itself, "end live");
         self.drive(d, if by_itself { Input::SpareLive(end) } else { Input::EndLive(end) });
     }
 

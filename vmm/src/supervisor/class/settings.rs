@@ -10,7 +10,7 @@ use umbra_shadow::DeviceId;
 
 use super::net::end_mac;
 use crate::base::lines::LineError;
-use crate::lifecycle::Input;
+use crate::lifecycle::{Endpoint, Input};
 use crate::supervisor::driver::life::{LifeRole, encode};
 use crate::supervisor::driver::{DriverVm, EndRef, Life};
 use crate::supervisor::guest::GuestVm;
@@ -98,7 +98,7 @@ impl Supervisor {
     /// A guest has asked for something else: passes it on to the agents that have their plan.
     pub(in crate::supervisor) fn pass_on(&mut self, guest: GuestId, device: DeviceId, setting: Setting) {
         let Some((driver, end)) = self.served(guest, device) else { return };
-        let Ok(position) = u16::try_from(end) else { return };
+        let Ok(position) = u16::try_from(end.place()) else { return };
         for role in [LifeRole::Present, LifeRole::Standby] {
             if let Some(life) = self.drivers[driver].life_of_mut(role) {
                 life.settings.change(position, setting);
@@ -125,13 +125,13 @@ impl Supervisor {
                 return;
             }
             // What has killed the lives before may be among it.
-            let is_clean = |position: u16| driver.lifecycle.starts_clean(usize::from(position));
+            let is_clean = |position: u16| driver.lifecycle.starts_clean(position.into());
             let next = life.settings.next(|position| role == LifeRole::Present && is_clean(position));
             let Some((position, setting)) = next else { return };
             if let Some(life) = self.drivers[n].life_of_mut(role) {
                 life.settings.sent(position, setting);
             }
-            let Some(EndRef { guest, device }) = self.drivers[n].ends.get(usize::from(position)).copied() else {
+            let Some(EndRef { guest, device }) = self.drivers[n].ends.get(position.into()).copied() else {
                 continue;
             };
             let Some(net) = self.guests[guest].net(device) else { continue };
@@ -161,13 +161,13 @@ impl Supervisor {
 
 /// What the guests of `driver` have asked for so far, for its life `life`.
 pub(super) fn net_plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> NetPlan {
-    let end = |(position, end): (usize, &EndRef)| {
-        let net = guests[end.guest].net(end.device)?;
-        let clean_start = driver.lifecycle.starts_clean(position);
+    let plan = |(end, EndRef { guest, device }): (Endpoint, &EndRef)| {
+        let net = guests[*guest].net(*device)?;
+        let clean_start = driver.lifecycle.starts_clean(end);
         let (mode, offloads) = if clean_start { clean() } else { (net.mode.clone(), net.offloads) };
-        Some(NetEnd { device_mac: end_mac(position), mode, offloads })
+        Some(NetEnd { device_mac: end_mac(end.place()), mode, offloads })
     };
-    let ends = driver.ends.iter().enumerate().filter_map(end).collect();
+    let ends = driver.ends.numbered().filter_map(plan).collect();
     let mtu = driver.mtu;
     NetPlan { ends, mtu, device: life.purpose.device() }
 }
@@ -176,7 +176,7 @@ impl DriverVm {
     /// The ends that start clean with the next plan.
     fn clean_ends(&self) -> impl Iterator<Item = u16> {
         let positions = (0..).take(self.ends.len());
-        positions.filter(|position| self.lifecycle.starts_clean(usize::from(*position)))
+        positions.filter(|position| self.lifecycle.starts_clean(Endpoint::from(*position)))
     }
 }
 

@@ -9,7 +9,7 @@ use umbra_shadow::{Class, DeviceId, Generation};
 use super::{OfClass, Traits};
 use crate::base::time::Time;
 use crate::config;
-use crate::lifecycle::{Carrier, End, Input, NoticedBy};
+use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy};
 use crate::record::events::Event;
 use crate::record::status;
 use crate::record::timeline::LifeStage;
@@ -88,7 +88,7 @@ impl Supervisor {
         self.drivers[n].kernel_driver = Some(kernel_driver);
         self.stage(n, LifeStage::Sound, now, detail);
         self.stage(n, LifeStage::Forwarding, now, String::new());
-        for end in self.drivers[n].ends.clone() {
+        for end in self.drivers[n].ends.rows() {
             let guest = &mut self.guests[end.guest];
             let Some(sound) = guest.sound_mut(end.device) else { continue };
             // The first card is the guest's for its life; later ones are compared with it by its splitter.
@@ -103,7 +103,7 @@ impl Supervisor {
     }
 
     /// It goes live by itself, and may have done so already.
-    pub(super) fn sound_goes_live(&mut self, n: DriverId, end: End, generation: Generation) {
+    pub(super) fn sound_goes_live(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         if self.guests[guest].sound_mut(device).is_some_and(|sound| sound.live == Some(generation)) {
             self.drive(n, Input::EndLive(end));
@@ -120,7 +120,7 @@ impl Supervisor {
         if !self.drivers[d].is_current(generation) {
             return;
         }
-        tracing::debug!(driver = self.drivers[d].name, end, ?masked, "sound live");
+        tracing::debug!(driver = self.drivers[d].name, end = end.place(), ?masked, "sound live");
         if masked != SoundCounts::default() {
             self.events.tell(&Event::SoundLive {
                 guest: self.guests[guest].name.clone(),

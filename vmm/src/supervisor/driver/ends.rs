@@ -18,7 +18,7 @@ use super::begin::Begin;
 use super::life::{LifeRole, Purpose};
 use super::{DriverVm, Life};
 use crate::base::time::Time;
-use crate::lifecycle::{End, Failure, Input, NoticedBy, State};
+use crate::lifecycle::{Endpoint, Failure, Input, NoticedBy, State};
 use crate::record::crash_report::Mask;
 use crate::record::events::Event;
 use crate::record::timeline::Milestone;
@@ -114,7 +114,7 @@ impl EndLink {
 }
 
 impl Life {
-    fn link(&self, end: End) -> Option<LinkId> {
+    fn link(&self, end: Endpoint) -> Option<LinkId> {
         self.links.get(end)?.link
     }
 
@@ -123,8 +123,8 @@ impl Life {
     }
 
     /// Whether other guests than that of `end` accuse this life too.
-    fn is_accused_by_another(&self, end: End, now: Time) -> bool {
-        let others = self.links.iter().enumerate().filter(|(other, _)| *other != end);
+    fn is_accused_by_another(&self, end: Endpoint, now: Time) -> bool {
+        let others = self.links.numbered().filter(|(other, _)| *other != end);
         others.into_iter().any(|(_, link)| link.accused.as_ref().is_some_and(|(at, _)| now.since(*at) < SAME_FAULT))
     }
 }
@@ -133,7 +133,7 @@ impl DriverVm {
     /// When an end is to be connected.
     pub(in crate::supervisor) fn connection_due(&self) -> Option<Time> {
         let lives = self.life.iter().chain(self.standby.iter().filter(|vm| !vm.dropped).map(|vm| &vm.life));
-        lives.flat_map(|life| &life.links).filter(|end| !end.given_up).filter_map(|end| end.due).min()
+        lives.flat_map(|life| life.links.iter()).filter(|end| !end.given_up).filter_map(|end| end.due).min()
     }
 
     /// The present life fails: what its guests have lost by now belongs to its outage.
@@ -154,7 +154,7 @@ impl DriverVm {
     }
 
     /// The guest of `end` has a new process, or none: its connections and losses so far do not count any more.
-    pub(in crate::supervisor) fn forget_guest(&mut self, end: End) {
+    pub(in crate::supervisor) fn forget_guest(&mut self, end: Endpoint) {
         let lives = self.life.iter_mut().chain(self.standby.iter_mut().map(|vm| &mut vm.life));
         lives.filter_map(|life| life.links.get_mut(end)).for_each(EndLink::forget);
     }
@@ -164,7 +164,7 @@ impl Supervisor {
     /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there.
     pub(in crate::supervisor) fn connect_ends(&mut self, n: DriverId) {
         for role in [LifeRole::Present, LifeRole::Standby] {
-            for end in 0..self.drivers[n].ends.len() {
+            for end in self.drivers[n].ends.ids() {
                 self.connect(n, role, end);
             }
         }
@@ -177,7 +177,7 @@ impl Supervisor {
         }
     }
 
-    fn connect(&mut self, n: DriverId, role: LifeRole, end: End) {
+    fn connect(&mut self, n: DriverId, role: LifeRole, end: Endpoint) {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
@@ -218,7 +218,7 @@ impl Supervisor {
     }
 
     /// Where the life of driver VM `n` serves already, a device that goes live by itself is expected to do so soon.
-    pub(in crate::supervisor) fn await_greeting(&mut self, n: DriverId, end: End) {
+    pub(in crate::supervisor) fn await_greeting(&mut self, n: DriverId, end: Endpoint) {
         let driver = &mut self.drivers[n];
         let serves = matches!(driver.lifecycle.state(), State::Live { .. });
         let greets = traits(driver.ends[end].device.class).greets;
@@ -228,7 +228,7 @@ impl Supervisor {
     }
 
     /// The device at `end` of driver VM `n` is live.
-    pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: End) {
+    pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: Endpoint) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
             link.due = None;
         }
@@ -260,7 +260,7 @@ impl Supervisor {
     }
 
     /// The present life of driver VM `d` is not connected at `end` any more.
-    fn lost_present(&mut self, d: DriverId, end: End, at: Time, cause: &LinkEnd) {
+    fn lost_present(&mut self, d: DriverId, end: Endpoint, at: Time, cause: &LinkEnd) {
         let now = Time::now();
         let driver = &mut self.drivers[d];
         let stopping = *driver.lifecycle.state() == State::Stopping;
@@ -304,7 +304,7 @@ impl Supervisor {
     }
 
     /// A life that waits is not connected at `end` any more: the guest has lost nothing.
-    fn lost_standby(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
+    fn lost_standby(&mut self, d: DriverId, end: Endpoint, cause: &LinkEnd) {
         let now = Time::now();
         let why = format!("its link to {}: {cause}", self.end_name(d, end));
         let driver = &mut self.drivers[d];
@@ -340,12 +340,12 @@ impl Supervisor {
         why: &Disconnect,
     ) {
         let now = Time::now();
-        let end = usize::from(end);
+        let end = Endpoint::from(end);
         let Some(life) = self.drivers[d].life_of_mut(role) else { return };
         if life.link(end) != Some(link) {
             return;
         }
-        tracing::debug!(end, %link, ?why, "disconnected");
+        tracing::debug!(end = end.place(), %link, ?why, "disconnected");
         // The guest's splitter sees the end too and says so; if it does not, the connection is made again all the same.
         let only = life.connected() <= 1;
         let this = &mut life.links[end];
@@ -362,7 +362,7 @@ impl Supervisor {
     }
 
     /// An end has lost too many connections in a row: quarantines the guest's device there; the other ends go on.
-    fn give_end_up(&mut self, d: DriverId, end: End, cause: &LinkEnd) {
+    fn give_end_up(&mut self, d: DriverId, end: Endpoint, cause: &LinkEnd) {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let name = self.end_name(d, end);
         self.events.warn(format!(
@@ -373,7 +373,7 @@ impl Supervisor {
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
-    fn tell_masked(&mut self, d: DriverId, end: End, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
+    fn tell_masked(&mut self, d: DriverId, end: Endpoint, generation: Generation, at: Time, cause: &LinkEnd) -> Mask {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         let mask = Mask { guest: self.guests[guest].name.clone(), device, at_ns: at.0, cause: cause.clone() };
         self.events.tell(&Event::Masked {
@@ -400,7 +400,7 @@ impl Supervisor {
         }
     }
 
-    fn end_name(&self, d: DriverId, end: End) -> String {
+    fn end_name(&self, d: DriverId, end: Endpoint) -> String {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         format!("{}.{device}", self.guests[guest].name)
     }
@@ -408,13 +408,13 @@ impl Supervisor {
 
 impl Life {
     /// Gives the process one end of a new connection; the other one. `None`: it does not take it now.
-    fn hand_out(&mut self, end: End, link: LinkId, now: Time) -> Option<OwnedFd> {
+    fn hand_out(&mut self, end: Endpoint, link: LinkId, now: Time) -> Option<OwnedFd> {
         let this = &mut self.links[end];
         let Ok((ours, theirs)) = UnixStream::pair() else {
             this.due = Some(now + DELAY_MAX);
             return None;
         };
-        let message = ToVm::Connect { end: u16::try_from(end).ok()?, link };
+        let message = ToVm::Connect { end: u16::try_from(end.place()).ok()?, link };
         if let Err(error) = self.process.channel().send_now(&message, &[ours.as_fd()]) {
             // A process that is gone is noticed elsewhere.
             tracing::debug!(%error, %link, "connect an end");

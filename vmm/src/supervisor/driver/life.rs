@@ -19,11 +19,11 @@ use super::begin::Begin;
 use super::console::{Console, Fatal};
 use super::{DriverVm, EndLink};
 use crate::base::lines::{LineError, Lines};
-use crate::lifecycle::Input;
+use crate::lifecycle::{Endpoint, Input};
 use crate::supervisor::bounds;
 use crate::supervisor::class::carrier::Flaps;
 use crate::supervisor::class::settings::Settings;
-use crate::supervisor::ids::DriverId;
+use crate::supervisor::ids::{DriverId, Table};
 use crate::supervisor::run::Supervisor;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::FromVm;
@@ -115,7 +115,7 @@ pub(in crate::supervisor) struct Life {
     /// Whether the control channel is still of use.
     listening: bool,
     /// Its connection with each guest's device, by end.
-    pub(in crate::supervisor) links: Vec<EndLink>,
+    pub(in crate::supervisor) links: Table<Endpoint, EndLink>,
     /// pvpanic: its kernel has said what it had to say.
     pub(in crate::supervisor) panicked: bool,
     pub(in crate::supervisor) registers: String,

@@ -36,6 +36,7 @@ use super::driver::life::Purpose;
 use super::driver::spare::Spare;
 use super::driver::starvation::Watch;
 use super::driver::upgrade::Trial;
+use super::ids::Table;
 use super::start::rundir::RunDir;
 use crate::base::time::Time;
 use crate::config::{self, Driver};
@@ -43,7 +44,7 @@ use crate::host::DeviceFiles;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::RestartHistory;
-use crate::lifecycle::{Carrier, Lifecycle, StandbyPolicy};
+use crate::lifecycle::{Carrier, Endpoint, Lifecycle, StandbyPolicy};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
@@ -90,7 +91,7 @@ pub(in crate::supervisor) struct DriverVm {
     /// The generation that is, or was last, the present life.
     pub(in crate::supervisor) present: Option<Generation>,
     pub(in crate::supervisor) image: Arc<Image>,
-    pub(in crate::supervisor) ends: Vec<EndRef>,
+    pub(in crate::supervisor) ends: Table<Endpoint, EndRef>,
     /// MTU of the network, bytes; `None` where the spec names none.
     pub(in crate::supervisor) mtu: Option<u16>,
     pub(in crate::supervisor) lifecycle: Lifecycle,
@@ -160,7 +161,7 @@ impl DriverVm {
     pub(in crate::supervisor) fn new(
         (name, spec): (&str, Driver),
         (device, spare, open, image): (HostDevice, Option<HostDevice>, Open, Image),
-        (ends, mtu): (Vec<EndRef>, Option<u16>),
+        (ends, mtu): (Table<Endpoint, EndRef>, Option<u16>),
         run_dir: &RunDir,
     ) -> Self {
         let ahead = match (&spare, spec.standby) {

@@ -13,7 +13,7 @@ use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::{Carrier, End, Input, NoticedBy, StandbyStage, State};
+use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy, StandbyStage, State};
 use crate::record::events::Event;
 use crate::record::status::SpareNetwork;
 use crate::record::timeline::Milestone;
@@ -123,13 +123,13 @@ impl Supervisor {
     }
 
     fn tell_armed(&mut self, n: DriverId, generation: Generation, armed: bool) {
-        for EndRef { guest, device } in self.drivers[n].ends.clone() {
+        for EndRef { guest, device } in self.drivers[n].ends.rows() {
             self.tell_guest(guest, &ToVm::Arm { device, generation, armed });
         }
     }
 
     /// The guest of `end` is connected with the spare, which is armed.
-    pub(in crate::supervisor) fn tell_armed_at(&mut self, n: DriverId, end: End, generation: Generation) {
+    pub(in crate::supervisor) fn tell_armed_at(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         self.tell_guest(guest, &ToVm::Arm { device, generation, armed: true });
     }
