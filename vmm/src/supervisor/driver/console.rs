@@ -63,8 +63,9 @@ const SIGNS: [(&[u8], Fatal); 11] = [
 /// Length of the longest of these signs, in bytes.
 const LONGEST_SIGN: usize = 36;
 
-/// Most bytes read at a time; a VM that prints without end is read again at the next turn of the loop.
-const READ_AT_ONCE: usize = 64 * 1024;
+/// Most bytes read at a time; a VM that prints without end is read again at the next turn of the loop. A page, because a kernel that
+/// panics is read some bytes at a time, and a larger buffer takes longer to clear than the bytes take to read.
+const READ_AT_ONCE: usize = 4096;
 
 /// The captured output of one driver VM, across its lives.
 #[derive(Debug)]
@@ -116,7 +117,7 @@ impl Console {
 
     /// Reads what is in `pipe`. Returns whether there may be more, now or later.
     pub fn read(&mut self, pipe: &OwnedFd) -> bool {
-        let mut chunk = vec![0; READ_AT_ONCE];
+        let mut chunk = [0; READ_AT_ONCE];
         match nix::unistd::read(pipe, &mut chunk) {
             Ok(0) => false,
             Ok(n) => {
