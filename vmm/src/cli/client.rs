@@ -109,7 +109,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
 /// No machine answers, or there is nothing to crash.
 pub fn crash(args: &CrashArgs) -> anyhow::Result<()> {
     let mut machine = Connection::open(args.common.name.as_deref())?;
-    let request = Request::Crash { name: args.driver.clone(), kind: args.kind.into() };
+    let request = Request::Crash { name: args.driver.clone(), kind: args.kind };
     let response = machine.ask(&request)?;
     let Response::Crashing { name, generation, .. } = &response else { bail!(UNEXPECTED) };
     if args.common.json {

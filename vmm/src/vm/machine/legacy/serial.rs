@@ -337,7 +337,7 @@ mod tests {
             }
             assert_eq!(written.lock().unwrap().concat(), text);
         };
-        let mut print = |line: &mut SerialLine, text: &[u8]| text.iter().for_each(|byte| line.write(0, *byte));
+        let print = |line: &mut SerialLine, text: &[u8]| text.iter().for_each(|byte| line.write(0, *byte));
         print(&mut line, b"one\n");
         wait(b"one\n");
         print(&mut line, b"0123456789abcdef_");
