@@ -1,6 +1,7 @@
 //! What every part of the program needs and that knows nothing of Umbra: time, lines of text, sockets, terminals, addresses.
 
 pub mod background_writer;
+pub mod build_id;
 pub mod error;
 pub mod high_duplicate;
 pub mod lines;

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::Error;
 use super::format::{Key, checksum};
+use crate::base::build_id::build_id;
 use crate::host::Snapshot as AwaitedFunction;
 use crate::vm::machine::{cpuid, state};
 use crate::wire::messages::{NetBackend, VmSpec};
@@ -16,8 +17,8 @@ use crate::wire::messages::{NetBackend, VmSpec};
 /// What goes in.
 #[derive(Serialize)]
 struct Ingredients<'a> {
-    /// The program: its version and a checksum of its file, because a device may differ between two builds of a version.
-    program: (&'static str, u64),
+    /// The program: its version and its build, because a device may differ between two builds of a version.
+    program: (&'static str, Build),
     /// The host's kernel, KVM with it: release and build.
     kernel: [String; 2],
     /// CPU model and features, as the first vCPU sees them.
@@ -62,9 +63,19 @@ pub fn key(kvm: &Kvm, spec: &VmSpec, image: &str) -> Result<Key, Error> {
     Ok(Key(Sha256::digest(text).into()))
 }
 
-/// A checksum of this program's file.
-fn program() -> io::Result<u64> {
-    Ok(checksum(&std::fs::read("/proc/self/exe")?))
+/// Which build of this program it is.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+enum Build {
+    Id(Vec<u8>),
+    /// A checksum of its file, where the linker left no build id.
+    Checksum(u64),
+}
+
+fn program() -> io::Result<Build> {
+    match build_id() {
+        Some(id) => Ok(Build::Id(id)),
+        None => Ok(Build::Checksum(checksum(&std::fs::read("/proc/self/exe")?))),
+    }
 }
 
 #[cfg(test)]
@@ -75,6 +86,6 @@ mod tests {
     #[test]
     fn a_program_is_the_same_each_time_it_is_asked_for() {
         assert_eq!(program().unwrap(), program().unwrap());
-        assert_ne!(program().unwrap(), checksum(&[]));
+        assert!(matches!(program().unwrap(), Build::Id(_)));
     }
 }
