@@ -6,7 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -152,22 +154,46 @@ pub enum Pace {
     Gentle,
     /// Page by page.
     Steady,
-    /// [`SWIFT`] bytes at once: each call has the kernel wait for all processors, which for single pages takes longer than the pages. It
-    /// lets others go between two pages.
-    Swift,
 }
 
-/// Bytes of a call at [`Pace::Swift`].
-const SWIFT: usize = 16 << 20;
-
-/// Backs all of `memory` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For memory
-/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
+/// Backs all of `memory` with huge pages now, where the kernel can (Linux 6.1). For memory that will be pinned for a device anyway: fewer
+/// pages to pin, and, if there is nothing in it yet, fewer faults while the guest boots.
 pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
-    let step = if pace == Pace::Swift { SWIFT } else { HUGE_PAGE };
+    collapse_while(memory, pace, || true);
+}
+
+/// Memory that is in use and is backed with huge pages by a thread, until this is dropped.
+#[derive(Debug)]
+pub struct Collapsing(Arc<AtomicBool>);
+
+impl Collapsing {
+    /// Starts the thread, which goes about it gently.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn start(memory: &GuestMemoryMmap) -> io::Result<Self> {
+        let (memory, wanted) = (memory.clone(), Arc::new(AtomicBool::new(true)));
+        let asked = Arc::clone(&wanted);
+        let work = move || collapse_while(&memory, Pace::Gentle, || asked.load(Ordering::Relaxed));
+        thread::Builder::new().name("huge-pages".into()).spawn(work)?;
+        Ok(Self(wanted))
+    }
+}
+
+impl Drop for Collapsing {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+fn collapse_while(memory: &GuestMemoryMmap, pace: Pace, wanted: impl Fn() -> bool) {
     for region in memory.iter() {
-        for offset in (0..region.len()).step_by(step) {
+        for offset in (0..region.len()).step_by(HUGE_PAGE) {
+            if !wanted() {
+                return;
+            }
             let start = Instant::now();
-            if let Err(error) = collapse_part(region, offset, step) {
+            if let Err(error) = collapse_part(region, offset) {
                 tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
@@ -176,19 +202,17 @@ pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
             }
             let took = start.elapsed();
             if pace == Pace::Gentle {
-                std::thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
+                thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
             }
         }
     }
 }
 
-/// Backs `length` bytes of `region` from `offset` on, or what is left there, with huge pages.
-fn collapse_part(region: &GuestRegionMmap, offset: u64, length: usize) -> io::Result<()> {
-    let left = usize::try_from(region.len() - offset).unwrap_or(length).min(length);
+/// Backs the bytes of `region` from `offset` to the end of a huge page, or what is left there, with one.
+fn collapse_part(region: &GuestRegionMmap, offset: u64) -> io::Result<()> {
+    let left = usize::try_from(region.len() - offset).unwrap_or(HUGE_PAGE).min(HUGE_PAGE);
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
-    for page in (offset..offset + left as u64).step_by(HUGE_PAGE) {
-        let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;
-    }
+    let _: u8 = region.read_obj(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
     match unsafe { libc::madvise(host.cast(), left, libc::MADV_COLLAPSE) } {
@@ -340,6 +364,24 @@ mod tests {
         );
         let memory = create("test", LIMIT).unwrap();
         assert_eq!(memory.last_addr().0 + 1, layout::PCI_MMIO64_START);
+    }
+
+    #[test]
+    fn memory_in_use_keeps_its_contents_while_it_is_backed_with_huge_pages() {
+        let memory = create("test", 8 << 20).unwrap();
+        let places = || (0..8 << 20).step_by(64 << 10).map(GuestAddress);
+        places().for_each(|at| memory.write_obj(at.0 ^ 0x55, at).unwrap());
+        let collapsing = Collapsing::start(&memory).unwrap();
+        let asked = Arc::clone(&collapsing.0);
+        // It is written to meanwhile, and holds what was written last, when the thread is through or has stopped.
+        for round in 0..50u64 {
+            places().for_each(|at| memory.write_obj(at.0 ^ round, at).unwrap());
+        }
+        drop(collapsing);
+        while Arc::strong_count(&asked) > 1 {
+            thread::yield_now();
+        }
+        assert!(places().all(|at| memory.read_obj::<u64>(at).unwrap() == at.0 ^ 49));
     }
 
     #[test]
