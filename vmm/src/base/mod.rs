@@ -8,6 +8,7 @@ pub mod lines;
 pub mod lock;
 pub mod pci_address;
 pub mod pci_config;
+pub mod random;
 pub mod rotating_file;
 pub mod saved_terminal;
 pub mod time;

@@ -18,6 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
 use umbra_guest_images::image::Image;
 
+use crate::base::random::random;
 use crate::base::time::Time;
 use crate::lifecycle::NoticedBy;
 use crate::supervisor::driver::life::LifeRole;
@@ -127,10 +128,7 @@ impl Supervisor {
 
 /// Random bytes of the host's kernel.
 fn entropy() -> io::Result<Entropy> {
-    let mut bytes = [0; ENTROPY_BYTES];
-    // SAFETY: the buffer is writable and as long as said; up to 256 bytes come at once and whole.
-    let length = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if usize::try_from(length) == Ok(ENTROPY_BYTES) { Ok(Entropy(bytes)) } else { Err(io::Error::last_os_error()) }
+    random::<ENTROPY_BYTES>().map(Entropy)
 }
 
 #[cfg(test)]
