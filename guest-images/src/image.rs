@@ -57,8 +57,9 @@ const HDA_CODECS: [&str; 12] = [
 ];
 /// Where the agent looks for the sound service.
 const SOUND_SERVICE: &str = "bin/umbra-sound";
-/// Taken where the kernel has it: reports a panic to the host (`pvpanic` before Linux 5.13).
-const OPTIONAL_MODULES: [&str; 2] = ["pvpanic_mmio", "pvpanic"];
+/// Taken where the kernel has them. The first two report a panic to the host (`pvpanic` before Linux 5.13); `vmgenid` (from Linux 5.18
+/// on) reseeds the random number generator of a VM that was restored from a snapshot.
+const OPTIONAL_MODULES: [&str; 3] = ["pvpanic_mmio", "pvpanic", "vmgenid"];
 
 /// What a driver VM image is to be made of.
 #[derive(Debug)]

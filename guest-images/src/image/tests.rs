@@ -17,7 +17,7 @@ fn kernel_dir(root: &Path) {
     let alias = format!("alias={NIC}");
     let nic = ["depends=lib", &alias, "firmware=nic/a.bin", "firmware=nic/gone.bin", "firmware=../../../etc/passwd"];
     fs::write(tree.join("kernel/nic.ko"), module(&nic)).unwrap();
-    for name in ["lib", "virtio_net", "sch_ingress", "cls_matchall", "act_mirred", "bridge", "pvpanic"] {
+    for name in ["lib", "virtio_net", "sch_ingress", "cls_matchall", "act_mirred", "bridge", "pvpanic", "vmgenid"] {
         fs::write(tree.join(format!("kernel/{name}.ko")), module(&["depends="])).unwrap();
     }
 }
@@ -49,7 +49,7 @@ fn a_device_gets_its_driver_with_dependencies_and_firmware() {
     assert_eq!(manifest.drivers, ["nic"]);
     let names: Vec<_> = manifest.modules.iter().map(|m| m.name.as_str()).collect();
     assert_eq!(names[..3], ["lib", "nic", "virtio_net"]);
-    assert!(names.contains(&"pvpanic") && !names.contains(&"virtio_pci"));
+    assert!(names.contains(&"pvpanic") && names.contains(&"vmgenid") && !names.contains(&"virtio_pci"));
     assert_eq!(manifest.firmware, ["nic/a.bin"]);
     assert_eq!(manifest.firmware_missing, ["nic/gone.bin", "../../../etc/passwd"]);
     let archive = fs::read(&image.initramfs).unwrap();
