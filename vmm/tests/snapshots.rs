@@ -331,3 +331,124 @@ fn what_is_more_urgent_ends_a_snapshot() {
     wait_for_bytes(&vm, 16);
     vm.kill();
 }
+
+/// Where a guest finds its VM generation ID, and the registers of its event: status, enable.
+const GENERATION_ID: u32 = 0xf_f000;
+const EVENT_STATUS: u16 = 0x606;
+const EVENT_ENABLE: u16 = 0x607;
+/// The vector by which the guest takes the SCI.
+const SCI_VECTOR: u8 = 0x50;
+
+/// What the guest of [`generation_reader`] prints each turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Turn {
+    /// Interrupts that said that there is another generation ID.
+    events: u32,
+    id: [u8; 16],
+    tsc: u64,
+}
+
+impl Turn {
+    const MARK: [u8; 4] = *b"GEN:";
+    const LENGTH: usize = 32;
+
+    /// The whole turns in what a guest has printed, which may begin and end in the middle of one.
+    fn all(printed: &[u8]) -> Vec<Self> {
+        let starts = printed.windows(4).enumerate().filter(|(_, mark)| *mark == Self::MARK);
+        let whole = starts.filter_map(|(start, _)| printed.get(start..start + Self::LENGTH));
+        let read = |turn: &[u8]| Self {
+            events: u32::from_le_bytes(turn[4..8].try_into().unwrap()),
+            id: turn[8..24].try_into().unwrap(),
+            tsc: u64::from_le_bytes(turn[24..].try_into().unwrap()),
+        };
+        whole.map(read).collect()
+    }
+}
+
+/// Listens for the event of another generation ID, and prints a [`Turn`] over and over. Interrupts are taken between two turns alone.
+fn generation_reader() -> Vec<u8> {
+    const HANDLER: u32 = 0x10_0200;
+    const IDT: u32 = 0x10_1000;
+    const TURN: u32 = 0x20_0000;
+    // mov esp, 0x110000; mov edi, gate; mov dword [rdi], selector << 16 | offset[15:0]
+    let mut code = Code::new().raw(&[0xbc, 0, 0, 0x11, 0, 0xbf]).raw(&(IDT + u32::from(SCI_VECTOR) * 16).to_le_bytes());
+    code = code.raw(&[0xc7, 0x07]).raw(&(0x10 << 16 | (HANDLER & 0xffff)).to_le_bytes());
+    // mov dword [rdi+4], offset[31:16] << 16 | present interrupt gate; lidt [pointer]
+    code = code.raw(&[0xc7, 0x47, 4]).raw(&(HANDLER & 0xffff_0000 | 0x8e00).to_le_bytes());
+    code = code.raw(&[0x0f, 0x01, 0x1c, 0x25]).raw(&(HANDLER + 0x80).to_le_bytes());
+    // The PC's 8259 controllers, which have the SCI as well, are masked. Local APIC on: mov ebx, 0xfee000f0; mov dword [rbx], 0x1ff
+    code = code.out8(0x21, 0xff).out8(0xa1, 0xff).raw(&[0xbb, 0xf0, 0, 0xe0, 0xfe, 0xc7, 0x03, 0xff, 0x01, 0, 0]);
+    // I/O APIC pin 9, by level, to the first vCPU: mov ebx, 0xfec00000; then index and value of both halves
+    code = code.raw(&[0xbb, 0, 0, 0xc0, 0xfe]);
+    for (index, value) in [(0x22, 1 << 15 | u32::from(SCI_VECTOR)), (0x23, 0)] {
+        code = code.raw(&[0xc7, 0x03, index, 0, 0, 0, 0xc7, 0x43, 0x10]).raw(&value.to_le_bytes());
+    }
+    // mov edi, turn; mov dword [rdi], mark; cld
+    code = code
+        .out8(EVENT_ENABLE, 1)
+        .raw(&[0xbf])
+        .raw(&TURN.to_le_bytes())
+        .raw(&[0xc7, 0x07])
+        .raw(&Turn::MARK)
+        .raw(&[0xfc]);
+    // loop: mov edx, enable; sti; in al, dx, which is an exit, behind which the interrupt is taken; nop; cli
+    let start = code.0.len();
+    code = code.raw(&[0xba]).raw(&u32::from(EVENT_ENABLE).to_le_bytes()).raw(&[0xfb, 0xec, 0x90, 0xfa]);
+    // mov esi, generation id; mov edi, turn + 8; movsq; movsq; rdtsc; mov [rdi], eax; mov [rdi+4], edx
+    code = code.raw(&[0xbe]).raw(&GENERATION_ID.to_le_bytes()).raw(&[0xbf]).raw(&(TURN + 8).to_le_bytes());
+    code = code.raw(&[0x48, 0xa5, 0x48, 0xa5, 0x0f, 0x31, 0x89, 0x07, 0x89, 0x57, 4]);
+    // mov esi, turn; mov ecx, length; mov edx, 0x3f8; rep outsb; jmp loop
+    code = code.raw(&[0xbe]).raw(&TURN.to_le_bytes()).raw(&[0xb9, 32, 0, 0, 0, 0xba, 0xf8, 3, 0, 0, 0xf3, 0x6e]);
+    let back = i32::try_from(start).unwrap() - i32::try_from(code.0.len() + 5).unwrap();
+    code = code.raw(&[0xe9]).raw(&back.to_le_bytes());
+    code.0.resize(0x200, 0x90);
+    // handler: mov edx, status; in al, dx; movzx eax, al; mov ebx, turn + 4; add [rbx], eax; acknowledge
+    code = code.raw(&[0xba]).raw(&u32::from(EVENT_STATUS).to_le_bytes()).raw(&[0xec, 0x0f, 0xb6, 0xc0, 0xbb]);
+    code = code.raw(&(TURN + 4).to_le_bytes()).raw(&[0x01, 0x03]).out8(EVENT_STATUS, 1);
+    // EOI: mov ebx, 0xfee000b0; mov dword [rbx], 0; iretq
+    code = code.raw(&[0xbb, 0xb0, 0, 0xe0, 0xfe, 0xc7, 0x03, 0, 0, 0, 0, 0x48, 0xcf]);
+    code.0.resize(0x280, 0x90);
+    // The table's limit and address.
+    code.raw(&0xfffu16.to_le_bytes()).raw(&u64::from(IDT).to_le_bytes()).0
+}
+
+/// The turns of a VM, when it has printed at least 32 more.
+fn turns(vm: &Process) -> Vec<Turn> {
+    wait_for_bytes(vm, 33 * Turn::LENGTH);
+    Turn::all(&console(vm))
+}
+
+#[test]
+fn twins_have_different_generation_ids_and_one_event_each_and_their_time_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, cache) = (dir.path().join("kernel"), dir.path().join("cache"));
+    fs::write(&kernel, common::elf(&generation_reader())).unwrap();
+    let mut first = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&first), SnapshotNews::Missing);
+    let before = *turns(&first).last().unwrap();
+    first.send(&ToVm::Snapshot);
+    assert!(matches!(news(&first), SnapshotNews::Taken(_)));
+    let own = turns(&first);
+    assert!(own.iter().all(|turn| (turn.events, turn.id) == (0, before.id)), "{own:x?}");
+    assert_ne!(before.id, [0; 16]);
+    first.kill();
+
+    // Both at once.
+    let twins = [(); 2].map(|()| start(&cache, &kernel, |_| {}));
+    let lives = twins.map(|mut vm| {
+        assert_eq!(news(&vm), SnapshotNews::Restored);
+        let turns = turns(&vm);
+        vm.kill();
+        turns
+    });
+    for turns in &lives {
+        // The first may be the rest of one that was cut off by the snapshot.
+        assert!(turns[1..].iter().all(|turn| (turn.events, turn.id) == (1, turns[1].id)), "{turns:x?}");
+        assert!(turns[0].tsc > before.tsc && turns.windows(2).all(|pair| pair[0].tsc < pair[1].tsc), "{turns:x?}");
+    }
+    let ids = [before.id, lives[0][1].id, lives[1][1].id];
+    assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[2] != ids[0], "{ids:x?}");
+}

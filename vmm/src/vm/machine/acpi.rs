@@ -1,6 +1,6 @@
 //! The ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT, MCFG, and the DSDT of `dsdt.rs`, laid one
-//! behind the other. A PC of the full hardware model: PM1a registers, SCI, reset register. No AML methods,
-//! no GPEs, no hot-plug.
+//! behind the other. A PC of the full hardware model: PM1a registers, GPE block 0, SCI, reset register. The only
+//! GPE and the only AML method are those of the VM generation ID; no hot-plug.
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -51,6 +51,8 @@ pub struct Platform {
     pub cpus: u8,
     /// End (exclusive) of the 64-bit PCI window; `None`: there is none.
     pub mmio64_end: Option<u64>,
+    /// The VM has a generation ID, at [`layout::GENERATION_ID`].
+    pub generation_id: bool,
 }
 
 /// Writes the tables and returns the address of the RSDP.
@@ -128,6 +130,9 @@ fn fadt(facs: u32, dsdt: u32) -> acpi_tables::fadt::FADT {
     fadt.pm1_cnt_len = 2;
     fadt.x_pm1a_evt_blk = GAS { register_bit_width: 32, ..io_register(layout::PM1A_EVENT, 2) };
     fadt.x_pm1a_cnt_blk = io_register(layout::PM1A_CONTROL, 2);
+    fadt.gpe0_blk = u32::from(layout::GPE0).into();
+    fadt.gpe0_blk_len = 2;
+    fadt.x_gpe0_blk = GAS { register_bit_width: 16, ..io_register(layout::GPE0, 1) };
     // No C2 and C3: latencies above the limits of 100 and 1000 microseconds.
     fadt.p_lvl2_lat = 0xffff.into();
     fadt.p_lvl3_lat = 0xffff.into();
@@ -218,7 +223,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_sums_to_zero() {
-        let bytes = build(&Platform { cpus: 3, mmio64_end: Some(1 << 39) });
+        let bytes = build(&Platform { cpus: 3, mmio64_end: Some(1 << 39), generation_id: true });
         assert!(bytes.len() as u64 <= layout::ACPI_TABLES_SIZE);
         assert_eq!(&bytes[..8], b"RSD PTR ");
         assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
@@ -234,6 +239,16 @@ mod tests {
         let facs = u32_at(fadt, 36);
         assert_eq!(facs % 64, 0);
         assert_eq!(&at(&bytes, facs.into())[..4], b"FACS");
+    }
+
+    #[test]
+    fn the_event_block_is_said_twice_in_the_same_way() {
+        let mut fadt_bytes = Vec::new();
+        fadt(0, 0).to_aml_bytes(&mut fadt_bytes);
+        // GPE0_BLK, GPE0_BLK_LEN and X_GPE0_BLK (ACPI 6.5, table 5.9): I/O space, 16 bits, byte by byte.
+        assert_eq!((u32_at(&fadt_bytes, 80), fadt_bytes[92]), (layout::GPE0.into(), 2));
+        assert_eq!(fadt_bytes[220..224], [1, 16, 0, 1]);
+        assert_eq!(u64_at(&fadt_bytes, 224), u64::from(layout::GPE0));
     }
 
     #[test]

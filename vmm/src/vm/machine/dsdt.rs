@@ -1,10 +1,10 @@
 //! The DSDT: the PCI root bridge with its windows and interrupt routing, the ranges that are no one else's,
-//! COM1, pvpanic, and the value that powers the machine off.
+//! COM1, pvpanic, the VM generation ID with its event, and the value that powers the machine off.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, PackageBuilder,
-    Path, ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    PackageBuilder, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 
@@ -17,12 +17,17 @@ use crate::vm::interrupt::Interrupts;
 const HEADER: u32 = 36;
 /// `_STA`: present, enabled, shown, working.
 const PRESENT: u8 = 0x0f;
+/// What a notification of the VM generation ID says: it has changed.
+const CHANGED: u8 = 0x80;
 
 /// The table's bytes.
 pub(super) fn build(platform: &Platform) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", HEADER, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&system_bus(platform));
     table.append_slice(&sleep_state());
+    if platform.generation_id {
+        table.append_slice(&generation_event());
+    }
     table.as_slice().to_vec()
 }
 
@@ -39,8 +44,11 @@ fn sleep_state() -> Vec<u8> {
 }
 
 fn system_bus(platform: &Platform) -> Vec<u8> {
-    let pci = [pci_root(platform), reserved(), com1(), pvpanic()].concat();
-    Scope::raw(Path::new("\\_SB_"), pci)
+    let mut devices = [pci_root(platform), reserved(), com1(), pvpanic()].concat();
+    if platform.generation_id {
+        devices.extend(generation_id());
+    }
+    Scope::raw(Path::new("\\_SB_"), devices)
 }
 
 fn pci_root(platform: &Platform) -> Vec<u8> {
@@ -122,4 +130,63 @@ fn pvpanic() -> Vec<u8> {
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
         ],
     ))
+}
+
+/// The device that says where the VM generation ID is (Microsoft, "Virtual Machine Generation ID", 2012). Its `_HID` is this VMM's own;
+/// drivers know the `_CID`.
+fn generation_id() -> Vec<u8> {
+    // Below 1 MiB: the upper half is zero.
+    let address = u32::try_from(layout::GENERATION_ID.0).unwrap_or(u32::MAX);
+    bytes(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"UMBR0001"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("_STA".into(), &PRESENT),
+            &Name::new("ADDR".into(), &Package::new(vec![&address, &ZERO])),
+        ],
+    ))
+}
+
+/// The method of GPE 0, by edge, so that the OS clears its status before it runs this.
+fn generation_event() -> Vec<u8> {
+    let device = Path::new("\\_SB_.VGEN");
+    let notify = Notify::new(&device, &CHANGED);
+    bytes(&Scope::new("\\_GPE".into(), vec![&Method::new("_E00".into(), 0, false, vec![&notify])]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(generation_id: bool) -> Vec<u8> {
+        build(&Platform { cpus: 1, mmio64_end: None, generation_id })
+    }
+
+    fn holds(table: &[u8], part: &[u8]) -> bool {
+        table.windows(part.len()).any(|window| window == part)
+    }
+
+    #[test]
+    fn the_generation_id_s_device_says_where_it_is_and_what_it_is() {
+        let table = table(true);
+        assert!(holds(&table, b"\x08_CID\x0dVM_Gen_Counter\0"));
+        assert!(holds(&table, b"\x08_DDN\x0dVM_Gen_Counter\0"));
+        // Name, package of nine bytes and two elements: a double word, zero.
+        assert!(holds(&table, b"\x08ADDR\x12\x08\x02\x0c\x00\xf0\x0f\x00\x00"));
+        assert_eq!((layout::GENERATION_ID.0, layout::GENERATION_ID.0 % 8), (0xf_f000, 0));
+    }
+
+    #[test]
+    fn the_event_notifies_the_device() {
+        // Scope, method without arguments, Notify (\_SB.VGEN, 0x80).
+        let method = b"\x14\x13_E00\x00\x86\\\x2e_SB_VGEN\x0a\x80";
+        assert!(holds(&table(true), &[b"\x10\x1a\\_GPE", method.as_slice()].concat()));
+    }
+
+    #[test]
+    fn a_vm_without_snapshots_has_no_generation_id() {
+        assert!(!holds(&table(false), b"VGEN") && !holds(&table(false), b"_GPE"));
+    }
 }

@@ -61,8 +61,10 @@ pub const PVPANIC: u16 = 0x505;
 pub const PM1A_EVENT: u16 = 0x600;
 /// ACPI PM1a control block, two bytes.
 pub const PM1A_CONTROL: u16 = 0x604;
-/// Last port of the PM1a blocks.
-pub const PM1A_LAST: u16 = 0x605;
+/// ACPI general-purpose event block 0: status, then enable, a byte each.
+pub const GPE0: u16 = 0x606;
+/// Last port of the ACPI blocks, which follow each other from [`PM1A_EVENT`] on.
+pub const ACPI_LAST: u16 = 0x607;
 /// The system control interrupt.
 pub const SCI_IRQ: u32 = 9;
 
@@ -85,6 +87,9 @@ pub const EBDA_START: u64 = 0x9_fc00;
 /// The ACPI tables; the RSDP comes first. In the area that ACPI says to search for it.
 pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// Room for the ACPI tables.
-pub const ACPI_TABLES_SIZE: u64 = 0x2_0000;
+pub const ACPI_TABLES_SIZE: u64 = 0x1_f000;
+/// The VM generation ID, in a page of its own behind the tables: reserved memory that is cached and that no OS uses, as its
+/// specification asks.
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 /// Start of extended memory, where kernels are loaded.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);

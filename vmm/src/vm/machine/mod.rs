@@ -6,6 +6,7 @@ pub mod bus;
 pub mod cpuid;
 mod dsdt;
 pub mod end;
+pub mod generation_id;
 pub mod kvm;
 pub mod layout;
 pub mod legacy;

@@ -15,7 +15,7 @@ use super::end::End;
 use super::legacy::{Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
 use super::vcpu::{self, Shared, Vcpus};
-use super::{boot, cpuid, kvm, layout, state};
+use super::{boot, cpuid, generation_id, kvm, layout, state};
 use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::bus::{PciBus, Windows};
 use crate::wire::messages::VmSpec;
@@ -38,6 +38,9 @@ pub enum Error {
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] acpi::Error),
+    /// VM generation ID.
+    #[error(transparent)]
+    GenerationId(#[from] generation_id::Error),
     /// Interrupts.
     #[error(transparent)]
     Interrupts(#[from] interrupt::Error),
@@ -100,7 +103,7 @@ impl Vm {
         let legacy = Legacy::new(Arc::clone(&fd), Arc::clone(&end), Arc::clone(&serial), signal);
 
         let mmio64_end = mmio64_end(&kvm)?;
-        let platform = Platform { cpus: spec.cpus, mmio64_end };
+        let platform = Platform { cpus: spec.cpus, mmio64_end, generation_id: spec.snapshot_of.is_some() };
         let bus = Arc::new(Bus { legacy, pci: PciBus::new(windows(mmio64_end)) });
         Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, _ram: ram })
     }
@@ -108,6 +111,9 @@ impl Vm {
     /// Loads the kernel; the vCPUs as they start it. Devices must be on the bus.
     pub fn load(&self, spec: &VmSpec) -> Result<Vec<VcpuFd>, Error> {
         let rsdp = acpi::write(&self.memory, &self.platform)?;
+        if self.platform.generation_id {
+            generation_id::renew(&self.memory)?;
+        }
         let entry = boot::load(&self.memory, &spec.kernel, &spec.initrd, &spec.cmdline, rsdp)?;
         tracing::debug!(?entry, "kernel is loaded");
         let vcpus = self.create_vcpus()?;

@@ -6,8 +6,9 @@
 //!                       (take)                                   (restore)
 //! ```
 //! Invariants: a snapshot that is missing, damaged, of something else or refused by KVM costs a cold boot, never more;
-//! no vCPU runs between the first and the last byte that is saved, nor before all is restored. What the VM has been told by its
-//! host, or has of a guest, makes a device refuse to be saved. Which VM a snapshot is of is its key ([`key`]).
+//! no vCPU runs between the first and the last byte that is saved, nor before all is restored; a restored VM finds a generation ID
+//! that no VM has had, and an event that says so. What the VM has been told by its host, or has of a guest, makes a device refuse to
+//! be saved. Which VM a snapshot is of is its key ([`key`]).
 
 pub mod cache;
 pub mod device;
@@ -28,6 +29,7 @@ use self::cache::Cache;
 use self::device::StateError;
 use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
 use super::interrupt;
+use super::machine::generation_id;
 use super::machine::kvm;
 use super::machine::legacy::LegacyState;
 use super::machine::state::{self, ChipsState, MachineState};
@@ -51,6 +53,9 @@ pub enum Error {
     /// Interrupts.
     #[error(transparent)]
     Interrupts(#[from] interrupt::Error),
+    /// The VM generation ID.
+    #[error(transparent)]
+    GenerationId(#[from] generation_id::Error),
     /// A device's part.
     #[error(transparent)]
     Device(#[from] StateError),
@@ -165,7 +170,8 @@ impl Found {
         memory::fill(memory, &self.contents, &self.file)
     }
 
-    /// Puts all but the memory into `vm`, which has its devices and memory, and into its `vcpus`, none of which has run.
+    /// Puts all but the memory into `vm`, which has its devices and memory, and into its `vcpus`, none of which has run; and gives it
+    /// another generation ID.
     ///
     /// # Errors
     /// KVM or a device refuses; the VM is of no use then.
@@ -177,6 +183,9 @@ impl Found {
         vm.bus.legacy.restore(state.legacy)?;
         vm.interrupts.at_once(|| vm.bus.pci.restore(state.pci))??;
         vm.bus.pci.restored();
+        generation_id::renew(&vm.memory)?;
+        // Behind the interrupt controllers and the registers: they would take the event back.
+        vm.bus.legacy.change_generation_id();
         Ok(())
     }
 }

@@ -45,4 +45,15 @@ mod tests {
             assert_eq!(ram, size - (layout::HIGH_MEMORY.0 - layout::EBDA_START));
         }
     }
+
+    #[test]
+    fn no_os_uses_the_memory_of_tables_and_generation_id() {
+        let map = of(64 << 20);
+        let range = |at: u64| map.iter().find(|r| (r.start..r.start + r.size).contains(&at)).map(|r| r.kind);
+        let tables_end = layout::ACPI_TABLES.0 + layout::ACPI_TABLES_SIZE;
+        for at in [layout::ACPI_TABLES.0, tables_end - 1, layout::GENERATION_ID.0, layout::GENERATION_ID.0 + 15] {
+            assert_eq!(range(at), Some(RESERVED), "{at:#x}");
+        }
+        assert!(tables_end <= layout::GENERATION_ID.0);
+    }
 }

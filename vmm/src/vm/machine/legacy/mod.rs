@@ -57,7 +57,7 @@ impl Legacy {
         };
         match port {
             layout::COM1..=layout::COM1_LAST => one(data, lock(&self.serial).read(port - layout::COM1)),
-            layout::PM1A_EVENT..=layout::PM1A_LAST => lock(&self.power).read(port - layout::PM1A_EVENT, data),
+            layout::PM1A_EVENT..=layout::ACPI_LAST => lock(&self.power).read(port - layout::PM1A_EVENT, data),
             layout::PVPANIC => one(data, self.pvpanic.read()),
             layout::CMOS_INDEX | layout::CMOS_DATA => one(data, lock(&self.cmos).read(port)),
             // Keyboard controller: nothing received, ready for commands.
@@ -73,7 +73,7 @@ impl Legacy {
         let first = data.first().copied().unwrap_or_default();
         match port {
             layout::COM1..=layout::COM1_LAST => lock(&self.serial).write(port - layout::COM1, first),
-            layout::PM1A_EVENT..=layout::PM1A_LAST => self.power(|power| power.write(port - layout::PM1A_EVENT, data)),
+            layout::PM1A_EVENT..=layout::ACPI_LAST => self.power(|power| power.write(port - layout::PM1A_EVENT, data)),
             layout::PVPANIC => self.pvpanic.write(first),
             layout::CMOS_INDEX | layout::CMOS_DATA => lock(&self.cmos).write(port, first),
             layout::I8042_COMMAND if first == I8042_RESET => self.end.set(VmEnd::Reset),
@@ -89,6 +89,15 @@ impl Legacy {
     pub fn press_power_button(&self) {
         self.power(|power| {
             power.press_button();
+            Action::None
+        });
+    }
+
+    /// Tells the guest that the VM has another generation ID. In a VM that is restored the interrupt controllers have their state: it
+    /// would overwrite the interrupt.
+    pub fn change_generation_id(&self) {
+        self.power(|power| {
+            power.change_generation_id();
             Action::None
         });
     }
