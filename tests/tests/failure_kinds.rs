@@ -36,8 +36,9 @@ fn each_kind_of_failure_is_noticed_and_outlived() {
     scenario(outlive_each_kind);
 }
 
-/// What is too many in the scenario: emulated, a NIC at work makes some hundreds.
-const INTERRUPTS_PER_S: u32 = 2000;
+/// What is too many in the scenario. Emulated on the reference machine, a NIC at work makes some hundreds, and the storm some 1,800: as many
+/// as its driver handles.
+const INTERRUPTS_PER_S: u32 = 1500;
 
 /// Has the host's kernel get an uncorrectable error (a poisoned TLP) of `$NIC0` from its root port: `struct
 /// aer_error_inj` of `drivers/pci/pcie/aer_inject.c`.
@@ -53,7 +54,7 @@ fn outlive_a_broken_device() {
     let (mut place, mut spec) =
         place_in(BenchSpec { cmdline: "iomem=relaxed".into(), ..BenchSpec::new("broken-device") });
     // A slower machine makes fewer, of both kinds.
-    spec.interrupts_per_s = INTERRUPTS_PER_S / patience::whole_factor().min(3);
+    spec.interrupts_per_s = INTERRUPTS_PER_S / patience::whole_factor().min(6);
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     guest_ticks(&mut place);
     let storm = "umbra-probe storm $NIC0 60 >/tmp/storm 2>&1 & echo $! >/tmp/storm.pid";
