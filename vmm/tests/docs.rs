@@ -14,9 +14,10 @@ const MADE: [&str; 6] = [".git", "target", "Cargo.lock", "corpus", "artifacts", 
 const LONGEST_README: usize = 90;
 
 /// A file whose header has a diagram, and the document that has the same one.
-const DIAGRAMS: [(&str, &str); 5] = [
+const DIAGRAMS: [(&str, &str); 6] = [
     ("vmm/src/lifecycle/mod.rs", "docs/recovery.md"),
     ("vmm/src/lifecycle/standby.rs", "docs/standby.md"),
+    ("vmm/src/lifecycle/saving.rs", "docs/standby.md"),
     ("vmm/src/lifecycle/spare.rs", "docs/standby.md"),
     ("vmm/src/supervisor/driver/ends.rs", "docs/recovery.md"),
     ("shadow/src/net/mod.rs", "docs/splitter.md"),

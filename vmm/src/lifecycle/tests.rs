@@ -9,7 +9,7 @@ pub(super) fn at(ms: u64) -> Time {
     Time(ms * 1_000_000)
 }
 
-fn generation(n: u32) -> Generation {
+pub(super) fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
 
@@ -34,7 +34,7 @@ pub(super) fn live(ends: usize) -> Lifecycle {
 }
 
 /// From the reset to the replay; returns what that asked for last.
-fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
+pub(super) fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
     life.handle(now, Input::ResetDone);
     life.handle(now, Input::Hello);
     life.handle(now, Input::Forwarding);

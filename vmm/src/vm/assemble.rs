@@ -32,26 +32,30 @@ pub(super) struct Assembled {
     pub(super) snapshot: Option<Place>,
 }
 
-/// Makes the VM of `spec`, whose passed-through function has `files` if it is open already.
-pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Assembled, Error> {
+/// Makes the VM of `spec`, whose passed-through function has `files` if it is open already. `None`: its process was started for its
+/// snapshot alone, and there is one, from which the VM could be restored.
+pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Option<Assembled>, Error> {
     let memory = memory::create(&spec.name, spec.memory.0).map_err(super::machine::vm::Error::from)?;
-    let place = match &spec.snapshot_of {
-        None => None,
-        Some(image) => match restored(spec, image, &memory, host) {
-            Ok(Attempt::Restored(assembled)) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Restored });
-                return Ok(*assembled);
-            }
-            Ok(Attempt::Missing(place)) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Missing });
-                Some(place)
-            }
-            Err(Refused { place, why }) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Refused(chain(&*why)) });
-                snapshot::memory::clear(&memory).map_err(snapshot::Error::Memory)?;
-                place
-            }
-        },
+    let tell = |news| host.tell(&FromVm::Snapshot { news });
+    let place = match restored(spec, &memory, host) {
+        Ok(Attempt::None) => None,
+        Ok(Attempt::Restored(_)) if spec.only_saves => {
+            tell(SnapshotNews::There);
+            return Ok(None);
+        }
+        Ok(Attempt::Restored(assembled)) => {
+            tell(SnapshotNews::Restored);
+            return Ok(Some(*assembled));
+        }
+        Ok(Attempt::Missing(place)) => {
+            tell(SnapshotNews::Missing);
+            Some(place)
+        }
+        Err(Refused { place, why }) => {
+            tell(SnapshotNews::Refused(chain(&*why)));
+            snapshot::memory::clear(&memory).map_err(snapshot::Error::Memory)?;
+            place
+        }
     };
     if !spec.passthrough.is_empty() || spec.awaits_device {
         memory::collapse(&memory, if spec.has_time { Pace::Gentle } else { Pace::Steady });
@@ -62,10 +66,12 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
     let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
     let vcpus = vm.load(spec)?;
-    Ok(Assembled { vm, devices, events, vcpus, snapshot: place })
+    Ok(Some(Assembled { vm, devices, events, vcpus, snapshot: place }))
 }
 
 enum Attempt {
+    /// The VM has no snapshots.
+    None,
     Restored(Box<Assembled>),
     Missing(Place),
 }
@@ -76,8 +82,9 @@ struct Refused {
     why: Box<Error>,
 }
 
-fn restored(spec: &VmSpec, image: &str, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Attempt, Refused> {
-    let place = Place::of(spec, image).map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+fn restored(spec: &VmSpec, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Attempt, Refused> {
+    let place = Place::of(spec).map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+    let Some(place) = place else { return Ok(Attempt::None) };
     let refused = |why| Refused { place: Some(place.clone()), why: Box::new(why) };
     let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };
     let ports = KeptOpen::of(spec).map_err(|why| refused(snapshot::Error::Memory(why).into()))?;
@@ -91,7 +98,10 @@ fn restored(spec: &VmSpec, image: &str, memory: &GuestMemoryMmap, host: &Arc<Hos
 }
 
 fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
-    memory::collapse(memory, Pace::Swift);
+    // A VM that is restored on trial has no use for huge pages.
+    if !spec.only_saves {
+        memory::collapse(memory, Pace::Swift);
+    }
     tracing::debug!("memory is there");
     found.fill(memory)?;
     tracing::debug!("memory is filled");

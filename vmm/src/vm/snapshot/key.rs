@@ -24,6 +24,13 @@ struct Ingredients<'a> {
     cpu: Vec<[u32; 7]>,
     /// The MSRs that KVM has.
     msrs: Vec<u32>,
+    vm: OfVm<'a>,
+}
+
+/// What goes in of the VM itself. The life's name, who waits for it and what becomes of it are no part of that: a life that is to serve
+/// is restored from what one that waited has left.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct OfVm<'a> {
     /// Digest of kernel and initial RAM disks.
     image: &'a str,
     cmdline: &'a str,
@@ -35,13 +42,28 @@ struct Ingredients<'a> {
     awaited: &'a Option<AwaitedFunction>,
 }
 
-/// The key of the snapshot of the VM of `spec`, whose image has the digest `image`.
+impl<'a> OfVm<'a> {
+    /// Of the VM of `spec`; `None`: it has no snapshots.
+    pub fn new(spec: &'a VmSpec) -> Option<Self> {
+        Some(Self {
+            image: &spec.snapshot_of.as_ref()?.digest,
+            cmdline: &spec.cmdline,
+            cpus: spec.cpus,
+            memory: spec.memory.0,
+            nets: &spec.nets,
+            ports: spec.ports.iter().map(|port| port.name.as_str()).collect(),
+            awaited: &spec.awaited,
+        })
+    }
+}
+
+/// The key of the snapshot of `vm`.
 ///
 /// # Errors
 /// KVM does not say what it can do.
-pub fn key(kvm: &Kvm, spec: &VmSpec, image: &str) -> Result<Key, Error> {
+pub fn key(kvm: &Kvm, vm: OfVm<'_>) -> Result<Key, Error> {
     // As the first vCPU sees it: what KVM says differs with the processor that asks (APIC ids).
-    let cpuid = cpuid::for_vcpu(kvm, &cpuid::supported(kvm)?, 0, spec.cpus);
+    let cpuid = cpuid::for_vcpu(kvm, &cpuid::supported(kvm)?, 0, vm.cpus);
     let leaf = |e: &kvm_bindings::kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
     let utsname = nix::sys::utsname::uname().map_err(|error| Error::Memory(error.into()))?;
     let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
@@ -50,13 +72,7 @@ pub fn key(kvm: &Kvm, spec: &VmSpec, image: &str) -> Result<Key, Error> {
         kernel: [text(utsname.release()), text(utsname.version())],
         cpu: cpuid.as_slice().iter().map(leaf).collect(),
         msrs: state::msr_indices(kvm)?,
-        image,
-        cmdline: &spec.cmdline,
-        cpus: spec.cpus,
-        memory: spec.memory.0,
-        nets: &spec.nets,
-        ports: spec.ports.iter().map(|port| port.name.as_str()).collect(),
-        awaited: &spec.awaited,
+        vm,
     };
     let text = serde_json::to_vec(&ingredients).map_err(|error| Error::Memory(error.into()))?;
     Ok(Key(Sha256::digest(text).into()))

@@ -27,6 +27,7 @@ use vm_memory::GuestMemoryMmap;
 use self::cache::Cache;
 use self::device::StateError;
 use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
+use self::key::OfVm;
 use super::interrupt;
 use super::machine::kvm;
 use super::machine::legacy::LegacyState;
@@ -113,13 +114,14 @@ pub struct Found {
 }
 
 impl Place {
-    /// The place of the snapshot of the VM of `spec`, whose image has the digest `image`.
+    /// The place of the snapshot of the VM of `spec`; `None`: it has no snapshots.
     ///
     /// # Errors
     /// There is no folder, or KVM does not say what it can do.
-    pub fn of(spec: &VmSpec, image: &str) -> Result<Self, Error> {
-        let key = key::key(&kvm::open()?, spec, image)?;
-        Ok(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0 })
+    pub fn of(spec: &VmSpec) -> Result<Option<Self>, Error> {
+        let Some(vm) = OfVm::new(spec) else { return Ok(None) };
+        let key = key::key(&kvm::open()?, vm)?;
+        Ok(Some(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0 }))
     }
 
     /// Looks for the snapshot; `None`: there is none.
