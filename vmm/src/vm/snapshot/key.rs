@@ -4,7 +4,7 @@
 use std::io;
 
 use kvm_ioctls::Kvm;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Error;
@@ -16,15 +16,36 @@ use crate::wire::messages::{NetBackend, VmSpec};
 /// What goes in.
 #[derive(Serialize)]
 struct Ingredients<'a> {
-    /// The program: its version and a checksum of its file, because a device may differ between two builds of a version.
-    program: (&'static str, u64),
-    /// The host's kernel, KVM with it: release and build.
-    kernel: [String; 2],
+    host: &'a HostFacts,
     /// CPU model and features, as the first vCPU sees them.
     cpu: Vec<[u32; 7]>,
     /// The MSRs that KVM has.
     msrs: Vec<u32>,
     vm: OfVm<'a>,
+}
+
+/// What goes in of the program and its host's kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HostFacts {
+    /// The program: its version and a checksum of its file, because a device may differ between two builds of a version.
+    pub program: (String, u64),
+    /// The host's kernel, KVM with it: release and build.
+    pub kernel: [String; 2],
+}
+
+impl HostFacts {
+    /// Those of this process.
+    ///
+    /// # Errors
+    /// The program's own file cannot be read.
+    pub fn now() -> Result<Self, Error> {
+        let utsname = nix::sys::utsname::uname().map_err(|error| Error::Memory(error.into()))?;
+        let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
+        let sum = program().map_err(Error::Program)?;
+        let kernel = [text(utsname.release()), text(utsname.version())];
+        Ok(Self { program: (env!("CARGO_PKG_VERSION").into(), sum), kernel })
+    }
 }
 
 /// What goes in of the VM itself. The life's name, who waits for it and what becomes of it are no part of that: a life that is to serve
@@ -57,23 +78,16 @@ impl<'a> OfVm<'a> {
     }
 }
 
-/// The key of the snapshot of `vm`.
+/// The key of the snapshot of `vm` on `host`.
 ///
 /// # Errors
 /// KVM does not say what it can do.
-pub fn key(kvm: &Kvm, vm: OfVm<'_>) -> Result<Key, Error> {
+pub fn key(kvm: &Kvm, host: &HostFacts, vm: OfVm<'_>) -> Result<Key, Error> {
     // As the first vCPU sees it: what KVM says differs with the processor that asks (APIC ids).
     let cpuid = cpuid::for_vcpu(kvm, &cpuid::supported(kvm)?, 0, vm.cpus);
     let leaf = |e: &kvm_bindings::kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
-    let utsname = nix::sys::utsname::uname().map_err(|error| Error::Memory(error.into()))?;
-    let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
-    let ingredients = Ingredients {
-        program: (env!("CARGO_PKG_VERSION"), program().map_err(Error::Program)?),
-        kernel: [text(utsname.release()), text(utsname.version())],
-        cpu: cpuid.as_slice().iter().map(leaf).collect(),
-        msrs: state::msr_indices(kvm)?,
-        vm,
-    };
+    let ingredients =
+        Ingredients { host, cpu: cpuid.as_slice().iter().map(leaf).collect(), msrs: state::msr_indices(kvm)?, vm };
     let text = serde_json::to_vec(&ingredients).map_err(|error| Error::Memory(error.into()))?;
     Ok(Key(Sha256::digest(text).into()))
 }

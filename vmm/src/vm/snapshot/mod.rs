@@ -10,9 +10,11 @@
 //! host, or has of a guest, makes a device refuse to be saved. Which VM a snapshot is of is its key ([`key`]).
 
 pub mod cache;
+pub mod description;
 pub mod device;
 pub mod format;
 pub mod key;
+pub mod list;
 pub mod memory;
 
 use std::fs::File;
@@ -25,9 +27,10 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use self::cache::Cache;
+use self::description::Description;
 use self::device::StateError;
 use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
-use self::key::OfVm;
+use self::key::{HostFacts, OfVm};
 use super::interrupt;
 use super::machine::kvm;
 use super::machine::legacy::LegacyState;
@@ -104,6 +107,7 @@ pub struct Place {
     cache: Cache,
     key: Key,
     memory: u64,
+    description: Box<Description>,
 }
 
 /// A snapshot that was found: its file, and what was read of it.
@@ -119,9 +123,11 @@ impl Place {
     /// # Errors
     /// There is no folder, or KVM does not say what it can do.
     pub fn of(spec: &VmSpec) -> Result<Option<Self>, Error> {
-        let Some(vm) = OfVm::new(spec) else { return Ok(None) };
-        let key = key::key(&kvm::open()?, vm)?;
-        Ok(Some(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0 }))
+        let (Some(vm), Some(of)) = (OfVm::new(spec), &spec.snapshot_of) else { return Ok(None) };
+        let host = HostFacts::now()?;
+        let key = key::key(&kvm::open()?, &host, vm)?;
+        let description = Box::new(Description::new(spec, of, host));
+        Ok(Some(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0, description }))
     }
 
     /// Looks for the snapshot; `None`: there is none.
@@ -131,6 +137,7 @@ impl Place {
     pub fn find(&self) -> Result<Option<Found>, Error> {
         let Some(file) = self.cache.open(&self.key)? else { return Ok(None) };
         let contents = Contents::read(&file, &self.key, self.memory)?;
+        cache::was_used(&file);
         Ok(Some(Found { file, contents }))
     }
 
@@ -151,7 +158,8 @@ impl Place {
         self.cache.create(&self.key, |file| {
             let mut writer = Writer::new(file);
             memory::save(&vm.memory, &mut writer, go_on)?;
-            length = writer.finish(&self.key, memory::size(&vm.memory), &state).map_err(Error::Write)?;
+            let (size, description) = (memory::size(&vm.memory), self.description.encode());
+            length = writer.finish(&self.key, size, (&state, &description)).map_err(Error::Write)?;
             Ok(())
         })?;
         Ok(length)
