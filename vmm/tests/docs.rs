@@ -24,11 +24,12 @@ const DIAGRAMS: [(&str, &str); 6] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 5] = [
+const FIELDS: [(&str, &[&str], &str); 6] = [
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
     ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
         "vmm/src/record/status.rs",
         &["Status", "GuestStatus", "NetStatus", "SoundStatus", "DriverStatus", "StandbyStatus"],

@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
@@ -234,6 +235,43 @@ fn a_guest_goes_on_in_another_process_and_so_does_its_twin() {
         assert!(goes_on, "{count}: {printed:x?}");
         vm.kill();
     }
+}
+
+/// `umbra snapshots` with `words`, as JSON.
+fn umbra_snapshots(cache: &Path, words: &[&str]) -> serde_json::Value {
+    let mut umbra = Command::new(env!("CARGO_BIN_EXE_umbra"));
+    umbra.args(["snapshots", "--json"]).args(words).env("UMBRA_SNAPSHOT_DIR", cache);
+    let output = umbra.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_snapshot_is_listed_with_what_it_is_of_and_removed_when_it_is_of_no_use() {
+    if !kvm() {
+        return;
+    }
+    let (dir, kernel, _) = taken();
+    let cache = dir.path().join("cache");
+    let list = umbra_snapshots(&cache, &[]);
+    let one = &list["snapshots"][0];
+    assert_eq!((&one["state"], &one["cpus"], &one["drivers"][0]), (&"usable".into(), &2.into(), &"e1000e".into()));
+    assert_eq!(one["image"], kernel.parent().unwrap().to_str().unwrap());
+    let bytes = one["bytes"].as_u64().unwrap();
+    assert!((4096..1 << 20).contains(&bytes) && list["bytes"] == bytes, "{list}");
+    assert!(umbra_snapshots(&cache, &["--prune"])["removed"].as_array().unwrap().is_empty());
+    let file = cache.join(one["file"].as_str().unwrap());
+    let mut damaged = fs::read(&file).unwrap();
+    damaged[20] ^= 1;
+    fs::write(&file, damaged).unwrap();
+    let list = umbra_snapshots(&cache, &["--prune"]);
+    assert_eq!(
+        (&list["removed"][0]["reason"], list["snapshots"].as_array().unwrap().len()),
+        (&"its header is damaged".into(), 0)
+    );
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.kill();
 }
 
 /// A process that is started for its snapshot alone ends if there is one that is good for a VM of another name, and else leaves one.
