@@ -376,6 +376,11 @@ fn a_folder_that_others_may_write_to_is_not_used() {
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
     assert!(said.contains("others may write to it"), "{said}");
     vm.kill();
+    // One that would boot for nothing does not.
+    let mut vm = start(&cache, &kernel, |spec| spec.only_saves = true);
+    let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("it boots") };
+    assert!(said.contains("others may write to it"), "{said}");
+    assert!(vm.child.wait().unwrap().success());
 }
 
 #[test]

@@ -33,11 +33,17 @@ pub(super) struct Assembled {
 }
 
 /// Makes the VM of `spec`, whose passed-through function has `files` if it is open already. `None`: its process was started for its
-/// snapshot alone, and there is one, from which the VM could be restored.
+/// snapshot alone, and there is one, from which the VM could be restored, or no place for one.
 pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Option<Assembled>, Error> {
     let memory = memory::create(&spec.name, spec.memory.0).map_err(super::machine::vm::Error::from)?;
     let tell = |news| host.tell(&FromVm::Snapshot { news });
-    let place = match restored(spec, &memory, host) {
+    let place = Place::of(spec);
+    if let Some(why) = spec.only_saves.then(|| lacks_place(&place)).flatten() {
+        // A boot would be for nothing.
+        tell(SnapshotNews::NotTaken(why));
+        return Ok(None);
+    }
+    let place = match restored((spec, place), &memory, host) {
         Ok(Attempt::None) => None,
         Ok(Attempt::Restored(_)) if spec.only_saves => {
             tell(SnapshotNews::There);
@@ -82,8 +88,21 @@ struct Refused {
     why: Box<Error>,
 }
 
-fn restored(spec: &VmSpec, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Attempt, Refused> {
-    let place = Place::of(spec).map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+/// Why no snapshot can be kept at `place`, as far as that shows before one is written.
+fn lacks_place(place: &Result<Option<Place>, snapshot::Error>) -> Option<String> {
+    match place {
+        Ok(Some(place)) => place.prepare().err().map(|why| chain(&why)),
+        Ok(None) => Some("this VM has no snapshots".into()),
+        Err(why) => Some(chain(why)),
+    }
+}
+
+fn restored(
+    (spec, place): (&VmSpec, Result<Option<Place>, snapshot::Error>),
+    memory: &GuestMemoryMmap,
+    host: &Arc<Host>,
+) -> Result<Attempt, Refused> {
+    let place = place.map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
     let Some(place) = place else { return Ok(Attempt::None) };
     let refused = |why| Refused { place: Some(place.clone()), why: Box::new(why) };
     let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };

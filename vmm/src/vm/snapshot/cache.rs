@@ -86,6 +86,16 @@ impl Cache {
         Ok(Some(file))
     }
 
+    /// Makes the folder, if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made, or others may write to it.
+    pub fn prepare(&self) -> Result<(), Error> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.folder);
+        made.map_err(|source| Error::Folder { path: self.folder.clone(), source })?;
+        self.check()
+    }
+
     /// Writes the snapshot with `key` by `write`, and makes room for it.
     ///
     /// # Errors
@@ -95,8 +105,7 @@ impl Cache {
             let path = path.to_owned();
             move |source| Error::Folder { path, source }
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).map_err(failed(&self.folder))?;
-        self.check()?;
+        self.prepare()?;
         let unfinished = self.folder.join(format!("{key}.{}.{UNFINISHED}", std::process::id()));
         let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished);
         let file = open.map_err(failed(&unfinished))?;

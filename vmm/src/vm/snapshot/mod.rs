@@ -130,6 +130,14 @@ impl Place {
         Ok(Some(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0, description }))
     }
 
+    /// Makes the folder, if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made, or others may write to it: no snapshot can be taken then.
+    pub fn prepare(&self) -> Result<(), Error> {
+        self.cache.prepare()
+    }
+
     /// Looks for the snapshot; `None`: there is none.
     ///
     /// # Errors
