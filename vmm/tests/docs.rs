@@ -14,20 +14,22 @@ const MADE: [&str; 6] = [".git", "target", "Cargo.lock", "corpus", "artifacts", 
 const LONGEST_README: usize = 90;
 
 /// A file whose header has a diagram, and the document that has the same one.
-const DIAGRAMS: [(&str, &str); 5] = [
+const DIAGRAMS: [(&str, &str); 6] = [
     ("vmm/src/lifecycle/mod.rs", "docs/recovery.md"),
     ("vmm/src/lifecycle/standby.rs", "docs/standby.md"),
+    ("vmm/src/lifecycle/saving.rs", "docs/standby.md"),
     ("vmm/src/lifecycle/spare.rs", "docs/standby.md"),
     ("vmm/src/supervisor/driver/ends.rs", "docs/recovery.md"),
     ("shadow/src/net/mod.rs", "docs/splitter.md"),
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 5] = [
+const FIELDS: [(&str, &[&str], &str); 6] = [
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
     ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
         "vmm/src/record/status.rs",
         &["Status", "GuestStatus", "NetStatus", "SoundStatus", "DriverStatus", "StandbyStatus"],

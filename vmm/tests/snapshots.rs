@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
@@ -12,7 +13,7 @@ use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use umbra_vmm::vm::machine::state::{ChipsState, MachineState, VcpuState, msr_indices};
 use umbra_vmm::vm::machine::{cpuid, kvm as machine_kvm};
-use umbra_vmm::wire::messages::{FromVm, SnapshotNews, ToVm, VmSpec};
+use umbra_vmm::wire::messages::{FromVm, SnapshotNews, SnapshotOf, ToVm, VmSpec};
 
 /// Local APIC registers: spurious vector, timer, its divider, its initial and its current count.
 const SPURIOUS: usize = 0xf0;
@@ -179,11 +180,15 @@ fn news(vm: &Process) -> SnapshotNews {
     }
 }
 
+fn image(digest: &str) -> SnapshotOf {
+    SnapshotOf { digest: digest.into(), kernel: "6.12".into(), drivers: vec!["e1000e".into()] }
+}
+
 /// A counting guest with 2 vCPUs, with its snapshot in `folder` and its kernel at `kernel`.
 fn start(folder: &Path, kernel: &Path, edit: impl FnOnce(&mut VmSpec)) -> Process {
     let files = Files::new(b"");
     let mut spec = files.spec();
-    (spec.cpus, spec.kernel, spec.snapshot_of) = (2, kernel.into(), Some("digest".into()));
+    (spec.cpus, spec.kernel, spec.snapshot_of) = (2, kernel.into(), Some(image("digest")));
     edit(&mut spec);
     Process::with_snapshots(files, spec, Some(folder))
 }
@@ -230,6 +235,71 @@ fn a_guest_goes_on_in_another_process_and_so_does_its_twin() {
         assert!(goes_on, "{count}: {printed:x?}");
         vm.kill();
     }
+}
+
+/// `umbra snapshots` with `words`, as JSON.
+fn umbra_snapshots(cache: &Path, words: &[&str]) -> serde_json::Value {
+    let mut umbra = Command::new(env!("CARGO_BIN_EXE_umbra"));
+    umbra.args(["snapshots", "--json"]).args(words).env("UMBRA_SNAPSHOT_DIR", cache);
+    let output = umbra.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_snapshot_is_listed_with_what_it_is_of_and_removed_when_it_is_of_no_use() {
+    if !kvm() {
+        return;
+    }
+    let (dir, kernel, _) = taken();
+    let cache = dir.path().join("cache");
+    let list = umbra_snapshots(&cache, &[]);
+    let one = &list["snapshots"][0];
+    assert_eq!((&one["state"], &one["cpus"], &one["drivers"][0]), (&"usable".into(), &2.into(), &"e1000e".into()));
+    assert_eq!(one["image"], kernel.parent().unwrap().to_str().unwrap());
+    let bytes = one["bytes"].as_u64().unwrap();
+    assert!((4096..1 << 20).contains(&bytes) && list["bytes"] == bytes, "{list}");
+    assert!(umbra_snapshots(&cache, &["--prune"])["removed"].as_array().unwrap().is_empty());
+    let file = cache.join(one["file"].as_str().unwrap());
+    let mut damaged = fs::read(&file).unwrap();
+    damaged[20] ^= 1;
+    fs::write(&file, damaged).unwrap();
+    let list = umbra_snapshots(&cache, &["--prune"]);
+    assert_eq!(
+        (&list["removed"][0]["reason"], list["snapshots"].as_array().unwrap().len()),
+        (&"its header is damaged".into(), 0)
+    );
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.kill();
+}
+
+/// A process that is started for its snapshot alone ends if there is one that is good for a VM of another name, and else leaves one.
+#[test]
+fn who_is_only_to_save_ends_where_that_is_done() {
+    if !kvm() {
+        return;
+    }
+    let (dir, kernel, _) = taken();
+    let cache = dir.path().join("cache");
+    let only_saves = |spec: &mut VmSpec| (spec.only_saves, spec.has_time, spec.name) = (true, true, "nic0.7".into());
+    let mut vm = start(&cache, &kernel, only_saves);
+    assert_eq!(news(&vm), SnapshotNews::There);
+    assert!(vm.child.wait().unwrap().success());
+    assert_eq!(console(&vm), b"", "it has not run");
+    let file = fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
+    let mut damaged = fs::read(&file).unwrap();
+    damaged[4096] ^= 1;
+    fs::write(&file, damaged).unwrap();
+    let mut vm = start(&cache, &kernel, only_saves);
+    assert!(matches!(news(&vm), SnapshotNews::Refused(why) if why.contains("memory is damaged")));
+    vm.wait_for("up");
+    vm.send(&ToVm::Snapshot);
+    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
+    vm.kill();
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Restored);
+    vm.kill();
 }
 
 #[test]
@@ -280,7 +350,7 @@ fn another_vm_has_another_snapshot() {
         |spec| spec.cpus = 1,
         |spec| spec.memory.0 += 4096,
         |spec| spec.cmdline = "other".into(),
-        |spec| spec.snapshot_of = Some("other digest".into()),
+        |spec| spec.snapshot_of = Some(image("other digest")),
     ];
     for edit in edits {
         let mut vm = start(&dir.path().join("cache"), &kernel, edit);
@@ -306,6 +376,11 @@ fn a_folder_that_others_may_write_to_is_not_used() {
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
     assert!(said.contains("others may write to it"), "{said}");
     vm.kill();
+    // One that would boot for nothing does not.
+    let mut vm = start(&cache, &kernel, |spec| spec.only_saves = true);
+    let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("it boots") };
+    assert!(said.contains("others may write to it"), "{said}");
+    assert!(vm.child.wait().unwrap().success());
 }
 
 #[test]

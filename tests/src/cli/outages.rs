@@ -18,7 +18,7 @@ pub struct Args {
     /// Bare re-initialisations of each.
     #[arg(long, default_value_t = 10)]
     reinits: u32,
-    /// `warm` or `cold`.
+    /// `warm`, `snapshot` or `cold`.
     #[arg(long, default_value = "warm")]
     standby: String,
     /// `kill -9` of the driver VM's process in place of a kernel panic.

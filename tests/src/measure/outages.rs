@@ -33,7 +33,7 @@ pub struct OutagesSpec {
     pub crashes: u32,
     /// Bare re-initialisations.
     pub reinits: u32,
-    /// `warm` or `cold`.
+    /// `warm`, `snapshot` or `cold`.
     pub standby: String,
     /// The model of the hot spare, if there is one.
     pub spare: Option<Model>,
@@ -176,9 +176,13 @@ fn boot(spec: &OutagesSpec, assets: &Assets, taken: &mut Taken, say: Say<'_>) ->
     let every = if spec.spare.is_some() { FINE_TICK_MS } else { "10" };
     let ticks = format!("umbra-probe tick {} {every} </dev/null >/dev/null 2>&1 & echo", peer_address(0));
     place.in_guest(GUEST, &ticks, Duration::from_secs(20))?;
-    let waits = spec.spare.is_some() || spec.standby == "warm";
+    // What says that all is ready for a failure.
+    let ready = match spec.standby.as_str() {
+        "snapshot" => Some("snapshot-ready"),
+        standby => (spec.spare.is_some() || standby == "warm").then_some("standby-ready"),
+    };
     for n in taken.each.len()..spec.crashes as usize {
-        let (without, peer_ms, live) = crash(&mut running, &mut place, (waits, spec.kill), n)?;
+        let (without, peer_ms, live) = crash(&mut running, &mut place, (ready, spec.kill), n)?;
         say(&match peer_ms {
             Some(ms) => format!("  {}: {ms:.0} ms at the peer", n + 1),
             None => format!("  {}: the guest's ticks do not reach the peer any more", n + 1),
@@ -221,11 +225,11 @@ pub fn place(
 fn crash(
     running: &mut Machine,
     place: &mut Place,
-    (waits, kill): (bool, bool),
+    (ready, kill): (Option<&str>, bool),
     n: usize,
 ) -> Result<(Option<f64>, Option<f64>, Value), DemoError> {
-    if waits {
-        running.await_event(LIMIT, |event| event.event == "standby-ready")?;
+    if let Some(ready) = ready {
+        running.await_event(LIMIT, |event| event.event == ready)?;
     }
     let how =
         if kill { format!("kill -9 {}", running.driver_pid(place, NIC_DRIVER)?) } else { "umbra crash nic0".into() };

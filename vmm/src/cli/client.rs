@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::CrashKind;
 
 use super::connection::{Connection, UNEXPECTED};
+use crate::base::untrusted_text;
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
 /// Arguments of `umbra status`.
@@ -143,12 +144,18 @@ fn await_life(common: &Common, request: &Request, how: &str) -> anyhow::Result<(
     // A boot has its own bounds, which the machine keeps.
     machine.wait_for_ever()?;
     let response = machine.ask(request)?;
-    let Response::Restarted { name, generation, outage_ms } = &response else { bail!(UNEXPECTED) };
+    let Response::Restarted { name, generation, outage_ms, no_snapshot } = &response else { bail!(UNEXPECTED) };
     if common.json {
         return super::print_json(&response);
     }
     let masked = outage_ms.map_or_else(String::new, |ms| format!(", {ms:.0} ms {how}"));
-    super::print(&format!("{name}: generation {generation} serves{masked}"))
+    let saved = no_snapshot.as_ref().map_or_else(String::new, |why| {
+        let why = untrusted_text::line(why);
+        format!(
+            "\n{name}: there is no snapshot of it, so that its next failure costs a boot, until one can be taken: {why}"
+        )
+    });
+    super::print(&format!("{name}: generation {generation} serves{masked}{saved}"))
 }
 
 /// Ends a machine and waits for the end.

@@ -182,7 +182,7 @@ fn report(image: &Image, source: &str, agent: &Path, output: &Path) -> anyhow::R
 }
 
 /// A size for people.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     if bytes >= MIB {
         format!("{}.{} MiB", bytes / MIB, bytes % MIB * 10 / MIB)

@@ -14,6 +14,7 @@ pub mod image;
 mod logging;
 pub mod report;
 pub mod run;
+pub mod snapshots;
 pub mod vm;
 mod watch;
 
@@ -59,6 +60,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
     Image(image::Args),
+    /// List the snapshots that driver VMs are restored from, or remove some.
+    Snapshots(snapshots::Args),
     /// Take a PCI function from the host's driver, for a VM.
     Bind(bind::BindArgs),
     /// Give a PCI function back to the host's driver.
@@ -111,6 +114,7 @@ pub fn main() -> ExitCode {
         Command::Reboot(args) => guest::reboot(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
+        Command::Snapshots(args) => snapshots::run(&args),
         Command::Bind(args) => bind::bind(&args),
         Command::Unbind(args) => bind::unbind(&args),
         Command::Generate(args) => generate::run(&args),

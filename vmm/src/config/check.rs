@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::{HEARTBEAT_MS, Mac};
 
 use crate::base::pci_address::Bdf;
 
-use super::{Console, Driver, Guest, Machine, MemorySize, Net, Sound};
+use super::{Console, Driver, Guest, Machine, MemorySize, Net, Sound, Standby};
 
 /// Most vCPUs of a VM: what the MADT and the local APIC ids (8 bits, 255 is broadcast) allow with room.
 pub const MAX_CPUS: u8 = 64;
@@ -236,6 +236,7 @@ impl Machine {
         check_cpus(place, driver.cpus)?;
         check_memory(place, driver.memory)?;
         self.check_ends(place, name)?;
+        check_standby(place, driver)?;
         let restart = &driver.restart;
         let place = place.key("restart");
         if restart.interval_s == 0 {
@@ -298,6 +299,25 @@ impl Machine {
         let Some(driver) = device.and_then(|device| device.driver.as_deref()) else { return Vec::new() };
         let others = self.ends_of(driver).filter(|(name, n, _)| (*name, *n) != (guest, net));
         others.map(|(name, n, net)| net.mac_or_default(name, n)).collect()
+    }
+}
+
+/// Snapshots that are made ahead have to be allowed, and of use.
+fn check_standby(place: &Place, driver: &Driver) -> Result<(), Problem> {
+    let problem = |key, what: &str| {
+        let (at, other) = (place.key("standby").0, place.key(key).0);
+        Err(Problem { at, what: what.into(), other })
+    };
+    match driver {
+        Driver { standby: Standby::Snapshot, snapshots: false, .. } => problem(
+            "snapshots",
+            "\"snapshot\" needs snapshots: remove `snapshots = false`, or choose `standby = \"warm\"` or \"cold\"",
+        ),
+        Driver { standby: Standby::Snapshot, spare: Some(_), .. } => problem(
+            "spare",
+            "\"snapshot\" is for a driver VM without a spare, which stands ready already: remove `standby` or `spare`",
+        ),
+        _ => Ok(()),
     }
 }
 

@@ -193,7 +193,7 @@ pub struct Driver {
     /// Added to the driver VM's kernel command line.
     #[serde(default)]
     pub cmdline: String,
-    /// Whether the next driver VM waits booted.
+    /// What stands ready for its failure.
     #[serde(default)]
     pub standby: Standby,
     /// Whether driver VMs are restored from a snapshot, which the first standby leaves.
@@ -211,7 +211,10 @@ pub enum Standby {
     /// The next driver VM waits booted, without the device: `standby = "warm"`. It takes as much memory as the first.
     #[default]
     Warm,
-    /// Nothing: the next driver VM boots after the failure: `standby = "cold"`.
+    /// A snapshot, and nothing that waits: the next driver VM is restored from it after the failure: `standby = "snapshot"`.
+    Snapshot,
+    /// Nothing is made ahead: the next driver VM boots after the failure, or is restored from a snapshot that happens to be there:
+    /// `standby = "cold"`.
     Cold,
 }
 

@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::sound::Policy;
 
 use super::*;
-use crate::config::{Disk, Driver, Guest, MemorySize, Net, Port, Restart};
+use crate::config::{Disk, Driver, Guest, MemorySize, Net, Port, Restart, Standby};
 
 const GOOD: &str = r#"# a guest with its network behind a driver VM
 [guest.web]
@@ -114,6 +114,24 @@ fn two_drivers_of_one_device_are_refused_with_both_lines() {
     let said =
         "dir/m.toml:9: driver.b.device: the PCI function 0000:03:00.0 is used by driver.a.device already (line 5)";
     assert_eq!(error, said);
+}
+
+#[test]
+fn snapshots_that_are_made_ahead_have_to_be_allowed_and_of_use() {
+    let with = |more: &str| GOOD.replacen("[driver.nic0]", &format!("[driver.nic0]\n{more}"), 1);
+    for snapshots in ["", "snapshots = true\n"] {
+        let machine = parse(&with(&format!("standby = \"snapshot\"\n{snapshots}"))).unwrap();
+        assert_eq!(machine.driver["nic0"].standby, Standby::Snapshot);
+    }
+    let error = parse(&with("snapshots = false\nstandby = \"snapshot\"")).unwrap_err();
+    let expected = "dir/m.toml:21: driver.nic0.standby: \"snapshot\" needs snapshots: remove `snapshots = false`, or choose \
+                    `standby = \"warm\"` or \"cold\" (line 20)";
+    assert_eq!(error, expected);
+    let error = parse(&with("standby = \"snapshot\"\nspare = \"0000:04:00.0\"")).unwrap_err();
+    let expected = "dir/m.toml:20: driver.nic0.standby: \"snapshot\" is for a driver VM without a spare, which stands ready already: \
+                    remove `standby` or `spare` (line 21)";
+    assert_eq!(error, expected);
+    assert!(parse(&with("snapshots = false\nstandby = \"cold\"")).is_ok());
 }
 
 #[test]

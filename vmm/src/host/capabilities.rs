@@ -21,6 +21,8 @@ const CAPABILITY_EXPRESS: u8 = 0x10;
 pub const POWER_CONTROL: u16 = 4;
 
 const EXTENDED_FIRST: u16 = 0x100;
+/// Advanced error reporting.
+pub(crate) const EXTENDED_ERRORS: u16 = 0x01;
 const EXTENDED_ARI: u16 = 0x0E;
 pub(crate) const EXTENDED_SRIOV: u16 = 0x10;
 const EXTENDED_REBAR: u16 = 0x15;
@@ -63,13 +65,15 @@ impl Capabilities {
             }
             next = host.config8(offset + 1) & !0b11;
         }
-        this.hidden = hidden_extended(host);
+        let hidden = extended(host).into_iter().filter(|(id, _)| HIDDEN.contains(id));
+        this.hidden = hidden.map(|(_, offset)| offset).collect();
         this
     }
 }
 
-fn hidden_extended(host: &dyn HostConfig) -> Vec<u16> {
-    let mut hidden = Vec::new();
+/// Extended capabilities: what each is, and where.
+pub(crate) fn extended(host: &dyn HostConfig) -> Vec<(u16, u16)> {
+    let mut found = Vec::new();
     let mut offset = EXTENDED_FIRST;
     for _ in 0..MAX_EXTENDED {
         let header = host.config32(offset);
@@ -77,13 +81,11 @@ fn hidden_extended(host: &dyn HostConfig) -> Vec<u16> {
             break;
         }
         let [low, high, ..] = header.to_le_bytes();
-        if HIDDEN.contains(&u16::from_le_bytes([low, high])) {
-            hidden.push(offset);
-        }
+        found.push((u16::from_le_bytes([low, high]), offset));
         offset = u16::try_from(header >> 20 & !0b11).unwrap_or(0);
         if offset < EXTENDED_FIRST {
             break;
         }
     }
-    hidden
+    found
 }

@@ -4,6 +4,9 @@
 //! Deny by default: of what the VM does not emulate anyway, the kernel can change only registers that enumeration sets up and that
 //! have no effect on their own; they are written to the function when it comes. All other writes are lost, and bus mastering stays
 //! off.
+//!
+//! Invariant: a function that is the same has the same snapshot, whatever has happened to it before: a VM that has met it so far and no
+//! further is saved, and found again by what it was shown.
 
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
@@ -11,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
-use super::capabilities::{Capabilities, POWER_CONTROL};
+use super::capabilities::{Capabilities, EXTENDED_ERRORS, POWER_CONTROL, STATUS, extended};
 use super::error::Error;
 use super::files::DeviceFiles;
 use super::info;
@@ -37,6 +40,20 @@ const EXPRESS_CONTROL: u16 = 8;
 const EXPRESS_CONTROL2: u16 = 0x28;
 /// All of device control but the function level reset.
 const EXPRESS_WRITABLE: u16 = 0x7FFF;
+/// Status bits that tell of the past: errors, an interrupt that waits (PCI 3.0, section 6.2.3).
+const STATUS_PAST: u16 = 0xF908;
+/// Power management: a PME waits. It may have come before the reset.
+const POWER_PAST: u16 = 1 << 15;
+/// Device status: errors, an emergency, transactions under way (PCI Express 5.0, section 7.5.3.5).
+const EXPRESS_STATUS: u16 = 0x0A;
+const EXPRESS_STATUS_PAST: u16 = 0x6F;
+/// Link status: training, and that its bandwidth has changed (section 7.5.3.8).
+const EXPRESS_LINK_STATUS: u16 = 0x12;
+const EXPRESS_LINK_STATUS_PAST: u16 = 0xC800;
+/// Advanced error reporting, all of which survives a reset: uncorrectable and correctable errors, the first of them and its header
+/// (section 7.8.4). First word, words, bits.
+const ERRORS_PAST: [(u16, u16, u16); 4] =
+    [(0x04, 2, u16::MAX), (0x10, 2, u16::MAX), (0x18, 1, 0x1F), (0x1C, 8, u16::MAX)];
 /// What has to be as it was: vendor and device, class and revision, subsystem, first capability.
 const IDENTITY: [(u16, &str); 4] =
     [(0x00, "ids"), (0x08, "class or revision"), (0x2C, "subsystem"), (0x34, "capabilities")];
@@ -64,7 +81,34 @@ impl Snapshot {
         if let Some(command) = config.get_mut(usize::from(COMMAND)..usize::from(COMMAND) + 2) {
             command.fill(0);
         }
-        Ok(Self { bdf, config, regions: info.bars(), line: info.irqs(Index::Intx) > 0 })
+        let mut this = Self { bdf, config, regions: info.bars(), line: info.irqs(Index::Intx) > 0 };
+        this.forget_the_past();
+        Ok(this)
+    }
+
+    /// Clears what registers tell of the function's past. Some of it survives a reset.
+    fn forget_the_past(&mut self) {
+        let shown = Awaited::new(self.clone());
+        let found = Capabilities::scan(&shown);
+        self.clear(STATUS, STATUS_PAST);
+        if let Some(power) = found.power {
+            self.clear(power + POWER_CONTROL, POWER_PAST);
+        }
+        if let Some(express) = found.express {
+            self.clear(express + EXPRESS_STATUS, EXPRESS_STATUS_PAST);
+            self.clear(express + EXPRESS_LINK_STATUS, EXPRESS_LINK_STATUS_PAST);
+        }
+        for (_, errors) in extended(&shown).into_iter().filter(|(id, _)| *id == EXTENDED_ERRORS) {
+            for (first, words, bits) in ERRORS_PAST {
+                (0..words).for_each(|n| self.clear(errors + first + 2 * n, bits));
+            }
+        }
+    }
+
+    /// Clears `bits` of the word at `offset`, as far as it is there.
+    fn clear(&mut self, offset: u16, bits: u16) {
+        let bytes = self.config.iter_mut().skip(usize::from(offset));
+        bytes.zip(bits.to_le_bytes()).for_each(|(byte, bits)| *byte &= !bits);
     }
 
     /// The function.

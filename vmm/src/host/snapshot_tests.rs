@@ -46,6 +46,47 @@ fn nic() -> (Snapshot, Host) {
     (Snapshot { bdf, config, regions: regions(), line: true }, host)
 }
 
+#[test]
+fn what_has_happened_to_a_function_does_not_make_it_another_one() {
+    let with = |words: &[(u16, u16)]| {
+        let (mut snapshot, _) = nic();
+        // Advanced error reporting at the beginning, and something else behind it.
+        snapshot.config[0x100..0x104].copy_from_slice(&0x1401_0001u32.to_le_bytes());
+        snapshot.config[0x140..0x144].copy_from_slice(&0x0001_0003u32.to_le_bytes());
+        for (offset, word) in words {
+            snapshot.config[usize::from(*offset)..][..2].copy_from_slice(&word.to_le_bytes());
+        }
+        snapshot.forget_the_past();
+        snapshot
+    };
+    let quiet = with(&[]);
+    assert_eq!(quiet.config[0x06], 1 << 4, "it has capabilities still");
+    let past = [
+        (STATUS, 0xF918),
+        (POWER + POWER_CONTROL, 0x8000),
+        (EXPRESS + 0x0A, 0x0F),
+        (EXPRESS + 0x12, 0xC800),
+        (0x104, 0x4000),
+        (0x106, 0x10),
+        (0x110, 0x1001),
+        (0x118, 0x12),
+        (0x11C, 0x4000),
+        (0x12A, 0xBEEF),
+    ];
+    assert_eq!(with(&past), quiet);
+    // What it can do, and what is behind that, makes another function.
+    for other in [(0x118, 0x20), (0x12C, 1), (0x144, 1), (EXPRESS + 0x12, 0x43), (0x2C, 7)] {
+        assert_ne!(with(&[other]), quiet, "{other:x?}");
+    }
+    // A capability at the end of the space reaches beyond it.
+    let (mut snapshot, _) = nic();
+    snapshot.config[0x100..0x104].copy_from_slice(&0xFFC1_0001u32.to_le_bytes());
+    snapshot.config[0xFFC..0x1000].copy_from_slice(&0x0001_0001u32.to_le_bytes());
+    snapshot.forget_the_past();
+    snapshot.config.truncate(3);
+    snapshot.forget_the_past();
+}
+
 fn told(awaited: &Awaited, host: &Host) -> Vec<(u16, u16)> {
     awaited.hand_over(host);
     host.told.take()

@@ -33,6 +33,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         2 => Just(Input::StandbyLoaded),
         1 => Just(Input::StandbyHeartbeat),
         1 => Just(Input::StandbyFailed("gone".into())),
+        1 => Just(Input::SnapshotMissing),
+        1 => Just(Input::SnapshotThere),
     ]
 }
 
@@ -43,16 +45,16 @@ proptest! {
     fn any_order_of_inputs_keeps_the_invariants(
         inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
         stop_at in 0_usize..250,
-        warm in any::<bool>(),
+        policy in prop::sample::select(vec![StandbyPolicy::Warm, StandbyPolicy::Nothing, StandbyPolicy::Snapshot]),
     ) {
-        let policy = if warm { StandbyPolicy::Warm } else { StandbyPolicy::Nothing };
         let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy);
-        let (mut standby, mut asked) = (None, false);
+        let (mut standby, mut asked, mut taker, mut missing) = (None, false, None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
             now += gap;
             let input = if n == stop_at { Input::Stop } else { input };
             asked |= matches!(input, Input::Restart { .. });
+            missing |= matches!(input, Input::SnapshotMissing);
             // A process can only be gone, and a reset only return, if there is one.
             match input {
                 Input::ProcessGone(_) if !alive => continue,
@@ -73,12 +75,22 @@ proptest! {
                         alive = true;
                     }
                     Action::SpawnStandby(generation) => {
-                        prop_assert!((warm || asked) && alive && standby.is_none() && !over, "standby at {input:?}");
+                        let wanted = policy == StandbyPolicy::Warm || asked;
+                        prop_assert!(wanted && alive && standby.is_none() && !over, "standby at {input:?}");
                         prop_assert_eq!(generation.get(), last + 1);
                         last += 1;
                         standby = Some(generation);
                     }
+                    Action::TakeSnapshot(generation) => {
+                        let wanted = policy == StandbyPolicy::Snapshot && life.restarting.is_none();
+                        prop_assert!(wanted && alive && standby.is_none() && !over, "taker at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        (standby, taker, missing) = (Some(generation), Some(generation), false);
+                    }
+                    Action::DropTaker(_) => prop_assert!(standby.is_some() && standby.take() == taker, "at {input:?}"),
                     Action::Adopt(generation) => {
+                        prop_assert!(taker != Some(generation) || missing, "a taker that may end by itself");
                         prop_assert!(!alive && !resetting && !over, "adopted at {input:?}");
                         prop_assert_eq!(standby.take(), Some(generation));
                         alive = true;
@@ -91,7 +103,7 @@ proptest! {
                     Action::Configure | Action::GoLive(..) | Action::Mask | Action::EndLive(_) | Action::LeaveBehind(_) => {
                         prop_assert!(alive);
                     }
-                    Action::ConfigureStandby => prop_assert!(standby.is_some()),
+                    Action::ConfigureStandby => prop_assert!(standby.is_some() && standby != taker),
                     Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
                     Action::BeginLastWords => {
                         prop_assert!(alive, "bury nothing at {input:?}");

@@ -15,7 +15,8 @@
 //!
 //! The names are those of [`State::name`]; `docs/recovery.md` has the same picture (held by `vmm/tests/docs.rs`).
 //!
-//! With a warm [`Standby`], the next life is adopted in the place of `resetting -> booting`, as far as it has come.
+//! With a warm [`Standby`], the next life is adopted in the place of `resetting -> booting`, as far as it has come. With snapshots made
+//! ahead it is restored from one there (`saving`).
 //!
 //! The guests at a driver VM's ends come and go beside that: a life goes live without those that are away, or that do not answer
 //! in time, and serves them when they come.
@@ -32,6 +33,7 @@ mod ends;
 mod fencing;
 pub mod policy;
 mod restart;
+mod saving;
 mod silence;
 mod spare;
 mod standby;
@@ -161,9 +163,9 @@ impl Lifecycle {
         self.suspects.is_clean(end)
     }
 
-    /// Whether a standby boots.
+    /// Whether a standby boots, or a process that is to leave a snapshot.
     pub fn standby_boots(&self) -> bool {
-        matches!(self.reserve.state(), Standby::Booting { .. })
+        matches!(self.reserve.state(), Standby::Booting { .. } | Standby::Saving { .. })
     }
 
     /// Another driver's standby boots: a standby that is due waits for its turn, unless a restart or guests without a link wait for
@@ -242,6 +244,7 @@ impl Lifecycle {
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
+            Input::SnapshotMissing | Input::SnapshotThere => self.on_snapshot(&input),
             Input::SpareForwarding
             | Input::SpareCarrier(_)
             | Input::SpareLive(_)
@@ -258,6 +261,9 @@ impl Lifecycle {
                 return self.switch_over(now);
             }
             Input::StandbyHeartbeat => self.reserve.heartbeat(now),
+            Input::StandbyFailed(why) if self.is_saving() && self.reserve.died(now) => {
+                return vec![Action::DropTaker(why)];
+            }
             Input::StandbyFailed(why) if self.reserve.died(now) => {
                 let off = self.restarting.take().map(|_| Action::RestartOff(why.clone()));
                 return std::iter::once(Action::DropStandby(Some(why))).chain(off).collect();
@@ -284,6 +290,10 @@ impl Lifecycle {
             }
             (Standby::Due(at), State::Live { .. }) if at <= now => {
                 let generation = self.next_generation();
+                if self.saves_next() {
+                    self.reserve.saving(now, generation);
+                    return vec![Action::TakeSnapshot(generation)];
+                }
                 self.reserve.started(now, generation);
                 vec![Action::SpawnStandby(generation)]
             }
@@ -360,7 +370,7 @@ impl Lifecycle {
             }
             None => {
                 self.state = State::Booting { until };
-                vec![Action::Spawn(generation)]
+                self.end_saving(now).into_iter().chain([Action::Spawn(generation)]).collect()
             }
         }
     }
@@ -573,6 +583,8 @@ impl Lifecycle {
 
 #[cfg(test)]
 mod any_order_tests;
+#[cfg(test)]
+mod saving_tests;
 #[cfg(test)]
 mod spare_tests;
 #[cfg(test)]

@@ -14,6 +14,8 @@ impl Lifecycle {
         if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
             return vec![Action::RestartOff("its spare has no carrier".into())];
         }
+        // Where nothing waits, nothing is to wait behind a restart that is given up; and a process that leaves a snapshot does not serve.
+        let fresh = fresh || self.reserve.is_snapshot();
         let mut actions = if fresh { self.drop_standby(now) } else { Vec::new() };
         (self.restarting, self.fresh) = (Some(now + self.reserve.longest()), fresh);
         self.reserve.want_now(now);

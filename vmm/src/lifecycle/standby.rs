@@ -67,6 +67,17 @@ pub enum Standby {
         /// When it is given up, if it is not ready.
         until: Time,
     },
+    /// A process runs that is to leave a snapshot (`saving`).
+    Saving {
+        /// Its generation, if it becomes the present life.
+        generation: Generation,
+        /// There was no snapshot that can be used, so that it boots; before that, it is being looked for.
+        boots: bool,
+        /// When it is given up, if it has left none.
+        until: Time,
+    },
+    /// There is a snapshot, and nothing that waits.
+    Saved,
     /// It waits for the device.
     Ready {
         /// Its generation.
@@ -89,10 +100,11 @@ impl Standby {
     /// Its generation, if it has a process that is of use.
     pub fn generation(&self) -> Option<Generation> {
         match self {
-            Self::Booting { generation, .. } | Self::Ready { generation, .. } | Self::Hot { generation, .. } => {
-                Some(*generation)
-            }
-            Self::Absent | Self::Due(_) | Self::Fencing { .. } | Self::Resetting { .. } => None,
+            Self::Booting { generation, .. }
+            | Self::Saving { generation, .. }
+            | Self::Ready { generation, .. }
+            | Self::Hot { generation, .. } => Some(*generation),
+            Self::Absent | Self::Due(_) | Self::Fencing { .. } | Self::Resetting { .. } | Self::Saved => None,
         }
     }
 
@@ -103,6 +115,8 @@ impl Standby {
             Self::Due(_) => StandbyStage::Due,
             Self::Fencing { .. } | Self::Resetting { .. } => StandbyStage::Recovering,
             Self::Booting { .. } => StandbyStage::Booting,
+            Self::Saving { .. } => StandbyStage::Saving,
+            Self::Saved => StandbyStage::Snapshot,
             Self::Ready { .. } => StandbyStage::Ready,
             Self::Hot { armed: true, .. } => StandbyStage::Armed,
             Self::Hot { armed: false, .. } => StandbyStage::NoCarrier,
@@ -122,6 +136,10 @@ pub enum StandbyStage {
     Recovering,
     /// The kernel boots, the agent loads modules.
     Booting,
+    /// A snapshot is looked for, or a driver VM boots that leaves one.
+    Saving,
+    /// Nothing waits, and there is a snapshot that the next life is restored from.
+    Snapshot,
     /// A standby waits for the device.
     Ready,
     /// A spare forwards, but its NIC has no carrier.
@@ -147,6 +165,8 @@ pub enum StandbyPolicy {
     Nothing,
     /// The next life, booted, without the device.
     Warm,
+    /// A snapshot that the next life is restored from.
+    Snapshot,
     /// A hot spare: the next life in service already, with a device of its own.
     Spare,
 }
@@ -193,6 +213,16 @@ impl Standbys {
 
     pub(super) fn is_spare(&self) -> bool {
         self.ahead == StandbyPolicy::Spare
+    }
+
+    /// Whether snapshots are made ahead, and nothing waits.
+    pub(super) fn is_snapshot(&self) -> bool {
+        self.ahead == StandbyPolicy::Snapshot
+    }
+
+    /// Standbys, or processes that were to leave a snapshot, that have died in a row.
+    pub(super) fn deaths(&self) -> u32 {
+        self.deaths
     }
 
     /// Whether it is a spare that forwards.
@@ -242,6 +272,28 @@ impl Standbys {
         self.state = Standby::Booting { generation, hello: false, until: now + self.boot_patience };
     }
 
+    /// The process of `generation` is to leave a snapshot.
+    pub(super) fn saving(&mut self, now: Time, generation: Generation) {
+        self.waits_since = None;
+        self.state = Standby::Saving { generation, boots: false, until: now + self.boot_patience };
+    }
+
+    /// The process that is to leave a snapshot has found none that can be used.
+    pub(super) fn boots_to_save(&mut self) {
+        if let Standby::Saving { boots, .. } = &mut self.state {
+            *boots = true;
+        }
+    }
+
+    /// There is a snapshot. Whether a process has looked for it or left it.
+    pub(super) fn saved(&mut self) -> bool {
+        let saves = matches!(self.state, Standby::Saving { .. });
+        if saves {
+            (self.state, self.deaths) = (Standby::Saved, 0);
+        }
+        saves
+    }
+
     /// The agent said hello. Returns whether it has to be sent its plan, which is once.
     pub(super) fn hello(&mut self) -> bool {
         match &mut self.state {
@@ -286,7 +338,11 @@ impl Standbys {
             Standby::Absent | Standby::Due(_) => self.state = Standby::Due(now),
             Standby::Fencing { next, .. } => *next = Some(now),
             Standby::Resetting { wanted } => *wanted = true,
-            Standby::Booting { .. } | Standby::Ready { .. } | Standby::Hot { .. } => {}
+            Standby::Booting { .. }
+            | Standby::Saving { .. }
+            | Standby::Saved
+            | Standby::Ready { .. }
+            | Standby::Hot { .. } => {}
         }
     }
 
@@ -297,6 +353,8 @@ impl Standbys {
             Standby::Booting { generation, hello, .. } => {
                 (generation, if hello { Stage::Hello } else { Stage::Booting })
             }
+            // What it leaves it leaves all the same, or not at all.
+            Standby::Saving { generation, boots: true, .. } => (generation, Stage::Booting),
             Standby::Ready { generation, .. } => (generation, Stage::Hello),
             Standby::Hot { generation, heard, armed } => (generation, Stage::Forwarding(heard, armed)),
             _ => return None,
@@ -306,7 +364,7 @@ impl Standbys {
             // A spare taken without a carrier is a last resort: the next one starts without a pause.
             StandbyPolicy::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
             StandbyPolicy::Spare => self.fence(now, Some(now + SETTLE), true),
-            StandbyPolicy::Nothing | StandbyPolicy::Warm => self.state = Standby::Absent,
+            StandbyPolicy::Nothing | StandbyPolicy::Warm | StandbyPolicy::Snapshot => self.state = Standby::Absent,
         }
         Some(taken)
     }
@@ -333,7 +391,7 @@ impl Standbys {
         self.deaths = self.deaths.saturating_add(1);
         match self.ahead {
             StandbyPolicy::Nothing => self.state = Standby::Absent,
-            StandbyPolicy::Warm => self.state = Standby::Due(now + delay),
+            StandbyPolicy::Warm | StandbyPolicy::Snapshot => self.state = Standby::Due(now + delay),
             StandbyPolicy::Spare => self.fence(now, Some(now + delay), false),
         }
         true
@@ -386,9 +444,9 @@ impl Standbys {
             // Nothing waits for a killed process to end, but people are warned.
             Standby::Fencing { .. } => self.alarm_due(),
             // Nothing waits for the reset to return.
-            Standby::Absent | Standby::Resetting { .. } => None,
+            Standby::Absent | Standby::Resetting { .. } | Standby::Saved => None,
             Standby::Due(at) => Some(at),
-            Standby::Booting { until, .. } => Some(until),
+            Standby::Booting { until, .. } | Standby::Saving { until, .. } => Some(until),
             Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.heartbeat_patience),
         }
     }
@@ -398,6 +456,7 @@ impl Standbys {
         self.deadline().filter(|deadline| *deadline <= now)?;
         match self.state {
             Standby::Booting { .. } => Some(format!("not ready after {} s", self.boot_patience.as_secs())),
+            Standby::Saving { .. } => Some(format!("no snapshot after {} s", self.boot_patience.as_secs())),
             Standby::Ready { .. } | Standby::Hot { .. } => {
                 Some(format!("no heartbeat for {} ms", self.heartbeat_patience.as_millis()))
             }

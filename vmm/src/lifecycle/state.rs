@@ -148,6 +148,10 @@ pub enum Input {
     StandbyHeartbeat,
     /// The standby has failed while it waited; the reason, for people.
     StandbyFailed(String),
+    /// The process that is to leave a snapshot has found none that can be used, and boots.
+    SnapshotMissing,
+    /// The process that is to leave a snapshot has left it, or has found that it is there and can be used.
+    SnapshotThere,
     /// The spare forwards.
     SpareForwarding,
     /// The carrier of the spare's NIC.
@@ -181,6 +185,10 @@ pub enum Action {
     Adopt(Generation),
     /// Start the process of this generation as the standby: without the device, or, as a spare, with that of the spare.
     SpawnStandby(Generation),
+    /// Start the process of this generation to leave the snapshot that the next life is restored from, if that is not there yet.
+    TakeSnapshot(Generation),
+    /// Kill the process that was to leave a snapshot: it has failed for the given reason.
+    DropTaker(String),
     /// Make the spare, which is of this generation, the present life at the stage that it has reached, and its device the serving
     /// one; have the life before give its own device up, which is answered by [`Input::SpareFenced`].
     TakeOver(Generation),

@@ -13,7 +13,7 @@ pub(super) const fn end(place: usize) -> Endpoint {
     Endpoint::at(place)
 }
 
-fn generation(n: u32) -> Generation {
+pub(super) fn generation(n: u32) -> Generation {
     Generation::new(n).unwrap()
 }
 
@@ -38,7 +38,7 @@ pub(super) fn live(ends: usize) -> Lifecycle {
 }
 
 /// From the reset to the replay; returns what that asked for last.
-fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
+pub(super) fn bring_up(life: &mut Lifecycle, now: Time) -> Vec<Action> {
     life.handle(now, Input::ResetDone);
     life.handle(now, Input::Hello);
     life.handle(now, Input::Forwarding);

@@ -204,7 +204,7 @@ pub struct DriverStatus {
     pub standby: Option<StandbyStatus>,
 }
 
-/// The next life of a driver VM, that waits without the device.
+/// What is ready for the next life of a driver VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StandbyStatus {
     /// The stage that it has reached.
@@ -219,7 +219,7 @@ pub struct StandbyStatus {
     pub generation: Option<u32>,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
-    /// Why there is no spare although there should be one by now.
+    /// Why there is no spare, or no snapshot, although there should be one by now.
     #[serde(default)]
     pub reason: Option<String>,
 }

@@ -25,6 +25,8 @@ impl Supervisor {
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Adopt(generation) => self.adopt(n, generation),
             Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
+            Action::TakeSnapshot(generation) => self.spawn_taker(n, generation),
+            Action::DropTaker(why) => self.drop_taker(n, &why),
             Action::TakeOver(generation) => self.take_over(n, generation),
             Action::ConfigureStandby => self.configure(n, LifeRole::Standby),
             Action::Arm(up) => self.arm(n, up),

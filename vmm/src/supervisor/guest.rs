@@ -223,6 +223,7 @@ impl GuestVm {
             has_time: false,
             // Nobody would restart a guest for it.
             snapshot_of: None,
+            only_saves: false,
             awaited: None,
             interrupt_limit: None,
         }

@@ -34,26 +34,36 @@ pub(super) struct Assembled {
     pub(super) restored: bool,
 }
 
-/// Makes the VM of `spec`, whose passed-through function has `files` if it is open already.
-pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Assembled, Error> {
+/// Makes the VM of `spec`, whose passed-through function has `files` if it is open already. `None`: its process was started for its
+/// snapshot alone, and there is one, from which the VM could be restored, or no place for one.
+pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> Result<Option<Assembled>, Error> {
     let memory = memory::create(&spec.name, spec.memory.0).map_err(super::machine::vm::Error::from)?;
-    let place = match &spec.snapshot_of {
-        None => None,
-        Some(image) => match restored(spec, image, &memory, host) {
-            Ok(Attempt::Restored(assembled)) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Restored });
-                return Ok(*assembled);
-            }
-            Ok(Attempt::Missing(place)) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Missing });
-                Some(place)
-            }
-            Err(Refused { place, why }) => {
-                host.tell(&FromVm::Snapshot { news: SnapshotNews::Refused(chain(&*why)) });
-                snapshot::memory::clear(&memory).map_err(snapshot::Error::Memory)?;
-                place
-            }
-        },
+    let tell = |news| host.tell(&FromVm::Snapshot { news });
+    let place = Place::of(spec);
+    if let Some(why) = spec.only_saves.then(|| lacks_place(&place)).flatten() {
+        // A boot would be for nothing.
+        tell(SnapshotNews::NotTaken(why));
+        return Ok(None);
+    }
+    let place = match restored((spec, place), &memory, host) {
+        Ok(Attempt::None) => None,
+        Ok(Attempt::Restored(_)) if spec.only_saves => {
+            tell(SnapshotNews::There);
+            return Ok(None);
+        }
+        Ok(Attempt::Restored(assembled)) => {
+            tell(SnapshotNews::Restored);
+            return Ok(Some(*assembled));
+        }
+        Ok(Attempt::Missing(place)) => {
+            tell(SnapshotNews::Missing);
+            Some(place)
+        }
+        Err(Refused { place, why }) => {
+            tell(SnapshotNews::Refused(chain(&*why)));
+            snapshot::memory::clear(&memory).map_err(snapshot::Error::Memory)?;
+            place
+        }
     };
     if !spec.passthrough.is_empty() || spec.awaits_device {
         memory::collapse(&memory, if spec.has_time { Pace::Gentle } else { Pace::Steady });
@@ -64,10 +74,12 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
     let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
     let vcpus = vm.load(spec)?;
-    Ok(Assembled { vm, devices, events, vcpus, snapshot: place, restored: false })
+    Ok(Some(Assembled { vm, devices, events, vcpus, snapshot: place, restored: false }))
 }
 
 enum Attempt {
+    /// The VM has no snapshots.
+    None,
     Restored(Box<Assembled>),
     Missing(Place),
 }
@@ -78,8 +90,22 @@ struct Refused {
     why: Box<Error>,
 }
 
-fn restored(spec: &VmSpec, image: &str, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Attempt, Refused> {
-    let place = Place::of(spec, image).map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+/// Why no snapshot can be kept at `place`, as far as that shows before one is written.
+fn lacks_place(place: &Result<Option<Place>, snapshot::Error>) -> Option<String> {
+    match place {
+        Ok(Some(place)) => place.prepare().err().map(|why| chain(&why)),
+        Ok(None) => Some("this VM has no snapshots".into()),
+        Err(why) => Some(chain(why)),
+    }
+}
+
+fn restored(
+    (spec, place): (&VmSpec, Result<Option<Place>, snapshot::Error>),
+    memory: &GuestMemoryMmap,
+    host: &Arc<Host>,
+) -> Result<Attempt, Refused> {
+    let place = place.map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
+    let Some(place) = place else { return Ok(Attempt::None) };
     let refused = |why| Refused { place: Some(place.clone()), why: Box::new(why) };
     let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };
     let ports = KeptOpen::of(spec).map_err(|why| refused(snapshot::Error::Memory(why).into()))?;

@@ -165,7 +165,11 @@ fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
 /// Builds and runs the VM; returns how it ended and its vCPUs' registers.
 fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
     die_with_supervisor(spec, host)?;
-    let Assembled { vm, devices, mut events, vcpus, mut snapshot, restored } = assemble(spec, files, host)?;
+    let Some(assembled) = assemble(spec, files, host)? else {
+        host.finish();
+        return Ok((VmEnd::Killed, String::new()));
+    };
+    let Assembled { vm, devices, mut events, vcpus, mut snapshot, restored } = assembled;
     let vm = Arc::new(vm);
     let orders = Orders::default();
     let collapsing = (restored && spec.has_time).then(|| Collapsing::start(&vm.memory)).transpose();

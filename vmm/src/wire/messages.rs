@@ -52,10 +52,13 @@ pub struct VmSpec {
     /// Nobody waits for it while it boots.
     #[serde(default)]
     pub has_time: bool,
-    /// Restore it from its snapshot where there is one, and let one be taken by [`ToVm::Snapshot`]: the digest of kernel and initial
-    /// RAM disks. Answered by [`FromVm::Snapshot`] at its start. `None`: it has no snapshots.
+    /// Restore it from its snapshot where there is one, and let one be taken by [`ToVm::Snapshot`]. Answered by [`FromVm::Snapshot`]
+    /// at its start. `None`: it has no snapshots.
     #[serde(default)]
-    pub snapshot_of: Option<String>,
+    pub snapshot_of: Option<SnapshotOf>,
+    /// It is started for its snapshot alone: where there is one from which it could be restored, its process says so and ends.
+    #[serde(default)]
+    pub only_saves: bool,
     /// What is known of that device: it is on the bus from the start, to be set up by the VM's kernel before it comes.
     #[serde(default)]
     pub awaited: Option<Snapshot>,
@@ -65,8 +68,19 @@ pub struct VmSpec {
     pub interrupt_limit: Option<NonZeroU32>,
 }
 
+/// The image that the snapshots of a driver VM are of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotOf {
+    /// Digest of kernel and initial RAM disks: a snapshot of another one is another snapshot.
+    pub digest: String,
+    /// The kernel's release, for people.
+    pub kernel: String,
+    /// The drivers of its device, for people.
+    pub drivers: Vec<String>,
+}
+
 /// What stands behind a virtio-net device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetBackend {
     /// A TAP interface of the host.
@@ -366,6 +380,8 @@ pub enum FromVm {
 pub enum SnapshotNews {
     /// At the start: the VM is restored from it, and goes on as it was saved.
     Restored,
+    /// At the start of a VM with [`VmSpec::only_saves`]: there is one, from which a VM was restored on trial; the process ends.
+    There,
     /// At the start: there is none; the VM boots.
     Missing,
     /// At the start: it cannot be used, and why; the VM boots.

@@ -87,6 +87,7 @@ impl Files {
             awaits_device: false,
             has_time: false,
             snapshot_of: None,
+            only_saves: false,
             awaited: None,
             interrupt_limit: None,
         }

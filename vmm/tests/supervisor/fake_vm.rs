@@ -1,9 +1,11 @@
 //! A process that says what a VM's process would say. What it is to do wrong is in its kernel command line.
 
 use std::fs::OpenOptions;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,6 +16,7 @@ use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
+use umbra_vmm::vm::snapshot::key::OfVm;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
     DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd, VmSpec,
@@ -200,7 +203,11 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default().to_string_lossy();
     let release = if told("escapes") { ESCAPES.into() } else { format!("6.12-fake of {image}") };
     let say = |message: FromAgent| send(&sender, &message);
-    let restored = spec.snapshot_of.is_some() && snapshot(spec, &channel, &say);
+    let restored = match &spec.snapshot_of {
+        Some(_) if spec.cmdline.contains("kept ") => kept_snapshot(spec, &channel, &say),
+        Some(_) => snapshot(spec, &channel, &say),
+        None => false,
+    };
     if !restored {
         say(FromAgent::Ready { loaded: false });
     }
@@ -308,6 +315,63 @@ fn snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
     assert!(matches!(&first, Incoming::Message(ToVm::Snapshot, _)), "{first:?}");
     println!("[    1.0] {} is saved", spec.name);
     tell(if spec.name == "nic0.2" { SnapshotNews::Taken(1 << 20) } else { SnapshotNews::NotTaken("no room".into()) });
+    false
+}
+
+/// Where the snapshot of the VM is that would be restored in this one's place: a file beside the images, whose name is made of all that
+/// the real key is made of, but for the host.
+fn snapshot_file(spec: &VmSpec) -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    serde_json::to_string(&OfVm::new(spec).unwrap()).unwrap().hash(&mut hasher);
+    spec.kernel.parent().unwrap().with_file_name(format!("{:016x}.snapshot", hasher.finish()))
+}
+
+/// The begin of a life whose snapshot is kept in a file.
+fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
+    let tell = |news| channel.send(&FromVm::Snapshot { news }, &[]).unwrap();
+    let generation = spec.name.rsplit('.').next().unwrap();
+    let told = |what: &str| spec.cmdline.contains(&format!("{what}={generation} "));
+    if told("slow-to-look") {
+        thread::sleep(Duration::from_secs(100));
+    }
+    thread::sleep(Duration::from_millis(50));
+    let file = snapshot_file(spec);
+    match (file.exists(), spec.only_saves) {
+        (true, true) => {
+            tell(SnapshotNews::There);
+            std::process::exit(0);
+        }
+        (true, false) => {
+            tell(SnapshotNews::Restored);
+            return true;
+        }
+        (false, _) => tell(SnapshotNews::Missing),
+    }
+    // For a test that has to know that this was said.
+    std::fs::write(file.with_file_name(format!("{}.boots", spec.name)), "").unwrap();
+    if told("dies-of-saving") {
+        std::process::exit(9);
+    }
+    say(FromAgent::Ready { loaded: false });
+    if spec.name == "nic0.1" || told("slow-to-be-saved") {
+        return false;
+    }
+    while told("slow-to-load") && !file.with_file_name("may-load").exists() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    say(FromAgent::Ready { loaded: true });
+    if !spec.has_time {
+        // It serves, and is told at once which life it is.
+        return false;
+    }
+    let first = channel.receive::<ToVm>().unwrap();
+    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot, _)), "{first:?}");
+    if spec.cmdline.contains("full-disk ") {
+        tell(SnapshotNews::NotTaken("write the snapshot: No space left on device".into()));
+        return false;
+    }
+    std::fs::write(&file, &spec.name).unwrap();
+    tell(SnapshotNews::Taken(1 << 20));
     false
 }
 

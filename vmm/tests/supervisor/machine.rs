@@ -13,7 +13,7 @@ use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::config::Machine;
 use umbra_vmm::host::{self, DeviceFiles, HostDevice};
-use umbra_vmm::lifecycle::StateName;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::events::Verbosity;
 use umbra_vmm::record::status::{DriverStatus, GuestStatus, Status};
 use umbra_vmm::supervisor::front::notify::Notify;
@@ -166,8 +166,10 @@ fn make_image(image: &Path) {
     fs::write(image.join("vmlinux"), "elf").unwrap();
     fs::write(image.join("initramfs.cpio"), "cpio").unwrap();
     let manifest = r#"{"format":3,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
-        "firmware_missing":[],"vmlinux":{"size":3,"sha256":""},"initramfs":{"size":4,"sha256":""}}"#;
-    fs::write(image.join("manifest.json"), manifest).unwrap();
+        "firmware_missing":[],"vmlinux":{"size":3,"sha256":"NAME"},"initramfs":{"size":4,"sha256":"NAME"}}"#;
+    // Each image is another one, though they may be of one moment.
+    let name = image.file_name().unwrap().to_str().unwrap();
+    fs::write(image.join("manifest.json"), manifest.replace("NAME", name)).unwrap();
 }
 
 impl TestMachine {
@@ -209,6 +211,13 @@ impl TestMachine {
     pub fn crash(&self, kind: CrashKind) {
         let response = self.ask(&Request::Crash { name: "nic0".into(), kind });
         assert!(matches!(response, Some(Response::Crashing { .. })), "{response:?}");
+    }
+
+    /// Waits until nothing of the driver VM's process beside the serving one is left, and there is a snapshot.
+    pub fn wait_saved(&self) -> DriverStatus {
+        self.wait_for("a snapshot", |driver| {
+            driver.standby.as_ref().is_some_and(|standby| standby.state == StandbyStage::Snapshot)
+        })
     }
 
     /// A request about a guest: what went wrong, if anything did.

@@ -15,6 +15,7 @@ mod observers;
 mod refused;
 mod settings;
 mod snapshots;
+mod takers;
 mod upgrade;
 
 use std::panic::catch_unwind;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         .chain(refused::ALL)
         .chain(settings::ALL)
         .chain(snapshots::ALL)
+        .chain(takers::ALL)
         .chain(upgrade::ALL)
         .chain(lives::ALL)
         .chain(observers::ALL)

@@ -71,6 +71,15 @@ pub enum Event {
         #[serde(default)]
         restored: bool,
     },
+    /// There is a snapshot, which the next life is restored from.
+    SnapshotReady {
+        /// Name of the driver VM.
+        driver: String,
+        /// How long it took to look for it, and to take it where there was none, ms.
+        ms: f64,
+        /// Bytes of its file, where it was taken now.
+        bytes: Option<u64>,
+    },
     /// A standby died while it waited; another one is started after a delay.
     StandbyFailed {
         /// Name of the driver VM.
@@ -280,7 +289,7 @@ impl Event {
     pub(crate) fn sentence(&self) -> Option<String> {
         Some(match self {
             Self::StandbyStarting { .. } | Self::StandbyReady { .. } | Self::DriverStage { .. } => return None,
-            Self::Pace { .. } | Self::Unknown => return None,
+            Self::Pace { .. } | Self::SnapshotReady { .. } | Self::Unknown => return None,
             Self::DriverFenced { report: None, .. } => return None,
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),

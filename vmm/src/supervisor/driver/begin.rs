@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
-use umbra_guest_images::image::Image;
+use umbra_guest_images::image::{Image, Manifest};
 
 use crate::base::random::random;
 use crate::base::time::Time;
@@ -24,7 +24,7 @@ use crate::lifecycle::NoticedBy;
 use crate::supervisor::driver::life::LifeRole;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
-use crate::wire::messages::{SnapshotNews, ToVm};
+use crate::wire::messages::{SnapshotNews, SnapshotOf, ToVm};
 
 /// How far the begin of a life is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +39,14 @@ pub(in crate::supervisor) enum Begin {
     Begun,
 }
 
-/// What the snapshots of driver VMs from `image` are found by: what its files should be, and that they are still those files.
-pub(super) fn digest(image: &Image) -> String {
+/// What the snapshots of driver VMs from `image` are of.
+pub(super) fn snapshot_of(image: &Image) -> SnapshotOf {
+    let Manifest { kernel, drivers, .. } = &image.manifest;
+    SnapshotOf { digest: digest(image), kernel: kernel.clone(), drivers: drivers.clone() }
+}
+
+/// What these snapshots are found by: what the image's files should be, and that they are still those files.
+fn digest(image: &Image) -> String {
     let part = |path: &Path, sha256: &str| match std::fs::metadata(path) {
         Ok(file) => format!("{sha256} {} {}.{:09}", file.size(), file.mtime(), file.mtime_nsec()),
         Err(error) => format!("{sha256} {error}"),
@@ -83,7 +89,8 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_snapshot(&mut self, n: DriverId, role: LifeRole, news: &SnapshotNews) {
         let name = self.drivers[n].name.clone();
         match news {
-            SnapshotNews::Missing => return,
+            // Only a process that was started to look for it says that it is there.
+            SnapshotNews::Missing | SnapshotNews::There => return,
             SnapshotNews::Restored => {
                 if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
                     standby.restored = true;
@@ -96,6 +103,7 @@ impl Supervisor {
             }
             SnapshotNews::Taken(bytes) => tracing::info!(driver = name, bytes, "a snapshot is taken"),
             SnapshotNews::NotTaken(why) => {
+                self.drivers[n].restart_lacks_snapshot(why);
                 self.events.warn(format!("{name}: no snapshot of its driver VM is taken, the next one boots: {why}"));
             }
         }

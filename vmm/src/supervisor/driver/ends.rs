@@ -189,7 +189,9 @@ impl Supervisor {
         let Some(life) = driver.life_of_mut(role) else { return };
         let waits = life.purpose == Purpose::Wait && role == LifeRole::Standby;
         let early = waits && traits(device.class).begins_with_device;
-        if early || life.begin == Begin::Unmet || !life.links[end].is_wanted(now) {
+        // A life that has asked which one it is may be about to be saved.
+        let unmet = matches!(life.begin, Begin::Unmet | Begin::Asked);
+        if early || unmet || !life.links[end].is_wanted(now) {
             return;
         }
         let generation = life.generation;

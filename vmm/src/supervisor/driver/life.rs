@@ -43,6 +43,8 @@ pub(in crate::supervisor) enum Purpose {
     Wait,
     /// It waits with the spare's device.
     WaitWithSpare,
+    /// It is to leave a snapshot, if there is none, and waits for nothing. It becomes the present life only if that fails meanwhile.
+    Save,
 }
 
 impl Purpose {
@@ -50,7 +52,7 @@ impl Purpose {
     pub(in crate::supervisor) fn device(self) -> DevicePlace {
         match self {
             Self::Serve | Self::WaitWithSpare => DevicePlace::Present,
-            Self::Wait | Self::ServeSoon => DevicePlace::ToCome,
+            Self::Wait | Self::ServeSoon | Self::Save => DevicePlace::ToCome,
         }
     }
 

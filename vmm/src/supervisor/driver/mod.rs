@@ -10,6 +10,7 @@ mod present;
 pub(in crate::supervisor) mod spare;
 pub(in crate::supervisor) mod standby;
 mod starvation;
+pub(in crate::supervisor) mod taker;
 pub(in crate::supervisor) mod upgrade;
 
 use std::io;
@@ -104,6 +105,10 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) ending: Vec<Ending>,
     /// The next life, while it waits.
     pub(in crate::supervisor) standby: Option<StandbyVm>,
+    /// The image of the snapshot that was there when it was looked for last, where snapshots are made ahead.
+    pub(in crate::supervisor) saved: Option<Arc<Image>>,
+    /// Why the last process that was to leave a snapshot has left none.
+    pub(in crate::supervisor) not_saved: Option<String>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
     pub(in crate::supervisor) console: Console,
     pub(in crate::supervisor) reset_method: Option<ResetMethod>,
@@ -167,6 +172,7 @@ impl DriverVm {
         let ahead = match (&spare, spec.standby) {
             (Some(_), _) => StandbyPolicy::Spare,
             (None, config::Standby::Warm) => StandbyPolicy::Warm,
+            (None, config::Standby::Snapshot) => StandbyPolicy::Snapshot,
             (None, config::Standby::Cold) => StandbyPolicy::Nothing,
         };
         Self {
@@ -188,6 +194,8 @@ impl DriverVm {
             dying: None,
             ending: Vec::new(),
             standby: None,
+            saved: None,
+            not_saved: None,
             resetting: None,
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
@@ -246,7 +254,7 @@ impl DriverVm {
         let device = match purpose {
             Purpose::Serve => Some((&self.device, &self.held)),
             Purpose::WaitWithSpare => self.spare.as_ref().map(|spare| (&spare.device, &spare.held)),
-            Purpose::Wait | Purpose::ServeSoon => None,
+            Purpose::Wait | Purpose::ServeSoon | Purpose::Save => None,
         };
         let files = device.map(|(_, held)| held.files()).transpose().map_err(StartError::Device)?;
         let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
@@ -256,7 +264,7 @@ impl DriverVm {
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
         let awaits = if purpose.awaits_device() { " umbra.awaits" } else { "" };
-        let snapshot_of = (purpose.awaits_device() && self.spec.snapshots).then(|| begin::digest(image));
+        let snapshot_of = (purpose.awaits_device() && self.spec.snapshots).then(|| begin::snapshot_of(image));
         let begin = if snapshot_of.is_some() { Begin::Unmet } else { Begin::Boots };
         let spec = VmSpec {
             name,
@@ -272,8 +280,9 @@ impl DriverVm {
             ports: std::iter::once(port).chain(ends).collect(),
             passthrough: device.into_iter().map(|(device, _)| device.bdf().to_string()).collect(),
             awaits_device: purpose.awaits_device(),
-            has_time: purpose == Purpose::Wait,
+            has_time: matches!(purpose, Purpose::Wait | Purpose::Save),
             snapshot_of,
+            only_saves: purpose == Purpose::Save,
             awaited: self.held.snapshot().filter(|_| purpose.awaits_device()).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };

@@ -36,6 +36,12 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
         let purpose = if driver.spare.is_some() { Purpose::WaitWithSpare } else { Purpose::Wait };
+        self.launch_standby(n, generation, purpose);
+    }
+
+    /// Starts a process beside the present life.
+    pub(super) fn launch_standby(&mut self, n: DriverId, generation: Generation, purpose: Purpose) {
+        let driver = &mut self.drivers[n];
         match driver.launch(&self.program, generation, (purpose, driver.next_image())) {
             Ok(life) => {
                 if may_renice() && !driver.lifecycle.awaits_spare() {
@@ -177,6 +183,7 @@ impl Supervisor {
                 self.on_disconnected(n, LifeRole::Standby, end, link, &why);
                 None
             }
+            FromVm::Snapshot { news } if self.drivers[n].has_taker() => self.on_taker_news(n, news),
             FromVm::Snapshot { news } => {
                 self.on_snapshot(n, LifeRole::Standby, &news);
                 None
@@ -245,7 +252,12 @@ impl Supervisor {
         }
         let title = format!("{}.{} (a standby that died)", driver.name, standby.life.generation);
         let said = standby.console.tail();
-        tracing::warn!(driver = driver.name, said, "{title}");
+        if standby.life.purpose == Purpose::Save {
+            // Another one is tried; what does not help is reported by then.
+            tracing::info!(driver = driver.name, said, "{title}");
+        } else {
+            tracing::warn!(driver = driver.name, said, "{title}");
+        }
         Some(describe_exit(status))
     }
 }
@@ -271,14 +283,14 @@ impl DriverVm {
 
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
         let state = self.lifecycle.standby();
-        let ahead = self.spare.is_some() || self.spec.standby == crate::config::Standby::Warm;
+        let ahead = self.spare.is_some() || self.spec.standby != crate::config::Standby::Cold;
         ahead.then(|| StandbyStatus {
             state: state.stage(),
             device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
             network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
-            reason: self.lifecycle.spare_is_held(),
+            reason: self.lifecycle.spare_is_held().or_else(|| self.lacks_snapshot()),
         })
     }
 }

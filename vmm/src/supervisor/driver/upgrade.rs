@@ -13,7 +13,8 @@ use umbra_shadow::Generation;
 
 use crate::base::error::chain;
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Input, State};
+use crate::config;
+use crate::lifecycle::{Input, Standby, State};
 use crate::record::events::Event;
 use crate::supervisor::driver::DriverVm;
 use crate::supervisor::front::protocol::Response;
@@ -33,6 +34,8 @@ pub(in crate::supervisor) struct Trial {
     before: Option<Arc<Image>>,
     /// Who waits for the outcome.
     client: Option<u64>,
+    /// Why the new life has left no snapshot, where one was to be made.
+    not_saved: Option<String>,
     /// When it took over.
     live: Option<Time>,
     /// The trial that was under way when this restart began. It goes on if the restart does not come about.
@@ -69,7 +72,8 @@ impl Supervisor {
         // An image that is on trial itself has one before it, which is the one that is known to work.
         let before = earlier.as_ref().and_then(|trial| trial.before.clone()).or(replaced);
         let from = driver.lifecycle.generation();
-        driver.trial = Some(Trial { from, before, client: Some(client), live: None, earlier: earlier.map(Box::new) });
+        let (client, earlier) = (Some(client), earlier.map(Box::new));
+        driver.trial = Some(Trial { from, before, client, not_saved: None, live: None, earlier });
         let fresh = other || !driver.standby_is_of(&driver.image);
         self.drive(n, Input::Restart { fresh });
         Ok(())
@@ -97,6 +101,7 @@ impl Supervisor {
             from: driver.lifecycle.generation(),
             before: None,
             client: Some(client),
+            not_saved: None,
             live: None,
             earlier: None,
         });
@@ -165,6 +170,7 @@ impl Supervisor {
                 name: driver.name.clone(),
                 generation: generation.map_or(0, Generation::get),
                 outage_ms: driver.timeline.outage().map(milliseconds),
+                no_snapshot: trial.not_saved.take(),
             };
             self.clients.answer(client, &response);
         }
@@ -202,9 +208,19 @@ impl DriverVm {
         self.trial.as_ref().is_some_and(|trial| trial.before.is_some())
     }
 
-    /// Whether the standby, if there is one that is of use, was started from `image`.
+    /// Whether the standby or the snapshot, if there is one that is of use, is of `image`.
     fn standby_is_of(&self, image: &Arc<Image>) -> bool {
-        let standby = self.standby.as_ref().filter(|standby| !standby.dropped);
-        standby.is_none_or(|standby| Arc::ptr_eq(&standby.life.image, image))
+        let standby = self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life.image);
+        let saved = self.saved.as_ref().filter(|_| self.lifecycle.standby() == Standby::Saved);
+        standby.or(saved).is_none_or(|of| Arc::ptr_eq(of, image))
+    }
+
+    /// The life that is about to take over for a restart has left no snapshot, for the reason `why`: who asked for the restart hears of
+    /// it, where the next failure costs a boot therefore.
+    pub(super) fn restart_lacks_snapshot(&mut self, why: &str) {
+        let needed = self.spec.standby == config::Standby::Snapshot;
+        if let Some(trial) = self.trial.as_mut().filter(|trial| needed && trial.live.is_none()) {
+            trial.not_saved = Some(why.into());
+        }
     }
 }

@@ -110,6 +110,9 @@ pub enum Response {
         generation: u32,
         /// From the mask to live, ms.
         outage_ms: Option<f64>,
+        /// Why there is no snapshot of it, where `standby = "snapshot"` asks for one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        no_snapshot: Option<String>,
     },
     /// The machine is ending.
     Stopping {

@@ -1,9 +1,10 @@
 //! The file of a snapshot: bytes to structures and back, pure. All numbers are little-endian; a page has 4 KiB.
 //!
 //! ```text
-//!   0                4096               4096 + pages * 4096
-//!   | header, zeros  | pages            | run table        | state (JSON) |
+//!   0                             4096               4096 + pages * 4096
+//!   | header, description, zeros  | pages            | run table        | state (JSON) |
 //! ```
+//! The description says in a few words what the snapshot is of ([`super::description`]): who lists snapshots reads a page of each.
 //! Pages that hold zeros alone are left out. The run table says where in the VM's memory each run of pages belongs, with a
 //! checksum for each run, so that several threads fill memory side by side; the header has the checksums of everything else.
 //!
@@ -32,7 +33,7 @@ pub const MAX_MEMORY: u64 = 64 << 30;
 
 const MAGIC: [u8; 8] = *b"UMBRASNP";
 /// Changed with every change of the layout or of the state's fields.
-const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What a snapshot is of: SHA-256 over everything that a restored VM has to agree with.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -118,7 +119,8 @@ impl Source for [u8] {
 struct Header {
     magic: [u8; 8],
     version: U32<LE>,
-    reserved: U32<LE>,
+    /// Bytes of the description.
+    description: U32<LE>,
     key: [u8; 32],
     /// Bytes of the VM's memory.
     memory: U64<LE>,
@@ -130,11 +132,15 @@ struct Header {
     state: U64<LE>,
     runs_sum: U64<LE>,
     state_sum: U64<LE>,
+    description_sum: U64<LE>,
     /// Of all fields before.
     sum: U64<LE>,
 }
 
 const HEADER: usize = size_of::<Header>();
+
+/// Longest description, in bytes: it is in the first page, behind the header.
+pub const MAX_DESCRIPTION: usize = PAGE - HEADER;
 
 /// Consecutive pages of the memory, as the run table has them. Where they are in the file follows from those before.
 #[repr(C)]
@@ -183,21 +189,12 @@ impl Contents {
     /// It cannot be read, or is anything but a whole snapshot with that key.
     pub fn read(source: &(impl Source + ?Sized), key: &Key, memory: u64) -> Result<Self, FormatError> {
         let length = source.length().map_err(FormatError::Read)?;
-        let header = read_header(source, length)?;
-        let version = header.version.get();
-        if version != VERSION {
-            return Err(FormatError::Version(version));
-        }
-        if checksum(&header.as_bytes()[..HEADER - 8]) != header.sum.get() {
-            return Err(FormatError::Damaged("header"));
-        }
+        let (header, _) = read_header(source, length)?;
         if header.key != key.0 {
             return Err(FormatError::OtherKey);
         }
         let places = Places::of(&header, memory)?;
-        if places.end != length {
-            return Err(FormatError::Length { have: length, should: places.end });
-        }
+        places.check_end(length)?;
         let table = read_part(source, places.runs, header.runs.get() * RUN)?;
         if checksum(&table) != header.runs_sum.get() {
             return Err(FormatError::Damaged("table of pages"));
@@ -210,7 +207,30 @@ impl Contents {
     }
 }
 
-fn read_header(source: &(impl Source + ?Sized), length: u64) -> Result<Header, FormatError> {
+/// What a snapshot's first page says of it.
+#[derive(Debug)]
+pub struct Summary {
+    /// What it is of.
+    pub key: Key,
+    /// The same in words, at most [`MAX_DESCRIPTION`] bytes.
+    pub description: Vec<u8>,
+}
+
+impl Summary {
+    /// Reads and checks the first page of `source`, and that the file is as long as that page says.
+    ///
+    /// # Errors
+    /// It cannot be read, is no snapshot of this format, or is cut short.
+    pub fn read(source: &(impl Source + ?Sized)) -> Result<Self, FormatError> {
+        let length = source.length().map_err(FormatError::Read)?;
+        let (header, description) = read_header(source, length)?;
+        Places::of(&header, header.memory.get())?.check_end(length)?;
+        Ok(Self { key: Key(header.key), description })
+    }
+}
+
+/// The header and the description.
+fn read_header(source: &(impl Source + ?Sized), length: u64) -> Result<(Header, Vec<u8>), FormatError> {
     let mut first = [0; PAGE];
     if length < first.len() as u64 {
         return Err(FormatError::NotASnapshot);
@@ -220,10 +240,20 @@ fn read_header(source: &(impl Source + ?Sized), length: u64) -> Result<Header, F
     if header.magic != MAGIC {
         return Err(FormatError::NotASnapshot);
     }
-    if rest.iter().any(|byte| *byte != 0) || header.reserved.get() != 0 {
+    let version = header.version.get();
+    if version != VERSION {
+        return Err(FormatError::Version(version));
+    }
+    if checksum(&header.as_bytes()[..HEADER - 8]) != header.sum.get() {
         return Err(FormatError::Damaged("header"));
     }
-    Ok(header)
+    let described = usize::try_from(header.description.get()).unwrap_or(usize::MAX);
+    let (description, zeros) =
+        rest.split_at_checked(described).ok_or(FormatError::Impossible("length of the description"))?;
+    if checksum(description) != header.description_sum.get() || zeros.iter().any(|byte| *byte != 0) {
+        return Err(FormatError::Damaged("description"));
+    }
+    Ok((header, description.to_vec()))
 }
 
 /// Where the parts are, each length bounded.
@@ -249,6 +279,10 @@ impl Places {
         let runs_at = (pages + 1) * PAGE as u64;
         let state_at = runs_at + runs * RUN;
         Ok(Self { runs: runs_at, state: state_at, end: state_at + state })
+    }
+
+    fn check_end(&self, length: u64) -> Result<(), FormatError> {
+        if self.end == length { Ok(()) } else { Err(FormatError::Length { have: length, should: self.end }) }
     }
 }
 
@@ -323,8 +357,12 @@ impl<'a> Writer<'a> {
     /// Adds the rest; without it the file is no snapshot. Returns its length in bytes.
     ///
     /// # Errors
-    /// The file cannot be written.
-    pub fn finish(self, key: &Key, memory: u64, state: &[u8]) -> io::Result<u64> {
+    /// The file cannot be written, or the description is too long.
+    pub fn finish(self, key: &Key, memory: u64, (state, description): (&[u8], &[u8])) -> io::Result<u64> {
+        let described = u32::try_from(description.len()).unwrap_or(u32::MAX);
+        let mut first = [0; PAGE];
+        let place = first.get_mut(HEADER..HEADER + description.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        place.copy_from_slice(description);
         let table = self.runs.as_bytes();
         let runs_at = (self.pages + 1) * PAGE as u64;
         let state_at = runs_at + table.len() as u64;
@@ -333,7 +371,7 @@ impl<'a> Writer<'a> {
         let mut header = Header {
             magic: MAGIC,
             version: VERSION.into(),
-            reserved: 0.into(),
+            description: described.into(),
             key: key.0,
             memory: memory.into(),
             pages: self.pages.into(),
@@ -341,10 +379,10 @@ impl<'a> Writer<'a> {
             state: (state.len() as u64).into(),
             runs_sum: checksum(table).into(),
             state_sum: checksum(state).into(),
+            description_sum: checksum(description).into(),
             sum: 0.into(),
         };
         header.sum = checksum(&header.as_bytes()[..HEADER - 8]).into();
-        let mut first = [0; PAGE];
         first[..HEADER].copy_from_slice(header.as_bytes());
         self.file.write_all_at(&first, 0)?;
         Ok(state_at + state.len() as u64)

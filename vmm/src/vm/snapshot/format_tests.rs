@@ -15,7 +15,7 @@ fn small() -> Vec<u8> {
     (memory[PAGE], memory[PAGE * 2 + 9], memory[PAGE * 5 + PAGE - 1]) = (1, 2, 3);
     let mut writer = Writer::new(&file);
     writer.add(&memory, 16 * PAGE as u64).unwrap();
-    let length = writer.finish(&KEY, MEMORY, b"{\"state\":1}").unwrap();
+    let length = writer.finish(&KEY, MEMORY, (b"{\"state\":1}", b"of a test")).unwrap();
     let mut bytes = vec![0; usize::try_from(length).unwrap()];
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(file.metadata().unwrap().len(), length);
@@ -37,6 +37,8 @@ fn read_all(bytes: &[u8]) -> Result<Vec<(u64, Vec<u8>)>, FormatError> {
 fn what_was_written_is_read() {
     let bytes = small();
     assert_eq!(Contents::read(&bytes[..], &KEY, MEMORY).unwrap().state, b"{\"state\":1}");
+    let summary = Summary::read(&bytes[..]).unwrap();
+    assert_eq!((summary.key, &summary.description[..]), (KEY, &b"of a test"[..]));
     let runs = read_all(&bytes).unwrap();
     assert_eq!(
         runs.iter().map(|(at, page)| (*at, page.len())).collect::<Vec<_>>(),
@@ -77,7 +79,7 @@ fn another_key_memory_or_version_is_refused_by_name() {
     assert!(Contents::read(&bytes[..], &KEY, 2 * MEMORY).is_err());
     bytes[8] = 9;
     let error = Contents::read(&bytes[..], &KEY, MEMORY).unwrap_err();
-    assert_eq!(error.to_string(), "it has format 9; this program writes and reads format 2");
+    assert_eq!(error.to_string(), "it has format 9; this program writes and reads format 3");
 }
 
 /// A header that is wrong, with checksums that are right.
@@ -98,7 +100,25 @@ fn lengths_that_cannot_be_true_allocate_nothing() {
         assert!(read_all(&forged(|header| header.runs = value.into())).is_err());
         assert!(read_all(&forged(|header| header.state = value.into())).is_err());
         assert!(read_all(&forged(|header| header.memory = value.into())).is_err());
+        let summary = Summary::read(&forged(|header| header.memory = value.into())[..]);
+        assert!(summary.is_err() || value <= MAX_MEMORY);
+        assert!(Summary::read(&forged(|header| header.state = value.into())[..]).is_err());
     }
+    for length in [u32::MAX, u32::try_from(MAX_DESCRIPTION).unwrap() + 1, 0, 8] {
+        assert!(Summary::read(&forged(|header| header.description = length.into())[..]).is_err());
+    }
+}
+
+#[test]
+fn a_description_has_room_in_the_first_page_and_no_more() {
+    let write = |length: usize| {
+        let file = tempfile::tempfile().unwrap();
+        Writer::new(&file).finish(&KEY, MEMORY, (b"{}", &vec![b'x'; length])).map(|_| file)
+    };
+    let file = write(MAX_DESCRIPTION).unwrap();
+    assert_eq!(Summary::read(&file).unwrap().description.len(), MAX_DESCRIPTION);
+    assert!(Contents::read(&file, &KEY, MEMORY).unwrap().runs.is_empty());
+    assert_eq!(write(MAX_DESCRIPTION + 1).unwrap_err().kind(), io::ErrorKind::InvalidInput);
 }
 
 proptest! {
@@ -121,5 +141,6 @@ proptest! {
     #[test]
     fn any_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..PAGE + 100)) {
         prop_assert!(read_all(&bytes).is_err());
+        prop_assert!(Summary::read(&bytes[..]).is_err());
     }
 }

@@ -134,7 +134,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let mut writer = Writer::new(&file);
         save(&before, &mut writer, &mut || true).unwrap();
-        let length = writer.finish(&KEY, size_of_both, b"{}").unwrap();
+        let length = writer.finish(&KEY, size_of_both, (b"{}", b"of a test")).unwrap();
         assert!(length < 6 * PAGE as u64, "{length} bytes");
 
         let contents = Contents::read(&file, &KEY, size_of_both).unwrap();
@@ -155,7 +155,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let mut writer = Writer::new(&file);
         save(&before, &mut writer, &mut || true).unwrap();
-        writer.finish(&KEY, 8 << 20, b"{}").unwrap();
+        writer.finish(&KEY, 8 << 20, (b"{}", b"")).unwrap();
         let contents = Contents::read(&file, &KEY, 8 << 20).unwrap();
         let after = create("test", 8 << 20).unwrap();
         fill(&after, &contents, &file).unwrap();

@@ -11,9 +11,11 @@
 //! be saved. Which VM a snapshot is of is its key ([`key`]).
 
 pub mod cache;
+pub mod description;
 pub mod device;
 pub mod format;
 pub mod key;
+pub mod list;
 pub mod memory;
 
 use std::fs::File;
@@ -26,8 +28,10 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use self::cache::Cache;
+use self::description::Description;
 use self::device::StateError;
 use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
+use self::key::{HostFacts, OfVm};
 use super::interrupt;
 use super::machine::generation_id;
 use super::machine::kvm;
@@ -108,6 +112,7 @@ pub struct Place {
     cache: Cache,
     key: Key,
     memory: u64,
+    description: Box<Description>,
 }
 
 /// A snapshot that was found: its file, and what was read of it.
@@ -118,13 +123,24 @@ pub struct Found {
 }
 
 impl Place {
-    /// The place of the snapshot of the VM of `spec`, whose image has the digest `image`.
+    /// The place of the snapshot of the VM of `spec`; `None`: it has no snapshots.
     ///
     /// # Errors
     /// There is no folder, or KVM does not say what it can do.
-    pub fn of(spec: &VmSpec, image: &str) -> Result<Self, Error> {
-        let key = key::key(&kvm::open()?, spec, image)?;
-        Ok(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0 })
+    pub fn of(spec: &VmSpec) -> Result<Option<Self>, Error> {
+        let (Some(vm), Some(of)) = (OfVm::new(spec), &spec.snapshot_of) else { return Ok(None) };
+        let host = HostFacts::now()?;
+        let key = key::key(&kvm::open()?, &host, vm)?;
+        let description = Box::new(Description::new(spec, of, host));
+        Ok(Some(Self { cache: Cache::of_environment()?, key, memory: spec.memory.0, description }))
+    }
+
+    /// Makes the folder, if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made, or others may write to it: no snapshot can be taken then.
+    pub fn prepare(&self) -> Result<(), Error> {
+        self.cache.prepare()
     }
 
     /// Looks for the snapshot; `None`: there is none.
@@ -134,6 +150,7 @@ impl Place {
     pub fn find(&self) -> Result<Option<Found>, Error> {
         let Some(file) = self.cache.open(&self.key)? else { return Ok(None) };
         let contents = Contents::read(&file, &self.key, self.memory)?;
+        cache::was_used(&file);
         Ok(Some(Found { file, contents }))
     }
 
@@ -154,7 +171,8 @@ impl Place {
         self.cache.create(&self.key, |file| {
             let mut writer = Writer::new(file);
             memory::save(&vm.memory, &mut writer, go_on)?;
-            length = writer.finish(&self.key, memory::size(&vm.memory), &state).map_err(Error::Write)?;
+            let (size, description) = (memory::size(&vm.memory), self.description.encode());
+            length = writer.finish(&self.key, size, (&state, &description)).map_err(Error::Write)?;
             Ok(())
         })?;
         Ok(length)

@@ -1,0 +1,203 @@
+//! `standby = "snapshot"`: a process leaves a snapshot and is gone, and each next life is restored from it.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::lifecycle::StandbyStage;
+use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
+
+use crate::cases::{Case, kill};
+use crate::machine::{TestMachine, make};
+
+/// All of them.
+pub const ALL: &[Case] = &[
+    (
+        "a_taker_runs_once_and_a_failure_is_restored_from_what_it_left",
+        a_taker_runs_once_and_a_failure_is_restored_from_what_it_left,
+    ),
+    ("a_failure_while_the_taker_boots_is_survived_by_it", a_failure_while_the_taker_boots_is_survived_by_it),
+    (
+        "a_failure_while_the_taker_looks_is_survived_by_a_new_life",
+        a_failure_while_the_taker_looks_is_survived_by_a_new_life,
+    ),
+    (
+        "a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure",
+        a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure,
+    ),
+    ("a_disk_that_stays_full_is_told_once_and_shown", a_disk_that_stays_full_is_told_once_and_shown),
+    ("an_upgrade_leaves_the_new_image_s_snapshot_first", an_upgrade_leaves_the_new_image_s_snapshot_first),
+    ("an_upgrade_that_leaves_no_snapshot_says_so", an_upgrade_that_leaves_no_snapshot_says_so),
+    (
+        "a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet",
+        a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet,
+    ),
+];
+
+/// Events that tell of a failure, or of somebody who waits.
+const ALARMS: [&str; 6] =
+    ["driver-failed", "masked", "standby-failed", "standby-starting", "quarantined", "\"warning\""];
+
+/// Events of the machine so far, from its log, which has them as soon as they have happened.
+fn events(machine: &TestMachine) -> String {
+    fs::read_to_string(machine.run_dir().join("reports/events.jsonl")).unwrap_or_default()
+}
+
+fn start(guest: &str, driver: &str) -> TestMachine {
+    let more = "standby = \"snapshot\"\nsnapshots = true\nrestart = { backoff_ms = 10, limit = 9 }";
+    let mut machine = make(guest, &format!("kept {driver}"), more);
+    machine.start_again();
+    machine
+}
+
+/// Files of snapshots, and who wrote each.
+fn snapshots(machine: &TestMachine) -> Vec<String> {
+    let files = fs::read_dir(machine.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|end| end == "snapshot"));
+    files.map(|path| fs::read_to_string(path).unwrap()).collect()
+}
+
+/// Processes of driver VMs of this machine: their supervisor is this process.
+fn wait_gone(pid: u32) {
+    let until = Instant::now() + Duration::from_secs(15);
+    while Path::new(&format!("/proc/{pid}")).exists() {
+        assert!(Instant::now() < until, "the taker {pid} is left");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits for the taker of `generation`, and returns its process.
+fn wait_taker(machine: &TestMachine, generation: u32) -> u32 {
+    let driver = machine.wait_for("a taker", |driver| {
+        let standby = driver.standby.as_ref();
+        standby.is_some_and(|taker| {
+            taker.state == StandbyStage::Saving && taker.generation == Some(generation) && taker.pid.is_some()
+        })
+    });
+    driver.standby.unwrap().pid.unwrap()
+}
+
+fn a_taker_runs_once_and_a_failure_is_restored_from_what_it_left() {
+    let machine = start("", "");
+    machine.wait_live(1);
+    let taker = wait_taker(&machine, 2);
+    let saved = machine.wait_saved();
+    assert_eq!((saved.generation, saved.failures, saved.standby.unwrap().pid), (Some(1), 0, None));
+    wait_gone(taker);
+    assert_eq!(snapshots(&machine), ["nic0.2"]);
+    let said = events(&machine);
+    assert!(ALARMS.iter().all(|alarm| !said.contains(alarm)), "{said}");
+    assert!(said.contains("\"snapshot-ready\"") && said.contains("\"bytes\":1048576"), "{said}");
+    // It stays so.
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(machine.wait_saved().standby.unwrap().generation, None);
+    for (next, taker) in [(3, 4), (5, 6)] {
+        machine.crash(CrashKind::Panic);
+        let driver = machine.wait_live(next);
+        assert_eq!(driver.failures, u64::from(next / 2));
+        // It looks, finds what is there, and ends.
+        machine.wait_for_event("snapshot-ready", usize::try_from(taker / 2).unwrap());
+        machine.wait_saved();
+    }
+    assert_eq!(snapshots(&machine), ["nic0.2"], "a life that serves finds what a taker has left: it has the same key");
+    assert!(!events(&machine).contains("standby-"), "nothing ever waits");
+    machine.stop();
+}
+
+fn a_failure_while_the_taker_boots_is_survived_by_it() {
+    let machine = start("", "slow-to-be-saved=2 ");
+    machine.wait_live(1);
+    let taker = wait_taker(&machine, 2);
+    // Until it has said that it boots, it would be ended.
+    machine.wait_for("its boot", |_| machine.dir.path().join("nic0.2.boots").exists());
+    machine.crash(CrashKind::Panic);
+    assert_eq!(machine.wait_live(2).pid, Some(taker));
+    // The next one leaves it.
+    machine.wait_saved();
+    assert_eq!(snapshots(&machine), ["nic0.3"]);
+    machine.stop();
+}
+
+fn a_failure_while_the_taker_looks_is_survived_by_a_new_life() {
+    let machine = start("", "slow-to-look=2 ");
+    machine.wait_live(1);
+    let taker = wait_taker(&machine, 2);
+    machine.crash(CrashKind::Panic);
+    assert_eq!(machine.wait_live(3).failures, 1);
+    wait_gone(taker);
+    machine.wait_saved();
+    assert_eq!(snapshots(&machine), ["nic0.4"]);
+    machine.stop();
+}
+
+fn a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure() {
+    let machine = start("", "dies-of-saving=2 slow-to-look=3 ");
+    machine.wait_live(1);
+    kill(wait_taker(&machine, 3));
+    machine.wait_saved();
+    assert_eq!(snapshots(&machine), ["nic0.4"]);
+    let said = events(&machine);
+    assert!(ALARMS.iter().all(|alarm| !said.contains(alarm)), "{said}");
+    let driver = machine.wait_live(1);
+    assert_eq!((driver.failures, driver.standby.unwrap().reason), (0, None));
+    machine.stop();
+}
+
+fn a_disk_that_stays_full_is_told_once_and_shown() {
+    let machine = start("", "full-disk ");
+    machine.wait_live(1);
+    machine.wait_for("the reason", |driver| {
+        let reason = driver.standby.as_ref().and_then(|standby| standby.reason.as_ref());
+        reason.is_some_and(|reason| reason.contains("would boot") && reason.contains("No space left"))
+    });
+    machine.wait_for_event("No space left", 1);
+    assert!(events(&machine).matches("\"warning\"").count() == 1, "{}", events(&machine));
+    assert!(wait_taker(&machine, 5) > 0, "it is tried again");
+    machine.stop();
+}
+
+fn an_upgrade_leaves_the_new_image_s_snapshot_first() {
+    let machine = start("", "");
+    machine.wait_saved();
+    let Response::Restarted { generation: 3, no_snapshot: None, .. } = machine.restart(Some("image-new")) else {
+        panic!("no upgrade")
+    };
+    let mut who = snapshots(&machine);
+    who.sort();
+    assert_eq!(who, ["nic0.2", "nic0.3"]);
+    // On trial: what is looked for is the old image's, which the next life would be of.
+    let driver = machine.wait_saved();
+    assert!(driver.kernel.unwrap().ends_with("image-new"));
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_for("the next life", |driver| driver.generation > Some(3) && driver.kernel.is_some());
+    machine.wait_live(driver.generation.unwrap());
+    machine
+        .wait_for("the old image", |driver| driver.kernel.as_ref().is_some_and(|kernel| kernel.ends_with("of image")));
+    assert_eq!(snapshots(&machine).len(), 2, "restored from what was there");
+    machine.stop();
+}
+
+fn an_upgrade_that_leaves_no_snapshot_says_so() {
+    let machine = start("", "full-disk ");
+    machine.wait_live(1);
+    let Response::Restarted { no_snapshot: Some(why), .. } = machine.restart(Some("image-new")) else {
+        panic!("no upgrade, or no word of it")
+    };
+    assert!(why.contains("No space left"), "{why}");
+    machine.stop();
+}
+
+/// A connection would be part of what is saved.
+fn a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet() {
+    let machine = start("reset-in=1", "slow-to-load=2 ");
+    machine.wait_live(1);
+    wait_taker(&machine, 2);
+    let rebooted = machine.events_text().matches("guest-rebooted").count();
+    machine.wait_for_event("guest-rebooted", rebooted + 2);
+    fs::write(machine.dir.path().join("may-load"), "").unwrap();
+    machine.wait_saved();
+    assert_eq!(snapshots(&machine), ["nic0.2"]);
+    machine.press(StopHow::Kill);
+}
