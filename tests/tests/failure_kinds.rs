@@ -36,8 +36,8 @@ fn each_kind_of_failure_is_noticed_and_outlived() {
     scenario(outlive_each_kind);
 }
 
-/// What is too many in the scenario. Emulated on the reference machine, a NIC at work makes some hundreds, and the storm some 1,800: as many
-/// as its driver handles.
+/// What is too many in the scenario. Emulated on the reference machine, a NIC at work makes some hundreds, and the storm some 1,800: as
+/// many as its driver handles.
 const INTERRUPTS_PER_S: u32 = 1500;
 
 /// Has the host's kernel get an uncorrectable error (a poisoned TLP) of `$NIC0` from its root port: `struct
