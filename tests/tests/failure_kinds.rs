@@ -38,7 +38,7 @@ fn each_kind_of_failure_is_noticed_and_outlived() {
 
 /// What is too many in the scenario. Emulated on the reference machine, a NIC at work makes some hundreds, and the storm some 1,800: as
 /// many as its driver handles.
-const INTERRUPTS_PER_S: u32 = 1500;
+const INTERRUPTS_PER_S: u32 = 1200;
 
 /// Has the host's kernel get an uncorrectable error (a poisoned TLP) of `$NIC0` from its root port: `struct
 /// aer_error_inj` of `drivers/pci/pcie/aer_inject.c`.
@@ -91,7 +91,7 @@ fn outlive_a_broken_device() {
 fn outlive_a_held_lock(place: &mut Place, machine: &mut Machine) {
     let pid = machine.driver_pid(place, NIC_DRIVER).or_tell();
     place.expect("umbra crash nic0 --kind lock-network", STEP).or_tell();
-    let console = "until grep -h 'the self-test of' /run/umbra/*/nic0.console.log; do sleep 0.2; done";
+    let console = "until grep -h 'the self-test of .* ms' /run/umbra/*/nic0.console.log; do sleep 0.2; done";
     let said = place.expect(console, STEP).or_tell();
     let took = said.split_whitespace().rev().nth(1).and_then(|ms| ms.parse::<u32>().ok());
     assert!(said.contains("has ended") && took.is_some_and(|ms| ms > 3000), "{said}");

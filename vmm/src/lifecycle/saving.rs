@@ -19,6 +19,7 @@ impl Lifecycle {
         match input {
             Input::SnapshotThere if self.reserve.saved() => return vec![Action::DropStandby(None)],
             Input::SnapshotMissing => self.reserve.boots_to_save(),
+            Input::Restores(restores) => self.reserve.set_restores(*restores),
             _ => {}
         }
         Vec::new()

@@ -447,6 +447,34 @@ fn a_ready_standby_takes_over_and_the_next_one_follows() {
 }
 
 #[test]
+fn a_standby_that_is_restored_is_due_in_the_middle_of_a_recovery() {
+    let mut life = with_standby();
+    assert_eq!(life.handle(at(1500), Input::Restores(true)), []);
+    for input in [Input::StandbyHello, Input::StandbyLoaded] {
+        life.handle(at(2000), input);
+    }
+    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(at(3100), Input::ResetDone), [Action::Adopt(generation(2))]);
+    assert_eq!(life.deadline(), Some(at(3100)));
+    assert_eq!(life.handle(at(3100), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    life.handle(at(3150), Input::StandbyHello);
+    life.handle(at(3150), Input::StandbyLoaded);
+    // The life that was adopted fails before it serves: the next one is ready.
+    life.handle(at(3200), Input::ProcessGone("signal 9".into()));
+    assert_eq!(life.handle(at(3250), Input::Tick), [], "none starts while nobody is there to be followed");
+    let until = life.deadline().unwrap();
+    let actions = [life.handle(at(3300), Input::ResetDone), life.handle(until, Input::Tick)].concat();
+    assert_eq!(actions, [Action::Adopt(generation(3)), Action::SpawnStandby(generation(4))]);
+    // Its snapshot has been removed: the one that boots in its place waits until the driver VM serves.
+    life.handle(until, Input::Restores(false));
+    life.handle(until, Input::StandbyFailed("gone".into()));
+    let later = until + Duration::from_secs(2);
+    life.handle(later, Input::Heartbeat);
+    assert_eq!(life.handle(later, Input::Tick), []);
+    assert_eq!(life.standby(), Standby::Absent);
+}
+
+#[test]
 fn a_standby_that_still_boots_is_better_than_a_new_one() {
     let mut life = with_standby();
     life.handle(at(1500), Input::ProcessGone("signal 9".into()));

@@ -20,7 +20,7 @@ use umbra_guest_images::image::{Image, Manifest};
 
 use crate::base::random::random;
 use crate::base::time::Time;
-use crate::lifecycle::NoticedBy;
+use crate::lifecycle::{Input, NoticedBy};
 use crate::supervisor::driver::life::LifeRole;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -90,8 +90,10 @@ impl Supervisor {
         let name = self.drivers[n].name.clone();
         match news {
             // Only a process that was started to look for it says that it is there.
-            SnapshotNews::Missing | SnapshotNews::There => return,
+            SnapshotNews::There => return,
+            SnapshotNews::Missing => return self.drive(n, Input::Restores(false)),
             SnapshotNews::Restored => {
+                self.drive(n, Input::Restores(true));
                 if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
                     standby.restored = true;
                 }
@@ -99,9 +101,12 @@ impl Supervisor {
             SnapshotNews::Refused(why) => {
                 self.events
                     .warn(format!("{name}: the snapshot of its driver VM cannot be used, which boots instead: {why}"));
-                return;
+                return self.drive(n, Input::Restores(false));
             }
-            SnapshotNews::Taken(bytes) => tracing::info!(driver = name, bytes, "a snapshot is taken"),
+            SnapshotNews::Taken(bytes) => {
+                tracing::info!(driver = name, bytes, "a snapshot is taken");
+                self.drive(n, Input::Restores(true));
+            }
             SnapshotNews::NotTaken(why) => {
                 self.drivers[n].restart_lacks_snapshot(why);
                 self.events.warn(format!("{name}: no snapshot of its driver VM is taken, the next one boots: {why}"));
@@ -121,7 +126,7 @@ impl Supervisor {
                 let what = format!("draw random numbers for a driver VM: {error}");
                 return match role {
                     LifeRole::Present => self.fail_driver(n, NoticedBy::Start, what, Time::now()),
-                    LifeRole::Standby => self.drive(n, crate::lifecycle::Input::StandbyFailed(what)),
+                    LifeRole::Standby => self.drive(n, Input::StandbyFailed(what)),
                     LifeRole::Dying => {}
                 };
             }
