@@ -14,7 +14,7 @@ use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::player::{Player, patient, patient_kernel};
+use umbra_tests::sound::player::{Player, patient, patient_kernel, patient_tone};
 use umbra_tests::sound::{Length, RATE, Sound, recording};
 use umbra_tests::wav::{Wav, tone};
 
@@ -150,15 +150,21 @@ fn mix_two_guests(place: &mut Place, machine: &mut Machine) -> Vec<Range<usize>>
     say("two guests on one card");
     machine.await_standby(SOUND_DRIVER, RECOVERY).or_tell();
     let players = TONES.map(|(guest, hz)| {
-        let play = format!("speaker-test -t sine -f {hz} -c 2 -r 48000 -l {}", 4 * whole_factor());
+        let (buffer, loops) = (patient_tone(), 4 * whole_factor());
+        let play = format!("speaker-test -t sine -f {hz} -c 2 -r 48000 {buffer} -l {loops}");
         Player::run(place, guest, "speaker-test", &play).or_tell()
     });
     let mut windows = Vec::new();
-    let mut listen = |place: &Place| {
-        recording::await_sound(&place.wav(), WINDOW / 2, RECOVERY).or_tell();
-        let begin = recording::frames_so_far(&place.wav()).unwrap();
-        recording::await_sound(&place.wav(), WINDOW, RECOVERY).or_tell();
-        windows.push(begin..recording::frames_so_far(&place.wav()).unwrap());
+    let mut listen = |place: &mut Place| {
+        let hear = |place: &mut Place, length| {
+            if let Err(error) = recording::await_sound(&place.wav(), length, RECOVERY) {
+                let ended: Vec<_> = players.iter().map(|player| player.ended(place).or_tell()).collect();
+                panic!("{error}; the players: {ended:?}");
+            }
+            recording::frames_so_far(&place.wav()).unwrap()
+        };
+        let begin = hear(place, WINDOW / 2);
+        windows.push(begin..hear(place, WINDOW));
     };
     listen(place);
     place.expect(&format!("umbra crash {SOUND_DRIVER}"), STEP).or_tell();
@@ -197,6 +203,7 @@ fn sound_survives() {
     let spec = sound.machine(0, &mut place, "skip").or_tell();
     let mut two = spec.clone();
     two.guests.push((OTHER.into(), String::new()));
+    two.guest_options = patient_kernel();
     let mut machine = Machine::start(&mut place, &two).or_tell();
     let mixed = mix_two_guests(&mut place, &mut machine);
     machine.stop(&mut place).or_tell();

@@ -78,6 +78,10 @@ pub struct Client {
 /// How long a server may take nothing while its end of the stream is full.
 const FULL: Duration = Duration::from_secs(10);
 
+/// Waits for an answer before it is asked for again: the first, and the longest of those after it, each twice as long as the one before.
+/// A machine that boots for minutes reads nothing meanwhile, and its end of the stream takes some 270 short lines.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
 /// Ids are unique in this process and unlikely to be those of an earlier client of the same port.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
@@ -128,15 +132,18 @@ impl Client {
     pub fn hello(&self, patience: Duration) -> Result<(), ClientError> {
         let start = Instant::now();
         let (token, answers) = self.expect_replies();
+        let (mut pause, longest) = ASK_AGAIN;
         while start.elapsed() < patience {
             match self.send(&Request::Hello { token }) {
-                Err(ClientError::Send(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // It is full of what was asked before, which may be answered yet.
+                Err(ClientError::Send(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
                 sent => sent?,
             }
-            if answers.recv_timeout(Duration::from_millis(200)).is_ok() {
+            if answers.recv_timeout(pause.min(patience.saturating_sub(start.elapsed()))).is_ok() {
                 self.forget(token);
                 return Ok(());
             }
+            pause = (2 * pause).min(longest);
         }
         self.forget(token);
         Err(ClientError::Silent(patience))
@@ -321,7 +328,21 @@ mod tests {
         assert_eq!(socket.write_timeout().unwrap(), Some(FULL));
         socket.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
         assert!(matches!(client.start(&"x".repeat(4 << 20)), Err(ClientError::Send(_))));
-        assert!(matches!(client.hello(Duration::from_secs(60)), Err(ClientError::Silent(_))));
+        assert!(matches!(client.hello(Duration::from_millis(500)), Err(ClientError::Silent(_))));
+    }
+
+    #[test]
+    fn a_machine_that_boots_for_long_is_asked_seldom_and_answers_in_the_end() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let client = Client::new(ours).unwrap();
+        let asked = thread::spawn(move || client.hello(Duration::from_secs(60)));
+        thread::sleep(Duration::from_secs(3));
+        let mut so_far = vec![0; 64 << 10];
+        let length = theirs.read(&mut so_far).unwrap();
+        let lines = so_far[..length].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count();
+        assert!((1..=5).contains(&lines), "{lines} times in three seconds");
+        thread::spawn(move || serve(File::from(OwnedFd::from(theirs))));
+        asked.join().unwrap().unwrap();
     }
 
     #[test]
