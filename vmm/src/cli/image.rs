@@ -184,10 +184,12 @@ fn report(image: &Image, source: &str, agent: &Path, output: &Path) -> anyhow::R
 /// A size for people.
 pub(super) fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
-    if bytes >= MIB {
-        format!("{}.{} MiB", bytes / MIB, bytes % MIB * 10 / MIB)
-    } else {
-        format!("{} KiB", bytes.div_ceil(1024))
+    const GIB: u64 = 1 << 30;
+    let with_tenths = |unit, name| format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit);
+    match bytes {
+        GIB.. => with_tenths(GIB, "GiB"),
+        MIB..GIB => with_tenths(MIB, "MiB"),
+        _ => format!("{} KiB", bytes.div_ceil(1024)),
     }
 }
 
@@ -205,6 +207,7 @@ mod tests {
     fn sizes_are_readable() {
         assert_eq!(size(1), "1 KiB");
         assert_eq!(size((3 << 20) + (1 << 19)), "3.5 MiB");
+        assert_eq!(size(2 << 30), "2.0 GiB");
     }
 
     #[test]

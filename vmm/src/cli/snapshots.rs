@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(words, expected);
         assert!(damaged.contains("no: its header is damaged") && !damaged.contains('\u{1b}'), "{damaged}");
         assert!(written.ends_with("being written"), "{written}");
-        assert_eq!(*total, "/cache: 9.0 MiB of at most 2048.0 MiB");
+        assert_eq!(*total, "/cache: 9.0 MiB of at most 2.0 GiB");
         let none = Listing { snapshots: Vec::new(), ..listing() };
         assert_eq!(none.text(), "/cache: no snapshots");
     }
