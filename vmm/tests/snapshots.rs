@@ -181,7 +181,7 @@ fn news(vm: &Process) -> SnapshotNews {
 }
 
 fn image(digest: &str) -> SnapshotOf {
-    SnapshotOf { digest: digest.into(), kernel: "6.12".into(), drivers: vec!["e1000e".into()] }
+    SnapshotOf { digest: digest.into(), useless: false, kernel: "6.12".into(), drivers: vec!["e1000e".into()] }
 }
 
 /// A counting guest with 2 vCPUs, with its snapshot in `folder` and its kernel at `kernel`.
@@ -235,6 +235,25 @@ fn a_guest_goes_on_in_another_process_and_so_does_its_twin() {
         assert!(goes_on, "{count}: {printed:x?}");
         vm.kill();
     }
+}
+
+#[test]
+fn a_snapshot_whose_lives_do_not_live_is_not_used_and_is_replaced() {
+    if !kvm() {
+        return;
+    }
+    let (dir, kernel, _) = taken();
+    let useless = |spec: &mut VmSpec| spec.snapshot_of = Some(SnapshotOf { useless: true, ..image("digest") });
+    let mut vm = start(&dir.path().join("cache"), &kernel, useless);
+    let SnapshotNews::Refused(why) = news(&vm) else { panic!("not refused") };
+    assert!(why.contains("before they said hello"), "{why}");
+    vm.wait_for("up");
+    vm.send(&ToVm::Snapshot);
+    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
+    vm.kill();
+    let mut vm = start(&dir.path().join("cache"), &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Restored);
+    vm.kill();
 }
 
 /// `umbra snapshots` with `words`, as JSON.

@@ -335,12 +335,15 @@ mod tests {
     fn a_machine_that_boots_for_long_is_asked_seldom_and_answers_in_the_end() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let client = Client::new(ours).unwrap();
+        let start = Instant::now();
         let asked = thread::spawn(move || client.hello(Duration::from_secs(60)));
         thread::sleep(Duration::from_secs(3));
         let mut so_far = vec![0; 64 << 10];
         let length = theirs.read(&mut so_far).unwrap();
         let lines = so_far[..length].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count();
-        assert!((1..=5).contains(&lines), "{lines} times in three seconds");
+        // Four times within 3 s, and from then on in 5 s each.
+        let most = 5 + usize::try_from(start.elapsed().as_secs() / 5).unwrap();
+        assert!((1..=most).contains(&lines), "{lines} times");
         thread::spawn(move || serve(File::from(OwnedFd::from(theirs))));
         asked.join().unwrap().unwrap();
     }

@@ -140,7 +140,7 @@ impl Row {
     }
 
     fn age(&self) -> Option<String> {
-        let taken = UNIX_EPOCH + Duration::from_secs(self.taken?);
+        let taken = UNIX_EPOCH.checked_add(Duration::from_secs(self.taken?))?;
         Some(age(SystemTime::now().duration_since(taken).unwrap_or_default()))
     }
 

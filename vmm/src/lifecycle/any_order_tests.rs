@@ -68,6 +68,7 @@ proptest! {
                 _ => {}
             }
             over &= !(matches!(input, Input::Resume) && *life.state() == State::Quarantined);
+            let served = matches!(life.state(), State::Live { .. });
             let actions = life.handle(at(now), input.clone());
             let given_up = actions.contains(&Action::BeginLastWords);
             for action in actions {
@@ -80,7 +81,7 @@ proptest! {
                     }
                     Action::SpawnStandby(generation) => {
                         let wanted = policy == StandbyPolicy::Warm || asked;
-                        prop_assert!(restores || matches!(life.state(), State::Live { .. }), "beside a recovery at {input:?}");
+                        prop_assert!(restores || served, "beside a recovery at {input:?}");
                         prop_assert!(wanted && alive && standby.is_none() && !over, "standby at {input:?}");
                         prop_assert_eq!(generation.get(), last + 1);
                         last += 1;

@@ -244,7 +244,7 @@ impl Lifecycle {
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
-            Input::SnapshotMissing | Input::SnapshotThere | Input::Restores(_) => self.on_snapshot(&input),
+            Input::SnapshotMissing | Input::SnapshotThere | Input::Restores(_) => self.on_snapshot(now, &input),
             Input::SpareForwarding
             | Input::SpareCarrier(_)
             | Input::SpareLive(_)
@@ -510,8 +510,9 @@ impl Lifecycle {
         match self.history.failed(now, lived) {
             RestartVerdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
-                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
-                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
+                let mut actions = vec![Action::Reset, Action::Report];
+                actions.extend(self.start_clean(now));
+                actions
             }
             RestartVerdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };

@@ -465,13 +465,39 @@ fn a_standby_that_is_restored_is_due_in_the_middle_of_a_recovery() {
     let until = life.deadline().unwrap();
     let actions = [life.handle(at(3300), Input::ResetDone), life.handle(until, Input::Tick)].concat();
     assert_eq!(actions, [Action::Adopt(generation(3)), Action::SpawnStandby(generation(4))]);
-    // Its snapshot has been removed: the one that boots in its place waits until the driver VM serves.
-    life.handle(until, Input::Restores(false));
-    life.handle(until, Input::StandbyFailed("gone".into()));
-    let later = until + Duration::from_secs(2);
-    life.handle(later, Input::Heartbeat);
-    assert_eq!(life.handle(later, Input::Tick), []);
-    assert_eq!(life.standby(), Standby::Absent);
+    // Its snapshot has been removed: none boots beside a recovery.
+    assert_eq!(life.handle(until, Input::Restores(false)), [Action::DropStandby(None)]);
+    assert_eq!((life.standby(), life.handle(until, Input::Tick)), (Standby::Absent, vec![]));
+}
+
+#[test]
+fn a_standby_that_was_told_what_lives_die_of_goes_before_a_clean_start() {
+    let mut life = with_standby();
+    life.handle(at(1500), Input::Restores(true));
+    let ready = |life: &mut Lifecycle, now| {
+        for input in [Input::StandbyHello, Input::StandbyLoaded] {
+            life.handle(now, input);
+        }
+        assert_eq!(life.standby().stage(), StandbyStage::Ready);
+    };
+    ready(&mut life, at(2000));
+    let mut now = at(3000);
+    let mut last = life.handle(now, Input::ProcessGone("signal 9".into()));
+    for next in [2, 3] {
+        life.handle(now, Input::ResetDone);
+        now = life.deadline().unwrap().max(now);
+        // It is adopted, and the one after it is started.
+        life.handle(now, Input::Tick);
+        life.handle(now, Input::Tick);
+        assert_eq!((life.generation(), life.state().name()), (Some(generation(next)), StateName::Configuring));
+        ready(&mut life, now);
+        life.handle(now, Input::Applying);
+        last = life.handle(now, Input::ProcessGone("signal 9".into()));
+    }
+    assert!(last.ends_with(&[Action::StartClean(end(0)), Action::DropStandby(None)]), "{last:?}");
+    life.handle(now, Input::ResetDone);
+    now = life.deadline().unwrap();
+    assert_eq!(life.handle(now, Input::Tick), [Action::Spawn(generation(5))], "it gets its plan then");
 }
 
 #[test]

@@ -107,6 +107,9 @@ fn restored(
     let place = place.map_err(|why| Refused { place: None, why: Box::new(why.into()) })?;
     let Some(place) = place else { return Ok(Attempt::None) };
     let refused = |why| Refused { place: Some(place.clone()), why: Box::new(why) };
+    if spec.snapshot_of.as_ref().is_some_and(|of| of.useless) {
+        return Err(refused(snapshot::Error::Useless.into()));
+    }
     let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };
     let ports = KeptOpen::of(spec).map_err(|why| refused(snapshot::Error::Memory(why).into()))?;
     match restore(spec, &found, memory, host) {

@@ -73,6 +73,8 @@ pub struct VmSpec {
 pub struct SnapshotOf {
     /// Digest of kernel and initial RAM disks: a snapshot of another one is another snapshot.
     pub digest: String,
+    /// Lives from the snapshot have ended before they said hello: it is not used, and another one takes its place.
+    pub useless: bool,
     /// The kernel's release, for people.
     pub kernel: String,
     /// The drivers of its device, for people.

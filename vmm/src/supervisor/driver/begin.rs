@@ -42,7 +42,7 @@ pub(in crate::supervisor) enum Begin {
 /// What the snapshots of driver VMs from `image` are of.
 pub(super) fn snapshot_of(image: &Image) -> SnapshotOf {
     let Manifest { kernel, drivers, .. } = &image.manifest;
-    SnapshotOf { digest: digest(image), kernel: kernel.clone(), drivers: drivers.clone() }
+    SnapshotOf { digest: digest(image), useless: false, kernel: kernel.clone(), drivers: drivers.clone() }
 }
 
 /// What these snapshots are found by: what the image's files should be, and that they are still those files.
@@ -69,6 +69,9 @@ impl Supervisor {
                     return;
                 }
                 if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot, &[]) {
+                    if self.drivers[n].has_taker() && role == LifeRole::Standby {
+                        return self.drive(n, Input::StandbyFailed(format!("ask for a snapshot: {error}")));
+                    }
                     self.events.warn(format!("{}: ask for a snapshot: {error}", self.drivers[n].name));
                     self.begin(n, role);
                 }
@@ -91,8 +94,18 @@ impl Supervisor {
         match news {
             // Only a process that was started to look for it says that it is there.
             SnapshotNews::There => return,
-            SnapshotNews::Missing => return self.drive(n, Input::Restores(false)),
+            SnapshotNews::Missing => {
+                if role == LifeRole::Present && self.drivers[n].saved.take().is_some() {
+                    self.events
+                        .warn(format!("{name}: the snapshot of its driver VM has been removed, which boots instead"));
+                }
+                return self.drive(n, Input::Restores(false));
+            }
             SnapshotNews::Restored => {
+                let Some(generation) = self.drivers[n].life_of(role).map(|life| life.generation) else { return };
+                let mut trust = std::mem::take(&mut self.drivers[n].trust);
+                trust.restored(generation, |generation| self.drivers[n].has_life(generation));
+                self.drivers[n].trust = trust;
                 self.drive(n, Input::Restores(true));
                 if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
                     standby.restored = true;
@@ -105,6 +118,7 @@ impl Supervisor {
             }
             SnapshotNews::Taken(bytes) => {
                 tracing::info!(driver = name, bytes, "a snapshot is taken");
+                self.drivers[n].trust.taken();
                 self.drive(n, Input::Restores(true));
             }
             SnapshotNews::NotTaken(why) => {

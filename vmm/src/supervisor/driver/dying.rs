@@ -188,7 +188,7 @@ impl Supervisor {
 impl DriverVm {
     /// Kills `process`, if it has not ended, and leaves it to the loop to see its end. `holds`: it still has the device that the
     /// spare is to get.
-    fn reap(&mut self, mut process: VmProcess, holds: bool) {
+    pub(super) fn reap(&mut self, mut process: VmProcess, holds: bool) {
         if process.ended().is_none() {
             process.kill();
             self.ending.push(Ending { process, holds });

@@ -11,6 +11,7 @@ pub(in crate::supervisor) mod spare;
 pub(in crate::supervisor) mod standby;
 mod starvation;
 pub(in crate::supervisor) mod taker;
+mod trust;
 pub(in crate::supervisor) mod upgrade;
 
 use std::io;
@@ -36,6 +37,7 @@ use super::driver::dying::{Dying, Ending};
 use super::driver::life::Purpose;
 use super::driver::spare::Spare;
 use super::driver::starvation::Watch;
+use super::driver::trust::Trust;
 use super::driver::upgrade::Trial;
 use super::ids::Table;
 use super::start::rundir::RunDir;
@@ -49,7 +51,7 @@ use crate::lifecycle::{Carrier, Endpoint, Lifecycle, StandbyPolicy};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
-use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, VmSpec};
+use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, SnapshotOf, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// The command line of every driver VM's kernel. It makes the kernel end at once whenever it is not sure of itself (the shadow
@@ -105,6 +107,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) ending: Vec<Ending>,
     /// The next life, while it waits.
     pub(in crate::supervisor) standby: Option<StandbyVm>,
+    /// Whether the snapshot is of use.
+    pub(in crate::supervisor) trust: Trust,
     /// The image of the snapshot that was there when it was looked for last, where snapshots are made ahead.
     pub(in crate::supervisor) saved: Option<Arc<Image>>,
     /// Why the last process that was to leave a snapshot has left none.
@@ -194,6 +198,7 @@ impl DriverVm {
             dying: None,
             ending: Vec::new(),
             standby: None,
+            trust: Trust::default(),
             saved: None,
             not_saved: None,
             resetting: None,
@@ -264,7 +269,10 @@ impl DriverVm {
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.
         let awaits = if purpose.awaits_device() { " umbra.awaits" } else { "" };
-        let snapshot_of = (purpose.awaits_device() && self.spec.snapshots).then(|| begin::snapshot_of(image));
+        let snapshot_of = (purpose.awaits_device() && self.spec.snapshots).then(|| SnapshotOf {
+            useless: self.trust.is_lost(|generation| self.has_life(generation)),
+            ..begin::snapshot_of(image)
+        });
         let begin = if snapshot_of.is_some() { Begin::Unmet } else { Begin::Boots };
         let spec = VmSpec {
             name,
@@ -292,6 +300,12 @@ impl DriverVm {
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
         Ok(Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len()))
+    }
+
+    /// Whether the process of `generation` is there and wanted.
+    pub(super) fn has_life(&self, generation: Generation) -> bool {
+        let standby = self.standby.iter().filter(|standby| !standby.dropped).map(|standby| &standby.life);
+        self.life.iter().chain(standby).any(|life| life.generation == generation)
     }
 
     /// The present life was started without the device.

@@ -114,11 +114,13 @@ impl Supervisor {
             FromAgent::Ready { loaded } => self.on_agent_ready(n, LifeRole::Present, loaded),
             FromAgent::Hello { generation, kernel, .. } => {
                 let driver = &mut self.drivers[n];
-                if !Generation::new(generation).is_some_and(|generation| driver.is_current(generation)) {
+                let current = Generation::new(generation).filter(|generation| driver.is_current(*generation));
+                let Some(life_generation) = current else {
                     let what = format!("its agent says that it is generation {generation}");
                     return self.fail_driver(n, NoticedBy::ControlStream, what, now);
-                }
+                };
                 driver.kernel = Some(text(&kernel));
+                driver.trust.said_hello(life_generation);
                 self.stage(n, LifeStage::Hello, now, text(&kernel));
                 self.drive(n, Input::Hello);
                 self.rescan(n);

@@ -48,6 +48,10 @@ impl Supervisor {
                     renice(life.process.pid(), NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
+                // One that was dropped and has not ended yet is not waited for.
+                if let Some(dropped) = driver.standby.take() {
+                    driver.reap(dropped.life.process, false);
+                }
                 driver.standby = Some(StandbyVm {
                     life,
                     console,
@@ -74,6 +78,9 @@ impl Supervisor {
             // What is left of it is cleared away when its end is seen.
             standby.life.process.kill();
             standby.dropped = true;
+            if why.is_none() {
+                driver.trust.unwanted(standby.life.generation);
+            }
             if let Some(spare) = &mut driver.spare {
                 spare.held.fence();
             }
@@ -203,6 +210,8 @@ impl Supervisor {
                     return Some(format!("its agent says that it is generation {generation}"));
                 }
                 standby.kernel = Some(bounds::text(&kernel));
+                let generation = standby.life.generation;
+                driver.trust.said_hello(generation);
                 self.drive(n, Input::StandbyHello);
             }
             // A spare is ready when it forwards.

@@ -63,6 +63,9 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(taker) = &driver.standby else { return };
         let ms = milliseconds(Time::now().since(taker.started));
+        if bytes.is_some() {
+            driver.trust.taken();
+        }
         (driver.saved, driver.not_saved) = (Some(taker.life.image.clone()), None);
         self.events.tell(&Event::SnapshotReady { driver: driver.name.clone(), ms, bytes });
         self.drive(n, Input::SnapshotThere);

@@ -93,6 +93,9 @@ pub enum Error {
     /// The state of the VM is larger than any snapshot's.
     #[error("the state has {0} bytes, more than the {MAX_STATE} of a snapshot")]
     TooLarge(usize),
+    /// Lives from it do not live.
+    #[error("lives that were restored from it have ended before they said hello")]
+    Useless,
     /// Something more urgent came.
     #[error("something more urgent came")]
     Interrupted,
