@@ -149,7 +149,7 @@ fn doctor_says_what_is_missing_and_its_status_says_whether_anything_is() {
     let missing: Vec<_> = host.iter().filter(|finding| finding["grade"] == "missing").collect();
     assert_eq!(answer["missing"], missing.len());
     assert_eq!(output.status.code(), Some(i32::from(!missing.is_empty())));
-    assert!(missing.iter().all(|finding| finding["mend"].is_string()), "{missing:#?}");
+    assert!(missing.iter().all(|finding| finding["remedy"].is_string()), "{missing:#?}");
     let kvm = host.iter().find(|finding| finding["check"] == "KVM").unwrap();
     assert_eq!(kvm["grade"] == "missing", std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err());
     assert!(answer["cards"].is_array());

@@ -1,14 +1,9 @@
 //! Where the guest's console output goes: the terminal, a file or nowhere. A thread writes; the guest, which prints byte by
 //! byte, waits for nothing.
 //!
-//! Bytes are gathered to a line or [`GATHERED`] bytes before they are handed to the thread: each hand-over wakes the thread, and in turn
-//! whoever reads what it writes, and a kernel that panics waits for its console. Invariant: nothing that was gathered stays behind
-//! when the guest turns to something else ([`Output::hand_over`]) or ends.
-//!
 //! The terminal is standard output, which others share: it is written to as it is (no `O_NONBLOCK`), by a descriptor of our
 //! own, so that a write that is held holds no lock of the process either.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -22,9 +17,6 @@ use crate::config::Console;
 
 /// Bytes of output that wait for a slow terminal or disk: the whole boot log of a kernel.
 const BUFFER: usize = 256 << 10;
-
-/// Most bytes that are gathered: a 16550's FIFO, which is what Linux sends between two looks at the line status.
-const GATHERED: usize = 16;
 
 /// Errors of the console's output.
 #[derive(Debug, Error)]
@@ -48,13 +40,7 @@ pub enum Error {
 
 /// The console's output. Writing to it never waits and never fails.
 #[derive(Debug)]
-pub struct Output(Option<Gathering>);
-
-#[derive(Debug)]
-struct Gathering {
-    writer: BackgroundWriter,
-    gathered: RefCell<Vec<u8>>,
-}
+pub struct Output(Option<BackgroundWriter>);
 
 impl Output {
     /// Output to `console`.
@@ -78,43 +64,17 @@ impl Output {
     pub(super) fn to(place: impl Write + Send + 'static) -> Result<Self, Error> {
         let trouble = |error: &io::Error| tracing::warn!("the console's output cannot be written and is lost: {error}");
         let writer = BackgroundWriter::start("console", BUFFER, place, mark, trouble);
-        let gathered = RefCell::new(Vec::with_capacity(GATHERED));
-        writer.map(|writer| Self(Some(Gathering { writer, gathered }))).map_err(Error::Thread)
-    }
-
-    /// The guest has printed what it had to print for now.
-    pub fn hand_over(&self) {
-        if let Self(Some(gathering)) = self {
-            gathering.hand_over();
-        }
+        writer.map(|writer| Self(Some(writer))).map_err(Error::Thread)
     }
 
     /// Waits a bounded time until all output is written; says how much was lost.
     pub fn finish(&self) {
-        let Self(Some(gathering)) = self else { return };
-        gathering.hand_over();
-        let writer = &gathering.writer;
+        let Self(Some(writer)) = self else { return };
         writer.finish(PATIENCE);
         let lost = writer.lost();
         if lost > 0 {
             tracing::warn!("{lost} bytes of the console's output were lost in all");
         }
-    }
-}
-
-impl Gathering {
-    fn hand_over(&self) {
-        let mut gathered = self.gathered.borrow_mut();
-        if !gathered.is_empty() && self.writer.push(&gathered) == Pushed::FirstLoss {
-            tracing::warn!("the console's output is not taken as fast as the VM prints; what does not fit is lost");
-        }
-        gathered.clear();
-    }
-}
-
-impl Drop for Gathering {
-    fn drop(&mut self) {
-        self.hand_over();
     }
 }
 
@@ -125,18 +85,14 @@ fn mark(lost: u64) -> String {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Self(Some(gathering)) = self else { return Ok(bytes.len()) };
-        for byte in bytes {
-            let gathered = gathering.gathered.get_mut();
-            gathered.push(*byte);
-            if *byte == b'\n' || gathered.len() == GATHERED {
-                gathering.hand_over();
-            }
+        if let Self(Some(writer)) = self
+            && writer.push(bytes) == Pushed::FirstLoss
+        {
+            tracing::warn!("the console's output is not taken as fast as the VM prints; what does not fit is lost");
         }
         Ok(bytes.len())
     }
 
-    /// Nothing: the serial line's crate asks for it after each byte.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -172,6 +128,6 @@ mod tests {
         output.finish();
         output.write_all(b"lost, too").unwrap();
         output.finish();
-        assert_eq!(output.0.as_ref().unwrap().writer.lost(), 13);
+        assert_eq!(output.0.as_ref().unwrap().lost(), 13);
     }
 }
