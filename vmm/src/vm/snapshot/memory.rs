@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -53,8 +52,7 @@ pub fn save(memory: &GuestMemoryMmap, writer: &mut Writer<'_>, go_on: &mut dyn F
     Ok(())
 }
 
-/// Fills `memory`, which holds zeros, with the pages of `contents` from `file`, by several threads. They write to its memfd, not to
-/// where it is mapped: that costs no fault for each page, and no page is cleared to be overwritten.
+/// Fills `memory`, which holds zeros, with the pages of `contents` from `file`, by several threads.
 ///
 /// # Errors
 /// The file cannot be read, or a page is damaged: then the memory holds anything.
@@ -91,8 +89,7 @@ fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File, bytes: &mut [u8]) 
         let outside = || Error::Memory(io::ErrorKind::InvalidInput.into());
         let (region, at) = place(memory, offset).ok_or_else(outside)?;
         let length = usize::try_from(region.len() - at.0).unwrap_or(rest.len()).min(rest.len());
-        let memfd = region.file_offset().ok_or_else(outside)?;
-        memfd.file().write_all_at(&rest[..length], memfd.start() + at.0).map_err(Error::Memory)?;
+        region.write_slice(&rest[..length], at).map_err(|error| Error::Memory(io::Error::other(error)))?;
         rest = &rest[length..];
     }
     Ok(())
@@ -164,7 +161,7 @@ mod tests {
             assert_eq!(after.read_obj::<u64>(GuestAddress(page * PAGE as u64 + 8)).unwrap(), should);
         }
         let run = contents.runs[contents.runs.len() / 2];
-        file.write_all_at(&[0xff], run.file).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff], run.file).unwrap();
         let error = fill(&after, &contents, &file).unwrap_err();
         assert_eq!(crate::base::error::chain(&error), "its memory is damaged");
     }
