@@ -30,8 +30,6 @@ pub(super) struct Assembled {
     pub(super) vcpus: Vec<VcpuFd>,
     /// Where its snapshot may be taken to; `None` where it has none, or was restored from it.
     pub(super) snapshot: Option<Place>,
-    /// It was restored: its memory is not backed with huge pages yet.
-    pub(super) restored: bool,
 }
 
 /// Makes the VM of `spec`, whose passed-through function has `files` if it is open already. `None`: its process was started for its
@@ -74,7 +72,7 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
     let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
     let vcpus = vm.load(spec)?;
-    Ok(Some(Assembled { vm, devices, events, vcpus, snapshot: place, restored: false }))
+    Ok(Some(Assembled { vm, devices, events, vcpus, snapshot: place }))
 }
 
 enum Attempt {
@@ -122,6 +120,8 @@ fn restored(
 }
 
 fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
+    memory::collapse(memory, Pace::Swift);
+    tracing::debug!("memory is there");
     found.fill(memory)?;
     tracing::debug!("memory is filled");
     let vm = Vm::new(spec, memory.clone())?;
@@ -131,7 +131,7 @@ fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Ho
     tracing::debug!("devices and vCPUs are there");
     found.restore(&vm, &vcpus)?;
     tracing::debug!("they are as they were saved");
-    Ok(Assembled { vm, devices, events, vcpus, snapshot: None, restored: true })
+    Ok(Assembled { vm, devices, events, vcpus, snapshot: None })
 }
 
 /// Duplicates of the descriptors that the spec names, which the devices of a VM take and close.

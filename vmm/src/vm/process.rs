@@ -19,7 +19,6 @@ use thiserror::Error;
 use super::assemble::{Assembled, assemble};
 use super::devices::{self, Devices};
 use super::host::{Host, Supervisor};
-use super::machine::memory::Collapsing;
 use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::Vcpus;
 use super::machine::vm::{self, Vm};
@@ -169,15 +168,10 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         host.finish();
         return Ok((VmEnd::Killed, String::new()));
     };
-    let Assembled { vm, devices, mut events, vcpus, mut snapshot, restored } = assembled;
+    let Assembled { vm, devices, mut events, vcpus, mut snapshot } = assembled;
     let vm = Arc::new(vm);
     let orders = Orders::default();
-    let collapsing = (restored && spec.has_time).then(|| Collapsing::start(&vm.memory)).transpose();
-    let collapsing = collapsing.unwrap_or_else(|error| {
-        tracing::warn!(%error, "start the thread that backs the memory with huge pages");
-        None
-    });
-    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders, collapsing };
+    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders };
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
     events.add_subscriber(vm.serial.clone());
@@ -255,8 +249,6 @@ struct Control {
     devices: Devices,
     signals: SignalFd,
     orders: Orders,
-    /// A restored VM that waits: what is not backed with huge pages when the device comes stays as it is.
-    collapsing: Option<Collapsing>,
 }
 
 /// What the loop is to do, because it has the vCPUs.
@@ -300,13 +292,10 @@ impl Control {
                 self.devices.release();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });
             }
-            ToVm::Plug { device } => {
-                self.collapsing = None;
-                self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {
-                    Ok(()) => FromVm::Plugged { at: Time::now().0 },
-                    Err(error) => FromVm::Failed { what: chain(&error) },
-                });
-            }
+            ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {
+                Ok(()) => FromVm::Plugged { at: Time::now().0 },
+                Err(error) => FromVm::Failed { what: chain(&error) },
+            }),
             other => self.devices.handle(&other, fds, &self.host),
         }
     }

@@ -6,9 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -154,46 +152,22 @@ pub enum Pace {
     Gentle,
     /// Page by page.
     Steady,
+    /// [`SWIFT`] bytes at once: each call has the kernel wait for all processors, which for single pages takes longer than the pages. It
+    /// lets others go between two pages.
+    Swift,
 }
 
-/// Backs all of `memory` with huge pages now, where the kernel can (Linux 6.1). For memory that will be pinned for a device anyway: fewer
-/// pages to pin, and, if there is nothing in it yet, fewer faults while the guest boots.
+/// Bytes of a call at [`Pace::Swift`].
+const SWIFT: usize = 16 << 20;
+
+/// Backs all of `memory` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For memory
+/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
 pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
-    collapse_while(memory, pace, || true);
-}
-
-/// Memory that is in use and is backed with huge pages by a thread, until this is dropped.
-#[derive(Debug)]
-pub struct Collapsing(Arc<AtomicBool>);
-
-impl Collapsing {
-    /// Starts the thread, which goes about it gently.
-    ///
-    /// # Errors
-    /// There is no thread.
-    pub fn start(memory: &GuestMemoryMmap) -> io::Result<Self> {
-        let (memory, wanted) = (memory.clone(), Arc::new(AtomicBool::new(true)));
-        let asked = Arc::clone(&wanted);
-        let work = move || collapse_while(&memory, Pace::Gentle, || asked.load(Ordering::Relaxed));
-        thread::Builder::new().name("huge-pages".into()).spawn(work)?;
-        Ok(Self(wanted))
-    }
-}
-
-impl Drop for Collapsing {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
-    }
-}
-
-fn collapse_while(memory: &GuestMemoryMmap, pace: Pace, wanted: impl Fn() -> bool) {
+    let step = if pace == Pace::Swift { SWIFT } else { HUGE_PAGE };
     for region in memory.iter() {
-        for offset in (0..region.len()).step_by(HUGE_PAGE) {
-            if !wanted() {
-                return;
-            }
+        for offset in (0..region.len()).step_by(step) {
             let start = Instant::now();
-            if let Err(error) = collapse_part(region, offset) {
+            if let Err(error) = collapse_part(region, offset, step) {
                 tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
@@ -202,17 +176,19 @@ fn collapse_while(memory: &GuestMemoryMmap, pace: Pace, wanted: impl Fn() -> boo
             }
             let took = start.elapsed();
             if pace == Pace::Gentle {
-                thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
+                std::thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
             }
         }
     }
 }
 
-/// Backs the bytes of `region` from `offset` to the end of a huge page, or what is left there, with one.
-fn collapse_part(region: &GuestRegionMmap, offset: u64) -> io::Result<()> {
-    let left = usize::try_from(region.len() - offset).unwrap_or(HUGE_PAGE).min(HUGE_PAGE);
+/// Backs `length` bytes of `region` from `offset` on, or what is left there, with huge pages.
+fn collapse_part(region: &GuestRegionMmap, offset: u64, length: usize) -> io::Result<()> {
+    let left = usize::try_from(region.len() - offset).unwrap_or(length).min(length);
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
-    let _: u8 = region.read_obj(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    for page in (offset..offset + left as u64).step_by(HUGE_PAGE) {
+        let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;
+    }
     let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
     match unsafe { libc::madvise(host.cast(), left, libc::MADV_COLLAPSE) } {
@@ -364,24 +340,6 @@ mod tests {
         );
         let memory = create("test", LIMIT).unwrap();
         assert_eq!(memory.last_addr().0 + 1, layout::PCI_MMIO64_START);
-    }
-
-    #[test]
-    fn memory_in_use_keeps_its_contents_while_it_is_backed_with_huge_pages() {
-        let memory = create("test", 8 << 20).unwrap();
-        let places = || (0..8 << 20).step_by(64 << 10).map(GuestAddress);
-        places().for_each(|at| memory.write_obj(at.0 ^ 0x55, at).unwrap());
-        let collapsing = Collapsing::start(&memory).unwrap();
-        let asked = Arc::clone(&collapsing.0);
-        // It is written to meanwhile, and holds what was written last, when the thread is through or has stopped.
-        for round in 0..50u64 {
-            places().for_each(|at| memory.write_obj(at.0 ^ round, at).unwrap());
-        }
-        drop(collapsing);
-        while Arc::strong_count(&asked) > 1 {
-            thread::yield_now();
-        }
-        assert!(places().all(|at| memory.read_obj::<u64>(at).unwrap() == at.0 ^ 49));
     }
 
     #[test]
