@@ -14,7 +14,7 @@ use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Machine, MachineSpec, SOUND_DRIVER};
 use umbra_tests::demo::place::Place;
-use umbra_tests::sound::player::{Player, patient, patient_tone};
+use umbra_tests::sound::player::{Player, patient, patient_kernel, patient_tone};
 use umbra_tests::sound::{Length, RATE, Sound, recording};
 use umbra_tests::wav::{Wav, tone};
 
@@ -203,11 +203,13 @@ fn sound_survives() {
     let spec = sound.machine(0, &mut place, "skip").or_tell();
     let mut two = spec.clone();
     two.guests.push((OTHER.into(), String::new()));
+    two.guest_options = patient_kernel();
     let mut machine = Machine::start(&mut place, &two).or_tell();
     let mixed = mix_two_guests(&mut place, &mut machine);
     machine.stop(&mut place).or_tell();
     // A card that two guests share is not played bit by bit as one guest's is.
     let mut alone = spec;
+    alone.guest_options = patient_kernel();
     alone.archives.push(server.file_name().unwrap().to_string_lossy().into_owned());
     let mut machine = Machine::start(&mut place, &alone).or_tell();
     let served = a_sound_server(&mut place, &mut machine);

@@ -15,7 +15,7 @@ use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
 use crate::demo::machine::{Attach, Machine, SOUND_DRIVER};
 use crate::demo::place::Place;
-use crate::sound::player::{Player, patient};
+use crate::sound::player::{Player, patient, patient_kernel};
 use crate::sound::recording::{self, Judged};
 use crate::sound::{Length, Sound};
 use crate::wav::analysis::Analysis;
@@ -193,6 +193,7 @@ impl Stage<'_> {
         (self.say)(&format!("a song through {} crashes ({})", self.spec.crashes, self.spec.policy));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        spec.guest_options = patient_kernel();
         spec.restart_limit = self.spec.crashes + 5;
         let mut machine = Machine::start(&mut self.place, &spec)?;
         let player = Player::start(&mut self.place, GUEST, &patient())?;
@@ -220,6 +221,7 @@ impl Stage<'_> {
         (self.say)(&format!("{seconds} s undisturbed, {path}"));
         let begin = self.frames()?;
         let mut spec = self.sound.machine(0, &mut self.place, &self.spec.policy)?;
+        spec.guest_options = patient_kernel();
         let modules = spec.sound.as_ref().map(|card| card.image.clone()).unwrap_or_default();
         if straight {
             spec.attach = Attach::Passthrough;

@@ -10,7 +10,6 @@ pub mod recording;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use self::player::patient_kernel;
 use crate::assets::{Assets, Song};
 use crate::bench::{BenchSpec, Model};
 use crate::demo::DemoError;
@@ -115,7 +114,6 @@ impl Sound {
         spec.attach = Attach::Without;
         spec.sound = Some(self.card(n, place, policy)?);
         spec.archives = self.archives();
-        spec.guest_options = patient_kernel();
         Ok(spec)
     }
 }
