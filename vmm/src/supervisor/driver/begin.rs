@@ -106,7 +106,6 @@ impl Supervisor {
                 let mut trust = std::mem::take(&mut self.drivers[n].trust);
                 trust.restored(generation, |generation| self.drivers[n].has_life(generation));
                 self.drivers[n].trust = trust;
-                self.drive(n, Input::Restores(true));
                 if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
                     standby.restored = true;
                 }
@@ -119,7 +118,6 @@ impl Supervisor {
             SnapshotNews::Taken(bytes) => {
                 tracing::info!(driver = name, bytes, "a snapshot is taken");
                 self.drivers[n].trust.taken();
-                self.drive(n, Input::Restores(true));
             }
             SnapshotNews::NotTaken(why) => {
                 self.drivers[n].restart_lacks_snapshot(why);
