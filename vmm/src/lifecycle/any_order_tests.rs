@@ -34,7 +34,6 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::StandbyHeartbeat),
         1 => Just(Input::StandbyFailed("gone".into())),
         1 => Just(Input::SnapshotMissing),
-        1 => any::<bool>().prop_map(Input::Restores),
         1 => Just(Input::SnapshotThere),
     ]
 }
@@ -49,16 +48,13 @@ proptest! {
         policy in prop::sample::select(vec![StandbyPolicy::Warm, StandbyPolicy::Nothing, StandbyPolicy::Snapshot]),
     ) {
         let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy);
-        let (mut standby, mut asked, mut taker, mut missing, mut restores) = (None, false, None, false, false);
+        let (mut standby, mut asked, mut taker, mut missing) = (None, false, None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
             now += gap;
             let input = if n == stop_at { Input::Stop } else { input };
             asked |= matches!(input, Input::Restart { .. });
             missing |= matches!(input, Input::SnapshotMissing);
-            if let Input::Restores(value) = input {
-                restores = value;
-            }
             // A process can only be gone, and a reset only return, if there is one.
             match input {
                 Input::ProcessGone(_) if !alive => continue,
@@ -81,7 +77,7 @@ proptest! {
                     }
                     Action::SpawnStandby(generation) => {
                         let wanted = policy == StandbyPolicy::Warm || asked;
-                        prop_assert!(restores || served, "beside a recovery at {input:?}");
+                        prop_assert!(served, "beside a recovery at {input:?}");
                         prop_assert!(wanted && alive && standby.is_none() && !over, "standby at {input:?}");
                         prop_assert_eq!(generation.get(), last + 1);
                         last += 1;

@@ -66,15 +66,6 @@ impl Lifecycle {
         self.suspects.clear(end);
     }
 
-    /// The ends that start clean with the next life, because of a death of which nobody knows yet. A standby that waits has been told what
-    /// the lives before have died of: it goes too.
-    pub(super) fn start_clean(&mut self, now: Time) -> Vec<Action> {
-        let clean: Vec<_> = self.suspects.tell().into_iter().map(Action::StartClean).collect();
-        let drops = !clean.is_empty() && !self.reserve.is_spare();
-        let dropped = if drops { self.drop_standby(now) } else { Vec::new() };
-        clean.into_iter().chain(dropped).collect()
-    }
-
     fn check_all_live(&mut self, now: Time) -> Vec<Action> {
         match &self.state {
             State::GoingLive { waiting, .. } if waiting.is_empty() => self.live(now),

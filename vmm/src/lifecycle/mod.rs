@@ -244,7 +244,7 @@ impl Lifecycle {
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
                 self.on_standby(now, input)
             }
-            Input::SnapshotMissing | Input::SnapshotThere | Input::Restores(_) => self.on_snapshot(now, &input),
+            Input::SnapshotMissing | Input::SnapshotThere => self.on_snapshot(&input),
             Input::SpareForwarding
             | Input::SpareCarrier(_)
             | Input::SpareLive(_)
@@ -283,12 +283,12 @@ impl Lifecycle {
         if let Some(why) = self.reserve.overdue(now) {
             return self.on_standby(now, Input::StandbyFailed(why));
         }
-        match self.reserve.state() {
-            Standby::Due(at) if at <= now && self.reserve.is_spare() && self.may_start_spare() => {
+        match (self.reserve.state(), &self.state) {
+            (Standby::Due(at), _) if at <= now && self.reserve.is_spare() && self.may_start_spare() => {
                 self.reserve.resetting();
                 vec![Action::ResetSpare]
             }
-            Standby::Due(at) if at <= now && self.may_start_standby() => {
+            (Standby::Due(at), State::Live { .. }) if at <= now => {
                 let generation = self.next_generation();
                 if self.saves_next() {
                     self.reserve.saving(now, generation);
@@ -297,8 +297,8 @@ impl Lifecycle {
                 self.reserve.started(now, generation);
                 vec![Action::SpawnStandby(generation)]
             }
-            // The next life that goes live asks for one again.
-            Standby::Due(at) if at <= now => self.drop_standby(now),
+            // No standby is started beside a recovery; the next life that goes live asks for one again.
+            (Standby::Due(at), _) if at <= now => self.drop_standby(now),
             _ => Vec::new(),
         }
     }
@@ -510,9 +510,8 @@ impl Lifecycle {
         match self.history.failed(now, lived) {
             RestartVerdict::Restart(delay) => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
-                let mut actions = vec![Action::Reset, Action::Report];
-                actions.extend(self.start_clean(now));
-                actions
+                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
+                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
             }
             RestartVerdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };

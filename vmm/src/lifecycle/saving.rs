@@ -15,17 +15,10 @@
 use super::{Action, Input, Lifecycle, Standby, Time};
 
 impl Lifecycle {
-    pub(super) fn on_snapshot(&mut self, now: Time, input: &Input) -> Vec<Action> {
+    pub(super) fn on_snapshot(&mut self, input: &Input) -> Vec<Action> {
         match input {
             Input::SnapshotThere if self.reserve.saved() => return vec![Action::DropStandby(None)],
             Input::SnapshotMissing => self.reserve.boots_to_save(),
-            Input::Restores(restores) => {
-                self.reserve.set_restores(*restores);
-                // It was to be restored beside a recovery, and would boot there.
-                if matches!(self.reserve.state(), Standby::Booting { .. }) && !self.may_start_standby() {
-                    return self.drop_standby(now);
-                }
-            }
             _ => {}
         }
         Vec::new()
@@ -42,11 +35,10 @@ impl Lifecycle {
     }
 
     /// A life begins without a standby: a taker that still looks for a snapshot is ended, and the snapshot is looked for again beside that
-    /// life, because it may be gone or refused by then. Nor is a standby due before that life serves.
+    /// life, because it may be gone or refused by then.
     pub(super) fn end_saving(&mut self, now: Time) -> Vec<Action> {
         match self.reserve.state() {
             Standby::Saving { .. } | Standby::Saved => self.drop_standby(now),
-            Standby::Due(_) if !self.reserve.is_spare() => self.drop_standby(now),
             _ => Vec::new(),
         }
     }

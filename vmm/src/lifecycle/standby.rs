@@ -8,9 +8,6 @@
 //!    +--- quarantine, stop
 //! ```
 //!
-//! Where the next life is restored from a snapshot, in a moment and with little work, nothing is waited for: it is due as soon as the one
-//! before is adopted, in the middle of the recovery, so that a second failure right behind the first finds it.
-//!
 //! A hot spare has a device of its own, which is reset before it boots (`Resetting`) and fenced after each of its lives
 //! (`Fencing`). It is ready when it forwards (`Hot`), armed when its NIC has a carrier. When it takes over, the two devices
 //! change places: that of the life that has failed is the spare's then.
@@ -22,7 +19,6 @@ use serde::{Deserialize, Serialize};
 use umbra_shadow::Generation;
 
 use super::fencing::ALARM;
-use super::{Lifecycle, State};
 use crate::base::time::Time;
 
 /// Pause between a recovery and the boot of the next standby, which leaves the machine in peace at first.
@@ -191,8 +187,6 @@ pub(super) struct Standbys {
     state: Standby,
     /// Standbys that died in a row, since one was last adopted.
     deaths: u32,
-    /// Lives were restored from their snapshot, or have left one, so that the next one is expected to be restored.
-    restores: bool,
     /// When the standby that is due began to wait for its turn.
     waits_since: Option<Time>,
     boot_patience: Duration,
@@ -208,9 +202,9 @@ impl Standbys {
         // A spare may have to serve at any moment.
         let heartbeat_patience = heartbeat_timeout * if ahead == StandbyPolicy::Spare { 1 } else { PATIENCE };
         let boot_patience = boot_timeout * PATIENCE;
-        let (state, deaths, restores, waits_since) = (Standby::Absent, 0, false, None);
+        let (state, deaths, waits_since) = (Standby::Absent, 0, None);
         let (held_since, warned) = (None, false);
-        Self { ahead, state, deaths, restores, waits_since, boot_patience, heartbeat_patience, held_since, warned }
+        Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned }
     }
 
     pub(super) fn state(&self) -> Standby {
@@ -241,21 +235,10 @@ impl Standbys {
         TURN_MAX + self.boot_patience
     }
 
-    /// Whether there is a snapshot of the next life, as far as is known.
-    pub(super) fn set_restores(&mut self, restores: bool) {
-        self.restores = restores;
-    }
-
-    /// Whether the next life waits, and is restored.
-    fn restores_next(&self) -> bool {
-        self.restores && self.ahead == StandbyPolicy::Warm
-    }
-
     /// The driver VM is live: schedules the next standby, if there is none.
     pub(super) fn want(&mut self, now: Time) {
-        let pause = if self.restores_next() { Duration::ZERO } else { SETTLE };
         match &mut self.state {
-            Standby::Absent if self.ahead != StandbyPolicy::Nothing => self.state = Standby::Due(now + pause),
+            Standby::Absent if self.ahead != StandbyPolicy::Nothing => self.state = Standby::Due(now + SETTLE),
             Standby::Fencing { next: next @ None, .. } => *next = Some(now + SETTLE),
             Standby::Resetting { wanted } => *wanted = true,
             _ => {}
@@ -381,7 +364,6 @@ impl Standbys {
             // A spare taken without a carrier is a last resort: the next one starts without a pause.
             StandbyPolicy::Spare if matches!(taken.1, Stage::Forwarding(_, false)) => self.fence(now, Some(now), true),
             StandbyPolicy::Spare => self.fence(now, Some(now + SETTLE), true),
-            StandbyPolicy::Warm if self.restores => self.state = Standby::Due(now),
             StandbyPolicy::Nothing | StandbyPolicy::Warm | StandbyPolicy::Snapshot => self.state = Standby::Absent,
         }
         Some(taken)
@@ -479,20 +461,6 @@ impl Standbys {
                 Some(format!("no heartbeat for {} ms", self.heartbeat_patience.as_millis()))
             }
             _ => None,
-        }
-    }
-}
-
-impl Lifecycle {
-    /// Whether a standby that is due may start now. One that boots does so beside a life that serves, never beside a recovery.
-    pub(super) fn may_start_standby(&self) -> bool {
-        match &self.state {
-            State::Live { .. } => true,
-            State::Booting { .. }
-            | State::Configuring { .. }
-            | State::WaitingCarrier { .. }
-            | State::GoingLive { .. } => self.reserve.restores_next(),
-            _ => false,
         }
     }
 }

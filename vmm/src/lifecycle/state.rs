@@ -152,8 +152,6 @@ pub enum Input {
     SnapshotMissing,
     /// The process that is to leave a snapshot has left it, or has found that it is there and can be used.
     SnapshotThere,
-    /// A life was restored from its snapshot, or has left one (true), or has found none that can be used.
-    Restores(bool),
     /// The spare forwards.
     SpareForwarding,
     /// The carrier of the spare's NIC.

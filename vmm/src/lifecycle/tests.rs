@@ -447,60 +447,6 @@ fn a_ready_standby_takes_over_and_the_next_one_follows() {
 }
 
 #[test]
-fn a_standby_that_is_restored_is_due_in_the_middle_of_a_recovery() {
-    let mut life = with_standby();
-    assert_eq!(life.handle(at(1500), Input::Restores(true)), []);
-    for input in [Input::StandbyHello, Input::StandbyLoaded] {
-        life.handle(at(2000), input);
-    }
-    life.handle(at(3000), Input::ProcessGone("signal 9".into()));
-    assert_eq!(life.handle(at(3100), Input::ResetDone), [Action::Adopt(generation(2))]);
-    assert_eq!(life.deadline(), Some(at(3100)));
-    assert_eq!(life.handle(at(3100), Input::Tick), [Action::SpawnStandby(generation(3))]);
-    life.handle(at(3150), Input::StandbyHello);
-    life.handle(at(3150), Input::StandbyLoaded);
-    // The life that was adopted fails before it serves: the next one is ready.
-    life.handle(at(3200), Input::ProcessGone("signal 9".into()));
-    assert_eq!(life.handle(at(3250), Input::Tick), [], "none starts while nobody is there to be followed");
-    let until = life.deadline().unwrap();
-    let actions = [life.handle(at(3300), Input::ResetDone), life.handle(until, Input::Tick)].concat();
-    assert_eq!(actions, [Action::Adopt(generation(3)), Action::SpawnStandby(generation(4))]);
-    // Its snapshot has been removed: none boots beside a recovery.
-    assert_eq!(life.handle(until, Input::Restores(false)), [Action::DropStandby(None)]);
-    assert_eq!((life.standby(), life.handle(until, Input::Tick)), (Standby::Absent, vec![]));
-}
-
-#[test]
-fn a_standby_that_was_told_what_lives_die_of_goes_before_a_clean_start() {
-    let mut life = with_standby();
-    life.handle(at(1500), Input::Restores(true));
-    let ready = |life: &mut Lifecycle, now| {
-        for input in [Input::StandbyHello, Input::StandbyLoaded] {
-            life.handle(now, input);
-        }
-        assert_eq!(life.standby().stage(), StandbyStage::Ready);
-    };
-    ready(&mut life, at(2000));
-    let mut now = at(3000);
-    let mut last = life.handle(now, Input::ProcessGone("signal 9".into()));
-    for next in [2, 3] {
-        life.handle(now, Input::ResetDone);
-        now = life.deadline().unwrap().max(now);
-        // It is adopted, and the one after it is started.
-        life.handle(now, Input::Tick);
-        life.handle(now, Input::Tick);
-        assert_eq!((life.generation(), life.state().name()), (Some(generation(next)), StateName::Configuring));
-        ready(&mut life, now);
-        life.handle(now, Input::Applying);
-        last = life.handle(now, Input::ProcessGone("signal 9".into()));
-    }
-    assert!(last.ends_with(&[Action::StartClean(end(0)), Action::DropStandby(None)]), "{last:?}");
-    life.handle(now, Input::ResetDone);
-    now = life.deadline().unwrap();
-    assert_eq!(life.handle(now, Input::Tick), [Action::Spawn(generation(5))], "it gets its plan then");
-}
-
-#[test]
 fn a_standby_that_still_boots_is_better_than_a_new_one() {
     let mut life = with_standby();
     life.handle(at(1500), Input::ProcessGone("signal 9".into()));

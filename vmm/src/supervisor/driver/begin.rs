@@ -99,7 +99,7 @@ impl Supervisor {
                     self.events
                         .warn(format!("{name}: the snapshot of its driver VM has been removed, which boots instead"));
                 }
-                return self.drive(n, Input::Restores(false));
+                return;
             }
             SnapshotNews::Restored => {
                 let Some(generation) = self.drivers[n].life_of(role).map(|life| life.generation) else { return };
@@ -113,7 +113,7 @@ impl Supervisor {
             SnapshotNews::Refused(why) => {
                 self.events
                     .warn(format!("{name}: the snapshot of its driver VM cannot be used, which boots instead: {why}"));
-                return self.drive(n, Input::Restores(false));
+                return;
             }
             SnapshotNews::Taken(bytes) => {
                 tracing::info!(driver = name, bytes, "a snapshot is taken");
