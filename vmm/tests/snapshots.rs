@@ -214,6 +214,29 @@ fn taken() -> (tempfile::TempDir, PathBuf, u32) {
     (dir, kernel, count)
 }
 
+/// The snapshot in `cache`, which has no other file.
+fn only_file(cache: &Path) -> PathBuf {
+    fs::read_dir(cache).unwrap().next().unwrap().unwrap().path()
+}
+
+/// Changes a bit of the byte at `offset`.
+fn damage(file: &Path, offset: usize) {
+    let mut bytes = fs::read(file).unwrap();
+    bytes[offset] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+/// The VM, which boots, leaves a snapshot in place of the one that it has refused, and others are restored from that.
+fn replaces(mut vm: Process, cache: &Path, kernel: &Path) {
+    vm.wait_for("up");
+    vm.send(&ToVm::Snapshot);
+    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
+    vm.kill();
+    let mut vm = start(cache, kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Restored);
+    vm.kill();
+}
+
 #[test]
 fn a_guest_goes_on_in_another_process_and_so_does_its_twin() {
     if !kvm() {
@@ -244,16 +267,10 @@ fn a_snapshot_whose_lives_do_not_live_is_not_used_and_is_replaced() {
     }
     let (dir, kernel, _) = taken();
     let useless = |spec: &mut VmSpec| spec.snapshot_of = Some(SnapshotOf { useless: true, ..image("digest") });
-    let mut vm = start(&dir.path().join("cache"), &kernel, useless);
+    let vm = start(&dir.path().join("cache"), &kernel, useless);
     let SnapshotNews::Refused(why) = news(&vm) else { panic!("not refused") };
     assert!(why.contains("before they said hello"), "{why}");
-    vm.wait_for("up");
-    vm.send(&ToVm::Snapshot);
-    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
-    vm.kill();
-    let mut vm = start(&dir.path().join("cache"), &kernel, |_| {});
-    assert_eq!(news(&vm), SnapshotNews::Restored);
-    vm.kill();
+    replaces(vm, &dir.path().join("cache"), &kernel);
 }
 
 /// `umbra snapshots` with `words`, as JSON.
@@ -280,9 +297,7 @@ fn a_snapshot_is_listed_with_what_it_is_of_and_removed_when_it_is_of_no_use() {
     assert!((4096..1 << 20).contains(&bytes) && list["bytes"] == bytes, "{list}");
     assert!(umbra_snapshots(&cache, &["--prune"])["removed"].as_array().unwrap().is_empty());
     let file = cache.join(one["file"].as_str().unwrap());
-    let mut damaged = fs::read(&file).unwrap();
-    damaged[20] ^= 1;
-    fs::write(&file, damaged).unwrap();
+    damage(&file, 20);
     let list = umbra_snapshots(&cache, &["--prune"]);
     assert_eq!(
         (&list["removed"][0]["reason"], list["snapshots"].as_array().unwrap().len()),
@@ -306,19 +321,11 @@ fn who_is_only_to_save_ends_where_that_is_done() {
     assert_eq!(news(&vm), SnapshotNews::There);
     assert!(vm.child.wait().unwrap().success());
     assert_eq!(console(&vm), b"", "it has not run");
-    let file = fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
-    let mut damaged = fs::read(&file).unwrap();
-    damaged[4096] ^= 1;
-    fs::write(&file, damaged).unwrap();
-    let mut vm = start(&cache, &kernel, only_saves);
+    let file = only_file(&cache);
+    damage(&file, 4096);
+    let vm = start(&cache, &kernel, only_saves);
     assert!(matches!(news(&vm), SnapshotNews::Refused(why) if why.contains("memory is damaged")));
-    vm.wait_for("up");
-    vm.send(&ToVm::Snapshot);
-    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
-    vm.kill();
-    let mut vm = start(&cache, &kernel, |_| {});
-    assert_eq!(news(&vm), SnapshotNews::Restored);
-    vm.kill();
+    replaces(vm, &cache, &kernel);
 }
 
 #[test]
@@ -328,7 +335,7 @@ fn a_snapshot_that_cannot_be_used_costs_a_boot_and_says_why() {
     }
     let (dir, kernel, _) = taken();
     let cache = dir.path().join("cache");
-    let file = fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
+    let file = only_file(&cache);
     let whole = fs::read(&file).unwrap();
     let half = whole.len() / 2;
     let mut damaged = whole.clone();
