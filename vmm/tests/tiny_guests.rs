@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Code, Files, Process, kvm};
-use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd};
+use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
 const RESET_CONTROL: u16 = 0xcf9;
 const PM1_ENABLE: u16 = 0x602;
@@ -15,6 +15,8 @@ const PM1_CONTROL: u16 = 0x604;
 /// The interrupt flag in `rflags`, and the instruction that sets it.
 const INTERRUPTS: u32 = 1 << 9;
 const STI: u8 = 0xfb;
+/// Reads the serial line's status: mov edx, 0x3fd; in al, dx
+const POLL: &[u8] = &[0xba, 0xfd, 3, 0, 0, 0xec];
 const SOFT_OFF: u16 = 5 << 10 | 1 << 13;
 
 #[test]
@@ -111,6 +113,46 @@ fn a_string_of_port_writes_arrives_whole() {
     let mut vm = Process::start(&code.raw(b"abc").0);
     assert_eq!(vm.end().0, VmEnd::Reset);
     assert_eq!(vm.files.printed(), "abc");
+}
+
+/// A guest whose bytes to the serial line KVM collects.
+fn that_polls(code: &[u8]) -> Process {
+    let files = Files::new(&common::elf(code));
+    let spec = VmSpec { polls_console: true, ..files.spec() };
+    Process::with(files, spec)
+}
+
+#[test]
+fn bytes_that_are_collected_keep_their_place_among_other_accesses() {
+    if !kvm() {
+        return;
+    }
+    // The second byte for port 0x3f8 is half of the divisor. Then many times what the ring holds: mov esi, text; mov ecx, 1000;
+    // mov edx, 0x3f8; cld; rep outsb
+    let text = u32::try_from(common::ENTRY).unwrap() + 0x80;
+    let code = Code::new().print("a").out8(0x3fb, 0x80).out8(0x3f8, 1).out8(0x3fb, 3).print("b");
+    let code = code.raw(&[0xbe]).raw(&text.to_le_bytes());
+    let mut code =
+        code.raw(&[0xb9, 0xe8, 3, 0, 0, 0xba, 0xf8, 3, 0, 0, 0xfc, 0xf3, 0x6e]).out8(RESET_CONTROL, 6).spin();
+    code.0.resize(0x80, 0x90);
+    let text: String = (b'!'..=b'~').map(char::from).cycle().take(1000).collect();
+    let mut vm = that_polls(&code.raw(text.as_bytes()).0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+    assert_eq!(vm.files.printed(), format!("ab{text}"));
+}
+
+#[test]
+fn bytes_that_are_collected_make_no_exit_and_are_there_when_the_guest_is_stopped() {
+    if !kvm() {
+        return;
+    }
+    let mut vm = that_polls(&Code::new().print("it runs").raw(POLL).print("the last words").spin().0);
+    vm.wait_for("it runs");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(vm.files.printed(), "it runs", "nothing has made it exit since");
+    vm.send(&ToVm::LockUp);
+    vm.wait_for("it runsthe last words");
+    vm.kill();
 }
 
 #[test]

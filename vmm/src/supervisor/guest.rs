@@ -214,6 +214,7 @@ impl GuestVm {
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: self.spec.console.clone(),
+            polls_console: false,
             disks: self.spec.disk.clone(),
             nets,
             sounds,

@@ -35,6 +35,9 @@ pub struct VmSpec {
     /// Serial console. `Terminal` is stdin and stdout of the VM process: for a driver VM `/dev/null` and a pipe to the
     /// supervisor, so raw mode is for a stdin that is a terminal.
     pub console: Console,
+    /// Whoever prints there asks soon afterwards whether the transmitter is empty, as Linux does: bytes are handed over together.
+    #[serde(default)]
+    pub polls_console: bool,
     /// Disks.
     pub disks: Vec<Disk>,
     /// Network devices.

@@ -79,6 +79,7 @@ impl Files {
             cpus: 1,
             memory: MemorySize(16 << 20),
             console: Console::File(self.console()),
+            polls_console: false,
             disks: vec![],
             nets: vec![],
             sounds: Vec::new(),

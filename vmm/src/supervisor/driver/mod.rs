@@ -282,6 +282,7 @@ impl DriverVm {
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: config::Console::Terminal,
+            polls_console: true,
             disks: Vec::new(),
             nets,
             sounds: Vec::new(),

@@ -3,6 +3,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod bus;
+pub mod coalesced;
 pub mod cpuid;
 mod dsdt;
 pub mod end;

@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::Bus;
+use super::coalesced::CoalescedWrites;
 use super::end::End;
 use super::state::{self, VcpuState};
 use crate::base::lock::lock;
@@ -63,13 +64,20 @@ pub struct Shared {
     pause: Arc<Pause>,
     /// The MSRs that belong to the state of a vCPU.
     msrs: Arc<[u32]>,
+    /// Writes that made no exit.
+    coalesced: Option<Arc<CoalescedWrites>>,
 }
 
 impl Shared {
     /// vCPUs with these.
     pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap, msrs: Arc<[u32]>) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
-        Self { bus, end, memory, lock_up: Arc::default(), pause: Arc::default(), msrs }
+        Self { bus, end, memory, lock_up: Arc::default(), pause: Arc::default(), msrs, coalesced: None }
+    }
+
+    /// Has what KVM collects in `coalesced` served before each exit.
+    pub fn with_coalesced(self, coalesced: Option<CoalescedWrites>) -> Self {
+        Self { coalesced: coalesced.map(Arc::new), ..self }
     }
 }
 
@@ -309,7 +317,11 @@ impl Runner {
         let run: *const kvm_run = self.vcpu.get_kvm_run();
         let bus = &self.shared.bus;
         let ended = |how, why: &str| Turn::Ended(how, why.to_owned());
-        match self.vcpu.run() {
+        let exit = self.vcpu.run();
+        if let Some(coalesced) = &self.shared.coalesced {
+            coalesced.serve(|port, data| bus.port_write(port, data));
+        }
+        match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 data.chunks(io_size(run)).for_each(|piece| bus.port_write(port, piece));
                 Turn::Served

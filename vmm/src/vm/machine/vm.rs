@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::acpi::{self, Platform};
 use super::bus::Bus;
+use super::coalesced::CoalescedWrites;
 use super::end::End;
 use super::legacy::{Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
@@ -78,6 +79,8 @@ pub struct Vm {
     pub panicked: EventFd,
     kvm: Kvm,
     platform: Platform,
+    /// Bytes to the serial line are handed over together.
+    coalesces: bool,
     _ram: Vec<MemorySlot>,
 }
 
@@ -105,7 +108,8 @@ impl Vm {
         let mmio64_end = mmio64_end(&kvm)?;
         let platform = Platform { cpus: spec.cpus, mmio64_end, generation_id: spec.snapshot_of.is_some() };
         let bus = Arc::new(Bus { legacy, pci: PciBus::new(windows(mmio64_end)) });
-        Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, _ram: ram })
+        let coalesces = spec.polls_console;
+        Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, coalesces, _ram: ram })
     }
 
     /// Loads the kernel; the vCPUs as they start it. Devices must be on the bus.
@@ -138,7 +142,9 @@ impl Vm {
     /// Lets the vCPUs run.
     pub fn start(&self, vcpus: Vec<VcpuFd>) -> Result<Vcpus, Error> {
         let shared = Shared::new(&self.bus, &self.end, &self.memory, state::msr_indices(&self.kvm)?.into());
-        Ok(Vcpus::start(vcpus, &shared)?)
+        let of_console = |vcpu| CoalescedWrites::of_port(layout::COM1, (&self.kvm, &self.fd, vcpu));
+        let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
+        Ok(Vcpus::start(vcpus, &shared.with_coalesced(coalesced))?)
     }
 }
 
