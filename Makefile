@@ -58,8 +58,9 @@ test: build browser
 	@cd driver-vm/sound && RUSTFLAGS='-C target-feature=-crt-static' $(CARGO) test --release --quiet
 	@echo '==> building all tests (release)'
 	@$(CARGO) test --release --workspace --no-run
-	@echo '==> running them: the scenarios, and beside the first ones the tests of umbra-vmm'
-	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' \
+	@$(CARGO) test --release --workspace --no-run --test braked
+	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
+	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' --beside '--workspace --test braked' \
 	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build

@@ -1,8 +1,8 @@
 //! `make test`: runs the test runner, shows all that it says, and closes with what its many targets do not say together: how many
 //! attempts scenarios needed, which took longest, which tests failed, and one line of counts.
 //!
-//! Two runners share the work: one has the scenarios, one beside it what needs little of the machine. What the second one says is shown
-//! line by line, each with a mark.
+//! Two runners share the work: one has the scenarios at full speed, one beside it what needs little of the machine. What the second
+//! one says is shown line by line, each with a mark.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -35,6 +35,11 @@ const BESIDE: &[u8] = b"beside | ";
 
 /// Longest scenarios that the closing lines name.
 const LONGEST: usize = 5;
+
+/// This process is one of a suite's.
+pub fn is_running() -> bool {
+    std::env::var_os(ATTEMPTS_VARIABLE).is_some()
+}
 
 impl Needed {
     /// Adds itself to the suite's file, where a suite is being run.

@@ -42,6 +42,11 @@ pub fn at_most(speed: f64) {
     *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some(speed.clamp(SLOWEST, 1.0));
 }
 
+/// This process has asked for a slow test host itself.
+pub(super) fn is_asked_for() -> bool {
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|speed| speed < 1.0)
+}
+
 /// The share of full speed at which test hosts run: what [`at_most`] asked for, or `UMBRA_BENCH_SPEED` where that is less, else 1.
 ///
 /// # Errors

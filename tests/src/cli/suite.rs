@@ -13,7 +13,7 @@ pub struct Args {
     /// Arguments of the first run of the runner, as `--first "--workspace"`.
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
     first: String,
-    /// Arguments of a second run at the same time, as `--beside "--package umbra-vmm"`; of several, one follows the other.
+    /// Arguments of a second run at the same time, as `--beside "--test braked"`; of several, one follows the other.
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
     beside: Vec<String>,
     /// The test runner and its arguments, as `-- cargo test`.
