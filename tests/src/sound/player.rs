@@ -42,7 +42,12 @@ pub fn patient() -> String {
 
 /// The same for speaker-test, which takes a third of a second by itself.
 pub fn patient_tone() -> String {
-    format!("-b {}", 1_000_000 * buffer_s())
+    format!("--buffer {}", 1_000_000 * buffer_s())
+}
+
+/// The same for arecord.
+pub fn patient_recorder() -> String {
+    format!("--buffer-time={}", 1_000_000 * buffer_s())
 }
 
 /// What lets the guest's kernel have such a buffer: 480 ms of the largest samples are 1.04 s of a CD's.
