@@ -6,6 +6,7 @@
 mod demo;
 mod measure;
 mod outages;
+mod rebirth;
 mod run;
 mod soak;
 mod sound;
@@ -38,6 +39,8 @@ enum Command {
     Measure(measure::Args),
     /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
     Outages(outages::Args),
+    /// Measure how soon driver VMs are there again, booted and restored, and the memory they hold; a table and JSON.
+    Rebirth(rebirth::Args),
     /// Measure a song through crashes of the sound driver, silences and cost; a table and JSON.
     Sound(sound::Args),
     /// Load network and sound fully with nothing failing; every failure that Umbra sees is a false alarm.
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Outages(args) => outages::run(&args),
+        Command::Rebirth(args) => rebirth::run(&args),
         Command::Sound(args) => sound::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Suite(args) => suite::run(&args),

@@ -6,6 +6,7 @@ mod memory;
 mod outage;
 pub mod outages;
 mod qemu_guest;
+pub mod rebirth;
 mod results;
 pub mod soak;
 pub mod sound;

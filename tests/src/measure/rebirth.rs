@@ -1,0 +1,192 @@
+//! `umbra-bench rebirth`: how long driver VMs take to be there, booted and restored, how long guests are away where the next life is
+//! ready, where it is not, and where none waits, and what memory the processes hold. All of it from one boot of the test host.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::outages::{Spread, place};
+use super::results::Memory;
+use super::{GUEST, STANDBY, memory};
+use crate::assets::{Assets, Say};
+use crate::bench::Model;
+use crate::demo::DemoError;
+use crate::demo::events::Event;
+use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER};
+use crate::demo::place::Place;
+use crate::peer::peer_address;
+
+/// Longest time for one recovery, or until the guest reaches its peer.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How long after a recovery the next failure comes.
+const SOON: Duration = Duration::from_millis(100);
+/// Longer than all that Umbra has to do after a recovery, the snapshot's part apart.
+const CALM: Duration = Duration::from_millis(700);
+/// Where the test host has the snapshots of this measurement: there are none at its beginning.
+const FOLDER: &str = "/tmp/rebirth";
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct RebirthSpec {
+    /// The NIC model.
+    pub nic: Model,
+    /// Failures of each kind.
+    pub crashes: u32,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rebirth {
+    /// QEMU's model.
+    pub nic: String,
+    /// Times, ms.
+    pub figures: Vec<Spread>,
+    /// Pairs of figures, by name, and the first's median by the second's.
+    pub ratios: Vec<(String, f64)>,
+    /// The processes while a standby waits that was restored.
+    pub memory: Vec<Memory>,
+}
+
+/// Names of figures that ratios are made of.
+const FIRST_START: &str = "first start to network";
+const SECOND_START: &str = "second start to network";
+const BOOTED: &str = "process to hello, booted";
+const RESTORED: &str = "process to hello, restored";
+const READY: &str = "outage, standby ready";
+const AGAIN: &str = "outage, 0.1 s after another";
+const NONE_WAITS: &str = "outage, standby = snapshot";
+
+/// Ratios: what it is of, the figure, the one it is divided by.
+const RATIOS: [(&str, &str, &str); 4] = [
+    ("restored : booted", RESTORED, BOOTED),
+    ("second start : first", SECOND_START, FIRST_START),
+    ("0.1 s after another : ready", AGAIN, READY),
+    ("standby = snapshot : ready", NONE_WAITS, READY),
+];
+
+/// Figures by name, ms.
+#[derive(Default)]
+struct Taken(Vec<(&'static str, Vec<f64>)>);
+
+impl Taken {
+    fn add(&mut self, name: &'static str, ms: Option<f64>) {
+        let Some(ms) = ms else { return };
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, figures)) => figures.push(ms),
+            None => self.0.push((name, vec![ms])),
+        }
+    }
+
+    /// A standby is ready.
+    fn add_ready(&mut self, ready: &Event) {
+        let restored = ready.fields.get("restored").and_then(serde_json::Value::as_bool) == Some(true);
+        self.add(if restored { RESTORED } else { BOOTED }, ready.number("boot_ms"));
+    }
+}
+
+/// Takes the measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
+    let assets = Assets::prepare(say)?;
+    say(&format!("booting the test host with a {}", spec.nic));
+    let (mut place, machine) = place(&assets, ("rebirth", None), &spec.nic, None)?;
+    let (place, mut taken) = (&mut place, Taken::default());
+    let warm = MachineSpec { restart_limit: 3 * spec.crashes + 3, snapshot_folder: Some(FOLDER.into()), ..machine };
+    say("a first start; the standby boots and is saved");
+    let (mut running, ms) = start(place, &warm)?;
+    taken.add(FIRST_START, Some(ms));
+    let mut memory = Vec::new();
+    for n in 0..spec.crashes {
+        let ready = running.await_event(STANDBY, |event| event.event == "standby-ready")?;
+        taken.add_ready(&ready);
+        std::thread::sleep(CALM);
+        if n == 1 {
+            memory = memory::resident(&mut running, place)?;
+        }
+        taken.add(READY, crash(&mut running, place)?);
+        std::thread::sleep(SOON);
+        taken.add(AGAIN, crash(&mut running, place)?);
+        say(&format!("  {}: {}", n + 1, last_two(&taken)));
+    }
+    running.stop(place)?;
+
+    say("a second start; its first life is restored");
+    let (running, ms) = start(place, &warm)?;
+    taken.add(SECOND_START, Some(ms));
+    running.stop(place)?;
+
+    say("a machine where no standby waits");
+    let (mut running, _) = start(place, &MachineSpec { standby: "snapshot".into(), ..warm })?;
+    for _ in 0..spec.crashes {
+        running.await_event(STANDBY, |event| event.event == "snapshot-ready")?;
+        std::thread::sleep(CALM);
+        taken.add(NONE_WAITS, crash(&mut running, place)?);
+    }
+    running.stop(place)?;
+    Ok(Rebirth::new(&spec.nic, taken, memory))
+}
+
+/// Starts the machine: it, and how long it was until its guest reached the peer, ms.
+fn start(place: &mut Place, spec: &MachineSpec) -> Result<(Machine, f64), DemoError> {
+    let begin = Instant::now();
+    let machine = Machine::start(place, spec)?;
+    place.in_guest(GUEST, &format!("umbra-probe first-answer {} 30", peer_address(0)), LIMIT)?;
+    Ok((machine, begin.elapsed().as_secs_f64() * 1e3))
+}
+
+/// A panic: the outage as Umbra counts it, ms.
+fn crash(running: &mut Machine, place: &mut Place) -> Result<Option<f64>, DemoError> {
+    place.expect(&format!("umbra crash {NIC_DRIVER}"), Duration::from_secs(20))?;
+    Ok(running.await_live(NIC_DRIVER, LIMIT)?.number("outage_ms"))
+}
+
+fn last_two(taken: &Taken) -> String {
+    let last = |name: &str| {
+        let (_, figures) = taken.0.iter().find(|(known, _)| *known == name)?;
+        figures.last().map(|ms| format!("{ms:.0} ms"))
+    };
+    [READY, AGAIN].map(|name| last(name).unwrap_or_else(|| "-".into())).join(", then ")
+}
+
+impl Rebirth {
+    fn new(nic: &Model, taken: Taken, memory: Vec<Memory>) -> Self {
+        let figures: Vec<_> = taken.0.into_iter().filter_map(|(name, figures)| Spread::of(name, figures)).collect();
+        let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
+        let ratios = RATIOS.iter().filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?))).collect();
+        Self { nic: nic.to_string(), figures, ratios, memory }
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = Spread::heading(&self.nic);
+        text.extend(self.figures.iter().map(Spread::line));
+        text.extend(self.ratios.iter().map(|(what, ratio)| format!("{what:<30}{ratio:>16.3}\n")));
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        let process = |memory: &Memory| {
+            let (all, guest) = (mib(memory.resident_kib), mib(memory.guest_memory_kib));
+            format!("{:<30}{all:>12.1} MiB, of which the VM's {guest:.1}\n", memory.process)
+        };
+        text.extend(self.memory.iter().map(process));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_medians_and_only_of_what_was_measured() {
+        let mut taken = Taken::default();
+        for ms in [10.0, 30.0, 20.0] {
+            taken.add(READY, Some(ms));
+        }
+        taken.add(AGAIN, Some(50.0));
+        taken.add(AGAIN, None);
+        let rebirth = Rebirth::new(&Model::from("e1000e"), taken, Vec::new());
+        assert_eq!(rebirth.ratios, [("0.1 s after another : ready".to_owned(), 2.5)]);
+        assert_eq!(rebirth.figures.len(), 2);
+    }
+}
