@@ -10,7 +10,7 @@ use crate::record::events::Verbosity;
 use crate::record::file;
 use crate::supervisor::front::notify::Notify;
 use crate::supervisor::start::rundir;
-use crate::supervisor::{self, Options};
+use crate::supervisor::{self, Options, Until};
 
 /// Arguments of `umbra run`.
 #[derive(Debug, clap::Args)]
@@ -40,8 +40,12 @@ pub struct Args {
     #[arg(long, value_name = "PLACE")]
     metrics: Option<Address>,
     /// Run on when all guests have ended, until `umbra stop`: they can be started again (`umbra start GUEST`).
-    #[arg(long)]
+    #[arg(long, conflicts_with = "prepare")]
     keep: bool,
+    /// Start no guest: make the snapshots from which the driver VMs will be restored (docs/standby.md), and end. For before a first
+    /// start, and after an upgrade of Umbra or of the host's kernel. The devices must be free, as for any run.
+    #[arg(long, conflicts_with = "check")]
+    prepare: bool,
     /// Check the machine's text, print the machine with its defaults, and start nothing.
     #[arg(long)]
     check: bool,
@@ -124,7 +128,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             program: "/proc/self/exe".into(),
             host: supervisor::Host::default(),
             notify: Notify::from_env(),
-            keep: args.keep,
+            until: match (args.prepare, args.keep) {
+                (true, _) => Until::Prepared,
+                (false, true) => Until::Stopped,
+                (false, false) => Until::GuestsEnd,
+            },
         },
     )?;
     Ok(())

@@ -5,6 +5,7 @@
 use super::front::protocol::StopHow;
 use super::guest::{AtEnd, GuestState};
 use super::ids::GuestId;
+use super::prepare::Until;
 use super::run::Supervisor;
 use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
@@ -95,6 +96,9 @@ impl Supervisor {
         let n = self.guest_named(name)?;
         if self.stopping.is_some() {
             return Err("the machine is being stopped".into());
+        }
+        if self.until == Until::Prepared {
+            return Err("this run only makes snapshots (`umbra run --prepare`), and ends by itself".into());
         }
         let guest = &mut self.guests[n];
         if !guest.is_over() {

@@ -13,10 +13,12 @@ mod guest_lives;
 mod ids;
 mod inbox;
 mod messages;
+mod prepare;
 pub mod run;
 pub mod start;
 
 pub use driver::device::Open;
+pub use prepare::Until;
 pub use run::{Options, RunError, run};
 pub use start::leftover::LeftoverError;
 pub use start::preflight::{Host, PreflightError};

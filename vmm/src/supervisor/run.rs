@@ -25,6 +25,7 @@ use super::front::signals::{self, RestoreTerminal};
 use super::guest::{GuestState, GuestVm};
 use super::ids::{DriverId, GuestId, Table};
 use super::inbox::Inbox;
+use super::prepare::{self, Until};
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
 use super::start::rundir::{RunDir, RunDirError};
@@ -64,8 +65,8 @@ pub struct Options {
     pub host: Host,
     /// The service manager, if there is one.
     pub notify: Notify,
-    /// Whether the machine runs on when all its guests have ended, until it is stopped.
-    pub keep: bool,
+    /// Until when the machine runs.
+    pub until: Until,
 }
 
 /// Why a machine did not run to a good end.
@@ -80,6 +81,12 @@ pub enum RunError {
     /// No signals.
     #[error("watch signals (signalfd)")]
     Signals(#[source] Errno),
+    /// A run that only makes snapshots has none to make.
+    #[error(
+        "there is nothing to prepare: no driver VM of this machine has a snapshot as its next life (it needs `snapshots = true`, \
+         the default, and no `spare`)"
+    )]
+    NothingToPrepare,
     /// Metrics cannot be served.
     #[error(transparent)]
     Metrics(#[from] ServerError),
@@ -138,8 +145,8 @@ pub(super) struct Supervisor {
     pub(super) failure: Option<String>,
     /// A guest has been served: from here on the failure of a single guest or driver VM does not end the machine.
     pub(super) in_service: bool,
-    /// The machine runs on without guests, until it is stopped.
-    keep: bool,
+    /// Until when the machine runs.
+    pub(super) until: Until,
     /// Inputs of the life cycles that wait.
     pub(super) inbox: Inbox,
 }
@@ -150,6 +157,8 @@ pub(super) struct Supervisor {
 ///
 /// Nothing was started, or a VM could not be started or a guest ended badly; in any case nothing is left running.
 pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
+    let prepared = (options.until == Until::Prepared).then(|| prepare::machine(machine)).transpose()?;
+    let machine = prepared.as_ref().unwrap_or(machine);
     let _terminal = RestoreTerminal(SavedTerminal::save());
     let checked = Checked::new(machine, &options.host)?;
     let (mut run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
@@ -174,7 +183,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let mut supervisor = Supervisor::new(machine, checked, options.host.open, (run_dir, listener), signals, events);
     supervisor.program = options.program;
     supervisor.notify = options.notify;
-    supervisor.keep = options.keep;
+    supervisor.until = options.until;
     supervisor.start()?;
     let result = supervisor.run_to_the_end();
     supervisor.notify.stopping();
@@ -256,13 +265,17 @@ impl Supervisor {
             stopping: None,
             failure: None,
             in_service: false,
-            keep: false,
+            until: Until::default(),
             inbox: Inbox::default(),
         }
     }
 
     fn start(&mut self) -> Result<(), RunError> {
         for guest in self.guests.iter_mut() {
+            if self.until == Until::Prepared {
+                guest.state = GuestState::Off;
+                continue;
+            }
             // One with a sound device is started when its card is known.
             if guest.knows_its_devices() {
                 guest.start(&self.program)?;
@@ -292,12 +305,17 @@ impl Supervisor {
             let gone = driver.life.is_none() || driver.lifecycle.process_hangs();
             gone && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
         };
-        self.is_without_guests() && self.drivers.iter().all(stopped)
+        self.is_done() && self.drivers.iter().all(stopped)
     }
 
-    /// All guests have ended, and the machine is not to wait for somebody to start one again.
-    fn is_without_guests(&self) -> bool {
-        self.guests.iter().all(GuestVm::is_over) && (!self.keep || self.stopping.is_some())
+    /// All guests have ended, and there is nothing else for which the machine runs.
+    fn is_done(&self) -> bool {
+        let is_time = match self.until {
+            Until::GuestsEnd => true,
+            Until::Stopped => false,
+            Until::Prepared => self.is_prepared(),
+        };
+        self.guests.iter().all(GuestVm::is_over) && (is_time || self.stopping.is_some())
     }
 
     /// The next point in time at which something is due.
@@ -426,7 +444,7 @@ impl Supervisor {
         self.clients.tell_events(self.events.past());
         self.show(now);
         self.retry_reports(now);
-        if self.is_without_guests() {
+        if self.is_done() {
             self.stop_drivers();
         }
     }

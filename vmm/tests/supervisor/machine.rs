@@ -19,7 +19,7 @@ use umbra_vmm::record::status::{DriverStatus, GuestStatus, Status};
 use umbra_vmm::supervisor::front::notify::Notify;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 use umbra_vmm::supervisor::start::rundir;
-use umbra_vmm::supervisor::{self, Host, Options, RunError};
+use umbra_vmm::supervisor::{self, Host, Options, RunError, Until};
 
 /// The device of the driver VM.
 pub const DEVICE: &str = "0000:03:00.0";
@@ -123,9 +123,17 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         program: "/proc/self/exe".into(),
         host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
-        keep: dir.join("keep").exists(),
+        until: until(dir),
     };
     supervisor::run(&machine, options)
+}
+
+/// Until when a machine runs: there is a file in its folder that is called so.
+fn until(dir: &Path) -> Until {
+    if dir.join("prepare").exists() {
+        return Until::Prepared;
+    }
+    if dir.join("keep").exists() { Until::Stopped } else { Until::GuestsEnd }
 }
 
 /// Files that know no request of VFIO. A device whose `unbound` is there cannot be opened.

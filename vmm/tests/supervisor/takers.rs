@@ -34,6 +34,8 @@ pub const ALL: &[Case] = &[
         "a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet",
         a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet,
     ),
+    ("a_machine_is_prepared_without_its_guests", a_machine_is_prepared_without_its_guests),
+    ("a_machine_that_cannot_be_prepared_says_why", a_machine_that_cannot_be_prepared_says_why),
 ];
 
 /// Events that tell of a failure, or of somebody who waits.
@@ -200,4 +202,44 @@ fn a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet() {
     machine.wait_saved();
     assert_eq!(snapshots(&machine), ["nic0.2"]);
     machine.press(StopHow::Kill);
+}
+
+/// Makes a machine that is only to be prepared.
+fn to_be_prepared(driver: &str, more: &str) -> TestMachine {
+    let machine = make("", driver, more);
+    fs::write(machine.dir.path().join("prepare"), "").unwrap();
+    machine
+}
+
+fn a_machine_is_prepared_without_its_guests() {
+    for standby in ["warm", "cold", "snapshot"] {
+        let mut machine = to_be_prepared("kept ", &format!("snapshots = true\nstandby = \"{standby}\""));
+        // The second time it is there already.
+        for _ in 0..2 {
+            machine.start_again();
+            machine.wait().unwrap();
+            assert_eq!(snapshots(&machine), ["nic0.2"], "standby = {standby}");
+        }
+        assert!(!machine.dir.path().join("web.log").exists(), "a guest was started");
+        // Then a guest's run restores its first life.
+        fs::remove_file(machine.dir.path().join("prepare")).unwrap();
+        fs::remove_file(machine.dir.path().join("nic0.1.boots")).unwrap();
+        machine.start_again();
+        machine.wait_live(1);
+        assert!(!machine.dir.path().join("nic0.1.boots").exists(), "its first life boots");
+        machine.press(StopHow::Kill);
+    }
+}
+
+fn a_machine_that_cannot_be_prepared_says_why() {
+    let mut machine = to_be_prepared("kept full-disk ", "snapshots = true");
+    machine.start_again();
+    let error = machine.wait().unwrap_err().to_string();
+    assert_eq!(error, "nic0: no snapshot is taken: write the snapshot: No space left on device");
+    for none in ["snapshots = false", "snapshots = true\nspare = \"0000:04:00.0\""] {
+        let mut machine = to_be_prepared("", none);
+        machine.start_again();
+        let error = machine.wait().unwrap_err().to_string();
+        assert!(error.starts_with("there is nothing to prepare"), "{error}");
+    }
 }

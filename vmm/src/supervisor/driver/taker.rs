@@ -16,6 +16,7 @@ use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::Input;
 use crate::record::events::Event;
 use crate::supervisor::ids::DriverId;
+use crate::supervisor::prepare::Until;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::SnapshotNews;
 
@@ -34,8 +35,12 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         tracing::info!(driver = driver.name, why, "no snapshot is taken");
         driver.not_saved = Some(why.into());
-        if let Some(what) = driver.lacks_snapshot().filter(|_| driver.lifecycle.standby_deaths() == QUIET) {
-            self.events.warn(format!("{}: {what}", driver.name));
+        let lacks = driver.lacks_snapshot().filter(|_| driver.lifecycle.standby_deaths() == QUIET);
+        let name = driver.name.clone();
+        match lacks {
+            Some(_) if self.until == Until::Prepared => self.give_up(format!("{name}: no snapshot is taken: {why}")),
+            Some(what) => self.events.warn(format!("{name}: {what}")),
+            None => {}
         }
     }
 
