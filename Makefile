@@ -89,3 +89,4 @@ fuzz: toolchain
 lint: toolchain
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings
+	@$(CARGO) clippy --release --workspace --test braked --quiet -- -D warnings

@@ -43,7 +43,7 @@ pub fn at_most(speed: f64) {
 }
 
 /// This process has asked for a slow test host itself.
-pub(super) fn is_asked_for() -> bool {
+pub fn is_asked_for() -> bool {
     ASKED.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|speed| speed < 1.0)
 }
 

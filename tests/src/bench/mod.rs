@@ -2,7 +2,8 @@
 //!
 //! [`Bench::boot`] sets up the peer's network, starts QEMU and waits for the exec server; [`Bench::run`] runs scripts,
 //! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
-//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting; the exception is in its file.
+//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting,
+//! but in a suite a braked one runs beside another.
 
 pub mod brake;
 mod error;

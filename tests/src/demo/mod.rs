@@ -65,8 +65,10 @@ impl DemoSpec {
 /// The guest in the demonstration.
 const GUEST: &str = "web";
 
-/// The test host of demonstrations.
-const BENCH: &str = "demo";
+/// The test host of demonstrations: in a suite a braked one runs beside another.
+fn bench_name() -> &'static str {
+    if brake::is_asked_for() { "braked-demo-host" } else { "demo" }
+}
 
 /// The page of all failures, in the share and beside the result.
 const REPORT: &str = "report.html";
@@ -103,7 +105,7 @@ struct Demo<'a> {
 /// It could not be run to its end. A result with `ok: false` is no error here.
 pub fn run_attempts(spec: &DemoSpec, dir: &Path, say: Say<'_>) -> Result<DemoResult, DemoError> {
     evidence::clear(dir);
-    let from = if spec.hardware.is_some() { dir.join("here") } else { target_dir().join("bench").join(BENCH) };
+    let from = if spec.hardware.is_some() { dir.join("here") } else { target_dir().join("bench").join(bench_name()) };
     let attempt = |attempt| {
         let result = run(spec, dir, attempt, say);
         let failure = match &result {
@@ -186,7 +188,7 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
     }
     say(&format!("building the driver VM image for {}", spec.nic));
     let image = assets.driver_image(&spec.nic)?;
-    let mut bench = BenchSpec::new(BENCH);
+    let mut bench = BenchSpec::new(bench_name());
     bench.nics = vec![spec.nic.clone()];
     bench.files = vec![image.clone()];
     let song = Length::Fed(ROUND_SECONDS);

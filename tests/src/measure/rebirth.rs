@@ -41,7 +41,7 @@ pub struct Rebirth {
     pub nic: String,
     /// Times, ms.
     pub figures: Vec<Spread>,
-    /// Pairs of figures, by name, and the first's median by the second's.
+    /// Ratios of two figures' medians, by name.
     pub ratios: Vec<(String, f64)>,
     /// The processes while a standby waits that was restored.
     pub memory: Vec<Memory>,
@@ -50,8 +50,10 @@ pub struct Rebirth {
 /// Names of figures that ratios are made of.
 const FIRST_START: &str = "first start to network";
 const SECOND_START: &str = "second start to network";
-const BOOTED: &str = "process to hello, booted";
-const RESTORED: &str = "process to hello, restored";
+const BOOTED: &str = "first life to hello, booted";
+const RESTORED: &str = "life to hello, restored";
+const BOOTED_AND_SAVED: &str = "standby ready, saved as well";
+const READY_RESTORED: &str = "standby ready, restored";
 const READY: &str = "outage, standby ready";
 const AGAIN: &str = "outage, 0.1 s after another";
 const NONE_WAITS: &str = "outage, standby = snapshot";
@@ -80,7 +82,12 @@ impl Taken {
     /// A standby is ready.
     fn add_ready(&mut self, ready: &Event) {
         let restored = ready.fields.get("restored").and_then(serde_json::Value::as_bool) == Some(true);
-        self.add(if restored { RESTORED } else { BOOTED }, ready.number("boot_ms"));
+        self.add(if restored { READY_RESTORED } else { BOOTED_AND_SAVED }, ready.number("boot_ms"));
+    }
+
+    /// A life serves that was started for it.
+    fn add_life(&mut self, name: &'static str, live: &Event) {
+        self.add(name, live.fields["parts"]["boot_ms"].as_f64());
     }
 }
 
@@ -97,6 +104,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     say("a first start; the standby boots and is saved");
     let (mut running, ms) = start(place, &warm)?;
     taken.add(FIRST_START, Some(ms));
+    taken.add_life(BOOTED, first_life(&running)?);
     let mut memory = Vec::new();
     for n in 0..spec.crashes {
         let ready = running.await_event(STANDBY, |event| event.event == "standby-ready")?;
@@ -105,9 +113,9 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
         if n == 1 {
             memory = memory::resident(&mut running, place)?;
         }
-        taken.add(READY, crash(&mut running, place)?);
+        taken.add(READY, crash(&mut running, place)?.number("outage_ms"));
         std::thread::sleep(SOON);
-        taken.add(AGAIN, crash(&mut running, place)?);
+        taken.add(AGAIN, crash(&mut running, place)?.number("outage_ms"));
         say(&format!("  {}: {}", n + 1, last_two(&taken)));
     }
     running.stop(place)?;
@@ -115,6 +123,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     say("a second start; its first life is restored");
     let (running, ms) = start(place, &warm)?;
     taken.add(SECOND_START, Some(ms));
+    taken.add_life(RESTORED, first_life(&running)?);
     running.stop(place)?;
 
     say("a machine where no standby waits");
@@ -122,7 +131,9 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     for _ in 0..spec.crashes {
         running.await_event(STANDBY, |event| event.event == "snapshot-ready")?;
         std::thread::sleep(CALM);
-        taken.add(NONE_WAITS, crash(&mut running, place)?);
+        let live = crash(&mut running, place)?;
+        taken.add(NONE_WAITS, live.number("outage_ms"));
+        taken.add_life(RESTORED, &live);
     }
     running.stop(place)?;
     Ok(Rebirth::new(&spec.nic, taken, memory))
@@ -136,10 +147,16 @@ fn start(place: &mut Place, spec: &MachineSpec) -> Result<(Machine, f64), DemoEr
     Ok((machine, begin.elapsed().as_secs_f64() * 1e3))
 }
 
-/// A panic: the outage as Umbra counts it, ms.
-fn crash(running: &mut Machine, place: &mut Place) -> Result<Option<f64>, DemoError> {
+/// A panic: the event of the life that serves then, with the outage as Umbra counts it.
+fn crash(running: &mut Machine, place: &mut Place) -> Result<Event, DemoError> {
     place.expect(&format!("umbra crash {NIC_DRIVER}"), Duration::from_secs(20))?;
-    Ok(running.await_live(NIC_DRIVER, LIMIT)?.number("outage_ms"))
+    running.await_live(NIC_DRIVER, LIMIT)
+}
+
+/// The event of the first life that served.
+fn first_life(running: &Machine) -> Result<&Event, DemoError> {
+    let life = running.seen.iter().find(|event| event.event == "driver-live");
+    life.ok_or_else(|| DemoError::Umbra { what: "no driver VM has ever served".into(), said: running.said() })
 }
 
 fn last_two(taken: &Taken) -> String {

@@ -329,6 +329,9 @@ impl Supervisor {
         let reason = format!("{why}{last}");
         driver.reason = Some(reason.clone());
         self.events.tell(&Event::Quarantined { driver: driver.name.clone(), reason: reason.clone() });
+        if self.is_vital(n) {
+            return self.give_up(format!("{}: no snapshot is taken: {reason}", self.drivers[n].name));
+        }
         self.fall_back(n, &format!("it is quarantined: {reason}"));
         for EndRef { guest, device } in self.drivers[n].ends.rows() {
             self.tell_guest(guest, &ToVm::Quarantine { device });

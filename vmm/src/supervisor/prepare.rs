@@ -1,8 +1,10 @@
 //! `umbra run --prepare`: a run that makes the snapshots of a machine's driver VMs, starts no guest, and ends when they are there. The
-//! driver VMs get their devices, as in any run: a snapshot is of a VM that knows its freshly reset device ahead.
+//! driver VMs get their devices, as in any run: a snapshot is of a VM that knows its freshly reset device ahead. Driver VMs for which none
+//! is made are not started.
 
 use super::RunError;
 use super::driver::DriverVm;
+use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::config::{Driver, Machine, Standby};
 
@@ -38,14 +40,24 @@ pub(super) fn machine(machine: &Machine) -> Result<Machine, RunError> {
 }
 
 impl Supervisor {
-    /// Every snapshot is there for whose sake the machine was started.
+    /// Whether every snapshot that this run is to make is there.
     pub(super) fn is_prepared(&self) -> bool {
-        self.drivers.iter().filter(|driver| driver.is_to_be_saved()).all(|driver| driver.saved.is_some())
+        self.drivers.iter().all(|driver| !driver.lacks_preparation())
+    }
+
+    /// Whether driver VM `n` is started in this run.
+    pub(super) fn takes_part(&self, n: DriverId) -> bool {
+        self.until != Until::Prepared || is_prepared_for(&self.drivers[n].spec)
+    }
+
+    /// Whether the end of driver VM `n`, or of its takers, is that of the run, which has no other purpose.
+    pub(super) fn is_vital(&self, n: DriverId) -> bool {
+        self.until == Until::Prepared && self.drivers[n].lacks_preparation()
     }
 }
 
 impl DriverVm {
-    fn is_to_be_saved(&self) -> bool {
-        is_prepared_for(&self.spec)
+    fn lacks_preparation(&self) -> bool {
+        is_prepared_for(&self.spec) && self.saved.is_none()
     }
 }

@@ -83,8 +83,8 @@ pub enum RunError {
     Signals(#[source] Errno),
     /// A run that only makes snapshots has none to make.
     #[error(
-        "there is nothing to prepare: no driver VM of this machine has a snapshot as its next life (it needs `snapshots = true`, \
-         the default, and no `spare`)"
+        "there is nothing to prepare: no driver VM of this machine is restored from a snapshot (that takes `snapshots = true`, the \
+         default, and no `spare`)"
     )]
     NothingToPrepare,
     /// Metrics cannot be served.
@@ -151,7 +151,7 @@ pub(super) struct Supervisor {
     pub(super) inbox: Inbox,
 }
 
-/// Runs `machine` until all its guests have ended, or it is stopped.
+/// Runs `machine` until it is stopped, or what [`Options::until`] says.
 ///
 /// # Errors
 ///
@@ -282,7 +282,9 @@ impl Supervisor {
             }
         }
         for driver in self.drivers.ids() {
-            self.drive(driver, Input::Start);
+            if self.takes_part(driver) {
+                self.drive(driver, Input::Start);
+            }
         }
         Ok(())
     }
@@ -497,7 +499,11 @@ impl Supervisor {
     pub(super) fn stop(&mut self, how: StopHow, who: &str) {
         self.stopping = Some(how);
         self.notify.stopping();
+        if self.until == Until::Prepared && !self.is_prepared() {
+            let _ = self.failure.get_or_insert("stopped before all snapshots were there".into());
+        }
         let what = match how {
+            StopHow::PowerButton if self.until == Until::Prepared => format!("{who} asked for the end"),
             StopHow::PowerButton => format!("{who} asked the guests to power off (once more kills them)"),
             StopHow::Kill => format!("{who} asked to kill the VMs"),
         };

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StandbyStage;
-use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
+use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
 use crate::cases::{Case, kill};
-use crate::machine::{TestMachine, make};
+use crate::machine::{SPARE, TestMachine, make};
 
 /// All of them.
 pub const ALL: &[Case] = &[
@@ -36,6 +36,14 @@ pub const ALL: &[Case] = &[
     ),
     ("a_machine_is_prepared_without_its_guests", a_machine_is_prepared_without_its_guests),
     ("a_machine_that_cannot_be_prepared_says_why", a_machine_that_cannot_be_prepared_says_why),
+    (
+        "a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile",
+        a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile,
+    ),
+    (
+        "a_driver_vm_without_snapshots_has_no_part_in_a_preparation",
+        a_driver_vm_without_snapshots_has_no_part_in_a_preparation,
+    ),
 ];
 
 /// Events that tell of a failure, or of somebody who waits.
@@ -232,14 +240,43 @@ fn a_machine_is_prepared_without_its_guests() {
 }
 
 fn a_machine_that_cannot_be_prepared_says_why() {
-    let mut machine = to_be_prepared("kept full-disk ", "snapshots = true");
-    machine.start_again();
-    let error = machine.wait().unwrap_err().to_string();
-    assert_eq!(error, "nic0: no snapshot is taken: write the snapshot: No space left on device");
-    for none in ["snapshots = false", "snapshots = true\nspare = \"0000:04:00.0\""] {
-        let mut machine = to_be_prepared("", none);
+    let ends = |driver: &str, more: &str| {
+        let mut machine = to_be_prepared(driver, more);
         machine.start_again();
-        let error = machine.wait().unwrap_err().to_string();
+        (machine.wait().unwrap_err().to_string(), events(&machine))
+    };
+    let (error, said) = ends("kept full-disk ", "snapshots = true");
+    assert_eq!(error, "nic0: no snapshot is taken: write the snapshot: No space left on device");
+    assert_eq!(said.matches("\"warning\"").count(), 2, "each try is told: {said}");
+    let dies = "kept slow-to-look=2 die-after-forwarding=1 ";
+    let (error, _) = ends(dies, "snapshots = true\nrestart = { limit = 0 }");
+    assert!(error.starts_with("nic0: no snapshot is taken: more than 0 failures"), "{error}");
+    for none in ["snapshots = false", "snapshots = true\nspare = \"0000:04:00.0\""] {
+        let (error, _) = ends("", none);
         assert!(error.starts_with("there is nothing to prepare"), "{error}");
     }
+}
+
+fn a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile() {
+    let mut machine = to_be_prepared("kept slow-to-look=2 ", "snapshots = true");
+    machine.start_again();
+    wait_taker(&machine, 2);
+    let refused = machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap_err();
+    assert!(refused.contains("--prepare"), "{refused}");
+    machine.press(StopHow::PowerButton);
+    assert_eq!(machine.wait().unwrap_err().to_string(), "stopped before all snapshots were there");
+}
+
+fn a_driver_vm_without_snapshots_has_no_part_in_a_preparation() {
+    let mut machine = to_be_prepared("kept ", "snapshots = true");
+    let path = machine.dir.path().join("m.toml");
+    let other = format!(
+        "[guest.db]\nkernel = \"kernel\"\nnet = [{{ driver = \"nic1\" }}]\n\
+         [driver.nic1]\ndevice = \"{SPARE}\"\nimage = \"image\"\nsnapshots = false\n"
+    );
+    fs::write(&path, fs::read_to_string(&path).unwrap() + &other).unwrap();
+    machine.start_again();
+    machine.wait().unwrap();
+    assert_eq!(snapshots(&machine), ["nic0.2"]);
+    assert!(!events(&machine).contains("nic1"), "{}", events(&machine));
 }

@@ -6,7 +6,7 @@
 //!     +---there is none, or it is refused---> boots, loads its modules (Ready) --> is saved (Taken), killed
 //! ```
 //! Invariants: its failure is no failure of the driver VM, and no event tells of it; that there is no snapshot for longer than it takes
-//! to try [`QUIET`] times is told once. If the driver VM fails while it boots, it serves, and what it was about to leave is left out.
+//! to try [`QUIET`] times is told once (where the run is for nothing but the snapshot, each try is told, and the last ends the run). If the driver VM fails while it boots, it serves, and what it was about to leave is left out.
 
 use umbra_shadow::Generation;
 
@@ -16,7 +16,6 @@ use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::Input;
 use crate::record::events::Event;
 use crate::supervisor::ids::DriverId;
-use crate::supervisor::prepare::Until;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::SnapshotNews;
 
@@ -35,12 +34,13 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         tracing::info!(driver = driver.name, why, "no snapshot is taken");
         driver.not_saved = Some(why.into());
-        let lacks = driver.lacks_snapshot().filter(|_| driver.lifecycle.standby_deaths() == QUIET);
-        let name = driver.name.clone();
-        match lacks {
-            Some(_) if self.until == Until::Prepared => self.give_up(format!("{name}: no snapshot is taken: {why}")),
-            Some(what) => self.events.warn(format!("{name}: {what}")),
-            None => {}
+        let (name, tries) = (driver.name.clone(), driver.lifecycle.standby_deaths());
+        let Some(what) = driver.lacks_snapshot() else { return };
+        match self.is_vital(n) {
+            true if tries >= QUIET => self.give_up(format!("{name}: no snapshot is taken: {why}")),
+            true => self.events.warn(format!("{name}: {what}")),
+            false if tries == QUIET => self.events.warn(format!("{name}: {what}")),
+            false => {}
         }
     }
 

@@ -3,6 +3,8 @@
 //!
 //! Only for a port whose writer accesses something else soon afterwards, as a Linux kernel that prints does: it asks the serial line
 //! after each FIFO whether it is empty. What is written last would wait for the next exit.
+//!
+//! The ring of kvm-ioctls is one vCPU's, which has to be borrowed whole for it, and an exit borrows the vCPU. This one is the VM's.
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -52,12 +54,14 @@ impl CoalescedWrites {
             return;
         }
         let _serving = lock(&self.serving);
-        while let Some(entry) = self.ring.next() {
+        while let Some(entry) = self.ring.oldest() {
             let length = usize::try_from(entry.len).map_or(entry.data.len(), |length| length.min(entry.data.len()));
             // Ports have 16 bits; KVM reports only what was registered.
             if let Ok(port) = u16::try_from(entry.phys_addr) {
                 write(port, &entry.data[..length]);
             }
+            // Only now: who finds the ring empty serves an exit that comes after this write.
+            self.ring.remove_oldest();
         }
     }
 }
@@ -96,20 +100,24 @@ impl Ring {
         self.first().load(Ordering::Acquire) == self.last().load(Ordering::Acquire)
     }
 
-    /// The oldest entry, which is taken out. To be called by one thread at a time.
-    fn next(&self) -> Option<kvm_coalesced_mmio> {
+    /// The oldest entry, which stays. To be called by one thread at a time.
+    fn oldest(&self) -> Option<kvm_coalesced_mmio> {
         if self.is_empty() {
             return None;
         }
         let first = self.first().load(Ordering::Relaxed) % ENTRIES;
         // SAFETY: an entry of the mapped page, as the index is below `ENTRIES`; KVM wrote it before it moved `last` and leaves it
         // alone until `first` is moved.
-        let entry = unsafe {
+        Some(unsafe {
             let entries = (&raw const (*self.0.as_ptr()).coalesced_mmio).cast::<kvm_coalesced_mmio>();
             entries.add(first as usize).read()
-        };
+        })
+    }
+
+    /// Gives the place of the oldest entry back to KVM. To be called by the thread that has served it.
+    fn remove_oldest(&self) {
+        let first = self.first().load(Ordering::Relaxed) % ENTRIES;
         self.first().store((first + 1) % ENTRIES, Ordering::Release);
-        Some(entry)
     }
 }
 
@@ -119,5 +127,55 @@ impl Drop for Ring {
         if let Err(error) = unsafe { munmap(self.0.cast(), PAGE) } {
             tracing::warn!("unmap the ring of coalesced writes: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::cell::RefCell;
+
+    use nix::sys::mman::mmap_anonymous;
+
+    use super::*;
+
+    /// A page in which the test adds entries, as KVM does.
+    fn ring() -> Ring {
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address that the kernel chooses touches no existing memory.
+        let page = unsafe { mmap_anonymous(None, NonZeroUsize::new(PAGE).unwrap(), access, MapFlags::MAP_PRIVATE) };
+        Ring(page.unwrap().cast())
+    }
+
+    fn add(ring: &Ring, port: u16, byte: u8) {
+        let last = ring.last().load(Ordering::Relaxed);
+        let entry = kvm_coalesced_mmio { phys_addr: port.into(), len: 1, data: [byte; 8], ..Default::default() };
+        // SAFETY: an entry of the test's own page.
+        unsafe {
+            let entries = (&raw mut (*ring.0.as_ptr()).coalesced_mmio).cast::<kvm_coalesced_mmio>();
+            entries.add(last as usize).write(entry);
+        }
+        ring.last().store((last + 1) % ENTRIES, Ordering::Release);
+    }
+
+    #[test]
+    fn writes_are_served_in_order_around_the_ring_s_end() {
+        let writes = CoalescedWrites { ring: ring(), serving: Mutex::new(()) };
+        for round in 0..5u8 {
+            (0..100).for_each(|n| add(&writes.ring, 0x3f8, n + round));
+            let mut served = Vec::new();
+            writes.serve(|port, data| served.push((port, data.to_vec())));
+            assert!(served.into_iter().eq((0..100).map(|n| (0x3f8, vec![n + round]))));
+        }
+    }
+
+    #[test]
+    fn a_write_is_in_the_ring_until_it_has_been_served() {
+        let writes = CoalescedWrites { ring: ring(), serving: Mutex::new(()) };
+        add(&writes.ring, 0x3f8, b'x');
+        // What another vCPU would see meanwhile, which serves its own exit where the ring is empty.
+        let seen = RefCell::new(Vec::new());
+        writes.serve(|_, _| seen.borrow_mut().push(writes.ring.is_empty()));
+        assert_eq!((seen.into_inner(), writes.ring.is_empty()), (vec![false], true));
     }
 }

@@ -1,5 +1,5 @@
 //! The vCPU threads: each runs its vCPU and hands what exits to the bus until the VM ends. An exit takes no
-//! lock but the target device's.
+//! lock but the target device's, and where writes have been collected, that of their ring.
 
 use std::fmt::Write as _;
 use std::io;
@@ -73,6 +73,13 @@ impl Shared {
     pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap, msrs: Arc<[u32]>) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
         Self { bus, end, memory, lock_up: Arc::default(), pause: Arc::default(), msrs, coalesced: None }
+    }
+
+    /// Serves what KVM has collected: before anything else that comes of `KVM_RUN`.
+    fn serve_coalesced(&self) {
+        if let Some(coalesced) = &self.coalesced {
+            coalesced.serve(|port, data| self.bus.port_write(port, data));
+        }
     }
 
     /// Has what KVM collects in `coalesced` served before each exit.
@@ -318,9 +325,7 @@ impl Runner {
         let bus = &self.shared.bus;
         let ended = |how, why: &str| Turn::Ended(how, why.to_owned());
         let exit = self.vcpu.run();
-        if let Some(coalesced) = &self.shared.coalesced {
-            coalesced.serve(|port, data| bus.port_write(port, data));
-        }
+        self.shared.serve_coalesced();
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 data.chunks(io_size(run)).for_each(|piece| bus.port_write(port, piece));
@@ -363,6 +368,7 @@ impl Runner {
         // instruction is lost with the VM.
         self.vcpu.set_kvm_immediate_exit(1);
         let _ = self.vcpu.run();
+        self.shared.serve_coalesced();
         self.vcpu.set_kvm_immediate_exit(0);
         if self.vcpu.get_mp_state()?.mp_state == KVM_MP_STATE_HALTED {
             self.vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;

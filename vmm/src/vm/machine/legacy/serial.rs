@@ -1,5 +1,5 @@
 //! COM1: a 16550 whose output goes to the terminal, a file or nowhere ([`Output`]). Output is handed on byte by byte as it
-//! comes, so that the last words of a VM that dies are kept.
+//! comes, so that the last words of a VM that dies are kept. (A driver VM's bytes come together, at its next exit: `coalesced`.)
 //!
 //! To who polls, as a kernel that prints does, the transmitter is always ready. To who waits for its interrupt it is busy for as
 //! long as a FIFO takes at 115,200 baud: an interrupt handler that always finds it ready goes on sending, and Linux's sends
