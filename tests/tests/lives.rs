@@ -87,6 +87,7 @@ fn lives() {
     let mut bench = BenchSpec::new("lives");
     sound.add_to(&mut bench);
     bench.wav_rate = MIXED_RATE;
+    bench.alone = true;
     bench.files.extend([nic.clone(), slow.clone()]);
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
     sound.prepare(&mut place).or_tell();
@@ -354,9 +355,12 @@ const LATE_MS: f64 = 200.0;
 /// if more of the undisturbed recording is silent than this.
 const TOO_SLOW: (u32, f64) = (4, 0.02);
 
+/// Frames that QEMU's HDA codec drops at most when its stream stops because the card has run dry: a quarter of its buffer.
+const CODEC_BUFFER: i64 = 512;
+
 /// The neighbour's song is whole: every sample of it is heard, in order, and nothing else. An emulated machine is late where guests
-/// boot: the recording then has short silences in which the card waited, and its buffer may be heard again; that is told. One that cannot
-/// play at all says nothing about a disturbance.
+/// boot: the recording then has short silences in which the card waited, its buffer may be heard again, and what the codec had of it may
+/// be lost; that is told. One that cannot play at all says nothing about a disturbance.
 fn judge(judged: &Judged, disturbed: &Range<usize>) {
     let analysis = &judged.analysis;
     let (beside, quiet): (Vec<Fault>, Vec<Fault>) =
@@ -383,7 +387,11 @@ fn judge(judged: &Judged, disturbed: &Range<usize>) {
         say("this machine does not play in real time even without a disturbance: the samples are not judged");
         return;
     }
-    assert_eq!((analysis.lost, analysis.unknown), (0, 0), "{beside:?}");
+    let dropped =
+        judged.faults().into_iter().filter(|fault| fault.ms > 0.0 && (1..=CODEC_BUFFER).contains(&fault.skipped));
+    let dropped: i64 = dropped.map(|fault| fault.skipped).sum();
+    say(&format!("of the frames lost, {dropped} were in the codec when the card ran dry"));
+    assert_eq!((analysis.lost as i64 - dropped, analysis.unknown), (0, 0), "{beside:?}");
     assert!(silences.longest_ms < most_ms(LATE_MS), "{beside:?}");
 }
 

@@ -208,6 +208,7 @@ fn sound_survives() {
     let server = assets.sound_server().or_tell();
     let mut bench = BenchSpec::new("sound").nics(&[]);
     sound.add_to(&mut bench);
+    bench.alone = true;
     bench.files.push(server.clone());
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
     sound.prepare(&mut place).or_tell();

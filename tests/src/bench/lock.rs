@@ -48,10 +48,11 @@ fn lanes(is_braked: bool, two_may_run: bool) -> &'static [Lane] {
 pub(super) struct Lock(#[expect(dead_code, reason = "held, not read")] Vec<Flock<File>>);
 
 impl Lock {
-    /// Waits for the lanes of a test host of this process in the folder of all benches, `out`.
-    pub(super) fn take(out: &Path) -> Result<Self, BenchError> {
+    /// Waits for the lanes of a test host of this process in the folder of all benches, `out`; for all of them, if it is to be `alone`.
+    pub(super) fn take(out: &Path, alone: bool) -> Result<Self, BenchError> {
         fs::create_dir_all(out).map_err(|e| BenchError::file("make", out, e))?;
-        let lanes = lanes(brake::is_asked_for(), suite::is_running() && has_room_for_two());
+        let two_may_run = !alone && suite::is_running() && has_room_for_two();
+        let lanes = lanes(brake::is_asked_for(), two_may_run);
         lanes.iter().map(|lane| take(&out.join(lane.file_name()))).collect::<Result<_, _>>().map(Self)
     }
 }

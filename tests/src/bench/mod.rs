@@ -88,7 +88,7 @@ impl Bench {
 
     fn boot_once(spec: BenchSpec, assets: &Assets) -> Result<Self, BenchError> {
         let speed = brake::speed()?;
-        let lock = Lock::take(assets.out())?;
+        let lock = Lock::take(assets.out(), spec.alone)?;
         assets.check_models(&spec.nics)?;
         let mut spec = spec;
         if assets.unsteady_smp() && !qemu::real_kvm() {

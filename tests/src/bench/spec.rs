@@ -117,6 +117,8 @@ pub struct BenchSpec {
     pub boot_silence: Duration,
     /// Give the terminal to a shell in the test host.
     pub shell: bool,
+    /// No other test host runs beside it, a braked one neither: what it plays is judged sample by sample.
+    pub alone: bool,
 }
 
 impl BenchSpec {
@@ -138,6 +140,7 @@ impl BenchSpec {
             files: Vec::new(),
             boot_silence: Duration::from_secs(15),
             shell: false,
+            alone: false,
         }
     }
 
