@@ -6,7 +6,8 @@
 //!     +---there is none, or it is refused---> boots, loads its modules (Ready) --> is saved (Taken), killed
 //! ```
 //! Invariants: its failure is no failure of the driver VM, and no event tells of it; that there is no snapshot for longer than it takes
-//! to try [`QUIET`] times is told once (where the run is for nothing but the snapshot, each try is told, and the last ends the run). If the driver VM fails while it boots, it serves, and what it was about to leave is left out.
+//! to try [`QUIET`] times is told once (where the run is for nothing but the snapshot, each try is told, and the last ends the run). If
+//! the driver VM fails while it boots, it serves, and what it was about to leave is left out.
 
 use umbra_shadow::Generation;
 
