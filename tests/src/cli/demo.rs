@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -18,6 +19,9 @@ pub struct Args {
     /// failures in turn.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=200))]
     crashes: u32,
+    /// Have the next failure come so many seconds after a recovery, and not wait for a standby.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=60))]
+    every: Option<u64>,
     /// Size of the download, MiB.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
     mib: u64,
@@ -50,8 +54,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
     };
     let sound = (hardware.is_none() && args.sound != "none").then(|| args.sound.as_str().into());
-    let spec =
-        DemoSpec { nic: args.nic.as_str().into(), crashes: args.crashes, bytes: args.mib << 20, sound, hardware };
+    let spec = DemoSpec {
+        nic: args.nic.as_str().into(),
+        crashes: args.crashes,
+        pause: args.every.map(Duration::from_secs),
+        bytes: args.mib << 20,
+        sound,
+        hardware,
+    };
     let dir = target_dir().join("demo");
     let say = |line: &str| println!("{line}");
     let Ok(result) = demo::run_attempts(&spec, &dir, &say) else { return Ok(ExitCode::FAILURE) };

@@ -3,9 +3,10 @@
 //! With 20 or more, one hits the replay of the crash before it, and two are `kill -9`; from 40 on, failures of all kinds
 //! take turns, on the sound card too. A crash is issued when the
 //! download is half way through its share of the file, which waits at the share's end until the guest is served again.
-//! Before the next one the download trickles on until a standby is ready, as it mostly is when a driver crashes.
+//! Before the next one the download trickles on until a standby is ready, as it mostly is when a driver crashes; or for a time that was
+//! asked for, whatever is ready then.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::During;
 use super::machine::{NIC_DRIVER, SOUND_DRIVER};
@@ -188,11 +189,11 @@ fn ready(
 ) -> Result<(), DemoError> {
     let before = index.checked_sub(1).map_or(0, |before| plan.allowance(before, content.bytes));
     let mut pace = Pace { at: before, most: plan.threshold(index, content.bytes) };
-    await_standbys(demo, &mut pace, get)?;
+    await_next(demo, &mut pace, get)?;
     if demo.sound.is_some() && index >= plan.quiet_until(demo.spec.crashes) {
         sound_alone(demo, plan.of_sound(index)).during(|| "in a crash of the sound card alone".into())?;
         check_player(demo, ticks)?;
-        await_standbys(demo, &mut pace, get)?;
+        await_next(demo, &mut pace, get)?;
         check_player(demo, ticks)?;
     }
     demo.place.peer().allow(plan.allowance(index, content.bytes))?;
@@ -258,6 +259,21 @@ fn check_player(demo: &mut Demo<'_>, ticks: &mut Vec<Tick>) -> Result<(), DemoEr
 struct Pace {
     at: u64,
     most: u64,
+}
+
+/// Waits until the next failure may come: until standbys are ready, or for the time that was asked for.
+fn await_next(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result<(), DemoError> {
+    let Some(pause) = demo.spec.pause else { return await_standbys(demo, pace, get) };
+    let start = Instant::now();
+    while start.elapsed() < pause {
+        if get.poll(Duration::from_millis(20)).map_err(DemoError::Exec)? {
+            return Err(demo.download_failed("the download ended before the next failure", get));
+        }
+        demo.machine.drain();
+        pace.at = (pace.at + TRICKLE).min(pace.most);
+        demo.place.peer().allow(pace.at)?;
+    }
+    Ok(())
 }
 
 /// Waits until each driver VM has a standby again; says how long they booted.

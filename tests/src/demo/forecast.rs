@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     fn spec(crashes: u32) -> DemoSpec {
-        DemoSpec { nic: "igb".into(), crashes, bytes: 1, sound: None, hardware: None }
+        DemoSpec { nic: "igb".into(), crashes, pause: None, bytes: 1, sound: None, hardware: None }
     }
 
     #[test]

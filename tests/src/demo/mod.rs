@@ -47,6 +47,8 @@ pub struct DemoSpec {
     pub nic: Model,
     /// How often the driver VM is crashed.
     pub crashes: u32,
+    /// The time between a recovery and the next failure; `None`: until a standby is ready.
+    pub pause: Option<Duration>,
     /// Size of the download, bytes.
     pub bytes: u64,
     /// The sound card model in the bench that plays a song meanwhile; none on real hardware.

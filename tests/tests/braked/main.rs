@@ -21,8 +21,14 @@ fn a_download_and_a_song_survive_a_crash_on_a_slow_machine() {
 }
 
 fn demonstrate() {
-    let spec =
-        DemoSpec { nic: "rtl8139".into(), crashes: 1, bytes: 16 << 20, sound: Some("hda".into()), hardware: None };
+    let spec = DemoSpec {
+        nic: "rtl8139".into(),
+        crashes: 1,
+        pause: None,
+        bytes: 16 << 20,
+        sound: Some("hda".into()),
+        hardware: None,
+    };
     let dir = umbra_tests::assets::target_dir().join("bench/braked-demo");
     let result = demo::run(&spec, &dir, 1, &say).or_tell();
     assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());
