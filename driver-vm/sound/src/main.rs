@@ -57,13 +57,14 @@ fn run() -> anyhow::Result<()> {
     config::adapt(&found, ports.len())?;
     let (card, mut open) = card::describe(&found)?;
     startup::mark("described");
-    if ports.len() > 1 {
+    let mixed = ports.len() > 1;
+    if mixed {
         // Each has to open dmix itself.
         open.clear();
     }
     for (port, session) in ports {
         // Fails only if the thread has ended, which says why.
-        let _ = session.send(Session::new(port, &card, std::mem::take(&mut open)));
+        let _ = session.send(Session::new(port, &card, std::mem::take(&mut open), mixed));
     }
     let line = serde_json::to_string(&card).context("cannot describe the card")?;
     let mut out = std::io::stdout().lock();

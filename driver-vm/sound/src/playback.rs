@@ -20,6 +20,9 @@ const CARD_BUFFER_MS: u32 = 200;
 /// Periods of the card's buffer that are left empty: cards that report by whole periods are now and then ahead of
 /// themselves (AC97), and what they are about to play must not be overwritten.
 const HEADROOM_PERIODS: u64 = 2;
+/// Silence before a stream's first samples where several guests are mixed, in periods. dmix begins where the card is just now; what the
+/// card has fetched ahead by then (QEMU's HDA codec: 512 frames, 11 ms) is mixed in too late, and heard when its buffer comes round again.
+const LEAD_PERIODS: u64 = 2;
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
 
@@ -60,8 +63,10 @@ pub struct Playback {
     pcm: Option<PCM>,
     /// The device, open since the card was described.
     spare: Option<PCM>,
-    /// Frames at the end of the card's buffer that are left empty.
-    headroom: u64,
+    /// It is one of several streams that are mixed.
+    mixed: bool,
+    /// Frames of the card's periods.
+    period: u64,
     running: bool,
     /// The card ran out of samples.
     dry: bool,
@@ -70,23 +75,27 @@ pub struct Playback {
     /// Frames heard in this epoch, and frames that the card has, behind them.
     heard: u64,
     in_card: u64,
+    /// Frames of silence that the card has before those.
+    lead: u64,
     reported: u64,
 }
 
 impl Playback {
-    pub fn new(id: StreamId, spare: Option<PCM>) -> Self {
+    pub fn new(id: StreamId, spare: Option<PCM>, mixed: bool) -> Self {
         Self {
             id,
+            mixed,
             params: None,
             epoch: Epoch(0),
             pcm: None,
             spare,
-            headroom: 0,
+            period: 0,
             running: false,
             dry: false,
             waiting: VecDeque::new(),
             heard: 0,
             in_card: 0,
+            lead: 0,
             reported: 0,
         }
     }
@@ -97,7 +106,7 @@ impl Playback {
 
     /// The session is over: closes the stream and forgets its samples.
     pub fn give_up(&mut self) {
-        *self = Self::new(self.id, self.spare.take());
+        *self = Self::new(self.id, self.spare.take(), self.mixed);
     }
 
     /// Nobody wants to play just now: lets the card rest.
@@ -114,12 +123,12 @@ impl Playback {
         self.running = false;
         self.epoch = epoch;
         self.waiting.clear();
-        (self.heard, self.in_card, self.reported) = (0, 0, 0);
+        (self.heard, self.reported) = (0, 0);
         let Some(params) = &self.params else { return Err(Fault::Session("prepare before parameters".into())) };
         if self.pcm.is_none() {
             let pcm = open(PLAYBACK, AlsaDirection::Playback, self.spare.take(), params)?;
             let period = pcm.hw_params_current().and_then(|hardware| hardware.get_period_size());
-            self.headroom = HEADROOM_PERIODS * period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
+            self.period = period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
             self.pcm = Some(pcm);
         }
         Ok(self.reset_card()?)
@@ -128,11 +137,11 @@ impl Playback {
     /// Puts the card into the state before a start.
     fn reset_card(&mut self) -> anyhow::Result<()> {
         let Some(pcm) = &self.pcm else { return Ok(()) };
-        if pcm.state() != State::Prepared || self.in_card > 0 {
+        if pcm.state() != State::Prepared || self.in_card + self.lead > 0 {
             pcm.drop().context("cannot stop the card")?;
             pcm.prepare().context("cannot prepare the card")?;
         }
-        self.in_card = 0;
+        (self.in_card, self.lead) = (0, 0);
         self.dry = false;
         Ok(())
     }
@@ -166,6 +175,7 @@ impl Playback {
     pub fn release(&mut self) {
         self.running = false;
         self.pcm = None;
+        (self.in_card, self.lead) = (0, 0);
         self.waiting.clear();
     }
 
@@ -189,16 +199,17 @@ impl Playback {
             return Ok(());
         }
         let left = match pcm.avail_update().and_then(|_| pcm.delay()) {
-            Ok(delay) => u64::try_from(delay).unwrap_or(0).min(self.in_card),
+            Ok(delay) => u64::try_from(delay).unwrap_or(0),
             Err(error) if error.errno() == libc::EPIPE => {
                 self.dry = true;
                 0
             }
             Err(error) => return Err(error).context("the card does not say where it is"),
         };
-        let heard = self.in_card - left;
+        self.lead = left.saturating_sub(self.in_card).min(self.lead);
+        let heard = self.in_card.saturating_sub(left);
         self.heard += heard;
-        self.in_card = left;
+        self.in_card -= heard;
         self.waiting.drain(..params.bytes(heard).min(self.waiting.len()));
         Ok(())
     }
@@ -216,11 +227,15 @@ impl Playback {
                 said.push(FromCard::Xrun { stream: self.id, epoch: self.epoch });
             }
         }
+        if self.mixed && self.in_card + self.lead == 0 && pcm.state() == State::Prepared {
+            let silence = vec![0; params.bytes(LEAD_PERIODS * self.period)];
+            self.lead = write(pcm, &silence)?;
+        }
         let given = params.bytes(self.in_card);
         let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);
         let whole = bytes.len() - bytes.len() % frame;
         let room = match pcm.avail_update() {
-            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(self.headroom),
+            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(HEADROOM_PERIODS * self.period),
             // Ran dry just now; the next look sees it.
             Err(error) if error.errno() == libc::EPIPE => return Ok(()),
             Err(error) => return Err(error).context("the card does not say how much it takes"),
@@ -229,17 +244,20 @@ impl Playback {
         if end == given {
             return Ok(());
         }
-        let io = pcm.io_bytes();
-        match io.writei(&bytes[given..end]) {
-            Ok(frames) => self.in_card += frames as u64,
-            Err(error) if error.errno() == libc::EAGAIN => {}
-            // Ran dry just now; the next look sees it.
-            Err(error) if error.errno() == libc::EPIPE => return Ok(()),
-            Err(error) => return Err(error).context("the card does not take samples"),
-        }
+        self.in_card += write(pcm, &bytes[given..end])?;
         if pcm.state() == State::Prepared && self.in_card > 0 {
             pcm.start().context("cannot start the card")?;
         }
         Ok(())
+    }
+}
+
+/// Gives the card what it takes of `bytes`, whole frames; how many frames those were. None if it has run dry just now, which the next
+/// look sees.
+fn write(pcm: &PCM, bytes: &[u8]) -> anyhow::Result<u64> {
+    match pcm.io_bytes().writei(bytes) {
+        Ok(frames) => Ok(frames as u64),
+        Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EPIPE) => Ok(0),
+        Err(error) => Err(error).context("the card does not take samples"),
     }
 }

@@ -72,11 +72,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// The end at `port`, of `card`, whose devices are `open`, in the order of its streams, or not.
-    pub fn new(port: Port, card: &Card, open: Vec<PCM>) -> Self {
+    /// The end at `port`, of `card`, whose devices are `open`, in the order of its streams, or not; `mixed` with those of other guests.
+    pub fn new(port: Port, card: &Card, open: Vec<PCM>, mixed: bool) -> Self {
         let mut open = open.into_iter();
         let streams = (0u16..).zip(&card.streams).map(|(n, info)| match info.direction {
-            Direction::Playback => Stream::Playback(Playback::new(StreamId(n), open.next())),
+            Direction::Playback => Stream::Playback(Playback::new(StreamId(n), open.next(), mixed)),
             Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next())),
         });
         let streams = streams.collect();

@@ -78,6 +78,11 @@ struct End {
 impl End {
     /// Joined to as many hosts as there are attempts.
     fn start<const N: usize>(attempts: [u32; N]) -> (Self, [Host; N]) {
+        Self::start_as(false, attempts)
+    }
+
+    /// The same; its streams are `mixed` with those of others, or not.
+    fn start_as<const N: usize>(mixed: bool, attempts: [u32; N]) -> (Self, [Host; N]) {
         folder();
         let opened = Arc::<Mutex<Vec<UnixStream>>>::default();
         let hosts = attempts.map(|attempt| {
@@ -89,7 +94,7 @@ impl End {
         });
         let (sender, ended) = mpsc::channel();
         let port = Port::new(opener(&opened), Generation::FIRST).unwrap();
-        let session = Session::new(port, &card(), Vec::new());
+        let session = Session::new(port, &card(), Vec::new(), mixed);
         std::thread::spawn(move || sender.send(session.run()));
         (Self { ended }, hosts)
     }
@@ -225,6 +230,22 @@ fn the_next_session_at_a_port_plays_and_the_other_guest_hears_nothing_of_it() {
     await_played(48_000, &samples(3, 960));
     await_played(96_000, &[samples(9, 480), samples(8, 480)].concat());
     assert!(end.runs() && other_end.runs());
+}
+
+#[test]
+fn samples_that_are_mixed_come_behind_silence_that_nobody_counts() {
+    let (end, [mut host]) = End::start_as(true, [1]);
+    host.begin();
+    host.set_up(32_000);
+    host.play(&samples(5, 480));
+    host.say(ToCard::Start { stream: OUT });
+    host.await_heard(480);
+    host.play(&samples(6, 480));
+    host.await_heard(960);
+    host.say(ToCard::Release { stream: OUT });
+    // Two periods of 10 ms, once.
+    await_played(32_000, &[vec![0; 2 * 320 * 4], samples(5, 480), samples(6, 480)].concat());
+    assert!(end.runs());
 }
 
 #[test]
