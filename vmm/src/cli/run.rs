@@ -135,6 +135,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             },
         },
     )?;
+    if args.prepare && !args.quiet {
+        super::print("the snapshots of this machine's driver VMs are there: `umbra snapshots` lists them")?;
+    }
     Ok(())
 }
 
