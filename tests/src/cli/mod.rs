@@ -16,7 +16,9 @@ mod wav;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
+use crate::assets::target_dir;
 use crate::bench::brake;
 
 /// Boots a test host under QEMU with the devices you name, and runs scripts, the demo or the measurements in it.
@@ -77,6 +79,14 @@ pub fn main() -> ExitCode {
         eprintln!("umbra-bench: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Writes `figures` as JSON to `name` in the folder of the bench, and says where that is.
+fn write_json(name: &str, figures: &impl Serialize) -> anyhow::Result<()> {
+    let path = target_dir().join("bench").join(name);
+    std::fs::write(&path, serde_json::to_string_pretty(figures)? + "\n")?;
+    println!("written to {}", path.display());
+    Ok(())
 }
 
 /// Tells the user what is being done: a line on standard error, so that output stays clean.

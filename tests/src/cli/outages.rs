@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::say;
-use crate::assets::target_dir;
+use super::{say, write_json};
 use crate::measure::outages::{self, OutagesSpec};
 
 /// Arguments of `umbra-bench outages`.
@@ -48,8 +47,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         print!("{}", outages.table());
         all.push(outages);
     }
-    let path = target_dir().join("bench/outages.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")?;
-    println!("written to {}", path.display());
+    write_json("outages.json", &all)?;
     Ok(ExitCode::SUCCESS)
 }

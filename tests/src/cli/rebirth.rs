@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::say;
-use crate::assets::target_dir;
+use super::{say, write_json};
 use crate::measure::rebirth::{self, RebirthSpec};
 
 /// Arguments of `umbra-bench rebirth`.
@@ -28,8 +27,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         print!("{}", measured.table());
         all.push(measured);
     }
-    let path = target_dir().join("bench/rebirth.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")?;
-    println!("written to {}", path.display());
+    write_json("rebirth.json", &all)?;
     Ok(ExitCode::SUCCESS)
 }

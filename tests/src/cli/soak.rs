@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::say;
-use crate::assets::target_dir;
+use super::{say, write_json};
 use crate::measure::soak::{self, SoakSpec};
 
 /// Arguments of `umbra-bench soak`.
@@ -31,8 +30,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (nic, sound) = (args.nic.as_str().into(), args.sound.as_str().into());
     let result = soak::run(&SoakSpec { nic, sound, seconds: args.seconds, loops: args.loops }, &say)?;
     println!("{}", result.line());
-    let path = target_dir().join("bench/soak.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&result)? + "\n")?;
-    println!("written to {}", path.display());
+    write_json("soak.json", &result)?;
     Ok(if result.alarms.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::say;
-use crate::assets::target_dir;
+use super::{say, write_json};
 use crate::demo::attempts;
 use crate::measure::sound::{self, SoundMeasureSpec};
 
@@ -37,8 +36,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         print!("{}", results.table());
         all.push(results);
     }
-    let path = target_dir().join("bench/sound.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")?;
-    println!("written to {}", path.display());
+    write_json("sound.json", &all)?;
     Ok(ExitCode::SUCCESS)
 }

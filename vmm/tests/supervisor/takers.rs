@@ -251,8 +251,8 @@ fn a_machine_that_cannot_be_prepared_says_why() {
     let dies = "kept slow-to-look=2 die-after-forwarding=1 ";
     let (error, _) = ends(dies, "snapshots = true\nrestart = { limit = 0 }");
     assert!(error.starts_with("nic0: no snapshot is taken: more than 0 failures"), "{error}");
-    for none in ["snapshots = false", "snapshots = true\nspare = \"0000:04:00.0\""] {
-        let (error, _) = ends("", none);
+    for none in ["snapshots = false".into(), format!("snapshots = true\nspare = \"{SPARE}\"")] {
+        let (error, _) = ends("", &none);
         assert!(error.starts_with("there is nothing to prepare"), "{error}");
     }
 }
