@@ -250,6 +250,19 @@ pub enum CrashKind {
     LockNetwork,
 }
 
+/// Most ranges of memory that an agent gives up: a line of them is far shorter than [`MAX_LINE`].
+pub const MAX_UNUSED: usize = 256;
+
+/// Memory of a driver VM: whole huge pages of 2 MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryRange {
+    /// Guest physical address, a multiple of 2 MiB.
+    pub start: u64,
+    /// Bytes, a multiple of 2 MiB and not 0.
+    pub length: u64,
+}
+
 /// Agent to host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
@@ -259,6 +272,9 @@ pub enum FromAgent {
     Ready {
         /// All modules of the image are loaded.
         loaded: bool,
+        /// Memory that this VM will never use, by address; at most [`MAX_UNUSED`] ranges. Only with all modules loaded.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        unused: Vec<MemoryRange>,
     },
     /// Answer to [`ToAgent::Begin`].
     Hello {

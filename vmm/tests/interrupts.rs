@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{Code, Files, elf, kvm};
 use umbra_vmm::vm::interrupt::MsiMessage;
+use umbra_vmm::vm::machine::unused::Unused;
 use umbra_vmm::vm::machine::vm::Vm;
 
 /// The vector in the message, and what the handler prints.
@@ -55,7 +56,7 @@ fn an_eventfd_interrupts_and_masked_interrupts_wait() {
     let files = Files::new(&elf(&guest()));
     let spec = files.spec();
     let memory = umbra_vmm::vm::machine::memory::create(&spec.name, spec.memory.0).unwrap();
-    let vm = Vm::new(&spec, memory).unwrap();
+    let vm = Vm::new(&spec, memory, Unused::default()).unwrap();
     let mut vector = vm.interrupts.msi_vector().unwrap();
     let vcpus = vm.start(vm.load(&spec).unwrap()).unwrap();
     wait_for(&files, "r");

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use common::{Code, Files, Process, kvm};
 use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use umbra_driver_vm::protocol::MemoryRange;
 use umbra_vmm::vm::machine::state::{ChipsState, MachineState, VcpuState, msr_indices};
 use umbra_vmm::vm::machine::{cpuid, kvm as machine_kvm};
 use umbra_vmm::wire::messages::{FromVm, SnapshotNews, SnapshotOf, ToVm, VmSpec};
@@ -203,7 +204,7 @@ fn taken() -> (tempfile::TempDir, PathBuf, u32) {
     vm.wait_for("up");
     wait_for_bytes(&vm, 16);
     let count = *counts(&console(&vm)[2..]).last().unwrap();
-    vm.send(&ToVm::Snapshot);
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
     let SnapshotNews::Taken(bytes) = news(&vm) else { panic!("not taken") };
     assert!(bytes < 1 << 20, "only what the guest has touched: {bytes}");
     // It goes on afterwards, where it stood.
@@ -212,6 +213,67 @@ fn taken() -> (tempfile::TempDir, PathBuf, u32) {
     assert!(all.windows(2).all(|pair| pair[1] == pair[0] + 4096), "{all:?}");
     vm.kill();
     (dir, kernel, count)
+}
+
+/// What the VM's process has of the VM's memory, in KiB.
+fn resident_kib(vm: &Process) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Backs all of the VM's memory, as a boot may: writes to each of its pages through the process's own file.
+fn fill(vm: &Process, size: u64) {
+    use std::os::unix::fs::FileExt;
+    let files = fs::read_dir(format!("/proc/{}/fd", vm.child.id())).unwrap().flatten();
+    let is_memory = |path: &PathBuf| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:umbra-"));
+    let path = files.map(|entry| entry.path()).find(is_memory).unwrap();
+    let memory = fs::File::options().write(true).open(path).unwrap();
+    for page in (12 << 20..size).step_by(4096) {
+        memory.write_all_at(b"old", page).unwrap();
+    }
+}
+
+#[test]
+fn memory_that_was_given_up_is_nobody_s_any_more() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    fs::write(&kernel, common::elf(&counter())).unwrap();
+    let cache = dir.path().join("cache");
+    let (size, given) = (64 << 20, MemoryRange { start: 12 << 20, length: 48 << 20 });
+    let mut vm = start(&cache, &kernel, |spec| spec.memory.0 = size);
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
+    fill(&vm, size);
+    // A lie costs nothing but what it would have spared.
+    vm.send(&ToVm::Snapshot { unused: vec![MemoryRange { length: 1 << 40, ..given }] });
+    let SnapshotNews::Taken(all) = news(&vm) else { panic!("not taken") };
+    assert!(all > 48 << 20, "{all}");
+    vm.kill();
+
+    fs::remove_file(only_file(&cache)).unwrap();
+    let mut vm = start(&cache, &kernel, |spec| spec.memory.0 = size);
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
+    fill(&vm, size);
+    wait_for_bytes(&vm, 16);
+    let count = *counts(&console(&vm)[2..]).last().unwrap();
+    vm.send(&ToVm::Snapshot { unused: vec![given] });
+    let SnapshotNews::Taken(bytes) = news(&vm) else { panic!("not taken") };
+    // What lies behind it is there still.
+    assert!(((4 << 20)..(6 << 20)).contains(&bytes), "{bytes}");
+    vm.kill();
+
+    let mut vm = start(&cache, &kernel, |spec| spec.memory.0 = size);
+    assert_eq!(news(&vm), SnapshotNews::Restored);
+    wait_for_bytes(&vm, 16);
+    assert!(counts(&console(&vm))[0] >= count, "it goes on where it stood");
+    let resident = resident_kib(&vm);
+    assert!(resident <= 16 << 10, "{resident} KiB");
+    vm.kill();
 }
 
 /// The snapshot in `cache`, which has no other file.
@@ -229,7 +291,7 @@ fn damage(file: &Path, offset: usize) {
 /// The VM, which boots, leaves a snapshot in place of the one that it has refused, and others are restored from that.
 fn replaces(mut vm: Process, cache: &Path, kernel: &Path) {
     vm.wait_for("up");
-    vm.send(&ToVm::Snapshot);
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
     assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
     vm.kill();
     let mut vm = start(cache, kernel, |_| {});
@@ -357,7 +419,7 @@ fn a_snapshot_that_cannot_be_used_costs_a_boot_and_says_why() {
         wait_for_bytes(&vm, 16);
         assert_eq!(counts(&console(&vm)[2..])[0], 4096, "as after power-on");
         // It is replaced by a better one.
-        vm.send(&ToVm::Snapshot);
+        vm.send(&ToVm::Snapshot { unused: Vec::new() });
         assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
         vm.kill();
         let mut vm = start(&cache, &kernel, |_| {});
@@ -398,7 +460,7 @@ fn a_folder_that_others_may_write_to_is_not_used() {
     let SnapshotNews::Refused(said) = news(&vm) else { panic!("not refused") };
     assert!(said.contains("others may write to it"), "{said}");
     vm.wait_for("up");
-    vm.send(&ToVm::Snapshot);
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
     assert!(said.contains("others may write to it"), "{said}");
     vm.kill();
@@ -423,7 +485,7 @@ fn what_is_more_urgent_ends_a_snapshot() {
     // While the process stands still, both arrive.
     let pid = nix::unistd::Pid::from_raw(vm.child.id().cast_signed());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    vm.send(&ToVm::Snapshot);
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
     vm.send(&ToVm::QueryStatus);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
@@ -530,7 +592,7 @@ fn twins_have_different_generation_ids_and_one_event_each_and_their_time_goes_on
     let mut first = start(&cache, &kernel, |_| {});
     assert_eq!(news(&first), SnapshotNews::Missing);
     let before = *turns(&first).last().unwrap();
-    first.send(&ToVm::Snapshot);
+    first.send(&ToVm::Snapshot { unused: Vec::new() });
     assert!(matches!(news(&first), SnapshotNews::Taken(_)));
     let own = turns(&first);
     assert!(own.iter().all(|turn| (turn.events, turn.id) == (0, before.id)), "{own:x?}");

@@ -111,7 +111,7 @@ impl DriverVm {
 
     /// Waits for the agent and tells it which life this is.
     pub fn begin(&mut self) {
-        self.expect(|m| matches!(m, FromAgent::Ready { loaded: false }));
+        self.expect(|m| matches!(m, FromAgent::Ready { loaded: false, .. }));
         let (entropy, unix_ns) = (Entropy([7; ENTROPY_BYTES]), 1_700_000_000_000_000_000);
         self.send(&ToAgent::Begin { generation: 3, entropy, unix_ns });
         self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));

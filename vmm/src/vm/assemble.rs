@@ -16,6 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use super::devices::{self, Devices};
 use super::host::Host;
 use super::machine::memory::{self, Pace};
+use super::machine::unused::Unused;
 use super::machine::vm::Vm;
 use super::process::{Error, Subscriber};
 use super::snapshot::{self, Found, Place};
@@ -64,10 +65,10 @@ pub(super) fn assemble(spec: &VmSpec, files: Vec<OwnedFd>, host: &Arc<Host>) -> 
         }
     };
     if !spec.passthrough.is_empty() || spec.awaits_device {
-        memory::collapse(&memory, if spec.has_time { Pace::Gentle } else { Pace::Steady });
+        memory::collapse(&memory, &Unused::default(), if spec.has_time { Pace::Gentle } else { Pace::Steady });
     }
     tracing::debug!("memory is there");
-    let vm = Vm::new(spec, memory)?;
+    let vm = Vm::new(spec, memory, Unused::default())?;
     let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
     let devices = devices::add(&vm, (spec, files), host, &mut events)?;
     tracing::debug!("devices are there");
@@ -110,7 +111,7 @@ fn restored(
     }
     let Some(found) = place.find().map_err(|why| refused(why.into()))? else { return Ok(Attempt::Missing(place)) };
     let ports = KeptOpen::of(spec).map_err(|why| refused(snapshot::Error::Memory(why).into()))?;
-    match restore(spec, &found, memory, host) {
+    match restore(spec, found, memory, host) {
         Ok(assembled) => Ok(Attempt::Restored(Box::new(assembled))),
         Err(why) => {
             ports.put_back();
@@ -119,12 +120,13 @@ fn restored(
     }
 }
 
-fn restore(spec: &VmSpec, found: &Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
-    memory::collapse(memory, Pace::Swift);
+fn restore(spec: &VmSpec, found: Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
+    let unused = found.unused(memory)?;
+    memory::collapse(memory, &unused, Pace::Swift);
     tracing::debug!("memory is there");
     found.fill(memory)?;
     tracing::debug!("memory is filled");
-    let vm = Vm::new(spec, memory.clone())?;
+    let vm = Vm::new(spec, memory.clone(), unused)?;
     let mut events = EventManager::<Subscriber>::new().map_err(Error::Events)?;
     let devices = devices::add(&vm, (spec, Vec::new()), host, &mut events)?;
     let vcpus = vm.create_vcpus()?;

@@ -190,6 +190,7 @@ fn new_vfio(vm: &Vm) -> Result<Arc<Vfio>, Error> {
     Ok(Vfio::new(VmResources {
         vm: Arc::clone(&vm.fd),
         memory: vm.memory.clone(),
+        unused: Arc::clone(&vm.unused),
         interrupts: Arc::clone(&vm.interrupts),
         slots: Arc::clone(&vm.slots),
     })?)
@@ -304,7 +305,7 @@ impl Devices {
             | ToVm::Release
             | ToVm::LockUp
             | ToVm::Plug { .. }
-            | ToVm::Snapshot => {}
+            | ToVm::Snapshot { .. } => {}
         }
     }
 

@@ -30,6 +30,7 @@ use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
 use crate::wire::messages::{FromVm, SnapshotNews, ToVm, VmEnd, VmSpec};
+use umbra_driver_vm::protocol::MemoryRange;
 
 /// Where the VM's spec comes from.
 #[derive(Debug)]
@@ -193,7 +194,8 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if orders.lock_up {
             vcpus.lock_up();
         }
-        if orders.snapshot {
+        if let Some(unused) = orders.snapshot {
+            give_up(&vm, unused);
             take_snapshot((&vm, &vcpus), snapshot.take(), host);
         }
         for subscriber in lock(&control).devices.take_subscribers() {
@@ -216,6 +218,15 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
     host.finish();
     Ok((how, registers))
+}
+
+/// Gives memory back that the agent of the VM says is unused. A VM whose agent lies keeps all of its memory.
+fn give_up(vm: &Vm, unused: Vec<MemoryRange>) {
+    let (bytes, start) = (unused.iter().map(|range| range.length).sum::<u64>(), Time::now());
+    match vm.unused.give_up(&vm.memory, unused) {
+        Ok(()) => tracing::debug!("{} MiB went back to the host in {:?}", bytes >> 20, Time::now().since(start)),
+        Err(why) => tracing::warn!("its agent: {}", chain(&why)),
+    }
 }
 
 /// Takes the snapshot of a VM, once.
@@ -256,8 +267,8 @@ struct Control {
 struct Orders {
     /// The vCPUs are to be locked up.
     lock_up: bool,
-    /// A snapshot is to be taken.
-    snapshot: bool,
+    /// A snapshot is to be taken, of a VM that gives this memory up first.
+    snapshot: Option<Vec<MemoryRange>>,
 }
 
 /// What the descriptors are registered as.
@@ -287,7 +298,7 @@ impl Control {
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
             ToVm::LockUp => self.orders.lock_up = true,
-            ToVm::Snapshot => self.orders.snapshot = true,
+            ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
             ToVm::Release => {
                 self.devices.release();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });

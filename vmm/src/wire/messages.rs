@@ -9,7 +9,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_driver_vm::protocol::{Mac, MemoryRange, Offloads, RxMode};
 pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::sound::{Card, Policy};
 use umbra_shadow::{DeviceId, Generation, LinkId};
@@ -173,7 +173,10 @@ pub enum ToVm {
     },
     /// Driver VM that waits: take a snapshot of it now; answered by [`FromVm::Snapshot`]. It is given up for any message that comes
     /// meanwhile.
-    Snapshot,
+    Snapshot {
+        /// What its agent says of memory that it never uses: it goes back to the host, in this life and those that are restored.
+        unused: Vec<MemoryRange>,
+    },
     /// Driver VM: the connection of its end `end` (by position among its ends) with a guest's device; one that is there is
     /// ended. Descriptor attached: the connected socket (vhost-user for a network device, a stream for a sound device).
     Connect {

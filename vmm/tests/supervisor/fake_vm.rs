@@ -209,7 +209,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
         None => false,
     };
     if !restored {
-        say(FromAgent::Ready { loaded: false });
+        say(FromAgent::Ready { loaded: false, unused: Vec::new() });
     }
     let mut lines = BufReader::new(agent).lines();
     let begin = lines.next().unwrap().unwrap();
@@ -305,14 +305,14 @@ fn snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
             return true;
         }
     }
-    say(FromAgent::Ready { loaded: false });
-    say(FromAgent::Ready { loaded: true });
+    say(FromAgent::Ready { loaded: false, unused: Vec::new() });
+    say(FromAgent::Ready { loaded: true, unused: Vec::new() });
     if spec.cmdline.contains("slow-to-be-saved ") {
         return false;
     }
     // Whatever else came before this would be in the snapshot.
     let first = channel.receive::<ToVm>().unwrap();
-    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot, _)), "{first:?}");
+    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot { .. }, _)), "{first:?}");
     println!("[    1.0] {} is saved", spec.name);
     tell(if spec.name == "nic0.2" { SnapshotNews::Taken(1 << 20) } else { SnapshotNews::NotTaken("no room".into()) });
     false
@@ -352,20 +352,20 @@ fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> b
     if told("dies-of-saving") {
         std::process::exit(9);
     }
-    say(FromAgent::Ready { loaded: false });
+    say(FromAgent::Ready { loaded: false, unused: Vec::new() });
     if spec.name == "nic0.1" || told("slow-to-be-saved") {
         return false;
     }
     while told("slow-to-load") && !file.with_file_name("may-load").exists() {
         thread::sleep(Duration::from_millis(10));
     }
-    say(FromAgent::Ready { loaded: true });
+    say(FromAgent::Ready { loaded: true, unused: Vec::new() });
     if !spec.has_time {
         // It serves, and is told at once which life it is.
         return false;
     }
     let first = channel.receive::<ToVm>().unwrap();
-    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot, _)), "{first:?}");
+    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot { .. }, _)), "{first:?}");
     if spec.cmdline.contains("full-disk ") {
         tell(SnapshotNews::NotTaken("write the snapshot: No space left on device".into()));
         return false;

@@ -18,7 +18,7 @@ use crate::network_thread::{Missing, NetworkThread, Report};
 use crate::port::Port;
 use crate::self_test;
 use crate::sound::{self, Service};
-use crate::{kernel_log, pci, system};
+use crate::{kernel_log, pci, system, unused};
 
 /// Interval at which a host that has closed its end is looked for again; poll(2) cannot wait for it.
 const HOST_AWAY: Duration = Duration::from_millis(20);
@@ -63,7 +63,7 @@ impl Agent {
         let (generation, host_away, beats) = (None, false, 0);
         let due = Due::after_boot(Duration::from_millis(system::uptime_ms()));
         let mut new = Self { port, generation, host_away, loading, task, due, beats, next_beat };
-        new.port.send(&FromAgent::Ready { loaded: false })?;
+        new.port.send(&FromAgent::Ready { loaded: false, unused: Vec::new() })?;
         Ok(new)
     }
 
@@ -130,11 +130,11 @@ impl Agent {
         }
     }
 
-    /// All modules are loaded.
+    /// All modules are loaded. A VM that does not know yet which life it is may be saved next: it gives up what memory it can.
     fn say_loaded(&mut self) -> anyhow::Result<()> {
         self.port.send(&match self.generation {
             Some(_) => FromAgent::Loaded { uptime_ms: system::uptime_ms() },
-            None => FromAgent::Ready { loaded: true },
+            None => FromAgent::Ready { loaded: true, unused: unused::give_up() },
         })
     }
 

@@ -21,6 +21,7 @@ mod self_test;
 mod sound;
 mod system;
 mod transmit;
+mod unused;
 
 use std::process::ExitCode;
 

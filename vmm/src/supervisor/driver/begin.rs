@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, ToAgent};
+use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy, MemoryRange, ToAgent};
 use umbra_guest_images::image::{Image, Manifest};
 
 use crate::base::random::random;
@@ -56,8 +56,13 @@ fn digest(image: &Image) -> String {
 }
 
 impl Supervisor {
-    /// The agent asks which life this is; whether all of its modules are `loaded`.
-    pub(in crate::supervisor) fn on_agent_ready(&mut self, n: DriverId, role: LifeRole, loaded: bool) {
+    /// The agent asks which life this is; whether all of its modules are `loaded`, and what memory is `unused` then.
+    pub(in crate::supervisor) fn on_agent_ready(
+        &mut self,
+        (n, role): (DriverId, LifeRole),
+        loaded: bool,
+        unused: Vec<MemoryRange>,
+    ) {
         let Some(life) = self.drivers[n].life_of_mut(role) else { return };
         match life.begin {
             Begin::Boots => self.begin(n, role),
@@ -68,7 +73,7 @@ impl Supervisor {
                 if !loaded {
                     return;
                 }
-                if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot, &[]) {
+                if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot { unused }, &[]) {
                     if self.drivers[n].has_taker() && role == LifeRole::Standby {
                         return self.drive(n, Input::StandbyFailed(format!("ask for a snapshot: {error}")));
                     }

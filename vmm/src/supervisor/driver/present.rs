@@ -111,7 +111,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_agent_message(&mut self, n: DriverId, message: FromAgent) {
         let now = Time::now();
         match message {
-            FromAgent::Ready { loaded } => self.on_agent_ready(n, LifeRole::Present, loaded),
+            FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Present), loaded, unused),
             FromAgent::Hello { generation, kernel, .. } => {
                 let driver = &mut self.drivers[n];
                 let current = Generation::new(generation).filter(|generation| driver.is_current(*generation));

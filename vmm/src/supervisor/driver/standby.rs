@@ -204,7 +204,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let standby = driver.standby.as_mut()?;
         match message {
-            FromAgent::Ready { loaded } => self.on_agent_ready(n, LifeRole::Standby, loaded),
+            FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Standby), loaded, unused),
             FromAgent::Hello { generation, kernel, .. } => {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));

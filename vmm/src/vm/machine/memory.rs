@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -22,12 +22,13 @@ use vm_memory::{
 };
 
 use super::layout;
+use super::unused::Unused;
 use crate::base::lock::lock;
 
 /// Page size of the host and of KVM's slots.
 const PAGE: u64 = 4096;
 /// A huge page of x86-64. KVM maps guest memory by huge pages where guest and host address agree modulo this.
-const HUGE_PAGE: usize = 2 << 20;
+pub(super) const HUGE_PAGE: usize = 2 << 20;
 /// A huge page that takes longer has cost others their punctuality.
 const SLOW_PAGE: Duration = Duration::from_millis(50);
 
@@ -160,14 +161,20 @@ pub enum Pace {
 /// Bytes of a call at [`Pace::Swift`].
 const SWIFT: usize = 16 << 20;
 
-/// Backs all of `memory` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For memory
-/// that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
-pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
+/// Backs all of `memory` that is not `unused` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For
+/// memory that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
+pub fn collapse(memory: &GuestMemoryMmap, unused: &Unused, pace: Pace) {
     let step = if pace == Pace::Swift { SWIFT } else { HUGE_PAGE };
     for region in memory.iter() {
-        for offset in (0..region.len()).step_by(step) {
+        let first = region.start_addr().0;
+        let used = unused.rest_of(first, region.len()).into_iter();
+        let parts = used.flat_map(|used| {
+            let end = used.end;
+            used.step_by(step).map(move |at| (at - first, usize::try_from(end - at).unwrap_or(step).min(step)))
+        });
+        for (offset, length) in parts {
             let start = Instant::now();
-            if let Err(error) = collapse_part(region, offset, step) {
+            if let Err(error) = collapse_part(region, offset, length) {
                 tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
@@ -182,19 +189,30 @@ pub fn collapse(memory: &GuestMemoryMmap, pace: Pace) {
     }
 }
 
-/// Backs `length` bytes of `region` from `offset` on, or what is left there, with huge pages.
+/// Backs `length` bytes of `region` from `offset` on with huge pages.
 fn collapse_part(region: &GuestRegionMmap, offset: u64, length: usize) -> io::Result<()> {
-    let left = usize::try_from(region.len() - offset).unwrap_or(length).min(length);
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
-    for page in (offset..offset + left as u64).step_by(HUGE_PAGE) {
+    for page in (offset..offset + length as u64).step_by(HUGE_PAGE) {
         let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;
     }
     let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
-    match unsafe { libc::madvise(host.cast(), left, libc::MADV_COLLAPSE) } {
+    match unsafe { libc::madvise(host.cast(), length, libc::MADV_COLLAPSE) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Makes `length` bytes of `memory` from the guest physical address `start` on, which are in one region, hold zeros, and take no room.
+pub fn discard(memory: &GuestMemoryMmap, start: u64, length: u64) -> io::Result<()> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let region = memory.find_region(GuestAddress(start)).ok_or_else(outside)?;
+    let file = region.file_offset().ok_or_else(outside)?;
+    let offset = file.start() + (start - region.start_addr().0);
+    let offset = libc::off_t::try_from(offset).map_err(|_| outside())?;
+    let length = libc::off_t::try_from(length).map_err(|_| outside())?;
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    Ok(fallocate(file.file(), punch, offset, length)?)
 }
 
 fn sealed_memfd(name: &str, size: u64) -> io::Result<File> {

@@ -14,5 +14,6 @@ pub mod legacy;
 pub mod memory;
 pub mod state;
 pub mod terminal;
+pub mod unused;
 pub mod vcpu;
 pub mod vm;

@@ -15,6 +15,7 @@ use super::coalesced::CoalescedWrites;
 use super::end::End;
 use super::legacy::{Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
+use super::unused::Unused;
 use super::vcpu::{self, Shared, Vcpus};
 use super::{boot, cpuid, generation_id, kvm, layout, state};
 use crate::vm::interrupt::{self, Interrupts};
@@ -65,6 +66,8 @@ pub struct Vm {
     pub fd: Arc<VmFd>,
     /// The guest's memory.
     pub memory: GuestMemoryMmap,
+    /// What of it the guest has given up.
+    pub unused: Arc<Unused>,
     /// KVM's memory slots.
     pub slots: Arc<MemorySlots>,
     /// Interrupts towards the guest.
@@ -89,8 +92,9 @@ fn eventfd() -> Result<EventFd, Error> {
 }
 
 impl Vm {
-    /// Everything but PCI devices and a kernel, with `memory`, which is that of `spec` and holds zeros or what a snapshot held.
-    pub fn new(spec: &VmSpec, memory: GuestMemoryMmap) -> Result<Self, Error> {
+    /// Everything but PCI devices and a kernel, with `memory`, which is that of `spec` and holds zeros or what a snapshot held, and of
+    /// which nothing or what the snapshot says is `unused`.
+    pub fn new(spec: &VmSpec, memory: GuestMemoryMmap, unused: Unused) -> Result<Self, Error> {
         let kvm = kvm::open()?;
         let fd = kvm::create_vm(&kvm, spec.cpus)?;
         let slots = MemorySlots::new(Arc::clone(&fd), kvm.get_nr_memslots());
@@ -108,8 +112,22 @@ impl Vm {
         let mmio64_end = mmio64_end(&kvm)?;
         let platform = Platform { cpus: spec.cpus, mmio64_end, generation_id: spec.snapshot_of.is_some() };
         let bus = Arc::new(Bus { legacy, pci: PciBus::new(windows(mmio64_end)) });
-        let coalesces = spec.polls_console;
-        Ok(Self { fd, memory, slots, interrupts, bus, end, serial, panicked, kvm, platform, coalesces, _ram: ram })
+        let (coalesces, unused) = (spec.polls_console, Arc::new(unused));
+        Ok(Self {
+            fd,
+            memory,
+            unused,
+            slots,
+            interrupts,
+            bus,
+            end,
+            serial,
+            panicked,
+            kvm,
+            platform,
+            coalesces,
+            _ram: ram,
+        })
     }
 
     /// Loads the kernel; the vCPUs as they start it. Devices must be on the bus.

@@ -33,7 +33,7 @@ pub const MAX_MEMORY: u64 = 64 << 30;
 
 const MAGIC: [u8; 8] = *b"UMBRASNP";
 /// Changed with every change of the layout or of the state's fields.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// What a snapshot is of: SHA-256 over everything that a restored VM has to agree with.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -79,7 +79,7 @@ fn another_key_memory_or_version_is_refused_by_name() {
     assert!(Contents::read(&bytes[..], &KEY, 2 * MEMORY).is_err());
     bytes[8] = 9;
     let error = Contents::read(&bytes[..], &KEY, MEMORY).unwrap_err();
-    assert_eq!(error.to_string(), "it has format 9; this program writes and reads format 3");
+    assert_eq!(error.to_string(), "it has format 9; this program writes and reads format 4");
 }
 
 /// A header that is wrong, with checksums that are right.

@@ -5,11 +5,11 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::Error;
-use super::format::{Contents, FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
+use super::format::{FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
+use crate::vm::machine::memory::discard;
 
 /// Bytes read at once when a snapshot is taken.
 const PIECE: usize = MAX_RUN * PAGE;
@@ -52,16 +52,16 @@ pub fn save(memory: &GuestMemoryMmap, writer: &mut Writer<'_>, go_on: &mut dyn F
     Ok(())
 }
 
-/// Fills `memory`, which holds zeros, with the pages of `contents` from `file`, by several threads.
+/// Fills `memory`, which holds zeros, with the pages of `runs` from `file`, by several threads.
 ///
 /// # Errors
 /// The file cannot be read, or a page is damaged: then the memory holds anything.
-pub fn fill(memory: &GuestMemoryMmap, contents: &Contents, file: &File) -> Result<(), Error> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(contents.runs.len());
+pub fn fill(memory: &GuestMemoryMmap, runs: &[Run], file: &File) -> Result<(), Error> {
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(runs.len());
     let next = AtomicUsize::new(0);
     let work = || -> Result<(), Error> {
         let mut bytes = vec![0; PIECE];
-        while let Some(run) = contents.runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
             fill_run(memory, run, file, &mut bytes[..run.length])?;
         }
         Ok(())
@@ -97,14 +97,7 @@ fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File, bytes: &mut [u8]) 
 
 /// Makes all of `memory` hold zeros again, and take no room.
 pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
-    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    for region in memory.iter() {
-        let Some(file) = region.file_offset() else { continue };
-        let (start, length) = (i64::try_from(file.start()), i64::try_from(region.len()));
-        let (Ok(start), Ok(length)) = (start, length) else { continue };
-        fallocate(file.file(), punch, start, length)?;
-    }
-    Ok(())
+    memory.iter().try_for_each(|region| discard(memory, region.start_addr().0, region.len()))
 }
 
 #[cfg(test)]
@@ -112,7 +105,7 @@ pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
 mod tests {
     use vm_memory::GuestAddress;
 
-    use super::super::format::Key;
+    use super::super::format::{Contents, Key};
     use super::*;
     use crate::vm::machine::{layout, memory::create};
 
@@ -136,7 +129,7 @@ mod tests {
 
         let contents = Contents::read(&file, &KEY, size_of_both).unwrap();
         let after = create("test", size_of_both).unwrap();
-        fill(&after, &contents, &file).unwrap();
+        fill(&after, &contents.runs, &file).unwrap();
         let bytes = [GuestAddress(0x5000), last_low, first_high].map(|at| after.read_obj::<u8>(at).unwrap());
         assert_eq!(bytes, [1, 2, 3]);
         clear(&after).unwrap();
@@ -155,14 +148,14 @@ mod tests {
         writer.finish(&KEY, 8 << 20, (b"{}", b"")).unwrap();
         let contents = Contents::read(&file, &KEY, 8 << 20).unwrap();
         let after = create("test", 8 << 20).unwrap();
-        fill(&after, &contents, &file).unwrap();
+        fill(&after, &contents.runs, &file).unwrap();
         for page in 0..2048u64 {
             let should = if page % 3 == 0 { 0 } else { page };
             assert_eq!(after.read_obj::<u64>(GuestAddress(page * PAGE as u64 + 8)).unwrap(), should);
         }
         let run = contents.runs[contents.runs.len() / 2];
         std::os::unix::fs::FileExt::write_all_at(&file, &[0xff], run.file).unwrap();
-        let error = fill(&after, &contents, &file).unwrap_err();
+        let error = fill(&after, &contents.runs, &file).unwrap_err();
         assert_eq!(crate::base::error::chain(&error), "its memory is damaged");
     }
 

@@ -25,18 +25,20 @@ use std::path::PathBuf;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use umbra_driver_vm::protocol::MemoryRange;
 use vm_memory::GuestMemoryMmap;
 
 use self::cache::Cache;
 use self::description::Description;
 use self::device::StateError;
-use self::format::{Contents, FormatError, Key, MAX_STATE, Writer};
+use self::format::{Contents, FormatError, Key, MAX_STATE, Run, Writer};
 use self::key::{HostFacts, OfVm};
 use super::interrupt;
 use super::machine::generation_id;
 use super::machine::kvm;
 use super::machine::legacy::LegacyState;
 use super::machine::state::{self, ChipsState, MachineState};
+use super::machine::unused::{self, Unused};
 use super::machine::vcpu::Vcpus;
 use super::machine::vm::Vm;
 use super::pci::bus::BusState;
@@ -60,6 +62,9 @@ pub enum Error {
     /// The VM generation ID.
     #[error(transparent)]
     GenerationId(#[from] generation_id::Error),
+    /// What the VM has given up of its memory.
+    #[error(transparent)]
+    Unused(#[from] unused::Error),
     /// A device's part.
     #[error(transparent)]
     Device(#[from] StateError),
@@ -107,6 +112,8 @@ struct VmState {
     machine: MachineState,
     legacy: LegacyState,
     pci: BusState,
+    /// What it has given up of its memory.
+    unused: Vec<MemoryRange>,
 }
 
 /// Where the snapshot of a VM is, or would be.
@@ -119,10 +126,10 @@ pub struct Place {
 }
 
 /// A snapshot that was found: its file, and what was read of it.
-#[derive(Debug)]
 pub struct Found {
     file: File,
-    contents: Contents,
+    runs: Vec<Run>,
+    state: VmState,
 }
 
 impl Place {
@@ -154,7 +161,8 @@ impl Place {
         let Some(file) = self.cache.open(&self.key)? else { return Ok(None) };
         let contents = Contents::read(&file, &self.key, self.memory)?;
         cache::was_used(&file);
-        Ok(Some(Found { file, contents }))
+        let state = serde_json::from_slice(&contents.state).map_err(Error::State)?;
+        Ok(Some(Found { file, runs: contents.runs, state }))
     }
 
     /// Takes a snapshot of `vm`, whose `vcpus` run before and after. Between two pieces of its memory `go_on` is asked
@@ -165,7 +173,8 @@ impl Place {
     pub fn take(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
         let mut paused = vcpus.pause()?;
         let machine = MachineState { vcpus: std::mem::take(&mut paused.vcpus), chips: ChipsState::take(&vm.fd)? };
-        let state = VmState { machine, legacy: vm.bus.legacy.save()?, pci: vm.bus.pci.save()? };
+        let (legacy, pci, unused) = (vm.bus.legacy.save()?, vm.bus.pci.save()?, vm.unused.ranges());
+        let state = VmState { machine, legacy, pci, unused };
         let state = serde_json::to_vec(&state).map_err(Error::State)?;
         if state.len() as u64 > MAX_STATE {
             return Err(Error::TooLarge(state.len()));
@@ -188,7 +197,15 @@ impl Found {
     /// # Errors
     /// The file is damaged; the memory has to be cleared ([`memory::clear`]).
     pub fn fill(&self, memory: &GuestMemoryMmap) -> Result<(), Error> {
-        memory::fill(memory, &self.contents, &self.file)
+        memory::fill(memory, &self.runs, &self.file)
+    }
+
+    /// What the VM with `memory` has given up of that.
+    ///
+    /// # Errors
+    /// It cannot be true.
+    pub fn unused(&self, memory: &GuestMemoryMmap) -> Result<Unused, Error> {
+        Ok(Unused::restored(memory, self.state.unused.clone())?)
     }
 
     /// Puts all but the memory into `vm`, which has its devices and memory, and into its `vcpus`, none of which has run; and gives it
@@ -196,8 +213,8 @@ impl Found {
     ///
     /// # Errors
     /// KVM or a device refuses; the VM is of no use then.
-    pub fn restore(&self, vm: &Vm, vcpus: &[VcpuFd]) -> Result<(), Error> {
-        let state: VmState = serde_json::from_slice(&self.contents.state).map_err(Error::State)?;
+    pub fn restore(self, vm: &Vm, vcpus: &[VcpuFd]) -> Result<(), Error> {
+        let state = self.state;
         state.machine.restore(&vm.fd, vcpus)?;
         tracing::debug!("KVM has its state");
         // Behind the interrupt controllers: what devices signal now must not be overwritten.

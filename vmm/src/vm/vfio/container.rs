@@ -24,6 +24,7 @@ use crate::host::files::{DeviceFiles, Opener};
 use crate::host::sysfs::HostDevice;
 use crate::vm::interrupt::Interrupts;
 use crate::vm::machine::memory::MemorySlots;
+use crate::vm::machine::unused::Unused;
 
 /// Memory that is locked beside the VM's, in bytes: ring buffers of other libraries, and the kernel's accounting rounds up.
 const LOCKED_SLACK: u64 = 16 << 20;
@@ -35,6 +36,8 @@ pub struct VmResources {
     pub vm: Arc<VmFd>,
     /// All of its memory.
     pub memory: GuestMemoryMmap,
+    /// What of it has been given up: no device reaches that.
+    pub unused: Arc<Unused>,
     /// Its interrupt router.
     pub interrupts: Arc<Interrupts>,
     /// Its KVM memory slots.
@@ -122,16 +125,18 @@ impl Vfio {
     }
 
     fn map(&self, files: &DeviceFiles) -> Result<(), Error> {
-        let size: u64 = self.resources.memory.iter().map(GuestMemoryRegion::len).sum();
+        let VmResources { memory, unused, .. } = &self.resources;
+        let regions = memory.iter().map(|region| (region.start_addr().raw_value(), region.len()));
+        let used: Vec<_> = regions.flat_map(|(first, length)| unused.rest_of(first, length)).collect();
+        let size: u64 = used.iter().map(|part| part.end - part.start).sum();
         raise_locked_memory(size + LOCKED_SLACK);
         let (start, bdf) = (Instant::now(), files.bdf());
-        let mapped = self.resources.memory.iter().try_for_each(|region| {
-            let address = self.resources.memory.get_host_address(GuestAddress(region.start_addr().raw_value()));
-            let address = address.map_err(io::Error::other)?;
-            // SAFETY: the region is guest memory, which is only ever accessed by volatile and atomic operations
-            // and by the kernel (the contract of vm-memory), and which `self.resources` keeps mapped until after
+        let mapped = used.iter().try_for_each(|part| {
+            let address = memory.get_host_address(GuestAddress(part.start)).map_err(io::Error::other)?;
+            // SAFETY: the part is guest memory, inside of one region, which is only ever accessed by volatile and atomic
+            // operations and by the kernel (the contract of vm-memory), and which `self.resources` keeps mapped until after
             // `release` or the end of the process.
-            unsafe { files.map(region.start_addr().raw_value(), region.len(), address) }
+            unsafe { files.map(part.start, part.end - part.start, address) }
         });
         tracing::debug!("{bdf}: {} MiB locked and mapped for DMA in {:?}", size >> 20, start.elapsed());
         mapped.map_err(|source| match source.raw_os_error() {
