@@ -30,8 +30,8 @@ const ROUND_S: u32 = 60;
 /// Round trips of a measurement. Each flush that holds the network up would make one of them slow: with some tens of round trips
 /// between two flushes these are more than one in a hundred.
 const PINGS: u32 = 400;
-/// Longest run of the guest's flushes: it ends with the measurement beside it.
-const FLUSHING: Duration = Duration::from_secs(120);
+/// Longest run of the guest's flushes, longer than that of the measurement beside it, with whose end it ends.
+const FLUSHING: Duration = Duration::from_secs(3600);
 
 /// A block device of 64 MiB in the test host's memory whose every request takes `$LATENCY_NS`.
 const SLOW_DISK: &str =

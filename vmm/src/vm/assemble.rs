@@ -122,7 +122,7 @@ fn restored(
 
 fn restore(spec: &VmSpec, found: Found, memory: &GuestMemoryMmap, host: &Arc<Host>) -> Result<Assembled, Error> {
     let unused = found.unused(memory)?;
-    memory::collapse(memory, &unused, Pace::Swift);
+    memory::collapse(memory, &unused, if spec.has_time { Pace::Swift } else { Pace::Urgent });
     tracing::debug!("memory is there");
     found.fill(memory)?;
     tracing::debug!("memory is filled");

@@ -20,6 +20,8 @@ const HUGE_PAGE: usize = 2 << 20;
 const KEPT: u64 = 24 << 20;
 /// In a larger one this part of its memory stays: who gives a driver VM more memory has a driver that needs it.
 const KEPT_PART: u64 = 4;
+/// Available memory that is left alone while the rest is cleared, in bytes: this VM ends where the kernel finds none.
+const MARGIN: u64 = 8 << 20;
 /// The kernel's pool of huge pages: their number.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 /// Where the pages of this process are (`Documentation/admin-guide/mm/pagemap.rst`).
@@ -28,16 +30,28 @@ const PAGE_MAP: &str = "/proc/self/pagemap";
 const ENTRY: usize = 8;
 
 /// Takes what memory is available, but for what a driver will need, for good; the ranges, by address. A kernel that has no huge pages
-/// keeps its memory.
+/// keeps its memory. What stays free holds zeros afterwards, not what the boot has left there: a snapshot is the smaller.
 pub fn give_up() -> Vec<MemoryRange> {
     let wanted = pages_to_give(system::available_memory(), system::total_memory());
-    if wanted == 0 {
-        return Vec::new();
-    }
-    hold(wanted).unwrap_or_else(|error| {
+    let held = if wanted == 0 { Ok(Vec::new()) } else { hold(wanted) };
+    clear(system::available_memory().saturating_sub(MARGIN));
+    held.unwrap_or_else(|error| {
         kernel_log::info(&format!("no memory is given up: {error:#}"));
         Vec::new()
     })
+}
+
+/// Has the kernel clear `bytes` of free memory, by taking them for a moment.
+fn clear(bytes: u64) {
+    let Ok(length) = usize::try_from(bytes / PAGE as u64 * PAGE as u64) else { return };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody. One of no bytes is refused.
+    let mapped = unsafe { libc::mmap(null_mut(), length, access, flags, -1, 0) };
+    if mapped != libc::MAP_FAILED {
+        // SAFETY: it was just mapped, and nothing refers to it.
+        unsafe { libc::munmap(mapped, length) };
+    }
 }
 
 /// Huge pages that a VM with so many bytes of memory, of which so many are available, can do without.

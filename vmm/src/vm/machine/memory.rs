@@ -24,6 +24,7 @@ use vm_memory::{
 use super::layout;
 use super::unused::Unused;
 use crate::base::lock::lock;
+use crate::base::parallel::in_parallel;
 
 /// Page size of the host and of KVM's slots.
 const PAGE: u64 = 4096;
@@ -156,41 +157,64 @@ pub enum Pace {
     /// [`SWIFT`] bytes at once: each call has the kernel wait for all processors, which for single pages takes longer than the pages. It
     /// lets others go between two pages.
     Swift,
+    /// As before, by several threads: a guest waits for it.
+    Urgent,
 }
 
-/// Bytes of a call at [`Pace::Swift`].
+/// Bytes of a call at [`Pace::Swift`] and [`Pace::Urgent`].
 const SWIFT: usize = 16 << 20;
+/// Most threads at [`Pace::Urgent`]: they wait for the kernel's memory management more than for a processor.
+const MAX_THREADS: usize = 4;
+
+/// A part of a region that is backed by one call.
+struct Part<'a> {
+    region: &'a GuestRegionMmap,
+    offset: u64,
+    length: usize,
+}
 
 /// Backs all of `memory` that is not `unused` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For
 /// memory that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
 pub fn collapse(memory: &GuestMemoryMmap, unused: &Unused, pace: Pace) {
-    let step = if pace == Pace::Swift { SWIFT } else { HUGE_PAGE };
-    for region in memory.iter() {
-        let first = region.start_addr().0;
-        let used = unused.rest_of(first, region.len()).into_iter();
-        let parts = used.flat_map(|used| {
-            let end = used.end;
-            used.step_by(step).map(move |at| (at - first, usize::try_from(end - at).unwrap_or(step).min(step)))
-        });
-        for (offset, length) in parts {
+    let step = if matches!(pace, Pace::Swift | Pace::Urgent) { SWIFT } else { HUGE_PAGE };
+    let parts: Vec<_> = memory.iter().flat_map(|region| parts(region, unused, step)).collect();
+    let threads = if pace == Pace::Urgent { MAX_THREADS } else { 1 };
+    // Nothing is lost with what stays in small pages.
+    let _ = in_parallel(
+        threads,
+        &parts,
+        || (),
+        |(), part| {
             let start = Instant::now();
-            if let Err(error) = collapse_part(region, offset, length) {
+            if let Err(error) = collapse_part(part) {
                 tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
-                    return;
+                    return Err(());
                 }
             }
             let took = start.elapsed();
             if pace == Pace::Gentle {
                 std::thread::sleep(took * if took > SLOW_PAGE { 3 } else { 1 });
             }
-        }
-    }
+            Ok(())
+        },
+    );
 }
 
-/// Backs `length` bytes of `region` from `offset` on with huge pages.
-fn collapse_part(region: &GuestRegionMmap, offset: u64, length: usize) -> io::Result<()> {
+/// What of `region` is in use, `step` bytes at most each.
+fn parts<'a>(region: &'a GuestRegionMmap, unused: &Unused, step: usize) -> Vec<Part<'a>> {
+    let first = region.start_addr().0;
+    let used = unused.rest_of(first, region.len()).into_iter();
+    used.flat_map(|used| {
+        let left = move |at| usize::try_from(used.end - at).unwrap_or(step).min(step);
+        (used.start..used.end).step_by(step).map(move |at| Part { region, offset: at - first, length: left(at) })
+    })
+    .collect()
+}
+
+/// Backs a part with huge pages.
+fn collapse_part(&Part { region, offset, length }: &Part<'_>) -> io::Result<()> {
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
     for page in (offset..offset + length as u64).step_by(HUGE_PAGE) {
         let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;

@@ -2,13 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::Error;
 use super::format::{FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
+use crate::base::parallel::in_parallel;
 use crate::vm::machine::memory::discard;
 
 /// Bytes read at once when a snapshot is taken.
@@ -57,24 +56,8 @@ pub fn save(memory: &GuestMemoryMmap, writer: &mut Writer<'_>, go_on: &mut dyn F
 /// # Errors
 /// The file cannot be read, or a page is damaged: then the memory holds anything.
 pub fn fill(memory: &GuestMemoryMmap, runs: &[Run], file: &File) -> Result<(), Error> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(runs.len());
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<(), Error> {
-        let mut bytes = vec![0; PIECE];
-        while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            fill_run(memory, run, file, &mut bytes[..run.length])?;
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut result = work();
-        for other in others {
-            let joined = other.join().unwrap_or_else(|_| Err(Error::Memory(io::Error::other("a thread has panicked"))));
-            result = result.and(joined);
-        }
-        result
-    })
+    let piece = || vec![0; PIECE];
+    in_parallel(MAX_THREADS, runs, piece, |bytes, run| fill_run(memory, run, file, &mut bytes[..run.length]))
 }
 
 fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File, bytes: &mut [u8]) -> Result<(), Error> {
