@@ -6,6 +6,8 @@ NIC     ?= e1000e
 SOUND   ?= hda
 CRASHES ?= 3
 PREFIX  ?= /usr
+# Where debuggers look for what is stripped from programs in PREFIX/bin.
+DEBUG    = $(PREFIX)/lib/debug$(PREFIX)/bin
 SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
@@ -76,7 +78,12 @@ packaging: build
 	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|' packaging/umbra@.service > target/packaging/umbra@.service
 
 install: packaging
-	@install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/umbra $(TARGET)/umbra-agent $(TARGET)/umbra-sound
+	@mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DEBUG)
+	@set -e; for program in umbra umbra-agent umbra-sound; do \
+	  objcopy --only-keep-debug $(TARGET)/$$program $(DESTDIR)$(DEBUG)/$$program.debug; \
+	  install -m 755 -s $(TARGET)/$$program $(DESTDIR)$(PREFIX)/bin; \
+	  objcopy --add-gnu-debuglink=$(DESTDIR)$(DEBUG)/$$program.debug $(DESTDIR)$(PREFIX)/bin/$$program; \
+	done
 	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/packaging/man/*.1
 	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra

@@ -180,12 +180,7 @@ impl Rebirth {
         let mut text = Spread::heading(&self.nic);
         text.extend(self.figures.iter().map(Spread::line));
         text.extend(self.ratios.iter().map(|(what, ratio)| format!("{what:<30}{ratio:>16.3}\n")));
-        let mib = |kib: u64| kib as f64 / 1024.0;
-        let process = |memory: &Memory| {
-            let (all, guest) = (mib(memory.resident_kib), mib(memory.guest_memory_kib));
-            format!("{:<30}{all:>12.1} MiB, of which the VM's {guest:.1}\n", memory.process)
-        };
-        text.extend(self.memory.iter().map(process));
+        text.extend(self.memory.iter().map(Memory::line));
         text
     }
 }

@@ -32,15 +32,32 @@ pub struct OutageFigures {
     pub parts: Value,
 }
 
-/// One process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// The memory of one process, KiB.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// Which.
     pub process: String,
-    /// Resident, KiB.
-    pub resident_kib: u64,
-    /// Of that, shared memory: the VM's own, as far as it touched it. KiB.
-    pub guest_memory_kib: u64,
+    /// The memory of its VM that is there.
+    pub vm_kib: u64,
+    /// What is pinned, for DMA.
+    pub pinned_kib: u64,
+    /// Page tables of the process.
+    pub page_tables_kib: u64,
+    /// All else: code, heap, stacks. What several processes share counts for each by its part.
+    pub rest_kib: u64,
+}
+
+impl Memory {
+    /// For people.
+    pub fn line(&self) -> String {
+        let [vm, pinned, tables, rest] =
+            [self.vm_kib, self.pinned_kib, self.page_tables_kib, self.rest_kib].map(|kib| mib(kib));
+        let all = mib(self.vm_kib + self.page_tables_kib + self.rest_kib);
+        let process = &self.process;
+        format!(
+            "{process:<30}{all:>9.1} MiB: its VM's {vm:.1} ({pinned:.1} pinned), page tables {tables:.1}, the rest {rest:.1}\n"
+        )
+    }
 }
 
 /// All figures of one NIC.
@@ -99,14 +116,7 @@ impl Results {
             }
         }
         self.outages(&mut text);
-        for memory in &self.memory {
-            text.push_str(&format!(
-                "{:<30}{:>9.1} MiB resident, {:.1} of it the VM's memory\n",
-                memory.process,
-                mib(memory.resident_kib),
-                mib(memory.guest_memory_kib)
-            ));
-        }
+        text.extend(self.memory.iter().map(Memory::line));
         if let Some(smallest) = self.smallest_mib {
             text.push_str(&format!("{:<30}{smallest:>9} MiB\n", "driver VM boots in"));
         }
