@@ -15,6 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
+use umbra_driver_vm::protocol::MemoryRange;
 
 use super::assemble::{Assembled, assemble};
 use super::devices::{self, Devices};
@@ -30,7 +31,6 @@ use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
 use crate::wire::messages::{FromVm, SnapshotNews, ToVm, VmEnd, VmSpec};
-use umbra_driver_vm::protocol::MemoryRange;
 
 /// Where the VM's spec comes from.
 #[derive(Debug)]

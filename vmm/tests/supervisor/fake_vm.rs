@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
-use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, RxMode, ToAgent};
+use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, MemoryRange, RxMode, ToAgent};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
@@ -306,13 +306,14 @@ fn snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> bool {
         }
     }
     say(FromAgent::Ready { loaded: false, unused: Vec::new() });
-    say(FromAgent::Ready { loaded: true, unused: Vec::new() });
+    let unused = vec![MemoryRange { start: 32 << 20, length: 4 << 20 }];
+    say(FromAgent::Ready { loaded: true, unused: unused.clone() });
     if spec.cmdline.contains("slow-to-be-saved ") {
         return false;
     }
     // Whatever else came before this would be in the snapshot.
     let first = channel.receive::<ToVm>().unwrap();
-    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot { .. }, _)), "{first:?}");
+    assert!(matches!(&first, Incoming::Message(ToVm::Snapshot { unused: told }, _) if *told == unused), "{first:?}");
     println!("[    1.0] {} is saved", spec.name);
     tell(if spec.name == "nic0.2" { SnapshotNews::Taken(1 << 20) } else { SnapshotNews::NotTaken("no room".into()) });
     false
