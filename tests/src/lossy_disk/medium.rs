@@ -64,8 +64,7 @@ pub(super) struct Medium {
     access: Access,
     settings: Settings,
     random: Random,
-    /// Counts completed writes and taken flushes. It goes on over [`Medium::swap`], so that a flush is never taken for another
-    /// medium's.
+    /// Counts completed writes and taken flushes.
     clock: u64,
     cache: BTreeMap<u64, Unflushed>,
     given_up: BTreeMap<u64, Content>,
@@ -97,7 +96,6 @@ impl Medium {
     pub(super) fn swap(&mut self, base: &Path, access: Access) -> io::Result<bool> {
         let (file, sectors) = open(base, access)?;
         self.lose(1.0);
-        self.flushes.clear();
         let is_other = (sectors, access) != (self.sectors, self.access);
         (self.base, self.sectors, self.access) = (file, sectors, access);
         Ok(is_other)

@@ -162,10 +162,11 @@ impl Inner {
         };
         let left: Vec<Duration> = connection.queue.iter().map(left).collect();
         let due: Vec<usize> = (0..left.len()).filter(|&n| left[n].is_zero()).collect();
-        match due.get(usize::try_from(self.order.below(due.len() as u64)).unwrap_or(0)) {
-            Some(&n) => Next::Serve(connection.queue.swap_remove(n).request),
-            None => Next::Wait(left.into_iter().min()),
+        if due.is_empty() {
+            return Next::Wait(left.into_iter().min());
         }
+        let chosen = due[usize::try_from(self.order.below(due.len() as u64)).unwrap_or(0)];
+        Next::Serve(connection.queue.swap_remove(chosen).request)
     }
 }
 

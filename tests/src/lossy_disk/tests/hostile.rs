@@ -147,6 +147,17 @@ fn requests_that_break_a_rule_are_refused_and_the_next_is_served() {
 }
 
 #[test]
+fn a_refused_flush_is_none() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    client.write(0, &sectors(1, 1)).unwrap();
+    assert_eq!(client.ask(NBD_CMD_FLUSH, 0, 0, 512, &[]), Err(NBD_EINVAL));
+    // What it would have covered is not kept for it.
+    client.write(0, &sectors(1, 2)).unwrap();
+    assert_eq!((rig.disk.state().written_back, rig.disk.state().flushed), (0, 0));
+}
+
+#[test]
 fn a_request_without_magic_and_a_write_too_long_are_cut_off() {
     let rig = Rig::new();
     let mut client = rig.client();
