@@ -16,7 +16,7 @@ pub(super) fn fresh(out: &Path, spec: &BenchSpec) -> Result<PathBuf, BenchError>
     }
     let share = dir.join("share");
     fs::create_dir_all(&share).map_err(|e| BenchError::file("make", &share, e))?;
-    for (n, disk) in spec.storage.iter().enumerate() {
+    for (n, disk) in spec.storage.iter().enumerate().filter(|(_, disk)| disk.nbd.is_none()) {
         let path = dir.join(format!("disk{n}.raw"));
         let make = || fs::File::create(&path)?.set_len(disk.bytes);
         make().map_err(|e| BenchError::file("make", &path, e))?;

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::spec::{Accel, BenchSpec, Model};
+use crate::lossy_disk::blockdev;
 
 /// What a command line needs beside the spec.
 #[derive(Debug)]
@@ -194,8 +195,13 @@ fn sound(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
 
 fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
     for (n, disk) in spec.storage.iter().enumerate() {
-        let file = parts.dir.join(format!("disk{n}.raw"));
-        slots.add(&["-drive", &format!("if=none,id=disk{n},format=raw,file={}", file.display())]);
+        match &disk.nbd {
+            Some(socket) => slots.add(&["-blockdev", &blockdev(socket, &format!("disk{n}"))]),
+            None => {
+                let file = parts.dir.join(format!("disk{n}.raw"));
+                slots.add(&["-drive", &format!("if=none,id=disk{n},format=raw,file={}", file.display())]);
+            }
+        }
         let place = slots.place(&disk.model, "disk");
         slots.add(&["-device", &format!("{},drive=disk{n},serial=disk{n},{place}", disk.model.name())]);
     }
@@ -204,6 +210,7 @@ fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::Storage;
 
     fn line(spec: &BenchSpec) -> String {
         let (kernel, initrd) = (Path::new("k"), Path::new("i"));
@@ -222,6 +229,21 @@ mod tests {
             "intel-hda,id=hda0,bus=rp18",
             "ES1370,audiodev=wav,bus=pcie.0,addr=0x9",
             "umbra.nic=rp:10 umbra.nic=pci:08 umbra.nic=rp:11 umbra.snd=rp:12 umbra.snd=pci:09",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_a_file_or_what_a_server_has() {
+        let disk = |nbd: Option<&str>| Storage { model: "nvme".into(), bytes: 512, nbd: nbd.map(Into::into) };
+        let spec = BenchSpec { storage: vec![disk(None), disk(Some("/s"))], ..BenchSpec::new("t") };
+        let line = line(&spec);
+        for part in [
+            "-drive if=none,id=disk0,format=raw,file=d/disk0.raw ",
+            "nvme,drive=disk0,serial=disk0,bus=rp17",
+            &format!("-blockdev {} ", blockdev(Path::new("/s"), "disk1")),
+            "nvme,drive=disk1,serial=disk1,bus=rp18",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }

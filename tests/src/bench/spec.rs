@@ -61,13 +61,15 @@ impl std::fmt::Display for Model {
     }
 }
 
-/// A disk controller with one empty disk.
+/// A disk controller with one disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Storage {
     /// `nvme`, `virtio-blk-pci`, or another model that takes `drive=`.
     pub model: Model,
-    /// Size of the disk, bytes.
+    /// Size of the disk, bytes, if it is an empty file of the bench's folder.
     pub bytes: u64,
+    /// The socket of the NBD server that has its content instead: [`crate::lossy_disk::LossyDisk::socket`].
+    pub nbd: Option<PathBuf>,
 }
 
 /// How QEMU runs the test host's code.
