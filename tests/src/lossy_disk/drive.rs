@@ -19,19 +19,17 @@ pub(super) struct Request {
     pub(super) payload: Vec<u8>,
     /// What the medium knows a flush by.
     pub(super) flush: Option<u64>,
+    /// [`Medium::swaps`] when it came.
+    swaps: u64,
 }
 
 impl Request {
     pub(super) fn class(&self) -> Class {
-        class_of(self.header.command)
-    }
-}
-
-fn class_of(command: u16) -> Class {
-    match command {
-        NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_WRITE_ZEROES => Class::Write,
-        NBD_CMD_FLUSH => Class::Flush,
-        _ => Class::Read,
+        match self.header.command {
+            NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_WRITE_ZEROES => Class::Write,
+            NBD_CMD_FLUSH => Class::Flush,
+            _ => Class::Read,
+        }
     }
 }
 
@@ -51,12 +49,28 @@ impl Drive {
         Self { medium, faults: Faults::default(), failed: 0, host_errors: 0 }
     }
 
-    /// Serves a request: the data of a read (else nothing), or an error value.
-    pub(super) fn serve(&mut self, request: &Request) -> Result<Vec<u8>, u32> {
-        let answer = self.checked(&request.header).and_then(|sectors| self.meet(request, sectors));
+    /// A request has come.
+    pub(super) fn take(&mut self, header: Header, payload: Vec<u8>) -> Request {
+        let flush = (header.command == NBD_CMD_FLUSH).then(|| self.medium.take_flush());
+        Request { header, payload, flush, swaps: self.medium.swaps() }
+    }
+
+    /// Its client is gone: it is not served.
+    pub(super) fn forget(&mut self, request: &Request) {
         if let Some(flush) = request.flush {
             self.medium.forget_flush(flush);
         }
+    }
+
+    /// Serves a request: the data of a read (else nothing), or an error value.
+    pub(super) fn serve(&mut self, request: &Request) -> Result<Vec<u8>, u32> {
+        let answer = match self.checked(&request.header) {
+            // The disk that it was for has been pulled out.
+            Ok(_) if request.swaps != self.medium.swaps() => Err(NBD_EIO),
+            Ok(sectors) => self.meet(request, sectors),
+            Err(error) => Err(error),
+        };
+        self.forget(request);
         answer
     }
 

@@ -6,9 +6,9 @@
 //!
 //! Invariants:
 //! - a sector is in one place of `cache` and `given_up` at most; reads get that content, else the base's;
-//! - when a flush succeeds, each sector that was complete when it was taken is in the base, with that content or a later one:
-//!   a cached content that a flush under way covers is written back before a later write takes its place, and a flush that has lost
-//!   such a content to a [`Medium::lose`] is no longer in `flushes` and fails;
+//! - when a flush succeeds, each sector that was complete when it was taken is in the base, with that content or a later one, but for
+//!   what is given up: a cached content that a flush under way covers is written back before a later write takes its place, and a
+//!   flush that has lost such a content to a [`Medium::lose`] is no longer in `flushes` and fails;
 //! - once a flush has failed, no later one writes what it covered (`given_up`), as with disks and kernels that drop the error
 //!   together with the data: only another write of the sector helps.
 //!
@@ -64,6 +64,7 @@ pub(super) struct Medium {
     access: Access,
     settings: Settings,
     random: Random,
+    swaps: u64,
     /// Counts completed writes and taken flushes.
     clock: u64,
     cache: BTreeMap<u64, Unflushed>,
@@ -83,6 +84,7 @@ impl Medium {
             access: Access::ReadWrite,
             settings: settings.clone(),
             random: Random::new(settings.seed),
+            swaps: 0,
             clock: 0,
             cache: BTreeMap::new(),
             given_up: BTreeMap::new(),
@@ -96,6 +98,7 @@ impl Medium {
     pub(super) fn swap(&mut self, base: &Path, access: Access) -> io::Result<bool> {
         let (file, sectors) = open(base, access)?;
         self.lose(1.0);
+        self.swaps += 1;
         let is_other = (sectors, access) != (self.sectors, self.access);
         (self.base, self.sectors, self.access) = (file, sectors, access);
         Ok(is_other)
@@ -107,6 +110,11 @@ impl Medium {
 
     pub(super) fn access(&self) -> Access {
         self.access
+    }
+
+    /// How often another base has come: requests that came before it are not for it.
+    pub(super) fn swaps(&self) -> u64 {
+        self.swaps
     }
 
     pub(super) fn counts(&self) -> Counts {

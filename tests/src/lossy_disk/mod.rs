@@ -190,6 +190,8 @@ impl LossyDisk {
 
     /// Loses each unflushed sector with this probability, from 0 to 1. What is kept stays unflushed, and a later loss may take
     /// it; a flush that has come and covers a lost sector fails.
+    ///
+    /// QEMU has to run: when it stops a machine it flushes all disks (`do_vm_stop`, `system/cpus.c`), and nothing is left to lose.
     pub fn lose(&self, probability: f64) -> Loss {
         self.shared.with(|inner| {
             inner.losses += 1;
@@ -229,8 +231,8 @@ impl LossyDisk {
         self.shared.with(|inner| inner.drive.faults.set_delay(class, delay));
     }
 
-    /// Puts another disk in the place of this one: the file `base`. What is unflushed is lost. Clients notice nothing, unless size or
-    /// access is another: then their connections end, and they learn it when they connect again.
+    /// Puts another disk in the place of this one: the file `base`. What is unflushed is lost, and requests that wait fail. Clients
+    /// notice nothing else, unless size or access is another: then their connections end, and they learn it when they connect again.
     ///
     /// # Errors
     /// As [`Self::start`]; the disk is the old one then.
@@ -246,7 +248,7 @@ impl LossyDisk {
 
     /// How the disk is.
     pub fn state(&self) -> State {
-        self.shared.with(|inner| {
+        self.shared.look(|inner| {
             let (drive, counts) = (&inner.drive, inner.drive.medium.counts());
             State {
                 bytes: drive.medium.sectors() * SECTOR as u64,
@@ -272,7 +274,7 @@ impl LossyDisk {
     /// # Errors
     /// The base cannot be read.
     pub fn base_sha256(&self) -> io::Result<String> {
-        self.shared.with(|inner| inner.drive.medium.base_sha256())
+        self.shared.look(|inner| inner.drive.medium.base_sha256())
     }
 }
 

@@ -31,9 +31,8 @@ use umbra_vmm::base::lock::lock;
 use super::drive::{Drive, Request};
 use super::handshake::{Chosen, Export, negotiate, violation};
 use super::protocol::{
-    Header, MAX_PAYLOAD, MAX_REFUSED, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_WRITE, NBD_FLAG_HAS_FLAGS,
-    NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES,
-    simple_reply,
+    Header, MAX_PAYLOAD, MAX_REFUSED, NBD_CMD_DISC, NBD_CMD_WRITE, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY,
+    NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES, simple_reply,
 };
 use super::random::Random;
 use super::{Access, FirstRequest};
@@ -134,9 +133,7 @@ impl Inner {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.fate = Fate::Gone;
         for waiting in connection.queue.drain(..) {
-            if let Some(flush) = waiting.request.flush {
-                self.drive.medium.forget_flush(flush);
-            }
+            self.drive.forget(&waiting.request);
         }
         let _ = connection.stream.shutdown(Shutdown::Both);
     }
@@ -190,6 +187,11 @@ impl Shared {
         result
     }
 
+    /// Looks at something.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
+        look(&lock(&self.inner))
+    }
+
     fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, longest: Option<Duration>) -> MutexGuard<'a, Inner> {
         match longest {
             None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -202,7 +204,7 @@ impl Shared {
         let mut threads = Vec::new();
         loop {
             let accepted = listener.accept();
-            if lock(&self.inner).is_stopping {
+            if self.look(|inner| inner.is_stopping) {
                 break;
             }
             threads.retain(|thread: &thread::JoinHandle<()>| !thread.is_finished());
@@ -248,7 +250,7 @@ impl Shared {
 
     /// One connection, from the greeting to its end.
     fn converse(&self, id: u64, stream: &UnixStream) {
-        if let Ok(Chosen::Export) = negotiate(stream, || lock(&self.inner).export()) {
+        if let Ok(Chosen::Export) = negotiate(stream, || self.look(Inner::export)) {
             self.with(|inner| inner.connections_made += 1);
             thread::scope(|scope| {
                 let name = thread::Builder::new().name("lossy-disk-read".into());
@@ -293,8 +295,7 @@ impl Shared {
         if inner.losses > 0 && inner.first_after_loss.is_none() {
             inner.first_after_loss = Some(FirstRequest { number: inner.requests, at_us: now_us() });
         }
-        let flush = (header.command == NBD_CMD_FLUSH).then(|| inner.drive.medium.take_flush());
-        let request = Request { header, payload, flush };
+        let request = inner.drive.take(header, payload);
         while inner.connections.get(&id).is_some_and(|c| c.fate == Fate::Open && !c.has_room()) {
             inner = self.wait(inner, None);
         }
@@ -302,7 +303,7 @@ impl Shared {
             Some(connection) if connection.fate == Fate::Open => {
                 connection.queue.push(Waiting { request, since: Instant::now() });
             }
-            _ => flush.into_iter().for_each(|flush| inner.drive.medium.forget_flush(flush)),
+            _ => inner.drive.forget(&request),
         }
         drop(inner);
         self.changed.notify_all();

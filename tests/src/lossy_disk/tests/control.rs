@@ -279,16 +279,21 @@ fn a_swapped_disk_of_another_kind_has_its_clients_connect_again() {
 }
 
 #[test]
-fn a_flush_under_way_does_not_count_for_the_disk_that_was_swapped_in() {
+fn requests_under_way_do_not_reach_the_disk_that_is_swapped_in() {
     let rig = Rig::new();
     let mut client = rig.client();
     client.write(0, &sectors(1, 1)).unwrap();
-    rig.disk.delay(Class::Flush, LONG);
-    let flush = client.start_flush();
-    rig.wait(|state| state.waiting == 1);
-    rig.disk.swap(&rig.other("other", BYTES, 9), Access::ReadWrite).unwrap();
-    rig.disk.delay(Class::Flush, Duration::ZERO);
-    assert_eq!(client.answer().unwrap(), (flush, NBD_EIO, Vec::new()));
+    rig.disk.stall();
+    let sent = [client.start_flush(), client.start_write(0, &sectors(1, 2))];
+    rig.wait(|state| state.waiting == 2);
+    let other = rig.other("other", BYTES, 9);
+    rig.disk.swap(&other, Access::ReadWrite).unwrap();
+    rig.disk.resume();
+    let mut answers = [client.answer().unwrap(), client.answer().unwrap()];
+    answers.sort();
+    assert_eq!(answers, sent.map(|cookie| (cookie, NBD_EIO, Vec::new())));
+    client.flush().unwrap();
+    assert_eq!(firsts(&client.read(0, 512).unwrap()), [9]);
 }
 
 #[test]
