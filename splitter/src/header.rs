@@ -1,8 +1,9 @@
 //! `struct virtio_net_hdr_v1` (virtio 1.2, section 5.1.6): the only file that parses it. Pure: 12 untrusted bytes
 //! and the frame's length in, a checked header or the reason against it out.
 //!
-//! Invariant: a header that leaves this file names no byte outside its frame and no offload that was not
-//! negotiated with the side it came from. What the frame itself holds is the receiver's to check, as on a wire.
+//! Invariant: a header that leaves this file names no byte outside its frame, no offload that was not negotiated with
+//! the side it came from, and no more segments than their receiver can bear. What the frame itself holds is the
+//! receiver's to check, as on a wire.
 
 use bitflags::bitflags;
 use thiserror::Error;
@@ -16,6 +17,21 @@ pub const MAX_FRAME: usize = 65_562;
 
 /// Shortest frame: an Ethernet header.
 pub const MIN_FRAME: usize = 14;
+
+/// Most segments that a frame may be cut into. Whoever cuts it has a buffer of about 1 KiB for each of them: 1 MiB at most, where
+/// 65,000 segments of one byte take 60 MiB, more than a driver VM has to spare. The smallest segments that Linux makes by itself
+/// ([`MIN_SEGMENT`] without options) need more only in frames above 48 KiB, to a peer with so large a window and so small a segment size.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// Smallest usual segment, in bytes: Linux's `TCP_MIN_SND_MSS`.
+pub const MIN_SEGMENT: u16 = 48;
+
+/// Most segments of less than [`MIN_SEGMENT`] bytes. An honest kernel does not make them, but passes them on where it merges
+/// small segments of a stream before it forwards them (GRO): at most as many as it takes in a turn, which is 64 (`NAPI_POLL_WEIGHT`).
+pub const MAX_SMALL_SEGMENTS: usize = 64;
+
+/// Shortest headers of a frame that is cut into TCP segments: Ethernet, IPv4 and TCP, without options.
+const MIN_SEGMENT_HEADERS: usize = 54;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 const NEEDS_CSUM: u8 = 1;
@@ -80,6 +96,22 @@ pub enum Malformed {
         /// `flags`.
         flags: u8,
     },
+    /// More segments than [`MAX_SEGMENTS`] or [`MAX_SMALL_SEGMENTS`].
+    #[error("a frame of {len} bytes in segments of {size}")]
+    Segments {
+        /// `gso_size`.
+        size: u16,
+        /// Length of the frame.
+        len: usize,
+    },
+}
+
+impl Malformed {
+    /// True if the frame may be the doing of a host on the wire: a kernel merges what comes in, in whatever segments its sender
+    /// chose. Such a frame is dropped, and proves nothing against the driver VM that brought it in.
+    pub fn may_come_from_the_wire(&self) -> bool {
+        matches!(self, Self::Segments { .. })
+    }
 }
 
 /// A checked header.
@@ -123,6 +155,10 @@ impl Header {
         if gso_type != GSO_NONE {
             if size == 0 || usize::from(header) > len || flags & NEEDS_CSUM == 0 {
                 return Err(Malformed::Segmentation { size, header, len, flags });
+            }
+            let most = if size < MIN_SEGMENT { MAX_SMALL_SEGMENTS } else { MAX_SEGMENTS };
+            if len > MIN_SEGMENT_HEADERS + most * usize::from(size) {
+                return Err(Malformed::Segments { size, len });
             }
             clean[1..6].copy_from_slice(&bytes[1..6]);
         }

@@ -3,7 +3,8 @@
 //!
 //! Invariant: when a call returns, each chain it took is completed and each frame is wholly on one side; frames keep
 //! their order; a call costs at most about [`BUDGET`] descriptors plus one frame. What is malformed is dropped and
-//! counted if the guest wrote it (its own loss), and is a [`Fault`] if the driver VM did (it counts as failed).
+//! counted if the guest wrote it (its own loss), and is a [`Fault`] if the driver VM did (it counts as failed), unless a host
+//! on the wire may have caused it.
 
 use thiserror::Error;
 use umbra_shadow::net::rx_mode::Mac;
@@ -43,6 +44,12 @@ pub enum Fault {
     /// A receive buffer without room for a header, or a full ring without room for one frame.
     #[error("receive buffers of {0} bytes")]
     Room(usize),
+}
+
+impl Fault {
+    fn may_come_from_the_wire(&self) -> bool {
+        matches!(self, Self::Frame(malformed) if malformed.may_come_from_the_wire())
+    }
 }
 
 /// A fault and who is to blame.
@@ -96,7 +103,7 @@ pub struct Counts {
     pub frames: u64,
     /// Their bytes, without headers.
     pub bytes: u64,
-    /// Dropped: the guest's chain or header was malformed.
+    /// Dropped: the guest's chain or header was malformed, or the frame, whoever sent it, has too many segments.
     pub malformed: u64,
     /// Dropped: the target did not accept the offload that the frame needs.
     pub not_accepted: u64,
@@ -217,8 +224,8 @@ fn move_frames<T: HandoverLog>(
                 }
             }
             Ok(_) => Put::NotAccepted,
-            Err(fault) if flow.source == Owner::Guest => {
-                tracing::debug!(%fault, "dropped a malformed frame of the guest");
+            Err(fault) if flow.source == Owner::Guest || fault.may_come_from_the_wire() => {
+                tracing::debug!(%fault, "dropped a malformed frame");
                 Put::Malformed
             }
             Err(fault) => return Err(PumpError { owner: flow.source, fault }),

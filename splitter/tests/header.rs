@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
 use proptest::prelude::*;
-use umbra_splitter::header::{HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Malformed, Offloads};
+use umbra_splitter::header::{
+    HEADER_LEN, Header, MAX_FRAME, MAX_SEGMENTS, MAX_SMALL_SEGMENTS, MIN_FRAME, MIN_SEGMENT, Malformed, Offloads,
+};
 
 fn header(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, start: u16, offset: u16) -> [u8; HEADER_LEN] {
     let mut bytes = [0; HEADER_LEN];
@@ -53,6 +55,22 @@ fn what_was_not_negotiated_is_refused() {
     assert!(Header::check(header(1, 1, 54, 0, 34, 16), 5000, Offloads::all()).is_err());
 }
 
+#[test]
+fn a_frame_of_too_many_segments_is_refused() {
+    let check = |size, len| Header::check(header(1, 1, 54, size, 34, 16), len, Offloads::all());
+    // The attack: 65,000 buffers of the kernel that cuts the frame.
+    assert_eq!(check(1, MAX_FRAME), Err(Malformed::Segments { size: 1, len: MAX_FRAME }));
+    for size in 1..=100u16 {
+        let most = if size < MIN_SEGMENT { MAX_SMALL_SEGMENTS } else { MAX_SEGMENTS };
+        let longest = 54 + most * usize::from(size);
+        assert!(check(size, longest.min(MAX_FRAME)).is_ok(), "{size}");
+        assert!(longest >= MAX_FRAME || check(size, longest + 1).is_err(), "{size}");
+    }
+    // Two short messages of one stream that a forwarding kernel has merged; a full frame at the smallest usual MTU.
+    assert!(check(5, 66 + 10).is_ok());
+    assert!(check(536, MAX_FRAME).is_ok());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -76,6 +94,7 @@ proptest! {
                 prop_assert_eq!((field(6), field(8), out[1]), (0, 0, 0));
             }
             prop_assert!(field(2) <= len);
+            prop_assert!(out[1] == 0 || len <= 54 + MAX_SEGMENTS * field(4));
             prop_assert_eq!(field(10), usize::from(buffers));
             // Checked again it is the same: a logged frame can be checked when it is replayed.
             prop_assert_eq!(Header::check(out, len, negotiated).map(|h| h.to_bytes(buffers)), Ok(out));

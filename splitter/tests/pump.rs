@@ -135,6 +135,22 @@ fn what_the_target_does_not_accept_is_dropped_and_counted() {
 }
 
 #[test]
+fn a_frame_of_too_many_segments_is_dropped_and_counted_whoever_sends_it() {
+    // From the driver VM as well: a host on the wire chooses the segments that its kernel merges.
+    for source in [Owner::Guest, Owner::DriverVm] {
+        let mut pair = Pair::new(source, 2048, true);
+        pair.rx.offer_all();
+        let mut tiny = [0; HEADER_LEN];
+        tiny[..10].copy_from_slice(&[1, 1, 54, 0, 1, 0, 34, 0, 16, 0]);
+        pair.tx.send_with(tiny, &frame(0, 65_000));
+        pair.tx.send(&frame(1, 100));
+        assert_eq!(pair.pump().unwrap(), Stop::SourceEmpty);
+        assert_eq!(pair.rx.receive_all(), [frame(1, 100)]);
+        assert_eq!((pair.counts.malformed, pair.counts.frames, pair.tx.completed()), (1, 1, 2));
+    }
+}
+
+#[test]
 fn without_merging_a_frame_needs_one_buffer() {
     let mut pair = Pair::new(Owner::Guest, 1536, true);
     pair.flow.mergeable = false;

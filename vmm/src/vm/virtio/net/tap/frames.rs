@@ -1,13 +1,13 @@
 //! Frames between a TAP descriptor and a guest's queues, straight from and to the guest's buffers. Each frame
-//! has a virtio-net header of 12 bytes in front on both sides (virtio 1.2, section 5.1.6); what a guest writes
-//! into it is checked by the host's kernel, which refuses what is wrong with the frame as a whole.
+//! has a virtio-net header of 12 bytes in front on both sides (virtio 1.2, section 5.1.6). A guest's header is copied and
+//! checked before the host's kernel sees it: that would cut a frame into as many segments as the header says.
 
 use std::io;
 use std::os::fd::RawFd;
 
 use thiserror::Error;
-use umbra_splitter::copy::scatter;
-use umbra_splitter::header::{HEADER_LEN, MAX_FRAME};
+use umbra_splitter::copy::{gather, scatter};
+use umbra_splitter::header::{HEADER_LEN, Header, MAX_FRAME, Offloads};
 use umbra_splitter::queue::{Chain, Ring, RingFault, Virtqueue};
 use vm_memory::VolatileSlice;
 
@@ -91,7 +91,7 @@ impl Receiver {
     /// Reads a frame into the guest's buffers; into our own where those might be too small.
     fn read(&mut self, tap: RawFd, chain: &Chain<'_>, room: usize) -> io::Result<usize> {
         if room >= ROOM {
-            return vectored(tap, chain.writable(), libc::readv);
+            return vectored(tap, chain.writable().iter().copied(), libc::readv);
         }
         // SAFETY: the buffer is ours and as long as said.
         let length = unsafe { libc::read(tap, self.bounce.as_mut_ptr().cast(), self.bounce.len()) };
@@ -152,45 +152,87 @@ fn hand_over(ring: &mut Ring<'_>, chain: &Chain<'_>, heads: &[(u16, usize)], len
     ring.publish()
 }
 
-/// Moves what the guest sends to `tap`. Frames that the host refuses (interface down, bad header) are lost, as
-/// on a cable that is pulled.
-pub(super) fn transmit(tap: RawFd, queue: &mut Virtqueue) -> Result<End, Error> {
-    let end = drain(tap, queue);
-    queue.notify()?;
-    Ok(end?)
+/// Sent frames, guest to host.
+pub(super) struct Sender {
+    /// The offloads that the guest's driver may ask for.
+    pub(super) negotiated: Offloads,
+    /// Frames that were malformed.
+    pub(super) malformed: u64,
 }
 
-fn drain(tap: RawFd, queue: &mut Virtqueue) -> Result<End, RingFault> {
-    let mut ring = queue.open()?;
-    let mut chain = Chain::default();
-    for _ in 0..BUDGET {
-        if ring.available()? == 0 && !ring.listen(0)? {
-            return Ok(End::Idle);
+impl Sender {
+    pub(super) fn new() -> Self {
+        Self { negotiated: Offloads::empty(), malformed: 0 }
+    }
+
+    /// Moves what the guest sends to `tap`. Frames that the host refuses (interface down) are lost, as on a cable that is
+    /// pulled.
+    pub(super) fn transmit(&mut self, tap: RawFd, queue: &mut Virtqueue) -> Result<End, Error> {
+        let end = self.drain(tap, queue);
+        queue.notify()?;
+        Ok(end?)
+    }
+
+    fn drain(&mut self, tap: RawFd, queue: &mut Virtqueue) -> Result<End, RingFault> {
+        let mut ring = queue.open()?;
+        let mut chain = Chain::default();
+        for _ in 0..BUDGET {
+            if ring.available()? == 0 && !ring.listen(0)? {
+                return Ok(End::Idle);
+            }
+            let head = ring.head(0)?;
+            if let Err(fault) = ring.walk(head, &mut chain) {
+                tracing::debug!("a frame is dropped: {fault}");
+                self.malformed += 1;
+            } else {
+                self.send(tap, &chain);
+            }
+            ring.take(1);
+            ring.complete(head, 0)?;
         }
-        let head = ring.head(0)?;
-        if let Err(fault) = ring.walk(head, &mut chain) {
-            tracing::debug!("a frame is dropped: {fault}");
-        } else if (HEADER_LEN..=ROOM).contains(&chain.readable_len())
-            && let Err(error) = vectored(tap, chain.readable(), libc::writev)
-        {
+        Ok(End::Budget)
+    }
+
+    /// Sends one frame behind a header of our own, which the guest cannot change after the check.
+    fn send(&mut self, tap: RawFd, chain: &Chain<'_>) {
+        let mut header = [0; HEADER_LEN];
+        gather(chain.readable(), 0, &mut header);
+        let len = chain.readable_len().saturating_sub(HEADER_LEN);
+        match Header::check(header, len, self.negotiated) {
+            Ok(checked) => header = checked.to_bytes(0),
+            Err(fault) => {
+                tracing::debug!("a frame is dropped: {fault}");
+                self.malformed += 1;
+                return;
+            }
+        }
+        let frame = behind(chain.readable(), HEADER_LEN);
+        let whole = std::iter::once(VolatileSlice::from(&mut header[..])).chain(frame);
+        if let Err(error) = vectored(tap, whole, libc::writev) {
             tracing::trace!("a frame is refused: {error}");
         }
-        ring.take(1);
-        ring.complete(head, 0)?;
     }
-    Ok(End::Budget)
+}
+
+/// What is behind the first `skip` bytes of `slices`.
+fn behind<'m>(slices: &[VolatileSlice<'m>], mut skip: usize) -> impl Iterator<Item = VolatileSlice<'m>> {
+    slices.iter().filter_map(move |slice| {
+        let passed = skip.min(slice.len());
+        skip -= passed;
+        slice.offset(passed).ok().filter(|rest| !rest.is_empty())
+    })
 }
 
 type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int) -> libc::ssize_t;
 
 /// One `readv` or `writev` on the guest's own buffers, as many of them as the kernel takes.
-fn vectored(fd: RawFd, slices: &[VolatileSlice<'_>], call: Call) -> io::Result<usize> {
-    let guards: Vec<_> = slices.iter().take(MAX_VECTORS).map(VolatileSlice::ptr_guard_mut).collect();
+fn vectored<'m>(fd: RawFd, slices: impl Iterator<Item = VolatileSlice<'m>>, call: Call) -> io::Result<usize> {
+    let guards: Vec<_> = slices.take(MAX_VECTORS).map(|slice| slice.ptr_guard_mut()).collect();
     let vectors: Vec<_> =
         guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
     let count = libc::c_int::try_from(vectors.len()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: each vector is a slice of guest memory, mapped as long as the guards live; the guest may change it
-    // meanwhile, which the kernel takes as it comes.
+    // SAFETY: each vector is a slice of guest memory, or of memory that our caller holds, mapped as long as the guards live; the
+    // guest may change its own meanwhile, which the kernel takes as it comes.
     let length = unsafe { call(fd, vectors.as_ptr(), count) };
     usize::try_from(length).map_err(|_| io::Error::last_os_error())
 }

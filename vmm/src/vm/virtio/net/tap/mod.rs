@@ -12,13 +12,14 @@ use thiserror::Error;
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_splitter::control;
+use umbra_splitter::header::Offloads;
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::net::features;
 use umbra_splitter::queue::Virtqueue;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::frames::{End, Receiver};
+use self::frames::{End, Receiver, Sender};
 use self::interface::Tap;
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
@@ -56,6 +57,7 @@ pub struct TapNet {
     queues: [Option<Virtqueue>; QUEUE_SIZES.len()],
     events: QueueEvents,
     receiver: Receiver,
+    sender: Sender,
     /// Signalled by the device itself when frames to send or commands are left for the next turn.
     again: EventFd,
     /// The event loop watches the interface.
@@ -81,6 +83,7 @@ impl TapNet {
             queues: [const { None }; QUEUE_SIZES.len()],
             events: QueueEvents::new(QUEUE_SIZES.len())?,
             receiver: Receiver::new(),
+            sender: Sender::new(),
             again: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             watched: false,
             gone: false,
@@ -95,7 +98,7 @@ impl TapNet {
         let Some(Some(active)) = self.queues.get_mut(usize::from(queue)) else { return Ok(()) };
         let more = match queue {
             CONTROL => control::serve(active, &mut self.filter)?.more,
-            TRANSMIT => frames::transmit(tap, active)? == End::Budget,
+            TRANSMIT => self.sender.transmit(tap, active)? == End::Budget,
             _ => false,
         };
         if more {
@@ -200,6 +203,7 @@ impl VirtioDevice for TapNet {
     fn set_features(&mut self, accepted: u64) {
         self.filter.reset(accepted);
         self.receiver.mergeable = features::mergeable(accepted);
+        self.sender.negotiated = features::transmit(accepted);
         self.set_offloads(accepted);
     }
 
@@ -228,6 +232,7 @@ impl VirtioDevice for TapNet {
     fn reset(&mut self) {
         self.broken = false;
         self.receiver.mergeable = false;
+        self.sender.negotiated = Offloads::empty();
         self.filter.reset(0);
         self.set_offloads(0);
     }

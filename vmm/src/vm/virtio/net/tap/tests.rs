@@ -12,6 +12,7 @@ use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
 
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 9]);
 const MERGEABLE: u64 = 1 << 15;
+const CHECKSUM_AND_TSO4: u64 = 1 << 0 | 1 << 11;
 
 struct Guest {
     device: Arc<Mutex<TapNet>>,
@@ -93,6 +94,35 @@ fn frames_are_sent_whole() {
     assert!(guest.wire.recv(&mut bytes).is_err(), "less than a header is no frame");
     assert_eq!(guest.queues[1].used().len(), 2);
     assert!(guest.queues[1].call.read().is_ok());
+}
+
+#[test]
+fn a_frame_of_too_many_segments_does_not_reach_the_host() {
+    let mut guest = Guest::new(CHECKSUM_AND_TSO4);
+    let mut bytes = vec![0; 70_000];
+    for (gso_size, arrives) in [(1, false), (47, false), (48, true), (1448, true)] {
+        let mut sent = frame(48_000);
+        sent[..10].copy_from_slice(&[1, 1, 54, 0, 0, 0, 34, 0, 16, 0]);
+        sent[4..6].copy_from_slice(&u16::to_le_bytes(gso_size));
+        guest.queues[1].add(&[&sent], &[]);
+        guest.queues[1].kick();
+        guest.events.run();
+        let got = guest.wire.recv(&mut bytes).ok().map(|length| bytes[..length].to_vec());
+        assert_eq!(got, arrives.then_some(sent), "segments of {gso_size} bytes");
+    }
+    assert_eq!(guest.device.lock().unwrap().sender.malformed, 2);
+}
+
+#[test]
+fn an_offload_that_was_not_negotiated_does_not_reach_the_host() {
+    let mut guest = Guest::new(0);
+    let mut sent = frame(3000);
+    sent[..10].copy_from_slice(&[1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0]);
+    guest.queues[1].add(&[&sent], &[]);
+    guest.queues[1].kick();
+    guest.events.run();
+    assert!(guest.wire.recv(&mut [0; 4000]).is_err());
+    assert_eq!(guest.queues[1].used().len(), 1);
 }
 
 #[test]
