@@ -101,6 +101,27 @@ fn the_host_bridge_is_found_both_ways() {
 }
 
 #[test]
+fn a_guest_finds_no_virtualisation_and_no_performance_counters() {
+    if !kvm() {
+        return;
+    }
+    // mov eax, leaf; xor ecx, ecx; cpuid; mov eax, ecx
+    let ecx_of = |code: Code, leaf: u32| {
+        code.raw(&[0xb8]).raw(&leaf.to_le_bytes()).raw(&[0x31, 0xc9, 0x0f, 0xa2, 0x89, 0xc8]).print_eax()
+    };
+    let code = ecx_of(ecx_of(Code::new(), 1), 0x8000_0001);
+    let mut vm = Process::start(&code.out8(RESET_CONTROL, 6).spin().0);
+    assert_eq!(vm.end().0, VmEnd::Reset);
+    let printed = std::fs::read(vm.files.console()).unwrap();
+    let [features, extended] = *printed.as_chunks::<4>().0 else { panic!("{printed:x?}") };
+    let bits = |register: [u8; 4], bits: &[u32]| -> Vec<u32> {
+        bits.iter().map(|bit| u32::from_le_bytes(register) >> bit & 1).collect()
+    };
+    assert_eq!(bits(features, &[31, 5, 15]), [1, 0, 0], "hypervisor, VMX, PDCM");
+    assert_eq!(bits(extended, &[2, 10, 23, 24, 28]), [0; 5], "SVM, sampling, counters");
+}
+
+#[test]
 fn a_string_of_port_writes_arrives_whole() {
     if !kvm() {
         return;

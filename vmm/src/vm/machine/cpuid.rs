@@ -1,5 +1,9 @@
 //! What CPUID says to each vCPU: what KVM supports on this host, with the topology of this VM (one package,
 //! a core per vCPU, one thread a core) in place of the host's.
+//!
+//! Invariant: no VM is offered virtualisation of its own or performance counters. KVM's emulation of both is large, reads what the
+//! VM writes, and has let VMs out before; counters also tell of what else runs on the processor. KVM refuses the instructions
+//! and MSRs of what CPUID does not name ([`super::kvm::create_vm`] switches those counters off which CPUID cannot hide).
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -16,6 +20,16 @@ const HTT: u32 = 1 << 28;
 const CLFLUSH_64: u32 = 8 << 8;
 /// `cpuid.1:ecx` bit for x2APIC, which KVM always emulates.
 const X2APIC: u32 = 1 << 21;
+/// Leaf 1, ECX: VMX, and what goes with counters: debug store of 64 bits (DTES64), its filter (DS-CPL), their capabilities (PDCM).
+const VMX_AND_COUNTERS_1_ECX: u32 = 1 << 5 | 1 << 2 | 1 << 4 | 1 << 15;
+/// Leaf 1, EDX: debug store, into which counters write.
+const DEBUG_STORE: u32 = 1 << 21;
+/// Leaf 7, EDX: last branch records.
+const LAST_BRANCHES: u32 = 1 << 19;
+/// Leaf 7 subleaf 1, EAX: more about counters, in leaf 0x23.
+const COUNTERS_EXTENDED: u32 = 1 << 8;
+/// Leaf 0x8000_0001, ECX: SVM, and counters: sampling (IBS), of the core, of the northbridge, of the last level cache.
+const SVM_AND_COUNTERS: u32 = 1 << 2 | 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28;
 /// Physical address bits when a CPU does not say.
 const DEFAULT_PHYS_BITS: u32 = 36;
 
@@ -37,6 +51,7 @@ pub fn for_vcpu(kvm: &Kvm, supported: &CpuId, id: u8, cpus: u8) -> CpuId {
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in table.as_mut_slice() {
         edit(entry, id, cpus, deadline_timer);
+        withhold(entry);
     }
     table
 }
@@ -76,6 +91,24 @@ fn edit(entry: &mut kvm_cpuid_entry2, id: u8, cpus: u8, deadline_timer: bool) {
     }
 }
 
+/// Clears what no VM is offered: VMX, SVM and performance counters.
+fn withhold(entry: &mut kvm_cpuid_entry2) {
+    match (entry.function, entry.index) {
+        (1, _) => {
+            entry.ecx &= !VMX_AND_COUNTERS_1_ECX;
+            entry.edx &= !DEBUG_STORE;
+        }
+        (7, 0) => entry.edx &= !LAST_BRANCHES,
+        (7, 1) => entry.eax &= !COUNTERS_EXTENDED,
+        (0x8000_0001, _) => entry.ecx &= !SVM_AND_COUNTERS,
+        // Intel: counters, last branch records, more about counters. AMD: SVM, sampling, counters of the second version.
+        (0xa | 0x1c | 0x23 | 0x8000_000a | 0x8000_001b | 0x8000_0022, _) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        _ => {}
+    }
+}
+
 /// Extended topology: level 0 is the thread, level 1 the core.
 fn topology(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u8) {
     const THREAD: u32 = 1 << 8;
@@ -111,6 +144,25 @@ mod tests {
         assert_ne!(one.ecx & TSC_DEADLINE, 0);
         assert_eq!(edited(0xb, 0, 5, 6).edx, 5);
         assert_eq!(edited(0x8000_001e, 0, 5, 6).eax, 5);
+    }
+
+    #[test]
+    fn no_vm_is_offered_virtualisation_or_performance_counters() {
+        let withheld = |function, index| {
+            let all = u32::MAX;
+            let mut entry =
+                kvm_cpuid_entry2 { function, index, eax: all, ebx: all, ecx: all, edx: all, ..Default::default() };
+            withhold(&mut entry);
+            [entry.eax, entry.ebx, entry.ecx, entry.edx].map(|register| !register)
+        };
+        assert_eq!(withheld(1, 0), [0, 0, 1 << 2 | 1 << 4 | 1 << 5 | 1 << 15, 1 << 21]);
+        assert_eq!(withheld(7, 0), [0, 0, 0, 1 << 19]);
+        assert_eq!(withheld(7, 1), [1 << 8, 0, 0, 0]);
+        assert_eq!(withheld(0x8000_0001, 0), [0, 0, 1 << 2 | 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28, 0]);
+        for leaf in [0xa, 0x1c, 0x23, 0x8000_000a, 0x8000_001b, 0x8000_0022] {
+            assert_eq!(withheld(leaf, 0), [u32::MAX; 4], "{leaf:#x}");
+        }
+        assert_eq!(withheld(0xd, 0), [0; 4]);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use thiserror::Error;
 
@@ -83,13 +85,14 @@ pub fn open() -> Result<Kvm, Error> {
     }
 }
 
-/// Makes a VM with irqchip and PIT in the kernel.
+/// Makes a VM with irqchip and PIT in the kernel, and without performance counters.
 pub fn create_vm(kvm: &Kvm, cpus: u8) -> Result<Arc<VmFd>, Error> {
     let (asked, max) = (usize::from(cpus), kvm.get_max_vcpus());
     if asked > max {
         return Err(Error::TooManyCpus { asked, max });
     }
     let vm = kvm.create_vm().map_err(Error::ioctl("create a VM (KVM_CREATE_VM)"))?;
+    switch_counters_off(kvm, &vm)?;
     vm.set_identity_map_address(layout::IDENTITY_MAP)
         .map_err(Error::ioctl("place the identity map (KVM_SET_IDENTITY_MAP_ADDR)"))?;
     vm.set_tss_address(layout::TSS_ADDRESS).map_err(Error::ioctl("place the TSS (KVM_SET_TSS_ADDR)"))?;
@@ -98,4 +101,16 @@ pub fn create_vm(kvm: &Kvm, cpus: u8) -> Result<Arc<VmFd>, Error> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(Error::ioctl("create the timer (KVM_CREATE_PIT2)"))?;
     Ok(Arc::new(vm))
+}
+
+/// Switches the performance counters of all vCPUs off, those of the first AMD64 processors among them, which no CPUID leaf names.
+/// Before Linux 5.18 that is not possible, and only CPUID hides the others.
+fn switch_counters_off(kvm: &Kvm, vm: &VmFd) -> Result<(), Error> {
+    let offered = kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if offered <= 0 || offered.cast_unsigned() & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let mut off = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+    off.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&off).map_err(Error::ioctl("switch the performance counters off (KVM_CAP_PMU_CAPABILITY)"))
 }
