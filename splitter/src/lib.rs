@@ -14,3 +14,4 @@ pub mod net;
 pub mod pump;
 pub mod queue;
 pub mod sound;
+pub mod untrusted;

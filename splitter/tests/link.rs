@@ -5,8 +5,8 @@ mod common;
 
 use std::io::Write;
 
-use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation, link};
-use common::{Driver, RINGS_LEN, WRITE, frame, memfd, number};
+use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation, link, pause};
+use common::{Driver, RINGS_LEN, WRITE, frame, memfd, number, send_lingering};
 use nix::fcntl::SealFlag;
 use std::os::fd::AsRawFd;
 use umbra_shadow::net::{MaskedCounts, ModeName};
@@ -367,6 +367,22 @@ fn a_driver_vm_that_resets_its_device_ends_its_link() {
     live(&mut guest, &mut vm, 1);
     assert!(vm.frontend.get_vring_base(0).is_err());
     assert!(matches!(lost(&mut guest, 1), Cause::Stopped));
+}
+
+#[test]
+fn what_a_driver_vm_left_unread_in_its_link_holds_nobody_up() {
+    let mut guest = Guest::new();
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    // No message of the protocol: the link's thread ends and does not read what follows.
+    ours.write_all(&[0xff; 12]).unwrap();
+    let _deaf = send_lingering(&ours);
+    drop(ours);
+    guest.splitter.attach(link(1), theirs);
+    let start = std::time::Instant::now();
+    pause();
+    lost(&mut guest, 1);
+    drop(guest);
+    assert!(start.elapsed().as_secs() < 40, "it was closed by the event loop");
 }
 
 #[test]

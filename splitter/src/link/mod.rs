@@ -20,6 +20,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::queue::{RingFault, Virtqueue};
+use crate::untrusted::Elsewhere;
 use handler::Handler;
 
 /// A link that is set up.
@@ -132,20 +133,20 @@ impl Outlet {
 #[derive(Debug)]
 pub struct LinkServer {
     link: LinkId,
-    connection: UnixStream,
+    connection: Elsewhere<UnixStream>,
 }
 
 impl LinkServer {
     /// Serves `connection`, offering `features`.
-    pub fn start(connection: UnixStream, features: u64, outlet: Outlet) -> std::io::Result<Self> {
+    pub fn start(connection: Elsewhere<UnixStream>, features: u64, outlet: Outlet) -> std::io::Result<Self> {
         let link = outlet.link;
-        let ours = connection.try_clone()?;
-        connection.set_nonblocking(false)?;
+        let serves = connection.try_clone()?;
+        serves.set_nonblocking(false)?;
         let handler = Arc::new(Mutex::new(Handler::new(features, outlet)));
         // Not joined: a hostile peer's file descriptors can make even a close() wait, and that may hold up this
         // thread, but not the guest. It ends with the connection.
-        thread::Builder::new().name(format!("link-{link}")).spawn(move || serve(connection, &handler))?;
-        Ok(Self { link, connection: ours })
+        thread::Builder::new().name(format!("link-{link}")).spawn(move || serve(serves, &handler))?;
+        Ok(Self { link, connection })
     }
 
     /// Number of the link.

@@ -31,6 +31,7 @@ use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
 use crate::log_limit::LogLimit;
 use crate::pump::{self, Counts, Owner, PumpError, Stop};
 use crate::queue::Virtqueue;
+use crate::untrusted::Elsewhere;
 use in_flight::InFlight;
 use next::WaitingLink;
 use replay::{Outcome, Replay};
@@ -272,6 +273,7 @@ impl NetSplitter {
     /// present link waits until that link is lost; one of the same generation takes the present link's place, as does one of an
     /// earlier generation: the present one has only waited so far.
     pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
+        let connection = Elsewhere::new(connection);
         self.take_events();
         let mut known = [self.link.id(), self.next.id()].into_iter().flatten();
         let stale = known.any(|known| known.generation == link.generation && known >= link);

@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 
 use thiserror::Error;
 use umbra_driver_vm::sound_protocol::{
@@ -16,6 +15,8 @@ use umbra_driver_vm::sound_protocol::{
 use umbra_shadow::LinkId;
 use umbra_shadow::sound::params::{MAX_BUFFER_BYTES, MAX_STREAMS};
 use umbra_shadow::sound::{HELD_MAX_BYTES, StreamId, ToCard, Violation};
+
+use crate::untrusted::Stream;
 
 /// Most bytes that wait for a driver VM that does not read: what the shadow keeps of every stream, as a replay sends it,
 /// and as much as one message more that is under way. Only a driver VM that says it has played what it has not read can
@@ -68,7 +69,7 @@ pub enum LinkError {
 /// A connected link.
 #[derive(Debug)]
 pub struct Link {
-    socket: UnixStream,
+    socket: Stream,
     id: LinkId,
     incoming: Vec<u8>,
     unsent: VecDeque<Unsent>,
@@ -129,11 +130,7 @@ impl Kind {
 
 impl Link {
     /// A new link, with its `Begin` waiting to be sent.
-    ///
-    /// # Errors
-    /// When the socket cannot be made non-blocking.
-    pub fn new(socket: UnixStream, id: LinkId) -> Result<Self, LinkError> {
-        socket.set_nonblocking(true).map_err(LinkError::Io)?;
+    pub fn new(socket: Stream, id: LinkId) -> Self {
         let mut link = Self {
             socket,
             id,
@@ -145,7 +142,7 @@ impl Link {
             earlier: 0,
         };
         link.push(None, &FromHost::Begin);
-        Ok(link)
+        link
     }
 
     /// Which link this is.

@@ -14,6 +14,7 @@ use umbra_driver_vm::sound_protocol::FromService;
 use umbra_shadow::sound::{Card, Command, Counts, Done, Mode, Out, Policy, Refusal, SoundShadow, StreamId, Token};
 use umbra_shadow::{Generation, LinkId};
 
+use crate::untrusted::Stream;
 use link::{Link, LinkError};
 
 /// What the splitter reports to the supervisor.
@@ -86,18 +87,19 @@ impl SoundSplitter {
     /// A new link: to a new driver VM, or to the same one again. It takes the place of an older one that is there; it is
     /// dropped if that one is not older.
     pub fn attach(&mut self, id: LinkId, socket: UnixStream, now: u64) {
+        let socket = Stream::new(socket);
         if self.link.as_ref().is_some_and(|old| old.id() >= id) {
             return;
         }
         self.retire();
         self.deliver(now, |this, out| this.shadow.mask(now, out));
-        match Link::new(socket, id) {
-            Ok(link) => {
-                (self.link, self.greeted) = (Some(link), false);
+        match socket {
+            Ok(socket) => {
+                (self.link, self.greeted) = (Some(Link::new(socket, id)), false);
                 // Sends its first word.
                 self.deliver(now, |_, _| ());
             }
-            Err(error) => (self.listener)(Notice::Lost(id, error)),
+            Err(error) => (self.listener)(Notice::Lost(id, LinkError::Io(error))),
         }
     }
 

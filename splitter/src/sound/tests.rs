@@ -217,7 +217,7 @@ fn a_message_of_a_link_to_come_ends_the_link() {
 fn a_guest_that_sets_up_at_once_does_not_make_the_first_word_moot() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let mut link = Link::new(ours, link(1, 1)).unwrap();
+    let mut link = Link::new(crate::untrusted::Stream::new(ours).unwrap(), link(1, 1));
     link.send(ToCard::SetParams { stream: OUT, params: params() }).unwrap();
     link.send(ToCard::Release { stream: OUT }).unwrap();
     link.flush().unwrap();

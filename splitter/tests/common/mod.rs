@@ -6,12 +6,16 @@ pub mod vm;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg, setsockopt, sockopt};
 use umbra_splitter::header::HEADER_LEN;
 use umbra_splitter::queue::Virtqueue;
 use virtio_queue::{Queue, QueueT};
@@ -272,4 +276,19 @@ pub fn as_file(event: &EventFd) -> File {
     assert!(copy.as_raw_fd() >= 0);
     // SAFETY: the descriptor is valid and given up by `copy`.
     unsafe { File::from_raw_fd(copy.into_raw_fd()) }
+}
+
+/// Sends a byte with the only descriptor of a TCP socket whose last close takes a minute, because its peer, which is returned, reads
+/// nothing.
+pub fn send_lingering(to: &UnixStream) -> TcpStream {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (deaf, _) = listener.accept().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 65536]).is_ok() {}
+    setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 60 }).unwrap();
+    let raw = [stream.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&raw)];
+    sendmsg::<UnixAddr>(to.as_raw_fd(), &[IoSlice::new(b"x")], &rights, MsgFlags::empty(), None).unwrap();
+    deaf
 }

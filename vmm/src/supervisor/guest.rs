@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use umbra_shadow::DeviceId;
+use umbra_splitter::untrusted::Elsewhere;
 
 use super::class::{self, Devices, GuestDevice};
 use super::ids::DriverId;
@@ -39,8 +40,8 @@ pub(super) struct GuestVm {
     pub(super) error: Option<String>,
     /// Whether the control channel is still of use.
     pub(super) listening: bool,
-    /// What its process has not taken yet, in its order.
-    pub(super) unsent: VecDeque<(ToVm, Option<OwnedFd>)>,
+    /// What its process has not taken yet, in its order. A driver VM's process may have sent something through a socket already.
+    pub(super) unsent: VecDeque<(ToVm, Option<Elsewhere<OwnedFd>>)>,
 }
 
 /// What is to become of a guest when its process ends.
@@ -158,7 +159,7 @@ impl GuestVm {
 
     /// Sends `message` to the process, with `fd` if there is one; what it does not take now waits. A process that is gone is
     /// noticed elsewhere.
-    pub(super) fn tell(&mut self, message: &ToVm, fd: Option<OwnedFd>) -> Result<(), channel::Error> {
+    pub(super) fn tell(&mut self, message: &ToVm, fd: Option<Elsewhere<OwnedFd>>) -> Result<(), channel::Error> {
         if self.process.is_none() {
             return Ok(());
         }
@@ -177,7 +178,7 @@ impl GuestVm {
     pub(super) fn send_on(&mut self) -> Result<(), channel::Error> {
         let Some(process) = &self.process else { return Ok(()) };
         while let Some((message, fd)) = self.unsent.front() {
-            let fd = fd.as_ref().map(AsFd::as_fd);
+            let fd = fd.as_ref().map(|fd| fd.as_fd());
             match process.channel().send_now(message, fd.as_slice()) {
                 Err(channel::Error::Full) => return Ok(()),
                 Ok(()) | Err(channel::Error::Closed) => drop(self.unsent.pop_front()),

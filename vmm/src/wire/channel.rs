@@ -10,12 +10,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, sendmsg, shutdown, socketpair,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-
-use super::datagram;
+use umbra_splitter::untrusted::{self, Elsewhere};
 
 /// Longest message in bytes: the register dump of many vCPUs fits in; below the default socket buffer (208 KiB).
 pub const MAX_MESSAGE: usize = 128 * 1024;
@@ -82,20 +83,20 @@ pub enum Incoming<T> {
     Closed,
 }
 
-/// One end of a channel.
+/// One end of a channel. A thread closes it: what lies in it unread is the peer's.
 #[derive(Debug)]
-pub struct Channel(OwnedFd);
+pub struct Channel(Elsewhere<OwnedFd>);
 
 impl Channel {
     /// Makes a channel: this end, and the other for the peer, both close-on-exec.
     pub fn pair() -> Result<(Self, OwnedFd), Error> {
         let made = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
-        made.map(|(ours, theirs)| (Self(ours), theirs)).map_err(Error::Pair)
+        made.map(|(ours, theirs)| (Self::from_fd(ours), theirs)).map_err(Error::Pair)
     }
 
     /// Takes the end that was inherited or received as `fd`.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(Elsewhere::new(fd))
     }
 
     /// Sends `message` with `fds` attached. Waits a bounded time for a peer with a full buffer.
@@ -147,7 +148,7 @@ impl Channel {
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut reset = false;
         let got = loop {
-            match datagram::receive(&self.0, &mut buffer, flags) {
+            match untrusted::receive(&*self.0, &mut buffer, flags) {
                 Ok(got) => break got,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(Incoming::Empty),
@@ -179,6 +180,13 @@ impl Channel {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(Error::Send(errno)),
         }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // At once; it is closed a moment later. Fails only if the peer was faster.
+        let _ = shutdown(self.as_raw_fd(), Shutdown::Both);
     }
 }
 

@@ -1,6 +1,5 @@
 //! What both sides of a VM's process know: the messages, the channel that carries them, and how such a process is started.
 
 pub mod channel;
-mod datagram;
 pub mod messages;
 pub mod spawn;

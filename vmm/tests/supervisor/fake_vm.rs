@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, MemoryRange, RxMode, ToAgent};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_vmm::base::time::Time;
@@ -267,6 +268,12 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if told("descriptors") {
         send_descriptors(&channel);
+    }
+    if told("descriptors-by-agent") {
+        let fds = [channel.as_raw_fd()];
+        let (bytes, rights) = ([std::io::IoSlice::new(b"\n")], [ControlMessage::ScmRights(&fds)]);
+        let to = sender.lock().unwrap().as_raw_fd();
+        sendmsg::<UnixAddr>(to, &bytes, &rights, MsgFlags::empty(), None).unwrap();
     }
     if told("escapes") {
         println!("[    9.9] Kernel panic - not syncing: {ESCAPES}");

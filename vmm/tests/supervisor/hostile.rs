@@ -12,6 +12,10 @@ use crate::machine::{TestMachine, start};
 /// All of them.
 pub const ALL: &[Case] = &[
     ("a_driver_vm_that_sends_descriptors_is_replaced", a_driver_vm_that_sends_descriptors_is_replaced),
+    (
+        "a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced",
+        a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced,
+    ),
     ("what_a_driver_vm_says_reaches_no_terminal_raw", what_a_driver_vm_says_reaches_no_terminal_raw),
     ("a_guest_that_loses_links_without_end_fills_nothing", a_guest_that_loses_links_without_end_fills_nothing),
     ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
@@ -23,6 +27,16 @@ fn a_driver_vm_that_sends_descriptors_is_replaced() {
     let report = machine.report(1);
     assert_eq!(report["source"], "control-stream", "{report}");
     assert!(report["reason"].as_str().unwrap().contains("20 file descriptors, of 0"), "{report}");
+    assert!(report["exit"].as_str().unwrap().contains("signal 9"), "nothing that it says is believed: {report}");
+    machine.stop();
+}
+
+fn a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced() {
+    let machine = start("", "descriptors-by-agent=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!(report["source"], "control-stream", "{report}");
+    assert!(report["reason"].as_str().unwrap().contains("1 file descriptors came on a stream"), "{report}");
     machine.stop();
 }
 

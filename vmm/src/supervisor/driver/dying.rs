@@ -68,7 +68,6 @@ impl Dying {
             }
             Heard::Process(FromVm::Ended { registers, .. }) => self.life.registers = registers,
             Heard::Process(FromVm::Released { .. }) => return self.holds.take().is_some(),
-            Heard::ControlBroken(_) => self.life.ignore_control(),
             _ => {}
         }
         false

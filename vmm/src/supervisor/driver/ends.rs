@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use umbra_shadow::{DeviceId, Generation, LinkId};
+use umbra_splitter::untrusted::Elsewhere;
 
 use super::begin::Begin;
 use super::life::{LifeRole, Purpose};
@@ -410,7 +411,7 @@ impl Supervisor {
 
 impl Life {
     /// Gives the process one end of a new connection; the other one. `None`: it does not take it now.
-    fn hand_out(&mut self, end: Endpoint, link: LinkId, now: Time) -> Option<OwnedFd> {
+    fn hand_out(&mut self, end: Endpoint, link: LinkId, now: Time) -> Option<Elsewhere<OwnedFd>> {
         let this = &mut self.links[end];
         let Ok((ours, theirs)) = UnixStream::pair() else {
             this.due = Some(now + DELAY_MAX);
@@ -423,7 +424,7 @@ impl Life {
             this.due = Some(now + FULL);
             return None;
         }
-        Some(theirs.into())
+        Some(Elsewhere::new(theirs.into()))
     }
 }
 

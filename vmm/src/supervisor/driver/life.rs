@@ -6,7 +6,6 @@
 //! that: a standby is adopted, a spare takes over.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use nix::poll::PollFlags;
 use umbra_driver_vm::protocol::{DevicePlace, FromAgent, MAX_LINE, ToAgent};
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
+use umbra_splitter::untrusted;
 
 use super::begin::Begin;
 use super::console::{Console, Fatal};
@@ -91,7 +91,7 @@ pub(in crate::supervisor) enum Heard {
     ControlClosed,
     /// A message of its agent.
     Agent(FromAgent),
-    /// Its process broke a rule of the control channel; a clause for people, as the next.
+    /// Its process broke a rule of the control channel, which is not heard any more; a clause for people, as the next.
     ControlBroken(String),
     /// Its agent sent what is no message. What comes behind that is not heard.
     Nonsense(String),
@@ -111,7 +111,7 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) image: Arc<Image>,
     pub(in crate::supervisor) process: VmProcess,
     /// Until it is closed or broken.
-    agent: Option<Lines<UnixStream>>,
+    agent: Option<Lines<untrusted::Stream>>,
     /// Whether there may be more on the console.
     talking: bool,
     /// Whether the control channel is still of use.
@@ -135,7 +135,7 @@ impl Life {
     pub(super) fn new(
         (generation, image, purpose, begin): (Generation, Arc<Image>, Purpose, Begin),
         process: VmProcess,
-        agent: UnixStream,
+        agent: untrusted::Stream,
         ends: usize,
     ) -> Self {
         Self {
@@ -188,7 +188,11 @@ impl Life {
                     self.listening = false;
                     heard.push(Heard::ControlClosed);
                 }
-                Err(error) => heard.push(Heard::ControlBroken(format!("its process: {error}"))),
+                Err(error) => {
+                    // Nothing that comes behind that is believed, or read: each message could cost a thread.
+                    self.listening = false;
+                    heard.push(Heard::ControlBroken(format!("its process: {error}")));
+                }
             }
         }
         heard
@@ -247,11 +251,6 @@ impl Life {
     /// Whether there is an agent, and it has read all that it was sent.
     pub(in crate::supervisor) fn agent_reads(&self) -> bool {
         self.agent.as_ref().is_some_and(|agent| !agent.has_unsent())
-    }
-
-    /// The control channel is of no use any more.
-    pub(super) fn ignore_control(&mut self) {
-        self.listening = false;
     }
 
     /// The agent is of no use any more.

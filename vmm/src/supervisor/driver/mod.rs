@@ -25,6 +25,7 @@ use thiserror::Error;
 use umbra_driver_vm::protocol::CONTROL_PORT;
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
+use umbra_splitter::untrusted;
 
 pub(super) use ends::{EndLink, EndRef};
 pub(super) use life::Life;
@@ -264,7 +265,7 @@ impl DriverVm {
         let files = device.map(|(_, held)| held.files()).transpose().map_err(StartError::Device)?;
         let files: Vec<BorrowedFd<'_>> = files.map(DeviceFiles::to_send).into_iter().flatten().collect();
         let (agent, theirs) = UnixStream::pair().map_err(StartError::Sockets)?;
-        agent.set_nonblocking(true).map_err(StartError::Sockets)?;
+        let agent = untrusted::Stream::new(agent).map_err(StartError::Sockets)?;
         let port = PortBackend { name: CONTROL_PORT.into(), end: PortEnd::Fd(theirs.as_raw_fd()) };
         inherited.push(theirs.into());
         // Its agent keeps the drivers off until the device has come.

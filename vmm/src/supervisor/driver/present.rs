@@ -5,6 +5,7 @@ use umbra_shadow::Generation;
 
 use super::console::Fatal;
 use super::life::{Heard, LifeRole};
+use crate::base::error::chain;
 use crate::base::lines::LineError;
 use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Carrier, Failure, Input, NoticedBy};
@@ -24,9 +25,12 @@ impl Supervisor {
             Heard::Process(message) => self.on_driver_message(n, message),
             Heard::ControlClosed => self.fail_driver(n, NoticedBy::ProcessExit, "its process ended".into(), now),
             Heard::Agent(message) => self.on_agent_message(n, message),
-            Heard::ControlBroken(what) | Heard::Nonsense(what) => {
-                self.fail_driver(n, NoticedBy::ControlStream, what, now)
+            Heard::ControlBroken(what) => {
+                self.fail_driver(n, NoticedBy::ControlStream, what, now);
+                // It is not the program that was started any more: it is killed, and asked for nothing.
+                self.drive(n, Input::Evidence);
             }
+            Heard::Nonsense(what) => self.fail_driver(n, NoticedBy::ControlStream, what, now),
             Heard::AgentLost(error) => self.lose_agent(n, &error),
             Heard::Fatal(fatal) => {
                 let source = match fatal {
@@ -102,7 +106,7 @@ impl Supervisor {
         if let Some(life) = &mut self.drivers[n].life {
             life.drop_agent();
         }
-        let what = format!("its agent's control stream: {error}");
+        let what = format!("its agent's control stream: {}", chain(error));
         let failure = Failure { source: NoticedBy::ControlStream, what, at: Time::now() };
         let closed = matches!(error, LineError::Closed);
         self.drive(n, if closed { Input::Sign(failure) } else { Input::Failed(failure) });

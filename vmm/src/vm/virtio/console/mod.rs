@@ -16,6 +16,7 @@ use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
+use umbra_splitter::untrusted::Stream;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -126,9 +127,15 @@ impl Console {
     /// of the older peer in the guest's kernel.
     pub fn connect(&mut self, port_name: &str, stream: UnixStream) {
         let attached = |port: &&mut Port| port.name == port_name && matches!(port.end, End::Attached { .. });
-        match self.ports.iter_mut().find(attached).map(|port| port.give(stream)) {
-            Some(Ok(())) => self.call_loop(),
-            Some(Err(error)) => tracing::error!("console port {port_name}: {error}"),
+        let stream = match Stream::new(stream) {
+            Ok(stream) => stream,
+            Err(error) => return tracing::error!("console port {port_name}: {error}"),
+        };
+        match self.ports.iter_mut().find(attached) {
+            Some(port) => {
+                port.give(stream);
+                self.call_loop();
+            }
             None => tracing::error!("console port {port_name}: there is none that can be given a peer"),
         }
     }

@@ -18,6 +18,7 @@ use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
+use umbra_splitter::untrusted::Stream;
 
 use crate::base::unix_socket::{self, ListenError};
 use crate::wire::messages::{PortBackend, PortEnd};
@@ -65,7 +66,7 @@ pub(super) enum End {
     /// Peers are given, one after the other.
     Attached {
         /// The next peer, joined as soon as the guest has nothing left of the one before.
-        next: Option<UnixStream>,
+        next: Option<Stream>,
         /// Bytes have passed since the guest closed the port last.
         touched: bool,
         /// The guest has closed the port; what it wrote before may still be in its queue.
@@ -79,9 +80,9 @@ pub(super) struct Port {
     pub(super) name: String,
     pub(super) end: End,
     /// The connected client.
-    pub(super) stream: Option<UnixStream>,
+    pub(super) stream: Option<Stream>,
     /// Clients that are gone, closed once the event loop does not watch them any more.
-    pub(super) gone: Vec<UnixStream>,
+    pub(super) gone: Vec<Stream>,
     /// The guest's driver uses the port.
     pub(super) ready: bool,
     /// A program in the guest has it open. The client stays connected when it closes: scripts open and close a port
@@ -133,8 +134,8 @@ impl Port {
     /// A client waits at the listener: takes it if there is none, else turns it away.
     pub(super) fn accept(&mut self) {
         let End::Listen { listener, .. } = &self.end else { return };
-        let client = match listener.accept() {
-            Ok((client, _)) => client,
+        let client = match listener.accept().and_then(|(client, _)| Stream::new(client)) {
+            Ok(client) => client,
             Err(error) => {
                 if error.kind() != ErrorKind::WouldBlock {
                     tracing::warn!("console port {}: accept: {error}", self.name);
@@ -148,24 +149,17 @@ impl Port {
         }
         if self.stream.is_some() {
             tracing::debug!("console port {}: has a client already", self.name);
-        } else if let Err(error) = client.set_nonblocking(true) {
-            tracing::warn!("console port {}: {error}", self.name);
         } else {
             self.stream = Some(client);
         }
     }
 
     /// Gives an attached port its next peer, in place of the one that it has or waits for.
-    ///
-    /// # Errors
-    /// When the stream cannot be made non-blocking.
-    pub(super) fn give(&mut self, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
+    pub(super) fn give(&mut self, stream: Stream) {
         if let End::Attached { next, .. } = &mut self.end {
             *next = Some(stream);
             self.disconnect();
         }
-        Ok(())
     }
 
     /// The guest has closed the port.
@@ -325,7 +319,7 @@ impl Drop for Port {
 }
 
 /// The peer has closed the stream and everything that it wrote was read.
-fn has_ended(stream: &UnixStream) -> bool {
+fn has_ended(stream: &Stream) -> bool {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
 }
@@ -343,13 +337,11 @@ fn listen(name: &str, path: &Path) -> Result<UnixListener, Error> {
 }
 
 /// Takes over a stream that the supervisor left open in this process under number `fd`.
-fn inherit(fd: i32) -> io::Result<UnixStream> {
+fn inherit(fd: i32) -> io::Result<Stream> {
     // SAFETY: the borrow ends with the call, which only asks whether the number is open.
     let open = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.max(0)) };
     fcntl(open, FcntlArg::F_GETFD)?;
     // SAFETY: open as just seen, and the supervisor names each inherited descriptor once in the VM's
     // specification, so nothing else in this process owns it.
-    let stream = unsafe { UnixStream::from_raw_fd(fd) };
-    stream.set_nonblocking(true)?;
-    Ok(stream)
+    Stream::new(unsafe { UnixStream::from_raw_fd(fd) })
 }

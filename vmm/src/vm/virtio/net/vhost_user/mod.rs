@@ -22,6 +22,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde_json::Value;
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::LinkId;
+use umbra_splitter::untrusted::Elsewhere;
 use vhost::vhost_user::Frontend;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -51,23 +52,23 @@ const TAG_WAKE: u32 = 0;
 const TAG_SOCKET: u32 = 1;
 
 /// How the set-up of a connection has ended.
-type Outcome = (LinkId, Result<Frontend, LinkError>);
+type Outcome = (LinkId, Result<Elsewhere<Frontend>, LinkError>);
 
 /// How far the connection is.
 enum Connection {
     Absent,
     /// For the driver to start both queues.
     Waiting {
-        socket: UnixStream,
+        socket: Elsewhere<UnixStream>,
     },
     /// In a thread, which has a duplicate of the socket.
     SettingUp {
-        socket: UnixStream,
+        socket: Elsewhere<UnixStream>,
     },
     /// The event loop watches the socket for its end.
     Up {
-        socket: UnixStream,
-        _frontend: Frontend,
+        socket: Elsewhere<UnixStream>,
+        _frontend: Elsewhere<Frontend>,
     },
 }
 
@@ -85,7 +86,7 @@ pub struct VhostUserNet {
     wake: EventFd,
     set_up: (Sender<Outcome>, Receiver<Outcome>),
     /// Sockets that the event loop may still watch.
-    retired: Vec<UnixStream>,
+    retired: Vec<Elsewhere<UnixStream>>,
     outbox: Outbox,
 }
 
@@ -111,7 +112,7 @@ impl VhostUserNet {
     pub fn connect(&mut self, link: LinkId, socket: UnixStream) {
         self.hang_up();
         // The guest notices by it that this process is gone.
-        let socket = high_duplicate(&socket).map_or(socket, UnixStream::from);
+        let socket = Elsewhere::new(high_duplicate(&socket).map_or(socket, UnixStream::from));
         self.link = Some(link);
         self.connection = Connection::Waiting { socket };
         self.set_up_if_ready();
@@ -170,19 +171,19 @@ impl VhostUserNet {
         }
     }
 
-    fn begin_set_up(&self, link: LinkId) -> Result<UnixStream, LinkError> {
+    fn begin_set_up(&self, link: LinkId) -> Result<Elsewhere<UnixStream>, LinkError> {
         let Connection::Waiting { socket } = &self.connection else { unreachable!("asked for before") };
         let queues: Vec<_> = self.queues.iter().flatten().collect();
         let vrings = queues.iter().map(|queue| Vring::new(queue)).collect::<Result<_, _>>()?;
         let Some(memory) = queues.first().map(|queue| queue.memory.clone()) else { unreachable!("both queues run") };
         let set_up = SetUp { features: self.accepted & PASSED, memory, vrings };
-        let (ours, theirs) = (high_duplicate(socket).map(UnixStream::from), socket.try_clone());
-        let (ours, theirs) = (ours.map_err(LinkError::Socket)?, theirs.map_err(LinkError::Socket)?);
+        let (ours, theirs) = (high_duplicate(&**socket).map(UnixStream::from), socket.try_clone());
+        let (ours, theirs) = (Elsewhere::new(ours.map_err(LinkError::Socket)?), theirs.map_err(LinkError::Socket)?);
         let wake = self.wake.try_clone().map_err(LinkError::EventFd)?;
         let sender = self.set_up.0.clone();
         let run = move || {
             // The receiver is gone only with the whole device.
-            let _ = sender.send((link, set_up.run(&theirs)));
+            let _ = sender.send((link, set_up.run(&theirs).map(Elsewhere::new)));
             let _ = wake.write(1);
         };
         std::thread::Builder::new().name("link-set-up".into()).spawn(run).map_err(LinkError::Thread)?;
@@ -203,11 +204,11 @@ impl VhostUserNet {
         }
     }
 
-    fn up(&mut self, frontend: Frontend, ops: &mut EventOps) {
+    fn up(&mut self, frontend: Elsewhere<Frontend>, ops: &mut EventOps) {
         let Connection::SettingUp { socket } = std::mem::replace(&mut self.connection, Connection::Absent) else {
             return;
         };
-        events::add(ops, Events::with_data(&socket, TAG_SOCKET, EventSet::READ_HANG_UP));
+        events::add(ops, Events::with_data(&*socket, TAG_SOCKET, EventSet::READ_HANG_UP));
         self.connection = Connection::Up { socket, _frontend: frontend };
         self.show_link(true);
     }
@@ -230,7 +231,7 @@ impl MutEventSubscriber for VhostUserNet {
             self.take_set_ups(ops);
         }
         for socket in std::mem::take(&mut self.retired) {
-            events::remove(ops, Events::empty(&socket));
+            events::remove(ops, Events::empty(&*socket));
         }
     }
 }
