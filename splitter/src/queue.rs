@@ -16,6 +16,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::call::{Blocks, CallWatch};
+
 /// Most descriptors in one chain: Linux sends 18 for a 64 KiB frame, and no queue here has more than 1024 entries.
 /// It bounds what one chain can cost.
 pub const MAX_CHAIN: usize = 1024;
@@ -78,6 +80,9 @@ pub enum RingFault {
     /// An access inside the ring failed, which the checks at start exclude.
     #[error("access to the ring failed")]
     Access(#[source] vm_memory::VolatileMemoryError),
+    /// The eventfd of its interrupts.
+    #[error(transparent)]
+    Call(#[from] Blocks),
 }
 
 /// What is wrong with one descriptor chain.
@@ -185,6 +190,8 @@ pub struct Virtqueue {
     state: State,
     kick: EventFd,
     call: Option<EventFd>,
+    /// Looks after writes to `call`, which is shared with a process that is not trusted.
+    watch: Option<Arc<CallWatch>>,
 }
 
 impl Virtqueue {
@@ -210,7 +217,7 @@ impl Virtqueue {
             next_used: queue.next_used(),
             signalled: None,
         };
-        let this = Self { memory, state, kick, call };
+        let this = Self { memory, state, kick, call, watch: None };
         let mut state = this.state;
         Ring::open(&this.memory, &mut state)?;
         Ok(this)
@@ -241,12 +248,21 @@ impl Virtqueue {
         self.call = call;
     }
 
+    /// The owner's process has the eventfd by which it is notified as well, and is not trusted.
+    pub fn set_watch(&mut self, watch: Arc<CallWatch>) {
+        self.watch = Some(watch);
+    }
+
     /// Notifies the owner if it wants to hear of what was used since last time.
     pub fn notify(&mut self) -> Result<(), RingFault> {
         let wanted = self.open()?.owner_wants_notification()?;
-        if let (true, Some(call)) = (wanted, &self.call) {
-            // Full only if the owner does not take its interrupts; then it has one waiting.
-            let _ = call.write(1);
+        match (&self.call, &self.watch) {
+            (Some(call), Some(watch)) if wanted => watch.write(call)?,
+            (Some(call), None) if wanted => {
+                // Full only if the owner does not take its interrupts; then it has one waiting.
+                let _ = call.write(1);
+            }
+            _ => {}
         }
         Ok(())
     }

@@ -6,15 +6,18 @@ mod common;
 use std::io::Write;
 
 use common::vm::{DRIVER_MEMORY, DriverVm, Guest, SIZE, attached, generation, link, pause};
-use common::{Driver, RINGS_LEN, WRITE, frame, memfd, number, send_lingering};
-use nix::fcntl::SealFlag;
-use std::os::fd::AsRawFd;
+use common::{Driver, RINGS_LEN, Rx, WRITE, frame, memfd, number, send_lingering};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use umbra_shadow::net::{MaskedCounts, ModeName};
 use umbra_splitter::control::MAX_COMMANDS;
 use umbra_splitter::link::Cause;
 use umbra_splitter::net::{GuestQueue, Kicker, Log, Notice, features};
+use umbra_splitter::pump::Fault;
+use umbra_splitter::queue::RingFault;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 fn live(guest: &mut Guest, vm: &mut DriverVm, n: u32) -> MaskedCounts {
     vm.rx.offer_all();
@@ -367,6 +370,59 @@ fn a_driver_vm_that_resets_its_device_ends_its_link() {
     live(&mut guest, &mut vm, 1);
     assert!(vm.frontend.get_vring_base(0).is_err());
     assert!(matches!(lost(&mut guest, 1), Cause::Stopped));
+}
+
+#[test]
+fn a_driver_vm_that_holds_the_writers_of_its_interrupts_up_loses_its_link() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    vm.rx.driver.interrupts();
+    // A flag of the open file, which the splitter's descriptor shares.
+    fcntl(call(&vm.rx), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    vm.rx.driver.call.write(u64::MAX - 1).unwrap();
+    let held = vm.rx.driver.call.try_clone().unwrap();
+    let (sender, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        guest.tx.send(&frame(0, 100));
+        guest.turn();
+        sender.send(guest).unwrap();
+    });
+    let guest = done.recv_timeout(std::time::Duration::from_secs(60));
+    // Lets the other thread end where it waits.
+    held.read().unwrap();
+    let mut guest = guest.expect("the guest's event loop stands still");
+    let cause = lost(&mut guest, 1);
+    let Cause::Data(error) = cause else { panic!("{cause}") };
+    assert!(matches!(error.fault, Fault::Ring(RingFault::Call(_))), "{error:?}");
+    guest.tx.send(&frame(1, 100));
+    guest.turn();
+    assert_eq!(guest.splitter.status().logged_now, 1);
+}
+
+fn call(rx: &Rx) -> BorrowedFd<'_> {
+    // SAFETY: the queue's driver has it open.
+    unsafe { BorrowedFd::borrow_raw(rx.driver.call.as_raw_fd()) }
+}
+
+#[test]
+fn interrupts_that_are_changed_without_end_fill_nothing_and_the_last_counts() {
+    let mut guest = Guest::new();
+    let mut vm = attached(&mut guest, 1);
+    live(&mut guest, &mut vm, 1);
+    guest.turn();
+    assert!(guest.splitter.wake().read().is_err());
+    let last = EventFd::new(EFD_NONBLOCK).unwrap();
+    for n in 0..1000 {
+        let other = EventFd::new(EFD_NONBLOCK).unwrap();
+        vm.frontend.set_vring_call(n % 2, &other).unwrap();
+        vm.frontend.set_vring_call(0, &last).unwrap();
+    }
+    assert_eq!(guest.splitter.wake().read().unwrap(), 1, "messages that wait");
+    guest.turn();
+    guest.tx.send(&frame(0, 100));
+    guest.turn();
+    assert_eq!(last.read().unwrap(), 1);
 }
 
 #[test]

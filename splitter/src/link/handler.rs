@@ -18,7 +18,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::MemoryTable;
-use super::{Cause, Link, LinkQueue, Outlet, What};
+use super::{Cause, Link, LinkQueue, NewCalls, Outlet, What};
 use crate::queue::{MAX_SIZE, RingFault, Virtqueue};
 
 /// Receive and transmit.
@@ -51,13 +51,14 @@ pub(super) struct Handler {
     phase: Phase,
     cause: Option<Cause>,
     outlet: Outlet,
+    calls: Arc<NewCalls>,
 }
 
 impl Handler {
     pub(super) fn new(features: u64, outlet: Outlet) -> Self {
         let offered = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let phase = Phase::SettingUp { memory: None, vrings: Default::default() };
-        Self { offered, accepted: 0, phase, cause: None, outlet }
+        Self { offered, accepted: 0, phase, cause: None, outlet, calls: Arc::default() }
     }
 
     /// The connection is over: says why, once.
@@ -108,7 +109,8 @@ impl Handler {
             Err(cause) => return self.refuse(cause),
         };
         self.phase = Phase::Up;
-        let link = Link { id: self.outlet.link, features: self.accepted, rx, tx };
+        let calls = Arc::clone(&self.calls);
+        let link = Link { id: self.outlet.link, features: self.accepted, rx, tx, calls };
         self.outlet.send(What::Up(Box::new(link)));
         Ok(())
     }
@@ -256,10 +258,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
             Ok(call) => call,
             Err(cause) => return self.refuse(cause),
         };
-        match (&self.phase, index) {
-            (Phase::Up, 0) => self.outlet.send(What::Call(LinkQueue::Rx, call)),
-            (Phase::Up, 1) => self.outlet.send(What::Call(LinkQueue::Tx, call)),
-            _ => self.vring(u32::from(index))?.call = call,
+        let queue = match (&self.phase, index) {
+            (Phase::Up, 0) => LinkQueue::Rx,
+            (Phase::Up, 1) => LinkQueue::Tx,
+            _ => {
+                self.vring(u32::from(index))?.call = call;
+                return Ok(());
+            }
+        };
+        if self.calls.put(queue, call) {
+            self.outlet.send(What::Calls);
         }
         Ok(())
     }

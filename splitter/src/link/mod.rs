@@ -19,6 +19,7 @@ use umbra_shadow::LinkId;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::call::CallWatch;
 use crate::queue::{RingFault, Virtqueue};
 use crate::untrusted::Elsewhere;
 use handler::Handler;
@@ -34,15 +35,56 @@ pub struct Link {
     pub rx: Virtqueue,
     /// The driver VM's transmit queue: frames for the guest come from here.
     pub tx: Virtqueue,
+    calls: Arc<NewCalls>,
+}
+
+impl Link {
+    /// From now on writes to the eventfds of the driver VM's interrupts are looked after.
+    pub fn set_watch(&mut self, watch: &Arc<CallWatch>) {
+        self.rx.set_watch(Arc::clone(watch));
+        self.tx.set_watch(Arc::clone(watch));
+    }
+
+    /// Takes the eventfds that the front-end has changed ([`What::Calls`]).
+    pub fn take_calls(&mut self) {
+        let [rx, tx] = self.calls.take();
+        rx.into_iter().for_each(|call| self.rx.set_call(call));
+        tx.into_iter().for_each(|call| self.tx.set_call(call));
+    }
+}
+
+/// Eventfds of the queues' interrupts, as the front-end has changed them since they were last taken: the last of each queue, so
+/// that a front-end which changes them without end fills nothing.
+#[derive(Debug, Default)]
+struct NewCalls(Mutex<[NewCall; 2]>);
+
+/// `None`: as before; `Some(None)`: the queue has no interrupt any more.
+type NewCall = Option<Option<EventFd>>;
+
+impl NewCalls {
+    /// Keeps the new eventfd of `queue`. Whether nothing waited to be taken: only then has it to be told.
+    fn put(&self, queue: LinkQueue, call: Option<EventFd>) -> bool {
+        let mut calls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = calls.iter().all(Option::is_none);
+        let before = calls[queue as usize].replace(call);
+        // Closed without the lock, for which the event loop may wait.
+        drop(calls);
+        drop(before);
+        first
+    }
+
+    fn take(&self) -> [NewCall; 2] {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// The queue's place in the vhost-user connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkQueue {
     /// Queue 0, the driver VM's receive queue.
-    Rx,
+    Rx = 0,
     /// Queue 1, its transmit queue.
-    Tx,
+    Tx = 1,
 }
 
 /// Why a link ended.
@@ -93,8 +135,8 @@ pub enum Cause {
 pub enum What {
     /// Set up: both queues are enabled.
     Up(Box<Link>),
-    /// The front-end changed the eventfd of a queue.
-    Call(LinkQueue, Option<EventFd>),
+    /// The front-end has changed eventfds: [`Link::take_calls`]. Not said again before they are taken.
+    Calls,
     /// It is over; the last word.
     Lost(Cause),
 }

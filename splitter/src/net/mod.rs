@@ -17,6 +17,7 @@ pub mod stall;
 mod traffic;
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use umbra_shadow::net::{Event, FrameVerdict, MaskedCounts, ModeName, NetShadow};
 use umbra_shadow::{Generation, LinkId};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::call::CallWatch;
 use crate::control::{self, Served};
 use crate::header::Offloads;
 use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
@@ -144,13 +146,9 @@ impl LinkState {
         self.id().map(|link| link.generation)
     }
 
-    fn set_call(&mut self, queue: LinkQueue, call: Option<EventFd>) {
+    fn take_calls(&mut self) {
         if let Self::Up { link, .. } = self {
-            let queue = match queue {
-                LinkQueue::Rx => &mut link.rx,
-                LinkQueue::Tx => &mut link.tx,
-            };
-            queue.set_call(call);
+            link.take_calls();
         }
     }
 }
@@ -167,6 +165,8 @@ pub struct NetSplitter {
     events: Receiver<LinkEvent>,
     sender: Sender<LinkEvent>,
     wake: EventFd,
+    /// Looks after writes to eventfds of driver VMs.
+    calls: Arc<CallWatch>,
     /// Kicks that the event loop may still watch.
     retired: Vec<EventFd>,
     listener: Listener,
@@ -196,6 +196,7 @@ impl NetSplitter {
             events,
             sender,
             wake: EventFd::new(EFD_NONBLOCK)?,
+            calls: Arc::new(CallWatch::new()?),
             retired: Vec::new(),
             listener,
             outward: Counts::default(),
@@ -467,14 +468,17 @@ impl NetSplitter {
     }
 
     fn take_events(&mut self) {
-        while let Ok(LinkEvent { link: id, what }) = self.events.try_recv() {
+        while let Ok(LinkEvent { link: id, mut what }) = self.events.try_recv() {
+            if let What::Up(link) = &mut what {
+                link.set_watch(&self.calls);
+            }
             match what {
                 _ if self.next.id() == Some(id) => self.next_event(what),
                 What::Up(link) if self.link.id() != Some(id) => self.retire(*link),
                 _ if self.link.id() != Some(id) => {}
                 What::Up(link) => self.link_up(id, link),
                 What::Lost(cause) => self.lose(id, cause),
-                What::Call(queue, call) => self.link.set_call(queue, call),
+                What::Calls => self.link.take_calls(),
             }
         }
     }

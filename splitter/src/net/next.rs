@@ -146,8 +146,8 @@ impl NetSplitter {
                 (self.listener)(Notice::LinkUp(id));
                 self.discard();
             }
-            (What::Call(queue, call), mut next) => {
-                next.set_call(queue, call);
+            (What::Calls, mut next) => {
+                next.take_calls();
                 self.next.link = next;
             }
             (What::Lost(cause), next) => {
