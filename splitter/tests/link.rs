@@ -15,8 +15,8 @@ use umbra_splitter::link::Cause;
 use umbra_splitter::net::{GuestQueue, Kicker, Log, Notice, features};
 use umbra_splitter::pump::Fault;
 use umbra_splitter::queue::RingFault;
-use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 fn live(guest: &mut Guest, vm: &mut DriverVm, n: u32) -> MaskedCounts {
@@ -318,6 +318,34 @@ fn memory_that_can_shrink_or_ends_too_early_is_refused() {
         assert!(vm.frontend.set_mem_table(&[region]).is_err(), "{what}");
         let cause = lost(&mut guest, 1).to_string();
         assert!(cause.contains(what), "{what}: {cause}");
+    }
+}
+
+#[test]
+fn memory_beyond_what_the_driver_vm_has_is_refused() {
+    // Holes, which cost their owner nothing.
+    const HUGE: u64 = 1 << 40;
+    let file = memfd(usize::try_from(HUGE).unwrap(), SealFlag::F_SEAL_SHRINK);
+    let half = DRIVER_MEMORY as u64 / 2;
+    for (sizes, refused) in [(vec![HUGE], true), (vec![half, half, 4096], true), (vec![half, half], false)] {
+        let mut guest = Guest::new();
+        guest.splitter.limit_memory(DRIVER_MEMORY as u64);
+        let (mut vm, socket) = DriverVm::new();
+        guest.splitter.attach(link(1), socket);
+        vm.negotiate();
+        let place = |(n, size): (u64, &u64)| VhostUserMemoryRegionInfo {
+            guest_phys_addr: n * HUGE,
+            memory_size: *size,
+            userspace_addr: n * HUGE,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        let regions: Vec<_> = (0..).zip(&sizes).map(place).collect();
+        assert_eq!(vm.frontend.set_mem_table(&regions).is_err(), refused, "{sizes:?}");
+        if refused {
+            let cause = lost(&mut guest, 1).to_string();
+            assert!(cause.contains("larger than the 16777216 bytes of the driver VM's memory"), "{cause}");
+        }
     }
 }
 

@@ -47,6 +47,7 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Handler {
     offered: u64,
+    memory_limit: u64,
     accepted: u64,
     phase: Phase,
     cause: Option<Cause>,
@@ -55,10 +56,10 @@ pub(super) struct Handler {
 }
 
 impl Handler {
-    pub(super) fn new(features: u64, outlet: Outlet) -> Self {
+    pub(super) fn new((features, memory_limit): (u64, u64), outlet: Outlet) -> Self {
         let offered = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let phase = Phase::SettingUp { memory: None, vrings: Default::default() };
-        Self { offered, accepted: 0, phase, cause: None, outlet, calls: Arc::default() }
+        Self { offered, memory_limit, accepted: 0, phase, cause: None, outlet, calls: Arc::default() }
     }
 
     /// The connection is over: says why, once.
@@ -203,7 +204,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let mapped = MemoryTable::map(regions, files);
+        let mapped = MemoryTable::map(regions, files, self.memory_limit);
         match (&mut self.phase, mapped) {
             (Phase::SettingUp { memory, .. }, Ok(table)) => *memory = Some(table),
             (Phase::SettingUp { .. }, Err(cause)) => return self.refuse(cause),

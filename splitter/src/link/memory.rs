@@ -1,7 +1,8 @@
 //! The memory table of a vhost-user front-end: files into mapped regions.
 //!
 //! Invariant: no access to a region that passed can fault: its file is a memory file (tmpfs, whose pages need no
-//! reservation) that can no longer shrink, and the region lies inside it.
+//! reservation) that can no longer shrink, and the region lies inside it. All regions together are no larger than the driver VM's
+//! memory is configured: a file of holes costs its owner nothing, and this process the pages of whatever it writes there.
 
 use std::fs::File;
 
@@ -24,16 +25,21 @@ pub(super) struct MemoryTable {
 }
 
 impl MemoryTable {
-    /// Checks and maps the regions.
-    pub(super) fn map(regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<Self, Cause> {
+    /// Checks and maps the regions, of at most `limit` bytes.
+    pub(super) fn map(regions: &[VhostUserMemoryRegion], files: Vec<File>, limit: u64) -> Result<Self, Cause> {
         if regions.len() > MAX_REGIONS || regions.len() != files.len() {
             return Err(Cause::Protocol(format!("{} memory regions with {} files", regions.len(), files.len())));
         }
+        let mut left = limit;
         let mut places = Vec::with_capacity(regions.len());
         let mut mapped = Vec::with_capacity(regions.len());
         for (index, (region, file)) in regions.iter().zip(files).enumerate() {
             // Packed structure: copies of its fields.
             let (user, size, guest) = (region.user_addr, region.memory_size, region.guest_phys_addr);
+            left = left.checked_sub(size).ok_or_else(|| {
+                let why = format!("with it they are larger than the {limit} bytes of the driver VM's memory");
+                Cause::Memory { index, why }
+            })?;
             mapped.push(map_region(index, guest, size, region.mmap_offset, file)?);
             places.push((user, size, guest));
         }

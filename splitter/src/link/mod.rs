@@ -179,12 +179,19 @@ pub struct LinkServer {
 }
 
 impl LinkServer {
-    /// Serves `connection`, offering `features`.
-    pub fn start(connection: Elsewhere<UnixStream>, features: u64, outlet: Outlet) -> std::io::Result<Self> {
+    /// Serves `connection`, offering `features`, to a driver VM with at most `memory` bytes of memory.
+    ///
+    /// # Errors
+    /// There is no thread for it, or no descriptor.
+    pub fn start(
+        connection: Elsewhere<UnixStream>,
+        (features, memory): (u64, u64),
+        outlet: Outlet,
+    ) -> std::io::Result<Self> {
         let link = outlet.link;
         let serves = connection.try_clone()?;
         serves.set_nonblocking(false)?;
-        let handler = Arc::new(Mutex::new(Handler::new(features, outlet)));
+        let handler = Arc::new(Mutex::new(Handler::new((features, memory), outlet)));
         // Not joined: a hostile peer's file descriptors can make even a close() wait, and that may hold up this
         // thread, but not the guest. It ends with the connection.
         thread::Builder::new().name(format!("link-{link}")).spawn(move || serve(serves, &handler))?;

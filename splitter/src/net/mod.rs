@@ -160,6 +160,8 @@ pub struct NetSplitter {
     link: LinkState,
     /// The link of a driver VM that waits to take over.
     next: WaitingLink,
+    /// Most bytes of a driver VM's memory.
+    link_memory: u64,
     /// Generation whose going live is announced to the network.
     announce: Option<Generation>,
     events: Receiver<LinkEvent>,
@@ -192,6 +194,7 @@ impl NetSplitter {
             guest: [None, None, None],
             link: LinkState::None,
             next: WaitingLink::default(),
+            link_memory: u64::MAX,
             announce: None,
             events,
             sender,
@@ -284,7 +287,7 @@ impl NetSplitter {
         }
         let started = self.wake.try_clone().and_then(|wake| {
             let outlet = Outlet::new(link, self.sender.clone(), wake);
-            LinkServer::start(connection, features::DRIVER_VM, outlet)
+            LinkServer::start(connection, (features::DRIVER_VM, self.link_memory), outlet)
         });
         match started {
             Ok(server) => self.connecting(server),

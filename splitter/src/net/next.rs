@@ -42,6 +42,11 @@ impl WaitingLink {
 }
 
 impl NetSplitter {
+    /// The driver VMs have `bytes` of memory; a link with more is refused. Without this call all sizes are taken.
+    pub fn limit_memory(&mut self, bytes: u64) {
+        self.link_memory = bytes;
+    }
+
     /// The waiting driver VM of `generation` forwards and has its carrier (`armed`), or has not any more. Armed, its link goes live
     /// by itself when the serving one is lost. Called again for an armed link, it asks whether both are on one network; answered by
     /// [`Notice::SameNetwork`] if they are.

@@ -103,6 +103,8 @@ pub enum NetBackend {
         mac: Mac,
         /// MTU, bytes.
         mtu: u16,
+        /// Memory of its driver VM: a link with more is refused.
+        driver_memory: MemorySize,
         /// The addresses of the other guests' devices on the same NIC; none: it has the NIC for itself.
         #[serde(default)]
         neighbours: Vec<Mac>,

@@ -103,7 +103,9 @@ impl GuestDevice {
 pub(in crate::supervisor) fn devices(machine: &Machine, name: &str, guest: &Guest) -> Devices {
     let nets = (0..).zip(&guest.net).map(|(n, spec)| {
         let index = usize::from(n);
-        let net = GuestNet::new(spec.mac_or_default(name, index), machine.neighbours_of(name, index));
+        let driver = spec.driver.as_deref().and_then(|driver| machine.driver.get(driver));
+        let memory = driver.map(|driver| driver.memory).unwrap_or_default();
+        let net = GuestNet::new(spec.mac_or_default(name, index), machine.neighbours_of(name, index), memory);
         (DeviceId::net(n), OfClass::Net(net))
     });
     let sounds = (0..).zip(&guest.sound).map(|(n, _)| (DeviceId::sound(n), OfClass::Sound(GuestSound::default())));
@@ -207,5 +209,27 @@ impl Supervisor {
             OutageCounts::Net(frames) => self.on_net_live(device, generation, at, frames),
             OutageCounts::Sound(samples) => self.on_sound_live(device, generation, samples),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::MemorySize;
+
+    #[test]
+    fn a_guest_is_told_how_much_memory_its_driver_vm_has() {
+        let text = "[guest.web]\nkernel = \"k\"\nnet = [{ driver = \"nic0\" }]\n\
+                    [driver.nic0]\ndevice = \"0000:03:00.0\"\nimage = \"i\"\nmemory = \"192M\"\n";
+        let machine = Machine::parse(text, Path::new("m.toml")).unwrap();
+        let guest = &machine.guest["web"];
+        let (nets, _) = backends(guest, &devices(&machine, "web", guest));
+        assert!(
+            matches!(nets[..], [NetBackend::Split { driver_memory: MemorySize(bytes), .. }] if bytes == 192 << 20),
+            "{nets:?}"
+        );
     }
 }

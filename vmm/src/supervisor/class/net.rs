@@ -8,7 +8,7 @@ use umbra_shadow::{DeviceId, Generation};
 use super::settings::Setting;
 use super::{OfClass, Traits};
 use crate::base::time::Time;
-use crate::config::Net;
+use crate::config::{MemorySize, Net};
 use crate::lifecycle::{Carrier, Endpoint, Input};
 use crate::record::status;
 use crate::supervisor::driver::EndRef;
@@ -26,14 +26,16 @@ pub(in crate::supervisor) struct GuestNet {
     mac: Mac,
     /// The addresses of the other devices on the same NIC.
     neighbours: Vec<Mac>,
+    /// Memory of its driver VM.
+    driver_memory: MemorySize,
     /// What the guest's driver asked for last.
     pub(in crate::supervisor) mode: RxMode,
     pub(in crate::supervisor) offloads: Offloads,
 }
 
 impl GuestNet {
-    pub(super) fn new(mac: Mac, neighbours: Vec<Mac>) -> Self {
-        Self { mac, neighbours, mode: first_mode(mac), offloads: Offloads::default() }
+    pub(super) fn new(mac: Mac, neighbours: Vec<Mac>, driver_memory: MemorySize) -> Self {
+        Self { mac, neighbours, driver_memory, mode: first_mode(mac), offloads: Offloads::default() }
     }
 
     pub(super) fn forget(&mut self) {
@@ -47,6 +49,7 @@ impl GuestNet {
             None => NetBackend::Split {
                 mac,
                 mtu,
+                driver_memory: self.driver_memory,
                 neighbours: self.neighbours.clone(),
                 allow_any_source: spec.allow_any_source,
             },

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::base::error::chain;
 use crate::base::lock::lock;
 use crate::base::timer;
+use crate::config::MemorySize;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::pace::{Moved, OutageTrace};
@@ -82,6 +83,11 @@ impl SplitNet {
     /// The device shares its NIC with those that have these addresses; it may use no such address, unless it may use any.
     pub fn share(&mut self, neighbours: &[Mac], any_source: bool) {
         self.splitter.share(neighbours.iter().map(|mac| mac.0).collect(), any_source);
+    }
+
+    /// Its driver VM has this much memory; a link with more is refused.
+    pub fn limit_memory(&mut self, memory: MemorySize) {
+        self.splitter.limit_memory(memory.0);
     }
 
     /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).

@@ -27,7 +27,7 @@ fn backend(link: LinkId) -> (UnixStream, LinkServer, Receiver<LinkEvent>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (sender, receiver) = channel();
     let outlet = Outlet::new(link, sender, EventFd::new(EFD_NONBLOCK).unwrap());
-    (ours, LinkServer::start(Elsewhere::new(theirs), features::DRIVER_VM, outlet).unwrap(), receiver)
+    (ours, LinkServer::start(Elsewhere::new(theirs), (features::DRIVER_VM, 3 * SPAN), outlet).unwrap(), receiver)
 }
 
 fn memory(seals: Option<SealFlag>) -> GuestMemoryMmap {
