@@ -80,6 +80,12 @@ pub enum RingFault {
     /// An access inside the ring failed, which the checks at start exclude.
     #[error("access to the ring failed")]
     Access(#[source] vm_memory::VolatileMemoryError),
+    /// More chains are in flight than there are descriptors: one was offered again before it came back.
+    #[error("more chains in flight than the {size} descriptors of the queue")]
+    InFlight {
+        /// Queue size.
+        size: u16,
+    },
     /// The eventfd of its interrupts.
     #[error(transparent)]
     Call(#[from] Blocks),

@@ -245,6 +245,26 @@ fn frames_that_are_drained_cost_what_their_bytes_do() {
     assert!((8 << 20..20 << 20).contains(&bytes), "{bytes} bytes in one call");
 }
 
+/// The same from queue to queue.
+#[test]
+fn frames_that_are_moved_cost_what_their_bytes_do() {
+    const LARGE: u16 = 1024;
+    let bytes = u32::try_from(HEADER_LEN + MAX_FRAME).unwrap();
+    let ring = |flags| {
+        let mut driver = Driver::new(&memory(1 << 20), BASE, LARGE, true);
+        for _ in 0..LARGE {
+            driver.offer(&[(DATA, bytes, flags)]);
+        }
+        driver
+    };
+    let (from, to) = (ring(0), ring(WRITE));
+    let mut counts = Counts::default();
+    let (mut source, mut target) = (from.device(), to.device());
+    let stop = pump::pump(&mut source, &mut target, &flow(Owner::Guest), &mut pump::Off, &mut counts).unwrap();
+    assert_eq!(stop, Stop::Budget);
+    assert!((8 << 20..20 << 20).contains(&counts.bytes), "{} bytes in one call", counts.bytes);
+}
+
 /// The owner rewrites its ring while it is being read: what was checked is what is used.
 #[test]
 fn a_ring_that_changes_under_the_pump_reaches_nothing_else() {

@@ -4,7 +4,8 @@
 //! exception: `heard <= queued`, `given_back <= queued`. As a rule `given_back` follows `heard` by whole periods. The
 //! exception is the keep-alive: a blocking write in Linux fails with `EIO` when the position stands still for 1.1
 //! buffers (`wait_for_avail` and `snd_pcm_drain` in `sound/core`), so a period is given back before that while the
-//! card does not move. Its samples stay here until they are heard; how many may is bounded by [`HELD_MAX_BYTES`].
+//! card does not move. Its samples stay here until they are heard; how many may is bounded by [`HELD_MAX_BYTES`] and
+//! [`HELD_MAX_MESSAGES`].
 
 use std::collections::VecDeque;
 
@@ -15,6 +16,10 @@ use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, at_most, keep_alive_
 /// Most samples, in bytes, that are kept for the card although the guest has their messages back: 20 s of CD sound. Beyond that a
 /// held stream stands still, and its player sees what a stuck card shows.
 pub const HELD_MAX_BYTES: usize = 4 << 20;
+
+/// Most messages whose samples are kept in that way. At 10 ms a period 4 MiB are 2,000 messages; without this bound, as many as
+/// there are frames, at a hundred bytes each.
+pub(super) const HELD_MAX_MESSAGES: usize = 1 << 15;
 
 #[derive(Debug)]
 struct Period {
@@ -348,7 +353,8 @@ impl Playback {
     }
 
     fn may_give_back(&self, params: &Params) -> bool {
-        self.oldest().is_some() && self.kept <= params.buffer_bytes as usize + HELD_MAX_BYTES
+        let held = self.kept <= params.buffer_bytes as usize + HELD_MAX_BYTES && self.returned < HELD_MAX_MESSAGES;
+        self.oldest().is_some() && held
     }
 
     fn stalled_at(&self) -> Option<u64> {

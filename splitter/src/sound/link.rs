@@ -73,7 +73,7 @@ pub struct Link {
     id: LinkId,
     incoming: Vec<u8>,
     unsent: VecDeque<Unsent>,
-    /// Bytes of all of `unsent`.
+    /// Bytes of all of `unsent`, with their [`OVERHEAD`]: small messages without end are as much as a large one.
     waiting: usize,
     /// Bytes of the first that are sent already.
     sent: usize,
@@ -83,12 +83,21 @@ pub struct Link {
     earlier: usize,
 }
 
+/// What a message costs beside its bytes, in bytes: its place in the queue and that of its memory.
+const OVERHEAD: usize = std::mem::size_of::<Unsent>() + 16;
+
 /// A message that waits.
 #[derive(Debug)]
 struct Unsent {
     /// The stream that it is about, and what about it; `None` for the link's `Begin`, which nothing makes moot.
     about: Option<(StreamId, Kind)>,
     bytes: Vec<u8>,
+}
+
+impl Unsent {
+    fn cost(&self) -> usize {
+        self.bytes.len() + OVERHEAD
+    }
 }
 
 /// What a message does to those before it.
@@ -112,6 +121,11 @@ impl Kind {
             ToCard::Stop { stream } => (*stream, Self::Stop),
             ToCard::Release { stream } => (*stream, Self::Release),
         }
+    }
+
+    /// Whether there is anything that it makes moot: samples, of which there may be many, do not.
+    fn moots_any(self) -> bool {
+        !matches!(self, Self::Play | Self::Start)
     }
 
     /// True if an earlier message of the same stream that was not sent need not be: a service that takes this one is
@@ -161,16 +175,9 @@ impl Link {
     /// When too much waits.
     pub fn send(&mut self, message: ToCard) -> Result<(), LinkError> {
         let (stream, kind) = Kind::of(&message);
-        // What has begun to go out has to go out to its end.
-        let mut begun = self.sent > 0;
-        self.unsent.retain(|earlier| {
-            let moot = earlier.about.is_some_and(|(of, earlier)| of == stream && kind.moots(earlier));
-            let kept = std::mem::take(&mut begun) || !moot;
-            if !kept {
-                self.waiting -= earlier.bytes.len();
-            }
-            kept
-        });
+        if kind.moots_any() {
+            self.forget_moot(stream, kind);
+        }
         self.push(Some((stream, kind)), &message.into());
         if self.waiting > MAX_UNSENT {
             return Err(LinkError::NotReading);
@@ -178,11 +185,26 @@ impl Link {
         Ok(())
     }
 
+    /// Forgets what `kind` makes moot.
+    fn forget_moot(&mut self, stream: StreamId, kind: Kind) {
+        // What has begun to go out has to go out to its end.
+        let mut begun = self.sent > 0;
+        self.unsent.retain(|earlier| {
+            let moot = earlier.about.is_some_and(|(of, earlier)| of == stream && kind.moots(earlier));
+            let kept = std::mem::take(&mut begun) || !moot;
+            if !kept {
+                self.waiting -= earlier.cost();
+            }
+            kept
+        });
+    }
+
     fn push(&mut self, about: Option<(StreamId, Kind)>, message: &FromHost) {
         let mut bytes = Vec::new();
         encode(message, self.id, &mut bytes);
-        self.waiting += bytes.len();
-        self.unsent.push_back(Unsent { about, bytes });
+        let message = Unsent { about, bytes };
+        self.waiting += message.cost();
+        self.unsent.push_back(message);
     }
 
     /// Writes what waits, as far as the peer takes it.
@@ -210,7 +232,7 @@ impl Link {
         self.sent += written;
         while let Some(first) = self.unsent.front().filter(|first| first.bytes.len() <= self.sent) {
             self.sent -= first.bytes.len();
-            self.waiting -= first.bytes.len();
+            self.waiting -= first.cost();
             self.unsent.pop_front();
         }
     }
@@ -280,4 +302,25 @@ impl AsRawFd for Link {
 
 fn is_closed(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use umbra_shadow::Generation;
+    use umbra_shadow::sound::Epoch;
+
+    use super::*;
+
+    #[test]
+    fn small_messages_that_nobody_reads_are_bounded_in_memory_too() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut link = Link::new(Stream::new(ours).unwrap(), LinkId::first(Generation::FIRST));
+        let play = || ToCard::Play { stream: StreamId(0), epoch: Epoch(1), samples: vec![0] };
+        let sent = (0..=MAX_UNSENT / OVERHEAD).take_while(|_| link.send(play()).is_ok()).count();
+        assert!(sent < MAX_UNSENT / OVERHEAD, "{sent} messages");
+        assert!(matches!(link.send(play()), Err(LinkError::NotReading)));
+    }
 }

@@ -1,6 +1,7 @@
 //! Cards that cannot be believed, that are dead, or that are others than before.
 
 use super::*;
+use crate::sound::playback::HELD_MAX_MESSAGES;
 
 #[test]
 fn a_card_faster_than_its_rate_is_a_violation() {
@@ -53,6 +54,23 @@ fn held_samples_are_bounded() {
     }
     let bound = HELD_MAX_BYTES + 2 * params().buffer_bytes as usize;
     assert!((HELD_MAX_BYTES..bound).contains(&rig.shadow.kept_bytes()), "{}", rig.shadow.kept_bytes());
+}
+
+#[test]
+fn held_messages_are_bounded_however_small() {
+    let mut rig = Rig::new(Policy::Hold);
+    let tiny = Params { period_bytes: 2, buffer_bytes: 512, ..params() };
+    rig.command(OUT, Command::SetParams(tiny)).unwrap();
+    rig.command(OUT, Command::Prepare).unwrap();
+    rig.command(OUT, Command::Start).unwrap();
+    for _ in 0..HELD_MAX_MESSAGES / 250 + 100 {
+        for _ in 0..256 {
+            rig.play(vec![7; 2]);
+        }
+        rig.pass(80);
+    }
+    let held = rig.shadow.kept_bytes() / 2;
+    assert!((HELD_MAX_MESSAGES..HELD_MAX_MESSAGES + 512).contains(&held), "{held}");
 }
 
 #[test]

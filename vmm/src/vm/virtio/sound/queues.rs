@@ -1,6 +1,7 @@
 //! The queues of a sound device: takes the guest's messages off them and puts answers on them (virtio 1.2, section
-//! 5.14.6). Invariant: a message of the tx and rx queues is either in the guest's hands or in `waiting`, under the
-//! token by which the shadow knows it.
+//! 5.14.6). Invariants: a message of the tx and rx queues is either in the guest's hands or in `waiting`, under the
+//! token by which the shadow knows it; no more of a queue are there than the queue has descriptors, though a hostile driver
+//! offers one again and again.
 
 use std::collections::HashMap;
 
@@ -110,6 +111,10 @@ impl Queues {
     /// The next message of the tx or rx queue.
     pub(super) fn next_message(&mut self, index: u16) -> Result<Message, RingFault> {
         let Some(head) = self.pop(index)? else { return Ok(Message::None) };
+        let size = self.queue(index).map_or(0, |queue| queue.size());
+        if self.waiting.values().filter(|(of, _)| *of == index).count() >= usize::from(size) {
+            return Err(RingFault::InFlight { size });
+        }
         let token = Token(self.next_token);
         self.next_token = self.next_token.wrapping_add(1);
         self.waiting.insert(token.0, (index, head));

@@ -227,6 +227,24 @@ fn a_queue_full_of_nonsense_is_answered_in_several_turns_of_the_loop() {
 }
 
 #[test]
+fn a_message_that_is_offered_again_and_again_is_a_broken_rule() {
+    let mut rig = Rig::new();
+    rig.set_up(0);
+    let head = rig.queues[2].add(&[&0u32.to_le_bytes(), &[7; 4]], &[8]);
+    // As many as there are descriptors could be honest.
+    for offered in 1..=usize::from(QUEUE_SIZES[2]) {
+        assert!(!rig.device.lock().unwrap().needs_reset(), "{offered} messages");
+        rig.queues[2].kick();
+        rig.events.run();
+        rig.queues[2].offer(head);
+    }
+    rig.queues[2].kick();
+    rig.events.run();
+    assert!(rig.device.lock().unwrap().needs_reset());
+    assert_eq!(rig.device.lock().unwrap().splitter.shadow().pending_bytes(), 0, "nothing of them is kept");
+}
+
+#[test]
 fn a_quarantined_card_is_a_dead_card() {
     let mut rig = Rig::new();
     rig.set_up(0);
