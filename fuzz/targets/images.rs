@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
             let Ok(folder) = tempfile::tempdir() else { return };
             let (package, out) = (folder.path().join("a.deb"), folder.path().join("out"));
             if std::fs::write(&package, data).is_ok() && std::fs::create_dir(&out).is_ok() {
-                let _ = deb::extract(&package, &out, |_| true);
+                let _ = deb::extract(&[package], &out, |_| true);
                 let entries = std::fs::read_dir(folder.path()).map_or(0, Iterator::count);
                 assert_eq!(entries, 2, "something was unpacked beside its folder");
             }

@@ -46,6 +46,10 @@ pub enum DecompressError {
     },
 }
 
+/// Most memory of an XZ or LZMA decoder, in bytes, whatever dictionary the data claims to need (up to 4 GiB). Kernels are packed
+/// with one of 128 MiB.
+const XZ_MEMORY: u64 = 256 << 20;
+
 /// Block size of an LZ4 legacy frame: every block but the last unpacks to exactly this.
 const LZ4_LEGACY_BLOCK: usize = 8 << 20;
 const LZ4_LEGACY_MAGIC: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
@@ -74,9 +78,12 @@ pub fn decompress(format: Format, bytes: &[u8], limit: usize) -> Result<Vec<u8>,
     let damaged = |source| DecompressError::Damaged { format, source };
     match format {
         Format::Gzip => read_bounded(flate2::read::MultiGzDecoder::new(bytes), format, limit),
-        Format::Xz => read_bounded(liblzma::read::XzDecoder::new_multi_decoder(bytes), format, limit),
+        Format::Xz => {
+            let stream = xz_stream().map_err(damaged)?;
+            read_bounded(liblzma::read::XzDecoder::new_stream(bytes, stream), format, limit)
+        }
         Format::Lzma => {
-            let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX).map_err(|e| damaged(e.into()))?;
+            let stream = liblzma::stream::Stream::new_lzma_decoder(XZ_MEMORY).map_err(|e| damaged(e.into()))?;
             read_bounded(liblzma::read::XzDecoder::new_stream(bytes, stream), format, limit)
         }
         Format::Zstd => {
@@ -97,8 +104,14 @@ pub fn decompress(format: Format, bytes: &[u8], limit: usize) -> Result<Vec<u8>,
 pub fn decompress_any(bytes: Vec<u8>, limit: usize) -> Result<Vec<u8>, DecompressError> {
     match Format::detect(&bytes) {
         Some(format) => decompress(format, &bytes, limit),
+        None if bytes.len() > limit => Err(DecompressError::TooLarge { limit }),
         None => Ok(bytes),
     }
+}
+
+/// A decoder of XZ streams, one behind the other, with bounded memory.
+pub(crate) fn xz_stream() -> io::Result<liblzma::stream::Stream> {
+    Ok(liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, liblzma::stream::CONCATENATED)?)
 }
 
 fn read_bounded(reader: impl Read, format: Format, limit: usize) -> Result<Vec<u8>, DecompressError> {
@@ -168,6 +181,24 @@ mod tests {
         for packed in [gzip(&data), xz, zstd::encode_all(&data[..], 1).unwrap(), lz4(&data)] {
             assert!(matches!(decompress_any(packed, data.len() - 1), Err(DecompressError::TooLarge { .. })));
         }
+    }
+
+    #[test]
+    fn what_is_not_packed_is_bounded_as_well() {
+        assert!(matches!(decompress_any(vec![1; 101], 100), Err(DecompressError::TooLarge { limit: 100 })));
+        assert_eq!(decompress_any(vec![1; 100], 100).unwrap().len(), 100);
+    }
+
+    #[test]
+    fn a_decoder_s_memory_is_bounded() {
+        // LZMA "alone": properties, a dictionary of 2 GiB, and an unknown length.
+        let mut claims = vec![0x5d];
+        claims.extend_from_slice(&(2u32 << 30).to_le_bytes());
+        claims.extend_from_slice(&[0xff; 8]);
+        claims.extend_from_slice(&[0; 32]);
+        let outcome = decompress(Format::Lzma, &claims, 1 << 20);
+        let Err(DecompressError::Damaged { source, .. }) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(source.to_string(), "memory limit reached");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! whole under its name or not at all.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// A file operation failed.
@@ -38,6 +38,20 @@ pub fn context<'a>(operation: &'static str, path: &'a Path) -> impl FnOnce(io::E
 /// When it cannot be read.
 pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     fs::read(path).map_err(context("read", path))
+}
+
+/// Reads a whole file of at most `limit` bytes.
+///
+/// # Errors
+/// When it cannot be read, or is larger.
+pub fn read_up_to(path: &Path, limit: usize) -> Result<Vec<u8>, FileError> {
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).map_err(context("read", path))?;
+    file.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(context("read", path))?;
+    if bytes.len() > limit {
+        return Err(context("read", path)(io::Error::other(format!("it is larger than {limit} bytes"))));
+    }
+    Ok(bytes)
 }
 
 /// Reads a whole text file; invalid UTF-8 is replaced.

@@ -352,7 +352,7 @@ impl Recipe {
 
 /// Firmware with a packed file's extension is unpacked; any other is taken as it is, whatever its first bytes are.
 fn decompress_firmware(path: &Path) -> Result<Vec<u8>, ImageError> {
-    let bytes = files::read(path)?;
+    let bytes = files::read_up_to(path, MAX_FIRMWARE)?;
     if !path.extension().is_some_and(|e| e == "xz" || e == "zst") {
         return Ok(bytes);
     }

@@ -80,6 +80,8 @@ pub enum KernelError {
     },
 }
 
+/// Where unpacked packages are in the cache. In `packages`, where they were before, links may lead anywhere.
+const UNPACKED: &str = "packages-2";
 /// Module folders below a root; the second is where merged-/usr packages have them.
 const MODULE_ROOTS: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 const FIRMWARE_ROOTS: [&str; 2] = ["lib/firmware", "usr/lib/firmware"];
@@ -92,11 +94,11 @@ impl Kernel {
     pub fn from_debs(packages: &[PathBuf], cache: &Cache) -> Result<Self, KernelError> {
         let digests = packages.iter().map(|p| cache.digest(p)).collect::<Result<Vec<_>, _>>()?;
         let key = if let [one] = &digests[..] { one.clone() } else { sha256(digests.concat().as_bytes()) };
-        let root = cache.dir("packages", &key, |dest| {
+        let root = cache.dir(UNPACKED, &key, |dest| {
             for package in packages {
                 tracing::info!(package = %package.display(), "unpacking");
-                deb::extract(package, dest, is_kernel_file)?;
             }
+            deb::extract(packages, dest, is_kernel_file)?;
             Ok::<_, KernelError>(())
         })?;
         let names: Vec<_> = packages.iter().map(|p| p.display().to_string()).collect();

@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,8 @@ use crate::modinfo::Modinfo;
 
 /// Largest module, unpacked: amdgpu with debug information stays below it.
 pub(super) const MAX_MODULE: usize = 512 << 20;
+/// Most bytes of all modules of a tree, unpacked: with debug information they are some 6 GiB.
+const MAX_TREE: u64 = 32 << 30;
 /// Changed when the cached form changes.
 const FORMAT: &str = "index-1";
 
@@ -65,6 +67,9 @@ fn from_depmod(dir: &Path) -> Result<Index, ModulesError> {
     let mut index = Index::new();
     for line in files::read_text(&dir.join("modules.dep"))?.lines() {
         let Some((path, depends)) = line.split_once(':') else { continue };
+        if !is_below(Path::new(path)) {
+            continue;
+        }
         let depends = depends.split_whitespace().filter_map(|p| name_of(Path::new(p))).collect();
         if let Some(name) = name_of(Path::new(path)) {
             index.insert(name, Module { path: path.into(), depends, ..Module::default() });
@@ -95,11 +100,12 @@ fn from_modules<'a>(dir: &Path, paths: impl Iterator<Item = &'a Path>) -> Result
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicUsize::new(0);
     let found = Mutex::new(Vec::new());
+    let left = AtomicU64::new(MAX_TREE);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let module = from_module(dir, path);
+                    let module = from_module(dir, path, &left);
                     found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(module);
                 }
             });
@@ -112,9 +118,16 @@ fn from_modules<'a>(dir: &Path, paths: impl Iterator<Item = &'a Path>) -> Result
     Ok(found.into_iter().collect())
 }
 
-fn from_module(dir: &Path, path: &Path) -> Result<(String, Module), ModulesError> {
-    let info = Modinfo::of_module(&read_module(&dir.join(path))?)
-        .ok_or_else(|| ModulesError::Damaged { path: dir.join(path), source: None })?;
+fn from_module(dir: &Path, path: &Path, left: &AtomicU64) -> Result<(String, Module), ModulesError> {
+    if left.load(Ordering::Relaxed) == 0 {
+        return Err(ModulesError::Index(format!("all modules together are larger than {} GiB", MAX_TREE >> 30)));
+    }
+    let bytes = read_module(&dir.join(path))?;
+    let size = bytes.len() as u64;
+    // Cannot fail: the closure always has a value.
+    let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(size)));
+    let info =
+        Modinfo::of_module(&bytes).ok_or_else(|| ModulesError::Damaged { path: dir.join(path), source: None })?;
     let mut module = Module { path: path.into(), ..Module::default() };
     for (key, value) in info.pairs() {
         match key {
@@ -129,7 +142,7 @@ fn from_module(dir: &Path, path: &Path) -> Result<(String, Module), ModulesError
 
 /// Reads a module file and unpacks it.
 pub(super) fn read_module(path: &Path) -> Result<Vec<u8>, ModulesError> {
-    decompress_any(files::read(path)?, MAX_MODULE)
+    decompress_any(files::read_up_to(path, MAX_MODULE)?, MAX_MODULE)
         .map_err(|source| ModulesError::Damaged { path: path.into(), source: Some(source) })
 }
 
@@ -147,6 +160,11 @@ fn soft_dependencies(text: &str, module: &mut Module) {
             }
         }
     }
+}
+
+/// Whether `path` names something below the folder that it is relative to.
+fn is_below(path: &Path) -> bool {
+    path.components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// A module's name by its file: `kernel/a/snd-hda.ko.xz` is `snd_hda`.

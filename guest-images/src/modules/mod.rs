@@ -45,7 +45,7 @@ pub enum ModulesError {
         /// The kernel's release.
         release: String,
     },
-    /// The cached index is unusable.
+    /// The index is unusable, or cannot be made.
     #[error("the index of modules cannot be used: {0}")]
     Index(String),
 }

@@ -91,6 +91,21 @@ fn a_tree_with_depmod_files_says_the_same() {
 }
 
 #[test]
+fn a_module_elsewhere_is_none_of_the_tree() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = tree(dir.path());
+    let secret = dir.path().join("secret.ko");
+    fs::write(&secret, "of the host").unwrap();
+    fs::write(
+        place.join("modules.dep"),
+        format!("{}:\n../secret.ko:\nkernel/../../secret.ko:\nkernel/net/late.ko:\n", secret.display()),
+    )
+    .unwrap();
+    let tree = ModuleTree::open(&place, &Cache::at(dir.path().join("cache"))).unwrap();
+    assert!(!tree.has("secret") && tree.has("late"));
+}
+
+#[test]
 fn built_in_drivers_are_found_and_need_no_loading() {
     let dir = tempfile::tempdir().unwrap();
     let tree = ModuleTree::open(&tree(dir.path()), &Cache::at(dir.path().join("cache"))).unwrap();

@@ -10,6 +10,8 @@ use umbra_guest_images::cache::Cache;
 use umbra_guest_images::image::{Device, Image, Recipe};
 use umbra_guest_images::kernel::{Kernel, cached_vmlinux};
 
+use crate::base::untrusted_text::{block, json};
+
 /// Name of the agent's binary.
 const AGENT: &str = "umbra-agent";
 /// Name of the sound service's binary.
@@ -84,9 +86,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let recipe = Recipe { kernel, drivers: args.driver.clone(), devices, agent, sound, firmware };
     let image = recipe.build(&args.output, &cache)?;
     if args.json {
-        print(&serde_json::to_string_pretty(&image.manifest)?)
+        print(&json(&serde_json::to_string_pretty(&image.manifest)?))
     } else {
-        print(&report(&image, &source, &recipe.agent, &args.output)?)
+        // Names in it are the package's.
+        print(&block(&report(&image, &source, &recipe.agent, &args.output)?))
     }
 }
 
