@@ -36,8 +36,8 @@ impl LogLimit {
         }
     }
 
-    /// Takes a line off the allowance: how many were left out before it, or `None` if it is to be left out itself.
-    fn take(&mut self, now: Instant) -> Option<u64> {
+    /// Takes a line off the allowance at `now`: how many were left out before it, or `None` if it is to be left out itself.
+    pub fn take(&mut self, now: Instant) -> Option<u64> {
         let since = *self.since.get_or_insert(now);
         let grown = u32::try_from((now - since).as_secs() / EVERY.as_secs()).unwrap_or(u32::MAX);
         if grown > 0 {

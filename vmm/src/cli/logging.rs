@@ -3,6 +3,9 @@
 //! The supervisor and the VMs' processes have event loops, which must not wait for a stderr that is held: a thread writes
 //! their lines. Other commands write theirs themselves.
 //!
+//! Warnings and errors of libraries are limited as those of a device are ([`LogLimit`]): some libraries (`virtio-queue`) log an
+//! error each time a VM's driver is wrong.
+//!
 //! A VM's process is about that VM alone. The supervisor's lines are about the VM whose span they are in (`vm`, made where
 //! the supervisor turns to one), or about none.
 
@@ -10,18 +13,22 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+use umbra_splitter::log_limit::LogLimit;
 
 use crate::base::background_writer::{BackgroundWriter, PATIENCE};
+use crate::base::lock::lock;
 use crate::base::untrusted_text::whole_line;
 use crate::base::wall;
 
@@ -56,7 +63,7 @@ pub(super) fn init(subject: &str, written_by: WrittenBy) -> Option<String> {
             (Targets::new().with_default(DEFAULT), Some(what))
         }
     };
-    let format = Lines { subject: subject.into() };
+    let (format, libraries) = (Lines { subject: subject.into() }, Libraries::new());
     let queue = match written_by {
         WrittenBy::Caller => None,
         WrittenBy::Thread => queue_to_stderr().ok().map(|queue| QUEUE.get_or_init(|| queue)),
@@ -66,7 +73,7 @@ pub(super) fn init(subject: &str, written_by: WrittenBy) -> Option<String> {
         None => BoxMakeWriter::new(io::stderr),
     };
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false).event_format(format);
-    tracing_subscriber::registry().with(lines).with(filter).init();
+    tracing_subscriber::registry().with(lines).with(libraries).with(filter).init();
     refused
 }
 
@@ -111,6 +118,35 @@ impl Write for Queued {
     }
 }
 
+/// Leaves out what libraries log beyond their allowance.
+struct Libraries(Mutex<LogLimit>);
+
+/// Lines of libraries that were left out since one was written.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
+impl Libraries {
+    fn new() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+/// Whether an event is this program's own. What libraries log by the `log` crate has `log` as its target.
+fn is_ours(event: &Event<'_>) -> bool {
+    event.metadata().target().starts_with("umbra")
+}
+
+impl<S: Subscriber> Layer<S> for Libraries {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        // Details are logged for somebody who asked for them.
+        if is_ours(event) || *event.metadata().level() > Level::WARN {
+            return true;
+        }
+        let taken = lock(&self.0).take(Instant::now());
+        LEFT_OUT.fetch_add(taken.unwrap_or_default(), Ordering::Relaxed);
+        taken.is_some()
+    }
+}
+
 /// `2026-01-02T03:04:05.678Z  WARN nic0.3: the message field=value`.
 struct Lines {
     subject: String,
@@ -138,7 +174,11 @@ where
         // What a VM said may be in them.
         let mut fields = String::new();
         context.format_fields(Writer::new(&mut fields), event)?;
-        writeln!(writer, "{}", whole_line(&fields))
+        write!(writer, "{}", whole_line(&fields))?;
+        match if is_ours(event) { 0 } else { LEFT_OUT.swap(0, Ordering::Relaxed) } {
+            0 => writeln!(writer),
+            left_out => writeln!(writer, " (and {left_out} lines of libraries before, left out)"),
+        }
     }
 }
 
@@ -183,6 +223,24 @@ mod tests {
             [" WARN supervisor: of none count=3", r" WARN nic0.3: of one, \x1b[31m\u{202e}\n in one line"]
         );
         assert_eq!(lines[2], format!("DEBUG nic0.3: [{}] in detail", module_path!()));
+    }
+
+    #[test]
+    fn libraries_say_a_few_lines_and_how_many_more_there_were() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let format = Lines { subject: "web".into() };
+        let lines = tracing_subscriber::fmt::layer();
+        let lines = lines.with_writer(move || writer.try_clone().unwrap()).with_ansi(false).event_format(format);
+        let libraries = Libraries::new();
+        let subscriber = tracing_subscriber::registry().with(lines).with(libraries);
+        tracing::subscriber::with_default(subscriber, || {
+            (0..100).for_each(|n| tracing::error!(target: "log", "queue {n} is wrong"));
+            (0..100).for_each(|n| tracing::warn!("ours {n}"));
+        });
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let count = |word: &str| text.lines().filter(|line| line.contains(word)).count();
+        assert_eq!((count("is wrong"), count("ours")), (5, 100), "{text}");
     }
 
     #[test]

@@ -5,12 +5,21 @@
 
 use umbra_driver_vm::protocol::{FromAgent, RxMode};
 
+use crate::base::time::Time;
 use crate::base::untrusted_text::{MAX_TEXT, bounded};
 use crate::wire::channel::{Channel, Error, Incoming};
 use crate::wire::messages::{Disconnect, FromVm, LinkEnd, SnapshotNews};
 
 /// Longest text of an agent that is kept, in bytes: a name of a kernel or driver, or a sentence.
 const MAX_AGENT_TEXT: usize = 512;
+
+/// Bytes that an agent may say in a second: some hundred messages, where it has five to say and, while a bad cable changes its
+/// carrier, ten more.
+const AGENT_PER_SECOND: u64 = 64 << 10;
+
+/// Bytes that it may say at once beyond that: more than the buffers on its way hold, which come all together when this process
+/// was stopped for a while.
+const AGENT_AT_ONCE: u64 = 1 << 20;
 
 /// Longest dump of registers in bytes: that of 64 vCPUs has about 40 KiB.
 const MAX_REGISTERS: usize = 64 << 10;
@@ -38,6 +47,34 @@ pub(super) fn hear(channel: &Channel) -> Result<Incoming<FromVm>, Error> {
 /// What an agent says in `line`; the error is a clause for people.
 pub(super) fn heard(line: &str) -> Result<FromAgent, String> {
     serde_json::from_str(line).map_err(|error| text(&format!("its agent sent what is no message ({error})")))
+}
+
+/// What an agent may still say. One that talks without end would have this process do nothing but listen.
+#[derive(Debug)]
+pub(super) struct AgentAllowance {
+    left: u64,
+    /// When it was last reckoned up.
+    at: Option<Time>,
+}
+
+impl Default for AgentAllowance {
+    fn default() -> Self {
+        Self { left: AGENT_AT_ONCE, at: None }
+    }
+}
+
+impl AgentAllowance {
+    /// Takes `bytes` that the agent has said by `now` off it.
+    ///
+    /// # Errors
+    /// The agent has said more; a clause for people.
+    pub(super) fn take(&mut self, bytes: usize, now: Time) -> Result<(), String> {
+        let passed = now.since(self.at.replace(now).unwrap_or(now)).as_millis();
+        let grown = u64::try_from(passed).unwrap_or(u64::MAX).saturating_mul(AGENT_PER_SECOND) / 1000;
+        let left = self.left.saturating_add(grown).min(AGENT_AT_ONCE).checked_sub(bytes as u64);
+        self.left = left.ok_or_else(|| format!("its agent says more than {} KiB a second", AGENT_PER_SECOND >> 10))?;
+        Ok(())
+    }
 }
 
 /// The part of an agent's text that is kept.
@@ -133,6 +170,28 @@ mod tests {
         mode.vlans = Some(vec![4095; MAX_VLANS]);
         limit_mode(&mut mode);
         assert!(serde_json::to_string(&ToAgent::SetRxMode { end: 0, mode }).unwrap().len() < MAX_LINE);
+    }
+
+    #[test]
+    fn an_agent_may_say_much_at_once_and_little_for_ever() {
+        let at = |ms: u64| Time(ms * 1_000_000);
+        let mut allowance = AgentAllowance::default();
+        // A day of what an agent says, then what buffers hold, however often this process is stopped for a minute.
+        for second in 0..86_400 {
+            allowance.take(2000, at(second * 1000)).unwrap();
+        }
+        for minute in 1441..1500 {
+            allowance.take(1 << 20, at(minute * 60_000)).unwrap();
+        }
+        let start = at(1500 * 60_000);
+        let mut said = 0;
+        let why = loop {
+            if let Err(why) = allowance.take(4096, start) {
+                break why;
+            }
+            said += 4096;
+        };
+        assert_eq!((said, why.as_str()), (1 << 20, "its agent says more than 64 KiB a second"));
     }
 
     #[test]

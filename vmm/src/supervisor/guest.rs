@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use umbra_shadow::DeviceId;
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::untrusted::Elsewhere;
 
 use super::class::{self, Devices, GuestDevice};
@@ -40,6 +41,8 @@ pub(super) struct GuestVm {
     pub(super) error: Option<String>,
     /// Whether the control channel is still of use.
     pub(super) listening: bool,
+    /// Bounds the warnings that its process brings about.
+    pub(super) warnings: LogLimit,
     /// What its process has not taken yet, in its order. A driver VM's process may have sent something through a socket already.
     pub(super) unsent: VecDeque<(ToVm, Option<Elsewhere<OwnedFd>>)>,
 }
@@ -98,6 +101,7 @@ impl GuestVm {
             end: None,
             error: None,
             listening: false,
+            warnings: LogLimit::default(),
             unsent: VecDeque::new(),
         }
     }

@@ -1,5 +1,7 @@
 //! What guests' processes say, and what the supervisor makes of it.
 
+use std::time::Instant;
+
 use umbra_shadow::{DeviceId, Generation};
 
 use super::bounds;
@@ -46,14 +48,26 @@ impl Supervisor {
 
     /// A guest's process that breaks a rule of its channel is not the program that was started any more: it is killed.
     fn on_guest_fault(&mut self, n: GuestId, error: &channel::Error) {
+        self.warn_of_guest(n, &error.to_string());
         let guest = &mut self.guests[n];
-        self.events.warn(format!("{}: {error}", guest.name));
         if error.is_fault()
             && let Some(process) = &mut guest.process
         {
             guest.listening = false;
             guest.error = Some(format!("its process broke a rule of its control channel: {error}"));
             process.kill();
+        }
+    }
+
+    /// Warns of something that guest `n`'s process has said or done, unless there were too many such warnings.
+    fn warn_of_guest(&mut self, n: GuestId, what: &str) {
+        let guest = &mut self.guests[n];
+        match guest.warnings.take(Instant::now()) {
+            Some(0) => self.events.warn(format!("{}: {what}", guest.name)),
+            Some(left_out) => {
+                self.events.warn(format!("{}: {what} (and {left_out} warnings of it before, left out)", guest.name));
+            }
+            None => {}
         }
     }
 
@@ -69,9 +83,9 @@ impl Supervisor {
             }
             FromVm::Ended { how, .. } => self.on_guest_end(n, how),
             FromVm::Failed { what } => self.guests[n].error = Some(what),
-            FromVm::Panicked { .. } => self.events.warn(format!("{}: its kernel panicked", self.guests[n].name)),
+            FromVm::Panicked { .. } => self.warn_of_guest(n, "its kernel panicked"),
             FromVm::DeviceFailed { device, what, .. } => {
-                self.events.warn(format!("{}: passed-through device {device}: {what}", self.guests[n].name));
+                self.warn_of_guest(n, &format!("passed-through device {device}: {what}"));
             }
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
@@ -90,11 +104,11 @@ impl Supervisor {
             FromVm::Pace { device, generation, steps } => self.on_pace(n, device, generation, steps),
             FromVm::RxMode { device, mode } => self.on_rx_mode(n, device, mode),
             FromVm::ForeignAddress { device, mac } => {
-                self.events.warn(format!(
-                    "{}: {device} uses {mac}, which is another's address on the NIC that it shares; frames with it are dropped \
-                     (`allow_any_source` lets them pass)",
-                    self.guests[n].name
-                ));
+                let what = format!(
+                    "{device} uses {mac}, which is another's address on the NIC that it shares; frames with it are dropped \
+                     (`allow_any_source` lets them pass)"
+                );
+                self.warn_of_guest(n, &what);
             }
             FromVm::Offloads { device, offloads } => self.on_offloads(n, device, offloads),
             FromVm::Status { device, status } => self.guests[n].keep_status(device, status),

@@ -109,6 +109,13 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 if spec.cmdline.contains("descriptors ") {
                     send_descriptors(channel);
                 }
+                if spec.cmdline.contains("cries ") {
+                    for n in 0..200 {
+                        channel
+                            .send(&FromVm::ForeignAddress { device: NET, mac: Mac([2, 0, 0, 0, 0, n]) }, &[])
+                            .unwrap();
+                    }
+                }
                 if spec.cmdline.contains("lose-links ") {
                     lose_links(channel, generation);
                 }
@@ -268,6 +275,16 @@ fn driver(spec: &VmSpec, channel: Channel) {
     }
     if told("descriptors") {
         send_descriptors(&channel);
+    }
+    if told("talks") {
+        // Ends with the process.
+        loop {
+            let heartbeat = FromAgent::Heartbeat { sequence: 1, available_memory: 1 << 20 };
+            let lines = format!("{}\n", serde_json::to_string(&heartbeat).unwrap()).repeat(1000);
+            if sender.lock().unwrap().write_all(lines.as_bytes()).is_err() {
+                break;
+            }
+        }
     }
     if told("descriptors-by-agent") {
         let fds = [channel.as_raw_fd()];

@@ -12,12 +12,17 @@ use crate::machine::{TestMachine, start};
 /// All of them.
 pub const ALL: &[Case] = &[
     ("a_driver_vm_that_sends_descriptors_is_replaced", a_driver_vm_that_sends_descriptors_is_replaced),
+    ("an_agent_that_talks_without_end_is_replaced", an_agent_that_talks_without_end_is_replaced),
     (
         "a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced",
         a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced,
     ),
     ("what_a_driver_vm_says_reaches_no_terminal_raw", what_a_driver_vm_says_reaches_no_terminal_raw),
     ("a_guest_that_loses_links_without_end_fills_nothing", a_guest_that_loses_links_without_end_fills_nothing),
+    (
+        "a_guest_that_brings_warnings_about_without_end_fills_no_log",
+        a_guest_that_brings_warnings_about_without_end_fills_no_log,
+    ),
     ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
 ];
 
@@ -44,6 +49,15 @@ fn a_guest_that_sends_descriptors_is_killed() {
     let mut machine = start("descriptors", "", "");
     let error = machine.wait().unwrap_err().to_string();
     assert!(error.starts_with("web: its process broke a rule") && error.contains("20 file descriptors"), "{error}");
+}
+
+fn an_agent_that_talks_without_end_is_replaced() {
+    let machine = start("", "talks=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!(report["source"], "control-stream", "{report}");
+    assert_eq!(report["reason"], "its agent says more than 64 KiB a second", "{report}");
+    machine.stop();
 }
 
 fn said(machine: &TestMachine, words: &[&str]) -> String {
@@ -76,6 +90,16 @@ fn what_a_driver_vm_says_reaches_no_terminal_raw() {
     }
     machine.press(StopHow::PowerButton);
     machine.wait().unwrap();
+}
+
+fn a_guest_that_brings_warnings_about_without_end_fills_no_log() {
+    let mut machine = start("cries", "", "");
+    machine.wait_live(1);
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    let events = machine.events_text();
+    let warnings = events.lines().filter(|line| line.contains("another's address")).count();
+    assert!((1..=20).contains(&warnings), "{warnings}: {events}");
 }
 
 fn a_guest_that_loses_links_without_end_fills_nothing() {

@@ -19,8 +19,9 @@ use super::begin::Begin;
 use super::console::{Console, Fatal};
 use super::{DriverVm, EndLink};
 use crate::base::lines::{LineError, Lines};
+use crate::base::time::Time;
 use crate::lifecycle::{Endpoint, Input};
-use crate::supervisor::bounds;
+use crate::supervisor::bounds::{self, AgentAllowance};
 use crate::supervisor::class::carrier::Flaps;
 use crate::supervisor::class::settings::Settings;
 use crate::supervisor::ids::{DriverId, Table};
@@ -93,7 +94,7 @@ pub(in crate::supervisor) enum Heard {
     Agent(FromAgent),
     /// Its process broke a rule of the control channel, which is not heard any more; a clause for people, as the next.
     ControlBroken(String),
-    /// Its agent sent what is no message. What comes behind that is not heard.
+    /// Its agent sent what is no message, or too much. What comes behind that is not heard.
     Nonsense(String),
     /// There is no agent any more.
     AgentLost(LineError),
@@ -112,6 +113,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) process: VmProcess,
     /// Until it is closed or broken.
     agent: Option<Lines<untrusted::Stream>>,
+    /// What the agent may still say.
+    allowance: AgentAllowance,
     /// Whether there may be more on the console.
     talking: bool,
     /// Whether the control channel is still of use.
@@ -143,6 +146,7 @@ impl Life {
             image,
             process,
             agent: Some(Lines::new(agent, MAX_LINE)),
+            allowance: AgentAllowance::default(),
             talking: true,
             listening: true,
             links: (0..ends).map(|_| EndLink::default()).collect(),
@@ -203,6 +207,12 @@ impl Life {
         let flushed = agent.flush();
         let (lines, error) = agent.receive();
         let mut heard = Vec::new();
+        let said = lines.iter().map(|line| line.len() + 1).sum();
+        if let Err(what) = self.allowance.take(said, Time::now()) {
+            // It is not listened to any more.
+            self.agent = None;
+            return vec![Heard::Nonsense(what)];
+        }
         for line in lines {
             match bounds::heard(&line) {
                 Ok(message) => heard.push(Heard::Agent(message)),
