@@ -51,7 +51,6 @@ pub fn for_vcpu(kvm: &Kvm, supported: &CpuId, id: u8, cpus: u8) -> CpuId {
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in table.as_mut_slice() {
         edit(entry, id, cpus, deadline_timer);
-        withhold(entry);
     }
     table
 }
@@ -89,6 +88,7 @@ fn edit(entry: &mut kvm_cpuid_entry2, id: u8, cpus: u8, deadline_timer: bool) {
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id & 0xff, 0),
         _ => {}
     }
+    withhold(entry);
 }
 
 /// Clears what no VM is offered: VMX, SVM and performance counters.
@@ -148,21 +148,22 @@ mod tests {
 
     #[test]
     fn no_vm_is_offered_virtualisation_or_performance_counters() {
-        let withheld = |function, index| {
+        let shown = |function, index| {
             let all = u32::MAX;
             let mut entry =
                 kvm_cpuid_entry2 { function, index, eax: all, ebx: all, ecx: all, edx: all, ..Default::default() };
-            withhold(&mut entry);
-            [entry.eax, entry.ebx, entry.ecx, entry.edx].map(|register| !register)
+            edit(&mut entry, 0, 1, true);
+            [entry.eax, entry.ebx, entry.ecx, entry.edx]
         };
-        assert_eq!(withheld(1, 0), [0, 0, 1 << 2 | 1 << 4 | 1 << 5 | 1 << 15, 1 << 21]);
-        assert_eq!(withheld(7, 0), [0, 0, 0, 1 << 19]);
-        assert_eq!(withheld(7, 1), [1 << 8, 0, 0, 0]);
-        assert_eq!(withheld(0x8000_0001, 0), [0, 0, 1 << 2 | 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28, 0]);
+        let [.., ecx, edx] = shown(1, 0);
+        assert_eq!((!ecx, edx & 1 << 21), (1 << 2 | 1 << 4 | 1 << 5 | 1 << 15, 0));
+        assert_eq!(shown(7, 0).map(|register| !register), [0, 0, 0, 1 << 19]);
+        assert_eq!(shown(7, 1).map(|register| !register), [1 << 8, 0, 0, 0]);
+        assert_eq!(!shown(0x8000_0001, 0)[2], 1 << 2 | 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28);
         for leaf in [0xa, 0x1c, 0x23, 0x8000_000a, 0x8000_001b, 0x8000_0022] {
-            assert_eq!(withheld(leaf, 0), [u32::MAX; 4], "{leaf:#x}");
+            assert_eq!(shown(leaf, 0), [0; 4], "{leaf:#x}");
         }
-        assert_eq!(withheld(0xd, 0), [0; 4]);
+        assert_eq!(shown(0xd, 0), [u32::MAX; 4]);
     }
 
     #[test]
