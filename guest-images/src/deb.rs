@@ -395,10 +395,14 @@ pub(crate) mod tests {
     fn a_name_without_end_is_not_held() {
         let dir = tempfile::tempdir().unwrap();
         let deb = dir.path().join("x.deb");
-        let mut tar = tar::Builder::new(Vec::new());
-        append(&mut tar, tar::EntryType::GNULongName, "././@LongLink", &vec![b'a'; 2 << 20]);
-        append(&mut tar, tar::EntryType::Regular, "boot/x", b"x");
-        pack(&deb, &tar.into_inner().unwrap(), ".zst");
-        assert!(matches!(extract(&[deb], dir.path(), |_| true), Err(DebError::TooLarge(_))));
+        for before in [&[][..], &["boot/a", "boot/b"]] {
+            let mut tar = tar::Builder::new(Vec::new());
+            before.iter().for_each(|name| append(&mut tar, tar::EntryType::Regular, name, b"x"));
+            append(&mut tar, tar::EntryType::GNULongName, "././@LongLink", &vec![b'a'; 2 << 20]);
+            append(&mut tar, tar::EntryType::Regular, "boot/x", b"x");
+            pack(&deb, &tar.into_inner().unwrap(), ".zst");
+            let outcome = extract(from_ref(&deb), dir.path(), |name| name != "boot/a");
+            assert!(matches!(outcome, Err(DebError::TooLarge(_))), "behind {before:?}: {outcome:?}");
+        }
     }
 }
