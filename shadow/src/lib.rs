@@ -6,6 +6,7 @@
 //! knows a device model, and everything that it records is bounded.
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod class;
 pub mod generation;
 pub mod link_id;
