@@ -50,8 +50,7 @@ pub struct Memory {
 impl Memory {
     /// For people.
     pub fn line(&self) -> String {
-        let [vm, pinned, tables, rest] =
-            [self.vm_kib, self.pinned_kib, self.page_tables_kib, self.rest_kib].map(|kib| mib(kib));
+        let [vm, pinned, tables, rest] = [self.vm_kib, self.pinned_kib, self.page_tables_kib, self.rest_kib].map(mib);
         let all = mib(self.vm_kib + self.page_tables_kib + self.rest_kib);
         let process = &self.process;
         format!(
