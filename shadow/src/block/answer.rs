@@ -213,13 +213,15 @@ impl<P: Payload> BlockShadow<P> {
         Ok(())
     }
 
-    /// These left the log and are on no medium. Reads of them fail, and so does the next flush, as with a disk's deferred error.
+    /// These left the log and are on no medium. Reads of them fail, and so does the next flush, as with a disk's deferred error; and the
+    /// requests that are not answered yet.
     pub(super) fn lose_ranges(&mut self, gone: Vec<(SectorRange, Content)>) {
         for (range, content) in gone {
             if content != Content::Discarded && !broken!(LostInSilence) {
                 self.counts.lost_sectors += range.count();
                 self.lost.insert(range);
                 self.epochs.lose_range();
+                self.fail_unanswered(range);
             }
             self.queue.wake(range);
         }

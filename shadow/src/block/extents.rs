@@ -322,7 +322,7 @@ impl<P: Clone> Log<P> {
             extent.strikes = extent.strikes.saturating_add(u8::from(strike));
             Presence::Owed
         });
-        self.take_those(range, |extent| extent.strikes >= STRIKES)
+        self.take_those(range, |extent| extent.strikes >= STRIKES || (extent.strikes > 0 && broken!(OneFailureLoses)))
     }
 
     fn take_those(&mut self, range: SectorRange, which: impl Fn(&Extent) -> bool) -> Vec<(SectorRange, Content)> {

@@ -28,7 +28,7 @@ impl<P: Payload> BlockShadow<P> {
             return out.done(token, Status::IoError);
         }
         let left = range.count().div_ceil(longest);
-        let request = self.add_request(Pending { token, access: Some(access), left, status: Status::Ok });
+        let request = self.add_request(Pending { token, access: Some((access, range)), left, status: Status::Ok });
         for part in range.parts(longest) {
             self.queue.push(Part::new(request, access, part, part.start() - range.start()));
         }
@@ -88,7 +88,7 @@ impl<P: Payload> BlockShadow<P> {
         if pending.left > 0 && !broken!(OnePartIsEnough) {
             return;
         }
-        let changes = pending.access.is_some_and(Access::changes);
+        let changes = pending.changes().is_some();
         if changes && stable_first && pending.status == Status::Ok {
             self.epochs.wait(Waiter::new(id, false));
         } else {
@@ -106,6 +106,18 @@ impl<P: Payload> BlockShadow<P> {
     pub(super) fn answer_all(&mut self, waiters: Vec<Waiter>, status: Status, out: &mut Out) {
         for waiter in waiters {
             self.answer(waiter.request, if waiter.failed { Status::IoError } else { status }, out);
+        }
+    }
+
+    /// What was done in `range` is lost before the requests that did it were answered: they fail. Those whose part there is still to be
+    /// done write it anyway.
+    pub(super) fn fail_unanswered(&mut self, range: SectorRange) {
+        let to_be_done: Vec<RequestId> = self.queue.requests_in(range).collect();
+        for (id, pending) in &mut self.requests {
+            let did_it = pending.changes().is_some_and(|r| r.overlaps(range)) && !to_be_done.contains(id);
+            if did_it && !broken!(LostPartsCountAsDone) {
+                pending.status = Status::IoError;
+            }
         }
     }
 

@@ -146,12 +146,19 @@ pub struct Counts {
 #[derive(Clone, Copy, Debug)]
 struct Pending {
     token: Token,
-    /// None for a flush.
-    access: Option<Access>,
+    /// What is to be done where; none for a flush.
+    access: Option<(Access, SectorRange)>,
     /// Parts that are not done.
     left: u64,
     /// The worst of those that are.
     status: Status,
+}
+
+impl Pending {
+    /// Where it changes the medium, if it does.
+    fn changes(&self) -> Option<SectorRange> {
+        self.access.filter(|(access, _)| access.changes()).map(|(_, range)| range)
+    }
 }
 
 /// Whether there is a life.

@@ -1,5 +1,6 @@
 //! What is handed to the driver VM next: blocks to recognise the disk by, before everything; then a flush if one is due; then what the
-//! log owes and what the guest asked for, in turns, so that neither a long replay stops the guest nor a busy guest the replay. After a death during a replay one order at a time, the log first, then what was in flight, then the rest.
+//! log owes and what the guest asked for, in turns, so that neither a long replay stops the guest nor a busy guest the replay. After a
+//! death during a replay it is one order at a time: the log first, then what was in flight, then the rest.
 
 use super::BlockShadow;
 use super::exchange::{Access, Command, Data, GuestSpan, Order, Out, Payload, Status};

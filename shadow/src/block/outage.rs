@@ -104,7 +104,7 @@ impl<P: Payload> BlockShadow<P> {
     fn lose_part(&mut self, id: PartId, out: &mut Out) {
         let Some(part) = self.queue.get_mut(id) else { return };
         part.deaths = part.deaths.saturating_add(1);
-        if part.deaths >= DEATHS {
+        if part.deaths >= DEATHS || broken!(OneDeathIsEnough) {
             self.fail_part(id, Status::IoError, out);
         } else if broken!(InFlightCountsAsDone) && part.access.changes() {
             self.fail_part(id, Status::Ok, out);

@@ -291,6 +291,11 @@ impl Queue {
         self.overlaps.overlapping(range).any(|id| self.parts.get(&id).is_some_and(|part| part.access.changes()))
     }
 
+    /// The requests that have a part in `range` that is not done.
+    pub(super) fn requests_in(&self, range: SectorRange) -> impl Iterator<Item = RequestId> {
+        self.overlaps.overlapping(range).filter_map(|id| self.parts.get(&id)?.request)
+    }
+
     /// Whether a part that was in flight when a life was lost is not done.
     pub(super) fn has_again(&self) -> bool {
         self.again > 0

@@ -53,6 +53,12 @@ pub(in crate::block) enum Rule {
     SuspectErrorsAreTheDisks,
     /// What cannot be written again is dropped without a word.
     LostInSilence,
+    /// A request is acknowledged of which a part was done, and then lost.
+    LostPartsCountAsDone,
+    /// What could not be written again once is lost.
+    OneFailureLoses,
+    /// What was in flight at a death is held for its cause.
+    OneDeathIsEnough,
     /// The log has no bound.
     NoBound,
     /// A block by which the disk is recognised stays one when it is overwritten.
@@ -60,7 +66,7 @@ pub(in crate::block) enum Rule {
 }
 
 impl Rule {
-    pub(super) const ALL: [Self; 26] = [
+    pub(super) const ALL: [Self; 29] = [
         Self::ReadsPassChanges,
         Self::ChangesPassChanges,
         Self::ReadsPassTheOwed,
@@ -85,6 +91,9 @@ impl Rule {
         Self::FailedChangesLeaveNoTrace,
         Self::SuspectErrorsAreTheDisks,
         Self::LostInSilence,
+        Self::LostPartsCountAsDone,
+        Self::OneFailureLoses,
+        Self::OneDeathIsEnough,
         Self::NoBound,
         Self::SamplesOutliveTheirBlock,
     ];

@@ -167,6 +167,11 @@ impl History {
         done.next().copied().unwrap_or(MADE)
     }
 
+    /// The newest change of `sector` that the guest asked for.
+    pub(super) fn newest(&self, sector: u64) -> Id {
+        self.registers[at(sector)].changes.last().copied().unwrap_or(MADE)
+    }
+
     /// Whether `value` in `sector` is change `id` or a newer one.
     pub(super) fn is_at_least(&self, id: Id, sector: u64, value: Value) -> bool {
         let ids = self.registers[at(sector)].changes.iter().rev().take_while(|newer| **newer >= id);

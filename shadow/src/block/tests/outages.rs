@@ -120,6 +120,25 @@ fn a_flush_that_waits_fails_for_what_is_lost_meanwhile() {
 }
 
 #[test]
+fn a_write_of_which_a_part_is_lost_before_it_is_answered_fails() {
+    let mut host = Host::alive();
+    let write = host.write(0, 4096);
+    host.handed();
+    host.ok("write 0 2048");
+    let flush = host.flush();
+    host.die();
+    host.live();
+    for _ in 0..2 {
+        host.handed();
+        host.fails("write 0 2048", ErrorClass::Medium);
+    }
+    let healing = host.write(100, 8);
+    host.ok("write 2048 2048");
+    host.run();
+    assert_eq!(host.done(), [(flush, IO_ERROR), (write, IO_ERROR), (healing, OK)]);
+}
+
+#[test]
 fn a_driver_that_fails_whatever_it_is_asked_costs_nothing_of_the_log() {
     let mut host = Host::alive();
     host.write(0, 8);

@@ -126,8 +126,11 @@ impl Rig {
             }
             Wish::Change(id) => {
                 self.history.acknowledged(id);
+                let range = self.history.range(id);
+                if self.shadow.lost.overlaps(range) {
+                    return Err(format!("change {id} is acknowledged and lost"));
+                }
                 if self.plan.is_stable_first() {
-                    let range = self.history.range(id);
                     (range.start()..range.end()).try_for_each(|sector| self.must_be_stable(sector, id))?;
                 }
             }
@@ -187,8 +190,29 @@ impl Rig {
         logged
     }
 
-    pub(super) fn is_lost(&self, sector: u64) -> bool {
-        self.lost.overlaps(one(sector))
+    /// Whether the guest knows that `sector` has lost change `id`.
+    fn is_lost(&self, sector: u64, id: Id) -> bool {
+        self.lost_until[at(sector)].is_some_and(|until| id <= until)
+    }
+
+    /// What the shadow reports as lost, and did not before, must have failed twice, or have been in flight at three deaths.
+    pub(super) fn check_lost(&mut self) -> Result<(), String> {
+        for range in self.shadow.lost_ranges().collect::<Vec<_>>() {
+            for sector in range.start()..range.end() {
+                if self.lost_before.overlaps(one(sector)) {
+                    continue;
+                }
+                self.lost_until[at(sector)] = Some(self.history.newest(sector));
+                let reasons = self.reasons_for(Some(one(sector)), 0);
+                let deaths = reasons.iter().filter(|reason| **reason == Reason::Death).count();
+                if self.plan.is_calm || (deaths < 3 && reasons.len() - deaths < 2) {
+                    return Err(format!("sector {sector} is lost without reason: {reasons:?}"));
+                }
+                self.lost.insert(one(sector));
+            }
+        }
+        self.lost_before = self.shadow.lost.clone();
+        Ok(())
     }
 
     /// I3: what was acknowledged before `before` is on the medium; and stays there.
@@ -201,7 +225,7 @@ impl Rig {
 
     pub(super) fn must_be_stable(&mut self, sector: u64, id: Id) -> Result<(), String> {
         self.check_sector_stable(sector, id)?;
-        if !self.is_lost(sector) {
+        if !self.is_lost(sector, id) {
             let known = &mut self.stable[at(sector)];
             *known = id.max(*known);
         }
@@ -213,7 +237,7 @@ impl Rig {
             Some(value) => self.history.is_at_least(id, sector, value),
             None => self.history.may_be_torn(id, sector),
         };
-        if is_there || self.is_lost(sector) {
+        if is_there || self.is_lost(sector, id) {
             return Ok(());
         }
         Err(format!("sector {sector}: change {id} is not stable"))
@@ -234,9 +258,6 @@ impl Rig {
         if kept > self.plan.limits.bytes || extents > self.plan.limits.extents {
             return Err(format!("{kept} bytes in {extents} extents are kept"));
         }
-        if self.plan.is_calm && !self.lost.is_empty() {
-            return Err("lost without reason".into());
-        }
         Ok(())
     }
 
@@ -249,7 +270,7 @@ impl Rig {
             Content::Zeroes { .. } => ZERO,
             Content::Discarded => return Ok(()),
         };
-        if self.history.is_at_least(id, sector, value) || self.is_lost(sector) {
+        if self.history.is_at_least(id, sector, value) || self.is_lost(sector, id) {
             return Ok(());
         }
         Err(format!("sector {sector}: the log has {value}, not change {id}"))

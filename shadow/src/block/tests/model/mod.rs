@@ -59,7 +59,12 @@ pub(super) struct Rig {
     late: Vec<(LinkId, Tag, Answer)>,
     /// When what went wrong where; nowhere: with a flush.
     reasons: Vec<(u64, Option<SectorRange>, Reason)>,
+    /// What was ever lost.
     lost: RangeSet,
+    /// What was lost at the end of the last step.
+    lost_before: RangeSet,
+    /// For each sector, the newest change that may have been lost with it.
+    lost_until: Vec<Option<Id>>,
     /// For each sector, what the guest knows to be stable.
     stable: Vec<Id>,
     deaths_in_replay: u32,
@@ -90,6 +95,8 @@ impl Rig {
             late: Vec::new(),
             reasons: Vec::new(),
             lost: RangeSet::default(),
+            lost_before: RangeSet::default(),
+            lost_until: vec![None; at(SECTORS)],
             stable: vec![0; at(SECTORS)],
             deaths_in_replay: 0,
             mode: ModeName::Masking,
@@ -422,7 +429,10 @@ impl Rig {
         let request = self.requests.remove(&done.token).ok_or_else(|| format!("{done:?} was not asked for"))?;
         match (request.wish, done.status) {
             (Wish::Change(id), Status::Ok) => self.history.acknowledged(id),
-            (Wish::Change(id), _) => self.history.failed(id),
+            (Wish::Change(id), _) => {
+                self.history.failed(id);
+                self.undo_where_logged(id);
+            }
             _ => {}
         }
         Ok(())
@@ -442,7 +452,7 @@ impl Rig {
 
     /// Takes what was answered to the guest.
     fn drain(&mut self) -> Result<(), String> {
-        self.shadow.lost_ranges().for_each(|range| self.lost.insert(range));
+        self.check_lost()?;
         for done in std::mem::take(&mut self.out.done) {
             self.history.tick();
             self.note(|| format!("to the guest: {done:?}"));
