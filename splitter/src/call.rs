@@ -11,7 +11,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
@@ -64,11 +64,11 @@ impl CallWatch {
     /// # Errors
     /// There is no thread for it.
     pub fn new() -> io::Result<Self> {
-        static HANDLER: Once = Once::new();
-        let mut installed = Ok(());
+        /// Whether the signal has its handler, without which it would end the process.
+        static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
         // Without SA_RESTART: the write is to end.
-        HANDLER.call_once(|| installed = register_signal_handler(signal(), interrupt));
-        installed.map_err(io::Error::from)?;
+        let install = || register_signal_handler(signal(), interrupt).map_err(|error| error.errno());
+        HANDLER.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
         let shared = Arc::new(Shared::default());
         let seen = Arc::clone(&shared);
         let looks = thread::Builder::new().name("call-watch".into()).spawn(move || seen.look())?;
