@@ -7,7 +7,7 @@ SOUND   ?= hda
 CRASHES ?= 3
 PREFIX  ?= /usr
 # Where debuggers look for what is stripped from programs in PREFIX/bin.
-DEBUG    = $(PREFIX)/lib/debug$(PREFIX)/bin
+DEBUG    = /usr/lib/debug$(PREFIX)/bin
 SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
@@ -81,7 +81,8 @@ install: packaging
 	@mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DEBUG)
 	@set -e; for program in umbra umbra-agent umbra-sound; do \
 	  objcopy --only-keep-debug $(TARGET)/$$program $(DESTDIR)$(DEBUG)/$$program.debug; \
-	  install -m 755 -s $(TARGET)/$$program $(DESTDIR)$(PREFIX)/bin; \
+	  install -m 755 $(TARGET)/$$program $(DESTDIR)$(PREFIX)/bin; \
+	  strip --strip-debug $(DESTDIR)$(PREFIX)/bin/$$program; \
 	  objcopy --add-gnu-debuglink=$(DESTDIR)$(DEBUG)/$$program.debug $(DESTDIR)$(PREFIX)/bin/$$program; \
 	done
 	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service

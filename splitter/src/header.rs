@@ -19,16 +19,10 @@ pub const MAX_FRAME: usize = 65_562;
 pub const MIN_FRAME: usize = 14;
 
 /// Most segments that a frame may be cut into. Whoever cuts it has a buffer of about 1 KiB for each of them: 1 MiB at most, where
-/// 65,000 segments of one byte take 60 MiB, more than a driver VM has to spare. The smallest segments that Linux makes by itself
-/// ([`MIN_SEGMENT`] without options) need more only in frames above 48 KiB, to a peer with so large a window and so small a segment size.
+/// 65,000 segments of one byte take 60 MiB, more than a driver VM has to spare. An honest kernel reaches it in frames above 48 KiB
+/// alone, to a peer whose segments have 48 bytes (Linux's `TCP_MIN_SND_MSS`). It makes none that are smaller, but may pass them on,
+/// where it merges what came in (GRO): so there is no bound of their size.
 pub const MAX_SEGMENTS: usize = 1024;
-
-/// Smallest usual segment, in bytes: Linux's `TCP_MIN_SND_MSS`.
-pub const MIN_SEGMENT: u16 = 48;
-
-/// Most segments of less than [`MIN_SEGMENT`] bytes. An honest kernel does not make them, but passes them on where it merges
-/// small segments of a stream before it forwards them (GRO): at most as many as it takes in a turn, which is 64 (`NAPI_POLL_WEIGHT`).
-pub const MAX_SMALL_SEGMENTS: usize = 64;
 
 /// Shortest headers of a frame that is cut into TCP segments: Ethernet, IPv4 and TCP, without options.
 const MIN_SEGMENT_HEADERS: usize = 54;
@@ -96,7 +90,7 @@ pub enum Malformed {
         /// `flags`.
         flags: u8,
     },
-    /// More segments than [`MAX_SEGMENTS`] or [`MAX_SMALL_SEGMENTS`].
+    /// More segments than [`MAX_SEGMENTS`].
     #[error("a frame of {len} bytes in segments of {size}")]
     Segments {
         /// `gso_size`.
@@ -156,8 +150,7 @@ impl Header {
             if size == 0 || usize::from(header) > len || flags & NEEDS_CSUM == 0 {
                 return Err(Malformed::Segmentation { size, header, len, flags });
             }
-            let most = if size < MIN_SEGMENT { MAX_SMALL_SEGMENTS } else { MAX_SEGMENTS };
-            if len > MIN_SEGMENT_HEADERS + most * usize::from(size) {
+            if len > MIN_SEGMENT_HEADERS + MAX_SEGMENTS * usize::from(size) {
                 return Err(Malformed::Segments { size, len });
             }
             clean[1..6].copy_from_slice(&bytes[1..6]);

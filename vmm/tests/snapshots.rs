@@ -133,6 +133,8 @@ fn memory_that_was_given_up_is_nobody_s_any_more() {
     let SnapshotNews::Taken(bytes) = news(&vm) else { panic!("not taken") };
     // What lies behind it is there still.
     assert!(((4 << 20)..(6 << 20)).contains(&bytes), "{bytes}");
+    let resident = resident_kib(&vm);
+    assert!(resident <= 16 << 10, "{resident} KiB in the life that was saved");
     vm.kill();
 
     let mut vm = start(&cache, &kernel, |spec| spec.memory.0 = size);

@@ -222,9 +222,12 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
 
 /// Gives memory back that the agent of the VM says is unused. A VM whose agent lies keeps all of its memory.
 fn give_up(vm: &Vm, unused: Vec<MemoryRange>) {
-    let (bytes, start) = (unused.iter().map(|range| range.length).sum::<u64>(), Time::now());
+    let start = Time::now();
     match vm.unused.give_up(&vm.memory, unused) {
-        Ok(()) => tracing::debug!("{} MiB went back to the host in {:?}", bytes >> 20, Time::now().since(start)),
+        Ok(()) => {
+            let bytes: u64 = vm.unused.ranges().iter().map(|range| range.length).sum();
+            tracing::debug!("{} MiB went back to the host in {:?}", bytes >> 20, Time::now().since(start));
+        }
         Err(why) => tracing::warn!("its agent: {}", chain(&why)),
     }
 }

@@ -130,11 +130,15 @@ impl Agent {
         }
     }
 
-    /// All modules are loaded. A VM that does not know yet which life it is may be saved next: it gives up what memory it can.
+    /// All modules are loaded. A VM that waits for its device and does not know yet which life it is may be saved next: it gives up what
+    /// memory it can.
     fn say_loaded(&mut self) -> anyhow::Result<()> {
         self.port.send(&match self.generation {
             Some(_) => FromAgent::Loaded { uptime_ms: system::uptime_ms() },
-            None => FromAgent::Ready { loaded: true, unused: unused::give_up() },
+            None => {
+                let unused = if system::awaits_device() { unused::give_up() } else { Vec::new() };
+                FromAgent::Ready { loaded: true, unused }
+            }
         })
     }
 

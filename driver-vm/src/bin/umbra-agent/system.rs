@@ -164,13 +164,8 @@ pub fn available_memory() -> u64 {
     memory("MemAvailable:")
 }
 
-/// Memory that the kernel has after its boot, in bytes.
-pub fn total_memory() -> u64 {
-    memory("MemTotal:")
-}
-
 /// The value of a line of `/proc/meminfo`, in bytes.
-fn memory(name: &str) -> u64 {
+pub fn memory(name: &str) -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024

@@ -16,12 +16,16 @@ use crate::{kernel_log, system};
 /// Bytes of a page, and of a huge page, of x86-64.
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
-/// Memory that stays available in a small VM, in bytes: a driver's rings and buffers, and what is queued under full load.
+/// Memory that stays available for each CPU, in bytes: a driver's rings and buffers, and what is queued under full load.
 const KEPT: u64 = 24 << 20;
-/// In a larger one this part of its memory stays: who gives a driver VM more memory has a driver that needs it.
-const KEPT_PART: u64 = 4;
-/// Available memory that is left alone while the rest is cleared, in bytes: this VM ends where the kernel finds none.
+/// Most that is given up, in bytes: what the default memory leaves over. Who gives a driver VM more has a driver that needs it.
+const MOST: u64 = 32 << 20;
+/// Below this address is memory that some devices alone can reach (the kernel's `ZONE_DMA`): it stays with their drivers.
+const LOW: u64 = 16 << 20;
+/// Free memory that is left alone while the rest is cleared, in bytes: this VM ends where the kernel finds none.
 const MARGIN: u64 = 8 << 20;
+/// Most that is cleared, in bytes: a boot leaves less.
+const CLEARED: u64 = 64 << 20;
 /// The kernel's pool of huge pages: their number.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 /// Where the pages of this process are (`Documentation/admin-guide/mm/pagemap.rst`).
@@ -30,11 +34,13 @@ const PAGE_MAP: &str = "/proc/self/pagemap";
 const ENTRY: usize = 8;
 
 /// Takes what memory is available, but for what a driver will need, for good; the ranges, by address. A kernel that has no huge pages
-/// keeps its memory. What stays free holds zeros afterwards, not what the boot has left there: a snapshot is the smaller.
+/// keeps its memory, and so does one with an area for contiguous allocations (CMA), which may move such pages and use what was below
+/// them. What stays free holds zeros afterwards, not what the boot has left there: a snapshot is the smaller.
 pub fn give_up() -> Vec<MemoryRange> {
-    let wanted = pages_to_give(system::available_memory(), system::total_memory());
-    let held = if wanted == 0 { Ok(Vec::new()) } else { hold(wanted) };
-    clear(system::available_memory().saturating_sub(MARGIN));
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let wanted = pages_to_give(system::memory("MemAvailable:"), cpus);
+    let held = if wanted == 0 || system::memory("CmaTotal:") != 0 { Ok(Vec::new()) } else { hold(wanted) };
+    clear(system::memory("MemFree:").saturating_sub(MARGIN).min(CLEARED));
     held.unwrap_or_else(|error| {
         kernel_log::info(&format!("no memory is given up: {error:#}"));
         Vec::new()
@@ -43,43 +49,61 @@ pub fn give_up() -> Vec<MemoryRange> {
 
 /// Has the kernel clear `bytes` of free memory, by taking them for a moment.
 fn clear(bytes: u64) {
-    let Ok(length) = usize::try_from(bytes / PAGE as u64 * PAGE as u64) else { return };
+    let length = usize::try_from(bytes).unwrap_or(0) / PAGE * PAGE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody. One of no bytes is refused.
-    let mapped = unsafe { libc::mmap(null_mut(), length, access, flags, -1, 0) };
-    if mapped != libc::MAP_FAILED {
-        // SAFETY: it was just mapped, and nothing refers to it.
-        unsafe { libc::munmap(mapped, length) };
+    // One of no bytes is refused.
+    if let Ok(mapped) = map(length, libc::PROT_READ | libc::PROT_WRITE, flags) {
+        unmap(mapped, length);
     }
 }
 
-/// Huge pages that a VM with so many bytes of memory, of which so many are available, can do without.
-fn pages_to_give(available: u64, total: u64) -> usize {
-    let spare = available.saturating_sub(KEPT.max(total / KEPT_PART));
+/// Huge pages that a VM with so many CPUs, which has so many bytes available, can do without.
+fn pages_to_give(available: u64, cpus: usize) -> usize {
+    let spare = available.saturating_sub(KEPT * cpus as u64).min(MOST);
     usize::try_from(spare).unwrap_or(0) / HUGE_PAGE
 }
 
-/// Holds `wanted` huge pages, or as many as there are.
+/// Holds `wanted` huge pages, or as many as there are; all or none of them.
 fn hold(wanted: usize) -> anyhow::Result<Vec<MemoryRange>> {
+    let page_map = File::open(PAGE_MAP).context("the addresses of pages cannot be read")?;
     fs::write(POOL, wanted.to_string()).context("no huge pages can be made")?;
+    let held = hold_of_pool(wanted, &page_map);
+    let pages = held.as_ref().map_or(0, Vec::len);
+    // What is not held goes back.
+    fs::write(POOL, pages.to_string()).context("huge pages cannot be given back")?;
+    held.map(merge)
+}
+
+/// Maps up to `wanted` huge pages of the pool, and keeps those above [`LOW`]: their addresses. After an error none is mapped.
+fn hold_of_pool(wanted: usize, page_map: &File) -> anyhow::Result<Vec<u64>> {
     let made = fs::read_to_string(POOL).context("the number of huge pages cannot be read")?;
     let pages = made.trim().parse::<usize>().context("the number of huge pages is none")?.min(wanted);
     if pages == 0 {
         return Ok(Vec::new());
     }
-    let first = map(pages * HUGE_PAGE).context("huge pages cannot be mapped")?;
-    let page_map = File::open(PAGE_MAP).context("the addresses of pages cannot be read")?;
-    let addresses = (0..pages).map(|page| physical(&page_map, first + page * HUGE_PAGE));
-    Ok(merge(addresses.collect::<anyhow::Result<_>>()?))
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_POPULATE;
+    let first = map(pages * HUGE_PAGE, libc::PROT_READ, flags).context("huge pages cannot be mapped")?;
+    let places = (0..pages).map(|page| first.wrapping_byte_add(page * HUGE_PAGE));
+    let located = places.map(|place| Ok((place, physical(page_map, place.addr())?)));
+    let located: Vec<_> = located.collect::<anyhow::Result<_>>().inspect_err(|_| unmap(first, pages * HUGE_PAGE))?;
+    let (kept, low): (Vec<_>, Vec<_>) = located.into_iter().partition(|(_, address)| *address >= LOW);
+    for (place, _) in low {
+        unmap(place, HUGE_PAGE);
+    }
+    Ok(kept.into_iter().map(|(_, address)| address).collect())
 }
 
-/// Maps `length` bytes of huge pages, which are there at once; the address.
-fn map(length: usize) -> io::Result<usize> {
-    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_POPULATE;
-    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody; it stays until the VM ends.
-    let mapped = unsafe { libc::mmap(null_mut(), length, libc::PROT_READ, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapped.addr()) }
+/// Maps `length` bytes of nothing.
+fn map(length: usize, access: libc::c_int, flags: libc::c_int) -> io::Result<*mut libc::c_void> {
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
+    let mapped = unsafe { libc::mmap(null_mut(), length, access, flags, -1, 0) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapped) }
+}
+
+/// Takes a mapping of [`map`], or a part of one, away.
+fn unmap(place: *mut libc::c_void, length: usize) {
+    // SAFETY: it was mapped by `map`, and nothing refers to it.
+    unsafe { libc::munmap(place, length) };
 }
 
 /// The physical address of the page at `address` of this process.
@@ -120,11 +144,12 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn a_small_vm_keeps_what_a_driver_needs_and_a_large_one_a_quarter() {
-        assert_eq!(pages_to_give(59 * MIB, 87 * MIB), 17);
-        assert_eq!(pages_to_give(25 * MIB, 60 * MIB), 0);
-        assert_eq!(pages_to_give(10 * MIB, 60 * MIB), 0);
-        assert_eq!(pages_to_give(940 * MIB, 980 * MIB), (940 - 245) / 2);
+    fn a_driver_keeps_what_it_needs_and_all_that_was_given_beyond_the_default() {
+        assert_eq!(pages_to_give(55 * MIB, 1), 15);
+        assert_eq!(pages_to_give(55 * MIB, 2), 3);
+        assert_eq!(pages_to_give(25 * MIB, 1), 0);
+        assert_eq!(pages_to_give(10 * MIB, 4), 0);
+        assert_eq!(pages_to_give(940 * MIB, 1), 16);
     }
 
     #[test]

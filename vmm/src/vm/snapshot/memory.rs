@@ -9,6 +9,7 @@ use super::Error;
 use super::format::{FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
 use crate::base::parallel::in_parallel;
 use crate::vm::machine::memory::discard;
+use crate::vm::machine::unused::Unused;
 
 /// Bytes read at once when a snapshot is taken.
 const PIECE: usize = MAX_RUN * PAGE;
@@ -31,22 +32,30 @@ fn place(memory: &GuestMemoryMmap, mut offset: u64) -> Option<(&vm_memory::Guest
     None
 }
 
-/// Writes what `memory` holds; nothing may write to it meanwhile. Between two pieces `go_on` is asked whether to.
-pub fn save(memory: &GuestMemoryMmap, writer: &mut Writer<'_>, go_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
-    let (mut piece, mut offset) = (vec![0; PIECE], 0);
+/// Writes what `memory` holds, but for what is `unused`: to read that would take room for it again. Nothing may write to the memory
+/// meanwhile. Between two pieces `go_on` is asked whether to.
+pub fn save(
+    (memory, unused): (&GuestMemoryMmap, &Unused),
+    writer: &mut Writer<'_>,
+    go_on: &mut dyn FnMut() -> bool,
+) -> Result<(), Error> {
+    let (mut piece, mut before) = (vec![0; PIECE], 0);
     for region in memory.iter() {
-        let mut at = 0;
-        while at < region.len() {
-            if !go_on() {
-                return Err(Error::Interrupted);
+        let first = region.start_addr().0;
+        for used in unused.rest_of(first, region.len()) {
+            let mut at = used.start - first;
+            while at < used.end - first {
+                if !go_on() {
+                    return Err(Error::Interrupted);
+                }
+                let length = usize::try_from(used.end - first - at).unwrap_or(PIECE).min(PIECE);
+                let read = region.read_slice(&mut piece[..length], MemoryRegionAddress(at));
+                read.map_err(|error| Error::Memory(io::Error::other(error)))?;
+                writer.add(&piece[..length], before + at).map_err(Error::Write)?;
+                at += length as u64;
             }
-            let length = usize::try_from(region.len() - at).unwrap_or(PIECE).min(PIECE);
-            let read = region.read_slice(&mut piece[..length], MemoryRegionAddress(at));
-            read.map_err(|error| Error::Memory(io::Error::other(error)))?;
-            writer.add(&piece[..length], offset).map_err(Error::Write)?;
-            at += length as u64;
-            offset += length as u64;
         }
+        before += region.len();
     }
     Ok(())
 }
@@ -106,7 +115,7 @@ mod tests {
         before.write_obj(3u8, first_high).unwrap();
         let file = tempfile::tempfile().unwrap();
         let mut writer = Writer::new(&file);
-        save(&before, &mut writer, &mut || true).unwrap();
+        save((&before, &Unused::default()), &mut writer, &mut || true).unwrap();
         let length = writer.finish(&KEY, size_of_both, (b"{}", b"of a test")).unwrap();
         assert!(length < 6 * PAGE as u64, "{length} bytes");
 
@@ -127,7 +136,7 @@ mod tests {
         }
         let file = tempfile::tempfile().unwrap();
         let mut writer = Writer::new(&file);
-        save(&before, &mut writer, &mut || true).unwrap();
+        save((&before, &Unused::default()), &mut writer, &mut || true).unwrap();
         writer.finish(&KEY, 8 << 20, (b"{}", b"")).unwrap();
         let contents = Contents::read(&file, &KEY, 8 << 20).unwrap();
         let after = create("test", 8 << 20).unwrap();
@@ -151,7 +160,7 @@ mod tests {
             asked += 1;
             asked < 3
         };
-        let error = save(&memory, &mut Writer::new(&file), &mut twice).unwrap_err();
+        let error = save((&memory, &Unused::default()), &mut Writer::new(&file), &mut twice).unwrap_err();
         assert!(matches!(error, Error::Interrupted));
     }
 }

@@ -182,7 +182,7 @@ impl Place {
         let mut length = 0;
         self.cache.create(&self.key, |file| {
             let mut writer = Writer::new(file);
-            memory::save(&vm.memory, &mut writer, go_on)?;
+            memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
             let (size, description) = (memory::size(&vm.memory), self.description.encode());
             length = writer.finish(&self.key, size, (&state, &description)).map_err(Error::Write)?;
             Ok(())
