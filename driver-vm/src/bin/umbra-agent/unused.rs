@@ -38,7 +38,7 @@ const ENTRY: usize = 8;
 /// them. What stays free holds zeros afterwards, not what the boot has left there: a snapshot is the smaller.
 pub fn give_up() -> Vec<MemoryRange> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let wanted = pages_to_give(system::memory("MemAvailable:"), cpus);
+    let wanted = pages_to_give(system::available_memory(), cpus);
     let held = if wanted == 0 || system::memory("CmaTotal:") != 0 { Ok(Vec::new()) } else { hold(wanted) };
     clear(system::memory("MemFree:").saturating_sub(MARGIN).min(CLEARED));
     held.unwrap_or_else(|error| {

@@ -166,18 +166,11 @@ const SWIFT: usize = 16 << 20;
 /// Most threads at [`Pace::Urgent`]: they wait for the kernel's memory management more than for a processor.
 const MAX_THREADS: usize = 4;
 
-/// A part of a region that is backed by one call.
-struct Part<'a> {
-    region: &'a GuestRegionMmap,
-    offset: u64,
-    length: usize,
-}
-
 /// Backs all of `memory` that is not `unused` with huge pages now, before anything is in it, where the kernel can (Linux 6.1). For
 /// memory that will be pinned for a device anyway: fewer pages to pin, and fewer faults while it is filled or the guest boots.
 pub fn collapse(memory: &GuestMemoryMmap, unused: &Unused, pace: Pace) {
     let step = if matches!(pace, Pace::Swift | Pace::Urgent) { SWIFT } else { HUGE_PAGE };
-    let parts: Vec<_> = memory.iter().flat_map(|region| parts(region, unused, step)).collect();
+    let parts: Vec<_> = unused.rest(memory, step).collect();
     let threads = if pace == Pace::Urgent { MAX_THREADS } else { 1 };
     // Nothing is lost with what stays in small pages.
     let _ = in_parallel(
@@ -186,7 +179,7 @@ pub fn collapse(memory: &GuestMemoryMmap, unused: &Unused, pace: Pace) {
         || (),
         |(), part| {
             let start = Instant::now();
-            if let Err(error) = collapse_part(part) {
+            if let Err(error) = collapse_part(memory, *part) {
                 tracing::debug!(%error, "back guest memory with huge pages");
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     // An older kernel, or no huge pages at all.
@@ -202,24 +195,13 @@ pub fn collapse(memory: &GuestMemoryMmap, unused: &Unused, pace: Pace) {
     );
 }
 
-/// What of `region` is in use, `step` bytes at most each.
-fn parts<'a>(region: &'a GuestRegionMmap, unused: &Unused, step: usize) -> Vec<Part<'a>> {
-    let first = region.start_addr().0;
-    let used = unused.rest_of(first, region.len()).into_iter();
-    used.flat_map(|used| {
-        let left = move |at| usize::try_from(used.end - at).unwrap_or(step).min(step);
-        (used.start..used.end).step_by(step).map(move |at| Part { region, offset: at - first, length: left(at) })
-    })
-    .collect()
-}
-
-/// Backs a part with huge pages.
-fn collapse_part(&Part { region, offset, length }: &Part<'_>) -> io::Result<()> {
+/// Backs `length` bytes from `start` on, in one region, with huge pages.
+fn collapse_part(memory: &GuestMemoryMmap, (start, length): (GuestAddress, usize)) -> io::Result<()> {
     // The kernel collapses only where there is a page already: a read makes one of shared memory.
-    for page in (offset..offset + length as u64).step_by(HUGE_PAGE) {
-        let _: u8 = region.read_obj(MemoryRegionAddress(page)).map_err(io::Error::other)?;
+    for page in (start.0..start.0 + length as u64).step_by(HUGE_PAGE) {
+        let _: u8 = memory.read_obj(GuestAddress(page)).map_err(io::Error::other)?;
     }
-    let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    let host = memory.get_host_address(start).map_err(io::Error::other)?;
     // SAFETY: the range is inside of a mapping of this process that stays; its contents do not change.
     match unsafe { libc::madvise(host.cast(), length, libc::MADV_COLLAPSE) } {
         0 => Ok(()),
@@ -227,12 +209,18 @@ fn collapse_part(&Part { region, offset, length }: &Part<'_>) -> io::Result<()> 
     }
 }
 
+/// Where `address`, which is in `memory`, lies in the memfd.
+pub fn memfd_offset(memory: &GuestMemoryMmap, address: GuestAddress) -> Option<u64> {
+    let (region, at) = memory.to_region_addr(address)?;
+    Some(region.file_offset()?.start() + at.0)
+}
+
 /// Makes `length` bytes of `memory` from the guest physical address `start` on, which are in one region, hold zeros, and take no room.
 pub fn discard(memory: &GuestMemoryMmap, start: u64, length: u64) -> io::Result<()> {
     let outside = || io::Error::from(io::ErrorKind::InvalidInput);
     let region = memory.find_region(GuestAddress(start)).ok_or_else(outside)?;
     let file = region.file_offset().ok_or_else(outside)?;
-    let offset = file.start() + (start - region.start_addr().0);
+    let offset = memfd_offset(memory, GuestAddress(start)).ok_or_else(outside)?;
     let offset = libc::off_t::try_from(offset).map_err(|_| outside())?;
     let length = libc::off_t::try_from(length).map_err(|_| outside())?;
     let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
 use umbra_driver_vm::protocol::{MAX_UNUSED, MemoryRange};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::memory::{HUGE_PAGE, discard};
 use crate::base::lock::lock;
@@ -68,8 +68,21 @@ impl Unused {
         self.held().clone()
     }
 
+    /// What of `memory` is in use, by address, in parts of one region and at most `most` bytes each.
+    pub fn rest<'a>(
+        &'a self,
+        memory: &'a GuestMemoryMmap,
+        most: usize,
+    ) -> impl Iterator<Item = (GuestAddress, usize)> + 'a {
+        let used = memory.iter().flat_map(|region| self.rest_of(region.start_addr().0, region.len()));
+        used.flat_map(move |used| {
+            let length = move |at| usize::try_from(used.end - at).unwrap_or(most).min(most);
+            (used.start..used.end).step_by(most).map(move |at| (GuestAddress(at), length(at)))
+        })
+    }
+
     /// What of the memory from `start` on, `length` bytes, is in use: ranges of guest physical addresses.
-    pub fn rest_of(&self, start: u64, length: u64) -> Vec<Range<u64>> {
+    fn rest_of(&self, start: u64, length: u64) -> Vec<Range<u64>> {
         let (mut rest, mut from, end) = (Vec::new(), start, start + length);
         for gap in self.held().iter().filter(|gap| gap.start < end && gap.start + gap.length > start) {
             if gap.start > from {
@@ -121,7 +134,7 @@ fn check(memory: &GuestMemoryMmap, ranges: &[MemoryRange]) -> Result<(), Error> 
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     use super::super::{layout, memory};
     use super::*;

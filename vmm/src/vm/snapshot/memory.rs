@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, M
 use super::Error;
 use super::format::{FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
 use crate::base::parallel::in_parallel;
-use crate::vm::machine::memory::discard;
+use crate::vm::machine::memory::{discard, memfd_offset};
 use crate::vm::machine::unused::Unused;
 
 /// Bytes read at once when a snapshot is taken.
@@ -39,23 +39,15 @@ pub fn save(
     writer: &mut Writer<'_>,
     go_on: &mut dyn FnMut() -> bool,
 ) -> Result<(), Error> {
-    let (mut piece, mut before) = (vec![0; PIECE], 0);
-    for region in memory.iter() {
-        let first = region.start_addr().0;
-        for used in unused.rest_of(first, region.len()) {
-            let mut at = used.start - first;
-            while at < used.end - first {
-                if !go_on() {
-                    return Err(Error::Interrupted);
-                }
-                let length = usize::try_from(used.end - first - at).unwrap_or(PIECE).min(PIECE);
-                let read = region.read_slice(&mut piece[..length], MemoryRegionAddress(at));
-                read.map_err(|error| Error::Memory(io::Error::other(error)))?;
-                writer.add(&piece[..length], before + at).map_err(Error::Write)?;
-                at += length as u64;
-            }
+    let mut piece = vec![0; PIECE];
+    for (start, length) in unused.rest(memory, PIECE) {
+        if !go_on() {
+            return Err(Error::Interrupted);
         }
-        before += region.len();
+        let piece = &mut piece[..length];
+        memory.read_slice(piece, start).map_err(|error| Error::Memory(io::Error::other(error)))?;
+        let offset = memfd_offset(memory, start).ok_or_else(|| Error::Memory(io::ErrorKind::InvalidInput.into()))?;
+        writer.add(piece, offset).map_err(Error::Write)?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::base::lock::lock;
 use crate::host::error::Error;
@@ -126,17 +126,16 @@ impl Vfio {
 
     fn map(&self, files: &DeviceFiles) -> Result<(), Error> {
         let VmResources { memory, unused, .. } = &self.resources;
-        let regions = memory.iter().map(|region| (region.start_addr().raw_value(), region.len()));
-        let used: Vec<_> = regions.flat_map(|(first, length)| unused.rest_of(first, length)).collect();
-        let size: u64 = used.iter().map(|part| part.end - part.start).sum();
+        let used: Vec<_> = unused.rest(memory, usize::MAX).collect();
+        let size: u64 = used.iter().map(|(_, length)| *length as u64).sum();
         raise_locked_memory(size + LOCKED_SLACK);
         let (start, bdf) = (Instant::now(), files.bdf());
-        let mapped = used.iter().try_for_each(|part| {
-            let address = memory.get_host_address(GuestAddress(part.start)).map_err(io::Error::other)?;
+        let mapped = used.iter().try_for_each(|&(start, length)| {
+            let address = memory.get_host_address(start).map_err(io::Error::other)?;
             // SAFETY: the part is guest memory, inside of one region, which is only ever accessed by volatile and atomic
             // operations and by the kernel (the contract of vm-memory), and which `self.resources` keeps mapped until after
             // `release` or the end of the process.
-            unsafe { files.map(part.start, part.end - part.start, address) }
+            unsafe { files.map(start.0, length as u64, address) }
         });
         tracing::debug!("{bdf}: {} MiB locked and mapped for DMA in {:?}", size >> 20, start.elapsed());
         mapped.map_err(|source| match source.raw_os_error() {
