@@ -13,6 +13,7 @@ pub mod lossy_disk;
 pub mod measure;
 pub mod peer;
 pub mod probe;
+mod random;
 pub mod sound;
 pub mod suite;
 pub mod wav;

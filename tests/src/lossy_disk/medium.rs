@@ -24,8 +24,8 @@ use std::path::Path;
 use nix::fcntl::{FallocateFlags, fallocate};
 use sha2::{Digest, Sha256};
 
-use super::random::Random;
 use super::{Access, Settings};
+use crate::random::Random;
 
 /// Bytes of a sector, the unit that is lost or kept.
 pub const SECTOR: usize = 512;

@@ -22,7 +22,6 @@ mod faults;
 mod handshake;
 mod medium;
 mod protocol;
-mod random;
 mod server;
 #[cfg(test)]
 mod tests;

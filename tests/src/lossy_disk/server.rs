@@ -34,9 +34,9 @@ use super::protocol::{
     Header, MAX_PAYLOAD, MAX_REFUSED, NBD_CMD_DISC, NBD_CMD_WRITE, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES, simple_reply,
 };
-use super::random::Random;
 use super::{Access, FirstRequest};
 use crate::peer::now_us;
+use crate::random::Random;
 
 /// Connections at a time: a QEMU, the one that comes after it, and tools. A further one is closed at once.
 const MAX_CONNECTIONS: usize = 8;

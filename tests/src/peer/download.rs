@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::{Progress, ports};
+use crate::random::Random;
 
 /// Bytes a second where the caller does not care: 64 MiB take 16 s.
 pub const DEFAULT_RATE: u64 = 4 << 20;
@@ -28,10 +29,7 @@ impl Content {
     /// Fills `out` with what stands at `offset`, a multiple of 8 (SplitMix64 of the word's number).
     pub fn fill(offset: u64, out: &mut [u8]) {
         for (word, bytes) in (offset / 8..).zip(out.chunks_mut(8)) {
-            let mut z = word.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            bytes.copy_from_slice(&(z ^ (z >> 31)).to_le_bytes()[..bytes.len()]);
+            bytes.copy_from_slice(&Random::from_nth(word).next().to_le_bytes()[..bytes.len()]);
         }
     }
 
