@@ -14,6 +14,7 @@
 //! violation and count as a failure of that driver VM.
 
 use serde::{Deserialize, Serialize};
+use umbra_shadow::block::Disk;
 use umbra_shadow::sound::Card;
 
 /// Name of the virtio-console port that carries this protocol.
@@ -130,6 +131,8 @@ pub enum ToAgent {
         #[serde(default)]
         device: DevicePlace,
     },
+    /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of disks: serve them.
+    ConfigureBlock(BlockPlan),
     /// What one guest asked its network device to receive, whole each time.
     SetRxMode {
         /// Index of the end in [`NetPlan::ends`].
@@ -164,6 +167,47 @@ pub struct NetPlan {
     /// Where its NIC is.
     #[serde(default)]
     pub device: DevicePlace,
+}
+
+/// The disks that a driver VM is to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockPlan {
+    /// The ends, one a guest's disk; end `n` has the port `org.umbra.block.n` ([`crate::block_protocol`]).
+    pub ends: Vec<BlockEnd>,
+    /// Where its controller is.
+    #[serde(default)]
+    pub device: DevicePlace,
+}
+
+/// What one guest gets of the disks of a driver VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockEnd {
+    /// The disk's serial number or WWID, as [`FromAgent::Disks`] reports it; `None`: the driver VM has one disk, and it is that.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// The guest's part of it.
+    #[serde(default)]
+    pub part: DiskPart,
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskPart {
+    /// All of it.
+    #[default]
+    Whole,
+    /// A partition, by its number in the partition table, from 1.
+    Partition(u32),
+    /// A range, in sectors of 512 bytes; `sectors` 0: up to the end.
+    Range {
+        /// First sector.
+        start: u64,
+        /// Number of sectors.
+        sectors: u64,
+    },
 }
 
 /// Where the device of a driver VM is when its agent gets its plan.
@@ -314,6 +358,15 @@ pub enum FromAgent {
         driver: String,
         /// What the card can do. Not checked yet.
         card: Card,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The disks have a driver and can be read and written; sent once, after their probe.
+    Disks {
+        /// Kernel driver of the controller, as `nvme`.
+        driver: String,
+        /// What each end serves, in the order of [`BlockPlan::ends`]. Not checked yet.
+        disks: Vec<Disk>,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
     },

@@ -13,6 +13,8 @@ pub enum Class {
     Net,
     /// Sound.
     Sound,
+    /// Disks.
+    Block,
 }
 
 impl Class {
@@ -21,6 +23,7 @@ impl Class {
         match self {
             Self::Net => "net",
             Self::Sound => "sound",
+            Self::Block => "block",
         }
     }
 }
@@ -44,6 +47,11 @@ impl DeviceId {
     pub fn sound(index: u16) -> Self {
         Self { class: Class::Sound, index }
     }
+
+    /// Disk `index` among those that driver VMs serve.
+    pub fn block(index: u16) -> Self {
+        Self { class: Class::Block, index }
+    }
 }
 
 /// A text that names no device of a guest.
@@ -65,7 +73,10 @@ impl FromStr for DeviceId {
     fn from_str(name: &str) -> Result<Self, NoDevice> {
         let index_at = name.find(|c: char| c.is_ascii_digit()).ok_or(NoDevice)?;
         let (class, index) = name.split_at(index_at);
-        let class = [Class::Net, Class::Sound].into_iter().find(|known| known.as_str() == class).ok_or(NoDevice)?;
+        let class = [Class::Net, Class::Sound, Class::Block]
+            .into_iter()
+            .find(|known| known.as_str() == class)
+            .ok_or(NoDevice)?;
         Ok(Self { class, index: index.parse().map_err(|_| NoDevice)? })
     }
 }
@@ -82,10 +93,10 @@ mod tests {
 
     #[test]
     fn a_device_is_read_back_from_its_name_and_nothing_else_is() {
-        for device in [DeviceId::net(0), DeviceId::sound(12), DeviceId::net(u16::MAX)] {
+        for device in [DeviceId::net(0), DeviceId::sound(12), DeviceId::block(3), DeviceId::net(u16::MAX)] {
             assert_eq!(device.to_string().parse(), Ok(device));
         }
-        for name in ["", "net", "0", "net65536", "block0", "net0x", "net-1", "0net"] {
+        for name in ["", "net", "0", "net65536", "disk0", "net0x", "net-1", "0net"] {
             assert_eq!(name.parse::<DeviceId>(), Err(NoDevice), "{name}");
         }
     }

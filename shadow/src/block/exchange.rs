@@ -207,7 +207,8 @@ pub enum Answer {
 }
 
 /// What the driver VM reports of the disk's write cache (`write_cache` of the kernel's queue), pinned for its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum WriteCache {
     /// "write back": what is done may be lost until a flush.
     Volatile,

@@ -2,6 +2,8 @@
 //! given: by what it says of itself, and by up to [`SAMPLES`] blocks that were flushed to it. A block that differs means another disk,
 //! or one that lied about a flush.
 
+use serde::{Deserialize, Serialize};
+
 use super::exchange::{Fingerprint, Payload, Slice};
 use super::range::SectorRange;
 
@@ -20,7 +22,8 @@ const RENEWAL_NS: u64 = 1_000_000_000;
 const ATTEMPTS: u8 = 2;
 
 /// The part of a disk that one guest has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Window {
     /// First sector on the disk.
     pub start: u64,
@@ -39,7 +42,8 @@ impl Window {
 }
 
 /// What a disk says of itself. Pinned when the guest gets it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Identity {
     /// Serial number, WWID, or CID of an SD card.
     pub serial: String,

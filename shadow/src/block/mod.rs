@@ -50,6 +50,7 @@ macro_rules! broken {
 mod answer;
 pub mod bounds;
 mod buffers;
+pub mod disk;
 mod epochs;
 pub mod errors;
 pub mod exchange;
@@ -66,6 +67,7 @@ pub mod range;
 mod tests;
 
 pub use bounds::Limits;
+pub use disk::Disk;
 pub use errors::{ErrorClass, Failure, Violation};
 pub use exchange::{
     Access, Answer, CachePolicy, Command, Data, Done, Fingerprint, GuestSpan, Order, Out, Payload, Slice, Status, Tag,

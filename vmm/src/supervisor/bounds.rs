@@ -108,6 +108,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::SameNetwork { .. }
         | FromVm::ForeignAddress { .. }
         | FromVm::Offloads { .. }
+        | FromVm::AtRest { .. }
         | FromVm::Lost { cause: LinkEnd::Closed, .. }
         | FromVm::Disconnected { .. }
         | FromVm::Snapshot { .. } => {}

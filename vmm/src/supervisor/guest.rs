@@ -15,7 +15,7 @@ use crate::config::{Console, Guest};
 use crate::lifecycle::Endpoint;
 use crate::record::status;
 use crate::wire::channel;
-use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use crate::wire::messages::{DeviceStatus, DiskBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// Messages kept for a guest's process that does not read, because it is stopped or hangs. An outage costs a handful for
@@ -220,7 +220,7 @@ impl GuestVm {
             memory: self.spec.memory,
             console: self.spec.console.clone(),
             polls_console: false,
-            disks: self.spec.disk.clone(),
+            disks: self.spec.disk.iter().cloned().map(DiskBackend::File).collect(),
             nets,
             sounds,
             ports: self.spec.port.iter().map(port).collect(),

@@ -91,6 +91,7 @@ impl Supervisor {
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }
             | FromVm::Disconnected { .. }
+            | FromVm::AtRest { .. }
             | FromVm::Snapshot { .. } => {}
             FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
             FromVm::Live { device, generation, at, outage } => {

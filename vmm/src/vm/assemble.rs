@@ -143,7 +143,7 @@ impl KeptOpen {
     fn of(spec: &VmSpec) -> io::Result<Self> {
         let named = spec.ports.iter().filter_map(|port| match port.end {
             PortEnd::Fd(number) => Some(number),
-            PortEnd::Listen(_) | PortEnd::Attached => None,
+            PortEnd::Listen(_) | PortEnd::Attached | PortEnd::VhostUser => None,
         });
         let keep = |number: RawFd| {
             // SAFETY: the borrow ends with the call, which asks whether the number is open and duplicates it.

@@ -32,7 +32,7 @@ use crate::base::lock::lock;
 use crate::base::pci_address::{Bdf, ParseBdfError, Slot};
 use crate::base::time::Time;
 use crate::host::DeviceFiles;
-use crate::wire::messages::{FromVm, NetBackend, SoundBackend, ToVm, VmSpec};
+use crate::wire::messages::{DiskBackend, FromVm, NetBackend, SoundBackend, ToVm, VmSpec};
 
 /// Errors of adding devices.
 #[derive(Debug, Error)]
@@ -106,7 +106,12 @@ pub fn add(
         adder.virtio("console", console)?;
     }
     for (index, disk) in spec.disks.iter().enumerate() {
-        adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
+        match disk {
+            DiskBackend::File(disk) => {
+                adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
+            }
+            DiskBackend::Split { .. } => return Err(Error::NoSlot),
+        }
     }
     adder.virtio("virtio-rng", Arc::new(Mutex::new(Rng::new()?)))?;
     if !spec.passthrough.is_empty() || spec.awaits_device {
@@ -293,6 +298,7 @@ impl Devices {
             ToVm::GoLive { device, .. } | ToVm::Arm { device, .. } | ToVm::Carrier { device, .. } => {
                 self.with(device, |shadowed| shadowed.order(message));
             }
+            ToVm::Quiesce { device } | ToVm::GoOn { device } => self.with(device, |shadowed| shadowed.order(message)),
             ToVm::QueryStatus => {
                 for shadowed in self.shadowed.values() {
                     let status = lock(shadowed).status();

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::{Mac, MemoryRange, Offloads, RxMode};
+use umbra_shadow::block::{self, CachePolicy};
 pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::sound::{Card, Policy};
 use umbra_shadow::{DeviceId, Generation, LinkId};
@@ -38,8 +39,8 @@ pub struct VmSpec {
     /// Whoever prints there asks soon afterwards whether the transmitter is empty, as Linux does: bytes are handed over together.
     #[serde(default)]
     pub polls_console: bool,
-    /// Disks.
-    pub disks: Vec<Disk>,
+    /// Disks, in the order of their slots.
+    pub disks: Vec<DiskBackend>,
     /// Network devices.
     pub nets: Vec<NetBackend>,
     /// Sound devices.
@@ -130,6 +131,23 @@ pub struct SoundBackend {
     pub policy: Policy,
 }
 
+/// What stands behind a virtio-blk device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskBackend {
+    /// A file or a block device of the host.
+    File(Disk),
+    /// Guest side: the block splitter; its links come by [`ToVm::Attach`]. It goes live by itself once the driver VM has greeted it.
+    Split {
+        /// The disk that the guest sees.
+        disk: block::Disk,
+        /// How its write cache is treated.
+        cache: CachePolicy,
+        /// Memory of its driver VM: a link with more is refused.
+        driver_memory: MemorySize,
+    },
+}
+
 /// What stands behind a virtio-console port.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PortBackend {
@@ -149,6 +167,9 @@ pub enum PortEnd {
     Fd(i32),
     /// None yet: its peers come, one after the other, by [`ToVm::Connect`].
     Attached,
+    /// None yet; a guest's process serves the port's queues itself, by vhost-user. Its connections come, and come again, by
+    /// [`ToVm::Connect`].
+    VhostUser,
 }
 
 /// Supervisor to VM process.
@@ -237,6 +258,17 @@ pub enum ToVm {
     },
     /// Guest: there will be no further driver VM for now; show link down, or be a dead card.
     Quarantine {
+        /// The device.
+        device: DeviceId,
+    },
+    /// Guest: a deliberate reset of the device's driver VM is to come: nothing is begun any more, and what was acknowledged is made
+    /// stable. Answered by [`FromVm::AtRest`]. Disks alone.
+    Quiesce {
+        /// The device.
+        device: DeviceId,
+    },
+    /// Guest: the reset of [`Self::Quiesce`] does not come; go on. Disks alone.
+    GoOn {
         /// The device.
         device: DeviceId,
     },
@@ -344,6 +376,14 @@ pub enum FromVm {
         /// The spare.
         generation: Generation,
     },
+    /// Guest: the answer to [`ToVm::Quiesce`].
+    AtRest {
+        /// The device.
+        device: DeviceId,
+        /// Everything that was acknowledged is stable, and nothing is in flight. Else there is no driver VM, or it did not come to rest
+        /// in time: what is owed is written again in the next life.
+        stable: bool,
+    },
     /// Guest: two seconds after an outage of a device of a driver VM, how much it moved around it.
     Pace {
         /// The device.
@@ -443,6 +483,8 @@ pub enum OutageCounts {
     Net(MaskedCounts),
     /// Of a sound device.
     Sound(SoundCounts),
+    /// Of a disk.
+    Block(block::Counts),
 }
 
 /// How a device of a driver VM is, by class.
@@ -473,6 +515,19 @@ pub enum DeviceStatus {
         kept_bytes: u64,
         /// Sums since the start.
         sums: SoundCounts,
+    },
+    /// A disk.
+    Block {
+        /// What its shadow does.
+        mode: block::ModeName,
+        /// Bytes of private copies: of what is in flight, and of what is not known to be stable.
+        kept_bytes: u64,
+        /// Bytes of these that are to be written again.
+        owed_bytes: u64,
+        /// Requests of the guest that are not answered.
+        pending: u64,
+        /// Sums since the start.
+        sums: block::Counts,
     },
 }
 

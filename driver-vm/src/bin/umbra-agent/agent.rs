@@ -172,7 +172,8 @@ impl Agent {
                 }
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
-            (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. }, _) => {
+            (ToAgent::ConfigureBlock(_), Task::Idle) => anyhow::bail!("this agent has no disk service"),
+            (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. } | ToAgent::ConfigureBlock(_), _) => {
                 anyhow::bail!("the host sent a second plan")
             }
             (ToAgent::SetRxMode { end, mode }, Task::Network(network)) => {

@@ -32,6 +32,7 @@ pub(super) fn svg(pace: &DevicePace, outage: Option<f64>) -> String {
     let (verbs, unit) = match device.class {
         Class::Net => (["sent", "received"], "frames"),
         Class::Sound => (["played", "recorded"], "samples"),
+        Class::Block => (["written", "read"], "requests"),
     };
     let rate = |steps_of: &[u64]| {
         let most = steps_of.iter().copied().max().unwrap_or(0);

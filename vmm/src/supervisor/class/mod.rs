@@ -4,6 +4,7 @@
 //! `umbra_shadow::Class` makes the compiler lead to each match here; what the class does goes into a file of its name beside
 //! `net.rs` and `sound.rs`. Everything else in the supervisor knows devices, ends and lives, and no class.
 
+pub(in crate::supervisor) mod block;
 pub(in crate::supervisor) mod carrier;
 pub(in crate::supervisor) mod net;
 pub(in crate::supervisor) mod settings;
@@ -43,6 +44,7 @@ pub(in crate::supervisor) fn traits(class: Class) -> &'static Traits {
     match class {
         Class::Net => &net::TRAITS,
         Class::Sound => &sound::TRAITS,
+        Class::Block => &block::TRAITS,
     }
 }
 
@@ -145,6 +147,7 @@ pub(in crate::supervisor) fn end_backends(
         match device.class {
             Class::Net => nets.push(net::end_backend(end.place(), mtu)),
             Class::Sound => ports.push(sound::end_backend(end.place())),
+            Class::Block => ports.push(block::end_backend(end.place())),
         }
     }
     (nets, ports)
@@ -183,7 +186,7 @@ impl Supervisor {
     fn plan(&self, driver: &DriverVm, life: &Life) -> (ToAgent, BTreeSet<(u16, Setting)>) {
         match driver.class() {
             Class::Net => settings::plan_messages(settings::net_plan(&self.guests, driver, life)),
-            Class::Sound => (sound::plan(driver, life), BTreeSet::new()),
+            Class::Sound | Class::Block => (sound::plan(driver, life), BTreeSet::new()),
         }
     }
 
@@ -193,7 +196,7 @@ impl Supervisor {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         match device.class {
             Class::Net => self.net_goes_live(n, end, (generation, replay)),
-            Class::Sound => self.sound_goes_live(n, end, generation),
+            Class::Sound | Class::Block => self.sound_goes_live(n, end, generation),
         }
     }
 
@@ -208,6 +211,7 @@ impl Supervisor {
         match masked {
             OutageCounts::Net(frames) => self.on_net_live(device, generation, at, frames),
             OutageCounts::Sound(samples) => self.on_sound_live(device, generation, samples),
+            OutageCounts::Block(_) => {}
         }
     }
 }

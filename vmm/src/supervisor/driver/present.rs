@@ -138,6 +138,7 @@ impl Supervisor {
                 self.stage(n, LifeStage::Nic, now, detail);
             }
             FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
+            FromAgent::Disks { .. } => {}
             FromAgent::Forwarding { .. } => {
                 self.stage(n, LifeStage::Forwarding, now, String::new());
                 self.drive(n, Input::Forwarding);

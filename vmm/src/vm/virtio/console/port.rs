@@ -109,7 +109,9 @@ impl Port {
                 let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
                 (End::Inherited, Some(inherit(*fd).map_err(inherited)?))
             }
-            PortEnd::Attached => (End::Attached { next: None, touched: false, hung_up: false }, None),
+            PortEnd::Attached | PortEnd::VhostUser => {
+                (End::Attached { next: None, touched: false, hung_up: false }, None)
+            }
         };
         let (ready, open, announced) = (false, false, false);
         let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
