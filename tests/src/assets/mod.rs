@@ -294,7 +294,7 @@ impl Assets {
     }
 }
 
-/// The Linux driver of a model of NIC or sound card.
+/// The Linux driver of a model of NIC, sound card or disk controller.
 pub fn driver_of(model: &Model) -> Option<&'static str> {
     Some(match model.name() {
         "e1000e" => "e1000e",
@@ -305,6 +305,17 @@ pub fn driver_of(model: &Model) -> Option<&'static str> {
         "intel-hda" | "ich9-intel-hda" => "snd_hda_intel",
         "ES1370" => "snd_ens1370",
         "AC97" => "snd_intel8x0",
+        "nvme" => "nvme",
+        "ich9-ahci" => "ahci",
+        "virtio-blk-pci" => "virtio_blk",
+        "virtio-scsi-pci" => "virtio_scsi",
+        "megasas" | "megasas-gen2" => "megaraid_sas",
+        "mptsas1068" => "mptsas",
+        "pvscsi" => "vmw_pvscsi",
+        "lsi53c895a" => "sym53c8xx",
+        "am53c974" => "am53c974",
+        "sdhci-pci" => "sdhci_pci",
+        "qemu-xhci" => "xhci_pci",
         name if name.starts_with("e1000") => "e1000",
         _ => return None,
     })

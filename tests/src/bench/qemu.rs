@@ -203,7 +203,17 @@ fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
             }
         }
         let place = slots.place(&disk.model, "disk");
-        slots.add(&["-device", &format!("{},drive=disk{n},serial=disk{n},{place}", disk.model.name())]);
+        let model = disk.model.name();
+        // As devices of the newer interface, behind the IOMMU as the others.
+        let modern = if model.starts_with("virtio-") { ",disable-legacy=on,iommu_platform=on" } else { "" };
+        let Some((medium, bus)) = disk.disk_model(&format!("ctl{n}")) else {
+            slots.add(&["-device", &format!("{model},drive=disk{n},serial=disk{n},{place}{modern}")]);
+            continue;
+        };
+        // A card's serial number is part of its model.
+        let serial = if medium == "sd-card" { String::new() } else { format!(",serial=disk{n}") };
+        slots.add(&["-device", &format!("{model},id=ctl{n},{place}{modern}")]);
+        slots.add(&["-device", &format!("{medium},drive=disk{n}{serial}{bus}")]);
     }
 }
 
@@ -244,6 +254,21 @@ mod tests {
             "nvme,drive=disk0,serial=disk0,bus=rp17",
             &format!("-blockdev {} ", blockdev(Path::new("/s"), "disk1")),
             "nvme,drive=disk1,serial=disk1,bus=rp18",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_disk_may_have_a_controller_of_its_own() {
+        let disk = |model: &str| Storage { model: model.into(), bytes: 512, nbd: None };
+        let storage = vec![disk("ich9-ahci"), disk("lsi53c895a"), disk("sdhci-pci"), disk("virtio-blk-pci")];
+        let line = line(&BenchSpec { storage, ..BenchSpec::new("t") });
+        for part in [
+            "-device ich9-ahci,id=ctl0,bus=rp17 -device ide-hd,drive=disk0,serial=disk0,bus=ctl0.0",
+            "-device lsi53c895a,id=ctl1,bus=pcie.0,addr=0x8 -device scsi-hd,drive=disk1,serial=disk1,bus=ctl1.0",
+            "-device sdhci-pci,id=ctl2,bus=pcie.0,addr=0x9 -device sd-card,drive=disk2",
+            "-device virtio-blk-pci,drive=disk3,serial=disk3,bus=rp18,disable-legacy=on,iommu_platform=on",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct Model(pub String);
 
 /// Models without a PCI Express capability: a root port would not show them the slot they expect.
-const CONVENTIONAL: [&str; 12] = [
+const CONVENTIONAL: [&str; 15] = [
     "rtl8139",
     "e1000",
     "e1000-82544gc",
@@ -25,6 +25,9 @@ const CONVENTIONAL: [&str; 12] = [
     "tulip",
     "ES1370",
     "AC97",
+    "lsi53c895a",
+    "am53c974",
+    "sdhci-pci",
 ];
 
 impl Model {
@@ -64,12 +67,28 @@ impl std::fmt::Display for Model {
 /// A disk controller with one disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Storage {
-    /// `nvme`, `virtio-blk-pci`, or another model that takes `drive=`.
+    /// `nvme`, `virtio-blk-pci`, or another model that takes `drive=`; or a controller of [`Self::disk_model`].
     pub model: Model,
     /// Size of the disk, bytes, if it is an empty file of the bench's folder.
     pub bytes: u64,
     /// The socket of the NBD server that has its content instead: [`crate::lossy_disk::LossyDisk::socket`].
     pub nbd: Option<PathBuf>,
+}
+
+impl Storage {
+    /// The model of the disk behind a controller that has none of its own: its name, and the bus of controller `id` that it goes on.
+    pub fn disk_model(&self, id: &str) -> Option<(&'static str, String)> {
+        let (disk, bus) = match self.model.name() {
+            "ich9-ahci" => ("ide-hd", ".0"),
+            "virtio-scsi-pci" | "megasas" | "megasas-gen2" | "mptsas1068" | "pvscsi" | "lsi53c895a" | "am53c974" => {
+                ("scsi-hd", ".0")
+            }
+            "sdhci-pci" => ("sd-card", ""),
+            "qemu-xhci" => ("usb-storage", ".0"),
+            _ => return None,
+        };
+        Some((disk, if bus.is_empty() { String::new() } else { format!(",bus={id}{bus}") }))
+    }
 }
 
 /// How QEMU runs the test host's code.

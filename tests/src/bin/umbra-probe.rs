@@ -14,13 +14,14 @@ use std::time::Duration;
 
 use umbra_tests::probe::patience::scaled;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, flush, kill, mute, net, port, reinit, serve, storm};
+use umbra_tests::probe::{client::Client, disk, flush, kill, mute, net, port, reinit, serve, storm};
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | storm FUNCTION SECONDS
-       | mute FUNCTION SECONDS | flush DISK SECONDS";
+       | mute FUNCTION SECONDS | flush DISK SECONDS
+       | disk DISK SECONDS SEED";
 
 /// Longest time until a port appears.
 const PORT: Duration = Duration::from_secs(10);
@@ -62,6 +63,11 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
         ["storm", function, length] => print(&storm::storm(function, scaled(seconds(length)?))?)?,
         ["mute", function, length] => print(&mute::mute(function, scaled(seconds(length)?))?)?,
         ["flush", disk, length] => print(&flush::flush(Path::new(disk), seconds(length)?)?)?,
+        ["disk", disk, length, seed] => {
+            let found = disk::check(Path::new(disk), seconds(length)?, seed.parse()?);
+            print(&found)?;
+            return Ok(if found.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {
             eprintln!("{USAGE}");

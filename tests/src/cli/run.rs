@@ -34,7 +34,7 @@ pub struct MachineArgs {
     /// A file or folder to copy to /share in the test host. May be repeated.
     #[arg(long = "file", value_name = "PATH")]
     files: Vec<PathBuf>,
-    /// Also build the driver VM image for each NIC and put it at /share/DRIVER.
+    /// Also build the driver VM image for each NIC and disk controller and put it at /share/DRIVER.
     #[arg(long)]
     images: bool,
     /// Names the folder with logs and captures: target/bench/NAME.
@@ -60,7 +60,8 @@ impl MachineArgs {
     fn boot(&self, mut spec: BenchSpec) -> anyhow::Result<Bench> {
         let assets = Assets::prepare(&say)?;
         if self.images {
-            let images = spec.nics.iter().map(|model| assets.driver_image(model)).collect::<Result<Vec<_>, _>>()?;
+            let models = spec.nics.iter().chain(spec.storage.iter().map(|disk| &disk.model));
+            let images = models.map(|model| assets.driver_image(model)).collect::<Result<Vec<_>, _>>()?;
             spec.files.extend(images);
         }
         let nics: Vec<_> = spec.nics.iter().map(ToString::to_string).collect();

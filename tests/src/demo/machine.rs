@@ -29,8 +29,12 @@ const BOOT_S: f64 = 60.0;
 pub const NIC_DRIVER: &str = "nic0";
 /// That of the sound card.
 pub const SOUND_DRIVER: &str = "snd0";
+/// That of the disk controller.
+pub const DISK_DRIVER: &str = "disk0";
 /// Memory of the driver VM of a sound card.
 const SOUND_MEMORY: &str = "128M";
+/// That of a disk controller: 16 MiB more, for the pool of data.
+const DISK_MEMORY: &str = "144M";
 
 /// How the guests reach the NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +58,17 @@ pub struct SoundCard {
     pub policy: String,
 }
 
+/// A disk controller behind a driver VM `disk0`; every guest has its disk, behind those that are files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskController {
+    /// Its PCI address in the place.
+    pub device: String,
+    /// Folder name of the driver VM image in the share.
+    pub image: String,
+    /// More lines for each guest's disk, as `cache = "through"`.
+    pub options: String,
+}
+
 /// What the machine is made of.
 #[derive(Clone, Debug)]
 pub struct MachineSpec {
@@ -69,6 +84,8 @@ pub struct MachineSpec {
     pub attach: Attach,
     /// Sound beside the network.
     pub sound: Option<SoundCard>,
+    /// A disk controller beside the network.
+    pub controller: Option<DiskController>,
     /// Guests that do not have the card.
     pub without_card: Vec<String>,
     /// How long a driver VM's image waits in its boot by itself, seconds: `boot_timeout_s` is longer by that.
@@ -103,6 +120,7 @@ impl MachineSpec {
             guests: vec![("web".into(), address.into())],
             attach: Attach::DriverVm,
             sound: None,
+            controller: None,
             without_card: Vec::new(),
             slow_boot_s: 0,
             archives: Vec::new(),
@@ -133,7 +151,10 @@ impl MachineSpec {
             });
             let sound = card.unwrap_or_default();
             let disk = |path: &String| format!("[[guest.{name}.disk]]\npath = \"{path}\"\n");
-            let disks: String = self.disks.iter().map(disk).collect();
+            let mut disks: String = self.disks.iter().map(disk).collect();
+            if let Some(controller) = &self.controller {
+                disks.push_str(&format!("[[guest.{name}.disk]]\ndriver = \"{DISK_DRIVER}\"\n{}", controller.options));
+            }
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
                  cmdline = \"console=ttyS0 quiet ip4={address} umbra.patience={patience} {}\"\nmemory = \"256M\"\n\
@@ -147,8 +168,9 @@ impl MachineSpec {
             ));
         }
         for driver in self.drivers() {
-            let (device, image, memory) = match (&self.sound, driver) {
-                (Some(card), SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
+            let (device, image, memory) = match (&self.sound, &self.controller, driver) {
+                (Some(card), _, SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
+                (_, Some(controller), DISK_DRIVER) => (&controller.device, &controller.image, DISK_MEMORY),
                 _ => (&self.device, &self.image, self.driver_memory.as_str()),
             };
             let spare = self.spare.as_ref().filter(|_| driver == NIC_DRIVER);
@@ -171,14 +193,17 @@ impl MachineSpec {
     /// Names of the driver VMs.
     pub fn drivers(&self) -> Vec<&'static str> {
         let nic = (self.attach == Attach::DriverVm).then_some(NIC_DRIVER);
-        nic.into_iter().chain(self.sound.as_ref().map(|_| SOUND_DRIVER)).collect()
+        let sound = self.sound.as_ref().map(|_| SOUND_DRIVER);
+        let controller = self.controller.as_ref().map(|_| DISK_DRIVER);
+        nic.into_iter().chain(sound).chain(controller).collect()
     }
 
     /// Files of the share that are read again and again.
     fn files(&self) -> Vec<&str> {
         let nic = (self.attach == Attach::DriverVm).then_some(self.image.as_str());
         let sound = self.archives.iter().chain(self.sound.iter().map(|card| &card.image)).map(String::as_str);
-        ["vmlinux", "guest.cpio"].into_iter().chain(nic).chain(sound).collect()
+        let controller = self.controller.iter().map(|controller| controller.image.as_str());
+        ["vmlinux", "guest.cpio"].into_iter().chain(nic).chain(sound).chain(controller).collect()
     }
 }
 

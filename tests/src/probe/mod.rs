@@ -5,6 +5,7 @@
 //! is part of every guest's initramfs.
 
 pub mod client;
+pub mod disk;
 pub mod flush;
 pub mod kill;
 pub mod mute;
