@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::path::Path;
 use std::time::Duration;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
@@ -33,18 +34,21 @@ struct Rig {
 
 fn rig(name: &str, model: &str) -> Rig {
     let assets = assets();
+    let database = assets.database().or_tell();
     let base = NamedTempFile::new().unwrap();
     base.as_file().set_len(BYTES).unwrap();
     let disk = LossyDisk::start(base.path(), &Settings::default()).or_tell();
     let mut spec = BenchSpec::new(name).nics(&[]);
     spec.storage = vec![Storage { model: model.into(), bytes: BYTES, nbd: Some(disk.socket()) }];
     let image = assets.driver_image(&spec.storage[0].model).or_tell();
-    spec.files.push(image.clone());
+    spec.files.extend([image.clone(), database.clone()]);
     let mut bench = Bench::boot(spec, &assets).or_tell();
     let device = bench.expect("vfio $DISK0 && printf %s $DISK0", STEP).or_tell();
     let mut machine = MachineSpec::one_guest("", "", "");
     machine.attach = Attach::Without;
-    let image = image.file_name().unwrap().to_str().unwrap().into();
+    let name_of = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+    machine.archives = vec![name_of(&database)];
+    let image = name_of(&image);
     machine.controller = Some(DiskController { device, image, options: String::new() });
     Rig { place: Place::Bench(Box::new(bench)), disk, machine, _base: base }
 }
@@ -99,6 +103,53 @@ fn outlive_crashes(name: &str, model: &str) {
     assert!(log.is_clean(), "{:#?}", log.lines);
     assert_eq!(rig.disk.state().host_errors, 0);
     machine.stop(&mut rig.place).or_tell();
+}
+
+/// A database in the guest, which commits for `$SECONDS` and then reads everything from the disk again. It prints the number of each
+/// row that was committed, and at last how many rows there are.
+const DATABASE: &str = r#"
+mke2fs -q -t ext4 /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && cd /mnt || exit 1
+sqlite3 db "pragma journal_mode=$JOURNAL; create table t(id integer primary key, content text);" >&2 || exit 1
+# Long rows, so that few of them wait in the pipe when the time is over.
+row=$(head -c 400 /dev/zero | tr '\0' x); end=$(($(date +%s) + $SECONDS)); id=0
+while [ $(date +%s) -lt $end ]; do id=$((id + 1)); echo "insert into t values($id, '$row'); select $id;"; done |
+  (echo 'pragma synchronous=full;'; cat) | sqlite3 -batch -bail db || exit 1
+cd / && umount /mnt && mount -t ext4 /dev/vda /mnt && cd /mnt || exit 1
+sqlite3 db "pragma integrity_check; select count(*) from t;"
+"#;
+
+fn commit_through_crashes(journal: &str, model: &str) {
+    let mut rig = rig(&format!("disk-{journal}"), model);
+    let spec = rig.machine.clone();
+    let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
+    let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
+    let between = BETWEEN * whole_factor();
+    let seconds = (between * 5).as_secs() + 10;
+    let script = format!("JOURNAL={journal}; SECONDS={seconds}; {DATABASE}");
+    let mut commits = rig.place.start_in_guest(GUEST, &script).or_tell();
+    for with in [("panic", 1.0), ("kill", 1.0), ("panic", 0.5)] {
+        std::thread::sleep(between);
+        crash(&mut rig, &mut machine, with);
+    }
+    rig.place.await_end(&mut commits, RECOVERY, |_| Ok(())).or_tell();
+    let output = commits.output();
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    let (rows, ids) = lines.split_last().unwrap();
+    let (check, ids) = ids.split_last().unwrap();
+    let expected: Vec<String> = (1..=ids.len()).map(|id| id.to_string()).collect();
+    assert_eq!((*check, ids), ("ok", &expected.iter().map(String::as_str).collect::<Vec<_>>()[..]));
+    assert_eq!(*rows, ids.len().to_string(), "rows that were committed are missing");
+    say(&format!("{model}, journal {journal}: {rows} commits, none lost"));
+    let log = GuestLog::read(&mut rig.place, GUEST).or_tell().since(&before);
+    assert!(log.is_clean(), "{:#?}", log.lines);
+    machine.stop(&mut rig.place).or_tell();
+}
+
+#[test]
+fn commits_outlive_crashes() {
+    scenario(|| commit_through_crashes("wal", "nvme"));
+    scenario(|| commit_through_crashes("delete", "ich9-ahci"));
 }
 
 #[test]

@@ -21,7 +21,7 @@ const LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=3";
 const LOOK_AGAIN: Duration = Duration::from_secs(3);
 
 /// Packages that the bench needs, and the program by which each is recognised.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 11] = [
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("busybox-static", "/bin/busybox"),
     ("cpio", "/usr/bin/cpio"),
@@ -31,6 +31,8 @@ const PACKAGES: [(&str, &str); 9] = [
     ("alsa-utils", "/usr/bin/aplay"),
     ("lame", "/usr/bin/lame"),
     ("pulseaudio", "/usr/bin/pulseaudio"),
+    ("sqlite3", "/usr/bin/sqlite3"),
+    ("e2fsprogs", "/sbin/mke2fs"),
 ];
 
 /// Installs what is missing.

@@ -6,6 +6,7 @@
 mod apt;
 mod emulator;
 mod initramfs;
+mod programs;
 mod slow;
 mod song;
 mod sound;
@@ -84,7 +85,8 @@ pub enum AssetError {
     /// A model whose Linux driver is not known here.
     #[error(
         "the bench does not know which driver the model {0} needs; it knows the NICs e1000e, e1000, igb, rtl8139, \
-        pcnet, virtio-net-pci and the sound cards hda, es1370, ac97"
+        pcnet, virtio-net-pci, the sound cards hda, es1370, ac97, and the disk controllers nvme, ich9-ahci, virtio-blk-pci, \
+        virtio-scsi-pci, megasas, mptsas1068, pvscsi, lsi53c895a, am53c974, sdhci-pci, qemu-xhci"
     )]
     UnknownModel(Model),
     /// A program that makes an asset.
@@ -211,6 +213,14 @@ impl Assets {
     /// It could not be made.
     pub fn sound_server(&self) -> Result<PathBuf, AssetError> {
         sound::server(&self.cache)
+    }
+
+    /// An archive for guests with the database SQLite, and `mke2fs`.
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub fn database(&self) -> Result<PathBuf, AssetError> {
+        programs::database(&self.cache)
     }
 
     /// `seconds` of a song at `rate` Hz.

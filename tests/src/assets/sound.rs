@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use umbra_guest_images::cache::{Cache, sha256};
-use umbra_guest_images::initramfs::Initramfs;
+use umbra_guest_images::cache::Cache;
 
 use super::AssetError;
+use super::programs::archive_of;
+
+/// What the archives are made by.
+const RECIPE: &str = include_str!("sound.rs");
 
 /// The player itself; the distribution's `mpg123` is a script that says `-o alsa`.
 const PLAYER: &str = "/usr/bin/mpg123.bin";
@@ -31,7 +34,7 @@ const SERVER_MODULES: [&str; 4] =
 pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
     let player = if Path::new(PLAYER).exists() { PLAYER } else { PLAYER_COMMAND };
     let all: Vec<_> = PROGRAMS.into_iter().chain([player]).collect();
-    archive_of(cache, "sound", &all, |archive| {
+    archive_of(cache, ("sound", RECIPE), &all, |archive| {
         if player == PLAYER {
             archive.add_host_file(Path::new(PLAYER_COMMAND), PLAYER_COMMAND)?;
         }
@@ -53,31 +56,9 @@ pub(super) fn programs(cache: &Cache) -> Result<PathBuf, AssetError> {
     })
 }
 
-/// An archive with `programs`, their libraries and what `rest` adds, made anew when a program is another.
-fn archive_of(
-    cache: &Cache,
-    name: &str,
-    programs: &[&str],
-    rest: impl FnOnce(&mut Initramfs) -> Result<(), AssetError>,
-) -> Result<PathBuf, AssetError> {
-    let mut made_of = vec![include_str!("sound.rs").to_owned()];
-    for program in programs {
-        made_of.push(cache.digest(Path::new(program))?);
-    }
-    let key = format!("{name}-{}.cpio", &sha256(made_of.join("\n").as_bytes())[..24]);
-    cache.file("initramfs", &key, || {
-        let mut archive = Initramfs::new();
-        for program in programs {
-            archive.add_program(Path::new(program))?;
-        }
-        rest(&mut archive)?;
-        Ok(archive.to_bytes()?)
-    })
-}
-
 /// The archive with the sound server.
 pub(super) fn server(cache: &Cache) -> Result<PathBuf, AssetError> {
-    archive_of(cache, "pulseaudio", &SERVER_PROGRAMS, |archive| {
+    archive_of(cache, ("pulseaudio", RECIPE), &SERVER_PROGRAMS, |archive| {
         let modules = server_modules()?;
         for module in SERVER_MODULES {
             archive.add_program(&modules.join(module))?;
