@@ -1,5 +1,5 @@
-//! The main loop: one thread, which waits for the host, the network thread, the sound service and the module loader, and beats.
-//! When it is stuck, so are the heartbeats; that is their point.
+//! The main loop: one thread, which waits for the host, the threads of network and disks, the sound service and the module loader, and
+//! beats. When it is stuck, so are the heartbeats; that is their point.
 //!
 //! Invariant: nothing here waits for a driver, for the network stack or for a process. What may has a thread of its own, and says so
 //! by a descriptor.
@@ -10,8 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use umbra_driver_vm::protocol::{CrashKind, DevicePlace, Entropy, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent};
+use umbra_driver_vm::protocol::{
+    BlockPlan, CrashKind, DevicePlace, Entropy, FromAgent, HEARTBEAT_MS, NetPlan, ToAgent,
+};
 
+use crate::block::BlockThread;
+use crate::block::pool::Pool;
 use crate::due::Due;
 use crate::modules::Loading;
 use crate::network_thread::{Missing, NetworkThread, Report};
@@ -35,6 +39,8 @@ pub struct Agent {
     host_away: bool,
     loading: Loading,
     task: Task,
+    /// Memory for the data of disks, if this VM was started with it and no plan has taken it.
+    pool: Option<Pool>,
     /// When devices that have not appeared count as missing.
     due: Due,
     beats: u64,
@@ -50,19 +56,21 @@ enum Task {
     Network(NetworkThread),
     /// The sound service.
     Sound(Service),
+    /// The disk service.
+    Block(BlockThread),
 }
 
 impl Agent {
-    /// Opens what the loop needs and greets the host.
+    /// Opens what the loop needs and greets the host. `pool` is kept for the disk service.
     ///
     /// # Errors
     /// When the control port is missing.
-    pub fn start(loading: Loading) -> anyhow::Result<Self> {
+    pub fn start(loading: Loading, pool: Option<Pool>) -> anyhow::Result<Self> {
         let port = Port::open()?;
         let (task, next_beat) = (Task::Idle, Instant::now() + BEAT);
         let (generation, host_away, beats) = (None, false, 0);
         let due = Due::after_boot(Duration::from_millis(system::uptime_ms()));
-        let mut new = Self { port, generation, host_away, loading, task, due, beats, next_beat };
+        let mut new = Self { port, generation, host_away, loading, task, pool, due, beats, next_beat };
         new.port.send(&FromAgent::Ready { loaded: false, unused: Vec::new() })?;
         Ok(new)
     }
@@ -86,8 +94,10 @@ impl Agent {
         if self.loading.done() && !was_done {
             self.due.loaded(Instant::now());
             self.say_loaded()?;
-            if let Task::Network(network) = &self.task {
-                network.order(|orders| orders.loaded = true);
+            match &self.task {
+                Task::Network(network) => network.order(|orders| orders.loaded = true),
+                Task::Block(block) => block.order(|orders| orders.loaded = true),
+                Task::Idle | Task::Sound(_) => {}
             }
         }
         self.port.flush()?;
@@ -99,6 +109,7 @@ impl Agent {
             Task::Idle => {}
             Task::Network(_) => self.hear_network()?,
             Task::Sound(_) => self.advance_sound()?,
+            Task::Block(_) => self.hear_block()?,
         }
         self.beat()
     }
@@ -114,6 +125,7 @@ impl Agent {
             Task::Idle => {}
             Task::Network(network) => waited.push((network.descriptor(), read)),
             Task::Sound(service) => waited.push((service.descriptor(), read)),
+            Task::Block(block) => waited.push((block.descriptor(), read)),
         }
         if self.host_away {
             limit = limit.min(HOST_AWAY);
@@ -172,7 +184,7 @@ impl Agent {
                 }
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
-            (ToAgent::ConfigureBlock(_), Task::Idle) => anyhow::bail!("this agent has no disk service"),
+            (ToAgent::ConfigureBlock(plan), Task::Idle) => self.start_block(plan, generation)?,
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. } | ToAgent::ConfigureBlock(_), _) => {
                 anyhow::bail!("the host sent a second plan")
             }
@@ -182,7 +194,7 @@ impl Agent {
             (ToAgent::SetOffloads { end, offloads }, Task::Network(network)) => {
                 network.order_for(end, |orders| orders.set_offloads(end, offloads))?;
             }
-            (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, Task::Idle | Task::Sound(_)) => {
+            (ToAgent::SetRxMode { .. } | ToAgent::SetOffloads { .. }, Task::Idle | Task::Sound(_) | Task::Block(_)) => {
                 anyhow::bail!("the host sent settings for a network that is none")
             }
             (ToAgent::Rescan, _) => self.device_has_come()?,
@@ -199,11 +211,24 @@ impl Agent {
         Ok(())
     }
 
+    fn start_block(&mut self, plan: BlockPlan, generation: u32) -> anyhow::Result<()> {
+        if plan.device == DevicePlace::Present {
+            self.due.expect(Instant::now());
+        }
+        let block = BlockThread::start(plan, generation, self.due.clone(), self.pool.take())?;
+        let (loaded, device_has_come) = (self.loading.done(), self.due.is_expected());
+        block.order(|orders| (orders.loaded, orders.device_has_come) = (loaded, device_has_come));
+        self.task = Task::Block(block);
+        Ok(())
+    }
+
     /// The device has come: from now on it has to appear within its time.
     fn device_has_come(&mut self) -> anyhow::Result<()> {
         self.due.expect(Instant::now());
-        if let Task::Network(network) = &self.task {
-            network.order(|orders| orders.device_has_come = true);
+        match &self.task {
+            Task::Network(network) => network.order(|orders| orders.device_has_come = true),
+            Task::Block(block) => block.order(|orders| orders.device_has_come = true),
+            Task::Idle | Task::Sound(_) => {}
         }
         pci::device_has_come()
     }
@@ -222,6 +247,10 @@ impl Agent {
                 Ok(())
             }
             (CrashKind::Stall, Task::Sound(service)) => service.stall(),
+            (CrashKind::Stall, Task::Block(block)) => {
+                block.order(|orders| orders.stall = true);
+                Ok(())
+            }
             (CrashKind::LockNetwork, _) => self_test::start(),
             // There is nothing to stall. A lock-up is the host's part.
             (CrashKind::Stall, Task::Idle) | (CrashKind::LockUp, _) => Ok(()),
@@ -258,6 +287,19 @@ impl Agent {
             return Err(self.missing("the sound card has not appeared"));
         }
         Ok(())
+    }
+
+    /// Passes on what the disk service has to say, and watches that its disks come: opening one may never return.
+    fn hear_block(&mut self) -> anyhow::Result<()> {
+        let overdue = self.due.is_over(Instant::now());
+        let Task::Block(block) = &mut self.task else { return Ok(()) };
+        while let Some(message) = block.next_report()? {
+            self.port.send(&message)?;
+        }
+        match block.missing() {
+            Some(what) if overdue => Err(self.missing(&what)),
+            _ => Ok(()),
+        }
     }
 
     /// The error for a missing device, which ends the driver VM.

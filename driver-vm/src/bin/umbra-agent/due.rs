@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 const LEAST: Duration = Duration::from_secs(10);
 /// More than that, this many times what the boot took: a boot, some seconds, is as long as the slowest probe on the same machine.
 const BOOTS: u32 = 2;
+/// Part of that time after which no further disk of a controller is expected: a second at least. A controller's disks appear together,
+/// within some tenths of a second.
+const SETTLING_PART: u32 = 10;
 
 /// The time in which devices have to appear.
 #[derive(Clone, Debug)]
@@ -44,6 +47,11 @@ impl Due {
     /// Whether all modules are loaded.
     pub fn is_loaded(&self) -> bool {
         self.loaded.is_some()
+    }
+
+    /// Time without a new disk after which those that are there count as all.
+    pub fn settling(&self) -> Duration {
+        self.within / SETTLING_PART
     }
 
     /// They should have appeared by `now`.

@@ -20,10 +20,11 @@ const INFO: u8 = 6;
 
 /// For `kernel/printk`: messages below this level go to the console at once.
 pub const CONSOLE_LEVEL: &str = "3";
-const LOG: &str = "/dev/kmsg";
+/// The log: one record a read.
+pub const LOG: &str = "/dev/kmsg";
 const CONSOLE: &str = "/dev/console";
 /// Largest record of [`LOG`] (`PRINTKRB_RECORD_MAX`, with room for what the kernel adds).
-const MAX_RECORD: usize = 8192;
+pub const MAX_RECORD: usize = 8192;
 
 /// Delay before errors go to the console: a card's driver has mostly begun to serve by then.
 const CALM: Duration = Duration::from_millis(500);

@@ -2,11 +2,13 @@
 //! host says until something fails; then it says so and resets the VM.
 
 mod agent;
+mod block;
 mod calls;
 mod due;
 mod ethtool;
 mod filter;
 mod forward;
+mod huge_pages;
 mod interface;
 mod kernel_log;
 mod modules;
@@ -48,5 +50,7 @@ fn start() -> anyhow::Result<agent::Agent> {
     if system::awaits_device() {
         pci::hold_all();
     }
-    agent::Agent::start(modules::Loading::start()?)
+    // Before anything else takes memory apart, and before this VM may be saved.
+    let pool = block::pool::Pool::of_command_line();
+    agent::Agent::start(modules::Loading::start()?, pool)
 }

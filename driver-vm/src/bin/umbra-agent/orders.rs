@@ -1,5 +1,5 @@
-//! What the main loop wants of the network thread. Never waits for it: an order that has not been taken yet is replaced by the
-//! next of its kind. So a guest that changes its mind while the network stack is locked costs one order at a time.
+//! What the main loop wants of the network thread, or of the disk service. Never waits for it: an order that has not been taken yet is
+//! replaced by the next of its kind. So a guest that changes its mind while the network stack is locked costs one order at a time.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,7 +20,7 @@ pub struct Orders {
     pub loaded: bool,
     /// The device has come: from now on it has to appear within its time.
     pub device_has_come: bool,
-    /// The guests' frames are no longer to be taken.
+    /// The guests' frames, or their orders to disks, are no longer to be taken.
     pub stall: bool,
 }
 
@@ -53,7 +53,7 @@ impl Mailbox {
         Ok(Self { orders: Mutex::default(), wake })
     }
 
-    /// Adds to what is ordered and wakes the network thread.
+    /// Adds to what is ordered and wakes the thread that takes it.
     pub fn order(&self, change: impl FnOnce(&mut Orders)) {
         change(&mut self.lock());
         // A counter that is full wakes as well.

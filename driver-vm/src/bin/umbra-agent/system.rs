@@ -70,7 +70,7 @@ pub fn set_all() {
 /// Real-time priority of the main loop: its heartbeats show that the kernel lives, not how much there is to do, be it by the
 /// network thread.
 pub const BEAT_PRIORITY: i32 = 2;
-/// Real-time priority of the network thread: a recovery does not wait for ordinary threads.
+/// Real-time priority of the network thread, and of the disk service until it serves: a recovery does not wait for ordinary threads.
 pub const NETWORK_PRIORITY: i32 = 1;
 
 /// Lets this thread, and none that it starts, go before ordinary ones, and before those of a lower real-time priority (1 to
@@ -78,6 +78,13 @@ pub const NETWORK_PRIORITY: i32 = 1;
 pub fn go_first(priority: i32) {
     if let Err(error) = schedule(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, priority) {
         kernel_log::error(&format!("cannot go before other threads: {error}"));
+    }
+}
+
+/// Lets this thread take its turn with ordinary ones: a thread that has work without end must not keep the kernel's from theirs.
+pub fn go_with_others() {
+    if let Err(error) = schedule(libc::SCHED_OTHER, 0) {
+        kernel_log::error(&format!("cannot go with other threads: {error}"));
     }
 }
 

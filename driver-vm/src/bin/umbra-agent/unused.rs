@@ -3,19 +3,12 @@
 //!
 //! Invariant: what was reported is mapped here until the VM ends, so that the kernel gives it to nobody else.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::ptr::null_mut;
-
 use anyhow::Context;
 use umbra_driver_vm::protocol::{MAX_UNUSED, MemoryRange};
 
+use crate::huge_pages::{self, HUGE, HUGE_PAGE, PAGE, PageMap, map, unmap};
 use crate::{kernel_log, system};
 
-/// Bytes of a page, and of a huge page, of x86-64.
-const PAGE: usize = 4096;
-const HUGE_PAGE: usize = 2 << 20;
 /// Memory that stays available for each CPU, in bytes: a driver's rings and buffers, and what is queued under full load.
 const KEPT: u64 = 24 << 20;
 /// Most that is given up, in bytes: what the default memory leaves over. Who gives a driver VM more has a driver that needs it.
@@ -26,12 +19,6 @@ const LOW: u64 = 16 << 20;
 const MARGIN: u64 = 8 << 20;
 /// Most that is cleared, in bytes: a boot leaves less.
 const CLEARED: u64 = 64 << 20;
-/// The kernel's pool of huge pages: their number.
-const POOL: &str = "/proc/sys/vm/nr_hugepages";
-/// Where the pages of this process are (`Documentation/admin-guide/mm/pagemap.rst`).
-const PAGE_MAP: &str = "/proc/self/pagemap";
-/// Bytes of its entry for each page.
-const ENTRY: usize = 8;
 
 /// Takes what memory is available, but for what a driver will need, for good; the ranges, by address. A kernel that has no huge pages
 /// keeps its memory, and so does one with an area for contiguous allocations (CMA), which may move such pages and use what was below
@@ -63,61 +50,32 @@ fn pages_to_give(available: u64, cpus: usize) -> usize {
     usize::try_from(spare).unwrap_or(0) / HUGE_PAGE
 }
 
-/// Holds `wanted` huge pages, or as many as there are; all or none of them.
+/// Holds `wanted` huge pages, or as many as there are; all or none of them. Those that the VM has already, as a pool for disks, stay.
 fn hold(wanted: usize) -> anyhow::Result<Vec<MemoryRange>> {
-    let page_map = File::open(PAGE_MAP).context("the addresses of pages cannot be read")?;
-    fs::write(POOL, wanted.to_string()).context("no huge pages can be made")?;
-    let held = hold_of_pool(wanted, &page_map);
+    let page_map = PageMap::open()?;
+    let before = huge_pages::number()?;
+    huge_pages::set_number(before + wanted)?;
+    let held = huge_pages::number().and_then(|made| hold_of_pool(made.saturating_sub(before).min(wanted), &page_map));
     let pages = held.as_ref().map_or(0, Vec::len);
     // What is not held goes back.
-    fs::write(POOL, pages.to_string()).context("huge pages cannot be given back")?;
+    huge_pages::set_number(before + pages)?;
     held.map(merge)
 }
 
-/// Maps up to `wanted` huge pages of the pool, and keeps those above [`LOW`]: their addresses. After an error none is mapped.
-fn hold_of_pool(wanted: usize, page_map: &File) -> anyhow::Result<Vec<u64>> {
-    let made = fs::read_to_string(POOL).context("the number of huge pages cannot be read")?;
-    let pages = made.trim().parse::<usize>().context("the number of huge pages is none")?.min(wanted);
+/// Maps `pages` huge pages of the kernel's pool, and keeps those above [`LOW`]: their addresses. After an error none is mapped.
+fn hold_of_pool(pages: usize, page_map: &PageMap) -> anyhow::Result<Vec<u64>> {
     if pages == 0 {
         return Ok(Vec::new());
     }
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_POPULATE;
-    let first = map(pages * HUGE_PAGE, libc::PROT_READ, flags).context("huge pages cannot be mapped")?;
+    let first = map(pages * HUGE_PAGE, libc::PROT_READ, HUGE).context("huge pages cannot be mapped")?;
     let places = (0..pages).map(|page| first.wrapping_byte_add(page * HUGE_PAGE));
-    let located = places.map(|place| Ok((place, physical(page_map, place.addr())?)));
+    let located = places.map(|place| Ok((place, page_map.physical(place.addr())?)));
     let located: Vec<_> = located.collect::<anyhow::Result<_>>().inspect_err(|_| unmap(first, pages * HUGE_PAGE))?;
     let (kept, low): (Vec<_>, Vec<_>) = located.into_iter().partition(|(_, address)| *address >= LOW);
     for (place, _) in low {
         unmap(place, HUGE_PAGE);
     }
     Ok(kept.into_iter().map(|(_, address)| address).collect())
-}
-
-/// Maps `length` bytes of nothing.
-fn map(length: usize, access: libc::c_int, flags: libc::c_int) -> io::Result<*mut libc::c_void> {
-    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
-    let mapped = unsafe { libc::mmap(null_mut(), length, access, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapped) }
-}
-
-/// Takes a mapping of [`map`], or a part of one, away.
-fn unmap(place: *mut libc::c_void, length: usize) {
-    // SAFETY: it was mapped by `map`, and nothing refers to it.
-    unsafe { libc::munmap(place, length) };
-}
-
-/// The physical address of the page at `address` of this process.
-fn physical(page_map: &File, address: usize) -> anyhow::Result<u64> {
-    let mut entry = [0; ENTRY];
-    page_map.read_exact_at(&mut entry, (address / PAGE * ENTRY) as u64)?;
-    page_address(u64::from_ne_bytes(entry)).context("a huge page is not there")
-}
-
-/// The physical address in an entry of [`PAGE_MAP`]: bit 63 says that the page is there, bits 0 to 54 are its number, which is 0 for who
-/// may not know it.
-fn page_address(entry: u64) -> Option<u64> {
-    let number = entry & ((1 << 55) - 1);
-    (entry >> 63 == 1 && number != 0).then_some(number * PAGE as u64)
 }
 
 /// Huge pages as ranges: the largest, as many as may be reported, by address.
@@ -161,17 +119,6 @@ mod tests {
         let merged = merge(scattered);
         assert_eq!((merged.len(), merged.last()), (MAX_UNUSED, Some(&range(601, 2))), "the largest stay");
         assert!(merged.windows(2).all(|pair| pair[0].start < pair[1].start));
-    }
-
-    #[test]
-    fn entries_of_the_page_map_are_read_as_the_kernel_writes_them() {
-        assert_eq!(page_address(0x8180_0000_0000_1a00), Some(0x1a0_0000));
-        assert_eq!(page_address(0x0180_0000_0000_1a00), None, "swapped or not there");
-        assert_eq!(page_address(0x8180_0000_0000_0000), None, "not for us");
-        let here = 7u64;
-        let map = File::open(PAGE_MAP).unwrap();
-        // Only root learns an address.
-        assert_eq!(physical(&map, std::ptr::from_ref(&here).addr()).is_ok(), nix::unistd::geteuid().is_root());
     }
 
     #[test]

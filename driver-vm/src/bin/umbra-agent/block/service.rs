@@ -1,0 +1,192 @@
+//! The loop between the ports and the ring, one thread for all ends. It sleeps until a port has a buffer, the ring a result, or the main
+//! loop an order; whatever is there is handled together: one submission for all records, one write for all answers of an end.
+
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use umbra_driver_vm::block_protocol::MAX_DEPTH;
+
+use super::port::{Came, MAX_BUFFER, Opener, Port};
+use super::resets::Resets;
+use super::ring::{Ring, Token};
+use super::session::{Name, Sessions};
+use crate::kernel_log;
+use crate::orders::Mailbox;
+
+/// Buffers of one port that are read before others have their turn.
+const TURN: usize = 8;
+/// Actions in flight of one end at most: an order for each tag, and the flush after a session.
+pub const MAX_ACTIONS: u32 = MAX_DEPTH as u32 + 1;
+/// Bits of a [`Token`] that are the action's name within its end.
+const NAME_BITS: u32 = Name::BITS;
+/// Numbers of what is waited for and is no port.
+const RING: u64 = u64::MAX;
+const MAILBOX: u64 = u64::MAX - 1;
+
+/// One guest's disk.
+struct End {
+    port: Port,
+    sessions: Sessions,
+    disk: Arc<File>,
+    /// The port may have something to read.
+    readable: bool,
+    /// It can be written to for the first time since it was full.
+    is_ready: bool,
+}
+
+/// The disk service at work.
+pub struct BlockService {
+    ring: Ring,
+    ends: Vec<End>,
+    epoll: Epoll,
+    resets: Resets,
+    mailbox: Arc<Mailbox>,
+    /// Orders are taken no more.
+    stalled: bool,
+    results: Vec<(Token, i32)>,
+    buffer: Box<[u8; MAX_BUFFER]>,
+}
+
+impl BlockService {
+    /// A service without ends.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor left.
+    pub fn new(ring: Ring, resets: Resets, mailbox: Arc<Mailbox>) -> anyhow::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("cannot wait for ports")?;
+        let watch = |descriptor: BorrowedFd<'_>, number| {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, number);
+            epoll.add(descriptor, event).context("cannot wait for the disk")
+        };
+        ring.descriptors().into_iter().try_for_each(|descriptor| watch(descriptor, RING))?;
+        watch(mailbox.descriptor(), MAILBOX)?;
+        let (results, buffer) = (Vec::new(), Box::new([0; MAX_BUFFER]));
+        Ok(Self { ring, ends: Vec::new(), epoll, resets, mailbox, stalled: false, results, buffer })
+    }
+
+    /// Opens the port of the next end, which has these sessions with this disk.
+    ///
+    /// # Errors
+    /// When the port cannot be opened.
+    pub fn add(&mut self, opener: Opener, sessions: Sessions, disk: Arc<File>) -> anyhow::Result<()> {
+        let port = Port::open(opener, &self.epoll, self.ends.len() as u64)?;
+        self.ends.push(End { port, sessions, disk, readable: true, is_ready: false });
+        Ok(())
+    }
+
+    /// Serves until something fails.
+    pub fn run(mut self) -> anyhow::Error {
+        loop {
+            if let Err(error) = self.turn() {
+                return error;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> anyhow::Result<()> {
+        self.wait()?;
+        if !self.stalled {
+            self.ends.iter_mut().try_for_each(|end| end.hear(&mut self.buffer))?;
+        }
+        self.hand_over()?;
+        self.ring.results(&mut self.results);
+        // After the results are there, and before one is passed on: a reset that lies before any of them is in the log by now.
+        if !self.results.is_empty() && self.resets.look() {
+            self.ends.iter_mut().for_each(|end| end.sessions.cache_lost());
+        }
+        self.return_results();
+        self.ends.iter_mut().try_for_each(|end| end.answer(&self.epoll))?;
+        self.hand_over()
+    }
+
+    /// Waits until there is something to do. Nothing that was left unfinished waits.
+    fn wait(&mut self) -> anyhow::Result<()> {
+        let has_more = !self.stalled && self.ends.iter().any(End::can_hear);
+        let timeout = if has_more { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let mut events = [EpollEvent::empty(); 16];
+        let count = match self.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            // The kernel interrupts the wait for a result as well.
+            Err(Errno::EINTR) => return Ok(()),
+            Err(error) => return Err(error).context("cannot wait for orders"),
+        };
+        for event in &events[..count] {
+            if event.data() == MAILBOX {
+                self.stalled |= self.mailbox.take().stall;
+            }
+            let number = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            if let Some(end) = self.ends.get_mut(number) {
+                end.readable = true;
+                end.is_ready |= event.events().contains(EpollFlags::EPOLLOUT);
+            }
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> anyhow::Result<()> {
+        for (number, end) in (0u64..).zip(&mut self.ends) {
+            while let Some((name, action)) = end.sessions.next_action() {
+                self.ring.push(Token(number << NAME_BITS | u64::from(name)), &end.disk, action)?;
+            }
+        }
+        self.ring.submit()
+    }
+
+    fn return_results(&mut self) {
+        for (Token(token), result) in self.results.drain(..) {
+            let end = usize::try_from(token >> NAME_BITS).ok().and_then(|number| self.ends.get_mut(number));
+            let name = Name::try_from(token & u64::from(Name::MAX));
+            if let (Some(end), Ok(name)) = (end, name)
+                && let Err(error) = end.sessions.result(name, result)
+            {
+                kernel_log::error(&format!("the flush after the host had gone has failed: {error}"));
+            }
+        }
+    }
+}
+
+impl End {
+    /// Whether there may be a buffer to read now. None is read while answers wait: a host that takes none gets no further orders done.
+    fn can_hear(&self) -> bool {
+        self.readable && self.sessions.listens() && !self.port.is_full()
+    }
+
+    fn hear(&mut self, buffer: &mut [u8; MAX_BUFFER]) -> anyhow::Result<()> {
+        for _ in 0..TURN {
+            if !self.can_hear() {
+                break;
+            }
+            match self.port.receive(buffer)? {
+                Came::Buffer(length) => {
+                    if let Err(what) = self.sessions.hear(&buffer[..length]) {
+                        kernel_log::error(&format!("a session of a disk is over: the host sent {what}"));
+                    }
+                }
+                Came::Nothing => self.readable = false,
+                Came::End => {
+                    self.readable = false;
+                    self.sessions.host_is_gone();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, epoll: &Epoll) -> anyhow::Result<()> {
+        if self.sessions.is_closed() {
+            self.port.reopen(epoll)?;
+            self.readable = true;
+        }
+        if std::mem::take(&mut self.is_ready) {
+            self.port.flush()?;
+        }
+        for buffer in self.sessions.take_buffers() {
+            self.port.send(buffer)?;
+        }
+        self.port.watch_room(epoll)
+    }
+}
