@@ -16,6 +16,10 @@
 //! agent answers with its hello when nothing of an earlier session is on its way to the disk any more. Records of an earlier session of
 //! the same life may have waited in the driver VM's kernel; both sides skip them.
 //!
+//! The driver VM's kernel sees the host's end open while the host has a connection for the port, which is set up when the service has
+//! the port open. A service that closes the port ends the session, for what was on its way to it is lost: it keeps the port open from
+//! session to session, and takes neither the end of the stream nor a closed host's end for anything but silence.
+//!
 //! Sectors count from the start of the *disk* (the window's start is added by the host, and the bounds are checked again by the agent).
 //! The pool is the host's to give out: it copies what is to be written into it before the record is sent, and what was read out of it
 //! after the answer. Each piece lies within one of the pool's ranges. Invariant: what [`FromService::parse`] and [`ToService::parse`]

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, SubscriberOps};
 use thiserror::Error;
+use umbra_driver_vm::block_protocol::BLOCK_PORT;
 use umbra_driver_vm::sound_protocol::SOUND_PORT;
 use umbra_shadow::{DeviceId, LinkId};
 
@@ -18,6 +19,7 @@ use super::machine::vm::Vm;
 use super::pci::bus::{self, SharedDevice};
 use super::process::Subscriber;
 use super::vfio::{self, DeviceFailure, Vfio, VfioPciDevice, VmResources};
+use super::virtio::Outbox;
 use super::virtio::console::{self, Console};
 use super::virtio::device::{self, VirtioDevice};
 use super::virtio::disk::{self, Block};
@@ -101,7 +103,9 @@ pub fn add(
         adder.sound(index, sound)?;
     }
     if !spec.ports.is_empty() {
-        let console = Arc::new(Mutex::new(Console::new(&spec.ports)?));
+        let host = Arc::clone(host);
+        let outbox: Outbox = Arc::new(move |message| host.tell(&message));
+        let console = Arc::new(Mutex::new(Console::new(&spec.ports, &outbox)?));
         adder.devices.console = Some(Arc::clone(&console));
         adder.virtio("console", console)?;
     }
@@ -323,12 +327,18 @@ impl Devices {
         }
     }
 
-    /// An end of this driver VM is connected: that of a network device, or the port of a sound service's session.
+    /// An end of this driver VM is connected: that of a network device, or the port of a service's session.
     fn connect(&self, end: u16, link: LinkId, socket: UnixStream) {
-        match (self.ends.get(usize::from(end)), &self.console) {
-            (Some(net), _) => lock(net).connect(link, socket),
-            (None, Some(console)) => lock(console).connect(&format!("{SOUND_PORT}.{end}"), socket),
-            (None, None) => tracing::error!(end, "the supervisor connects an end that is none"),
+        if let Some(net) = self.ends.get(usize::from(end)) {
+            return lock(net).connect(link, socket);
+        }
+        let mut console = self.console.as_ref().map(|console| lock(console));
+        let names = [SOUND_PORT, BLOCK_PORT].map(|class| format!("{class}.{end}"));
+        let taken =
+            console.as_mut().and_then(|console| Some((names.iter().find(|name| console.takes_peers(name))?, console)));
+        match taken {
+            Some((name, console)) => console.connect(name, (end, link), socket),
+            None => tracing::error!(end, "the supervisor connects an end that is none"),
         }
     }
 }

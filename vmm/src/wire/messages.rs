@@ -467,7 +467,7 @@ impl std::fmt::Display for LinkEnd {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Disconnect {
-    /// The guest's process closed it.
+    /// The guest's process closed it, or the program in the driver VM closed the port that the guest's process served.
     Closed,
     /// The guest's process did not answer in time, or not as the protocol has it, in words.
     NoAnswer(String),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
+use super::Outbox;
 use super::console::Console;
 use super::device::VirtioDevice;
 use super::disk::Block;
@@ -94,7 +95,9 @@ proptest! {
     fn console_survives(rings in prop::collection::vec(ring(), 6)) {
         let (host, end) = UnixStream::pair().unwrap();
         let port = PortBackend { name: "port".into(), end: PortEnd::Fd(end.into_raw_fd()) };
-        attack(Console::new(&[port]).unwrap(), &rings);
+        let outbox: Outbox = Arc::new(|_| {});
+        let elsewhere = PortBackend { name: "elsewhere".into(), end: PortEnd::VhostUser };
+        attack(Console::new(&[port, elsewhere], &outbox).unwrap(), &rings);
         drop(host);
     }
 

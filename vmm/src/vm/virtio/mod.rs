@@ -15,6 +15,7 @@ pub mod shadowed;
 pub mod sound;
 #[cfg(test)]
 mod testing;
+mod vhost_user;
 
 /// Takes a device's messages for the supervisor, in the device's lock; it must not block or call the device.
 pub type Outbox = std::sync::Arc<dyn Fn(crate::wire::messages::FromVm) + Send + Sync>;

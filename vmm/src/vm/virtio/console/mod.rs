@@ -1,6 +1,12 @@
 //! A console device with named ports (virtio 1.2, section 5.3). Port 0 is never announced: drivers may take it for a console; the
 //! ports of the VM are 1 and up. Invariant: the driver learns that a host's end is connected before data flows, and that it is gone
 //! after the last byte. No console, no resize, no emergency write.
+//!
+//! The queues of a port whose end is [`PortEnd::VhostUser`](crate::wire::messages::PortEnd::VhostUser) are served by another process:
+//! this one keeps the control queues, shows the driver the port open while there is a connection, and closed without one, and has a
+//! connection set up when a program in the guest has the port open. The program may close the port when it sees the host's end
+//! closed, or not: the protocol on such a port has to begin each connection with a record that names it, and both sides skip
+//! what is of an earlier one. A program that closes the port ends the connection: what the kernel had for it is lost.
 
 pub mod control;
 mod port;
@@ -13,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde_json::Value;
 use thiserror::Error;
+use umbra_shadow::LinkId;
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
@@ -24,7 +31,8 @@ use self::control::{FromDriver, MESSAGE_SIZE, ToDriver};
 use self::port::{End, Port};
 use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
-use super::{queue, read_config};
+use super::vhost_user::{FrontEnd, Tags};
+use super::{Outbox, queue, read_config};
 use crate::wire::messages::PortBackend;
 
 pub use self::port::Error as PortError;
@@ -33,6 +41,8 @@ pub use self::port::Error as PortError;
 const DEVICE_ID: u16 = 3;
 /// There are several ports and control queues.
 const F_MULTIPORT: u64 = 1 << 1;
+/// Of the transport; a back-end has to know of it.
+const F_VERSION_1: u64 = 1 << 32;
 /// Requests may be indirect descriptors; event indices save exits.
 const F_RING: u64 = 1 << 28 | 1 << 29;
 const QUEUE_SIZE: u16 = 128;
@@ -100,12 +110,13 @@ pub struct Console {
 struct Watched(Option<(RawFd, EventSet)>);
 
 impl Console {
-    /// A console with `ports`, which are joined to their host's ends at once.
-    pub fn new(ports: &[PortBackend]) -> Result<Self, Error> {
+    /// A console with `ports`, which are joined to their host's ends at once; messages for the supervisor go to `outbox`.
+    pub fn new(ports: &[PortBackend], outbox: &Outbox) -> Result<Self, Error> {
         if ports.len() > MAX_PORTS {
             return Err(Error::TooManyPorts(ports.len()));
         }
-        let ports: Vec<_> = ports.iter().map(Port::new).collect::<Result<_, _>>()?;
+        let make = |(index, port)| Port::new(port, tags(index), outbox);
+        let ports: Vec<_> = ports.iter().enumerate().map(make).collect::<Result<_, _>>()?;
         let count = 2 * ports.len() + 4;
         Ok(Self {
             watched: vec![Watched::default(); ports.len()],
@@ -122,22 +133,37 @@ impl Console {
         })
     }
 
-    /// Gives the attached port of this name a peer ([`PortEnd::Attached`](crate::wire::messages::PortEnd::Attached)). One
-    /// that is there is closed; the guest sees the port closed until a program has closed it, and with it what is left
-    /// of the older peer in the guest's kernel.
-    pub fn connect(&mut self, port_name: &str, stream: UnixStream) {
-        let attached = |port: &&mut Port| port.name == port_name && matches!(port.end, End::Attached { .. });
-        let stream = match Stream::new(stream) {
-            Ok(stream) => stream,
-            Err(error) => return tracing::error!("console port {port_name}: {error}"),
+    /// Whether the port of this name is given its peers by [`Self::connect`].
+    pub fn takes_peers(&self, port_name: &str) -> bool {
+        self.ports.iter().any(|port| port.name == port_name && port.takes_peers())
+    }
+
+    /// Gives the port of this name its peer: connection `link` of the driver VM's end `end`.
+    ///
+    /// With [`PortEnd::Attached`](crate::wire::messages::PortEnd::Attached) it is a stream. One that is there is closed; the guest sees
+    /// the port closed until a program has closed it, and with it what is left of the older peer in the guest's kernel. With
+    /// [`PortEnd::VhostUser`](crate::wire::messages::PortEnd::VhostUser) it is a vhost-user connection, which takes the place of one that
+    /// is there.
+    pub fn connect(&mut self, port_name: &str, (end, link): (u16, LinkId), socket: UnixStream) {
+        let taker = |port: &&mut Port| port.name == port_name && port.takes_peers();
+        let Some(port) = self.ports.iter_mut().find(taker) else {
+            return tracing::error!("console port {port_name}: there is none that can be given a peer");
         };
-        match self.ports.iter_mut().find(attached) {
-            Some(port) => {
-                port.give(stream);
-                self.call_loop();
+        if let Some(front) = port.front() {
+            front.connect(end, link, socket);
+        } else {
+            match Stream::new(socket) {
+                Ok(stream) => port.give(stream),
+                Err(error) => return tracing::error!("console port {port_name}: {error}"),
             }
-            None => tracing::error!("console port {port_name}: there is none that can be given a peer"),
         }
+        self.call_loop();
+    }
+
+    /// The front-end that has queue `index`, and which of its two that is; `None`: the queue is served here.
+    fn served_elsewhere(&mut self, index: u16) -> Option<(&mut FrontEnd, u16)> {
+        let Role::Port(port) = role(index) else { return None };
+        Some((self.ports.get_mut(port)?.front()?, index % 2))
     }
 
     fn call_loop(&self) {
@@ -163,7 +189,12 @@ impl Console {
             Role::Unused => {}
         }
         self.announce();
-        self.write_control()
+        self.write_control()?;
+        // What waits for the driver may be the word that a port is open.
+        if self.pending.is_empty() {
+            self.ports.iter_mut().for_each(Port::set_up_if_ready);
+        }
+        Ok(())
     }
 
     fn pump(&mut self, index: usize) -> Result<(), RingFault> {
@@ -238,7 +269,7 @@ impl Console {
     /// Informs the driver of host's ends that were connected or disconnected.
     fn announce(&mut self) {
         for (id, port) in (1u32..).zip(&mut self.ports) {
-            let connected = port.stream.is_some();
+            let connected = port.is_connected();
             if port.ready && port.announced != connected && self.pending.len() < MAX_PENDING {
                 port.announced = connected;
                 self.pending.push_back(ToDriver::Open(id, connected));
@@ -380,13 +411,22 @@ fn stream_tag(index: usize) -> u32 {
     listener_tag(index) + 1
 }
 
+/// Tags of the descriptors of a port whose queues another process serves: the same two.
+fn tags(index: usize) -> Tags {
+    Tags { wake: listener_tag(index), socket: stream_tag(index) }
+}
+
 impl MutEventSubscriber for Console {
     fn init(&mut self, ops: &mut EventOps) {
         self.events.init(ops);
         events::add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
         for (index, port) in self.ports.iter().enumerate() {
-            if let End::Listen { listener, .. } = &port.end {
-                events::add(ops, Events::with_data(listener, listener_tag(index), EventSet::IN));
+            match &port.end {
+                End::Listen { listener, .. } => {
+                    events::add(ops, Events::with_data(listener, listener_tag(index), EventSet::IN));
+                }
+                End::VhostUser(front) => front.init(ops),
+                End::Inherited | End::Attached { .. } => {}
             }
         }
     }
@@ -401,10 +441,12 @@ impl MutEventSubscriber for Console {
                 }
                 Wake::Device(tag) => {
                     let index = (tag.saturating_sub(FIRST_PORT_TAG) / 2) as usize;
-                    if tag == listener_tag(index)
-                        && let Some(port) = self.ports.get_mut(index)
-                    {
-                        port.accept();
+                    if let Some(port) = self.ports.get_mut(index) {
+                        if let Some(front) = port.front() {
+                            front.process(events, ops);
+                        } else if tag == listener_tag(index) {
+                            port.accept();
+                        }
                     }
                     self.serve(Role::Port(index));
                 }
@@ -427,7 +469,11 @@ impl VirtioDevice for Console {
         F_MULTIPORT | F_RING
     }
 
-    fn set_features(&mut self, _: u64) {}
+    fn set_features(&mut self, accepted: u64) {
+        for front in self.ports.iter_mut().filter_map(Port::front) {
+            front.set_features(accepted & (F_RING | F_VERSION_1));
+        }
+    }
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
         // Columns and rows (not offered), then the number of ports, port 0 among them (section 5.3.4).
@@ -447,10 +493,18 @@ impl VirtioDevice for Console {
         resources: QueueResources,
         state: Option<QueueState>,
     ) -> Result<(), device::Error> {
+        if let Some((front, queue)) = self.served_elsewhere(index) {
+            front.start_queue(queue, resources)?;
+            self.call_loop();
+            return Ok(());
+        }
         queue::start_in((&mut self.queues, &mut self.events), index, resources, state)
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        if let Some((front, queue)) = self.served_elsewhere(index) {
+            return front.stop_queue(queue);
+        }
         queue::stop_in((&mut self.queues, &mut self.events), index)
     }
 

@@ -5,6 +5,8 @@
 //! An attached port ([`End::Attached`]) is given its peers one after the other, and no byte of one reaches the next. What
 //! has passed may still be in the guest's kernel, cut off in the middle of a message; the kernel forgets it when the
 //! program in the guest closes the port, as it does when it reads the end of the stream. The next peer waits for that.
+//!
+//! The queues of a port with [`End::VhostUser`] are another process's: no byte passes here.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
@@ -21,7 +23,9 @@ use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use umbra_splitter::untrusted::Stream;
 
 use crate::base::unix_socket::{self, ListenError};
-use crate::wire::messages::{PortBackend, PortEnd};
+use crate::vm::virtio::Outbox;
+use crate::vm::virtio::vhost_user::{FrontEnd, Tags};
+use crate::wire::messages::{Disconnect, PortBackend, PortEnd};
 
 /// Largest request of the guest, in bytes: Linux writes up to 32 KiB, or a whole pipe (1 MiB) by `splice`. The
 /// bound keeps a guest from making this process allocate gigabytes.
@@ -54,10 +58,18 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// No eventfd for its connections.
+    #[error("console port {name}: create an eventfd")]
+    EventFd {
+        /// The port.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// The host's end.
-#[derive(Debug)]
 pub(super) enum End {
     /// Listens; one client at a time.
     Listen { listener: UnixListener, path: PathBuf },
@@ -72,10 +84,11 @@ pub(super) enum End {
         /// The guest has closed the port; what it wrote before may still be in its queue.
         hung_up: bool,
     },
+    /// Another process serves the queues.
+    VhostUser(Box<FrontEnd>),
 }
 
 /// A port.
-#[derive(Debug)]
 pub(super) struct Port {
     pub(super) name: String,
     pub(super) end: End,
@@ -101,7 +114,8 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn new(backend: &PortBackend) -> Result<Self, Error> {
+    /// `tags` are those of its descriptors in the event loop; `outbox` takes the ends of connections.
+    pub(super) fn new(backend: &PortBackend, tags: Tags, outbox: &Outbox) -> Result<Self, Error> {
         let name = backend.name.clone();
         let (end, stream) = match &backend.end {
             PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)?, path: path.clone() }, None),
@@ -109,8 +123,11 @@ impl Port {
                 let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
                 (End::Inherited, Some(inherit(*fd).map_err(inherited)?))
             }
-            PortEnd::Attached | PortEnd::VhostUser => {
-                (End::Attached { next: None, touched: false, hung_up: false }, None)
+            PortEnd::Attached => (End::Attached { next: None, touched: false, hung_up: false }, None),
+            PortEnd::VhostUser => {
+                let front = FrontEnd::new(format!("console port {name}"), tags, Outbox::clone(outbox));
+                let front = front.map_err(|source| Error::EventFd { name: name.clone(), source })?;
+                (End::VhostUser(Box::new(front)), None)
             }
         };
         let (ready, open, announced) = (false, false, false);
@@ -156,6 +173,11 @@ impl Port {
         }
     }
 
+    /// Whether its peers are given.
+    pub(super) fn takes_peers(&self) -> bool {
+        matches!(self.end, End::Attached { .. } | End::VhostUser(_))
+    }
+
     /// Gives an attached port its next peer, in place of the one that it has or waits for.
     pub(super) fn give(&mut self, stream: Stream) {
         if let End::Attached { next, .. } = &mut self.end {
@@ -166,8 +188,34 @@ impl Port {
 
     /// The guest has closed the port.
     pub(super) fn closed(&mut self) {
-        if let End::Attached { hung_up, .. } = &mut self.end {
-            *hung_up = true;
+        match &mut self.end {
+            End::Attached { hung_up, .. } => *hung_up = true,
+            // The kernel has thrown away what was on its way to the program: whoever serves the port has to begin again.
+            End::VhostUser(front) => front.end_session(Disconnect::Closed),
+            End::Listen { .. } | End::Inherited => {}
+        }
+    }
+
+    /// The front-end of its queues, where another process serves them.
+    pub(super) fn front(&mut self) -> Option<&mut FrontEnd> {
+        if let End::VhostUser(front) = &mut self.end { Some(front) } else { None }
+    }
+
+    /// Whether the host's end is connected, as the driver is to see it.
+    pub(super) fn is_connected(&self) -> bool {
+        match &self.end {
+            // As soon as there is a connection: the driver has to know before the first byte comes.
+            End::VhostUser(front) => front.has_connection(),
+            End::Listen { .. } | End::Inherited | End::Attached { .. } => self.stream.is_some(),
+        }
+    }
+
+    /// Has a connection that waits for it set up, once a program in the guest has the port open and the driver has been informed: what
+    /// comes by it before is thrown away, or taken for the last words of an end that is gone.
+    pub(super) fn set_up_if_ready(&mut self) {
+        let ready = self.ready && self.open && self.announced;
+        if let Some(front) = self.front().filter(|_| ready) {
+            front.set_up_if_ready();
         }
     }
 

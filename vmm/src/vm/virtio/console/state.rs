@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Console;
+use super::port::{End, Port};
 
 /// What is saved.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +36,10 @@ impl Console {
         if let Some(port) = self.ports.iter().find(|port| port.told || !port.to_host.is_empty()) {
             let what = if port.told { "has told its guest something" } else { "has words of its guest that wait" };
             return Err(format!("{what} (port {})", port.name));
+        }
+        let was_connected = |port: &&Port| matches!(&port.end, End::VhostUser(front) if front.was_connected());
+        if let Some(port) = self.ports.iter().find(was_connected) {
+            return Err(format!("has been connected with a guest (port {})", port.name));
         }
         let ports = self.ports.iter().map(|port| PortState {
             name: port.name.clone(),

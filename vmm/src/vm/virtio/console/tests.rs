@@ -8,8 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use vm_memory::GuestMemoryMmap;
+
 use super::*;
 use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
+use crate::vm::virtio::vhost_user::testing::link;
 use crate::wire::messages::PortEnd;
 
 struct Guest {
@@ -18,15 +21,25 @@ struct Guest {
     queues: Vec<DriverQueue>,
 }
 
+/// A console that has nothing to say to the supervisor.
+fn console(ports: &[PortBackend]) -> Result<Console, Error> {
+    let outbox: Outbox = Arc::new(|message| panic!("{message:?}"));
+    Console::new(ports, &outbox)
+}
+
 impl Guest {
     fn new(ports: &[PortBackend]) -> Self {
-        let device = Arc::new(Mutex::new(Console::new(ports).unwrap()));
-        let events = Loop::new(&device);
         let count = 2 * ports.len() + 4;
-        let memory = memory(count as u64);
+        Self::with(console(ports).unwrap(), &memory(count as u64), count)
+    }
+
+    /// A driver that runs `count` queues in `memory`.
+    fn with(console: Console, memory: &GuestMemoryMmap, count: usize) -> Self {
+        let device = Arc::new(Mutex::new(console));
+        let events = Loop::new(&device);
         let mut guest = Self { device, events, queues: Vec::new() };
         for index in 0..count {
-            let queue = DriverQueue::new(&memory, index as u64, QUEUE_SIZE);
+            let queue = DriverQueue::new(memory, index as u64, QUEUE_SIZE);
             let mut device = guest.device.lock().unwrap();
             device.start_queue(index as u16, queue.resources(), None).unwrap();
             drop(device);
@@ -269,13 +282,13 @@ fn many_control_messages_at_once_are_all_answered() {
 #[test]
 fn socket_in_use_is_said_and_a_stale_one_replaced() {
     let (_folder, path, backend) = listening();
-    let first = Console::new(std::slice::from_ref(&backend)).unwrap();
-    let error = format!("{:#}", anyhow::Error::new(Console::new(std::slice::from_ref(&backend)).err().unwrap()));
+    let first = console(std::slice::from_ref(&backend)).unwrap();
+    let error = format!("{:#}", anyhow::Error::new(console(std::slice::from_ref(&backend)).err().unwrap()));
     assert!(error.contains("another process listens") && error.contains("port.sock"), "{error}");
     drop(first);
     assert!(!path.exists());
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    Console::new(&[backend]).unwrap();
+    console(&[backend]).unwrap();
 }
 
 #[test]
@@ -307,7 +320,7 @@ fn attached() -> Guest {
 fn connect(guest: &mut Guest) -> UnixStream {
     let (host, end) = UnixStream::pair().unwrap();
     host.set_nonblocking(true).unwrap();
-    guest.device.lock().unwrap().connect(PORT, end);
+    guest.device.lock().unwrap().connect(PORT, (0, link()), end);
     guest.events.run();
     host
 }
@@ -472,9 +485,11 @@ fn connecting_a_port_that_takes_no_peers_changes_nothing() {
     guest.control(1, 6, 1);
     for name in ["org.umbra.control", "nobody"] {
         let (mut other, end) = UnixStream::pair().unwrap();
-        guest.device.lock().unwrap().connect(name, end);
+        guest.device.lock().unwrap().connect(name, (0, link()), end);
         assert!(has_ended(&mut other));
     }
     guest.write(5, b"still there");
     assert_eq!(read_now(&mut host), b"still there");
 }
+
+mod vhost_user;

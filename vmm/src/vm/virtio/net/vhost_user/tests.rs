@@ -6,40 +6,19 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use umbra_shadow::Generation;
-use umbra_splitter::link::{LinkEvent, LinkServer, Outlet, What};
+use nix::fcntl::SealFlag;
+use umbra_splitter::link::What;
 use umbra_splitter::net::features;
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
-use crate::vm::virtio::testing::{DriverQueue, Loop, SPAN};
+use crate::vm::virtio::testing::{DriverQueue, Loop};
+use crate::vm::virtio::vhost_user::testing::{backend, link, memory, next, serve, up};
+use crate::wire::messages::{Disconnect, FromVm};
 
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
-
-fn link() -> LinkId {
-    LinkId::first(Generation::FIRST)
-}
-
-fn backend(link: LinkId) -> (UnixStream, LinkServer, Receiver<LinkEvent>) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let (sender, receiver) = channel();
-    let outlet = Outlet::new(link, sender, EventFd::new(EFD_NONBLOCK).unwrap());
-    (ours, LinkServer::start(Elsewhere::new(theirs), (features::DRIVER_VM, 3 * SPAN), outlet).unwrap(), receiver)
-}
-
-fn memory(seals: Option<SealFlag>) -> GuestMemoryMmap {
-    let flags = if seals.is_some() { MFdFlags::MFD_ALLOW_SEALING } else { MFdFlags::empty() };
-    let file = std::fs::File::from(memfd_create("test", flags).unwrap());
-    file.set_len(2 * SPAN).unwrap();
-    if let Some(seals) = seals {
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
-    }
-    let range = (GuestAddress(0), 2 * SPAN as usize, Some(FileOffset::new(file, 0)));
-    GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
-}
 
 /// The device in an event loop, and what it has to say to the supervisor.
 struct Bench {
@@ -52,7 +31,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self::with(memory(Some(SealFlag::F_SEAL_SHRINK)))
+        Self::with(memory(Some(SealFlag::F_SEAL_SHRINK), 2))
     }
 
     fn with(memory: GuestMemoryMmap) -> Self {
@@ -75,6 +54,14 @@ impl Bench {
         for index in 0..2 {
             let queue = DriverQueue::new(&self.memory, index.into(), 256);
             self.lock().start_queue(index, queue.resources(), None).unwrap();
+        }
+    }
+
+    /// Has both used rings stand at `index`.
+    fn write_used(&self, index: u16) {
+        for queue in 0..2 {
+            let resources = DriverQueue::new(&self.memory, queue, 256).resources();
+            self.memory.write_obj(index, GuestAddress(resources.queue.used_ring() + 2)).unwrap();
         }
     }
 
@@ -108,10 +95,6 @@ impl Bench {
     }
 }
 
-fn next(receiver: &Receiver<LinkEvent>) -> What {
-    receiver.recv_timeout(Duration::from_secs(60)).unwrap().what
-}
-
 #[test]
 fn the_device_is_there_without_a_guest_and_its_link_comes_and_goes_with_one() {
     let mut bench = Bench::new();
@@ -121,13 +104,10 @@ fn the_device_is_there_without_a_guest_and_its_link_comes_and_goes_with_one() {
     let mut id = link();
     for used in [0_u16, 7, 8] {
         // Where the rings stand is in memory.
-        for index in 0..2 {
-            let at = bench.lock().queues[index].as_ref().unwrap().queue.used_ring();
-            bench.memory.write_obj(used, GuestAddress(at + 2)).unwrap();
-        }
-        let (socket, server, receiver) = backend(id);
+        bench.write_used(used);
+        let (socket, server, receiver) = backend(id, 2);
         bench.lock().connect(id, socket);
-        let What::Up(up) = next(&receiver) else { panic!("the link is not up") };
+        let up = up(&receiver);
         assert_eq!((up.id, up.rx.position(), up.tx.position()), (id, (used, used), (used, used)));
         bench.turn_until("the link", Bench::is_up);
         assert_eq!(bench.call.read().unwrap(), 1, "the driver is told");
@@ -143,7 +123,7 @@ fn the_device_is_there_without_a_guest_and_its_link_comes_and_goes_with_one() {
 #[test]
 fn a_connection_may_come_before_the_driver_and_ends_when_the_driver_stops_a_queue() {
     let mut bench = Bench::new();
-    let (socket, _server, receiver) = backend(link());
+    let (socket, _server, receiver) = backend(link(), 2);
     bench.lock().connect(link(), socket);
     assert!(bench.lock().stop_queue(0).is_none());
     bench.lock().reset();
@@ -165,7 +145,7 @@ fn a_new_connection_takes_the_place_of_one_whose_guest_never_answers() {
     // The guest's process is stopped: nobody answers, and nothing here waits.
     let (silent, _never_read) = UnixStream::pair().unwrap();
     bench.lock().connect(link(), silent);
-    let (socket, _server, receiver) = backend(link().next());
+    let (socket, _server, receiver) = backend(link().next(), 2);
     bench.lock().connect(link().next(), socket);
     assert!(matches!(next(&receiver), What::Up(_)));
     bench.turn_until("the link", Bench::is_up);
@@ -173,10 +153,24 @@ fn a_new_connection_takes_the_place_of_one_whose_guest_never_answers() {
 }
 
 #[test]
-fn a_back_end_that_refuses_or_is_gone_is_told_and_harms_nobody() {
-    let mut bench = Bench::with(memory(None));
+fn rings_go_on_where_they_stand_when_the_back_end_answers() {
+    let mut bench = Bench::new();
     bench.start_queues();
-    let (socket, server, receiver) = backend(link());
+    let (socket, theirs) = UnixStream::pair().unwrap();
+    bench.lock().connect(link(), socket);
+    // Its process serves an older connection until it has heard of this one.
+    bench.write_used(9);
+    let (_server, receiver) = serve(theirs, link(), 2);
+    let up = up(&receiver);
+    assert_eq!((up.rx.position(), up.tx.position()), ((9, 9), (9, 9)));
+    bench.turn_until("the link", Bench::is_up);
+}
+
+#[test]
+fn a_back_end_that_refuses_or_is_gone_is_told_and_harms_nobody() {
+    let mut bench = Bench::with(memory(None, 2));
+    bench.start_queues();
+    let (socket, server, receiver) = backend(link(), 2);
     bench.lock().connect(link(), socket);
     assert!(matches!(next(&receiver), What::Lost(_)), "memory that is not sealed is refused");
     drop(server);

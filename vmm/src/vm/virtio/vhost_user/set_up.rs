@@ -88,13 +88,14 @@ impl Deadline {
 /// A queue as it is described to the back-end.
 pub(super) struct Vring {
     config: VringConfigData,
-    base: u16,
+    /// The used ring's guest address.
+    used: u64,
     kick: EventFd,
     call: EventFd,
 }
 
 impl Vring {
-    /// The queue goes on where its used ring stands: buffers come back in order, so whatever is not in that ring was not taken.
+    /// The queue of these resources.
     pub(super) fn new(resources: &QueueResources) -> Result<Self, Error> {
         let QueueResources { memory, queue, kick, call } = resources;
         let host = |address| {
@@ -110,17 +111,15 @@ impl Vring {
             avail_ring_addr: host(queue.avail_ring())?,
             log_addr: None,
         };
-        let base = used_index(resources)?;
         let duplicate = |event: &EventFd| event.try_clone().map_err(Error::EventFd);
-        Ok(Self { config, base, kick: duplicate(kick)?, call: duplicate(call)? })
+        Ok(Self { config, used: queue.used_ring(), kick: duplicate(kick)?, call: duplicate(call)? })
     }
 }
 
-/// The index that the used ring shows (virtio 1.2, section 2.7.8).
-pub(super) fn used_index(resources: &QueueResources) -> Result<u16, Error> {
-    let address = resources.queue.used_ring();
-    let index = resources.memory.read_obj::<u16>(GuestAddress(address.wrapping_add(2)));
-    index.map(u16::from_le).map_err(|source| Error::Ring { address, source })
+/// The index that the used ring at guest address `used` shows (virtio 1.2, section 2.7.8).
+pub(super) fn used_index(memory: &GuestMemoryMmap, used: u64) -> Result<u16, Error> {
+    let index = memory.read_obj::<u16>(GuestAddress(used.wrapping_add(2)));
+    index.map(u16::from_le).map_err(|source| Error::Ring { address: used, source })
 }
 
 /// Everything that a back-end gets in a set-up.
@@ -157,10 +156,13 @@ impl SetUp {
         let regions = regions.or_else(at("SET_MEM_TABLE"))?;
         frontend.set_mem_table(&regions).or_else(at("SET_MEM_TABLE"))?;
         for (index, vring) in self.vrings.iter().enumerate() {
-            let Vring { config, base, kick, call } = vring;
+            let Vring { config, used, kick, call } = vring;
             frontend.set_vring_num(index, config.queue_size).or_else(at("SET_VRING_NUM"))?;
             frontend.set_vring_addr(index, config).or_else(at("SET_VRING_ADDR"))?;
-            frontend.set_vring_base(index, *base).or_else(at("SET_VRING_BASE"))?;
+            // The queue goes on where its used ring stands: buffers come back in order, so whatever is not in that ring was not taken.
+            // The back-end's process has given up the connection before, so that ring stands still, when it answers on this one.
+            let base = used_index(&self.memory, *used)?;
+            frontend.set_vring_base(index, base).or_else(at("SET_VRING_BASE"))?;
             frontend.set_vring_call(index, call).or_else(at("SET_VRING_CALL"))?;
             frontend.set_vring_kick(index, kick).or_else(at("SET_VRING_KICK"))?;
             frontend.set_vring_enable(index, true).or_else(at("SET_VRING_ENABLE"))?;
