@@ -8,14 +8,15 @@
 //!
 //! The queues of a port with [`End::VhostUser`] are another process's: no byte passes here.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
@@ -32,6 +33,8 @@ use crate::wire::messages::{Disconnect, PortBackend, PortEnd};
 const MAX_REQUEST: usize = 1 << 20;
 /// Most bytes read from the host's end at once.
 const CHUNK: usize = 16 * 1024;
+/// Most bytes kept of clients that are gone: as many as a socket holds by default.
+const MAX_LEFT: usize = 208 * 1024;
 /// Most requests handled before other devices get their turn.
 const BUDGET: usize = 64;
 
@@ -105,6 +108,8 @@ pub(super) struct Port {
     pub(super) announced: bool,
     /// Bytes have gone to the guest since the port was made.
     pub(super) told: bool,
+    /// What clients that are gone have written and the guest has not read.
+    left: VecDeque<u8>,
     /// What is left of the guest's last request.
     pub(super) to_host: Vec<u8>,
     /// The pump to the host stopped only to let other devices have their turn.
@@ -131,8 +136,9 @@ impl Port {
             }
         };
         let (ready, open, announced) = (false, false, false);
-        let (gone, to_host, log) = (Vec::new(), Vec::new(), LogLimit::default());
-        Ok(Self { name, end, stream, gone, ready, open, announced, told: false, to_host, more: false, log })
+        let (gone, left) = (Vec::new(), VecDeque::new());
+        let (to_host, log) = (Vec::new(), LogLimit::default());
+        Ok(Self { name, end, stream, gone, ready, open, announced, told: false, left, to_host, more: false, log })
     }
 
     /// The guest's side starts again; the host's end stays connected, except a given peer that has lost bytes by it.
@@ -163,7 +169,8 @@ impl Port {
             }
         };
         // The end of a client that the guest did not read from has not been seen yet.
-        if self.stream.as_ref().is_some_and(has_ended) {
+        if self.stream.as_ref().is_some_and(has_hung_up) {
+            self.keep_last_words();
             self.disconnect();
         }
         if self.stream.is_some() {
@@ -171,6 +178,24 @@ impl Port {
         } else {
             self.stream = Some(client);
         }
+    }
+
+    /// Takes what a client that is gone has written: it reaches the guest before what the next one writes.
+    fn keep_last_words(&mut self) {
+        let Some(stream) = &mut self.stream else { return };
+        let mut buffer = [0; CHUNK];
+        while self.left.len() < MAX_LEFT {
+            let room = CHUNK.min(MAX_LEFT - self.left.len());
+            match stream.read(&mut buffer[..room]) {
+                Ok(length) if length > 0 => self.left.extend(&buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                _ => return,
+            }
+        }
+        self.log.warn(format_args!(
+            "console port {}: what a client that is gone has written is dropped in part",
+            self.name
+        ));
     }
 
     /// Whether its peers are given.
@@ -270,7 +295,9 @@ impl Port {
         let mut chain = Chain::default();
         let mut buffer = [0; CHUNK];
         for _ in 0..BUDGET {
-            let Some(stream) = self.stream.as_mut().filter(|_| self.open) else { break };
+            if !self.open || self.stream.is_none() {
+                break;
+            }
             if ring.available()? == 0 && !ring.listen(0)? {
                 break;
             }
@@ -279,15 +306,8 @@ impl Port {
             let room = ring.walk(head, &mut chain).map_or(0, |()| chain.writable_len().min(CHUNK));
             let mut written = 0;
             if room > 0 {
-                match stream.read(&mut buffer[..room]) {
-                    Ok(length) if length > 0 => written = scatter(&buffer[..length], chain.writable(), 0),
-                    end => {
-                        if !is_retry(&end) {
-                            self.disconnect();
-                        }
-                        break;
-                    }
-                }
+                let Some(length) = self.next_bytes(&mut buffer[..room]) else { break };
+                written = scatter(&buffer[..length], chain.writable(), 0);
             }
             if written > 0 {
                 self.told = true;
@@ -298,6 +318,23 @@ impl Port {
             ring.complete(head, u32::try_from(written).unwrap_or(0))?;
         }
         Ok(())
+    }
+
+    /// The next bytes for the guest, at least one; none if there are none now.
+    fn next_bytes(&mut self, buffer: &mut [u8]) -> Option<usize> {
+        let left = self.left.read(buffer).unwrap_or_default();
+        if left > 0 {
+            return Some(left);
+        }
+        match self.stream.as_mut()?.read(buffer) {
+            Ok(length) if length > 0 => Some(length),
+            end => {
+                if !is_retry(&end) {
+                    self.disconnect();
+                }
+                None
+            }
+        }
     }
 
     /// Guest to host. Without a client what the guest writes is lost, as on a cable with no other end.
@@ -368,10 +405,11 @@ impl Drop for Port {
     }
 }
 
-/// The peer has closed the stream and everything that it wrote was read.
-fn has_ended(stream: &Stream) -> bool {
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+/// The peer has closed the stream; what it wrote may still be there. One that has only said all that it has to say still listens.
+fn has_hung_up(stream: &Stream) -> bool {
+    let mut state = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    poll(&mut state, PollTimeout::ZERO).is_ok()
+        && state[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 fn is_retry(result: &io::Result<usize>) -> bool {

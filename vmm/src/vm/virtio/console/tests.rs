@@ -236,6 +236,32 @@ fn client_that_left_before_the_guest_opened_makes_room() {
 }
 
 #[test]
+fn what_a_client_left_is_read_before_the_next_one_s_words() {
+    let (_folder, path, backend) = listening();
+    let mut guest = Guest::new(&[backend]);
+    guest.control(1, 3, 1);
+    for words in [b"one", b"two"] {
+        UnixStream::connect(&path).unwrap().write_all(words).unwrap();
+        guest.events.run();
+    }
+    let mut third = UnixStream::connect(&path).unwrap();
+    // It has said all, but listens.
+    third.write_all(b"three").unwrap();
+    third.shutdown(std::net::Shutdown::Write).unwrap();
+    guest.events.run();
+    let mut fourth = UnixStream::connect(&path).unwrap();
+    guest.events.run();
+    assert_eq!(fourth.read(&mut [0; 1]).unwrap(), 0, "turned away");
+    guest.control(1, 6, 1);
+    guest.write(5, b"hello");
+    assert_eq!(read_now(&mut third), b"hello");
+    (0..3).for_each(|_| guest.room(4, 64));
+    let buffers = guest.queues[4].used();
+    let heard: Vec<u8> = buffers.into_iter().flat_map(|(head, length)| guest.queues[4].buffer(head, length)).collect();
+    assert_eq!(heard, b"onetwothree");
+}
+
+#[test]
 fn broken_ring_asks_for_a_reset_and_reset_helps() {
     let (mut host, backend) = inherited();
     let mut guest = Guest::new(&[backend]);
