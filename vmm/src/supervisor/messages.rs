@@ -87,6 +87,10 @@ impl Supervisor {
             FromVm::DeviceFailed { device, what, .. } => {
                 self.warn_of_guest(n, &format!("passed-through device {device}: {what}"));
             }
+            FromVm::Tap { interface, there, news } => {
+                let link = if there { "up" } else { "down until there is an interface of that name" };
+                self.warn_of_guest(n, &format!("TAP {interface} {news}; the guest's link is {link}"));
+            }
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }
