@@ -73,6 +73,56 @@ pub struct Guest {
     /// Host PCI functions given straight to the guest (no shadow: their driver's crash is the guest's).
     #[serde(default)]
     pub passthrough: Vec<String>,
+    /// What follows when the guest resets its machine.
+    #[serde(default)]
+    pub on_reset: OnReset,
+    /// What follows when the guest's kernel reports a panic (pvpanic).
+    #[serde(default)]
+    pub on_crash: OnCrash,
+    /// How often it is started again after crashes.
+    #[serde(default)]
+    pub restart: GuestRestart,
+}
+
+/// What follows when a guest resets its machine; a triple fault is a reset, as on any PC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// It boots again.
+    #[default]
+    Reboot,
+    /// It is off.
+    Stop,
+}
+
+/// What follows when a guest's kernel reports a panic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCrash {
+    /// A warning; the guest does what its kernel is told to (`panic=`).
+    #[default]
+    Keep,
+    /// It is killed and booted again.
+    Reboot,
+    /// It is killed, and has failed.
+    Stop,
+}
+
+/// `[guest.NAME.restart]`: how often a guest is started again after triple faults and panics. Resets that it asks for are not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuestRestart {
+    /// Restarts allowed within `interval_s`; with the next crash it has failed.
+    pub limit: u32,
+    /// The window, in seconds.
+    pub interval_s: u32,
+}
+
+impl Default for GuestRestart {
+    fn default() -> Self {
+        let Restart { limit, interval_s, .. } = Restart::default();
+        Self { limit, interval_s }
+    }
 }
 
 impl Guest {
@@ -90,6 +140,9 @@ impl Guest {
             sound: Vec::new(),
             port: Vec::new(),
             passthrough: Vec::new(),
+            on_reset: OnReset::default(),
+            on_crash: OnCrash::default(),
+            restart: GuestRestart::default(),
         }
     }
 }

@@ -90,6 +90,10 @@ fn of_vm(mut message: FromVm) -> FromVm {
             cut(what, MAX_TEXT);
         }
         FromVm::Failed { what } => cut(what, MAX_TEXT),
+        FromVm::Tap { interface, news, .. } => {
+            cut(interface, MAX_TEXT);
+            cut(news, MAX_TEXT);
+        }
         FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what), .. }
         | FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } => cut(what, MAX_TEXT),
         FromVm::Snapshot { news: SnapshotNews::Refused(why) | SnapshotNews::NotTaken(why) } => cut(why, MAX_TEXT),

@@ -10,9 +10,11 @@ use umbra_splitter::untrusted::Elsewhere;
 
 use super::class::{self, Devices, GuestDevice};
 use super::ids::DriverId;
+use super::power_button::PowerButton;
 use crate::base::time::Time;
-use crate::config::{Console, Guest};
+use crate::config::{Console, Guest, GuestRestart, Restart};
 use crate::lifecycle::Endpoint;
+use crate::lifecycle::policy::RestartHistory;
 use crate::record::status;
 use crate::wire::channel;
 use crate::wire::messages::{DeviceStatus, DiskBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
@@ -33,6 +35,10 @@ pub(super) struct GuestVm {
     pub(super) devices: Devices,
     /// What is to become of it when its process ends.
     pub(super) at_end: AtEnd,
+    /// The power button was pressed, and is pressed again until it has ended.
+    pub(super) button: Option<PowerButton>,
+    /// Its crashes after which it was started again.
+    pub(super) crashes: RestartHistory,
     /// Its vCPUs have run, in this life or one before.
     pub(super) has_run: bool,
     /// How the VM ended, once its process has said so.
@@ -89,8 +95,11 @@ impl GuestState {
 impl GuestVm {
     /// A guest that does not run yet.
     pub(super) fn new(name: &str, spec: Guest, devices: Devices) -> Self {
+        let GuestRestart { limit, interval_s } = spec.restart;
         Self {
             name: name.into(),
+            crashes: RestartHistory::new(Restart { limit, interval_s, ..Restart::default() }),
+            button: None,
             spec,
             process: None,
             state: GuestState::Starting,
@@ -111,6 +120,7 @@ impl GuestVm {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
         self.at_end = AtEnd::default();
+        self.button = None;
         self.end = None;
         self.error = None;
         self.state = GuestState::Starting;
@@ -154,6 +164,11 @@ impl GuestVm {
 
     pub(super) fn has_terminal(&self) -> bool {
         self.spec.console == Console::Terminal
+    }
+
+    /// Whether it was killed because its kernel panicked.
+    pub(super) fn dies_of_panic(&self) -> bool {
+        self.state == GuestState::Rebooting || self.error.is_some()
     }
 
     /// Whether it has ended and is not started again.

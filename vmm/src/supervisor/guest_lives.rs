@@ -7,20 +7,80 @@ use super::guest::{AtEnd, GuestState};
 use super::ids::GuestId;
 use super::prepare::Until;
 use super::run::Supervisor;
+use crate::base::time::Time;
+use crate::config::{OnCrash, OnReset};
+use crate::lifecycle::policy::RestartVerdict;
 use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
 use crate::wire::messages::{ToVm, VmEnd};
 use crate::wire::spawn::describe_exit;
+
+/// Crashes of a guest, in words.
+const TRIPLE_FAULT: &str = "triple fault (a reset of last resort, or its kernel crashed without a word)";
+const PANIC: &str = "its kernel panicked";
 
 impl Supervisor {
     /// Guest `n` says how its VM ended; its process ends after this.
     pub(super) fn on_guest_end(&mut self, n: GuestId, how: VmEnd) {
         let guest = &mut self.guests[n];
         guest.end = Some(how);
-        if how == VmEnd::Reset && self.stopping.is_none() && guest.at_end != AtEnd::Stay {
-            guest.state = GuestState::Rebooting;
-            self.events.tell(&Event::GuestRebooted { guest: guest.name.clone() });
+        let resets = matches!(how, VmEnd::Reset | VmEnd::TripleFault) && guest.spec.on_reset == OnReset::Reboot;
+        if !resets || self.stopping.is_some() || guest.at_end == AtEnd::Stay {
+            return;
         }
+        // A PC resets at a triple fault; a kernel may use it for that, or crash in this way again and again.
+        if how == VmEnd::TripleFault {
+            if !self.may_start_again(n, TRIPLE_FAULT) {
+                return;
+            }
+            self.warn_of_guest(n, &format!("{TRIPLE_FAULT}: it boots again"));
+        }
+        self.reboots(n);
+    }
+
+    /// The kernel of guest `n` says that it has panicked; the VM still runs.
+    pub(super) fn on_guest_panic(&mut self, n: GuestId) {
+        let on_crash = self.guests[n].spec.on_crash;
+        // It may panic once more while it is being killed.
+        if on_crash != OnCrash::Keep && self.guests[n].dies_of_panic() {
+            return;
+        }
+        let then = match on_crash {
+            OnCrash::Keep => return self.warn_of_guest(n, PANIC),
+            OnCrash::Stop => {
+                self.guests[n].error = Some(PANIC.into());
+                "it is stopped (on_crash)"
+            }
+            OnCrash::Reboot if self.stopping.is_some() || self.guests[n].at_end == AtEnd::Stay => "it was to stop",
+            OnCrash::Reboot if self.may_start_again(n, PANIC) => {
+                self.reboots(n);
+                "it boots again (on_crash)"
+            }
+            OnCrash::Reboot => "it is stopped",
+        };
+        self.warn_of_guest(n, &format!("{PANIC}: {then}"));
+        if let Some(process) = &mut self.guests[n].process {
+            process.kill();
+        }
+    }
+
+    fn reboots(&mut self, n: GuestId) {
+        let guest = &mut self.guests[n];
+        guest.state = GuestState::Rebooting;
+        self.events.tell(&Event::GuestRebooted { guest: guest.name.clone() });
+    }
+
+    /// Counts a crash of guest `n`, `what` in words. False if there were too many: that is the guest's failure then.
+    fn may_start_again(&mut self, n: GuestId, what: &str) -> bool {
+        let (guest, now) = (&mut self.guests[n], Time::now());
+        let lived = guest.has_run.then(|| now.since(guest.started));
+        // Before this crash is counted: it is the one too many.
+        let passed = guest.crashes.passed(now);
+        let verdict = guest.crashes.failed(now, lived);
+        if verdict == RestartVerdict::Quarantine {
+            guest.error = Some(format!("{what}; {passed}"));
+        }
+        verdict != RestartVerdict::Quarantine
     }
 
     /// The process of guest `n` may have ended.
@@ -40,7 +100,7 @@ impl Supervisor {
         let failure = match (guest.error.take(), guest.end) {
             (Some(error), _) => Some(error),
             (None, Some(VmEnd::PowerOff | VmEnd::Reset | VmEnd::Killed)) => None,
-            (None, Some(VmEnd::TripleFault)) => Some("triple fault (its kernel crashed without a word)".into()),
+            (None, Some(VmEnd::TripleFault)) => Some(TRIPLE_FAULT.into()),
             (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
             // Killed because that was asked for.
             (None, None) if stopping || at_end != AtEnd::Whatever => None,
@@ -109,6 +169,7 @@ impl Supervisor {
             self.failure = None;
         }
         guest.at_end = AtEnd::Whatever;
+        guest.crashes.forgive();
         guest.state = GuestState::Starting;
         if guest.knows_its_devices() {
             self.start_guest_process(n);
@@ -142,7 +203,7 @@ impl Supervisor {
             return Ok(());
         };
         match how {
-            StopHow::PowerButton => self.tell_guest(n, &ToVm::PowerButton),
+            StopHow::PowerButton => self.press_power_button(n),
             StopHow::Kill => process.kill(),
         }
         Ok(())

@@ -60,7 +60,7 @@ impl Supervisor {
     }
 
     /// Warns of something that guest `n`'s process has said or done, unless there were too many such warnings.
-    fn warn_of_guest(&mut self, n: GuestId, what: &str) {
+    pub(super) fn warn_of_guest(&mut self, n: GuestId, what: &str) {
         let guest = &mut self.guests[n];
         match guest.warnings.take(Instant::now()) {
             Some(0) => self.events.warn(format!("{}: {what}", guest.name)),
@@ -83,9 +83,13 @@ impl Supervisor {
             }
             FromVm::Ended { how, .. } => self.on_guest_end(n, how),
             FromVm::Failed { what } => self.guests[n].error = Some(what),
-            FromVm::Panicked { .. } => self.warn_of_guest(n, "its kernel panicked"),
+            FromVm::Panicked { .. } => self.on_guest_panic(n),
             FromVm::DeviceFailed { device, what, .. } => {
                 self.warn_of_guest(n, &format!("passed-through device {device}: {what}"));
+            }
+            FromVm::Tap { interface, there, news } => {
+                let link = if there { "up" } else { "down until there is an interface of that name" };
+                self.warn_of_guest(n, &format!("TAP {interface} {news}; the guest's link is {link}"));
             }
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }

@@ -13,6 +13,7 @@ mod guest_lives;
 mod ids;
 mod inbox;
 mod messages;
+mod power_button;
 mod prepare;
 pub mod run;
 pub mod start;

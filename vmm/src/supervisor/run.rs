@@ -337,6 +337,7 @@ impl Supervisor {
             .chain(self.notify.deadline())
             .chain(metrics)
             .chain(self.silence_due())
+            .chain(self.button_due())
             .min()
     }
 
@@ -442,6 +443,7 @@ impl Supervisor {
                 self.events.warn(warning);
             }
         }
+        self.press_buttons_again(now);
         self.answer_status(now);
         self.clients.tell_events(self.events.past());
         self.show(now);
@@ -515,7 +517,7 @@ impl Supervisor {
             }
             match how {
                 // A guest that has just reset is not started again: it is off when its process has ended.
-                StopHow::PowerButton => self.tell_guest(n, &crate::wire::messages::ToVm::PowerButton),
+                StopHow::PowerButton => self.press_power_button(n),
                 StopHow::Kill => {
                     if let Some(process) = &mut self.guests[n].process {
                         process.kill();

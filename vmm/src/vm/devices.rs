@@ -165,7 +165,9 @@ impl Adder<'_> {
                 self.virtio(&name, net)
             }
             NetBackend::Tap { interface, mac, mtu } => {
-                let net = TapNet::new(interface, *mac, *mtu)?;
+                let host = Arc::clone(self.host);
+                let outbox = Arc::new(move |message| host.tell(&message));
+                let net = TapNet::new(interface, *mac, *mtu, outbox)?;
                 self.virtio(&name, Arc::new(Mutex::new(net)))
             }
         }

@@ -384,6 +384,15 @@ pub enum FromVm {
         /// in time: what is owed is written again in the next life.
         stable: bool,
     },
+    /// Guest: a TAP interface of a network device was removed, and the guest sees its link down; or it is there again.
+    Tap {
+        /// Its name.
+        interface: String,
+        /// Whether the device has it.
+        there: bool,
+        /// The news, as a clause behind the name: `is gone`.
+        news: String,
+    },
     /// Guest: two seconds after an outage of a device of a driver VM, how much it moved around it.
     Pace {
         /// The device.

@@ -62,7 +62,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
     // The one that serves, and those that wait behind it.
     let mut links: Vec<(LinkId, OwnedFd)> = Vec::new();
-    let (mut armed, mut live) = (None, None);
+    let (mut armed, mut live, mut pressed) = (None, None, false);
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
         fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
@@ -131,9 +131,14 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 }
                 if spec.cmdline.contains(&format!("reset-in={generation} ")) {
                     thread::sleep(Duration::from_millis(300));
-                    let at = Time::now().0;
-                    channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
-                    return;
+                    return send_end(channel, VmEnd::Reset);
+                }
+                if spec.cmdline.contains("triple-fault ") {
+                    return send_end(channel, VmEnd::TripleFault);
+                }
+                if spec.cmdline.contains("panic ") {
+                    channel.send(&FromVm::Panicked { at }, &[]).unwrap();
+                    channel.send(&FromVm::Panicked { at }, &[]).unwrap();
                 }
             }
             ToVm::QueryStatus => {
@@ -148,17 +153,19 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 if spec.cmdline.contains("reset-at-quarantine ")
                     && std::fs::read_to_string(path).unwrap().matches("Quarantine").count() == 1 =>
             {
-                channel.send(&FromVm::Ended { at, how: VmEnd::Reset, registers: String::new() }, &[]).unwrap();
-                return;
+                return send_end(channel, VmEnd::Reset);
             }
             ToVm::PowerButton if spec.cmdline.contains("no-power-button ") => {}
-            ToVm::PowerButton => {
-                channel.send(&FromVm::Ended { at, how: VmEnd::PowerOff, registers: String::new() }, &[]).unwrap();
-                return;
-            }
+            ToVm::PowerButton
+                if spec.cmdline.contains("boots-at-first-press ") && !std::mem::replace(&mut pressed, true) => {}
+            ToVm::PowerButton => return send_end(channel, VmEnd::PowerOff),
             _ => {}
         }
     }
+}
+
+fn send_end(channel: &Channel, how: VmEnd) {
+    channel.send(&FromVm::Ended { at: Time::now().0, how, registers: String::new() }, &[]).unwrap();
 }
 
 /// What a terminal would obey: a colour, a title, a cleared screen (C1), the other direction.

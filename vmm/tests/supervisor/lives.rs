@@ -10,7 +10,7 @@ use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::machine::{TestMachine, start, start_shared, start_without_drivers};
+use crate::machine::{TestMachine, make, start, start_shared, start_without_drivers};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -32,7 +32,73 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("guests_are_stopped_started_and_rebooted_by_themselves", guests_are_stopped_started_and_rebooted_by_themselves),
     ("a_rebooted_guest_keeps_its_driver_vm_and_standby", a_rebooted_guest_keeps_its_driver_vm_and_standby),
+    (
+        "a_guest_that_triple_faults_boots_again_and_fails_at_the_limit",
+        a_guest_that_triple_faults_boots_again_and_fails_at_the_limit,
+    ),
+    ("a_guest_s_panic_is_answered_as_configured", a_guest_s_panic_is_answered_as_configured),
+    (
+        "a_guest_that_boots_when_its_button_is_pressed_goes_down",
+        a_guest_that_boots_when_its_button_is_pressed_goes_down,
+    ),
 ];
+
+/// Starts a machine whose guest has this kernel command line and these keys; it runs on when the guest is off.
+fn start_guest_with(cmdline: &str, keys: &str) -> TestMachine {
+    let mut machine = make(cmdline, "", "");
+    let path = machine.dir.path().join("m.toml");
+    let text = fs::read_to_string(&path).unwrap().replace("[guest.web]\n", &format!("[guest.web]\n{keys}\n"));
+    fs::write(&path, text).unwrap();
+    fs::write(machine.dir.path().join("keep"), "").unwrap();
+    machine.start_again();
+    machine
+}
+
+fn a_guest_that_triple_faults_boots_again_and_fails_at_the_limit() {
+    let machine = start_guest_with("triple-fault ", "restart = { limit = 2, interval_s = 3600 }");
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
+    let why = web.reason.unwrap();
+    assert!(why.contains("triple fault") && why.contains("more than 2 failures in 3600 s"), "{why}");
+    assert_eq!(machine.events_text().matches("\"guest-rebooted\"").count(), 2, "{}", machine.events_text());
+    // It was put right, says who starts it.
+    machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
+    machine.wait_for_event("\"guest-rebooted\"", 4);
+    machine.press(StopHow::Kill);
+
+    let machine = start_guest_with("triple-fault ", "on_reset = \"stop\"");
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
+    assert!(web.reason.unwrap().contains("triple fault"));
+    machine.press(StopHow::Kill);
+}
+
+fn a_guest_s_panic_is_answered_as_configured() {
+    let keys = "on_crash = \"reboot\"\nrestart = { limit = 2, interval_s = 3600 }";
+    let machine = start_guest_with("panic ", keys);
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
+    let why = web.reason.unwrap();
+    assert!(why.contains("panicked") && why.contains("more than 2 failures"), "{why}");
+    assert_eq!(machine.events_text().matches("\"guest-rebooted\"").count(), 2, "{}", machine.events_text());
+    machine.press(StopHow::Kill);
+
+    let machine = start_guest_with("panic ", "on_crash = \"stop\"");
+    let web = machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
+    assert!(web.reason.unwrap().contains("panicked"));
+    machine.press(StopHow::Kill);
+
+    let machine = start_guest_with("panic ", "");
+    machine.wait_for_event("its kernel panicked", 1);
+    machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
+    machine.stop();
+}
+
+fn a_guest_that_boots_when_its_button_is_pressed_goes_down() {
+    let machine = start_guest_with("boots-at-first-press ", "");
+    machine.wait_live(1);
+    machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
+    assert_eq!(machine.guest_log().matches("PowerButton").count(), 2, "{}", machine.guest_log());
+    machine.stop();
+}
 
 fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();

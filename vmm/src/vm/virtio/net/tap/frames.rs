@@ -158,19 +158,27 @@ pub(super) struct Sender {
     pub(super) negotiated: Offloads,
     /// Frames that were malformed.
     pub(super) malformed: u64,
+    /// The interface was found to be gone.
+    gone: Option<io::Error>,
 }
 
 impl Sender {
     pub(super) fn new() -> Self {
-        Self { negotiated: Offloads::empty(), malformed: 0 }
+        Self { negotiated: Offloads::empty(), malformed: 0, gone: None }
     }
 
     /// Moves what the guest sends to `tap`. Frames that the host refuses (interface down) are lost, as on a cable that is
     /// pulled.
+    ///
+    /// # Errors
+    /// The interface is gone, or the guest's driver broke a rule.
     pub(super) fn transmit(&mut self, tap: RawFd, queue: &mut Virtqueue) -> Result<End, Error> {
         let end = self.drain(tap, queue);
         queue.notify()?;
-        Ok(end?)
+        match self.gone.take() {
+            Some(error) => Err(Error::Gone(error)),
+            None => Ok(end?),
+        }
     }
 
     fn drain(&mut self, tap: RawFd, queue: &mut Virtqueue) -> Result<End, RingFault> {
@@ -210,6 +218,10 @@ impl Sender {
         let whole = std::iter::once(VolatileSlice::from(&mut header[..])).chain(frame);
         if let Err(error) = vectored(tap, whole, libc::writev) {
             tracing::trace!("a frame is refused: {error}");
+            // What the kernel says of a descriptor whose interface was removed.
+            if error.raw_os_error() == Some(libc::EBADFD) {
+                self.gone = Some(error);
+            }
         }
     }
 }

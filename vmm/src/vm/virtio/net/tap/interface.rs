@@ -1,6 +1,7 @@
 //! A TAP interface of the host: opened, given a virtio-net header of 12 bytes a frame, and set to the offloads that the guest
 //! takes. Names are checked before the kernel sees them.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -77,6 +78,8 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    interface: String,
+    mtu: u16,
 }
 
 impl Tap {
@@ -112,7 +115,23 @@ impl Tap {
         if let Err(error) = bring_up(&name, mtu) {
             tracing::debug!("TAP {name}: left as it is: {error}");
         }
-        Ok(Self { file })
+        Ok(Self { file, interface: name, mtu })
+    }
+
+    /// The interface's name.
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
+
+    /// Opens an interface of the same name, if there is one again: it is not made.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn found_again(&self) -> Result<Option<Self>, Error> {
+        let Ok(name) = CString::new(self.interface.as_str()) else { return Ok(None) };
+        // SAFETY: the name ends with a zero and lives through the call.
+        let is_there = unsafe { libc::if_nametoindex(name.as_ptr()) } != 0;
+        if is_there { Self::open(&self.interface, self.mtu).map(Some) } else { Ok(None) }
     }
 
     /// Sets which offloads frames towards the guest may use.
@@ -132,7 +151,7 @@ impl Tap {
     /// Anything that keeps frames apart.
     #[cfg(test)]
     pub(super) fn from_file(file: File) -> Self {
-        Self { file }
+        Self { file, interface: "a-test".into(), mtu: 1500 }
     }
 
     /// The descriptor that frames are read from and written to.
@@ -196,15 +215,34 @@ fn bring_up(name: &str, mtu: u16) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use nix::sched::{CloneFlags, unshare};
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
     use super::*;
 
+    /// Removes an interface (rtnetlink(7)).
+    pub(in crate::vm::virtio::net::tap) fn remove(name: &str) {
+        let name = CString::new(name).unwrap();
+        // SAFETY: the name ends with a zero and lives through the call.
+        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        assert_ne!(index, 0);
+        let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK).unwrap();
+        let header =
+            [32_u32.to_ne_bytes(), [libc::RTM_DELLINK.to_ne_bytes(), flags.to_ne_bytes()].concat().try_into().unwrap()];
+        let request = [header.concat(), vec![0; 12], index.to_ne_bytes().into(), vec![0; 8]].concat();
+        let socket =
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), SockProtocol::NetlinkRoute).unwrap();
+        send(socket.as_raw_fd(), &request, MsgFlags::empty()).unwrap();
+        let mut answer = [0; 64];
+        recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).unwrap();
+        assert_eq!(answer[16..20], [0; 4], "the interface cannot be removed");
+    }
+
     /// Runs `test` in a network namespace of its own, which takes root's rights.
-    fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    pub(in crate::vm::virtio::net::tap) fn in_namespace(test: impl FnOnce() + Send + 'static) {
         if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
             eprintln!("skipped: UMBRA_SKIP_ROOT=1");
             return;

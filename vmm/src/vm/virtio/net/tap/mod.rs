@@ -1,13 +1,18 @@
 //! A network device on a TAP interface of the host (virtio 1.2, section 5.1). Queue 0 receives, 1 transmits, 2
 //! is the control queue, whose receive modes are acknowledged and change nothing: a TAP passes what its bridge
 //! gives it. Invariant: a frame is read from the host only when there is a buffer of the guest for it.
+//!
+//! An interface that is removed under the guest, as by a restart of the host's network, is a cable that is pulled: the guest sees its
+//! link down until there is an interface of that name again.
 
 mod frames;
 pub mod interface;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use thiserror::Error;
 use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::net::rx_mode::RxFilter;
@@ -21,10 +26,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::frames::{End, Receiver, Sender};
 use self::interface::Tap;
+use crate::base::error::chain;
+use crate::base::timer;
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use crate::vm::virtio::net::config::NetConfig;
-use crate::vm::virtio::queue;
+use crate::vm::virtio::{Outbox, queue};
+use crate::wire::messages::FromVm;
 
 /// Device ID (section 5.1.1).
 const DEVICE_ID: u16 = 1;
@@ -37,6 +45,10 @@ const CONTROL: u16 = 2;
 /// Tags of the device's own descriptors in the event loop.
 const TAG_TAP: u32 = FIRST_DEVICE_TAG;
 const TAG_AGAIN: u32 = FIRST_DEVICE_TAG + 1;
+const TAG_LOOK: u32 = FIRST_DEVICE_TAG + 2;
+
+/// Interval at which an interface that is gone is looked for. A restart of the host's network takes seconds.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Errors of making the device.
 #[derive(Debug, Error)]
@@ -44,8 +56,8 @@ pub enum Error {
     /// The interface.
     #[error(transparent)]
     Tap(#[from] interface::Error),
-    /// No eventfd.
-    #[error("create an eventfd for a network device")]
+    /// No eventfd, or no timer.
+    #[error("create an eventfd and a timer for a network device")]
     EventFd(#[source] std::io::Error),
 }
 
@@ -64,18 +76,25 @@ pub struct TapNet {
     watched: bool,
     /// The interface is gone.
     gone: bool,
+    /// Set while it is looked for.
+    look: TimerFd,
+    /// Why the interface that is there again cannot be used, as it was last reported.
+    refused: String,
+    accepted: u64,
     broken: bool,
     config_call: Option<EventFd>,
     log: LogLimit,
+    outbox: Outbox,
 }
 
 impl TapNet {
     /// The device with address `mac` on the TAP interface `interface`.
-    pub fn new(interface: &str, mac: Mac, mtu: u16) -> Result<Self, Error> {
-        Self::on(Tap::open(interface, mtu)?, mac, mtu).map_err(Error::EventFd)
+    /// Messages for the supervisor go to `outbox`.
+    pub fn new(interface: &str, mac: Mac, mtu: u16, outbox: Outbox) -> Result<Self, Error> {
+        Self::on(Tap::open(interface, mtu)?, mac, mtu, outbox).map_err(Error::EventFd)
     }
 
-    fn on(tap: Tap, mac: Mac, mtu: u16) -> std::io::Result<Self> {
+    fn on(tap: Tap, mac: Mac, mtu: u16, outbox: Outbox) -> std::io::Result<Self> {
         Ok(Self {
             tap,
             filter: RxFilter::new(mac.0),
@@ -87,9 +106,13 @@ impl TapNet {
             again: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             watched: false,
             gone: false,
+            look: timer::monotonic()?,
+            refused: String::new(),
+            accepted: 0,
             broken: false,
             config_call: None,
             log: LogLimit::default(),
+            outbox,
         })
     }
 
@@ -120,6 +143,10 @@ impl TapNet {
             // Empty already is fine. Left full it would wake the loop without end.
             let _ = self.again.read();
         }
+        if wake == Wake::Device(TAG_LOOK) {
+            let _ = self.look.wait();
+            self.look_for_interface(ops);
+        }
         if self.broken {
             return;
         }
@@ -132,12 +159,52 @@ impl TapNet {
         };
         match done {
             Ok(()) => {}
-            Err(error @ frames::Error::Gone(_)) => {
-                tracing::warn!("network device: {error}; it receives nothing from now on");
-                self.gone = true;
-                self.watch(false, ops);
-            }
+            Err(frames::Error::Gone(error)) => self.lose_interface(&error, ops),
             Err(frames::Error::Ring(fault)) => self.fail(&fault, ops),
+        }
+    }
+
+    /// The interface is gone: the guest's link is down until it is there again.
+    fn lose_interface(&mut self, error: &std::io::Error, ops: &mut EventOps) {
+        if std::mem::replace(&mut self.gone, true) {
+            return;
+        }
+        self.log.warn(format_args!("network device: TAP {} is gone: {error}", self.tap.interface()));
+        self.watch(false, ops);
+        let every = Expiration::Interval(LOOK.into());
+        if let Err(error) = self.look.set(every, TimerSetTimeFlags::empty()) {
+            tracing::error!(%error, "set the timer of a network device");
+        }
+        self.tell_link("is gone".into());
+    }
+
+    fn look_for_interface(&mut self, ops: &mut EventOps) {
+        match self.tap.found_again() {
+            Ok(None) => {}
+            Ok(Some(tap)) => {
+                self.watch(false, ops);
+                (self.tap, self.gone) = (tap, false);
+                self.refused.clear();
+                let _ = self.look.unset();
+                self.set_offloads(self.accepted);
+                self.tell_link("is there again".into());
+            }
+            Err(error) => {
+                let why = chain(&error);
+                if self.refused != why {
+                    self.refused.clone_from(&why);
+                    self.tell_link(format!("is there again, but cannot be used: {why}"));
+                }
+            }
+        }
+    }
+
+    /// Shows guest and supervisor what has become of the link.
+    fn tell_link(&self, news: String) {
+        (self.outbox)(FromVm::Tap { interface: self.tap.interface().into(), there: !self.gone, news });
+        if let Some(call) = &self.config_call {
+            // Full only if an interrupt is due anyway.
+            let _ = call.write(1);
         }
     }
 
@@ -165,6 +232,9 @@ impl TapNet {
     }
 
     fn set_offloads(&self, features: u64) {
+        if self.gone {
+            return;
+        }
         if let Err(error) = self.tap.set_offloads(features::receive(features)) {
             tracing::warn!("network device: set the offloads of its TAP: {error}");
         }
@@ -175,6 +245,7 @@ impl MutEventSubscriber for TapNet {
     fn init(&mut self, ops: &mut EventOps) {
         self.events.init(ops);
         events::add(ops, Events::with_data(&self.again, TAG_AGAIN, EventSet::IN));
+        events::add(ops, Events::with_data(&self.look.as_fd(), TAG_LOOK, EventSet::IN));
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -201,6 +272,7 @@ impl VirtioDevice for TapNet {
     }
 
     fn set_features(&mut self, accepted: u64) {
+        self.accepted = accepted;
         self.filter.reset(accepted);
         self.receiver.mergeable = features::mergeable(accepted);
         self.sender.negotiated = features::transmit(accepted);
@@ -209,7 +281,7 @@ impl VirtioDevice for TapNet {
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
         let mac = Mac(self.filter.mac());
-        NetConfig { mac, mtu: self.mtu, link_up: true }.read(offset, data);
+        NetConfig { mac, mtu: self.mtu, link_up: !self.gone }.read(offset, data);
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {
@@ -234,6 +306,7 @@ impl VirtioDevice for TapNet {
         self.receiver.mergeable = false;
         self.sender.negotiated = Offloads::empty();
         self.filter.reset(0);
+        self.accepted = 0;
         self.set_offloads(0);
     }
 

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
+use super::interface::tests::{in_namespace, remove};
 use super::*;
 use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
 
@@ -27,7 +28,7 @@ pub(in crate::vm::virtio) fn on_a_socket() -> (TapNet, UnixDatagram) {
     wire.set_nonblocking(true).unwrap();
     end.set_nonblocking(true).unwrap();
     let tap = Tap::from_file(File::from(OwnedFd::from(end)));
-    (TapNet::on(tap, MAC, 1500).unwrap(), wire)
+    (TapNet::on(tap, MAC, 1500, Arc::new(|_| ())).unwrap(), wire)
 }
 
 impl Guest {
@@ -250,4 +251,59 @@ fn bad_buffers_are_given_back_and_a_bad_ring_asks_for_a_reset() {
     }
     device.reset();
     assert!(!device.needs_reset());
+}
+
+#[test]
+fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
+    const NAME: &str = "umbra-t5";
+    let link_is_up = |device: &Arc<Mutex<TapNet>>| {
+        let mut status = [0; 2];
+        device.lock().unwrap().config_read(6, &mut status);
+        status[0] & 1 == 1
+    };
+    in_namespace(move || {
+        let (sender, news) = std::sync::mpsc::channel();
+        let outbox = Arc::new(move |message| sender.send(message).unwrap());
+        let mut net = TapNet::new(NAME, MAC, 1500, outbox).unwrap();
+        net.set_features(1 << 16);
+        let changed = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        net.set_config_interrupt(changed.try_clone().unwrap());
+        let memory = memory(2);
+        let mut queues: Vec<_> = (0..2).map(|index| DriverQueue::new(&memory, index, 64)).collect();
+        for (index, queue) in (0..2).zip(&queues) {
+            net.start_queue(index, queue.resources(), None).unwrap();
+        }
+        let device = Arc::new(Mutex::new(net));
+        let mut events = Loop::new(&device);
+        for there_is_traffic in [false, true] {
+            if !there_is_traffic {
+                // Room for frames: the interface is watched.
+                queues[0].add(&[], &[2048]);
+                queues[0].kick();
+            }
+            events.run();
+            assert!(link_is_up(&device));
+            remove(NAME);
+            if there_is_traffic {
+                queues[1].add(&[&frame(60)], &[]);
+                queues[1].kick();
+            }
+            events.run();
+            assert!(!link_is_up(&device) && changed.read().is_ok());
+            assert!(matches!(news.recv().unwrap(), FromVm::Tap { there: false, .. }));
+            // As others make it: to stay.
+            let again = Tap::open(NAME, 1500).unwrap();
+            std::thread::sleep(LOOK * 2);
+            events.run();
+            let told = news.recv().unwrap();
+            assert!(matches!(&told, FromVm::Tap { there: false, news, .. } if news.contains("in use")), "{told:?}");
+            // SAFETY: TUNSETPERSIST takes its argument by value; the file is open.
+            assert_eq!(unsafe { libc::ioctl(again.file().as_raw_fd(), libc::TUNSETPERSIST, 1) }, 0);
+            drop(again);
+            std::thread::sleep(LOOK * 2);
+            events.run();
+            assert!(link_is_up(&device) && changed.read().is_ok());
+            assert!(matches!(news.recv().unwrap(), FromVm::Tap { there: true, .. }));
+        }
+    });
 }
