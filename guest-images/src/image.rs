@@ -3,7 +3,11 @@
 //! Made from a [`Recipe`] in one step: the folder is complete or it is not there. A recipe whose image exists already
 //! (by the digests of all that goes in) is not built again. The agent is `/init`; the modules of the NIC's driver and
 //! those of the link to the host are listed apart ([`DRIVERS_LIST`], [`MODULES_LIST`](crate::initramfs::MODULES_LIST)),
-//! so that the agent can load them side by side.
+//! so that the agent can load them side by side; [`PARAMETERS`] has parameters of some of them.
+
+mod disks;
+#[cfg(test)]
+mod tests;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +24,8 @@ use crate::modules::ModulesError;
 
 /// Paths of the device's driver modules in load order, in the initramfs.
 pub const DRIVERS_LIST: &str = "etc/umbra/drivers";
+/// Parameters of modules, in the initramfs: a line for each that has some, its name first.
+pub const PARAMETERS: &str = "etc/umbra/parameters";
 
 /// File names in an image folder.
 const VMLINUX: &str = "vmlinux";
@@ -27,15 +33,15 @@ const INITRAMFS: &str = "initramfs.cpio";
 const MANIFEST: &str = "manifest.json";
 /// Changed when what is built from the same recipe changes, and when an agent of before would not understand the host:
 /// an image with another number is refused.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// Largest firmware file that is taken, unpacked.
 const MAX_FIRMWARE: usize = 256 << 20;
 
 /// What every driver VM needs to talk to the host and to forward frames.
 const BASE_MODULES: [&str; 7] =
     ["virtio_pci", "virtio_console", "virtio_net", "sch_ingress", "cls_matchall", "act_mirred", "bridge"];
-/// What the driver VM of a sound card needs instead: samples travel over console ports.
-const SOUND_BASE_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
+/// What the driver VM of a sound card or of disks needs instead: samples and records travel over console ports.
+const PORT_BASE_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
 /// The core of ALSA: a driver that depends on it drives a sound card.
 const SOUND_CORE: &str = "snd";
 /// The core of HDA, and the codecs behind its controllers, which no PCI modalias names. They are loaded before the
@@ -266,6 +272,7 @@ impl Recipe {
                 });
             }
             drivers.extend(found.into_iter().map(|driver| driver.name));
+            drivers.extend(disks::virtio_driver(&device.modalias).map(Into::into));
         }
         let mut seen = std::collections::BTreeSet::new();
         drivers.retain(|driver| seen.insert(driver.replace('-', "_")));
@@ -277,7 +284,9 @@ impl Recipe {
         let drivers = self.resolve_drivers()?;
         let needed = tree.load_order(&drivers)?;
         let is_sound = needed.iter().any(|name| name == SOUND_CORE);
-        let mut base: Vec<&str> = if is_sound { SOUND_BASE_MODULES.to_vec() } else { BASE_MODULES.to_vec() };
+        let behind = disks::drivers_behind(tree, &drivers);
+        let has_ports = is_sound || behind.is_some();
+        let mut base: Vec<&str> = if has_ports { PORT_BASE_MODULES.to_vec() } else { BASE_MODULES.to_vec() };
         base.extend(OPTIONAL_MODULES.iter().filter(|name| tree.has(name)));
         let mut initramfs = Initramfs::new();
         initramfs.add_file("init", 0o755, without_symbols(files::read(&self.agent)?));
@@ -288,11 +297,13 @@ impl Recipe {
         if needed.iter().any(|name| name == HDA_CORE) {
             first.extend(HDA_CODECS.iter().filter(|name| tree.has(name)).map(|name| String::from(*name)));
         }
+        first.extend(behind.unwrap_or_default());
         first.extend(drivers.iter().cloned());
         let driver_modules = initramfs.add_modules_to(DRIVERS_LIST, tree, &first)?;
         let base_modules = initramfs.add_modules(tree, &base)?;
         let mut modules = driver_modules.clone();
         modules.extend(base_modules.into_iter().filter(|m| !driver_modules.contains(m)));
+        initramfs.add_file(PARAMETERS, 0o644, disks::parameters(modules.iter().map(|module| &module.name[..])));
         let (firmware, firmware_missing) = self.add_firmware(&mut initramfs, &driver_modules)?;
         let nothing_yet = FileEntry { size: 0, sha256: String::new() };
         let manifest = Manifest {
@@ -359,6 +370,3 @@ fn decompress_firmware(path: &Path) -> Result<Vec<u8>, ImageError> {
     decompress_any(bytes, MAX_FIRMWARE)
         .map_err(|source| ModulesError::Damaged { path: path.into(), source: Some(source) }.into())
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,8 +1,9 @@
-//! The agent in a real driver VM: a stock kernel with real NIC drivers under plain QEMU. Needs `qemu-system-x86_64` and
+//! The agent in a real driver VM: a stock kernel with real drivers of NICs and disks under plain QEMU. Needs `qemu-system-x86_64` and
 //! a kernel package named by `UMBRA_TEST_KERNEL_DEB`; `cargo test -p umbra-driver-vm --test agent -- --ignored` runs them.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod disks;
 mod vm;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

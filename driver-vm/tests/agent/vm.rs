@@ -37,7 +37,8 @@ pub struct DriverVm {
     control: UnixStream,
     reader: LineReader,
     monitor: UnixStream,
-    wire: UnixDatagram,
+    /// The wire at the NIC, where there is one.
+    wire: Option<UnixDatagram>,
     guests: Vec<UnixDatagram>,
     /// Frames that came while others were waited for.
     others: RefCell<Vec<Vec<u8>>>,
@@ -63,34 +64,52 @@ pub fn mode_of(address: Mac) -> RxMode {
 impl DriverVm {
     /// Boots a VM with this NIC model (`None`: none) and `driver`;
     pub fn boot(nic: Option<&str>, driver: &str, ends: u8) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |name: &str| UnixDatagram::bind(dir.path().join(format!("{name}.host"))).unwrap();
+        let wire = bind("wire");
+        let guests = (0..ends).map(|n| bind(&format!("guest{n}"))).collect();
+        let place = dir.path().to_owned();
+        let mut vm = Self::boot_with(dir, &[driver], nic, "", |command| add_network(command, &place, nic, ends));
+        (vm.wire, vm.guests) = (Some(wire), guests);
+        Some(vm)
+    }
+
+    /// Boots a VM with these drivers, further words for its kernel, and what else `add` gives it; `model` is checked to be one that QEMU
+    /// has.
+    pub fn boot_with(
+        dir: TempDir,
+        drivers: &[&str],
+        model: Option<&str>,
+        words: &str,
+        add: impl FnOnce(&mut Command),
+    ) -> Self {
         let Some(package) = std::env::var_os(KERNEL) else {
             panic!("{KERNEL} names no kernel package to boot");
         };
         let models = Command::new("qemu-system-x86_64").args(["-device", "help"]).output();
         let models = models.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        if !nic.is_none_or(|nic| models.contains(&format!("\"{nic}\""))) || models.is_empty() {
-            panic!("there is no qemu-system-x86_64 with {nic:?}");
+        if !model.is_none_or(|model| models.contains(&format!("\"{model}\""))) || models.is_empty() {
+            panic!("there is no qemu-system-x86_64 with {model:?}");
         }
-        let dir = tempfile::tempdir().unwrap();
         let cache = Cache::of_user();
         let recipe = Recipe {
             kernel: Kernel::from_debs(&[package.into()], &cache).unwrap(),
-            drivers: vec![driver.into()],
+            drivers: drivers.iter().map(|driver| (*driver).to_owned()).collect(),
             devices: vec![],
             agent: PathBuf::from(env!("CARGO_BIN_EXE_umbra-agent")),
             sound: None,
             firmware: vec![],
         };
         let image = recipe.build(&dir.path().join("image"), &cache).unwrap();
-        let bind = |name: &str| UnixDatagram::bind(dir.path().join(format!("{name}.host"))).unwrap();
-        let wire = bind("wire");
-        let guests = (0..ends).map(|n| bind(&format!("guest{n}"))).collect();
         let listen = |name: &str| UnixListener::bind(dir.path().join(name)).unwrap();
         let (control, monitor) = (listen("control"), listen("monitor"));
-        let qemu = command(&image, dir.path(), nic, ends).spawn().unwrap();
+        let mut command = command(&image, dir.path(), words);
+        add(&mut command);
+        let qemu = command.spawn().unwrap();
         let (monitor, _) = monitor.accept().unwrap();
         let (control, _) = control.accept().unwrap();
-        Some(Self { qemu, dir, control, reader: LineReader::new(), monitor, wire, guests, others: RefCell::default() })
+        let (reader, others) = (LineReader::new(), RefCell::default());
+        Self { qemu, dir, control, reader, monitor, wire: None, guests: Vec::new(), others }
     }
 
     /// Boots and waits until frames are forwarded and the link is up.
@@ -112,6 +131,11 @@ impl DriverVm {
     /// Waits for the agent and tells it which life this is.
     pub fn begin(&mut self) {
         self.expect(|m| matches!(m, FromAgent::Ready { loaded: false, .. }));
+        self.begin_saved();
+    }
+
+    /// The same for an agent that has been waited for.
+    pub fn begin_saved(&mut self) {
         let (entropy, unix_ns) = (Entropy([7; ENTROPY_BYTES]), 1_700_000_000_000_000_000);
         self.send(&ToAgent::Begin { generation: 3, entropy, unix_ns });
         self.expect(|m| matches!(m, FromAgent::Hello { generation: 3, .. }));
@@ -207,7 +231,7 @@ impl DriverVm {
 
     /// Sends a frame on the wire, whatever becomes of it.
     pub fn send_on_wire(&self, frame: &[u8]) {
-        self.wire.send_to(frame, self.dir.path().join("wire.vm")).unwrap();
+        self.wire().send_to(frame, self.dir.path().join("wire.vm")).unwrap();
     }
 
     /// Sets a guest's end's link, as its network device shows it to the driver VM.
@@ -218,12 +242,12 @@ impl DriverVm {
 
     /// Whether a frame on the wire reaches a guest.
     pub fn arrives(&self, frame: &[u8], guest: usize) -> bool {
-        self.passes(&self.wire, "wire", &self.guests[guest], frame)
+        self.passes(self.wire(), "wire", &self.guests[guest], frame)
     }
 
     /// Whether a guest's frame reaches the wire.
     pub fn leaves(&self, frame: &[u8], guest: usize) -> bool {
-        self.passes(&self.guests[guest], &format!("guest{guest}"), &self.wire, frame)
+        self.passes(&self.guests[guest], &format!("guest{guest}"), self.wire(), frame)
     }
 
     /// Whether one guest's frame reaches another.
@@ -238,12 +262,16 @@ impl DriverVm {
 
     /// Whatever the VM has sent anywhere so far.
     pub fn has_sent_anything(&self) -> bool {
-        std::iter::once(&self.wire).chain(&self.guests).any(|socket| {
+        self.wire.iter().chain(&self.guests).any(|socket| {
             socket.set_nonblocking(true).unwrap();
             let any = socket.recv(&mut [0; 1]).is_ok();
             socket.set_nonblocking(false).unwrap();
             any
         })
+    }
+
+    fn wire(&self) -> &UnixDatagram {
+        self.wire.as_ref().unwrap()
     }
 
     /// The serial console so far.
@@ -295,19 +323,14 @@ pub fn plan(modes: Vec<RxMode>) -> NetPlan {
     NetPlan { ends: ends.collect(), mtu: None, device: DevicePlace::Present }
 }
 
-fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
+fn command(image: &Image, dir: &Path, words: &str) -> Command {
     assert!(std::fs::metadata(dir.join("control")).unwrap().file_type().is_socket());
     let place = dir.display();
-    let netdev = |name: &str| {
-        format!(
-            "dgram,id={name},local.type=unix,local.path={place}/{name}.vm,remote.type=unix,remote.path={place}/{name}.host"
-        )
-    };
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "112M", "-nodefaults", "-display", "none"])
         .args(["-no-reboot", "-device", "pvpanic", "-device", "virtio-serial-pci"])
-        .args(["-append", "console=ttyS0 panic=-1"])
+        .args(["-append", &format!("console=ttyS0 panic=-1 {words}")])
         .arg("-kernel")
         .arg(&image.vmlinux)
         .arg("-initrd")
@@ -317,6 +340,16 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
         .args(["-chardev", &format!("socket,id=control,path={place}/control")])
         .args(["-device", "virtserialport,chardev=control,name=org.umbra.control"])
         .stdin(Stdio::null());
+    command
+}
+
+fn add_network(command: &mut Command, dir: &Path, nic: Option<&str>, ends: u8) {
+    let place = dir.display();
+    let netdev = |name: &str| {
+        format!(
+            "dgram,id={name},local.type=unix,local.path={place}/{name}.vm,remote.type=unix,remote.path={place}/{name}.host"
+        )
+    };
     if let Some(nic) = nic {
         command.args(["-netdev", &netdev("wire"), "-device", &format!("{nic},netdev=wire,mac={GUEST},romfile=")]);
     }
@@ -325,5 +358,4 @@ fn command(image: &Image, dir: &Path, nic: Option<&str>, ends: u8) -> Command {
         let device = format!("virtio-net-pci,id=end{n},netdev={name},mac={mac},romfile=");
         command.args(["-netdev", &netdev(&name), "-device", &device]);
     }
-    command
 }

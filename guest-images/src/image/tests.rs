@@ -22,6 +22,30 @@ fn kernel_dir(root: &Path) {
     }
 }
 
+/// Adds drivers of disks and their controllers: path below `kernel`, what they depend on.
+fn add_disk_drivers(root: &Path) {
+    let kernel = root.join("lib/modules/6.1.0/kernel");
+    let drivers = [
+        ("drivers/nvme/host/nvme", "nvme-core"),
+        ("drivers/nvme/host/nvme-core", ""),
+        ("drivers/ata/ahci", "scsi_mod"),
+        ("drivers/scsi/scsi_mod", ""),
+        ("drivers/scsi/sd_mod", "scsi_mod"),
+        ("drivers/usb/host/xhci-pci", ""),
+        ("drivers/usb/storage/usb-storage", "scsi_mod"),
+        ("drivers/usb/storage/uas", "usb-storage"),
+        ("drivers/mmc/host/sdhci-pci", "mmc_core"),
+        ("drivers/mmc/core/mmc_core", ""),
+        ("drivers/mmc/core/mmc_block", "mmc_core"),
+        ("drivers/block/virtio_blk", ""),
+    ];
+    for (path, depends) in drivers {
+        let path = kernel.join(format!("{path}.ko"));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, module(&[&format!("depends={depends}")])).unwrap();
+    }
+}
+
 fn recipe(dir: &Path) -> (Recipe, Cache) {
     let root = dir.join("root");
     kernel_dir(&root);
@@ -98,4 +122,55 @@ fn a_device_without_driver_and_a_broken_image_are_named() {
     recipe.build(&out, &cache).unwrap(); // a broken image is replaced
     recipe.devices[0].modalias = "pci:v00001234".into();
     assert!(matches!(recipe.build(&out, &cache), Err(ImageError::NoDriver { .. })));
+}
+
+#[test]
+fn a_controller_of_disks_gets_the_drivers_of_what_is_behind_it() {
+    let dir = tempfile::tempdir().unwrap();
+    add_disk_drivers(&dir.path().join("root"));
+    let (mut recipe, cache) = recipe(dir.path());
+    recipe.devices.clear();
+    let expected: [(&[&str], &[&str], &str); 6] = [
+        (&["nvme"], &["nvme_core", "nvme"], "nvme_core multipath=N\n"),
+        (&["ahci"], &["scsi_mod", "sd_mod", "ahci"], ""),
+        (&["xhci-pci"], &["scsi_mod", "sd_mod", "usb_storage", "uas", "xhci_pci"], "usb_storage delay_use=0\n"),
+        (&["sdhci-pci"], &["mmc_core", "mmc_block", "sdhci_pci"], ""),
+        (&["virtio_pci", "virtio_blk"], &["virtio_blk"], ""),
+        (&["ahci", "nvme"], &["scsi_mod", "sd_mod", "ahci", "nvme_core", "nvme"], "nvme_core multipath=N\n"),
+    ];
+    for (drivers, modules, parameters) in expected {
+        recipe.drivers = drivers.iter().map(|driver| (*driver).to_owned()).collect();
+        let image = recipe.build(&dir.path().join("out"), &cache).unwrap();
+        let names: Vec<_> = image.manifest.modules.iter().map(|module| &module.name[..]).collect();
+        let (of_drivers, of_link) = names.split_at(modules.len());
+        assert_eq!(of_drivers, modules, "{drivers:?}");
+        assert_eq!(of_link, ["pvpanic", "vmgenid"], "no module of a network");
+        let archive = fs::read(&image.initramfs).unwrap();
+        let text = format!("{PARAMETERS}\0");
+        let name = archive.windows(text.len()).position(|w| w == text.as_bytes()).expect("there are parameters");
+        assert!(
+            archive[name + text.len()..][..64].windows(parameters.len().max(1)).any(|w| w == parameters.as_bytes())
+                || parameters.is_empty()
+        );
+    }
+    // One that is there for something else makes it no image for disks.
+    recipe.drivers = vec!["nic".into(), "xhci-pci".into()];
+    let image = recipe.build(&dir.path().join("out"), &cache).unwrap();
+    assert!(image.manifest.modules.iter().any(|module| module.name == "bridge"));
+    assert!(!image.manifest.modules.iter().any(|module| module.name == "usb_storage"));
+}
+
+#[test]
+fn a_virtio_disk_gets_the_driver_behind_its_transport() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    add_disk_drivers(&root);
+    let (mut recipe, cache) = recipe(dir.path());
+    let info = b"virtio_pci.alias=pci:v00001AF4d*sv*sd*bc*sc*i*\0";
+    fs::write(root.join("lib/modules/6.1.0/modules.builtin.modinfo"), info).unwrap();
+    recipe.kernel = Kernel::from_dir(&root, &cache).unwrap();
+    recipe.devices[0].modalias = "pci:v00001AF4d00001042sv00001AF4sd00001100bc01sc00i00".into();
+    let image = recipe.build(&dir.path().join("out"), &cache).unwrap();
+    assert_eq!(image.manifest.drivers, ["virtio_pci", "virtio_blk"]);
+    assert_eq!(image.manifest.modules[0].name, "virtio_blk");
 }

@@ -8,7 +8,7 @@ mod index;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::cache::Cache;
@@ -69,7 +69,8 @@ pub struct ModuleTree {
     dir: PathBuf,
     release: String,
     index: index::Index,
-    builtin: BTreeSet<String>,
+    /// What is built in, and where its source is, as for a module.
+    builtin: BTreeMap<String, PathBuf>,
     /// Alias patterns of what is built in, and the name.
     builtin_aliases: Vec<(String, String)>,
 }
@@ -90,7 +91,8 @@ impl ModuleTree {
         }
         let release = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let names = files::read_text(&dir.join("modules.builtin")).unwrap_or_default();
-        let builtin = names.lines().filter_map(|l| Path::new(l).file_stem()?.to_str().map(normal)).collect();
+        let stem = |path: &str| Path::new(path).file_stem()?.to_str().map(normal);
+        let builtin = names.lines().filter_map(|line| Some((stem(line)?, line.into()))).collect();
         let info = files::read(&dir.join("modules.builtin.modinfo")).unwrap_or_default();
         let builtin_aliases = Modinfo::of_section(&info)
             .pairs()
@@ -107,12 +109,19 @@ impl ModuleTree {
     /// Whether the kernel has this, as a module or built in.
     pub fn has(&self, name: &str) -> bool {
         let name = normal(name);
-        self.builtin.contains(&name) || self.index.contains_key(&name)
+        self.builtin.contains_key(&name) || self.index.contains_key(&name)
     }
 
     /// Whether this is built into the kernel.
     pub fn is_builtin(&self, name: &str) -> bool {
-        self.builtin.contains(&normal(name))
+        self.builtin.contains_key(&normal(name))
+    }
+
+    /// The file of a module below the tree, as `kernel/drivers/ata/ahci.ko.xz`; that of something built in is none, but named in the same
+    /// way.
+    pub fn path_of(&self, name: &str) -> Option<&Path> {
+        let name = normal(name);
+        self.index.get(&name).map(|module| &module.path).or_else(|| self.builtin.get(&name)).map(PathBuf::as_path)
     }
 
     /// The drivers whose aliases match a device's modalias; several may, and the kernel tries each.
@@ -152,7 +161,7 @@ impl ModuleTree {
         seen: &mut BTreeSet<String>,
         order: &mut Vec<String>,
     ) -> Result<(), ModulesError> {
-        if self.builtin.contains(name) || !seen.insert(name.to_owned()) {
+        if self.builtin.contains_key(name) || !seen.insert(name.to_owned()) {
             return Ok(());
         }
         let module = self.index.get(name).ok_or_else(|| ModulesError::Missing {

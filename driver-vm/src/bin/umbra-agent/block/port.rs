@@ -2,8 +2,8 @@
 //! no buffer for waits.
 //!
 //! A port outlives the host's sessions. When the host has closed its end, reading gives the end of the stream at once, and poll(2)
-//! reports that again and again: so the port is watched edge-triggered. A port that has had a session is closed and opened again
-//! before the next: with that the kernel forgets what is left of the one before, and the host sees that it has.
+//! reports that again and again: so the port is watched edge-triggered. The host may be back before its going is seen, so a port stays
+//! open for the next session; what is left of the one before is known by its number. Closing it ends the session that is there.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -131,6 +131,11 @@ impl Port {
             }
         }
         Ok(())
+    }
+
+    /// Forgets what waits: the host that it was for is gone.
+    pub fn forget(&mut self) {
+        self.unsent.clear();
     }
 
     /// Something waits for room.

@@ -122,6 +122,9 @@ impl BlockService {
             if let Some(end) = self.ends.get_mut(number) {
                 end.readable = true;
                 end.is_ready |= event.events().contains(EpollFlags::EPOLLOUT);
+                if event.events().contains(EpollFlags::EPOLLHUP) {
+                    end.host_is_gone();
+                }
             }
         }
         Ok(())
@@ -169,11 +172,16 @@ impl End {
                 Came::Nothing => self.readable = false,
                 Came::End => {
                     self.readable = false;
-                    self.sessions.host_is_gone();
+                    self.host_is_gone();
                 }
             }
         }
         Ok(())
+    }
+
+    fn host_is_gone(&mut self) {
+        self.port.forget();
+        self.sessions.host_is_gone();
     }
 
     fn answer(&mut self, epoll: &Epoll) -> anyhow::Result<()> {

@@ -1,15 +1,17 @@
 //! The sessions of one end: records of the host to actions, results to records. Pure: it neither reads the port nor asks the kernel.
 //!
 //! ```text
-//!             Begin                    all results are in: hello
-//!   Waiting ────────> Draining(greet) ───────────────────────────> Serving
-//!      ^                  ^    later Begin                            │
-//!      │                  └───────────────────────────────────────────┤
-//!      │  reopened                    flushed        all are in       │ the host is gone, or sent nonsense
-//!      └─────────── Closed <─────────────── Flushing <─ Draining(close) <┘
+//!             Begin, the first                                  flushed: hello
+//!   Waiting ──────────────────────────────────────> Serving <──────────────── Flushing(greet)
+//!      ^                                               │                            ^
+//!      │                  later Begin, host gone, nonsense                          │ no order is in flight
+//!      │                                               v                            │
+//!      │ flushed; after nonsense the port        Draining(greet, wait or close) ────┤
+//!      │ is opened again                                                            v
+//!      └───────────────────────────────────────────────────────────── Flushing(wait or close)
 //! ```
-//! Invariant: no order of a session is on its way to the disk when the next is greeted, and what an ended session wrote is flushed before
-//! the port is opened for the next. So an acknowledged write is stable even if the host's end was killed.
+//! Invariant: no order of a session is on its way to the disk when the next is greeted, and what an ended session wrote is flushed by
+//! then. So an acknowledged write is stable even if the host's end was killed, and its log with it.
 
 use std::collections::VecDeque;
 
@@ -52,13 +54,17 @@ enum State {
     Waiting,
     Serving(LinkId),
     Draining(Then),
-    Flushing,
+    Flushing(Then),
     Closed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Then {
+    /// The next session begins.
     Greet(LinkId),
+    /// The host's end is closed.
+    Wait,
+    /// The host has broken the protocol: its end is to be closed.
     Close,
 }
 
@@ -125,10 +131,10 @@ impl Sessions {
             let (link, message) = ToService::parse(record, self.generation).map_err(|error| error.to_string())?;
             match (message, self.state) {
                 (ToService::Begin, State::Waiting | State::Serving(_)) if link.attempt > self.attempt => {
-                    self.attempt = link.attempt;
-                    self.drain(Then::Greet(link));
+                    self.begin(link)
                 }
                 // Of a session that is over: it has waited in the kernel.
+                (_, State::Waiting) if link.attempt <= self.attempt => {}
                 _ if link.attempt < self.attempt => {}
                 (ToService::Access { tag, operation, at }, State::Serving(current)) if link == current => {
                     let action = self.action(operation, at)?;
@@ -187,11 +193,19 @@ impl Sessions {
         Ok(())
     }
 
-    /// The host has closed its end.
+    /// A session begins, at once if it is the first.
+    fn begin(&mut self, link: LinkId) {
+        if std::mem::replace(&mut self.attempt, link.attempt) == 0 {
+            self.greet(link);
+        } else {
+            self.drain(Then::Greet(link));
+        }
+    }
+
+    /// The host has closed its end, or was gone for a moment.
     pub fn host_is_gone(&mut self) {
-        // A port that has had no session has nothing left of one, and the host may be about to open it.
         if matches!(self.state, State::Serving(_)) {
-            self.drain(Then::Close);
+            self.drain(Then::Wait);
         }
     }
 
@@ -204,20 +218,28 @@ impl Sessions {
     }
 
     fn settle(&mut self) {
+        if let State::Draining(then) = self.state
+            && self.count == 0
+        {
+            self.state = State::Flushing(then);
+            self.actions.push_back((OWN_FLUSH, Action::Flush));
+        }
+    }
+
+    fn flushed(&mut self) {
         match self.state {
-            State::Draining(Then::Greet(link)) if self.count == 0 => {
-                self.state = State::Serving(link);
-                match encode_hello(&self.offer.hello, link) {
-                    Ok(hello) => self.buffers.push(hello),
-                    // Every field is bounded far below.
-                    Err(_) => self.drain(Then::Close),
-                }
-            }
-            State::Draining(Then::Close) if self.count == 0 => {
-                self.state = State::Flushing;
-                self.actions.push_back((OWN_FLUSH, Action::Flush));
-            }
-            _ => {}
+            State::Flushing(Then::Greet(link)) => self.greet(link),
+            State::Flushing(Then::Close) => self.state = State::Closed,
+            _ => self.state = State::Waiting,
+        }
+    }
+
+    fn greet(&mut self, link: LinkId) {
+        self.state = State::Serving(link);
+        match encode_hello(&self.offer.hello, link) {
+            Ok(hello) => self.buffers.push(hello),
+            // Every field is bounded far below what a hello holds.
+            Err(_) => self.drain(Then::Close),
         }
     }
 
@@ -232,8 +254,11 @@ impl Sessions {
     /// When the flush after a session has failed.
     pub fn result(&mut self, name: Name, result: i32) -> Result<(), Errno> {
         if name == OWN_FLUSH {
-            self.state = State::Closed;
-            return outcome(result).map(drop);
+            let flushed = outcome(result).map(drop);
+            // A host that still has its log writes again what the device may have dropped.
+            self.cache_lost |= flushed.is_err();
+            self.flushed();
+            return flushed;
         }
         let Some(in_flight) = self.in_flight.get_mut(usize::from(name)) else { return Ok(()) };
         let Some(order) = in_flight else { return Ok(()) };
@@ -273,7 +298,7 @@ impl Sessions {
         buffers
     }
 
-    /// The session is over and flushed: the port is to be opened again, once.
+    /// A session that broke the protocol is over and flushed: the port is to be closed and opened again, once.
     pub fn is_closed(&mut self) -> bool {
         let closed = self.state == State::Closed;
         if closed {

@@ -135,6 +135,9 @@ fn the_next_session_is_greeted_when_nothing_of_the_last_is_in_flight() {
     assert!(!sessions.listens() && sessions.take_buffers().is_empty());
     assert_eq!(actions(&mut sessions).len(), 2, "what was received is done");
     sessions.result(2, 4096).unwrap();
+    assert!(!sessions.listens() && sessions.take_buffers().is_empty());
+    assert_eq!(actions(&mut sessions), [(256, Action::Flush)]);
+    sessions.result(256, 0).unwrap();
     assert!(sessions.listens());
     assert_eq!(hellos(&mut sessions, 4), 1);
     assert!(sessions.take_buffers().is_empty(), "an answer to an earlier session");
@@ -147,20 +150,35 @@ fn the_next_session_is_greeted_when_nothing_of_the_last_is_in_flight() {
 }
 
 #[test]
-fn what_a_gone_host_wrote_is_flushed_before_the_port_is_opened_again() {
+fn what_a_gone_host_wrote_is_flushed() {
     let mut sessions = begun();
     sessions.hear(&encode(&[access(1, Operation::Write { place: 0 }, range(200, 8))], 1)).unwrap();
     sessions.host_is_gone();
     assert_eq!(actions(&mut sessions).len(), 1);
-    assert!(!sessions.is_closed());
     sessions.result(1, 4096).unwrap();
     assert_eq!(actions(&mut sessions), [(256, Action::Flush)]);
-    assert!(!sessions.is_closed() && !sessions.listens());
+    assert!(!sessions.listens());
     assert_eq!(sessions.result(256, errno(Errno::EIO)), Err(Errno::EIO), "reported, and no reason to end");
-    assert!(sessions.is_closed() && !sessions.is_closed() && sessions.listens());
-    assert!(sessions.take_buffers().is_empty());
+    assert!(!sessions.is_closed() && sessions.listens() && sessions.take_buffers().is_empty());
+    // What it sent and was not read before it went.
+    sessions.hear(&encode(&[ToService::Begin, flush(3)], 1)).unwrap();
+    assert_eq!(actions(&mut sessions), []);
     sessions.hear(&encode(&[ToService::Begin], 2)).unwrap();
-    assert_eq!(hellos(&mut sessions, 2), 1);
+    assert_eq!(actions(&mut sessions), [(256, Action::Flush)], "again: it has failed before");
+    sessions.result(256, 0).unwrap();
+    let buffers = sessions.take_buffers();
+    assert!(parse_hello(&buffers[0], link(2)).unwrap().is_some());
+    assert_eq!(decode(&buffers[1], 2), [FromService::CacheLost], "for a host that has its log");
+}
+
+#[test]
+fn a_host_that_breaks_the_protocol_is_flushed_and_cut_off() {
+    let mut sessions = begun();
+    assert!(sessions.hear(&[0; RECORD_BYTES]).is_err());
+    assert!(!sessions.is_closed());
+    assert_eq!(actions(&mut sessions), [(256, Action::Flush)]);
+    sessions.result(256, 0).unwrap();
+    assert!(sessions.is_closed() && !sessions.is_closed() && sessions.listens());
 }
 
 #[test]
@@ -221,8 +239,8 @@ fn a_lost_cache_is_reported_before_every_later_answer_and_outlives_a_session() {
     sessions.host_is_gone();
     sessions.cache_lost();
     sessions.result(256, 0).unwrap();
-    assert!(sessions.is_closed());
     sessions.hear(&encode(&[ToService::Begin], 2)).unwrap();
+    sessions.result(256, 0).unwrap();
     let buffers = sessions.take_buffers();
     assert!(parse_hello(&buffers[0], link(2)).unwrap().is_some());
     assert_eq!(decode(&buffers[1], 2), [FromService::CacheLost]);
