@@ -5,6 +5,7 @@
 //! It trusts neither side: shared memory is read once, checked, then used; every length, id and index is bounded;
 //! each call does bounded work. No KVM.
 
+pub mod block;
 pub mod call;
 pub mod control;
 pub mod copy;

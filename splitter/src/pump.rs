@@ -256,7 +256,7 @@ fn move_frames<T: HandoverLog>(
 }
 
 /// Chains that wait; if none, asks for a kick and looks again.
-fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
+pub(crate) fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
     let waiting = ring.available()?;
     if waiting > 0 || !ring.listen(0)? {
         return Ok(waiting);

@@ -234,6 +234,11 @@ impl Virtqueue {
         Ring::open(&self.memory, &mut self.state)
     }
 
+    /// The memory that the queue is in.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
     /// Next available index to take and next used index to write.
     pub fn position(&self) -> (u16, u16) {
         (self.state.next_avail, self.state.next_used)

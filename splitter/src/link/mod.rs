@@ -31,9 +31,9 @@ pub struct Link {
     pub id: LinkId,
     /// Virtio features that the driver VM's driver accepted.
     pub features: u64,
-    /// The driver VM's receive queue: frames of the guest go here.
+    /// The driver VM's receive queue: what is for the driver VM goes here.
     pub rx: Virtqueue,
-    /// The driver VM's transmit queue: frames for the guest come from here.
+    /// The driver VM's transmit queue: what the driver VM sends comes from here.
     pub tx: Virtqueue,
     calls: Arc<NewCalls>,
 }
@@ -94,7 +94,7 @@ pub enum Cause {
     #[error("closed")]
     Closed,
     /// The driver VM's driver reset its device.
-    #[error("the driver VM stopped its network device")]
+    #[error("the driver VM reset its device")]
     Stopped,
     /// Memory without `F_SEAL_SHRINK` could be taken away under us.
     #[error("memory region {0} is not sealed against shrinking")]
@@ -122,8 +122,8 @@ pub enum Cause {
     /// The data path found a violation.
     #[error(transparent)]
     Data(#[from] crate::pump::PumpError),
-    /// Frames wait, and it offers no buffers for them.
-    #[error("the driver VM has taken no frame for {} s, though frames wait", .0.as_secs())]
+    /// Something waits to be sent to the driver VM, and it offers no buffers.
+    #[error("the driver VM has taken nothing for {} s, though something waits for it", .0.as_secs())]
     Stalled(std::time::Duration),
     /// The supervisor gave the link up, or attached the next one.
     #[error("given up")]

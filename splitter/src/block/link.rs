@@ -1,0 +1,140 @@
+//! The link of a block splitter: the two queues of a driver VM's console port `org.umbra.block.N`, served over vhost-user
+//! ([`crate::link`]). Whole buffers go in and out here; what is in them is for `session`.
+//!
+//! Invariant: a buffer is read once, and given back before what it says is looked at; nothing waits.
+
+use thiserror::Error;
+use umbra_driver_vm::block_protocol::{MAX_HELLO, ProtocolError, RECORD_BYTES};
+use umbra_shadow::LinkId;
+use umbra_shadow::block::Failure;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::pool::PoolError;
+use crate::copy::{gather, scatter};
+use crate::link::{Cause, Link, LinkQueue};
+use crate::pump::more;
+use crate::queue::{Chain, ChainFault, RingFault};
+
+/// Why a link ended.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The vhost-user connection has ended.
+    #[error(transparent)]
+    Link(#[from] Cause),
+    /// A ring that is none.
+    #[error("the driver VM broke a queue of its disk service")]
+    Ring(#[from] RingFault),
+    /// A descriptor chain that is none.
+    #[error("the driver VM offered a buffer that cannot be used")]
+    Chain(#[from] ChainFault),
+    /// A receive buffer without room for one record.
+    #[error("the driver VM offered a receive buffer of {0} bytes, too small for a record")]
+    Buffer(usize),
+    /// Something that is no record.
+    #[error("the driver VM broke the disk protocol")]
+    Protocol(#[from] ProtocolError),
+    /// A pool that cannot be used.
+    #[error("the driver VM's pool cannot be used")]
+    Pool(#[from] PoolError),
+    /// The shadow has given the life up: the service said what cannot be true, did not answer, or has failed.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
+impl LinkError {
+    /// Whether the driver VM's process or driver is gone, without having broken a rule.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Link(Cause::Closed | Cause::Stopped))
+    }
+
+    /// Whether the driver VM stands still, without having broken a rule.
+    pub fn is_stalled(&self) -> bool {
+        matches!(self, Self::Link(Cause::Stalled(_)) | Self::Failed(Failure::Stalled { .. } | Failure::NotQuiesced))
+    }
+}
+
+/// A link that is up.
+#[derive(Debug)]
+pub(super) struct Port(Box<Link>);
+
+impl Port {
+    pub(super) fn new(link: Box<Link>) -> Self {
+        Self(link)
+    }
+
+    pub(super) fn id(&self) -> LinkId {
+        self.0.id
+    }
+
+    pub(super) fn memory(&self) -> &vm_memory::GuestMemoryMmap {
+        self.0.rx.memory()
+    }
+
+    pub(super) fn kicks(&self) -> [(LinkQueue, &EventFd); 2] {
+        [(LinkQueue::Rx, self.0.rx.kick()), (LinkQueue::Tx, self.0.tx.kick())]
+    }
+
+    /// Gives the driver VM's memory up, keeping the kicks alone.
+    pub(super) fn into_kicks(self) -> [EventFd; 2] {
+        let Link { rx, tx, .. } = *self.0;
+        [rx.into_kick(), tx.into_kick()]
+    }
+
+    pub(super) fn take_calls(&mut self) {
+        self.0.take_calls();
+    }
+
+    /// Puts as many whole records of `records` into the next receive buffer as it holds; how many bytes. 0: there is no buffer, and the
+    /// driver VM will kick when there is one.
+    pub(super) fn send(&mut self, records: &[u8]) -> Result<usize, LinkError> {
+        let mut ring = self.0.rx.open()?;
+        ring.mute()?;
+        if more(&mut ring)? == 0 {
+            return Ok(0);
+        }
+        let head = ring.head(0)?;
+        let mut chain = Chain::default();
+        ring.walk(head, &mut chain)?;
+        if !chain.readable().is_empty() {
+            return Err(ChainFault::Direction.into());
+        }
+        let room = chain.writable_len() / RECORD_BYTES * RECORD_BYTES;
+        if room == 0 {
+            return Err(LinkError::Buffer(chain.writable_len()));
+        }
+        let records = &records[..records.len().min(room)];
+        let length = scatter(records, chain.writable(), 0);
+        ring.take(1);
+        // At most a page.
+        ring.complete(head, u32::try_from(length).unwrap_or_default())?;
+        Ok(length)
+    }
+
+    /// Takes the next buffer that the driver VM has sent into `buffer`; its length. None: there is none, and the driver VM will kick
+    /// when there is one.
+    pub(super) fn receive(&mut self, buffer: &mut [u8; MAX_HELLO]) -> Result<Option<usize>, LinkError> {
+        let mut ring = self.0.tx.open()?;
+        ring.mute()?;
+        if more(&mut ring)? == 0 {
+            return Ok(None);
+        }
+        let head = ring.head(0)?;
+        let mut chain = Chain::default();
+        ring.walk(head, &mut chain)?;
+        if !chain.writable().is_empty() {
+            return Err(ChainFault::Direction.into());
+        }
+        let length = chain.readable_len();
+        let Some(bytes) = buffer.get_mut(..length) else { return Err(ProtocolError::Length(length).into()) };
+        gather(chain.readable(), 0, bytes);
+        ring.take(1);
+        ring.complete(head, 0)?;
+        Ok(Some(length))
+    }
+
+    /// Tells the driver VM of what was sent and received since the last time.
+    pub(super) fn notify(&mut self) -> Result<(), LinkError> {
+        self.0.rx.notify()?;
+        Ok(self.0.tx.notify()?)
+    }
+}
