@@ -232,7 +232,7 @@ mod tests {
                     None => prop_assert!(!had_room),
                 }
             }
-            used.into_iter().for_each(|piece| pool.give_back(piece));
+            used.iter().for_each(|piece| pool.give_back(piece));
             prop_assert_eq!(std::iter::from_fn(|| pool.take(MIB)).count(), 3);
         }
     }

@@ -22,7 +22,7 @@ use super::vfio::{self, DeviceFailure, Vfio, VfioPciDevice, VmResources};
 use super::virtio::Outbox;
 use super::virtio::console::{self, Console};
 use super::virtio::device::{self, VirtioDevice};
-use super::virtio::disk::{self, Block};
+use super::virtio::disk::{self, FileDisk};
 use super::virtio::net::split::SplitNet;
 use super::virtio::net::tap::{self, TapNet};
 use super::virtio::net::vhost_user::VhostUserNet;
@@ -112,7 +112,7 @@ pub fn add(
     for (index, disk) in spec.disks.iter().enumerate() {
         match disk {
             DiskBackend::File(disk) => {
-                adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(Block::new(disk, index)?)))?;
+                adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(FileDisk::new(disk, index)?)))?;
             }
             DiskBackend::Split { .. } => return Err(Error::NoSlot),
         }

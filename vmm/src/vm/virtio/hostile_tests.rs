@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::Outbox;
 use super::console::Console;
 use super::device::VirtioDevice;
-use super::disk::Block;
+use super::disk::FileDisk;
 use super::rng::Rng;
 use super::testing::{DriverQueue, Loop, memory};
 use crate::config::Disk;
@@ -82,7 +82,7 @@ proptest! {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(64 * 512).unwrap();
         let disk = Disk { path: file.path().into(), read_only: false };
-        attack(Block::new(&disk, 0).unwrap(), &[ring]);
+        attack(FileDisk::new(&disk, 0).unwrap(), &[ring]);
         prop_assert_eq!(file.as_file().metadata().unwrap().len(), 64 * 512);
     }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -13,9 +14,11 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const ZEROES: u32 = 13;
 
 struct Guest {
-    device: Arc<Mutex<Block>>,
+    device: Arc<Mutex<FileDisk>>,
     events: Loop,
     queue: DriverQueue,
     folder: tempfile::TempDir,
@@ -36,14 +39,19 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
     bytes
 }
 
+/// A range to discard or to fill with zeroes.
+fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
 impl Guest {
     fn new(read_only: bool) -> Self {
         let (folder, path) = image(64 * 512);
-        Self::with(Block::new(&Disk { path, read_only }, 3).unwrap(), folder, 1, 256)
+        Self::with(FileDisk::new(&Disk { path, read_only }, 3).unwrap(), folder, 1, 256)
     }
 
     /// A guest with memory for `queues` queues, of which one is used.
-    fn with(block: Block, folder: tempfile::TempDir, queues: u64, size: u16) -> Self {
+    fn with(block: FileDisk, folder: tempfile::TempDir, queues: u64, size: u16) -> Self {
         let device = Arc::new(Mutex::new(block));
         let events = Loop::new(&device);
         let queue = DriverQueue::new(&memory(queues), 0, size);
@@ -116,15 +124,37 @@ fn requests_outside_of_the_disk_fail_and_change_nothing() {
 fn identifier_and_configuration() {
     let mut guest = Guest::new(false);
     assert_eq!(guest.request(&[&header(GET_ID, 0)], &[20, 1]), (0, b"umbra-disk3\0\0\0\0\0\0\0\0\0".to_vec()));
-    let mut capacity = [0; 8];
-    guest.device.lock().unwrap().config_read(0, &mut capacity);
-    assert_eq!(u64::from_le_bytes(capacity), 64);
+    let mut config = [0; 28];
+    guest.device.lock().unwrap().config_read(0, &mut config);
+    assert_eq!(config[..8], 64u64.to_le_bytes());
+    assert_eq!(config[20..24], 512u32.to_le_bytes());
+    let block = std::fs::metadata(guest.folder.path().join("disk.img")).unwrap().blksize();
+    assert_eq!(512 << config[24], block, "the physical block is the file system's");
+}
+
+#[test]
+fn zeroes_and_discards_reach_the_file_and_nothing_beside_them() {
+    let mut guest = Guest::new(false);
+    let zeroes = [segment(4, 2, 0), segment(9, 1, 1)].concat();
+    assert_eq!(guest.request(&[&header(ZEROES, 0), &zeroes], &[1]), (0, vec![]));
+    // Advice, which a file system may refuse.
+    let (status, _) = guest.request(&[&header(DISCARD, 0), &segment(32, 8, 0)], &[1]);
+    assert!([0, 2].contains(&status), "{status}");
+    let file = std::fs::read(guest.folder.path().join("disk.img")).unwrap();
+    let sector = |n: usize| &file[n * 512..(n + 1) * 512];
+    for n in 0..64 {
+        let discarded = (32..40).contains(&n) && sector(n) == [0; 512];
+        let wanted = if [4, 5, 9].contains(&n) || discarded { 0 } else { n as u8 };
+        assert_eq!(sector(n), [wanted; 512], "sector {n}");
+    }
+    assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(63, 2, 0)], &[1]).0, 1);
+    assert_eq!(file.len(), 64 * 512);
 }
 
 #[test]
 fn read_only_disk_refuses_writes() {
     let mut guest = Guest::new(true);
-    assert_ne!(guest.device.lock().unwrap().features() & F_RO, 0);
+    assert_ne!(guest.device.lock().unwrap().features() & offer::F_RO, 0);
     assert_eq!(guest.request(&[&header(OUT, 0), &[9; 512]], &[1]).0, 1);
     assert_eq!(guest.request(&[&header(IN, 2)], &[512, 1]), (0, vec![2; 512]));
     assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
@@ -153,7 +183,7 @@ fn a_large_request_goes_in_parts_and_comes_whole() {
     const LENGTH: u32 = 4 * serve::PART as u32 + 512;
     let (folder, path) = image(512);
     std::fs::File::options().write(true).open(&path).unwrap().set_len(6 << 20).unwrap();
-    let block = Block::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let block = FileDisk::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
     let mut guest = Guest::with(block, folder, 10, 16);
     let data: Vec<u8> = (0..LENGTH).map(|i| (i % 251) as u8).collect();
     let write = guest.queue.add(&[&header(OUT, 1), &data[..9], &data[9..]], &[1]);
@@ -171,22 +201,22 @@ fn a_large_request_goes_in_parts_and_comes_whole() {
 fn two_writers_are_refused_and_readers_may_share() {
     let (_folder, path) = image(512);
     let disk = |read_only| Disk { path: path.clone(), read_only };
-    let writer = Block::new(&disk(false), 0).unwrap();
+    let writer = FileDisk::new(&disk(false), 0).unwrap();
     for read_only in [false, true] {
-        let error = Block::new(&disk(read_only), 0).err().unwrap().to_string();
+        let error = FileDisk::new(&disk(read_only), 0).err().unwrap().to_string();
         assert!(error.contains("disk.img: in use by another process"), "{error}");
     }
     drop(writer);
-    let _first = Block::new(&disk(true), 0).unwrap();
-    let _second = Block::new(&disk(true), 0).unwrap();
-    assert!(Block::new(&disk(false), 0).is_err());
+    let _first = FileDisk::new(&disk(true), 0).unwrap();
+    let _second = FileDisk::new(&disk(true), 0).unwrap();
+    assert!(FileDisk::new(&disk(false), 0).is_err());
 }
 
 #[test]
 fn what_is_no_disk_is_refused_with_advice() {
     let (folder, path) = image(512);
     let refused = |path: PathBuf| {
-        let error = Block::new(&Disk { path, read_only: true }, 0).err().unwrap();
+        let error = FileDisk::new(&Disk { path, read_only: true }, 0).err().unwrap();
         format!("{error}")
     };
     assert!(refused(folder.path().join("missing")).contains("missing: open it for reading"));
@@ -195,6 +225,10 @@ fn what_is_no_disk_is_refused_with_advice() {
     assert!(refused(folder.path().join("socket")).contains("open it"));
     std::fs::write(&path, b"QFI\xFB and more").unwrap();
     assert!(refused(path.clone()).contains("qcow2 image; make a raw one"));
+    let mut fixed_vhd = vec![0; 1024];
+    fixed_vhd[512..520].copy_from_slice(b"conectix");
+    std::fs::write(&path, fixed_vhd).unwrap();
+    assert!(refused(path.clone()).contains("VHD image; make a raw one"));
     std::fs::write(&path, b"").unwrap();
     assert!(refused(path).contains("truncate -s"));
 }

@@ -1,5 +1,5 @@
-//! The threads of a disk, which wait for the host's file system in place of the event loop: one for reads and writes, which it
-//! carries out in their order, and one for flushes, so that neither waits for the other.
+//! The threads of a disk, which wait for the host's file system in place of the event loop: one for reads and writes (and
+//! what changes sectors without data), which it carries out in their order, and one for flushes, so that neither waits for the other.
 //!
 //! Invariants: a job has its own buffer, so that no thread touches a VM's memory, however late the file system answers. After
 //! [`Worker::forget`] nothing of the earlier jobs is reported any more, and at most one of each thread is still under way; a write
@@ -24,6 +24,10 @@ pub(super) trait Backing: Send + Sync {
     fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()>;
     /// Writes `bytes` from byte `position` on.
     fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Lets go of what is in `length` bytes from byte `position` on, if that can be done; their content is arbitrary afterwards.
+    fn discard(&self, position: u64, length: u64) -> io::Result<()>;
+    /// Fills `length` bytes from byte `position` on with zeroes; with `unmap` without keeping room for them where that can be done.
+    fn zeroes(&self, position: u64, length: u64, unmap: bool) -> io::Result<()>;
     /// Makes durable what was written.
     fn flush(&self) -> io::Result<()>;
 }
@@ -36,6 +40,8 @@ pub(super) type Tag = u64;
 pub(super) enum Work {
     Read { position: u64, length: usize },
     Write { position: u64, bytes: Vec<u8> },
+    Discard { position: u64, length: u64 },
+    Zeroes { position: u64, length: u64, unmap: bool },
     Flush,
 }
 
@@ -208,6 +214,10 @@ impl Shared {
                 self.backing.read(position, &mut bytes).map(|()| bytes)
             }
             Work::Write { position, bytes } => self.backing.write(position, &bytes).map(|()| Vec::new()),
+            Work::Discard { position, length } => self.backing.discard(position, length).map(|()| Vec::new()),
+            Work::Zeroes { position, length, unmap } => {
+                self.backing.zeroes(position, length, unmap).map(|()| Vec::new())
+            }
             Work::Flush => self.backing.flush().map(|()| Vec::new()),
         }
     }

@@ -5,13 +5,16 @@
 //! [`TURN_BYTES`] and a part at a turn. What is in flight is bounded in requests and bytes: the rest waits in the ring.
 
 use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
 
+use umbra_shadow::block::{Access, SECTOR_BYTES, SectorRange};
 use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, Ring, RingFault, Virtqueue};
 
-use super::request::{HEADER_SIZE, ID_SIZE, Limits, Request, Status};
 use super::worker::{Done, Tag, Work, Worker};
+use crate::vm::virtio::disk::offer::Offer;
+use crate::vm::virtio::disk::request::{Asked, HEADER_SIZE, Job, Request, Status, answer};
 
 /// Longest part of a request, in bytes, and so the longest buffer: a quarter of a millisecond to copy.
 pub(super) const PART: usize = 1 << 20;
@@ -34,15 +37,13 @@ pub(super) enum End {
 }
 
 /// A request in flight.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Pending {
     head: u16,
-    request: Request,
-    /// Bytes of data in all.
-    length: usize,
-    /// Bytes of data done.
-    moved: usize,
-    /// Bytes of the part under way.
+    job: Job,
+    /// Bytes of data, or ranges, that are done.
+    done: usize,
+    /// Bytes of data of the part under way.
     part: usize,
 }
 
@@ -95,8 +96,7 @@ enum Step {
 
 /// What serving takes beside the queue.
 pub(super) struct Server<'a> {
-    pub limits: Limits,
-    pub id: &'a [u8; ID_SIZE],
+    pub offer: &'a Offer,
     pub worker: &'a Worker,
     pub in_flight: &'a mut InFlight,
     pub log: &'a mut LogLimit,
@@ -140,78 +140,90 @@ impl Server<'_> {
     }
 
     fn start(&mut self, head: u16, chain: &Chain<'_>) -> Step {
-        // The status is the last byte that the device writes; without room for it nothing can be said.
-        let Some(incoming) = chain.writable_len().checked_sub(1) else { return Step::Answered(0) };
-        let mut header = [0; HEADER_SIZE];
-        if gather(chain.readable(), 0, &mut header) < HEADER_SIZE {
-            return answer(chain, Status::IoError, 0);
-        }
-        let outgoing = chain.readable_len() - HEADER_SIZE;
-        let request = match Request::parse(header, incoming as u64, outgoing as u64, self.limits) {
-            Ok(request) => request,
-            Err(status) => return answer(chain, status, 0),
-        };
-        let length = match request {
-            Request::Read(_) => incoming,
-            Request::Write(_) => outgoing,
-            Request::GetId => return answer(chain, Status::Ok, scatter(self.id, chain.writable(), 0)),
-            Request::Flush => {
-                let tag = self.in_flight.insert(Pending { head, request, length: 0, moved: 0, part: 0 });
-                self.worker.submit(tag, Work::Flush);
-                return Step::HandedOver(0);
+        match Request::read(chain, self.offer) {
+            Asked::Answered(written) => Step::Answered(written),
+            Asked::Job(Job::Flush) => {
+                self.hand_over(Pending { head, job: Job::Flush, done: 0, part: 0 }, Work::Flush);
+                Step::HandedOver(0)
             }
-        };
-        self.go_on(Pending { head, request, length, moved: 0, part: 0 }, chain)
+            Asked::Job(job) => self.go_on(Pending { head, job, done: 0, part: 0 }, chain),
+        }
     }
 
     /// Hands the next part over, or answers.
     fn go_on(&mut self, pending: Pending, chain: &Chain<'_>) -> Step {
-        let Pending { request, length, moved, .. } = pending;
-        let part = (length - moved).min(PART);
-        let work = match request {
-            Request::Read(_) if part == 0 => return answer(chain, Status::Ok, length),
-            Request::Read(start) => Work::Read { position: start + moved as u64, length: part },
-            Request::Write(start) if part > 0 => {
-                let mut bytes = vec![0; part];
-                if gather(chain.readable(), HEADER_SIZE + moved, &mut bytes) < part {
-                    return answer(chain, Status::IoError, 0);
-                }
-                Work::Write { position: start + moved as u64, bytes }
+        match &pending.job {
+            Job::Transfer(access, at) => {
+                let (reads, at) = (*access == Access::Read, *at);
+                self.transfer(pending, reads, at, chain)
             }
-            Request::Write(_) | Request::Flush | Request::GetId => return answer(chain, Status::Ok, 0),
+            Job::Ranges(ranges) => match ranges.get(pending.done) {
+                Some((access, at)) => {
+                    let (position, length) = (at.start() * SECTOR_BYTES, at.bytes());
+                    let work = match access {
+                        Access::WriteZeroes { unmap } => Work::Zeroes { position, length, unmap: *unmap },
+                        _ => Work::Discard { position, length },
+                    };
+                    self.hand_over(pending, work);
+                    Step::HandedOver(0)
+                }
+                None => Step::Answered(answer(chain, Status::Ok, 0)),
+            },
+            Job::Flush => Step::Answered(answer(chain, Status::Ok, 0)),
+        }
+    }
+
+    fn transfer(&mut self, pending: Pending, reads: bool, at: SectorRange, chain: &Chain<'_>) -> Step {
+        let length = usize::try_from(at.bytes()).unwrap_or(usize::MAX);
+        let part = (length - pending.done).min(PART);
+        if part == 0 {
+            return Step::Answered(answer(chain, Status::Ok, if reads { length } else { 0 }));
+        }
+        let position = at.start() * SECTOR_BYTES + pending.done as u64;
+        let mut copied = 0;
+        let work = if reads {
+            Work::Read { position, length: part }
+        } else {
+            let mut bytes = vec![0; part];
+            copied = gather(chain.readable(), HEADER_SIZE + pending.done, &mut bytes);
+            if copied < part {
+                return Step::Answered(answer(chain, Status::IoError, 0));
+            }
+            Work::Write { position, bytes }
         };
-        let copied = if let Work::Write { bytes, .. } = &work { bytes.len() } else { 0 };
-        let tag = self.in_flight.insert(Pending { part, ..pending });
-        self.worker.submit(tag, work);
+        self.hand_over(Pending { part, ..pending }, work);
         Step::HandedOver(copied)
+    }
+
+    fn hand_over(&mut self, pending: Pending, work: Work) {
+        let tag = self.in_flight.insert(pending);
+        self.worker.submit(tag, work);
     }
 
     /// Goes on with what the worker has done; returns how many bytes were copied.
     fn finish<'m>(&mut self, ring: &mut Ring<'m>, chain: &mut Chain<'m>, done: Done) -> Result<usize, RingFault> {
         let Some(mut pending) = self.in_flight.remove(done.tag) else { return Ok(0) };
-        let mut copied = 0;
-        let step = match (ring.walk(pending.head, chain), done.result) {
+        let (head, mut copied) = (pending.head, 0);
+        let step = match (ring.walk(head, chain), done.result) {
             // The driver has broken it meanwhile.
             (Err(_), _) => Step::Answered(0),
-            (Ok(()), Err(error)) => {
-                self.log.warn(format_args!("disk: {:?}: {error}", pending.request));
-                answer(chain, Status::IoError, 0)
-            }
+            (Ok(()), Err(error)) => Step::Answered(answer(chain, self.failed(&pending.job, &error), 0)),
             (Ok(()), Ok(bytes)) => {
-                copied = scatter(&bytes, chain.writable(), pending.moved);
-                pending.moved += pending.part;
+                copied = scatter(&bytes, chain.writable(), pending.done);
+                pending.done += if matches!(pending.job, Job::Ranges(_)) { 1 } else { pending.part };
                 self.go_on(pending, chain)
             }
         };
-        Ok(copied + complete(ring, pending.head, step)?)
+        Ok(copied + complete(ring, head, step)?)
     }
-}
 
-/// Writes the status of a request with `data` bytes for the driver.
-fn answer(chain: &Chain<'_>, status: Status, data: usize) -> Step {
-    let Some(last) = chain.writable_len().checked_sub(1) else { return Step::Answered(0) };
-    scatter(&[status as u8], chain.writable(), last);
-    Step::Answered(u32::try_from(data.min(last) + 1).unwrap_or(u32::MAX))
+    fn failed(&mut self, job: &Job, error: &io::Error) -> Status {
+        if error.kind() == ErrorKind::Unsupported && matches!(job, Job::Ranges(_)) {
+            return Status::Unsupported;
+        }
+        self.log.warn(format_args!("disk: {job:?}: {error}"));
+        Status::IoError
+    }
 }
 
 /// Gives a request that is answered back; returns how many bytes the step has copied.

@@ -5,7 +5,8 @@ use std::sync::Condvar;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::vm::virtio::disk::worker::Backing;
+use crate::vm::virtio::disk::file::worker::Backing;
+use crate::vm::virtio::disk::offer::tests::OFFER;
 
 /// Sectors of the disk.
 const SECTORS: u64 = 1 << 15;
@@ -17,6 +18,8 @@ struct Told {
     held: Vec<u32>,
     /// What a flush comes to.
     flush_fails: bool,
+    /// What a discard comes to.
+    cannot_discard: bool,
     /// Requests that have begun: kind and position.
     begun: Vec<(u32, u64)>,
 }
@@ -62,6 +65,16 @@ impl Backing for SlowDisk {
         Ok(())
     }
 
+    fn discard(&self, position: u64, _: u64) -> io::Result<()> {
+        self.begin(DISCARD, position);
+        if self.told.lock().unwrap().cannot_discard { Err(io::ErrorKind::Unsupported.into()) } else { Ok(()) }
+    }
+
+    fn zeroes(&self, position: u64, _: u64, _: bool) -> io::Result<()> {
+        self.begin(ZEROES, position);
+        Ok(())
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.begin(FLUSH, 0);
         if self.told.lock().unwrap().flush_fails { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
@@ -72,8 +85,8 @@ impl Backing for SlowDisk {
 fn guest(held: &[u32], queues: u64) -> (Arc<SlowDisk>, Guest) {
     let told = Mutex::new(Told { held: held.to_vec(), ..Told::default() });
     let disk = Arc::new(SlowDisk { told, changed: Condvar::new() });
-    let limits = Limits { sectors: SECTORS, read_only: false };
-    let block = Block::on(limits, disk.clone(), 0).unwrap();
+    let offer = Offer { sectors: SECTORS, ..OFFER };
+    let block = FileDisk::on(offer, disk.clone(), 0).unwrap();
     (disk, Guest::with(block, tempfile::tempdir().unwrap(), queues, 256))
 }
 
@@ -136,7 +149,7 @@ fn a_flush_covers_what_was_done_before_it_and_those_that_wait_share_the_next() {
 }
 
 /// Stops the device as a driver's reset does; it must not wait.
-fn reset(device: &Mutex<Block>) -> Option<QueueState> {
+fn reset(device: &Mutex<FileDisk>) -> Option<QueueState> {
     let start = Instant::now();
     let mut device = device.lock().unwrap();
     let state = device.stop_queue(0);
@@ -277,4 +290,28 @@ fn the_end_does_not_wait_for_a_disk_that_does_not_answer() {
     drop(guest);
     assert!(start.elapsed() < Duration::from_secs(30));
     disk.hold(&[]);
+}
+
+#[test]
+fn several_ranges_are_one_request_that_is_answered_when_all_are_done() {
+    let (disk, mut guest) = guest(&[DISCARD], 1);
+    let ranges = [segment(8, 8, 0), segment(800, 8, 0)].concat();
+    let head = guest.queue.add(&[&header(DISCARD, 0), &ranges], &[1]);
+    guest.queue.kick();
+    guest.events.run();
+    disk.begun(1);
+    assert_eq!(guest.queue.used(), []);
+    disk.hold(&[]);
+    assert_eq!(guest.answered(1), [(head, 1)]);
+    assert_eq!((disk.begun(2), guest.queue.buffer(head + 2, 1)), (vec![(DISCARD, 4096), (DISCARD, 409_600)], vec![0]));
+}
+
+#[test]
+fn a_discard_that_the_file_system_does_not_take_is_unsupported_and_ends_its_request() {
+    let (disk, mut guest) = guest(&[], 1);
+    disk.told.lock().unwrap().cannot_discard = true;
+    let ranges = [segment(8, 8, 0), segment(800, 8, 0)].concat();
+    assert_eq!(guest.request(&[&header(DISCARD, 0), &ranges], &[1]).0, 2);
+    assert_eq!(disk.begun(1).len(), 1);
+    assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(8, 8, 1)], &[1]).0, 0);
 }

@@ -1,0 +1,234 @@
+//! The file or block device behind a disk: opened, measured, and locked so that no two VMs write to it. Data
+//! goes through the host's page cache; a flush makes it durable. Reads, writes and flushes block for as long as the host's
+//! file system wants: they are for the disk's threads ([`super::worker`]), not for the event loop.
+//!
+//! The guest gets the block sizes of the block device, so that it does not make the page cache read what it is to write; of a file it
+//! gets sectors of 512 bytes, and the file system's block as the physical one.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use umbra_shadow::block::SECTOR_BYTES;
+
+use super::worker::Backing;
+use super::{extent, format};
+use crate::config::Disk;
+use crate::vm::virtio::disk::offer::{ID_SIZE, Offer, SECTOR};
+
+nix::ioctl_read_bad!(
+    /// Bytes of a logical block, an `int`.
+    block_logical,
+    nix::request_code_none!(0x12, 104),
+    libc::c_int
+);
+nix::ioctl_read_bad!(
+    /// Bytes of a physical block, an `unsigned int`.
+    block_physical,
+    nix::request_code_none!(0x12, 123),
+    libc::c_uint
+);
+nix::ioctl_read_bad!(
+    /// Bytes of the best transfer, an `unsigned int`; 0: unknown.
+    block_optimal,
+    nix::request_code_none!(0x12, 121),
+    libc::c_uint
+);
+
+/// Largest logical block, in bytes: a page; Linux takes no larger one of a virtio disk.
+const LARGEST_LOGICAL: u32 = 4096;
+
+/// Errors of opening a disk; each says what to do.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Not there, or not permitted.
+    #[error("disk {}: open it for {access}", path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// `reading` or `reading and writing`.
+        access: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Neither file nor block device.
+    #[error("disk {}: it is neither a file nor a block device", .0.display())]
+    Kind(PathBuf),
+    /// Another VM has it.
+    #[error("disk {}: in use by another process; stop that one, or give each VM read_only = true", .0.display())]
+    InUse(PathBuf),
+    /// Another format.
+    #[error("disk {}: it is a {format} image; make a raw one: `qemu-img convert -O raw {} disk.img`", path.display(), path.display())]
+    Format {
+        /// The path.
+        path: PathBuf,
+        /// Name of the format.
+        format: &'static str,
+    },
+    /// Blocks that no guest can have.
+    #[error("disk {}: its blocks have {bytes} bytes; a guest can have blocks of 512 to 4096", path.display())]
+    Blocks {
+        /// The path.
+        path: PathBuf,
+        /// Bytes of a logical block.
+        bytes: u32,
+    },
+    /// Less than a block.
+    #[error("disk {}: it is empty; make it as large as the disk is to be: `truncate -s 10G {}`", .0.display(), .0.display())]
+    Empty(PathBuf),
+    /// Anything else.
+    #[error("disk {}: {operation}", path.display())]
+    Other {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Sizes of a disk's blocks, and its best transfer, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    logical: u32,
+    physical: u32,
+    optimal: u32,
+}
+
+/// An open disk.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    is_device: bool,
+    sectors: u64,
+    read_only: bool,
+    blocks: Blocks,
+}
+
+impl Image {
+    /// Opens and locks `disk`.
+    pub fn open(disk: &Disk) -> Result<Self, Error> {
+        let (path, read_only) = (disk.path.as_path(), disk.read_only);
+        let access = if read_only { "reading" } else { "reading and writing" };
+        let opened = OpenOptions::new().read(true).write(!read_only).open(path);
+        let mut file = opened.map_err(|source| Error::Open { path: path.into(), access, source })?;
+        let other = |operation| move |source| Error::Other { path: path.into(), operation, source };
+        let metadata = file.metadata().map_err(other("look at it"))?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Kind(path.into()));
+        }
+        lock(&file, read_only).map_err(|source| match source.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => Error::InUse(path.into()),
+            _ => other("lock it")(source),
+        })?;
+        let size = file.seek(SeekFrom::End(0)).map_err(other("find its size"))?;
+        if let Some(format) = format::find(&file, size).map_err(other("read its first and last sector"))? {
+            return Err(Error::Format { path: path.into(), format });
+        }
+        let is_device = kind.is_block_device();
+        let blocks = if is_device {
+            Blocks::of_device(&file).map_err(other("ask for the size of its blocks"))?
+        } else {
+            Blocks::of_file(metadata.blksize())
+        };
+        let block = u64::from(blocks.logical);
+        if !(blocks.logical.is_power_of_two() && (SECTOR_BYTES..=LARGEST_LOGICAL.into()).contains(&block)) {
+            return Err(Error::Blocks { path: path.into(), bytes: blocks.logical });
+        }
+        if size < block {
+            return Err(Error::Empty(path.into()));
+        }
+        let rest = size % block;
+        if rest > 0 {
+            tracing::warn!("disk {}: its last {rest} bytes are no whole block and left out", path.display());
+        }
+        Ok(Self { file, is_device, sectors: (size - rest) / SECTOR_BYTES, read_only, blocks })
+    }
+
+    /// What the guest is offered, without an identifier.
+    pub fn offer(&self) -> Offer {
+        let Blocks { logical, physical, optimal } = self.blocks;
+        Offer {
+            sectors: self.sectors,
+            read_only: self.read_only,
+            logical_block: logical,
+            physical_block: physical,
+            offset: 0,
+            optimal_io: optimal,
+            discards: true,
+            queues: 1,
+            id: [0; ID_SIZE],
+        }
+    }
+}
+
+impl Blocks {
+    fn of_device(device: &File) -> io::Result<Self> {
+        let (mut logical, mut physical, mut optimal) = (0, 0, 0);
+        let fd = device.as_raw_fd();
+        // SAFETY: the kernel writes one number each, which live through the calls.
+        unsafe {
+            block_logical(fd, &raw mut logical)?;
+            block_physical(fd, &raw mut physical)?;
+            block_optimal(fd, &raw mut optimal)?;
+        }
+        let logical = u32::try_from(logical).unwrap_or(0);
+        Ok(Self { logical, physical: sane_physical(physical, logical), optimal })
+    }
+
+    /// A file on a file system with blocks of `block` bytes.
+    fn of_file(block: u64) -> Self {
+        let logical = SECTOR;
+        // A network file system reports its best transfer here: that is no block.
+        let block = u32::try_from(block).unwrap_or(0);
+        let physical = if block <= LARGEST_LOGICAL { sane_physical(block, logical) } else { LARGEST_LOGICAL };
+        Self { logical, physical, optimal: 0 }
+    }
+}
+
+/// A physical block that fits to the logical one.
+fn sane_physical(physical: u32, logical: u32) -> u32 {
+    if physical.is_power_of_two() && physical >= logical { physical } else { logical }
+}
+
+impl Backing for Image {
+    fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, position)
+    }
+
+    fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, position)
+    }
+
+    fn discard(&self, position: u64, length: u64) -> io::Result<()> {
+        let discard = if self.is_device { extent::discard } else { extent::punch };
+        discard(&self.file, position, length)
+    }
+
+    fn zeroes(&self, position: u64, length: u64, unmap: bool) -> io::Result<()> {
+        extent::zeroes(&self.file, position, length, unmap)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
+    }
+}
+
+/// An advisory lock of the whole file that belongs to the open file, not to the process.
+fn lock(file: &File, shared: bool) -> io::Result<()> {
+    // SAFETY: a structure of integers, for which zero is a value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    // The kernel's own definitions are shorts; the values fit. Start, length and whence 0: all of it.
+    lock.l_type = i16::try_from(if shared { libc::F_RDLCK } else { libc::F_WRLCK }).unwrap_or_default();
+    // SAFETY: the structure lives through the call.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,183 @@
+//! A block device on a raw file or a block device of the host. Invariant: a request
+//! touches the disk only after its header was read once and checked against the disk's size; a failure is the
+//! guest's `VIRTIO_BLK_S_IOERR` and nobody else's. The event loop takes and answers requests ([`serve`]) and waits for none:
+//! threads of the disk carry them out ([`worker`]).
+//!
+//! A reset while requests are in flight takes effect at once, also when the host's file system does not answer: the threads have
+//! buffers of their own, never the guest's. What follows the reset waits behind the request that is under way.
+
+mod extent;
+mod format;
+pub mod image;
+mod serve;
+mod worker;
+
+use std::slice::from_mut;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use thiserror::Error;
+use umbra_splitter::log_limit::LogLimit;
+use umbra_splitter::queue::Virtqueue;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::image::Image;
+use self::serve::{End, InFlight, Server};
+use self::worker::{Backing, Worker};
+use super::offer::{self, Offer};
+use super::{DEVICE_ID, QUEUE_SIZE};
+use crate::config::Disk;
+use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
+use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
+use crate::vm::virtio::{queue, read_config};
+
+/// One: the disk's thread does one thing after the other anyway.
+const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+/// Tags of the device's own eventfds in the event loop.
+const TAG_AGAIN: u32 = FIRST_DEVICE_TAG;
+const TAG_DONE: u32 = FIRST_DEVICE_TAG + 1;
+
+/// Errors of making a disk.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// No eventfd.
+    #[error("create an eventfd for a disk")]
+    EventFd(#[source] std::io::Error),
+    /// No threads.
+    #[error("start the threads of a disk")]
+    Worker(#[source] std::io::Error),
+}
+
+/// The device.
+pub struct FileDisk {
+    offer: Offer,
+    queue: Option<Virtqueue>,
+    worker: Worker,
+    /// What was taken off the queue and is not answered. A queue that is stopped and goes on later gets the answers then.
+    in_flight: InFlight,
+    events: QueueEvents,
+    /// Signalled by the device itself when requests are left for the next turn.
+    again: EventFd,
+    broken: bool,
+    config_call: Option<EventFd>,
+    log: LogLimit,
+}
+
+impl FileDisk {
+    /// Disk number `index` of its VM; the guest reads `umbra-disk<index>` as its identifier.
+    pub fn new(disk: &Disk, index: usize) -> Result<Self, Error> {
+        let image = Image::open(disk)?;
+        let offer = Offer { id: offer::id(&format!("umbra-disk{index}")), ..image.offer() };
+        Self::on(offer, Arc::new(image), index)
+    }
+
+    fn on(offer: Offer, backing: Arc<dyn Backing>, index: usize) -> Result<Self, Error> {
+        let worker = Worker::start(&format!("disk{index}"), backing).map_err(Error::Worker)?;
+        let again = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
+        let events = QueueEvents::new(QUEUE_SIZES.len()).map_err(Error::EventFd)?;
+        let (in_flight, log) = (InFlight::default(), LogLimit::default());
+        Ok(Self { offer, queue: None, worker, in_flight, events, again, broken: false, config_call: None, log })
+    }
+
+    fn serve(&mut self) {
+        let Some(queue) = self.queue.as_mut().filter(|_| !self.broken) else { return };
+        let mut server =
+            Server { offer: &self.offer, worker: &self.worker, in_flight: &mut self.in_flight, log: &mut self.log };
+        match server.serve(queue).and_then(|end| queue.notify().map(|()| end)) {
+            Ok(End::Idle) => {}
+            Ok(End::Budget) => signal(&self.again),
+            Err(fault) => {
+                self.log.warn(format_args!("disk: the driver broke a rule of its queue: {fault}"));
+                self.broken = true;
+                self.config_call.iter().for_each(signal);
+            }
+        }
+    }
+
+    /// Of what is in flight nothing reaches the guest any more.
+    fn forget(&mut self) {
+        self.worker.forget();
+        self.in_flight.clear();
+    }
+}
+
+fn signal(event: &EventFd) {
+    // Fails only when 2^64 - 2 signals wait: then one waits anyway.
+    let _ = event.write(1);
+}
+
+impl MutEventSubscriber for FileDisk {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.events.init(ops);
+        events::add(ops, Events::with_data(&self.again, TAG_AGAIN, EventSet::IN));
+        events::add(ops, Events::with_data(self.worker.done_event(), TAG_DONE, EventSet::IN));
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        for wake in self.events.process(events, ops) {
+            // Empty already is fine.
+            match wake {
+                Wake::Device(TAG_AGAIN) => drop(self.again.read()),
+                Wake::Device(TAG_DONE) => drop(self.worker.done_event().read()),
+                _ => {}
+            }
+            self.serve();
+        }
+    }
+}
+
+impl VirtioDevice for FileDisk {
+    fn device_id(&self) -> u16 {
+        DEVICE_ID
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        self.offer.features()
+    }
+
+    fn set_features(&mut self, _: u64) {}
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        read_config(&self.offer.config(), offset, data);
+    }
+
+    fn set_config_interrupt(&mut self, call: EventFd) {
+        self.config_call = Some(call);
+    }
+
+    fn start_queue(
+        &mut self,
+        index: u16,
+        resources: QueueResources,
+        state: Option<QueueState>,
+    ) -> Result<(), device::Error> {
+        if state.is_none() {
+            self.forget();
+        }
+        queue::start_in((from_mut(&mut self.queue), &mut self.events), index, resources, state)
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        queue::stop_in((from_mut(&mut self.queue), &mut self.events), index)
+    }
+
+    fn reset(&mut self) {
+        self.forget();
+        self.broken = false;
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.broken
+    }
+}
+
+#[cfg(test)]
+mod tests;
