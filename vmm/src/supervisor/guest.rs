@@ -8,14 +8,14 @@ use umbra_shadow::DeviceId;
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::untrusted::Elsewhere;
 
-use super::class::{self, Devices, GuestDevice};
+use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
 use crate::lifecycle::Endpoint;
 use crate::record::status;
 use crate::wire::channel;
-use crate::wire::messages::{DeviceStatus, DiskBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// Messages kept for a guest's process that does not read, because it is stopped or hangs. An outage costs a handful for
@@ -33,6 +33,8 @@ pub(super) struct GuestVm {
     pub(super) devices: Devices,
     /// What is to become of it when its process ends.
     pub(super) at_end: AtEnd,
+    /// It is to be killed when its devices are at rest, or at this time.
+    pub(super) killing: Option<Time>,
     /// Its vCPUs have run, in this life or one before.
     pub(super) has_run: bool,
     /// How the VM ended, once its process has said so.
@@ -97,6 +99,7 @@ impl GuestVm {
             started: Time::now(),
             devices,
             at_end: AtEnd::default(),
+            killing: None,
             has_run: false,
             end: None,
             error: None,
@@ -110,7 +113,7 @@ impl GuestVm {
     pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
-        self.at_end = AtEnd::default();
+        (self.at_end, self.killing) = (AtEnd::default(), None);
         self.end = None;
         self.error = None;
         self.state = GuestState::Starting;
@@ -161,6 +164,19 @@ impl GuestVm {
         matches!(self.state, GuestState::Off | GuestState::Failed(_))
     }
 
+    /// Its devices that lose something by a reset of the host's device, and are served.
+    pub(super) fn resting_devices(&self) -> impl Iterator<Item = DeviceId> {
+        let rests = |(id, device): &(&DeviceId, &GuestDevice)| class::traits(id.class).rests && device.is_live();
+        self.devices.iter().filter(rests).map(|(id, _)| *id)
+    }
+
+    /// Kills its process.
+    pub(super) fn kill(&mut self) {
+        if let Some(process) = &mut self.process {
+            process.kill();
+        }
+    }
+
     /// Sends `message` to the process, with `fd` if there is one; what it does not take now waits. A process that is gone is
     /// noticed elsewhere.
     pub(super) fn tell(&mut self, message: &ToVm, fd: Option<Elsewhere<OwnedFd>>) -> Result<(), channel::Error> {
@@ -206,7 +222,7 @@ impl GuestVm {
     }
 
     fn vm_spec(&self) -> VmSpec {
-        let (nets, sounds) = class::backends(&self.spec, &self.devices);
+        let Backends { nets, sounds, disks } = class::backends(&self.spec, &self.devices);
         let port = |port: &crate::config::Port| PortBackend {
             name: port.name.clone(),
             end: PortEnd::Listen(port.socket.clone()),
@@ -220,7 +236,7 @@ impl GuestVm {
             memory: self.spec.memory,
             console: self.spec.console.clone(),
             polls_console: false,
-            disks: self.spec.disk.iter().cloned().map(DiskBackend::File).collect(),
+            disks,
             nets,
             sounds,
             ports: self.spec.port.iter().map(port).collect(),
@@ -241,7 +257,7 @@ impl GuestVm {
     }
 
     pub(super) fn status(&self, driver_name: impl Fn(DriverId) -> String) -> status::GuestStatus {
-        let (nets, sounds) = class::status(&self.spec, &self.devices, driver_name);
+        let Statuses { nets, sounds, disks } = class::status(&self.spec, &self.devices, driver_name);
         status::GuestStatus {
             name: self.name.clone(),
             state: self.state.name(),
@@ -250,6 +266,7 @@ impl GuestVm {
             uptime_s: Time::now().since(self.started).as_secs_f64(),
             nets,
             sounds,
+            disks,
         }
     }
 }

@@ -14,6 +14,7 @@ mod ids;
 mod inbox;
 mod messages;
 mod prepare;
+mod rest;
 pub mod run;
 pub mod start;
 

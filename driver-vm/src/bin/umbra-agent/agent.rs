@@ -172,7 +172,9 @@ impl Agent {
                 }
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
-            (ToAgent::ConfigureBlock(_), Task::Idle) => anyhow::bail!("this agent has no disk service"),
+            (ToAgent::ConfigureBlock(_), Task::Idle) | (ToAgent::Rest, _) => {
+                anyhow::bail!("this agent has no disk service")
+            }
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. } | ToAgent::ConfigureBlock(_), _) => {
                 anyhow::bail!("the host sent a second plan")
             }
