@@ -133,6 +133,9 @@ pub enum ToAgent {
     },
     /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of disks: serve them.
     ConfigureBlock(BlockPlan),
+    /// Sent to the driver VM of disks before it is ended on purpose, when no guest is served any more: make stable what they have left,
+    /// then answer with [`FromAgent::AtRest`].
+    Rest,
     /// What one guest asked its network device to receive, whole each time.
     SetRxMode {
         /// Index of the end in [`NetPlan::ends`].
@@ -190,6 +193,9 @@ pub struct BlockEnd {
     /// The guest's part of it.
     #[serde(default)]
     pub part: DiskPart,
+    /// The guest only reads: the disk is opened, and reported, as one that cannot be written to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
 }
 
 /// A part of a disk.
@@ -369,6 +375,11 @@ pub enum FromAgent {
         disks: Vec<Disk>,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
+    },
+    /// The answer to [`ToAgent::Rest`].
+    AtRest {
+        /// Each disk has been flushed, or needs no flush.
+        stable: bool,
     },
     /// Filters are set and frames are forwarded; sent once, whatever the carrier.
     Forwarding {

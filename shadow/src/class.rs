@@ -48,7 +48,7 @@ impl DeviceId {
         Self { class: Class::Sound, index }
     }
 
-    /// Disk `index` among those that driver VMs serve.
+    /// Disk `index` among all disks of the guest, those on files of the host included: disk 0 is its `vda`.
     pub fn block(index: u16) -> Self {
         Self { class: Class::Block, index }
     }
@@ -60,7 +60,7 @@ pub struct NoDevice;
 
 impl fmt::Display for NoDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not the name of a device, as net0 or sound0")
+        f.write_str("not the name of a device, as net0, sound0 or block0")
     }
 }
 

@@ -155,7 +155,10 @@ fn doctor_says_what_is_missing_and_its_status_says_whether_anything_is() {
     assert!(answer["cards"].is_array());
     let text = umbra(dir.path(), &["doctor"]);
     let text = String::from_utf8(text.stdout).unwrap();
-    assert!(text.starts_with("This host\n") && text.contains("\nNetwork and sound cards\n"), "{text}");
+    assert!(
+        text.starts_with("This host\n") && text.contains("\nNetwork cards, sound cards and storage controllers\n"),
+        "{text}"
+    );
     let message = error(dir.path(), &["doctor", "ffff:1f:1f.7"]);
     assert_eq!(message, "umbra: no PCI device ffff:1f:1f.7 in this host; `lspci -D` lists them");
     assert_eq!(umbra(dir.path(), &["doctor", "eth0"]).status.code(), Some(2));

@@ -24,24 +24,26 @@ const DIAGRAMS: [(&str, &str); 6] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 6] = [
+const FIELDS: [(&str, &[&str], &str); 7] = [
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
     ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("shadow/src/block/mod.rs", &["Counts"], "docs/events.md"),
     ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
         "vmm/src/record/status.rs",
-        &["Status", "GuestStatus", "NetStatus", "SoundStatus", "DriverStatus", "StandbyStatus"],
+        &["Status", "GuestStatus", "NetStatus", "SoundStatus", "BlockStatus", "DriverStatus", "StandbyStatus"],
         "docs/observe.md",
     ),
 ];
 
 /// A file, an enum in it that is written in kebab case, and the document that names each variant.
-const WORDS: [(&str, &str, &str); 5] = [
+const WORDS: [(&str, &str, &str); 6] = [
     ("vmm/src/record/timeline.rs", "Milestone", "docs/events.md"),
     ("vmm/src/record/timeline.rs", "LifeStage", "docs/events.md"),
     ("vmm/src/record/crash_report.rs", "Verdict", "docs/events.md"),
+    ("shadow/src/block/mod.rs", "ModeName", "docs/observe.md"),
     ("vmm/src/lifecycle/state.rs", "NoticedBy", "docs/recovery.md"),
     ("vmm/src/lifecycle/standby.rs", "StandbyStage", "docs/standby.md"),
 ];

@@ -67,7 +67,7 @@ pub mod range;
 mod tests;
 
 pub use bounds::Limits;
-pub use disk::Disk;
+pub use disk::{Disk, MAX_SERIAL};
 pub use errors::{ErrorClass, Failure, Violation};
 pub use exchange::{
     Access, Answer, CachePolicy, Command, Data, Done, Fingerprint, GuestSpan, Order, Out, Payload, Slice, Status, Tag,

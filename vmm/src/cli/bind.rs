@@ -6,6 +6,7 @@ use crate::base::pci_address::Bdf;
 use crate::host::HostDevice;
 use crate::host::bind::bind_together;
 use crate::host::doctor::list::interface_up;
+use crate::host::doctor::{Root, storage};
 
 /// Arguments of `umbra bind`.
 #[derive(Debug, clap::Args)]
@@ -13,7 +14,7 @@ pub struct BindArgs {
     /// The PCI functions, as 0000:03:00.0 (`lspci -D` lists them): all are bound, or none is.
     #[arg(value_name = "DEVICE", required = true)]
     devices: Vec<Bdf>,
-    /// Take them even if the host uses their network interfaces.
+    /// Take them even if the host uses their network interfaces. Never taken is a controller whose disks it uses.
     #[arg(long)]
     force: bool,
 }
@@ -33,6 +34,14 @@ pub struct UnbindArgs {
 pub fn bind(args: &BindArgs) -> anyhow::Result<()> {
     let devices = args.devices.iter().map(|device| HostDevice::find(*device)).collect::<Result<Vec<_>, _>>()?;
     for device in &devices {
+        let disks = storage::in_use(&Root::default(), device);
+        if !disks.is_empty() {
+            bail!(
+                "{}: the host uses disks of it, which it would lose: {}; unmount them first",
+                device.bdf(),
+                disks.join(", ")
+            );
+        }
         if let Some(interface) = interface_up(device)
             && !args.force
         {

@@ -13,7 +13,8 @@ use crate::record::status::{Column, or_dash, table};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 when nothing is missing, 1 when something is. Nothing is changed.")]
 pub struct Args {
-    /// A PCI function to look at closely, as 0000:03:00.0; without one, network and sound cards are listed.
+    /// A PCI function to look at closely, as 0000:03:00.0; without one, network cards, sound cards and storage controllers
+    /// are listed.
     device: Option<Bdf>,
     /// Print the findings as JSON.
     #[arg(long)]
@@ -63,7 +64,7 @@ impl Answer {
             text.push_str(&format!("\n{bdf}\n{}", Text(findings)));
         }
         if let Some(cards) = &self.cards {
-            text.push_str("\nNetwork and sound cards\n");
+            text.push_str("\nNetwork cards, sound cards and storage controllers\n");
             text.push_str(&list_of(cards));
         }
         text

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 
 use crate::config::metrics_address::Address;
-use crate::config::{Console, Disk, Driver, Guest, Machine, MemorySize, Net};
+use crate::config::{Console, Driver, Guest, GuestDisk, Machine, MemorySize, Net};
 use crate::record::events::Verbosity;
 use crate::record::file;
 use crate::supervisor::front::notify::Notify;
@@ -160,8 +160,8 @@ impl GuestArgs {
         guest.memory = self.memory.unwrap_or(guest.memory);
         guest.cpus = self.cpus.unwrap_or(guest.cpus);
         guest.passthrough = self.passthrough;
-        guest.disk.extend(self.disk.into_iter().map(|path| Disk { path, read_only: false }));
-        guest.disk.extend(self.disk_read_only.into_iter().map(|path| Disk { path, read_only: true }));
+        guest.disk.extend(self.disk.into_iter().map(|path| GuestDisk::on_file(path, false)));
+        guest.disk.extend(self.disk_read_only.into_iter().map(|path| GuestDisk::on_file(path, true)));
         guest.net.extend(self.tap.into_iter().map(|tap| Net { tap: Some(tap), ..Net::default() }));
         let mut machine = Machine::default();
         for (n, (nic, image)) in self.nic.into_iter().zip(self.image.iter().cycle()).enumerate() {

@@ -6,10 +6,11 @@ use std::fmt;
 use std::path::Path;
 
 use umbra_driver_vm::protocol::{HEARTBEAT_MS, Mac};
+use umbra_shadow::Class;
 
 use crate::base::pci_address::Bdf;
 
-use super::{Console, Driver, Guest, Machine, MemorySize, Net, Sound, Standby};
+use super::{Console, DEFAULT_SPARE_AFTER_MS, Driver, Guest, Machine, MemorySize, Net, Sound, Standby};
 
 /// Most vCPUs of a VM: what the MADT and the local APIC ids (8 bits, 255 is broadcast) allow with room.
 pub const MAX_CPUS: u8 = 64;
@@ -72,27 +73,32 @@ impl std::error::Error for Problem {}
 
 /// Where the checks are at the moment.
 #[derive(Clone)]
-struct Place(Vec<PathStep>);
+pub(super) struct Place(Vec<PathStep>);
 
 impl Place {
-    fn of(table: &str, name: &str) -> Self {
+    pub(super) fn of(table: &str, name: &str) -> Self {
         Self(vec![PathStep::Key(table.into()), PathStep::Key(name.into())])
     }
 
-    fn key(&self, key: &str) -> Self {
+    pub(super) fn key(&self, key: &str) -> Self {
         let mut place = self.clone();
         place.0.push(PathStep::Key(key.into()));
         place
     }
 
-    fn index(&self, key: &str, index: usize) -> Self {
+    pub(super) fn index(&self, key: &str, index: usize) -> Self {
         let mut place = self.key(key);
         place.0.push(PathStep::Index(index));
         place
     }
 
-    fn problem<T>(&self, what: impl Into<String>) -> Result<T, Problem> {
+    pub(super) fn problem<T>(&self, what: impl Into<String>) -> Result<T, Problem> {
         Err(Problem { at: self.0.clone(), what: what.into(), other: Vec::new() })
+    }
+
+    /// A problem that is about the place `other` as well.
+    pub(super) fn problem_with<T>(&self, other: &Self, what: impl Into<String>) -> Result<T, Problem> {
+        Err(Problem { at: self.0.clone(), what: what.into(), other: other.0.clone() })
     }
 }
 
@@ -110,8 +116,7 @@ struct Uses(BTreeMap<String, Place>);
 impl Uses {
     fn claim(&mut self, thing: String, place: &Place) -> Result<(), Problem> {
         if let Some(first) = self.0.get(&thing) {
-            let what = format!("{thing} is used by {first} already");
-            return Err(Problem { at: place.0.clone(), what, other: first.0.clone() });
+            return place.problem_with(first, format!("{thing} is used by {first} already"));
         }
         self.0.insert(thing, place.clone());
         Ok(())
@@ -170,22 +175,6 @@ impl Machine {
         Ok(())
     }
 
-    /// A disk that one guest writes is nobody else's.
-    fn check_disks(&self, place: &Place, guest: &Guest) -> Result<(), Problem> {
-        for (n, disk) in guest.disk.iter().enumerate() {
-            let place = place.index("disk", n).key("path");
-            check_path(&place, &disk.path)?;
-            let same = self.guest.values().flat_map(|g| &g.disk).filter(|other| other.path == disk.path);
-            if !disk.read_only && same.count() > 1 {
-                return place.problem(format!(
-                    "{:?} is a disk twice; only disks that are `read_only = true` everywhere can be shared",
-                    disk.path
-                ));
-            }
-        }
-        Ok(())
-    }
-
     fn check_net(&self, place: &Place, net: &Net, uses: &mut Uses) -> Result<(), Problem> {
         match (&net.tap, &net.driver) {
             (None, None) => return place.problem("needs `tap = \"...\"` (a host interface) or `driver = \"...\"`"),
@@ -213,7 +202,7 @@ impl Machine {
         Ok(())
     }
 
-    fn check_driver_name(&self, place: &Place, driver: &str) -> Result<(), Problem> {
+    pub(super) fn check_driver_name(&self, place: &Place, driver: &str) -> Result<(), Problem> {
         if self.driver.contains_key(driver) {
             return Ok(());
         }
@@ -228,13 +217,20 @@ impl Machine {
         check_device(&place.key("device"), &driver.device, uses)?;
         if let Some(spare) = &driver.spare {
             check_device(&place.key("spare"), spare, uses)?;
-            if self.sounds_of(name).next().is_some() {
-                return place.key("spare").problem("a sound card has no spare: only a NIC can have one");
+            if let Some(user) = self.users_of(name).find(|user| user.class != Class::Net) {
+                let what = format!("{} has no spare: only a NIC can have one", user.device());
+                return place.key("spare").problem(what);
             }
+        }
+        if let Some(user) = self.users_of(name).find(|user| user.class != Class::Net)
+            && driver.spare_after_ms != DEFAULT_SPARE_AFTER_MS
+        {
+            let what = format!("{} has no spare, nor a carrier that it could lose", user.device());
+            return place.key("spare_after_ms").problem(what);
         }
         check_path(&place.key("image"), &driver.image)?;
         check_cpus(place, driver.cpus)?;
-        check_memory(place, driver.memory)?;
+        check_memory(place, driver.memory_or_default())?;
         self.check_ends(place, name)?;
         check_standby(place, driver)?;
         let restart = &driver.restart;
@@ -255,7 +251,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Somebody uses the driver, and all who do agree on the NIC's MTU.
+    /// Somebody uses the driver, all who do use devices of one class, and they agree on what they share.
     fn check_ends(&self, place: &Place, driver: &str) -> Result<(), Problem> {
         let mut mtu = None;
         for (name, n, net) in self.ends_of(driver) {
@@ -265,15 +261,29 @@ impl Machine {
                 ));
             }
         }
-        match (mtu, self.sounds_of(driver).next()) {
-            (Some(_), None) | (None, Some(_)) => Ok(()),
-            (Some(_), Some((name, n, _))) => Place::of("guest", name)
-                .index("sound", n)
-                .problem(format!("[driver.{driver}] serves network devices; a driver VM holds one device")),
-            (None, None) => place.problem(format!(
-                "no guest uses it: give one a [[guest.NAME.net]] or [[guest.NAME.sound]] with driver = \"{driver}\""
-            )),
+        let Some(first) = self.users_of(driver).next() else {
+            return place.problem(format!(
+                "no guest uses it: give one a [[guest.NAME.net]], [[guest.NAME.disk]] or [[guest.NAME.sound]] with driver = \"{driver}\""
+            ));
+        };
+        if let Some(other) = self.users_of(driver).find(|user| user.class != first.class) {
+            let what = format!(
+                "[driver.{driver}] serves {} already, and a driver VM holds one device: give {} a [driver.NAME] of its own",
+                first.place(),
+                other.device()
+            );
+            return other.place().problem_with(&first.place(), what);
         }
+        self.check_parts(driver)
+    }
+
+    /// The guests' devices that `driver` serves, class by class.
+    fn users_of<'a>(&'a self, driver: &'a str) -> impl Iterator<Item = User<'a>> {
+        let user = |class| move |(guest, index)| User { guest, class, index };
+        let nets = self.ends_of(driver).map(|(guest, n, _)| (guest, n)).map(user(Class::Net));
+        let sounds = self.sounds_of(driver).map(|(guest, n, _)| (guest, n)).map(user(Class::Sound));
+        let disks = self.disks_of(driver).map(|(guest, n, _)| (guest, n)).map(user(Class::Block));
+        nets.chain(sounds).chain(disks)
     }
 
     /// The guests' sound devices that `driver` serves, as [`Self::ends_of`].
@@ -299,6 +309,34 @@ impl Machine {
         let Some(driver) = device.and_then(|device| device.driver.as_deref()) else { return Vec::new() };
         let others = self.ends_of(driver).filter(|(name, n, _)| (*name, *n) != (guest, net));
         others.map(|(name, n, net)| net.mac_or_default(name, n)).collect()
+    }
+}
+
+/// A guest's device that a driver VM serves.
+#[derive(Clone, Copy)]
+struct User<'a> {
+    guest: &'a str,
+    class: Class,
+    index: usize,
+}
+
+impl User<'_> {
+    fn place(&self) -> Place {
+        let key = match self.class {
+            Class::Net => "net",
+            Class::Sound => "sound",
+            Class::Block => "disk",
+        };
+        Place::of("guest", self.guest).index(key, self.index)
+    }
+
+    /// What a driver VM holds for it.
+    fn device(&self) -> &'static str {
+        match self.class {
+            Class::Net => "a NIC",
+            Class::Sound => "a sound card",
+            Class::Block => "a storage controller",
+        }
     }
 }
 
@@ -362,7 +400,7 @@ fn check_memory(place: &Place, memory: MemorySize) -> Result<(), Problem> {
     Ok(())
 }
 
-fn check_path(place: &Place, path: &Path) -> Result<(), Problem> {
+pub(super) fn check_path(place: &Place, path: &Path) -> Result<(), Problem> {
     if path.as_os_str().is_empty() {
         return place.problem("the path is empty");
     }

@@ -1,6 +1,7 @@
-//! Sizes of memory, as people write them.
+//! Sizes of memory, as people write them; and what they share with other sizes.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 
 use serde::de::{Error, Unexpected, Visitor};
@@ -49,32 +50,49 @@ impl FromStr for MemorySize {
     type Err = MemorySizeError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let syntax = || MemorySizeError::Syntax(text.into());
-        let shift = match text.bytes().last().ok_or_else(syntax)?.to_ascii_uppercase() {
-            b'K' => 10,
-            b'M' => 20,
-            b'G' => 30,
-            b'T' => 40,
-            _ => 0,
-        };
-        let digits = if shift == 0 { text } else { text.get(..text.len() - 1).ok_or_else(syntax)? };
-        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(syntax());
-        }
-        let too_large = || MemorySizeError::TooLarge(text.into());
-        let number: u64 = digits.parse().map_err(|_| too_large())?;
-        Self::from_bytes(number.checked_mul(1 << shift).ok_or_else(too_large)?)
+        Self::from_bytes(parse_bytes(text, MemorySizeError::Syntax, MemorySizeError::TooLarge)?)
     }
+}
+
+/// The bytes that `text` stands for: a number, or one with K, M, G or T behind it.
+///
+/// # Errors
+/// `syntax` of a text that is none, `too_large` of one that does not fit into 64 bits.
+pub(super) fn parse_bytes<E>(
+    text: &str,
+    syntax: impl Fn(String) -> E,
+    too_large: impl Fn(String) -> E,
+) -> Result<u64, E> {
+    let syntax = || syntax(text.into());
+    let shift = match text.bytes().last().ok_or_else(syntax)?.to_ascii_uppercase() {
+        b'K' => 10,
+        b'M' => 20,
+        b'G' => 30,
+        b'T' => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 { text } else { text.get(..text.len() - 1).ok_or_else(syntax)? };
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(syntax());
+    }
+    let too_large = || too_large(text.into());
+    let number: u64 = digits.parse().map_err(|_| too_large())?;
+    number.checked_mul(1 << shift).ok_or_else(too_large)
+}
+
+/// Shows `bytes` in the largest unit of which they are a multiple.
+pub(super) fn show_bytes(bytes: u64, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
+        if bytes != 0 && bytes.is_multiple_of(1 << shift) {
+            return write!(f, "{}{unit}", bytes >> shift);
+        }
+    }
+    write!(f, "{bytes}")
 }
 
 impl fmt::Display for MemorySize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
-            if self.0 != 0 && self.0.is_multiple_of(1 << shift) {
-                return write!(f, "{}{unit}", self.0 >> shift);
-            }
-        }
-        self.0.fmt(f)
+        show_bytes(self.0, f)
     }
 }
 
@@ -86,31 +104,55 @@ impl Serialize for MemorySize {
 
 impl<'de> Deserialize<'de> for MemorySize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct SizeVisitor;
+        deserialize_size(deserializer)
+    }
+}
 
-        impl Visitor<'_> for SizeVisitor {
-            type Value = MemorySize;
+/// A size that files have as a text with a unit, or as a number of bytes.
+pub(super) trait Size: FromStr<Err: fmt::Display> {
+    /// What is expected, with an example.
+    const EXAMPLE: &'static str;
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a memory size, as \"512M\" or a number of bytes")
-            }
+    /// The size of `bytes`.
+    ///
+    /// # Errors
+    /// They are not a whole number of its units.
+    fn of_bytes(bytes: u64) -> Result<Self, Self::Err>;
+}
 
-            fn visit_i64<E: Error>(self, bytes: i64) -> Result<MemorySize, E> {
-                let bytes = u64::try_from(bytes).map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))?;
-                self.visit_u64(bytes)
-            }
+impl Size for MemorySize {
+    const EXAMPLE: &'static str = "a memory size, as \"512M\" or a number of bytes";
 
-            fn visit_u64<E: Error>(self, bytes: u64) -> Result<MemorySize, E> {
-                MemorySize::from_bytes(bytes).map_err(E::custom)
-            }
+    fn of_bytes(bytes: u64) -> Result<Self, MemorySizeError> {
+        Self::from_bytes(bytes)
+    }
+}
 
-            fn visit_str<E: Error>(self, text: &str) -> Result<MemorySize, E> {
-                text.parse().map_err(E::custom)
-            }
+pub(super) fn deserialize_size<'de, T: Size, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+    struct SizeVisitor<T>(PhantomData<T>);
+
+    impl<T: Size> Visitor<'_> for SizeVisitor<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(T::EXAMPLE)
         }
 
-        deserializer.deserialize_any(SizeVisitor)
+        fn visit_i64<E: Error>(self, bytes: i64) -> Result<T, E> {
+            let bytes = u64::try_from(bytes).map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))?;
+            self.visit_u64(bytes)
+        }
+
+        fn visit_u64<E: Error>(self, bytes: u64) -> Result<T, E> {
+            T::of_bytes(bytes).map_err(E::custom)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+            text.parse().map_err(E::custom)
+        }
     }
+
+    deserializer.deserialize_any(SizeVisitor(PhantomData))
 }
 
 #[cfg(test)]

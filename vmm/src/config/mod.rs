@@ -5,11 +5,13 @@
 //! (`supervisor::preflight`). `docs/configuration.md` describes each key.
 
 mod check;
+mod guest_disk;
 mod memory;
 pub mod metrics_address;
 mod parse;
 
 pub use check::{MAX_CPUS, PathStep, Problem};
+pub use guest_disk::{Disk, DiskSize, DiskSizeError, GuestDisk};
 pub use memory::{MemorySize, MemorySizeError};
 pub use parse::SpecError;
 
@@ -60,7 +62,7 @@ pub struct Guest {
     pub console: Console,
     /// Disks, in order `vda`, `vdb`, ...: `[[guest.NAME.disk]]`.
     #[serde(default)]
-    pub disk: Vec<Disk>,
+    pub disk: Vec<GuestDisk>,
     /// Network devices, in order: `[[guest.NAME.net]]`.
     #[serde(default)]
     pub net: Vec<Net>,
@@ -147,17 +149,6 @@ impl Guest {
     }
 }
 
-/// `[[guest.NAME.disk]]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Disk {
-    /// A raw image file or a block device.
-    pub path: PathBuf,
-    /// The guest cannot write to it.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
 /// `[[guest.NAME.net]]`: exactly one of `tap` and `driver`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -237,9 +228,8 @@ pub struct Driver {
     pub spare_after_ms: u32,
     /// The driver VM image that `umbra image` made.
     pub image: PathBuf,
-    /// Memory of the driver VM.
-    #[serde(default = "default_driver_memory")]
-    pub memory: MemorySize,
+    /// Memory of the driver VM; what its class needs when not given, which [`Machine::parse`] fills in.
+    pub memory: Option<MemorySize>,
     /// Number of vCPUs of the driver VM.
     #[serde(default = "default_cpus")]
     pub cpus: u8,
@@ -272,6 +262,11 @@ pub enum Standby {
 }
 
 impl Driver {
+    /// Its memory.
+    pub fn memory_or_default(&self) -> MemorySize {
+        self.memory.unwrap_or(DEFAULT_DRIVER_MEMORY)
+    }
+
     /// A driver VM for `device` from `image` and everything else as the file format's defaults have it.
     pub fn new(device: String, image: PathBuf) -> Self {
         Self {
@@ -279,7 +274,7 @@ impl Driver {
             spare: None,
             spare_after_ms: DEFAULT_SPARE_AFTER_MS,
             image,
-            memory: default_driver_memory(),
+            memory: Some(DEFAULT_DRIVER_MEMORY),
             cpus: default_cpus(),
             cmdline: String::new(),
             standby: Standby::default(),
@@ -345,6 +340,12 @@ pub enum Console {
 /// adapter, in most cases; short enough for the guests' connections.
 pub const DEFAULT_SPARE_AFTER_MS: u32 = 2_000;
 
+/// Memory of a driver VM whose table names none.
+pub const DEFAULT_DRIVER_MEMORY: MemorySize = MemorySize(128 << 20);
+
+/// The same of a driver VM of disks, which has a pool of 16 MiB for their data and its own copies of nothing else.
+pub const DEFAULT_DISK_DRIVER_MEMORY: MemorySize = MemorySize(192 << 20);
+
 fn default_spare_after_ms() -> u32 {
     DEFAULT_SPARE_AFTER_MS
 }
@@ -359,8 +360,4 @@ fn default_snapshots() -> bool {
 
 fn default_cmdline() -> String {
     "console=ttyS0".into()
-}
-
-fn default_driver_memory() -> MemorySize {
-    MemorySize(128 << 20)
 }

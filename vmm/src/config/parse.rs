@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use super::metrics_address::Address;
 
 use super::check::closest;
-use super::{Console, Machine, PathStep};
+use super::{Console, DEFAULT_DISK_DRIVER_MEMORY, DEFAULT_DRIVER_MEMORY, Machine, PathStep};
 
 /// Largest machine file in bytes: a bound on what is read, far above any real one.
 const MAX_FILE: u64 = 1 << 20;
@@ -83,8 +83,19 @@ impl Machine {
             let other = locate(text, &problem.other).map(|at| format!(" (line {})", line_of(text, at)));
             mistake(at, format!("{problem}{}", other.unwrap_or_default()))
         })?;
+        machine.fill_in();
         machine.resolve_paths(path.parent().unwrap_or(Path::new("")));
         Ok(machine)
+    }
+
+    /// Fills in what depends on other tables.
+    fn fill_in(&mut self) {
+        let with_disks: Vec<_> =
+            self.driver.keys().filter(|name| self.disks_of(name).next().is_some()).cloned().collect();
+        for (name, driver) in &mut self.driver {
+            let default = if with_disks.contains(name) { DEFAULT_DISK_DRIVER_MEMORY } else { DEFAULT_DRIVER_MEMORY };
+            driver.memory.get_or_insert(default);
+        }
     }
 
     /// Makes relative paths relative to `base`.
@@ -96,7 +107,7 @@ impl Machine {
         for guest in self.guest.values_mut() {
             resolve(&mut guest.kernel);
             guest.initrd.iter_mut().for_each(resolve);
-            guest.disk.iter_mut().for_each(|disk| resolve(&mut disk.path));
+            guest.disk.iter_mut().filter_map(|disk| disk.path.as_mut()).for_each(resolve);
             guest.port.iter_mut().for_each(|port| resolve(&mut port.socket));
             if let Console::File(path) = &mut guest.console {
                 resolve(path);

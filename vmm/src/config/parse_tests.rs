@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::sound::Policy;
 
 use super::*;
-use crate::config::{Disk, Driver, Guest, MemorySize, Net, Port, Restart, Standby};
+use crate::config::{Driver, Guest, GuestDisk, MemorySize, Net, Port, Restart, Standby};
 
 const GOOD: &str = r#"# a guest with its network behind a driver VM
 [guest.web]
@@ -50,12 +50,12 @@ fn a_good_file_is_read_with_its_defaults_and_paths() {
     let machine = parse(GOOD).unwrap();
     let web = &machine.guest["web"];
     assert_eq!(web.kernel, PathBuf::from("dir/vmlinuz"));
-    assert_eq!(web.disk[0].path, PathBuf::from("/var/lib/debian.raw"));
+    assert_eq!(web.disk[0].path.as_deref(), Some(Path::new("/var/lib/debian.raw")));
     assert_eq!(web.memory, MemorySize(1 << 30));
     assert_eq!(web.cmdline, "console=ttyS0");
     let nic0 = &machine.driver["nic0"];
     assert_eq!(nic0.image, PathBuf::from("dir/images/e1000e"));
-    assert_eq!(nic0.memory, MemorySize(128 << 20));
+    assert_eq!(nic0.memory, Some(MemorySize(128 << 20)));
     assert_eq!(nic0.restart, Restart { limit: 20, ..Restart::default() });
     assert_eq!(machine.ends_of("nic0").map(|(g, n, _)| (g, n)).collect::<Vec<_>>(), [("web", 0)]);
 }
@@ -274,7 +274,7 @@ prop_compose! {
             cpus,
             memory: MemorySize(pages * 4096),
             cmdline,
-            disk: vec![Disk { path: "/disk".into(), read_only }],
+            disk: vec![GuestDisk::on_file("/disk".into(), read_only)],
             net: taps.into_iter().map(|tap| Net { tap: Some(tap), mtu, ..Net::default() }).collect(),
             port: vec![Port { name: port, socket: "/socket".into() }],
             console: Console::File("/log".into()),

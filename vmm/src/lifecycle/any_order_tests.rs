@@ -27,6 +27,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (0_usize..3).prop_map(|place| Input::EndHere(end(place))),
         3 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
+        1 => Just(Input::AtRest),
         1 => Just(Input::StandbyUseless),
         1 => Just(Input::Resume),
         2 => Just(Input::StandbyHello),
@@ -45,9 +46,11 @@ proptest! {
     fn any_order_of_inputs_keeps_the_invariants(
         inputs in prop::collection::vec((any_input(), 0_u64..4_000), 0..200),
         stop_at in 0_usize..250,
+        rests: bool,
         policy in prop::sample::select(vec![StandbyPolicy::Warm, StandbyPolicy::Nothing, StandbyPolicy::Snapshot]),
     ) {
-        let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy);
+        let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy).with_rest(rests);
+        let mut resting = false;
         let (mut standby, mut asked, mut taker, mut missing) = (None, false, None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
@@ -113,7 +116,17 @@ proptest! {
                     }
                     Action::Quarantine(_) => over = true,
                     Action::StartClean(_) => prop_assert!(resetting && !over, "no life to come at {input:?}"),
-                    Action::Live | Action::Failed(_) | Action::Report | Action::RestartOff(_) | Action::Warn(_) => {}
+                    Action::Quiesce => {
+                        prop_assert!(rests && served && !resting, "asked to rest at {input:?}");
+                        resting = true;
+                    }
+                    Action::GoOn => prop_assert!(std::mem::take(&mut resting), "goes on at {input:?}"),
+                    Action::Failed(failure) => {
+                        let planned = failure.source == NoticedBy::Planned;
+                        prop_assert!(!planned || std::mem::take(&mut resting) == rests, "replaced at {input:?}");
+                        resting = false;
+                    }
+                    Action::Live | Action::Report | Action::RestartOff(_) | Action::Warn(_) => {}
                     other => prop_assert!(false, "{other:?} without a spare"),
                 }
             }

@@ -74,6 +74,10 @@ const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(5);
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
 const RESET_PATIENCE: Duration = Duration::from_secs(75);
 
+/// Time for the guests' devices to come to rest before a requested restart: three times what a shadow takes at the most
+/// (`umbra_shadow::block::Limits`), so that it is the shadow that decides, and a guest's process that hangs holds nothing up.
+pub const REST_PATIENCE: Duration = Duration::from_secs(30);
+
 /// The state machine of one driver VM.
 #[derive(Clone, Debug)]
 pub struct Lifecycle {
@@ -96,6 +100,10 @@ pub struct Lifecycle {
     reserve: Standbys,
     /// When a requested restart is given up, if its standby is not ready by then; `None`: no restart was requested.
     restarting: Option<Time>,
+    /// The guests' devices come to rest before a deliberate reset.
+    rests: bool,
+    /// Until when they may take to come to rest for a requested restart, which goes on then in any case.
+    resting: Option<Time>,
     /// That restart asked for a fresh standby, which is given up together with the restart.
     fresh: bool,
     /// The device's reset did not return within [`RESET_PATIENCE`], and has not returned since.
@@ -124,6 +132,8 @@ impl Lifecycle {
             process_hangs: false,
             ahead: BTreeMap::new(),
             restarting: None,
+            rests: false,
+            resting: None,
             fresh: false,
             state: State::Idle,
             generation: None,
@@ -136,6 +146,12 @@ impl Lifecycle {
             carrier: CarrierWatch::new(),
             applying: false,
         }
+    }
+
+    /// With devices that come to rest before a deliberate reset.
+    #[must_use]
+    pub fn with_rest(self, rests: bool) -> Self {
+        Self { rests, ..self }
     }
 
     /// The state.
@@ -191,7 +207,8 @@ impl Lifecycle {
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
         let silence = self.silence().map(|(_, over)| over);
-        let deadlines = [state, suspicion, silence, self.reserve.deadline(), self.restarting, self.leave_due()];
+        let reserve = self.reserve.deadline();
+        let deadlines = [state, suspicion, silence, reserve, self.restarting, self.resting, self.leave_due()];
         deadlines.into_iter().flatten().min()
     }
 
@@ -239,6 +256,7 @@ impl Lifecycle {
             Input::Tick => self.on_tick(now),
             Input::Stop => self.on_stop(now),
             Input::Restart { fresh } => self.on_restart(now, fresh),
+            Input::AtRest => self.on_at_rest(now),
             Input::StandbyUseless => self.on_standby_useless(now),
             Input::Resume => self.on_resume(now),
             Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
@@ -266,7 +284,8 @@ impl Lifecycle {
             }
             Input::StandbyFailed(why) if self.reserve.died(now) => {
                 let off = self.restarting.take().map(|_| Action::RestartOff(why.clone()));
-                return std::iter::once(Action::DropStandby(Some(why))).chain(off).collect();
+                let go_on = self.call_rest_off();
+                return std::iter::once(Action::DropStandby(Some(why))).chain(go_on).chain(off).collect();
             }
             _ => {}
         }
@@ -426,7 +445,7 @@ impl Lifecycle {
         if !self.has_life() {
             return Vec::new();
         }
-        self.restarting = None;
+        (self.restarting, self.resting) = (None, None);
         // The time of the first sign is when the failure was noticed, whatever its reason turned out to be.
         if let Some((_, sign)) = self.suspicion.take() {
             failure.at = failure.at.min(sign.at);
@@ -508,14 +527,18 @@ impl Lifecycle {
             return vec![Action::Reset];
         }
         match self.history.failed(now, lived) {
-            RestartVerdict::Restart(delay) => {
+            RestartVerdict::Restart(delay) if source != NoticedBy::Identity => {
                 self.state = State::Resetting { until, next: Some(now + delay) };
                 let clean = self.suspects.tell().into_iter().map(Action::StartClean);
                 [Action::Reset, Action::Report].into_iter().chain(clean).collect()
             }
-            RestartVerdict::Quarantine => {
+            RestartVerdict::Restart(_) | RestartVerdict::Quarantine => {
                 self.state = State::Resetting { until, next: None };
-                let why = self.history.passed(now);
+                let why = if source == NoticedBy::Identity {
+                    "it brought another disk than its guests were given".into()
+                } else {
+                    self.history.passed(now)
+                };
                 let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
                 actions.extend(self.drop_standby(now));
                 actions
@@ -526,6 +549,9 @@ impl Lifecycle {
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
         actions.extend(self.reserve.alarm(now).map(Action::Warn));
+        if self.resting.is_some_and(|until| until <= now) {
+            actions.extend(self.on_at_rest(now));
+        }
         if self.restarting.is_some_and(|until| until <= now) {
             actions.extend(self.give_restart_up(now));
         }
@@ -569,7 +595,7 @@ impl Lifecycle {
     }
 
     fn on_stop(&mut self, now: Time) -> Vec<Action> {
-        (self.suspicion, self.restarting) = (None, None);
+        (self.suspicion, self.restarting, self.resting) = (None, None, None);
         let process = self.has_life() || matches!(self.state, State::Fencing { .. } | State::Stopping);
         self.state = if process { State::Stopping } else { State::Stopped };
         if process {
@@ -583,6 +609,8 @@ impl Lifecycle {
 
 #[cfg(test)]
 mod any_order_tests;
+#[cfg(test)]
+mod rest_tests;
 #[cfg(test)]
 mod saving_tests;
 #[cfg(test)]

@@ -57,6 +57,8 @@ pub enum NoticedBy {
     BootTimeout,
     /// The link was closed, or broke a rule.
     Link,
+    /// It brought another disk than the guests were given: it is quarantined at once.
+    Identity,
     /// No failure: `umbra restart`. Event logs of older versions say `replaced`.
     #[serde(alias = "replaced")]
     Planned,
@@ -131,6 +133,8 @@ pub enum Input {
     Tick,
     /// No further life; end this one.
     Stop,
+    /// The guests' devices are at rest, as [`Action::Quiesce`] asks, or cannot be.
+    AtRest,
     /// Replace the driver VM by its standby when that has booted; `fresh`: by a standby that is started from now on.
     Restart {
         /// The present standby is of no use.
@@ -201,6 +205,10 @@ pub enum Action {
     /// Kill the standby, which has failed for the given reason or (`None`) is of no use any more. The end of a spare is answered by
     /// [`Input::SpareFenced`].
     DropStandby(Option<String>),
+    /// Have the guests' devices come to rest, because the driver VM is about to be replaced on purpose; answered by [`Input::AtRest`].
+    Quiesce,
+    /// Let the guests' devices go on: the driver VM is not replaced.
+    GoOn,
     /// Report that a requested restart does not take place, for the given reason; nothing has changed.
     RestartOff(String),
     /// Tell the agent what network to serve.

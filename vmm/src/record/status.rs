@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use umbra_shadow::block::{CachePolicy, Counts, ModeName};
 
 use super::words;
 use crate::base::untrusted_text;
@@ -41,13 +42,16 @@ pub struct GuestStatus {
     /// Sound devices, in order.
     #[serde(default)]
     pub sounds: Vec<SoundStatus>,
+    /// Disks that driver VMs serve, in order.
+    #[serde(default)]
+    pub disks: Vec<BlockStatus>,
 }
 
 /// Where a guest's VM is, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuestStateName {
-    /// Its process starts, or waits for a sound card.
+    /// Its process starts, or waits for a sound card or a disk.
     Starting,
     /// Its vCPUs run.
     Running,
@@ -78,6 +82,10 @@ pub enum DeviceMode {
     Passive,
     /// [`ShadowMode::Quarantined`].
     Quarantined,
+    /// [`ModeName::Identifying`], of a disk.
+    Identifying,
+    /// [`ModeName::Quiescing`], of a disk.
+    Quiescing,
     /// The guest's process has not said yet; or a word of another version, which runs the machine.
     #[serde(other)]
     Unknown,
@@ -91,6 +99,19 @@ impl From<ShadowMode> for DeviceMode {
             ShadowMode::Replaying => Self::Replaying,
             ShadowMode::Passive => Self::Passive,
             ShadowMode::Quarantined => Self::Quarantined,
+        }
+    }
+}
+
+impl From<ModeName> for DeviceMode {
+    fn from(mode: ModeName) -> Self {
+        match mode {
+            ModeName::Masking => Self::Masking,
+            ModeName::Identifying => Self::Identifying,
+            ModeName::Replaying => Self::Replaying,
+            ModeName::Passive => Self::Passive,
+            ModeName::Quiescing => Self::Quiescing,
+            ModeName::Quarantined => Self::Quarantined,
         }
     }
 }
@@ -137,6 +158,33 @@ pub struct SoundStatus {
     pub kept_bytes: u64,
     /// Sums since the start.
     pub sums: SoundCounts,
+}
+
+/// A guest's disk that a driver VM serves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockStatus {
+    /// Index among all disks of the guest: 0 is its `vda`.
+    pub index: usize,
+    /// Name of the driver VM.
+    pub driver: Option<String>,
+    /// Serial number or WWID of the disk, once its driver VM has reported it.
+    pub serial: Option<String>,
+    /// Bytes of the guest's part of it, once its driver VM has reported it.
+    pub bytes: Option<u64>,
+    /// Whether it has a volatile write cache, as its driver VM reported it.
+    pub volatile_cache: Option<bool>,
+    /// How that is treated: the key `cache`.
+    pub cache: CachePolicy,
+    /// The shadow's mode; never [`DeviceMode::Tap`].
+    pub mode: DeviceMode,
+    /// Bytes of private copies: of writes in flight, and of what is not known to be stable.
+    pub kept_bytes: u64,
+    /// Bytes of these that are to be written again.
+    pub owed_bytes: u64,
+    /// Requests of the guest that are not answered.
+    pub pending: u64,
+    /// Sums since the start.
+    pub sums: Counts,
 }
 
 /// A guest's network device.
@@ -266,7 +314,8 @@ const GUEST_COLUMNS: [Column<GuestStatus>; 4] = [
     ("UPTIME", |guest| format!("{:.0} s", guest.uptime_s)),
     ("DEVICES", |guest| {
         let nets = guest.nets.iter().map(ToString::to_string);
-        nets.chain(guest.sounds.iter().map(ToString::to_string)).collect::<Vec<_>>().join(", ")
+        let sounds = guest.sounds.iter().map(ToString::to_string);
+        nets.chain(sounds).chain(guest.disks.iter().map(ToString::to_string)).collect::<Vec<_>>().join(", ")
     }),
 ];
 
@@ -309,6 +358,17 @@ impl fmt::Display for SoundStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let driver = self.driver.as_deref().unwrap_or("-");
         write!(f, "sound{}: {driver} {}", self.index, self.mode)
+    }
+}
+
+impl fmt::Display for BlockStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let driver = self.driver.as_deref().unwrap_or("-");
+        write!(f, "block{}: {driver} {}", self.index, self.mode)?;
+        match self.owed_bytes {
+            0 => Ok(()),
+            bytes => write!(f, " ({} KiB owed)", bytes.div_ceil(1024)),
+        }
     }
 }
 
@@ -362,6 +422,7 @@ mod tests {
             uptime_s: 61.4,
             nets: vec![net],
             sounds: Vec::new(),
+            disks: Vec::new(),
         };
         let driver = DriverStatus {
             name: "nic0".into(),

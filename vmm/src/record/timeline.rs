@@ -69,7 +69,9 @@ pub enum LifeStage {
     Nic,
     /// The sound card has a driver.
     Sound,
-    /// Frames or samples are forwarded.
+    /// The disks have a driver, and are there.
+    Disks,
+    /// Frames, samples or a disk's requests are forwarded.
     Forwarding,
     /// The NIC has its link.
     Carrier,
@@ -85,7 +87,7 @@ impl LifeStage {
             Self::Running => Milestone::Running,
             Self::Hello => Milestone::Hello,
             Self::Plugged => Milestone::Plugged,
-            Self::Nic | Self::Sound => Milestone::Nic,
+            Self::Nic | Self::Sound | Self::Disks => Milestone::Nic,
             Self::Forwarding => Milestone::Forwarding,
             Self::Carrier => Milestone::Carrier,
             Self::Unknown => Milestone::Unknown,

@@ -32,6 +32,8 @@ impl Supervisor {
             Action::Arm(up) => self.arm(n, up),
             Action::ResetSpare => self.reset_spare(n),
             Action::ReportFenced => self.report_retired(n),
+            Action::Quiesce => self.quiesce(n),
+            Action::GoOn => self.go_on(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
             Action::DropStandby(why) => self.drop_standby(n, why),
             Action::Configure => self.configure(n, LifeRole::Present),
@@ -308,8 +310,8 @@ impl Supervisor {
 
     fn start_clean(&mut self, n: DriverId, end: Endpoint) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
-        // One that waits for its card has nothing that could be lost.
-        if !self.guests[guest].knows_its_devices() {
+        // One that waits for its card has nothing that could be lost, and a disk's shadow finds by itself what kills.
+        if !self.guests[guest].knows_its_devices() || !traits(device.class).starts_over {
             return;
         }
         self.events.tell(&Event::CleanStart {
@@ -336,7 +338,8 @@ impl Supervisor {
         for EndRef { guest, device } in self.drivers[n].ends.rows() {
             self.tell_guest(guest, &ToVm::Quarantine { device });
             if !self.guests[guest].knows_its_devices() {
-                let why = format!("{} never got its sound card to work", self.drivers[n].name);
+                let noun = traits(device.class).noun;
+                let why = format!("{} never got its {noun} to work", self.drivers[n].name);
                 self.guest_failed(guest, why);
             }
         }

@@ -94,7 +94,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
             cut(interface, MAX_TEXT);
             cut(news, MAX_TEXT);
         }
-        FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what), .. }
+        FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what) | LinkEnd::OtherDisk(what), .. }
         | FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } => cut(what, MAX_TEXT),
         FromVm::Snapshot { news: SnapshotNews::Refused(why) | SnapshotNews::NotTaken(why) } => cut(why, MAX_TEXT),
         FromVm::RxMode { mode, .. } => limit_mode(mode),

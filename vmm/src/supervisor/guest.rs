@@ -8,7 +8,7 @@ use umbra_shadow::DeviceId;
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::untrusted::Elsewhere;
 
-use super::class::{self, Devices, GuestDevice};
+use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use super::power_button::PowerButton;
 use crate::base::time::Time;
@@ -17,7 +17,7 @@ use crate::lifecycle::Endpoint;
 use crate::lifecycle::policy::RestartHistory;
 use crate::record::status;
 use crate::wire::channel;
-use crate::wire::messages::{DeviceStatus, DiskBackend, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
+use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{SpawnError, Streams, VmProcess};
 
 /// Messages kept for a guest's process that does not read, because it is stopped or hangs. An outage costs a handful for
@@ -39,6 +39,8 @@ pub(super) struct GuestVm {
     pub(super) button: Option<PowerButton>,
     /// Its crashes after which it was started again.
     pub(super) crashes: RestartHistory,
+    /// It is to be killed when its devices are at rest, or at this time.
+    pub(super) killing: Option<Time>,
     /// Its vCPUs have run, in this life or one before.
     pub(super) has_run: bool,
     /// How the VM ended, once its process has said so.
@@ -106,6 +108,7 @@ impl GuestVm {
             started: Time::now(),
             devices,
             at_end: AtEnd::default(),
+            killing: None,
             has_run: false,
             end: None,
             error: None,
@@ -119,7 +122,7 @@ impl GuestVm {
     pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
-        self.at_end = AtEnd::default();
+        (self.at_end, self.killing) = (AtEnd::default(), None);
         self.button = None;
         self.end = None;
         self.error = None;
@@ -176,6 +179,19 @@ impl GuestVm {
         matches!(self.state, GuestState::Off | GuestState::Failed(_))
     }
 
+    /// Its devices that lose something by a reset of the host's device, and are served.
+    pub(super) fn resting_devices(&self) -> impl Iterator<Item = DeviceId> {
+        let rests = |(id, device): &(&DeviceId, &GuestDevice)| class::traits(id.class).rests && device.is_live();
+        self.devices.iter().filter(rests).map(|(id, _)| *id)
+    }
+
+    /// Kills its process.
+    pub(super) fn kill(&mut self) {
+        if let Some(process) = &mut self.process {
+            process.kill();
+        }
+    }
+
     /// Sends `message` to the process, with `fd` if there is one; what it does not take now waits. A process that is gone is
     /// noticed elsewhere.
     pub(super) fn tell(&mut self, message: &ToVm, fd: Option<Elsewhere<OwnedFd>>) -> Result<(), channel::Error> {
@@ -221,7 +237,7 @@ impl GuestVm {
     }
 
     fn vm_spec(&self) -> VmSpec {
-        let (nets, sounds) = class::backends(&self.spec, &self.devices);
+        let Backends { nets, sounds, disks } = class::backends(&self.spec, &self.devices);
         let port = |port: &crate::config::Port| PortBackend {
             name: port.name.clone(),
             end: PortEnd::Listen(port.socket.clone()),
@@ -235,7 +251,7 @@ impl GuestVm {
             memory: self.spec.memory,
             console: self.spec.console.clone(),
             polls_console: false,
-            disks: self.spec.disk.iter().cloned().map(DiskBackend::File).collect(),
+            disks,
             nets,
             sounds,
             ports: self.spec.port.iter().map(port).collect(),
@@ -256,7 +272,7 @@ impl GuestVm {
     }
 
     pub(super) fn status(&self, driver_name: impl Fn(DriverId) -> String) -> status::GuestStatus {
-        let (nets, sounds) = class::status(&self.spec, &self.devices, driver_name);
+        let Statuses { nets, sounds, disks } = class::status(&self.spec, &self.devices, driver_name);
         status::GuestStatus {
             name: self.name.clone(),
             state: self.state.name(),
@@ -265,6 +281,7 @@ impl GuestVm {
             uptime_s: Time::now().since(self.started).as_secs_f64(),
             nets,
             sounds,
+            disks,
         }
     }
 }

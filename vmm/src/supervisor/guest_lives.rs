@@ -91,6 +91,7 @@ impl Supervisor {
         let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
         guest.process = None;
         guest.forget();
+        self.rests_no_more(n);
         self.leave_ends(n);
         let guest = &mut self.guests[n];
         if guest.state == GuestState::Rebooting && !stopping {
@@ -195,16 +196,16 @@ impl Supervisor {
             return Err(format!("{} is not running: it is {}", guest.name, guest.state.name()));
         }
         guest.at_end = at_end;
-        let Some(process) = &mut guest.process else {
-            // It waits for its sound card.
+        if guest.process.is_none() {
+            // It waits for its sound card, or for a disk.
             if at_end == AtEnd::Stay {
                 guest.state = GuestState::Off;
             }
             return Ok(());
-        };
+        }
         match how {
             StopHow::PowerButton => self.press_power_button(n),
-            StopHow::Kill => process.kill(),
+            StopHow::Kill => self.kill_guest(n),
         }
         Ok(())
     }

@@ -95,8 +95,8 @@ impl Supervisor {
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }
             | FromVm::Disconnected { .. }
-            | FromVm::AtRest { .. }
             | FromVm::Snapshot { .. } => {}
+            FromVm::AtRest { device, stable } => self.on_at_rest((n, device), stable),
             FromVm::Lost { device, link, at, cause } => self.on_lost((n, device), link, Time(at), &cause),
             FromVm::Live { device, generation, at, outage } => {
                 self.on_device_live((n, device), generation, Time(at), outage);

@@ -276,7 +276,7 @@ impl Supervisor {
                 guest.state = GuestState::Off;
                 continue;
             }
-            // One with a sound device is started when its card is known.
+            // One with a sound device or a disk of a driver VM is started when that is known.
             if guest.knows_its_devices() {
                 guest.start(&self.program)?;
             }
@@ -338,6 +338,7 @@ impl Supervisor {
             .chain(metrics)
             .chain(self.silence_due())
             .chain(self.button_due())
+            .chain(self.rest_due())
             .min()
     }
 
@@ -444,12 +445,13 @@ impl Supervisor {
             }
         }
         self.press_buttons_again(now);
+        self.kill_overdue(now);
         self.answer_status(now);
         self.clients.tell_events(self.events.past());
         self.show(now);
         self.retry_reports(now);
         if self.is_done() {
-            self.stop_drivers();
+            self.stop_drivers(now);
         }
     }
 
@@ -483,7 +485,9 @@ impl Supervisor {
         });
         self.notify = notify;
         if let Some(metrics) = self.events.metrics().filter(|_| self.metrics_due <= now) {
+            // Each guest's last answer, and a question for the next time.
             metrics.show(self.status());
+            self.ask_guests();
             self.metrics_due = now + METRICS_PERIOD;
         }
     }
@@ -499,7 +503,8 @@ impl Supervisor {
 
     /// Ends the machine.
     pub(super) fn stop(&mut self, how: StopHow, who: &str) {
-        self.stopping = Some(how);
+        let (again, over) =
+            (self.stopping.replace(how) == Some(StopHow::Kill), self.guests.iter().all(GuestVm::is_over));
         self.notify.stopping();
         if self.until == Until::Prepared && !self.is_prepared() {
             let _ = self.failure.get_or_insert("stopped before all snapshots were there".into());
@@ -511,28 +516,36 @@ impl Supervisor {
         };
         self.events.tell(&Event::Stopping { how: what });
         for n in self.guests.ids() {
-            // One that waits for its sound card has not started, and does not any more.
+            // One that waits for its sound card or a disk has not started, and does not any more.
             if self.guests[n].process.is_none() && !self.guests[n].is_over() {
                 self.guests[n].state = GuestState::Off;
             }
             match how {
                 // A guest that has just reset is not started again: it is off when its process has ended.
                 StopHow::PowerButton => self.press_power_button(n),
-                StopHow::Kill => {
-                    if let Some(process) = &mut self.guests[n].process {
-                        process.kill();
-                    }
-                }
+                StopHow::Kill => self.kill_guest(n),
             }
         }
-        if how == StopHow::Kill {
-            self.stop_drivers();
+        match how {
+            StopHow::PowerButton => {}
+            // Asked for twice, or while nothing but the agents' flushes is waited for.
+            StopHow::Kill if again || over => self.stop_drivers_at_once(),
+            StopHow::Kill => self.stop_drivers(Time::now()),
         }
     }
 
-    fn stop_drivers(&mut self) {
+    /// Ends the driver VMs, but those that have to rest before.
+    fn stop_drivers(&mut self, now: Time) {
         for n in self.drivers.ids() {
-            if !matches!(self.drivers[n].lifecycle.state(), State::Stopped | State::Stopping) {
+            if !self.drivers[n].is_being_stopped() && !self.has_to_rest(n, now) {
+                self.drive(n, Input::Stop);
+            }
+        }
+    }
+
+    fn stop_drivers_at_once(&mut self) {
+        for n in self.drivers.ids() {
+            if !self.drivers[n].is_being_stopped() {
                 self.drive(n, Input::Stop);
             }
         }
@@ -550,7 +563,7 @@ impl Supervisor {
             }
         }
         self.stopping = Some(StopHow::Kill);
-        self.stop_drivers();
+        self.stop_drivers_at_once();
     }
 
     /// Waits for resets that are under way, for [`LAST_RESET`] at most: until a reset returns, the device's order of reset methods

@@ -461,13 +461,15 @@ pub enum LinkEnd {
     Stalled(String),
     /// The other end broke a rule, in words.
     Broken(String),
+    /// It is not the disk that the guest was given, or it has lost what was flushed to it: in what it differs, in words.
+    OtherDisk(String),
 }
 
 impl std::fmt::Display for LinkEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Closed => f.write_str("closed"),
-            Self::Stalled(what) | Self::Broken(what) => f.write_str(what),
+            Self::Stalled(what) | Self::Broken(what) | Self::OtherDisk(what) => f.write_str(what),
         }
     }
 }

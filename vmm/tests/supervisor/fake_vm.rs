@@ -23,6 +23,8 @@ use umbra_vmm::wire::messages::{
     DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd, VmSpec,
 };
 
+use crate::fake_disk;
+
 /// The guest's only device.
 const NET: DeviceId = DeviceId { class: umbra_shadow::Class::Net, index: 0 };
 
@@ -44,7 +46,10 @@ pub fn main(args: &[String]) -> ExitCode {
     }
     channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();
     if spec.passthrough.is_empty() && !spec.awaits_device {
-        guest(&spec, &channel)
+        match &fake_disk::disks_of(&spec)[..] {
+            [] => guest(&spec, &channel),
+            disks => fake_disk::guest(&spec, &channel, disks),
+        }
     } else {
         driver(&spec, channel)
     }
@@ -205,7 +210,8 @@ fn driver(spec: &VmSpec, channel: Channel) {
     println!("[    0.1] booting {} with {} descriptors", spec.name, open_descriptors());
     // SAFETY: the supervisor opened it for this process.
     let agent = unsafe { UnixStream::from_raw_fd(agent) };
-    if spec.nets.is_empty() {
+    let serves_disks = fake_disk::is_driver(&spec.ports);
+    if spec.nets.is_empty() && !serves_disks {
         // That of a sound card, which never comes.
         return thread::sleep(Duration::from_secs(100));
     }
@@ -248,9 +254,15 @@ fn driver(spec: &VmSpec, channel: Channel) {
         heartbeats();
     }
     let plan = lines.next().unwrap().unwrap();
-    let Ok(ToAgent::ConfigureNet(plan)) = serde_json::from_str(&plan) else { panic!("{plan}") };
-    let Some(end) = plan.ends.first() else { panic!("{plan:?}") };
-    assert_eq!(end.mode.promiscuous && !end.offloads.checksum, told("clean"), "{plan:?}");
+    let disks = match serde_json::from_str(&plan) {
+        Ok(ToAgent::ConfigureNet(plan)) if !serves_disks => {
+            let Some(end) = plan.ends.first() else { panic!("{plan:?}") };
+            assert_eq!(end.mode.promiscuous && !end.offloads.checksum, told("clean"), "{plan:?}");
+            None
+        }
+        Ok(ToAgent::ConfigureBlock(plan)) if serves_disks => Some(plan),
+        _ => panic!("{plan}"),
+    };
     if spec.awaits_device {
         // Guests come and go meanwhile, and ask for other settings.
         let mut orders = lines.by_ref().map(|line| serde_json::from_str::<ToAgent>(&line.unwrap()).unwrap());
@@ -260,18 +272,9 @@ fn driver(spec: &VmSpec, channel: Channel) {
         say(FromAgent::Failed { what: "no module named nic".into() });
         thread::sleep(Duration::from_secs(100));
     }
-    say(FromAgent::NicFound { uptime_ms: 2 });
-    if told("die-of-settings") {
-        thread::sleep(Duration::from_millis(100));
-        std::process::exit(9);
-    }
-    let mac = Mac([2, 0, 0, 0, 0, 1]);
-    say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
-    say(FromAgent::Forwarding { uptime_ms: 3 });
-    say(FromAgent::Carrier { up: image != "image-without-carrier" && !told("no-carrier"), uptime_ms: 4 });
-    if told("carrier-lost") {
-        thread::sleep(Duration::from_millis(200));
-        say(FromAgent::Carrier { up: false, uptime_ms: 5 });
+    match &disks {
+        Some(plan) => say(fake_disk::report(spec, plan, told)),
+        None => nic_says(&say, told, image != "image-without-carrier"),
     }
     if told("die-after-forwarding") {
         thread::sleep(Duration::from_millis(100));
@@ -314,8 +317,29 @@ fn driver(spec: &VmSpec, channel: Channel) {
     for line in lines {
         match serde_json::from_str(&line.unwrap()) {
             Ok(ToAgent::Crash { kind }) => crash(kind, &sender, &channel),
+            Ok(ToAgent::Rest) if !spec.cmdline.contains("deaf-to-rest ") => {
+                println!("[    6.0] {}: flushed", spec.name);
+                say(FromAgent::AtRest { stable: true });
+            }
             order => println!("[    5.0] {}: {order:?}", spec.name),
         }
+    }
+}
+
+/// What the agent says of its NIC, which has a carrier if `has_link`.
+fn nic_says(say: &dyn Fn(FromAgent), told: impl Fn(&str) -> bool, has_link: bool) {
+    say(FromAgent::NicFound { uptime_ms: 2 });
+    if told("die-of-settings") {
+        thread::sleep(Duration::from_millis(100));
+        std::process::exit(9);
+    }
+    let mac = Mac([2, 0, 0, 0, 0, 1]);
+    say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
+    say(FromAgent::Forwarding { uptime_ms: 3 });
+    say(FromAgent::Carrier { up: has_link && !told("no-carrier"), uptime_ms: 4 });
+    if told("carrier-lost") {
+        thread::sleep(Duration::from_millis(200));
+        say(FromAgent::Carrier { up: false, uptime_ms: 5 });
     }
 }
 

@@ -112,6 +112,31 @@ pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
     TestMachine { dir, manager, run: None, child: None }
 }
 
+/// Makes a machine whose guest `web` has a disk on a file and one of the driver VM `nic0`, and starts nothing. With `parts`, further keys
+/// of that disk, `db` has the same, each guest with one of them.
+pub fn make_with_disks(guest: &str, driver: &str, parts: &[&str]) -> TestMachine {
+    let machine = make(guest, driver, "");
+    let path = machine.dir.path().join("m.toml");
+    fs::write(machine.dir.path().join("root.raw"), [0; 4096]).unwrap();
+    let (head, tail) = {
+        let text = fs::read_to_string(&path).unwrap().replace("net = [{ driver = \"nic0\" }]\n", "");
+        let at = text.find("[driver").unwrap();
+        (text[..at].to_owned(), text[at..].to_owned())
+    };
+    let disks = |guest: &str, keys: &str| {
+        format!(
+            "[[guest.{guest}.disk]]\npath = \"root.raw\"\nread_only = true\n[[guest.{guest}.disk]]\ndriver = \"nic0\"\n{keys}\n"
+        )
+    };
+    let mut text = head + &disks("web", parts.first().unwrap_or(&""));
+    if let Some(keys) = parts.get(1) {
+        text += "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\n";
+        text += &disks("db", keys);
+    }
+    fs::write(&path, text + &tail).unwrap();
+    machine
+}
+
 /// Runs the machine in `dir` to its end.
 pub fn supervise(dir: &Path) -> Result<(), RunError> {
     let machine = Machine::read(&dir.join("m.toml")).unwrap();
@@ -264,6 +289,11 @@ impl TestMachine {
     pub fn restart(&self, image: Option<&str>) -> Response {
         let image = image.map(|name| self.dir.path().join(name));
         self.ask(&Request::Restart { name: "nic0".into(), image }).unwrap()
+    }
+
+    /// `umbra resume`; waits for the outcome.
+    pub fn resume(&self) -> Response {
+        self.ask(&Request::Resume { name: "nic0".into() }).unwrap()
     }
 
     /// Presses the power button (or kills) without waiting for the end.

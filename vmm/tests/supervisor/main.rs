@@ -7,6 +7,8 @@
 mod carriers;
 mod cases;
 mod clients;
+mod disks;
+mod fake_disk;
 mod fake_vm;
 mod hostile;
 mod lives;
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         .iter()
         .chain(carriers::ALL)
         .chain(clients::ALL)
+        .chain(disks::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)
         .chain(settings::ALL)

@@ -185,6 +185,7 @@ impl Agent {
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
             (ToAgent::ConfigureBlock(plan), Task::Idle) => self.start_block(plan, generation)?,
+            (ToAgent::Rest, _) => anyhow::bail!("rest not yet"),
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. } | ToAgent::ConfigureBlock(_), _) => {
                 anyhow::bail!("the host sent a second plan")
             }

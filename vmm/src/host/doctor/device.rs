@@ -1,6 +1,6 @@
 //! One PCI function: whether a driver VM can have it, and what a crash of its driver means for it.
 
-use super::{Finding, Root, host, list};
+use super::{Finding, Root, host, list, storage};
 use crate::base::pci_address::Bdf;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
@@ -9,6 +9,7 @@ use crate::host::sysfs::HostDevice;
 pub fn findings(root: &Root, device: &HostDevice) -> Vec<Finding> {
     let mut findings = vec![identity(root, device), group(root, device), binding(device)];
     findings.extend(in_use(device));
+    findings.extend(disks_in_use(root, device));
     findings.push(reset(device));
     findings
 }
@@ -27,11 +28,11 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
         );
     }
     match list::kind(class) {
-        "network" | "sound" => Finding::good(check, what),
+        kind if list::is_shadowed(kind) => Finding::good(check, what),
         _ => Finding::note(
             check,
             format!(
-                "{what}: Umbra shadows network and sound cards; this one can be given to a guest (`passthrough`), whose \
+                "{what}: Umbra shadows network cards, sound cards and storage controllers; this one can be given to a guest (`passthrough`), whose \
                      own driver's crash is then its own"
             ),
         ),
@@ -87,6 +88,14 @@ fn in_use(device: &HostDevice) -> Option<Finding> {
     let interface = list::interface_up(device)?;
     let what = format!("the host uses its interface {interface}, and loses it when a driver VM takes the card");
     Some(Finding::note("in use", what).with_remedy(format!("`ip link set {interface} down` once it can be spared")))
+}
+
+/// What the host would lose for good: `umbra bind` refuses to take it.
+fn disks_in_use(root: &Root, device: &HostDevice) -> Option<Finding> {
+    let uses = storage::in_use(root, device);
+    let what = format!("the host uses disks of it: {}", uses.join(", "));
+    let remedy = "unmount them (`umount`, `swapoff`), or leave this controller to the host";
+    (!uses.is_empty()).then(|| Finding::missing("in use", what, remedy))
 }
 
 /// What becomes of the device between two lives of its driver.

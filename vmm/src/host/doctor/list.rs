@@ -1,19 +1,19 @@
-//! The host's functions that a driver VM could have: network and sound cards.
+//! The host's functions that a driver VM could have: network cards, sound cards, storage controllers.
 
 use std::fs;
 
 use serde::Serialize;
 
-use super::Root;
+use super::{Root, storage};
 use crate::base::pci_address::Bdf;
 use crate::host::sysfs::HostDevice;
 
-/// A network or sound card.
+/// A network card, a sound card or a storage controller.
 #[derive(Clone, Debug, Serialize)]
 pub struct Card {
     /// Its address.
     pub device: String,
-    /// `network` or `sound`.
+    /// `network`, `sound` or `storage`.
     pub kind: &'static str,
     /// The driver that holds it.
     pub driver: Option<String>,
@@ -23,6 +23,8 @@ pub struct Card {
     pub resets: Vec<&'static str>,
     /// A network interface of it that is up.
     pub interface_up: Option<String>,
+    /// Disks of it that the host uses, with how.
+    pub disks_in_use: Vec<String>,
     /// Maker and model, or their numbers.
     pub name: String,
     /// Whether a driver VM can have it without further steps.
@@ -43,15 +45,17 @@ pub fn cards(root: &Root) -> Vec<Card> {
 
 fn card(root: &Root, device: &HostDevice) -> Option<Card> {
     let kind = kind(device.class().ok()?);
-    if kind != "network" && kind != "sound" {
+    if !is_shadowed(kind) {
         return None;
     }
     let problem = device.check_ready().err();
     let interface_up = interface_up(device);
+    let disks_in_use = storage::in_use(root, device);
     let next = match (&problem, &interface_up) {
         (None, _) => "ready for a driver VM".into(),
         _ if device.group().is_none() => "needs an IOMMU".into(),
         (_, Some(interface)) => format!("the host uses it ({interface})"),
+        _ if !disks_in_use.is_empty() => format!("the host uses it ({})", disks_in_use.join(", ")),
         _ => format!("`umbra doctor {}` says what is missing", device.bdf()),
     };
     Some(Card {
@@ -61,10 +65,16 @@ fn card(root: &Root, device: &HostDevice) -> Option<Card> {
         group: device.group(),
         resets: device.reset().methods().iter().map(|method| method.word()).collect(),
         interface_up,
+        disks_in_use,
         name: name(root, device),
         ready: problem.is_none(),
         next,
     })
+}
+
+/// Whether Umbra has a shadow for functions of this kind.
+pub(crate) fn is_shadowed(kind: &str) -> bool {
+    ["network", "sound", "storage"].contains(&kind)
 }
 
 /// What a class code (24 bits) says, in a word.
@@ -73,7 +83,8 @@ pub(crate) fn kind(class: u32) -> &'static str {
         0x02_00..=0x02_FF => "network",
         // Audio device, HD Audio.
         0x04_01 | 0x04_03 => "sound",
-        0x01_00..=0x01_FF => "storage",
+        // With SD host controllers.
+        0x01_00..=0x01_FF | 0x08_05 => "storage",
         0x03_00..=0x03_FF => "display",
         0x06_00..=0x06_FF => "bridge",
         0x0C_03 => "USB",
@@ -124,9 +135,15 @@ mod tests {
     use crate::host::sysfs::tests::FakeBus;
 
     #[test]
-    fn network_and_sound_cards_are_listed_by_address() {
+    fn cards_and_controllers_are_listed_by_address() {
         let dir = tempfile::tempdir().unwrap();
-        for (bdf, class) in [("0000:05:00.0", "0x040300"), ("0000:01:00.0", "0x020000"), ("0000:00:1f.2", "0x010601")] {
+        let classes = [
+            ("0000:05:00.0", "0x040300"),
+            ("0000:01:00.0", "0x020000"),
+            ("0000:00:1f.2", "0x010601"),
+            ("0000:02:00.0", "0x030000"),
+        ];
+        for (bdf, class) in classes {
             let device = dir.path().join("sys/bus/pci/devices").join(bdf);
             fs::create_dir_all(&device).unwrap();
             fs::write(device.join("class"), class).unwrap();
@@ -135,7 +152,8 @@ mod tests {
         }
         let cards = cards(&Root::at(dir.path().into()));
         let seen: Vec<_> = cards.iter().map(|card| (card.device.as_str(), card.kind, card.next.as_str())).collect();
-        assert_eq!(seen, [("0000:01:00.0", "network", "needs an IOMMU"), ("0000:05:00.0", "sound", "needs an IOMMU")]);
+        let listed = ["0000:00:1f.2", "0000:01:00.0", "0000:05:00.0"].into_iter().zip(["storage", "network", "sound"]);
+        assert_eq!(seen, listed.map(|(bdf, kind)| (bdf, kind, "needs an IOMMU")).collect::<Vec<_>>());
         assert!(!cards[0].ready);
     }
 

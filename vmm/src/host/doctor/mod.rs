@@ -6,6 +6,7 @@
 pub mod device;
 pub mod host;
 pub mod list;
+pub mod storage;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 use umbra_shadow::DeviceId;
+use umbra_shadow::block::Counts;
 
 use crate::lifecycle::{NoticedBy, StandbyStage};
 use crate::record::parts::{Ms, RecoveryParts};
@@ -210,6 +211,34 @@ pub enum Event {
         /// What became of the samples.
         samples: SoundCounts,
     },
+    /// A guest's disk is served again after an outage.
+    BlockLive {
+        /// Name of the guest.
+        guest: String,
+        /// The device, as `block0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// Name of the driver VM.
+        driver: String,
+        /// Generation of the life.
+        generation: u32,
+        /// What became of requests and of what was not stable.
+        requests: Counts,
+    },
+    /// A guest's disk has come to rest before a deliberate reset, or has not.
+    AtRest {
+        /// Name of the guest.
+        guest: String,
+        /// The device, as `block0`.
+        #[serde(with = "words::device")]
+        device: DeviceId,
+        /// Name of the driver VM.
+        driver: String,
+        /// Since it was asked to, ms.
+        ms: f64,
+        /// Everything that was acknowledged is stable.
+        stable: bool,
+    },
     /// How much a guest's device moved around an outage, two seconds after it.
     Pace {
         /// Name of the guest.
@@ -317,6 +346,7 @@ impl Event {
                 LinkEnd::Closed => format!("{guest}.{device}: {driver} is gone; masked"),
                 LinkEnd::Stalled(what) => format!("{guest}.{device}: {driver} stands still ({what}); masked"),
                 LinkEnd::Broken(rule) => format!("{guest}.{device}: {driver} broke a rule ({rule}); masked"),
+                LinkEnd::OtherDisk(what) => format!("{guest}.{device}: {driver} brought {what}; masked"),
             },
             Self::RestartFailed { driver, reason } => {
                 format!("{driver}: not restarted: {reason}")
@@ -350,6 +380,25 @@ impl Event {
                     "{guest}.{device}: plays again (samples: {frames_skipped} skipped, {frames_silent} silent; {xruns} xruns)"
                 )
             }
+            Self::BlockLive { guest, device, requests, .. } => {
+                let Counts { kept_in_flight, rewritten_sectors, masked_errors, failed_requests, lost_sectors, .. } =
+                    requests;
+                format!(
+                    "{guest}.{device}: served again ({kept_in_flight} requests were under way, {} KiB are written again; {masked_errors} \
+                     errors masked, {failed_requests} requests failed, {} KiB lost)",
+                    rewritten_sectors / 2,
+                    lost_sectors / 2
+                )
+            }
+            Self::AtRest { guest, device, ms, stable: true, .. } => {
+                format!("{guest}.{device}: at rest in {}: everything acknowledged is stable", Ms(*ms))
+            }
+            Self::AtRest { guest, device, ms, stable: false, .. } => {
+                format!(
+                    "{guest}.{device}: not at rest after {}; what is owed is written again by the next life",
+                    Ms(*ms)
+                )
+            }
             Self::Carrier { driver, up: true } => format!("{driver}: carrier"),
             Self::Carrier { driver, up: false } => format!("{driver}: no carrier"),
             Self::CleanStart { driver, guest, device } => {
@@ -360,7 +409,8 @@ impl Event {
             }
             Self::Quarantined { driver, reason } => {
                 format!(
-                    "{driver}: quarantined: {reason}; its guests have no service (a NIC shows no link, a sound card is dead). \
+                    "{driver}: quarantined: {reason}; its guests have no service (a NIC shows no link, a sound card is dead, a disk's \
+                     requests fail). \
                      `umbra resume {driver}` tries again"
                 )
             }

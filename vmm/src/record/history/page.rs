@@ -243,6 +243,7 @@ fn noticed(source: NoticedBy, detect_ms: f64) -> String {
         NoticedBy::Link => "The link between the guest and the driver VM was lost, or its rules were broken",
         NoticedBy::Planned => "It was replaced, as was asked for",
         NoticedBy::Carrier => "Its network card had no link, and that of the spare had one",
+        NoticedBy::Identity => "Its disk was not the one that the guest had been given",
         NoticedBy::Unknown => "It was noticed in a way that this version of Umbra does not know",
     };
     format!("{how}; certain {} after the first sign.", duration(detect_ms))

@@ -10,7 +10,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
 use crate::base::lock::lock;
-use crate::record::status::Status;
+use crate::record::status::{BlockStatus, GuestStatus, Status};
 
 /// The last status that the supervisor has shown.
 #[derive(Debug)]
@@ -47,6 +47,13 @@ impl Collector for Now {
             "Frames dropped, because they had another's source address",
             dropped,
         )?;
+        let disks = || guests.clone().flat_map(|guest| guest.disks.iter().map(move |disk| (labels(guest, disk), disk)));
+        let owed = disks().map(|(labels, disk)| (labels, disk.owed_bytes));
+        let help = "Bytes that a disk's guest was told are written, and that are to be written again";
+        gauge(encoder, "guest_disk_owed", help, Some(&Unit::Bytes), owed)?;
+        let kept = disks().map(|(labels, disk)| (labels, disk.kept_bytes));
+        let help = "Bytes of a disk that are kept because they are not known to be stable, or are in flight";
+        gauge(encoder, "guest_disk_kept", help, Some(&Unit::Bytes), kept)?;
         let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
         let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
         let resident =
@@ -59,6 +66,10 @@ impl Collector for Now {
             resident,
         )
     }
+}
+
+fn labels(guest: &GuestStatus, disk: &BlockStatus) -> [(&'static str, String); 2] {
+    [("guest", guest.name.clone()), ("device", format!("block{}", disk.index))]
 }
 
 fn gauge<const N: usize, L: EncodeLabelValue, V: EncodeGaugeValue>(

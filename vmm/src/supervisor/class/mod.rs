@@ -15,17 +15,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use umbra_driver_vm::protocol::ToAgent;
 use umbra_shadow::{Class, DeviceId, Generation};
 
+use self::block::GuestBlock;
 use self::net::GuestNet;
 use self::settings::Setting;
 use self::sound::GuestSound;
 use super::driver::{DriverVm, EndRef, Life};
+use super::guest::GuestState;
 use super::ids::{DriverId, GuestId, Table};
 use super::run::Supervisor;
 use crate::base::time::Time;
-use crate::config::{Guest, Machine};
-use crate::lifecycle::Endpoint;
+use crate::config::{Driver, Guest, Machine};
+use crate::lifecycle::{Carrier, Endpoint, Input};
 use crate::record::status;
-use crate::wire::messages::{DeviceStatus, NetBackend, OutageCounts, PortBackend, Replay, SoundBackend};
+use crate::record::timeline::LifeStage;
+use crate::wire::messages::{DeviceStatus, DiskBackend, NetBackend, OutageCounts, PortBackend, Replay, SoundBackend};
 
 /// What holds for all devices of a class.
 #[derive(Debug)]
@@ -38,6 +41,15 @@ pub(in crate::supervisor) struct Traits {
     pub(in crate::supervisor) has_carrier: bool,
     /// The host's device goes on with what it has when nobody feeds it any more, and has to be stopped.
     pub(in crate::supervisor) runs_on: bool,
+    /// What a guest has had acknowledged may be lost by a reset of the host's device: it comes to rest before a deliberate one.
+    pub(in crate::supervisor) rests: bool,
+    /// A device whose replay has killed lives in a row starts over, with a loss that its guest sees. Else its shadow finds the request that
+    /// kills by itself.
+    pub(in crate::supervisor) starts_over: bool,
+    /// What a driver VM holds, for people.
+    pub(in crate::supervisor) noun: &'static str,
+    /// Added to the kernel command line of a driver VM, with a space before it.
+    pub(in crate::supervisor) cmdline: &'static str,
 }
 
 pub(in crate::supervisor) fn traits(class: Class) -> &'static Traits {
@@ -60,6 +72,10 @@ pub(in crate::supervisor) struct GuestDevice {
     pub(in crate::supervisor) status: Option<DeviceStatus>,
     /// Whether that answers the last question.
     pub(in crate::supervisor) fresh: bool,
+    /// The generation that it is live with by itself, or was last, where it goes live by itself.
+    live: Option<Generation>,
+    /// Since when it is to come to rest, if it was asked to and has not answered.
+    pub(in crate::supervisor) resting: Option<Time>,
     /// What a device of its class alone has.
     of: OfClass,
 }
@@ -68,28 +84,31 @@ pub(in crate::supervisor) struct GuestDevice {
 enum OfClass {
     Net(GuestNet),
     Sound(GuestSound),
+    Block(GuestBlock),
 }
 
 impl GuestDevice {
     fn new(of: OfClass) -> Self {
-        Self { driver: None, status: None, fresh: false, of }
+        Self { driver: None, status: None, fresh: false, live: None, resting: None, of }
     }
 
     /// The guest's process is gone: what that had asked for and said does not count any more.
     pub(in crate::supervisor) fn forget(&mut self) {
-        (self.status, self.fresh) = (None, false);
+        (self.status, self.fresh, self.live, self.resting) = (None, false, None, None);
         match &mut self.of {
             OfClass::Net(net) => net.forget(),
-            OfClass::Sound(sound) => sound.live = None,
+            OfClass::Sound(_) | OfClass::Block(_) => {}
         }
+    }
+
+    /// Whether it is live by itself with a driver VM.
+    pub(in crate::supervisor) fn is_live(&self) -> bool {
+        self.live.is_some()
     }
 
     /// It is not live with a driver VM any more.
     pub(in crate::supervisor) fn forget_live(&mut self) {
-        match &mut self.of {
-            OfClass::Net(_) => {}
-            OfClass::Sound(sound) => sound.live = None,
-        }
+        self.live = None;
     }
 
     /// Whether all is known that a guest sees of it from its first moment on.
@@ -97,6 +116,7 @@ impl GuestDevice {
         match &self.of {
             OfClass::Net(_) => true,
             OfClass::Sound(sound) => sound.card.is_some(),
+            OfClass::Block(block) => block.disk.is_some(),
         }
     }
 }
@@ -106,12 +126,16 @@ pub(in crate::supervisor) fn devices(machine: &Machine, name: &str, guest: &Gues
     let nets = (0..).zip(&guest.net).map(|(n, spec)| {
         let index = usize::from(n);
         let driver = spec.driver.as_deref().and_then(|driver| machine.driver.get(driver));
-        let memory = driver.map(|driver| driver.memory).unwrap_or_default();
+        let memory = driver.map(Driver::memory_or_default).unwrap_or_default();
         let net = GuestNet::new(spec.mac_or_default(name, index), machine.neighbours_of(name, index), memory);
         (DeviceId::net(n), OfClass::Net(net))
     });
     let sounds = (0..).zip(&guest.sound).map(|(n, _)| (DeviceId::sound(n), OfClass::Sound(GuestSound::default())));
-    nets.chain(sounds).map(|(device, of)| (device, GuestDevice::new(of))).collect()
+    let blocks = (0..).zip(&guest.disk).filter_map(|(n, spec)| {
+        let driver = machine.driver.get(spec.driver.as_deref()?)?;
+        Some((DeviceId::block(n), OfClass::Block(GuestBlock::new(spec.clone(), driver.memory_or_default()))))
+    });
+    nets.chain(sounds).chain(blocks).map(|(device, of)| (device, GuestDevice::new(of))).collect()
 }
 
 /// The guests' devices that driver VM `driver` serves, in the order of its ends; all are of one class.
@@ -121,20 +145,35 @@ pub(in crate::supervisor) fn ends<'a>(
 ) -> impl Iterator<Item = (&'a str, DeviceId)> {
     let nets = machine.ends_of(driver).map(|(guest, n, _)| (guest, n, DeviceId::net as fn(u16) -> DeviceId));
     let sounds = machine.sounds_of(driver).map(|(guest, n, _)| (guest, n, DeviceId::sound as fn(u16) -> DeviceId));
-    nets.chain(sounds).filter_map(|(guest, n, device)| Some((guest, device(u16::try_from(n).ok()?))))
+    let disks = machine.disks_of(driver).map(|(guest, n, _)| (guest, n, DeviceId::block as fn(u16) -> DeviceId));
+    nets.chain(sounds).chain(disks).filter_map(|(guest, n, device)| Some((guest, device(u16::try_from(n).ok()?))))
 }
 
 /// What a guest's process is to make of its devices.
-pub(in crate::supervisor) fn backends(guest: &Guest, devices: &Devices) -> (Vec<NetBackend>, Vec<SoundBackend>) {
+#[derive(Debug, Default)]
+pub(in crate::supervisor) struct Backends {
+    pub(in crate::supervisor) nets: Vec<NetBackend>,
+    pub(in crate::supervisor) sounds: Vec<SoundBackend>,
+    /// All disks of the guest, in the order of its file.
+    pub(in crate::supervisor) disks: Vec<DiskBackend>,
+}
+
+pub(in crate::supervisor) fn backends(guest: &Guest, devices: &Devices) -> Backends {
     let (mut nets, mut sounds) = (Vec::new(), Vec::new());
     for (id, device) in devices {
         let index = usize::from(id.index);
         match &device.of {
             OfClass::Net(net) => nets.extend(guest.net.get(index).map(|spec| net.backend(spec))),
             OfClass::Sound(sound) => sounds.extend(guest.sound.get(index).and_then(|spec| sound.backend(spec))),
+            // Among the disks on files, in their order.
+            OfClass::Block(_) => {}
         }
     }
-    (nets, sounds)
+    let disks = (0..).zip(&guest.disk).filter_map(|(n, spec)| match devices.get(&DeviceId::block(n)) {
+        Some(GuestDevice { of: OfClass::Block(block), .. }) => block.backend(),
+        _ => spec.file().map(DiskBackend::File),
+    });
+    Backends { disks: disks.collect(), nets, sounds }
 }
 
 /// What a driver VM's process is to make of `ends`.
@@ -154,12 +193,19 @@ pub(in crate::supervisor) fn end_backends(
 }
 
 /// How a guest's devices are, for `umbra status`.
+#[derive(Debug, Default)]
+pub(in crate::supervisor) struct Statuses {
+    pub(in crate::supervisor) nets: Vec<status::NetStatus>,
+    pub(in crate::supervisor) sounds: Vec<status::SoundStatus>,
+    pub(in crate::supervisor) disks: Vec<status::BlockStatus>,
+}
+
 pub(in crate::supervisor) fn status(
     guest: &Guest,
     devices: &Devices,
     driver_name: impl Fn(DriverId) -> String,
-) -> (Vec<status::NetStatus>, Vec<status::SoundStatus>) {
-    let (mut nets, mut sounds) = (Vec::new(), Vec::new());
+) -> Statuses {
+    let Statuses { mut nets, mut sounds, mut disks } = Statuses::default();
     for (id, device) in devices {
         let index = usize::from(id.index);
         let driver = device.driver.map(|(driver, _)| driver_name(driver));
@@ -169,15 +215,21 @@ pub(in crate::supervisor) fn status(
                 nets.push(net.status(index, driver, tap, device.status.as_ref()));
             }
             OfClass::Sound(sound) => sounds.push(sound.status(index, driver, device.status.as_ref())),
+            OfClass::Block(block) => disks.push(block.status(index, driver, device.status.as_ref())),
         }
     }
-    (nets, sounds)
+    Statuses { nets, sounds, disks }
+}
+
+/// What a driver VM with these ends serves. They are those of one device; without any it would be a NIC's.
+pub(in crate::supervisor) fn class_of(ends: &Table<Endpoint, EndRef>) -> Class {
+    ends.iter().next().map_or(Class::Net, |end| end.device.class)
 }
 
 impl DriverVm {
-    /// What it serves. The ends of a driver VM are those of one device; without any it would be a NIC's.
+    /// What it serves.
     pub(in crate::supervisor) fn class(&self) -> Class {
-        self.ends.iter().next().map_or(Class::Net, |end| end.device.class)
+        class_of(&self.ends)
     }
 }
 
@@ -186,7 +238,8 @@ impl Supervisor {
     fn plan(&self, driver: &DriverVm, life: &Life) -> (ToAgent, BTreeSet<(u16, Setting)>) {
         match driver.class() {
             Class::Net => settings::plan_messages(settings::net_plan(&self.guests, driver, life)),
-            Class::Sound | Class::Block => (sound::plan(driver, life), BTreeSet::new()),
+            Class::Sound => (sound::plan(driver, life), BTreeSet::new()),
+            Class::Block => (block::plan(&self.guests, driver, life), BTreeSet::new()),
         }
     }
 
@@ -196,8 +249,50 @@ impl Supervisor {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
         match device.class {
             Class::Net => self.net_goes_live(n, end, (generation, replay)),
-            Class::Sound | Class::Block => self.sound_goes_live(n, end, generation),
+            Class::Sound | Class::Block => self.is_live_by_itself(n, end, generation),
         }
+    }
+
+    /// The device at `end` goes live by itself, and may have done so already.
+    fn is_live_by_itself(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        if self.guests[guest].devices.get(&device).is_some_and(|device| device.live == Some(generation)) {
+            self.drive(n, Input::EndLive(end));
+        }
+    }
+
+    /// What the first word of driver VM `n` about its device makes known is told to the guests that wait for that.
+    fn start_those_who_waited(&mut self, n: DriverId) {
+        for EndRef { guest, .. } in self.drivers[n].ends.rows() {
+            let waits = &self.guests[guest];
+            if waits.knows_its_devices() && waits.process.is_none() && waits.state == GuestState::Starting {
+                self.start_guest_process(guest);
+            }
+        }
+    }
+
+    /// The life of driver VM `n` serves, and its device has no link that could be down.
+    fn serves_without_carrier(&mut self, n: DriverId) {
+        self.stage(n, LifeStage::Forwarding, Time::now(), String::new());
+        self.start_those_who_waited(n);
+        self.drive(n, Input::Forwarding);
+        self.drive(n, Input::Carrier(Carrier::Up));
+    }
+
+    /// The driver VM of `device`, if its present life is `generation`.
+    fn serving(&self, (guest, device): (GuestId, DeviceId), generation: Generation) -> Option<(DriverId, Endpoint)> {
+        self.served(guest, device).filter(|(d, _)| self.drivers[*d].is_current(generation))
+    }
+
+    /// The device at `end` has gone live by itself with `generation`, the present life.
+    fn went_live(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        if let Some(device) = self.guests[guest].devices.get_mut(&device) {
+            device.live = Some(generation);
+        }
+        self.has_greeted(n, end);
+        // Before the agent's word has come, this waits for it (`Action::GoLive`).
+        self.drive(n, Input::EndLive(end));
     }
 
     /// A guest's device is live since `at`, with what was masked until then.
@@ -211,7 +306,7 @@ impl Supervisor {
         match masked {
             OutageCounts::Net(frames) => self.on_net_live(device, generation, at, frames),
             OutageCounts::Sound(samples) => self.on_sound_live(device, generation, samples),
-            OutageCounts::Block(_) => {}
+            OutageCounts::Block(counts) => self.on_block_live(device, generation, counts),
         }
     }
 }
@@ -230,7 +325,7 @@ mod tests {
                     [driver.nic0]\ndevice = \"0000:03:00.0\"\nimage = \"i\"\nmemory = \"192M\"\n";
         let machine = Machine::parse(text, Path::new("m.toml")).unwrap();
         let guest = &machine.guest["web"];
-        let (nets, _) = backends(guest, &devices(&machine, "web", guest));
+        let Backends { nets, .. } = backends(guest, &devices(&machine, "web", guest));
         assert!(
             matches!(nets[..], [NetBackend::Split { driver_memory: MemorySize(bytes), .. }] if bytes == 192 << 20),
             "{nets:?}"

@@ -17,8 +17,16 @@ use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{DeviceStatus, MaskedCounts, NetBackend, Replay, ToVm};
 
-pub(super) const TRAITS: Traits =
-    Traits { begins_with_device: false, greets: false, has_carrier: true, runs_on: false };
+pub(super) const TRAITS: Traits = Traits {
+    begins_with_device: false,
+    greets: false,
+    has_carrier: true,
+    runs_on: false,
+    rests: false,
+    starts_over: true,
+    noun: "NIC",
+    cmdline: "",
+};
 
 /// What a guest's network device alone has.
 #[derive(Debug)]
@@ -107,14 +115,14 @@ impl GuestVm {
     pub(in crate::supervisor) fn net(&self, device: DeviceId) -> Option<&GuestNet> {
         match &self.devices.get(&device)?.of {
             OfClass::Net(net) => Some(net),
-            OfClass::Sound(_) => None,
+            OfClass::Sound(_) | OfClass::Block(_) => None,
         }
     }
 
     fn net_mut(&mut self, device: DeviceId) -> Option<&mut GuestNet> {
         match &mut self.devices.get_mut(&device)?.of {
             OfClass::Net(net) => Some(net),
-            OfClass::Sound(_) => None,
+            OfClass::Sound(_) | OfClass::Block(_) => None,
         }
     }
 }

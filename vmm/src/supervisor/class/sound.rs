@@ -9,12 +9,12 @@ use umbra_shadow::{Class, DeviceId, Generation};
 use super::{OfClass, Traits};
 use crate::base::time::Time;
 use crate::config;
-use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy};
+use crate::lifecycle::NoticedBy;
 use crate::record::events::Event;
 use crate::record::status;
 use crate::record::timeline::LifeStage;
-use crate::supervisor::driver::{DriverVm, EndRef, Life};
-use crate::supervisor::guest::{GuestState, GuestVm};
+use crate::supervisor::driver::{DriverVm, Life};
+use crate::supervisor::guest::GuestVm;
 use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, SoundBackend, SoundCounts};
@@ -26,6 +26,10 @@ pub(super) const TRAITS: Traits = Traits {
     has_carrier: false,
     // A card plays the same buffer over and over when nobody fills it any more.
     runs_on: true,
+    rests: false,
+    starts_over: true,
+    noun: "sound card",
+    cmdline: "",
 };
 
 /// What a guest's sound device alone has.
@@ -33,8 +37,6 @@ pub(super) const TRAITS: Traits = Traits {
 pub(in crate::supervisor) struct GuestSound {
     /// The card as its first driver VM reported it; the guest's for its life.
     pub(super) card: Option<Card>,
-    /// The generation that it is live with, or was last.
-    pub(super) live: Option<Generation>,
 }
 
 impl GuestSound {
@@ -72,7 +74,7 @@ impl GuestVm {
     fn sound_mut(&mut self, device: DeviceId) -> Option<&mut GuestSound> {
         match &mut self.devices.get_mut(&device)?.of {
             OfClass::Sound(sound) => Some(sound),
-            OfClass::Net(_) => None,
+            OfClass::Net(_) | OfClass::Block(_) => None,
         }
     }
 }
@@ -87,27 +89,13 @@ impl Supervisor {
         let detail = format!("{kernel_driver} {}", card.name.chars().filter(|c| !c.is_control()).collect::<String>());
         self.drivers[n].kernel_driver = Some(kernel_driver);
         self.stage(n, LifeStage::Sound, now, detail);
-        self.stage(n, LifeStage::Forwarding, now, String::new());
         for end in self.drivers[n].ends.rows() {
-            let guest = &mut self.guests[end.guest];
-            let Some(sound) = guest.sound_mut(end.device) else { continue };
-            // The first card is the guest's for its life; later ones are compared with it by its splitter.
-            sound.card.get_or_insert_with(|| card.clone());
-            if guest.knows_its_devices() && guest.process.is_none() && guest.state == GuestState::Starting {
-                self.start_guest_process(end.guest);
+            if let Some(sound) = self.guests[end.guest].sound_mut(end.device) {
+                // The first card is the guest's for its life; later ones are compared with it by its splitter.
+                sound.card.get_or_insert_with(|| card.clone());
             }
         }
-        self.drive(n, Input::Forwarding);
-        // A sound card has no link that could be down.
-        self.drive(n, Input::Carrier(Carrier::Up));
-    }
-
-    /// It goes live by itself, and may have done so already.
-    pub(super) fn sound_goes_live(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
-        let EndRef { guest, device } = self.drivers[n].ends[end];
-        if self.guests[guest].sound_mut(device).is_some_and(|sound| sound.live == Some(generation)) {
-            self.drive(n, Input::EndLive(end));
-        }
+        self.serves_without_carrier(n);
     }
 
     pub(super) fn on_sound_live(
@@ -116,11 +104,8 @@ impl Supervisor {
         generation: Generation,
         masked: SoundCounts,
     ) {
-        let Some((d, end)) = self.served(guest, device) else { return };
-        if !self.drivers[d].is_current(generation) {
-            return;
-        }
-        tracing::debug!(driver = self.drivers[d].name, end = end.place(), ?masked, "sound live");
+        let Some((d, end)) = self.serving((guest, device), generation) else { return };
+        tracing::debug!(driver = self.drivers[d].name, %device, ?masked, "sound live");
         if masked != SoundCounts::default() {
             self.events.tell(&Event::SoundLive {
                 guest: self.guests[guest].name.clone(),
@@ -130,11 +115,6 @@ impl Supervisor {
                 samples: masked,
             });
         }
-        if let Some(sound) = self.guests[guest].sound_mut(device) {
-            sound.live = Some(generation);
-        }
-        self.has_greeted(d, end);
-        // Before the agent's word has come, this waits for it (`Action::GoLive`).
-        self.drive(d, Input::EndLive(end));
+        self.went_live(d, end, generation);
     }
 }

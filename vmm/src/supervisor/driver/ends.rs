@@ -276,6 +276,7 @@ impl Supervisor {
         let again = this.lost(now);
         let EndRef { guest, device } = driver.ends[end];
         self.guests[guest].forget_live(device);
+        self.end_rest((guest, device), false);
         let mask = self.tell_masked(d, end, generation, at, cause);
         if stopping {
             return;
@@ -284,11 +285,15 @@ impl Supervisor {
             life.links[end].accused = Some((now, mask));
         }
         if excused || !alone {
-            self.drive(d, Input::EndGone(end));
-            if !again {
-                self.give_end_up(d, end, cause);
+            match cause {
+                LinkEnd::OtherDisk(_) => self.bar_end(d, end, cause),
+                _ if again => self.drive(d, Input::EndGone(end)),
+                _ => {
+                    self.drive(d, Input::EndGone(end));
+                    self.give_end_up(d, end, cause);
+                }
             }
-            return;
+            return self.look_at_rest(d);
         }
         // No other connection: the life fails, or is found to have failed.
         if let Some(life) = &mut self.drivers[d].life {
@@ -299,8 +304,10 @@ impl Supervisor {
             LinkEnd::Closed => format!("it closed its link to {name}"),
             LinkEnd::Stalled(what) => format!("its link to {name}: {what}"),
             LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
+            LinkEnd::OtherDisk(what) => format!("{name}: {what}"),
         };
-        let failure = Failure { source: NoticedBy::Link, what, at };
+        let source = if matches!(cause, LinkEnd::OtherDisk(_)) { NoticedBy::Identity } else { NoticedBy::Link };
+        let failure = Failure { source, what, at };
         // A closed link is usually a side effect of a death whose own event (process exit, VM end) is still queued.
         let closed = *cause == LinkEnd::Closed;
         self.drive(d, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
@@ -357,7 +364,7 @@ impl Supervisor {
             Disconnect::NoAnswer(_) => this.excused = true,
             Disconnect::Closed => {}
             Disconnect::Stopped if only && role == LifeRole::Present => {
-                let what = "its kernel has stopped its network device".into();
+                let what = "its kernel has stopped the device of its end".into();
                 self.drive(d, Input::Sign(Failure { source: NoticedBy::Link, what, at: now }));
             }
             Disconnect::Stopped => {}
@@ -373,6 +380,21 @@ impl Supervisor {
              {} or the driver VM starts again (`umbra restart {}`)",
             self.drivers[d].name, self.guests[guest].name, self.drivers[d].name
         ));
+        self.tell_guest(guest, &ToVm::Quarantine { device });
+    }
+
+    /// An end's disk is another one than its guest was given, while other ends are served: it gets nothing from this life.
+    pub(in crate::supervisor) fn bar_end(&mut self, d: DriverId, end: Endpoint, cause: &LinkEnd) {
+        if let Some(link) = self.drivers[d].life.as_mut().and_then(|life| life.links.get_mut(end)) {
+            if link.given_up {
+                return;
+            }
+            (link.given_up, link.due) = (true, None);
+        }
+        let EndRef { guest, device } = self.drivers[d].ends[end];
+        let (name, driver) = (self.end_name(d, end), &self.drivers[d].name);
+        self.events.warn(format!("{driver}: {name} is not served, its disk is not the one it was: {cause}"));
+        self.drive(d, Input::EndGone(end));
         self.tell_guest(guest, &ToVm::Quarantine { device });
     }
 
@@ -403,7 +425,7 @@ impl Supervisor {
         }
     }
 
-    fn end_name(&self, d: DriverId, end: Endpoint) -> String {
+    pub(in crate::supervisor) fn end_name(&self, d: DriverId, end: Endpoint) -> String {
         let EndRef { guest, device } = self.drivers[d].ends[end];
         format!("{}.{device}", self.guests[guest].name)
     }

@@ -30,7 +30,7 @@ use umbra_splitter::untrusted;
 pub(super) use ends::{EndLink, EndRef};
 pub(super) use life::Life;
 
-use super::class::end_backends;
+use super::class::{class_of, end_backends, traits};
 use super::driver::begin::Begin;
 use super::driver::console::Console;
 use super::driver::device::{HeldDevice, Open, ResetJob};
@@ -41,6 +41,7 @@ use super::driver::starvation::Watch;
 use super::driver::trust::Trust;
 use super::driver::upgrade::Trial;
 use super::ids::Table;
+use super::rest::AgentRest;
 use super::start::rundir::RunDir;
 use crate::base::time::Time;
 use crate::config::{self, Driver};
@@ -48,7 +49,7 @@ use crate::host::DeviceFiles;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::RestartHistory;
-use crate::lifecycle::{Carrier, Endpoint, Lifecycle, StandbyPolicy};
+use crate::lifecycle::{Carrier, Endpoint, Lifecycle, StandbyPolicy, State};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
@@ -142,6 +143,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) available_memory: Option<u64>,
     /// The restart under way, or on trial.
     pub(in crate::supervisor) trial: Option<Trial>,
+    /// What its agent does before the end of the machine.
+    pub(in crate::supervisor) rest: Option<AgentRest>,
     /// Whether it ever served; before that, a wrong set-up is likelier than a crash.
     pub(in crate::supervisor) was_live: bool,
 }
@@ -180,10 +183,12 @@ impl DriverVm {
             (None, config::Standby::Snapshot) => StandbyPolicy::Snapshot,
             (None, config::Standby::Cold) => StandbyPolicy::Nothing,
         };
+        let rests = traits(class_of(&ends)).rests;
         Self {
             name: name.into(),
             lifecycle: Lifecycle::new(RestartHistory::new(spec.restart.clone()), 0, ahead)
-                .with_spare_after(spec.spare_after_ms),
+                .with_spare_after(spec.spare_after_ms)
+                .with_rest(rests),
             spare: spare.map(|device| Spare::new(device, open)),
             held: HeldDevice::new(open),
             present: None,
@@ -219,8 +224,14 @@ impl DriverVm {
             kernel_driver: None,
             available_memory: None,
             trial: None,
+            rest: None,
             was_live: false,
         }
+    }
+
+    /// It has ended for good, or is about to.
+    pub(in crate::supervisor) fn is_being_stopped(&self) -> bool {
+        matches!(self.lifecycle.state(), State::Stopped | State::Stopping)
     }
 
     /// What logs are about.
@@ -279,9 +290,9 @@ impl DriverVm {
             name,
             kernel: image.vmlinux.clone(),
             initrd: vec![image.initramfs.clone()],
-            cmdline: format!("{CMDLINE}{awaits} {}", self.spec.cmdline),
+            cmdline: format!("{CMDLINE}{}{awaits} {}", traits(self.class()).cmdline, self.spec.cmdline),
             cpus: self.spec.cpus,
-            memory: self.spec.memory,
+            memory: self.spec.memory_or_default(),
             console: config::Console::Terminal,
             polls_console: true,
             disks: Vec::new(),

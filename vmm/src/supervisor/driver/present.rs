@@ -138,7 +138,8 @@ impl Supervisor {
                 self.stage(n, LifeStage::Nic, now, detail);
             }
             FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
-            FromAgent::Disks { .. } => {}
+            FromAgent::Disks { driver, disks, .. } => self.on_disks(n, text(&driver), &disks),
+            FromAgent::AtRest { stable } => self.on_agent_at_rest(n, stable),
             FromAgent::Forwarding { .. } => {
                 self.stage(n, LifeStage::Forwarding, now, String::new());
                 self.drive(n, Input::Forwarding);

@@ -283,6 +283,11 @@ impl Supervisor {
         if let Some(client) = self.clients.clients.get_mut(&id) {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
+        self.ask_guests();
+    }
+
+    /// Asks the guests' processes how their devices are.
+    pub(in crate::supervisor) fn ask_guests(&mut self) {
         for n in self.guests.ids() {
             if self.guests[n].expect_answers() {
                 self.tell_guest(n, &ToVm::QueryStatus);

@@ -12,7 +12,7 @@ use umbra_guest_images::image::{Image, ImageError};
 
 use super::groups::{Claim, Groups, Use};
 use crate::base::pci_address::{Bdf, ParseBdfError};
-use crate::config::{Guest, Machine, MemorySize};
+use crate::config::{Guest, GuestDisk, Machine, MemorySize};
 use crate::host;
 use crate::host::DeviceFiles;
 use crate::host::sysfs::HostDevice;
@@ -128,7 +128,7 @@ impl Checked {
                 groups.claim(&spare, Use::Spare(name.clone()))?;
                 spares.insert(name.clone(), spare);
             }
-            check_locked_memory(name, driver.memory)?;
+            check_locked_memory(name, driver.memory_or_default())?;
             drivers.insert(name.clone(), (device, image));
         }
         Ok(Self { drivers, spares })
@@ -152,7 +152,7 @@ fn check_guest(name: &str, guest: &Guest, host: &Host, groups: &mut Groups) -> R
     for path in &guest.initrd {
         check_readable(path).map_err(fail("cannot read the initrd", path))?;
     }
-    for disk in &guest.disk {
+    for disk in guest.disk.iter().filter_map(GuestDisk::file) {
         let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
         opened.map_err(fail("cannot open the disk", &disk.path))?;
     }

@@ -1,0 +1,201 @@
+//! Disks: known before their guests start, the same ones in each life, at rest before each deliberate reset.
+
+use std::fs;
+
+use serde_json::Value;
+use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::lifecycle::StateName;
+use umbra_vmm::record::status::{DeviceMode, GuestStateName};
+use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
+
+use crate::machine::{TestMachine, make_with_disks};
+
+/// All of them.
+pub const ALL: &[crate::cases::Case] = &[
+    ("a_guest_waits_for_its_disk_and_keeps_it_over_crashes", a_guest_waits_for_its_disk_and_keeps_it_over_crashes),
+    ("a_restart_waits_until_the_disks_are_at_rest", a_restart_waits_until_the_disks_are_at_rest),
+    (
+        "a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time",
+        a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time,
+    ),
+    ("another_disk_is_quarantined_at_once", another_disk_is_quarantined_at_once),
+    ("another_content_is_quarantined_at_once", another_content_is_quarantined_at_once),
+    (
+        "of_two_guests_the_one_whose_disk_is_another_goes_without",
+        of_two_guests_the_one_whose_disk_is_another_goes_without,
+    ),
+    (
+        "a_machine_ends_when_the_agent_has_flushed_and_at_once_when_that_is_asked_for",
+        a_machine_ends_when_the_agent_has_flushed_and_at_once_when_that_is_asked_for,
+    ),
+    ("disks_are_brought_to_rest_before_a_machine_is_killed", disks_are_brought_to_rest_before_a_machine_is_killed),
+    ("disks_that_cannot_be_end_a_first_start", disks_that_cannot_be_end_a_first_start),
+];
+
+fn start(guest: &str, driver: &str) -> TestMachine {
+    let mut machine = make_with_disks(guest, driver, &[]);
+    machine.start_again();
+    machine
+}
+
+/// The events of this kind, in order, with the position of each among all.
+fn events(machine: &TestMachine, kind: &str) -> Vec<(usize, Value)> {
+    let text = machine.events_text();
+    let all = text.lines().enumerate().map(|(n, line)| (n, serde_json::from_str::<Value>(line).unwrap()));
+    all.filter(|(_, event)| event["event"] == kind).collect()
+}
+
+fn console(machine: &TestMachine) -> String {
+    fs::read_to_string(machine.run_dir().join("nic0.console.log")).unwrap()
+}
+
+fn a_guest_waits_for_its_disk_and_keeps_it_over_crashes() {
+    let machine = start("", "");
+    machine.wait_live(1);
+    let log = machine.guest_log();
+    let (file, split) = (log.find("File(Disk").unwrap(), log.find("Split { disk: Disk").unwrap());
+    assert!(file < split && log.contains("driver_memory: MemorySize(201326592)"), "{log}");
+    assert!(log.contains("cache: Volatile") && log.contains("serial: \"S1\""), "{log}");
+    let disks = events(&machine, "driver-stage").into_iter().find(|(_, event)| event["stage"] == "disks").unwrap();
+    let running = &events(&machine, "guest-running")[0];
+    assert!(disks.0 < running.0 && disks.1["detail"] == "nvme S1 (512 MiB)", "{disks:?}");
+    let guest = machine.wait_for_guest("web", "a live disk", |guest| guest.disks[0].mode == DeviceMode::Passive);
+    let disk = &guest.disks[0];
+    assert_eq!((disk.index, disk.serial.as_deref(), disk.bytes), (1, Some("S1"), Some(512 << 20)));
+    assert_eq!((disk.kept_bytes, disk.volatile_cache, disk.driver.as_deref()), (4096, Some(true), Some("nic0")));
+    for generation in 2..4 {
+        machine.crash(CrashKind::Panic);
+        machine.wait_live(generation);
+    }
+    machine.wait_for_event("\"block-live\"", 2);
+    assert_eq!(events(&machine, "block-live")[0].1["requests"]["kept_in_flight"], 2);
+    let now = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
+    assert_eq!(now.pid, guest.pid, "it noticed nothing");
+    assert!(console(&machine).contains("serial: None") && console(&machine).contains("serial: Some(\"S1\")"));
+    let report = machine.report_with_steps(1, &["nic", "live"]);
+    assert_eq!((&report["kernel_driver"], &report["masks"][0]["device"]), (&"nvme".into(), &"block1".into()));
+    assert!(!machine.guest_log().contains("Quarantine"));
+    machine.stop();
+}
+
+fn a_restart_waits_until_the_disks_are_at_rest() {
+    let machine = start("rests-slowly", "");
+    machine.wait_live(1);
+    let Response::Restarted { generation, .. } = machine.restart(None) else { panic!("not restarted") };
+    assert_eq!(machine.wait_live(generation).failures, 0);
+    let log = machine.guest_log();
+    let at = |what: &str| log.find(what).unwrap_or_else(|| panic!("no {what}: {log}"));
+    assert!(at("Quiesce") < at("at rest") && at("at rest") < at("Mask"), "{log}");
+    let (rest, failed) = (&events(&machine, "at-rest")[0], &events(&machine, "driver-failed")[0]);
+    assert!(rest.0 < failed.0 && failed.1["source"] == "planned", "{rest:?} {failed:?}");
+    assert!(rest.1["stable"] == true && rest.1["ms"].as_f64().unwrap() >= 300.0, "{rest:?}");
+    machine.stop();
+}
+
+fn a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time() {
+    let reboot = || Request::RebootGuest { name: "web".into(), how: StopHow::Kill };
+    let machine = start("rests-slowly", "");
+    let driver = machine.wait_live(1).pid;
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    machine.ask_about(&reboot()).unwrap();
+    machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    assert!(machine.guest_log().contains("at rest\n"), "{}", machine.guest_log());
+    machine.wait_for_event("\"end-live\"", 1);
+    assert_eq!(machine.wait_live(1).pid, driver, "the driver VM serves on");
+    machine.stop();
+
+    // One that never comes to rest would be waited for for 30 s.
+    let machine = start("never-rests", "");
+    machine.wait_live(1);
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    machine.ask_about(&reboot()).unwrap();
+    assert_eq!(machine.wait_for_guest("web", "it", |_| true).pid, before);
+    machine.ask_about(&reboot()).unwrap();
+    machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    machine.stop();
+}
+
+fn quarantined(guest: &str, driver: &str, why: &str) -> TestMachine {
+    let machine = start(guest, driver);
+    machine.wait_live(1);
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_for("the end of it", |driver| driver.state == StateName::Quarantined);
+    assert_eq!((driver.failures, driver.generation), (2, Some(2)), "no second try");
+    assert!(driver.reason.unwrap().contains("another disk"));
+    let report = machine.report(2);
+    let reason = report["reason"].as_str().unwrap();
+    assert!(report["source"] == "identity" && report["verdict"] == "quarantine" && reason.contains(why), "{report}");
+    machine.wait_for_guest("web", "it", |guest| guest.pid == before && guest.state == GuestStateName::Running);
+    assert!(machine.guest_log().contains("Quarantine"), "{}", machine.guest_log());
+    machine
+}
+
+fn another_disk_is_quarantined_at_once() {
+    let machine = quarantined("", "other-disk=2", "web.block1: another disk: its serial number differs");
+    // Somebody has put the right one back.
+    assert!(matches!(machine.resume(), Response::Restarted { generation: 3, .. }));
+    machine.wait_live(3);
+    machine.stop();
+}
+
+fn another_content_is_quarantined_at_once() {
+    quarantined("other-content=2", "", "web.block1: another disk: a block differs").stop();
+}
+
+fn of_two_guests_the_one_whose_disk_is_another_goes_without() {
+    let mut machine = make_with_disks("", "other-disk-of-0=2", &["partition = 1", "partition = 2"]);
+    machine.start_again();
+    machine.wait_live(1);
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_live(2);
+    assert_eq!(driver.failures, 1);
+    // The ends are in the order of the guests' names.
+    machine.wait_for_event("db.block1 is not served, its disk is not the one it was", 1);
+    machine.wait_for_event("\"block-live\"", 1);
+    assert!(machine.log_of("db").contains("Quarantine") && !machine.guest_log().contains("Quarantine"));
+    // And is again, when it is the one it was.
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(3);
+    machine.wait_for_event("\"guest\":\"db\",\"device\":\"block1\",\"driver\":\"nic0\",\"generation\":3", 1);
+    machine.stop();
+}
+
+fn a_machine_ends_when_the_agent_has_flushed_and_at_once_when_that_is_asked_for() {
+    let machine = start("", "");
+    machine.wait_live(1);
+    let log = machine.run_dir().join("nic0.console.log");
+    let mut machine = machine;
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    assert!(fs::read_to_string(log).unwrap().contains("nic0.1: flushed"));
+
+    let mut machine = start("", "deaf-to-rest");
+    machine.wait_live(1);
+    machine.press(StopHow::PowerButton);
+    machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
+    machine.wait_for("its driver VM", |driver| driver.state == StateName::Live);
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+}
+
+fn disks_are_brought_to_rest_before_a_machine_is_killed() {
+    let mut machine = start("rests-slowly", "");
+    machine.wait_live(1);
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+    assert!(machine.guest_log().ends_with("at rest\n"), "{}", machine.guest_log());
+    assert!(console(&machine).contains("nic0.1: flushed"), "{}", console(&machine));
+
+    let mut machine = start("never-rests", "");
+    machine.wait_live(1);
+    machine.press(StopHow::Kill);
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+}
+
+fn disks_that_cannot_be_end_a_first_start() {
+    let mut machine = start("", "odd-disks=1");
+    let error = machine.wait().unwrap_err().to_string();
+    assert_eq!(error, "nic0: it reports disks that cannot be");
+}
