@@ -209,7 +209,7 @@ fn done(tag: u16, bytes: u64) -> FromService {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false }
 }
 
 /// Writes, zeroes, discards, flushes and reads back, and finds what was written on the disk.

@@ -185,7 +185,8 @@ impl Agent {
                 self.task = Task::Sound(Service::start(generation, ends)?);
             }
             (ToAgent::ConfigureBlock(plan), Task::Idle) => self.start_block(plan, generation)?,
-            (ToAgent::Rest, _) => anyhow::bail!("rest not yet"),
+            (ToAgent::Rest, Task::Block(block)) => block.order(|orders| orders.rest = true),
+            (ToAgent::Rest, _) => anyhow::bail!("the host wants disks at rest that are none"),
             (ToAgent::ConfigureNet(_) | ToAgent::ConfigureSound { .. } | ToAgent::ConfigureBlock(_), _) => {
                 anyhow::bail!("the host sent a second plan")
             }

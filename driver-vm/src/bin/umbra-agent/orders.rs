@@ -22,6 +22,8 @@ pub struct Orders {
     pub device_has_come: bool,
     /// The guests' frames, or their orders to disks, are no longer to be taken.
     pub stall: bool,
+    /// The disks are to be flushed, once no guest is served any more.
+    pub rest: bool,
 }
 
 impl Orders {

@@ -92,7 +92,8 @@ fn choose_one(found: &[FoundDisk], end: &BlockEnd, settled: bool) -> Result<Chos
         }
     };
     let window = disk.window(end.part)?;
-    let identity = Identity { window, ..disk.disk.identity.clone() };
+    let read_only = disk.disk.identity.read_only || end.read_only;
+    let identity = Identity { window, read_only, ..disk.disk.identity.clone() };
     let chosen = Disk { identity, ..disk.disk.clone() };
     if !chosen.is_sane() {
         return Err(NoDisk::Never(format!("the disk {} is none that a guest can have: {chosen:?}", disk.name)));

@@ -77,7 +77,7 @@ impl BlockThread {
             let error = match prepare(&plan, generation, due, pool, &its_mailbox, &its_missing) {
                 Ok((service, disks)) => {
                     reporter.report(Ok(disks));
-                    service.run()
+                    service.run(|message| reporter.report(Ok(message)))
                 }
                 Err(error) => error,
             };
@@ -195,7 +195,8 @@ fn open_all(chosen: &[ChosenDisk]) -> anyhow::Result<BTreeMap<String, Arc<File>>
     for disk in chosen {
         if !files.contains_key(&disk.name) {
             set_scheduler(disk);
-            let file = open(&node(&disk.name), disk.disk.identity.read_only)?;
+            let is_read_only = |other: &ChosenDisk| other.name != disk.name || other.disk.identity.read_only;
+            let file = open(&node(&disk.name), chosen.iter().all(is_read_only))?;
             files.insert(disk.name.clone(), Arc::new(file));
         }
     }

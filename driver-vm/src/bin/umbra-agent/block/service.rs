@@ -9,6 +9,7 @@ use anyhow::Context;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use umbra_driver_vm::block_protocol::MAX_DEPTH;
+use umbra_driver_vm::protocol::FromAgent;
 
 use super::port::{Came, MAX_BUFFER, Opener, Port};
 use super::resets::Resets;
@@ -47,6 +48,8 @@ pub struct BlockService {
     mailbox: Arc<Mailbox>,
     /// Orders are taken no more.
     stalled: bool,
+    /// The host waits for the disks to be at rest.
+    rests: bool,
     results: Vec<(Token, i32)>,
     buffer: Box<[u8; MAX_BUFFER]>,
 }
@@ -65,7 +68,7 @@ impl BlockService {
         ring.descriptors().into_iter().try_for_each(|descriptor| watch(descriptor, RING))?;
         watch(mailbox.descriptor(), MAILBOX)?;
         let (results, buffer) = (Vec::new(), Box::new([0; MAX_BUFFER]));
-        Ok(Self { ring, ends: Vec::new(), epoll, resets, mailbox, stalled: false, results, buffer })
+        Ok(Self { ring, ends: Vec::new(), epoll, resets, mailbox, stalled: false, rests: false, results, buffer })
     }
 
     /// Opens the port of the next end, which has these sessions with this disk.
@@ -78,13 +81,26 @@ impl BlockService {
         Ok(())
     }
 
-    /// Serves until something fails.
-    pub fn run(mut self) -> anyhow::Error {
+    /// Serves until something fails; `report` takes what the host is to know.
+    pub fn run(mut self, report: impl Fn(FromAgent)) -> anyhow::Error {
         loop {
             if let Err(error) = self.turn() {
                 return error;
             }
+            if self.rests && self.ends.iter().all(|end| end.sessions.is_idle()) {
+                self.rests = false;
+                report(FromAgent::AtRest { stable: self.flush() });
+            }
         }
+    }
+
+    /// Flushes each disk, although each session has flushed its own: what the host asks for last is to be sure. It may wait for the disks,
+    /// which nobody else uses by now.
+    fn flush(&self) -> bool {
+        let flushed = self.ends.iter().map(|end| end.disk.sync_data());
+        let failed: Vec<_> = flushed.filter_map(Result::err).collect();
+        failed.iter().for_each(|error| kernel_log::error(&format!("the last flush has failed: {error}")));
+        failed.is_empty()
     }
 
     fn turn(&mut self) -> anyhow::Result<()> {
@@ -116,7 +132,9 @@ impl BlockService {
         };
         for event in &events[..count] {
             if event.data() == MAILBOX {
-                self.stalled |= self.mailbox.take().stall;
+                let orders = self.mailbox.take();
+                self.stalled |= orders.stall;
+                self.rests |= orders.rest;
             }
             let number = usize::try_from(event.data()).unwrap_or(usize::MAX);
             if let Some(end) = self.ends.get_mut(number) {

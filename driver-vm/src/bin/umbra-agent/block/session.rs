@@ -114,6 +114,11 @@ impl Sessions {
         matches!(self.state, State::Waiting | State::Serving(_))
     }
 
+    /// Whether no session is under way, and what the last one wrote is flushed.
+    pub fn is_idle(&self) -> bool {
+        self.state == State::Waiting
+    }
+
     /// Takes a buffer of the host's.
     ///
     /// # Errors
@@ -157,6 +162,9 @@ impl Sessions {
         let is_whole = at.start().is_multiple_of(block) && at.count().is_multiple_of(block);
         if !is_whole || !window.is_some_and(|window| window.start() <= at.start() && at.end() <= window.end()) {
             return Err(format!("an order for {at}, which are no blocks of its guest's part"));
+        }
+        if identity.read_only && !matches!(operation, Operation::Read { .. }) {
+            return Err("a change of a disk that is only read".into());
         }
         // Within a disk, whose bytes fit 63 bits.
         let extent = Extent { start: at.start() * SECTOR_BYTES, length: at.bytes() };

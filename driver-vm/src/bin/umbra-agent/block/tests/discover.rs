@@ -86,7 +86,7 @@ impl Sysfs {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false }
 }
 
 fn names(chosen: &[ChosenDisk]) -> Vec<&str> {

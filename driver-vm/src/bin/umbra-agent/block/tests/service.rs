@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair
 use nix::sys::time::{TimeVal, TimeValLike};
 use tempfile::TempDir;
 use umbra_driver_vm::block_protocol::{MAX_BATCH, MAX_HELLO, parse_hello};
+use umbra_driver_vm::protocol::FromAgent;
 
 use super::super::pool::Pool;
 use super::super::port::Opener;
@@ -40,6 +41,8 @@ struct Rig {
     /// The host's ends of the ports, each time that one is opened.
     ports: Vec<Receiver<OwnedFd>>,
     mailbox: Arc<Mailbox>,
+    /// What the host is to know.
+    reports: Receiver<FromAgent>,
     /// Number of the service's thread.
     thread: nix::unistd::Pid,
 }
@@ -88,6 +91,7 @@ impl Rig {
         let offers: Vec<_> = (0..).zip(windows).map(|(end, window)| offer(end, disk(SECTORS, *window))).collect();
         let its_mailbox = Arc::clone(&mailbox);
         let (sender, thread) = channel();
+        let (reporter, reports) = channel();
         std::thread::spawn(move || {
             let ring = Ring::new(pool, u32::try_from(offers.len()).unwrap() * MAX_ACTIONS).unwrap();
             let resets = Resets::of_test(File::open(log).unwrap());
@@ -97,10 +101,10 @@ impl Rig {
                 service.add(opener, Sessions::new(offer, GENERATION), Arc::clone(&file)).unwrap();
             }
             sender.send(nix::unistd::gettid()).unwrap();
-            panic!("{:#}", service.run());
+            panic!("{:#}", service.run(|message| reporter.send(message).unwrap()));
         });
         let thread = thread.recv_timeout(PATIENCE).unwrap();
-        Self { dir, pool: address, ports, mailbox, thread }
+        Self { dir, pool: address, ports, mailbox, thread, reports }
     }
 
     /// The next opening of the port of `end`.
@@ -218,6 +222,16 @@ fn what_is_written_is_on_the_disk_and_is_read_back() {
         assert_eq!(rig.sectors(start, 16), [0; 16 * 512], "{operation:?}");
     }
     assert_eq!(rig.sectors(64 + 4 * 16, 16), data[4 * 16 * 512..][..16 * 512], "what lies behind");
+}
+
+#[test]
+fn disks_come_to_rest_when_nobody_is_served_any_more() {
+    let rig = Rig::start(&[WHOLE, WHOLE]);
+    let host = rig.begin(0, 1);
+    rig.mailbox.order(|orders| orders.rest = true);
+    assert!(rig.reports.recv_timeout(SILENCE).is_err(), "a guest is served");
+    drop(host);
+    assert_eq!(rig.reports.recv_timeout(PATIENCE), Ok(FromAgent::AtRest { stable: true }));
 }
 
 #[test]
