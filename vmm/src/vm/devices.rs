@@ -187,7 +187,7 @@ impl Adder<'_> {
     /// Puts a virtio device on the bus and into the event loop.
     fn virtio<D: VirtioDevice + 'static>(&mut self, name: &str, device: Arc<Mutex<D>>) -> Result<(), Error> {
         let slot = free_slot(self.vm)?;
-        let function = VirtioPci::new(name.into(), device.clone(), self.vm.memory.clone(), &self.vm.interrupts);
+        let function = VirtioPci::new(name.into(), device.clone(), self.vm.memory.clone(), (&self.vm.interrupts, slot));
         let function = function.map_err(|source| Error::Transport { name: name.into(), source })?;
         self.events.add_subscriber(device);
         Ok(self.vm.bus.pci.add(slot, Arc::new(Mutex::new(function)))?)

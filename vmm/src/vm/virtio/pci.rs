@@ -1,8 +1,9 @@
-//! The PCI transport of virtio devices (virtio 1.2, section 4.1): modern only, MSI-X only, one ioeventfd a
-//! queue. Invariant: a queue runs between `DRIVER_OK` and reset, with addresses that were checked against the
-//! VM's memory; the device behind sees registers never, only [`VirtioDevice`]'s calls. No legacy interface, no
-//! INTx (a driver without MSI-X gets no interrupts), no packed rings, no queue reset.
+//! The PCI transport of virtio devices (virtio 1.2, section 4.1): modern only, one ioeventfd a queue; MSI-X, or
+//! `INTA#` for a driver without (`line`). Invariant: a queue runs between `DRIVER_OK` and reset, with addresses that were checked
+//! against the VM's memory; the device behind sees registers never, only [`VirtioDevice`]'s calls. No legacy interface, no
+//! packed rings, no queue reset.
 
+mod line;
 mod registers;
 mod state;
 
@@ -15,10 +16,12 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::line::{About, Gsi, Line, Pin};
 use self::registers::{Common, QueueRegisters, RegisterWrite, Status};
 use super::device::{QueueResources, QueueState, VirtioDevice};
 use crate::base::error::chain;
 use crate::base::lock::lock;
+use crate::base::pci_address::Slot;
 use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, memory_bar};
 use crate::vm::pci::device::{Bar, BarChange, BarIndex, PciDevice};
@@ -47,6 +50,9 @@ const PART_SIZE: u32 = 0x1000;
 const NOTIFY_MULTIPLIER: u32 = 4;
 /// Most queues: as many as MSI-X vectors fit into the table's part, but for the configuration vector.
 const MAX_QUEUES: usize = 511;
+
+/// Interrupt pin (PCI 3.0, section 6.2.4).
+const INTA: u8 = 1;
 
 /// Capability ID and types (section 4.1.4).
 const CAPABILITY_VENDOR: u8 = 0x09;
@@ -124,6 +130,10 @@ pub struct VirtioPci {
     common: Common,
     /// One a queue.
     queues: Vec<Kick>,
+    /// Where `INTA#` goes.
+    pin: Arc<dyn Pin>,
+    /// `INTA#`, while a driver uses it.
+    line: Option<Line>,
     /// Signalled where the driver wants no interrupt; nobody listens.
     silent: EventFd,
     /// Bounds the warnings about what the driver does wrong.
@@ -139,12 +149,12 @@ struct Kick {
 }
 
 impl VirtioPci {
-    /// The function of `device`, which the event loop has as a subscriber too; `name` is for logs.
+    /// The function of `device`, which the event loop has as a subscriber too, for slot `slot`; `name` is for logs.
     pub fn new(
         name: String,
         device: Arc<Mutex<dyn VirtioDevice>>,
         memory: GuestMemoryMmap,
-        interrupts: &Arc<Interrupts>,
+        (interrupts, slot): (&Arc<Interrupts>, Slot),
     ) -> Result<Self, Error> {
         let queues = lock(&device).queue_sizes().len();
         if queues > MAX_QUEUES {
@@ -153,14 +163,15 @@ impl VirtioPci {
         // `MAX_QUEUES` is far below 2^16.
         let vectors = u16::try_from(queues + 1).unwrap_or(u16::MAX);
         let msix = Msix::new(interrupts, vectors)?;
-        Self::with_parts(name, device, memory, msix, Box::new(Arc::clone(interrupts)))
+        let pin = Arc::new(Gsi(Arc::clone(interrupts), Interrupts::intx_gsi(slot.get())));
+        Self::with_parts(name, device, memory, (msix, pin), Box::new(Arc::clone(interrupts)))
     }
 
     fn with_parts(
         name: String,
         device: Arc<Mutex<dyn VirtioDevice>>,
         memory: GuestMemoryMmap,
-        msix: Msix,
+        (msix, pin): (Msix, Arc<dyn Pin>),
         kicks: Box<dyn Kicks>,
     ) -> Result<Self, Error> {
         let (device_id, sizes, features) = {
@@ -185,18 +196,49 @@ impl VirtioPci {
             common: Common::new(features, &sizes, msix.count()),
             msix,
             queues,
+            pin,
+            line: None,
             silent: EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?,
             log: LogLimit::default(),
         })
     }
 
-    /// The eventfd of an MSI-X vector that the driver chose.
-    fn call(&self, vector: u16) -> &EventFd {
-        self.msix.event(vector).unwrap_or(&self.silent)
+    /// The eventfd of an interrupt: that of the MSI-X vector that the driver chose, or of the line.
+    fn call(&self, about: About, vector: u16) -> &EventFd {
+        match &self.line {
+            Some(line) => line.call(about),
+            None => self.msix.event(vector).unwrap_or(&self.silent),
+        }
+    }
+
+    fn config_call(&self) -> &EventFd {
+        self.call(About::Config, self.common.config_vector())
+    }
+
+    /// The driver runs without MSI-X: it is interrupted by the line.
+    fn use_line(&mut self) {
+        if self.msix.enabled() || self.line.is_some() {
+            return;
+        }
+        match Line::new(Arc::clone(&self.pin)) {
+            Ok(line) => {
+                self.line = Some(line);
+                self.set_config_vector();
+            }
+            Err(error) => tracing::error!("{}: its line interrupt: {error}", self.name),
+        }
+    }
+
+    /// The driver has switched to MSI-X while it runs.
+    fn leave_line(&mut self) {
+        if self.msix.enabled() && self.line.take().is_some() {
+            self.set_config_vector();
+            (0..self.common.queue_count()).for_each(|index| self.restart_queue(index));
+        }
     }
 
     fn set_config_vector(&mut self) {
-        match self.call(self.common.config_vector()).try_clone() {
+        match self.config_call().try_clone() {
             Ok(call) => lock(&self.device).set_config_interrupt(call),
             Err(error) => tracing::error!("{}: duplicate the configuration interrupt: {error}", self.name),
         }
@@ -220,6 +262,7 @@ impl VirtioPci {
 
     fn start(&mut self) {
         tracing::debug!("{}: driver is ready, features {:#x}", self.name, self.common.accepted());
+        self.use_line();
         for index in self.common.enabled_queues() {
             self.start_or_fail(index, None);
         }
@@ -251,7 +294,7 @@ impl VirtioPci {
         state: Option<QueueState>,
     ) -> Result<(), StartError> {
         let queue = checked_queue(&registers, self.common.accepted() & F_EVENT_IDX != 0, &self.memory)?;
-        let call = self.call(registers.vector).try_clone().map_err(StartError::EventFd)?;
+        let call = self.call(About::Queue, registers.vector).try_clone().map_err(StartError::EventFd)?;
         let place = &mut self.queues[usize::from(index)];
         let kick = place.event.try_clone().map_err(StartError::EventFd)?;
         let resources = QueueResources { memory: self.memory.clone(), queue, kick, call };
@@ -269,7 +312,7 @@ impl VirtioPci {
     fn fail(&mut self) {
         self.common.set_needs_reset();
         // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
-        let _ = self.call(self.common.config_vector()).write(1);
+        let _ = self.config_call().write(1);
     }
 
     fn reset_device(&mut self) {
@@ -281,6 +324,7 @@ impl VirtioPci {
         }
         lock(&self.device).reset();
         self.common.reset();
+        self.line = None;
         self.set_config_vector();
     }
 
@@ -304,7 +348,8 @@ impl VirtioPci {
             (DEVICE, at) => lock(&self.device).config_read(at, data),
             (MSIX_TABLE, at) => self.msix.table_read(at.into(), data),
             (MSIX_PBA, at) => self.msix.pba_read(at.into(), data),
-            // ISR status is for INTx alone: always 0.
+            // For the line alone.
+            (ISR, 0) => data[..1].fill(self.line.as_ref().map_or(0, Line::take_status)),
             _ => {}
         }
     }
@@ -363,6 +408,7 @@ impl PciDevice for VirtioPci {
             let mut bytes = [0; 2];
             self.config.read(control, &mut bytes);
             self.msix.set_control(u16::from_le_bytes(bytes));
+            self.leave_line();
         }
         if self.is_pci_data(offset)
             && let Some((at, length)) = self.pci_access()
@@ -461,7 +507,7 @@ fn config_space(device_id: u16, msix: &Msix) -> Result<(ConfigSpace, u16, u16), 
         subsystem: (VENDOR, SUBSYSTEM),
         class: class(device_id),
         revision: REVISION,
-        interrupt_pin: 0,
+        interrupt_pin: INTA,
     };
     let mut config = ConfigSpace::new(identity, &[memory_bar(BAR, BAR_SIZE)]);
     let body = msix.capability((BAR, MSIX_TABLE), (BAR, MSIX_PBA));

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::registers::CommonState;
-use super::{Status, VirtioPci};
+use super::{About, Status, VirtioPci};
 use crate::base::lock::lock;
 use crate::vm::pci::device::BarChange;
 use crate::vm::pci::msix::MsixState;
@@ -29,6 +29,9 @@ impl VirtioPci {
     pub(super) fn save_state(&mut self) -> Result<Value, StateError> {
         if self.common.status().contains(Status::NEEDS_RESET) || lock(&self.device).needs_reset() {
             return Err(StateError::new(&self.name, "waits for a reset"));
+        }
+        if self.line.is_some() {
+            return Err(StateError::new(&self.name, "has a driver without MSI-X"));
         }
         let device = lock(&self.device).save().map_err(|what| StateError::new(&self.name, what))?;
         let mut queues = Vec::new();
@@ -90,7 +93,7 @@ impl VirtioPci {
         for (index, kick) in (0u16..).zip(&self.queues) {
             if let Some(registers) = self.common.queue(index).filter(|_| kick.running) {
                 // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
-                let _ = self.call(registers.vector).write(1);
+                let _ = self.call(About::Queue, registers.vector).write(1);
             }
         }
     }

@@ -5,6 +5,7 @@
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
 
+use super::line::tests::FakePin;
 use super::*;
 use crate::vm::pci::msix::tests::FakeVector;
 use crate::vm::virtio::device::Error as DeviceError;
@@ -96,17 +97,31 @@ struct Driver {
     pci: VirtioPci,
     device: Arc<Mutex<Device>>,
     bound: Bound,
+    pin: Arc<FakePin>,
 }
 
 impl Driver {
+    /// One that has switched MSI-X on.
     fn new() -> Self {
+        let mut driver = Self::without_msix();
+        driver.set_msix(0x8000);
+        driver
+    }
+
+    fn set_msix(&mut self, control: u16) {
+        self.pci.config_write(self.pci.msix_capability + 2, &control.to_le_bytes());
+    }
+
+    fn without_msix() -> Self {
         let device = Arc::new(Mutex::new(Device::default()));
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
         let msix = Msix::from_vectors((0..3).map(|_| FakeVector::boxed().0).collect());
         let bound = Bound::default();
         let kicks = Box::new(FakeKicks(Arc::clone(&bound)));
-        let pci = VirtioPci::with_parts("test".into(), device.clone(), memory, msix, kicks).unwrap();
-        Self { pci, device, bound }
+        let pin = Arc::new(FakePin::default());
+        let parts = (msix, Arc::clone(&pin) as Arc<dyn Pin>);
+        let pci = VirtioPci::with_parts("test".into(), device.clone(), memory, parts, kicks).unwrap();
+        Self { pci, device, bound, pin }
     }
 
     fn write(&mut self, offset: u32, value: u32, width: usize) {
@@ -174,6 +189,42 @@ fn interrupts_go_to_the_chosen_vector_and_kicks_to_the_queue() {
     assert!(driver.pci.msix.event(2).unwrap().read().is_ok());
     driver.pci.region_write(NOTIFY + NOTIFY_MULTIPLIER, &[1, 0]);
     assert_eq!(queue.kick.read().unwrap(), 1);
+}
+
+#[test]
+fn a_driver_without_msix_is_interrupted_by_the_line() {
+    let mut driver = Driver::without_msix();
+    driver.ready();
+    let call = |driver: &Driver, queue: usize| {
+        driver.device.lock().unwrap().running[queue].as_ref().unwrap().call.try_clone().unwrap()
+    };
+    call(&driver, 0).write(1).unwrap();
+    driver.pin.await_raised();
+    assert_eq!((driver.read(ISR, 1), driver.read(ISR, 1)), (1, 0), "reading clears it");
+    assert!(driver.pci.save().is_err(), "it has no snapshot");
+    // Its next life, as after kexec, uses MSI-X.
+    driver.write(0x14, 0, 1);
+    driver.set_msix(0x8000);
+    driver.ready();
+    call(&driver, 1).write(1).unwrap();
+    assert!(driver.pci.msix.event(2).unwrap().read().is_ok());
+    assert_eq!(driver.read(ISR, 1), 0);
+}
+
+#[test]
+fn a_driver_that_goes_over_to_msix_keeps_its_queues() {
+    let mut driver = Driver::without_msix();
+    driver.write(0x10, 0, 2);
+    driver.ready();
+    driver.set_msix(0x8000);
+    let device = driver.device.lock().unwrap();
+    let state = Some(QueueState { next_avail: 7, next_used: 7 });
+    assert_eq!(device.states, [None, None, state, state]);
+    device.running[1].as_ref().unwrap().call.write(1).unwrap();
+    device.config_call.as_ref().unwrap().write(1).unwrap();
+    for vector in [0, 2] {
+        assert!(driver.pci.msix.event(vector).unwrap().read().is_ok(), "vector {vector}");
+    }
 }
 
 #[test]
@@ -299,7 +350,7 @@ fn kvm_takes_kicks_and_vectors_and_their_moves() {
     let interrupts = Interrupts::new(vm).unwrap();
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
     let device = Arc::new(Mutex::new(Device::default()));
-    let mut pci = VirtioPci::new("test".into(), device, memory, &interrupts).unwrap();
+    let mut pci = VirtioPci::new("test".into(), device, memory, (&interrupts, Slot::new(3).unwrap())).unwrap();
     pci.bar_moved(BarIndex(0), Some(0xC000_0000));
     pci.bar_moved(BarIndex(0), Some(0xC000_8000));
     assert!(pci.queues.iter().all(|queue| queue.bound.is_some()), "KVM watches each queue's address");
