@@ -228,10 +228,11 @@ impl SplitDisk {
         }
         self.splitter.service(now(), &mut self.requests);
         let done = self.splitter.take_done();
-        let finished = self.requests.finish(done);
+        // A broken device has nothing in progress.
+        let finished = if self.broken { Ok(()) } else { self.requests.finish(done) };
         self.pace.note(now(), self.requests.moved(), self.splitter.serving());
         finished?;
-        self.requests.notify()
+        if self.broken { Ok(()) } else { self.requests.notify() }
     }
 
     /// The guest broke a rule: its queues are looked at no more until it resets the device.
