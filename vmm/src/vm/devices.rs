@@ -22,7 +22,8 @@ use super::vfio::{self, DeviceFailure, Vfio, VfioPciDevice, VmResources};
 use super::virtio::Outbox;
 use super::virtio::console::{self, Console};
 use super::virtio::device::{self, VirtioDevice};
-use super::virtio::disk::{self, FileDisk};
+use super::virtio::disk::split::{MAX_QUEUES, Settings};
+use super::virtio::disk::{self, FileDisk, SplitDisk};
 use super::virtio::net::split::SplitNet;
 use super::virtio::net::tap::{self, TapNet};
 use super::virtio::net::vhost_user::VhostUserNet;
@@ -109,13 +110,8 @@ pub fn add(
         adder.devices.console = Some(Arc::clone(&console));
         adder.virtio("console", console)?;
     }
-    for (index, disk) in spec.disks.iter().enumerate() {
-        match disk {
-            DiskBackend::File(disk) => {
-                adder.virtio(&format!("virtio-block{index}"), Arc::new(Mutex::new(FileDisk::new(disk, index)?)))?;
-            }
-            DiskBackend::Split { .. } => return Err(Error::NoSlot),
-        }
+    for (index, disk) in (0u16..).zip(&spec.disks) {
+        adder.disk(index, disk, spec.cpus)?;
     }
     adder.virtio("virtio-rng", Arc::new(Mutex::new(Rng::new()?)))?;
     if !spec.passthrough.is_empty() || spec.awaits_device {
@@ -182,6 +178,30 @@ impl Adder<'_> {
         let sound = Arc::new(Mutex::new(sound));
         self.devices.shadowed.insert(DeviceId::sound(index), Arc::clone(&sound) as _);
         self.virtio(&name, sound)
+    }
+
+    /// Disk `index` of all disks of a VM with `cpus` vCPUs.
+    fn disk(&mut self, index: u16, backend: &DiskBackend, cpus: u8) -> Result<(), Error> {
+        let name = format!("virtio-block{index}");
+        match backend {
+            DiskBackend::File(disk) => self.virtio(&name, Arc::new(Mutex::new(FileDisk::new(disk, index.into())?))),
+            DiskBackend::Split { disk, cache, driver_memory } => {
+                let host = Arc::clone(self.host);
+                let outbox = Arc::new(move |message| host.tell(&message));
+                let settings = Settings {
+                    disk: disk.clone(),
+                    cache: *cache,
+                    driver_memory: *driver_memory,
+                    // One a vCPU.
+                    queues: cpus.min(MAX_QUEUES),
+                };
+                let disk = SplitDisk::new(index, &settings, outbox);
+                let disk = disk.map_err(|source| Error::Virtio { name: name.clone(), source })?;
+                let disk = Arc::new(Mutex::new(disk));
+                self.devices.shadowed.insert(DeviceId::block(index), Arc::clone(&disk) as _);
+                self.virtio(&name, disk)
+            }
+        }
     }
 
     /// Puts a virtio device on the bus and into the event loop.

@@ -201,7 +201,7 @@ pub enum ToVm {
         unused: Vec<MemoryRange>,
     },
     /// Driver VM: the connection of its end `end` (by position among its ends) with a guest's device; one that is there is
-    /// ended. Descriptor attached: the connected socket (vhost-user for a network device, a stream for a sound device).
+    /// ended. Descriptor attached: the connected socket (vhost-user for a network device or a disk, a stream for a sound device).
     Connect {
         /// Which end.
         end: u16,

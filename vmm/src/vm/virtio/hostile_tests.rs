@@ -87,6 +87,11 @@ proptest! {
     }
 
     #[test]
+    fn disk_of_a_driver_vm_survives(rings in prop::collection::vec(ring(), 2)) {
+        attack(super::disk::split::tests::without_a_driver_vm(), &rings);
+    }
+
+    #[test]
     fn rng_survives(ring in ring()) {
         attack(Rng::new().unwrap(), &[ring]);
     }

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 
 use umbra_shadow::{Generation, LinkId};
 
+use super::disk::SplitDisk;
 use super::net::split::SplitNet;
 use super::sound::Sound;
 use crate::wire::messages::{FromVm, ToVm};
@@ -16,10 +17,12 @@ pub trait Shadowed: Send {
     /// [`ToVm::Mask`]: the driver VM of `generation` has failed.
     fn mask(&mut self, generation: Generation);
 
-    /// [`ToVm::Quarantine`]: there will be no driver VM for now; the guest gets what its class says (link down, a dead card).
+    /// [`ToVm::Quarantine`]: there will be no driver VM for now; the guest gets what its class says (link down, a
+    /// dead card, failed requests).
     fn quarantine(&mut self);
 
-    /// What only this class knows: [`ToVm::GoLive`], [`ToVm::Arm`], [`ToVm::Carrier`] of a network device.
+    /// What only this class knows: [`ToVm::GoLive`], [`ToVm::Arm`], [`ToVm::Carrier`] of a network device; [`ToVm::Quiesce`],
+    /// [`ToVm::GoOn`] of a disk.
     fn order(&mut self, message: &ToVm);
 
     /// The answer to [`ToVm::QueryStatus`].
@@ -68,6 +71,28 @@ impl Shadowed for Sound {
 
     fn order(&mut self, message: &ToVm) {
         tracing::error!(?message, "an order that a sound device does not know");
+    }
+
+    fn status(&self) -> FromVm {
+        Self::status(self)
+    }
+}
+
+impl Shadowed for SplitDisk {
+    fn attach(&mut self, link: LinkId, socket: UnixStream) {
+        Self::attach(self, link, socket);
+    }
+
+    fn mask(&mut self, generation: Generation) {
+        Self::mask(self, generation);
+    }
+
+    fn quarantine(&mut self) {
+        Self::quarantine(self);
+    }
+
+    fn order(&mut self, message: &ToVm) {
+        Self::order(self, message);
     }
 
     fn status(&self) -> FromVm {
