@@ -234,6 +234,11 @@ impl DriverVm {
         self.wire().send_to(frame, self.dir.path().join("wire.vm")).unwrap();
     }
 
+    /// Gives QEMU's monitor a command.
+    pub fn tell_monitor(&mut self, command: &str) {
+        self.monitor.write_all(format!("{command}\n").as_bytes()).unwrap();
+    }
+
     /// Sets a guest's end's link, as its network device shows it to the driver VM.
     pub fn set_link(&mut self, guest: usize, up: bool) {
         let word = if up { "on" } else { "off" };
