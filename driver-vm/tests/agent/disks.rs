@@ -304,13 +304,6 @@ fn megasas_is_served() {
 
 #[test]
 #[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
-fn mptsas_is_served() {
-    let devices = &["mptsas1068,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
-    disk_is_served(&Model { devices, modules: &["mptsas"], driver: "mptsas", cache: WriteCache::Volatile });
-}
-
-#[test]
-#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn pvscsi_is_served() {
     let devices = &["pvscsi,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
     disk_is_served(&Model { devices, modules: &["vmw_pvscsi"], driver: "vmw_pvscsi", cache: WriteCache::Volatile });
