@@ -43,6 +43,13 @@ const NVME: Model = Model {
     cache: WriteCache::Volatile,
 };
 
+const AHCI: Model = Model {
+    devices: &["ide-hd,drive={disk},serial={serial},bus=ide.{n}"],
+    modules: &["ahci"],
+    driver: "ahci",
+    cache: WriteCache::Volatile,
+};
+
 /// The host's ends of a VM's disks.
 struct Host {
     vm: DriverVm,
@@ -61,10 +68,17 @@ struct Session {
 
 impl Host {
     fn boot(model: &Model, disks: usize, ends: usize, words: &str) -> Self {
+        Self::boot_with(model, disks, ends, words, &[])
+    }
+
+    /// With disks that begin with these bytes.
+    fn boot_with(model: &Model, disks: usize, ends: usize, words: &str, contents: &[u8]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().to_owned();
         for n in 0..disks {
-            File::create(place.join(format!("disk{n}"))).unwrap().set_len(SECTORS * 512).unwrap();
+            let disk = File::create(place.join(format!("disk{n}"))).unwrap();
+            disk.set_len(SECTORS * 512).unwrap();
+            disk.write_all_at(contents, 0).unwrap();
         }
         let memory = OpenOptions::new().read(true).write(true).create_new(true).open(place.join("memory")).unwrap();
         memory.set_len(MEMORY).unwrap();
@@ -264,8 +278,7 @@ fn nvme_is_served() {
 #[test]
 #[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn ahci_is_served() {
-    let devices = &["ide-hd,drive={disk},serial={serial},bus=ide.{n}"];
-    disk_is_served(&Model { devices, modules: &["ahci"], driver: "ahci", cache: WriteCache::Volatile });
+    disk_is_served(&AHCI);
 }
 
 #[test]
@@ -277,6 +290,41 @@ fn virtio_blk_is_served() {
 
 #[test]
 #[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn virtio_scsi_is_served() {
+    let devices = &["virtio-scsi-pci,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
+    disk_is_served(&Model { devices, modules: &["virtio_scsi"], driver: "virtio_scsi", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn megasas_is_served() {
+    let devices = &["megasas-gen2,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
+    disk_is_served(&Model { devices, modules: &["megaraid_sas"], driver: "megaraid_sas", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn pvscsi_is_served() {
+    let devices = &["pvscsi,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
+    disk_is_served(&Model { devices, modules: &["vmw_pvscsi"], driver: "vmw_pvscsi", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn sym53c8xx_is_served() {
+    let devices = &["lsi53c895a,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
+    disk_is_served(&Model { devices, modules: &["sym53c8xx"], driver: "sym53c8xx", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn am53c974_is_served() {
+    let devices = &["am53c974,id=hba{n}", "scsi-hd,drive={disk},serial={serial},bus=hba{n}.0"];
+    disk_is_served(&Model { devices, modules: &["am53c974"], driver: "am53c974", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
 fn usb_storage_is_served() {
     let devices = &["qemu-xhci,id=usb", "usb-storage,drive={disk},serial={serial},bus=usb.0"];
     disk_is_served(&Model { devices, modules: &["xhci-pci"], driver: "xhci_hcd", cache: WriteCache::Volatile });
@@ -284,7 +332,14 @@ fn usb_storage_is_served() {
 
 #[test]
 #[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
-fn an_sd_card_is_served() {
+fn uas_is_served() {
+    let devices = &["qemu-xhci,id=usb", "usb-uas,id=uas", "scsi-hd,drive={disk},serial={serial},bus=uas.0"];
+    disk_is_served(&Model { devices, modules: &["xhci-pci"], driver: "xhci_hcd", cache: WriteCache::Volatile });
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn sd_card_is_served() {
     let devices = &["sdhci-pci,id=sd", "sd-card,drive={disk},bus=sd-bus"];
     disk_is_served(&Model { devices, modules: &["sdhci-pci"], driver: "sdhci-pci", cache: WriteCache::None });
 }
@@ -360,6 +415,65 @@ fn a_standby_keeps_its_pool_and_serves_the_disk_that_comes() {
     host.vm.beats(4);
     session.stream.set_nonblocking(true).unwrap();
     assert!((&session.stream).read(&mut [0; 64]).is_err(), "an order was taken");
+    host.vm.send(&ToAgent::Crash { kind: CrashKind::Reboot });
+    host.vm.wait_for_end();
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn a_partition_is_found_in_the_disk_s_table() {
+    let _alone = alone();
+    let mut table = [0; 512];
+    // The second entry: type 0x83, 4096 sectors from 2048 (LBA, little-endian).
+    table[462 + 4] = 0x83;
+    table[462 + 8..462 + 12].copy_from_slice(&2048u32.to_le_bytes());
+    table[462 + 12..462 + 16].copy_from_slice(&4096u32.to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    let mut host = Host::boot_with(&AHCI, 1, 1, "", &table);
+    host.configure(vec![end(Some("SER0"), DiskPart::Partition(2))], DevicePlace::Present);
+    let (_, disks) = host.expect_disks();
+    let window = disks[0].identity.window;
+    assert_eq!((window.start, window.sectors, disks[0].identity.sectors), (2048, 4096, SECTORS));
+    let mut session = host.begin(0, 1);
+    host.fill(&session, 0, &[0x5a; 512]);
+    assert_eq!(session.order(access(1, Operation::Write { place: 0 }, 6143, 1)), done(1, 512));
+    assert_eq!(session.order(flush(1)), done(1, 0));
+    assert_eq!(host.sectors(0, 6143, 1), [0x5a; 512]);
+    host.vm.send(&ToAgent::Crash { kind: CrashKind::Reboot });
+    host.vm.wait_for_end();
+}
+
+#[test]
+#[ignore = "boots QEMU with the kernel package that UMBRA_TEST_KERNEL_DEB names"]
+fn a_reset_by_the_driver_itself_is_reported_before_the_answer() {
+    let _alone = alone();
+    let mut host = Host::boot(&AHCI, 1, 1, "hugepages=8");
+    host.configure(vec![end(None, DiskPart::Whole)], DevicePlace::Present);
+    host.expect_disks();
+    let mut session = host.begin(0, 1);
+    host.fill(&session, 0, &[0x5a; 4096]);
+    let write = |tag| access(tag, Operation::Write { place: 0 }, 8 * u64::from(tag), 8);
+    assert_eq!(session.order(write(0)), done(0, 4096));
+    // So slow that the driver gives up a command after its 30 s, and resets the link.
+    host.vm.tell_monitor("block_set_io_throttle disk0 64 0 0 0 0 0");
+    session.send(&(1..4).map(write).collect::<Vec<_>>());
+    host.vm.beats(4 * 35);
+    host.vm.tell_monitor("block_set_io_throttle disk0 0 0 0 0 0 0");
+    let answers = session.answers(4);
+    let lost = answers.iter().position(|answer| *answer == FromService::CacheLost);
+    assert!(lost.is_some_and(|at| at < 3), "{answers:?}\n{}", host.vm.console());
+    assert!((1..4).all(|tag| answers.contains(&done(tag, 4096))), "{answers:?}");
+    assert_eq!(session.order(flush(1)), done(1, 0));
+    assert_eq!(host.sectors(0, 0, 32), [0x5a; 32 * 512]);
+    host.vm.send(&ToAgent::Crash { kind: CrashKind::Unbind });
+    let answer = loop {
+        if let FromService::Done { errno, .. } = session.order(write(0))
+            && errno != 0
+        {
+            break errno;
+        }
+    };
+    assert!([5, 6, 19].contains(&answer), "errno {answer}");
     host.vm.send(&ToAgent::Crash { kind: CrashKind::Reboot });
     host.vm.wait_for_end();
 }

@@ -155,7 +155,7 @@ impl DriverVm {
                 if wanted(&message) {
                     return message;
                 }
-                assert!(!matches!(message, FromAgent::Failed { .. }), "{message:?}");
+                assert!(!matches!(message, FromAgent::Failed { .. }), "{message:?}\n{}", self.console());
             }
             let mut chunk = [0; 4096];
             let length = self.control.read(&mut chunk).unwrap();
@@ -232,6 +232,17 @@ impl DriverVm {
     /// Sends a frame on the wire, whatever becomes of it.
     pub fn send_on_wire(&self, frame: &[u8]) {
         self.wire().send_to(frame, self.dir.path().join("wire.vm")).unwrap();
+    }
+
+    /// Gives QEMU's monitor a command, and waits until it is carried out.
+    pub fn tell_monitor(&mut self, command: &str) {
+        self.monitor.write_all(format!("{command}\ninfo status\n").as_bytes()).unwrap();
+        self.monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut said, mut chunk) = (Vec::new(), [0; 4096]);
+        while !String::from_utf8_lossy(&said).contains("VM status:") {
+            let length = self.monitor.read(&mut chunk).unwrap();
+            said.extend_from_slice(&chunk[..length]);
+        }
     }
 
     /// Sets a guest's end's link, as its network device shows it to the driver VM.

@@ -10,13 +10,15 @@ use crate::kernel_log;
 
 /// Vendor of virtio devices.
 const VIRTIO: &str = "0x1af4";
+/// Of these, disks and their controllers (virtio 1.2, section 4.1.2.1): a driver VM's own devices are none.
+const VIRTIO_DISKS: [&str; 4] = ["0x1001", "0x1042", "0x1004", "0x1048"];
 /// Class of bridges, in the upper byte.
 const BRIDGE: &str = "0x06";
 
 /// Name of no driver: a function that may only be given to it is given to nobody.
 const NOBODY: &str = "umbra-awaited";
 
-/// Keeps drivers off the functions that are neither virtio nor a bridge: there is nothing behind them yet.
+/// Keeps drivers off the functions that are neither this VM's own nor a bridge: there is nothing behind them yet.
 pub fn hold_all() {
     for function in functions().filter(|function| describe_one(function).is_some()) {
         if let Err(error) = fs::write(function.join("driver_override"), NOBODY) {
@@ -61,7 +63,7 @@ fn functions() -> impl Iterator<Item = PathBuf> {
     fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten().map(|function| function.path())
 }
 
-/// Takes the driver away from each function that is neither virtio nor a bridge, as `unbind` in sysfs does. In a thread: the
+/// Takes the driver away from each function that is neither this VM's own nor a bridge, as `unbind` in sysfs does. In a thread: the
 /// driver takes the network stack's lock for it, or waits for those who have its card open.
 ///
 /// # Errors
@@ -76,7 +78,7 @@ pub fn unbind_all() -> anyhow::Result<()> {
     std::thread::Builder::new().name("unbind".into()).spawn(unbind).map(drop).context("cannot start a thread")
 }
 
-/// The functions that are neither virtio nor a bridge, each with its ids and driver, in a sentence's form.
+/// The functions that are neither this VM's own (virtio) nor a bridge, each with its ids and driver, in a sentence's form.
 pub fn describe() -> String {
     let Ok(functions) = fs::read_dir("/sys/bus/pci/devices") else { return "there is no PCI bus".into() };
     let mut found: Vec<_> = functions.flatten().filter_map(|function| describe_one(&function.path())).collect();
@@ -87,7 +89,8 @@ pub fn describe() -> String {
 fn describe_one(function: &Path) -> Option<String> {
     let read = |name: &str| fs::read_to_string(function.join(name)).unwrap_or_default().trim().to_owned();
     let (vendor, device, class) = (read("vendor"), read("device"), read("class"));
-    if vendor == VIRTIO || class.starts_with(BRIDGE) {
+    let is_own = vendor == VIRTIO && !VIRTIO_DISKS.contains(&&device[..]);
+    if is_own || class.starts_with(BRIDGE) {
         return None;
     }
     let driver = fs::read_link(function.join("driver")).ok();
