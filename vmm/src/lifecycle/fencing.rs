@@ -1,11 +1,12 @@
-//! A killed process that does not end: the kernel holds it, in a call to a device or a file system that does not return.
-//! Pure, a part of the life cycle.
+//! What follows a failed life that can do no more harm; and a killed process that does not end: the kernel holds it, in a call to a
+//! device or a file system that does not return. Pure, a part of the life cycle.
 //!
 //! Invariant: what was killed is waited for as long as a reset, and no longer; people hear of it before. Its device is neither
 //! reset nor given to a next life before it has ended.
 
 use std::time::Duration;
 
+use super::policy::RestartVerdict;
 use super::{Action, Lifecycle, NoticedBy, RESET_PATIENCE, State, Time};
 
 /// Time after a kill at which people are warned that the process has not ended. A process with gigabytes of pinned memory takes a
@@ -32,6 +33,33 @@ impl Killed {
 }
 
 impl Lifecycle {
+    /// Decides what follows, once the failed generation can do no more harm.
+    pub(super) fn fenced(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
+        let until = now + RESET_PATIENCE;
+        if !source.is_failure() {
+            self.state = State::Resetting { until, next: Some(now) };
+            return vec![Action::Reset];
+        }
+        match self.history.failed(now, lived) {
+            RestartVerdict::Restart(delay) if source != NoticedBy::Identity => {
+                self.state = State::Resetting { until, next: Some(now + delay) };
+                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
+                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
+            }
+            RestartVerdict::Restart(_) | RestartVerdict::Quarantine => {
+                self.state = State::Resetting { until, next: None };
+                let why = if source == NoticedBy::Identity {
+                    "it brought another disk than its guests were given".into()
+                } else {
+                    self.history.passed(now)
+                };
+                let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
+                actions.extend(self.drop_standby(now));
+                actions
+            }
+        }
+    }
+
     /// Whether the driver VM is quarantined because a killed process did not end in time, and has not ended since.
     pub fn process_hangs(&self) -> bool {
         self.process_hangs

@@ -46,7 +46,7 @@ use std::time::Duration;
 use umbra_shadow::Generation;
 
 use crate::base::time::Time;
-use crate::lifecycle::policy::{RestartHistory, RestartVerdict};
+use crate::lifecycle::policy::RestartHistory;
 use carrier::CarrierWatch;
 use fencing::Killed;
 use silence::Silence;
@@ -517,33 +517,6 @@ impl Lifecycle {
         }
         self.killed = None;
         actions
-    }
-
-    /// Decides what follows, once the failed generation can do no more harm.
-    fn fenced(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
-        let until = now + RESET_PATIENCE;
-        if !source.is_failure() {
-            self.state = State::Resetting { until, next: Some(now) };
-            return vec![Action::Reset];
-        }
-        match self.history.failed(now, lived) {
-            RestartVerdict::Restart(delay) if source != NoticedBy::Identity => {
-                self.state = State::Resetting { until, next: Some(now + delay) };
-                let clean = self.suspects.tell().into_iter().map(Action::StartClean);
-                [Action::Reset, Action::Report].into_iter().chain(clean).collect()
-            }
-            RestartVerdict::Restart(_) | RestartVerdict::Quarantine => {
-                self.state = State::Resetting { until, next: None };
-                let why = if source == NoticedBy::Identity {
-                    "it brought another disk than its guests were given".into()
-                } else {
-                    self.history.passed(now)
-                };
-                let mut actions = vec![Action::Reset, Action::Report, Action::Quarantine(why)];
-                actions.extend(self.drop_standby(now));
-                actions
-            }
-        }
     }
 
     fn on_tick(&mut self, now: Time) -> Vec<Action> {

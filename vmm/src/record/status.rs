@@ -484,6 +484,30 @@ nic0: it keeps its registers";
     }
 
     #[test]
+    fn a_disk_is_shown_with_what_is_owed_to_it() {
+        let mut disk = BlockStatus {
+            index: 1,
+            driver: Some("disk0".into()),
+            serial: Some("S1".into()),
+            bytes: Some(1 << 30),
+            volatile_cache: Some(true),
+            cache: CachePolicy::Auto,
+            mode: ModeName::Passive.into(),
+            kept_bytes: 4096,
+            owed_bytes: 0,
+            pending: 0,
+            sums: Counts::default(),
+        };
+        assert_eq!(disk.to_string(), "block1: disk0 passive");
+        (disk.mode, disk.owed_bytes) = (ModeName::Replaying.into(), 4097);
+        assert_eq!(disk.to_string(), "block1: disk0 replaying (5 KiB owed)");
+        let mut status = status();
+        status.guests[0].disks.push(disk);
+        let text = status.to_string();
+        assert!(text.contains("net0: nic0 passive, block1: disk0 replaying (5 KiB owed)\n"), "{text}");
+    }
+
+    #[test]
     fn what_a_vm_said_is_shown_and_not_obeyed() {
         let mut status = status();
         status.drivers[0].reason = Some("kernel panic: \u{1b}[31mRED\u{1b}]0;OWNED\u{7}".into());

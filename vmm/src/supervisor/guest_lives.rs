@@ -2,6 +2,7 @@
 //!
 //! Invariant: whatever happens to a guest costs its own ends of the driver VMs that serve it, and nothing else.
 
+use super::class::traits;
 use super::front::protocol::StopHow;
 use super::guest::{AtEnd, GuestState};
 use super::ids::GuestId;
@@ -90,7 +91,8 @@ impl Supervisor {
         let guest = &mut self.guests[n];
         let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
         guest.process = None;
-        guest.forget();
+        self.warn_of_loss(n);
+        self.guests[n].forget();
         self.rests_no_more(n);
         self.leave_ends(n);
         let guest = &mut self.guests[n];
@@ -116,6 +118,18 @@ impl Supervisor {
         guest.state = GuestState::Off;
         if at_end == AtEnd::StartAgain && !stopping {
             self.start_guest_process(n);
+        }
+    }
+
+    /// The process of guest `n` is gone, and with it what its disks' shadows kept. Warns of those whose driver VM was away at that moment.
+    fn warn_of_loss(&mut self, n: GuestId) {
+        let guest = &self.guests[n];
+        let left = guest.devices.iter().filter(|(id, device)| traits(id.class).rests && device.is_left());
+        let names: Vec<_> = left.map(|(id, _)| format!("{}.{id}", guest.name)).collect();
+        for name in names {
+            self.events.warn(format!(
+                "{name}: the guest ended while the driver VM of this disk was away: what it had not flushed may be lost, as in a power cut"
+            ));
         }
     }
 

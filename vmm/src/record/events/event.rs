@@ -478,6 +478,29 @@ mod tests {
         assert_eq!(said(LinkEnd::Closed), "web.net0: nic0 is gone; masked");
         assert_eq!(said(LinkEnd::Stalled("4 s".into())), "web.net0: nic0 stands still (4 s); masked");
         assert_eq!(said(LinkEnd::Broken("r".into())), "web.net0: nic0 broke a rule (r); masked");
+        assert_eq!(said(LinkEnd::OtherDisk("another disk".into())), "web.net0: nic0 brought another disk; masked");
+    }
+
+    #[test]
+    fn a_disk_s_events_read_as_sentences_and_are_read_back() {
+        let at = || ("db".into(), DeviceId::block(1), "disk0".into());
+        let (guest, device, driver) = at();
+        let requests = Counts { kept_in_flight: 3, rewritten_sectors: 9, ..Counts::default() };
+        let live = Event::BlockLive { guest, device, driver, generation: 2, requests };
+        let sentence = "db.block1: served again (3 requests were under way, 4 KiB are written again; 0 errors masked, 0 requests failed, \
+                        0 KiB lost)";
+        assert_eq!(live.sentence().unwrap(), sentence);
+        let rest = |stable| {
+            let (guest, device, driver) = at();
+            Event::AtRest { guest, device, driver, ms: 12.0, stable }
+        };
+        assert_eq!(rest(true).sentence().unwrap(), "db.block1: at rest in 12 ms: everything acknowledged is stable");
+        assert!(rest(false).sentence().unwrap().starts_with("db.block1: not at rest after 12 ms"));
+        for event in [live, rest(true)] {
+            let json = serde_json::to_string(&event).unwrap();
+            assert!(json.contains("\"device\":\"block1\""), "{json}");
+            assert_eq!(read(&json).sentence(), event.sentence());
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Metrics out of events and status.
 
 use umbra_shadow::DeviceId;
+use umbra_shadow::block::Counts;
 
 use super::*;
 use crate::lifecycle::NoticedBy;
@@ -28,6 +29,9 @@ fn events_are_counted() {
         samples,
     };
     metrics.observe(&live);
+    let requests = Counts { kept_in_flight: 3, rewritten_sectors: 8, failed_requests: 1, ..Counts::default() };
+    let (guest, device, driver) = ("web".into(), DeviceId::block(0), "disk0".into());
+    metrics.observe(&Event::BlockLive { guest, device, driver, generation: 2, requests });
     let text = metrics.text();
     for line in [
         "umbra_machine_info{machine=\"m\",version=\"0.1.0\"} 1",
@@ -37,6 +41,10 @@ fn events_are_counted() {
         "umbra_driver_recovery_seconds_total{driver=\"nic0\",part=\"boot\"} 0.5",
         "umbra_driver_frames_total{driver=\"nic0\",fate=\"unknown\"} 1",
         "umbra_driver_samples_total{driver=\"snd0\",fate=\"skipped\"} 480",
+        "umbra_driver_requests_total{driver=\"disk0\",fate=\"kept\"} 3",
+        "umbra_driver_requests_total{driver=\"disk0\",fate=\"failed\"} 1",
+        "umbra_driver_disk_bytes_total{driver=\"disk0\",fate=\"rewritten\"} 4096",
+        "umbra_driver_disk_bytes_total{driver=\"disk0\",fate=\"lost\"} 0",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");
     }
@@ -49,10 +57,12 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
     let metrics = Metrics::new("m");
     let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[
         {"index":0,"mac":"02:00:00:00:00:01","tap":null,"driver":"nic0","mode":"passive","frames_out":9,"frames_in":8,"foreign_source":3,
-        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0}}]}],
+        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0}}],"disks":[{"index":1,"driver":"disk0","serial":"S",
+        "bytes":512,"volatile_cache":true,"cache":"auto","mode":"replaying","kept_bytes":8192,"owed_bytes":4096,"pending":2,"sums":SUMS}]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
         "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42}]}"#;
-    let status = status.replace("PID", &std::process::id().to_string());
+    let sums = serde_json::to_string(&Counts::default()).unwrap();
+    let status = status.replace("PID", &std::process::id().to_string()).replace("SUMS", &sums);
     metrics.show(serde_json::from_str(&status).unwrap());
     let text = metrics.text();
     for line in [
@@ -61,6 +71,8 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
         "umbra_driver_carrier{driver=\"nic0\"} 1",
         "umbra_driver_available_memory_bytes{driver=\"nic0\"} 42",
         "umbra_guest_uptime_seconds{guest=\"web\"} 2.5",
+        "umbra_guest_disk_owed_bytes{guest=\"web\",device=\"block1\"} 4096",
+        "umbra_guest_disk_kept_bytes{guest=\"web\",device=\"block1\"} 8192",
         "umbra_guest_foreign_source_frames_total{guest=\"web\",device=\"net0\"} 3",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");

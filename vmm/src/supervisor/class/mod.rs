@@ -74,6 +74,8 @@ pub(in crate::supervisor) struct GuestDevice {
     pub(in crate::supervisor) fresh: bool,
     /// The generation that it is live with by itself, or was last, where it goes live by itself.
     live: Option<Generation>,
+    /// It has been live by itself with a life of its driver VM since the guest's process was started.
+    was_live: bool,
     /// Since when it is to come to rest, if it was asked to and has not answered.
     pub(in crate::supervisor) resting: Option<Time>,
     /// What a device of its class alone has.
@@ -89,12 +91,13 @@ enum OfClass {
 
 impl GuestDevice {
     fn new(of: OfClass) -> Self {
-        Self { driver: None, status: None, fresh: false, live: None, resting: None, of }
+        Self { driver: None, status: None, fresh: false, live: None, was_live: false, resting: None, of }
     }
 
     /// The guest's process is gone: what that had asked for and said does not count any more.
     pub(in crate::supervisor) fn forget(&mut self) {
         (self.status, self.fresh, self.live, self.resting) = (None, false, None, None);
+        self.was_live = false;
         match &mut self.of {
             OfClass::Net(net) => net.forget(),
             OfClass::Sound(_) | OfClass::Block(_) => {}
@@ -104,6 +107,11 @@ impl GuestDevice {
     /// Whether it is live by itself with a driver VM.
     pub(in crate::supervisor) fn is_live(&self) -> bool {
         self.live.is_some()
+    }
+
+    /// Whether its driver VM is away, which it had before.
+    pub(in crate::supervisor) fn is_left(&self) -> bool {
+        self.was_live && self.live.is_none()
     }
 
     /// It is not live with a driver VM any more.
@@ -288,7 +296,7 @@ impl Supervisor {
     fn went_live(&mut self, n: DriverId, end: Endpoint, generation: Generation) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         if let Some(device) = self.guests[guest].devices.get_mut(&device) {
-            device.live = Some(generation);
+            (device.live, device.was_live) = (Some(generation), true);
         }
         self.has_greeted(n, end);
         // Before the agent's word has come, this waits for it (`Action::GoLive`).

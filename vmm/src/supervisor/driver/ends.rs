@@ -109,7 +109,7 @@ impl EndLink {
         self.losses += 1;
         let delay = DELAY.saturating_mul(1 << (self.losses - 1).min(16)).min(DELAY_MAX);
         (self.link, self.excused, self.due) = (None, false, Some(now + delay));
-        self.given_up = self.losses >= MOST_LOSSES;
+        self.given_up |= self.losses >= MOST_LOSSES;
         !self.given_up
     }
 }
