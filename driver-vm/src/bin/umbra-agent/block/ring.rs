@@ -22,6 +22,9 @@ const POOL: u16 = 0;
 /// `_IO(0x12, 119)` of `linux/fs.h`.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 
+/// `_IOR(0x12, 114, size_t)` of `linux/fs.h`.
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+
 /// A name that comes back with the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token(pub u64);
@@ -225,6 +228,21 @@ fn discard(file: &File, at: Extent) -> i32 {
         Errno::result(unsafe { libc::fallocate(file.as_raw_fd(), mode, start, length) })
     };
     done.map_or_else(|error| -(error as i32), |_| 0)
+}
+
+/// Bytes of a disk, as its driver has it now; of a file in its place.
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn size(file: &File) -> std::io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(metadata.len());
+    }
+    let mut bytes = 0_u64;
+    // SAFETY: the argument is a place for a number of 64 bits, as this call wants, and outlives it.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) })?;
+    Ok(bytes)
 }
 
 /// A result as a number of bytes, or an error.

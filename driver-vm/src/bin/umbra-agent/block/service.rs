@@ -10,10 +10,11 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use umbra_driver_vm::block_protocol::MAX_DEPTH;
 use umbra_driver_vm::protocol::FromAgent;
+use umbra_shadow::block::SECTOR_BYTES;
 
 use super::port::{Came, MAX_BUFFER, Opener, Port};
 use super::resets::Resets;
-use super::ring::{Ring, Token};
+use super::ring::{self, Ring, Token};
 use super::session::{Name, Sessions};
 use crate::kernel_log;
 use crate::orders::Mailbox;
@@ -162,7 +163,7 @@ impl BlockService {
             let end = usize::try_from(token >> NAME_BITS).ok().and_then(|number| self.ends.get_mut(number));
             let name = Name::try_from(token & u64::from(Name::MAX));
             if let (Some(end), Ok(name)) = (end, name)
-                && let Err(error) = end.sessions.result(name, result)
+                && let Err(error) = end.sessions.result(name, end.judge(result))
             {
                 kernel_log::error(&format!("the flush after the host had gone has failed: {error}"));
             }
@@ -171,6 +172,16 @@ impl BlockService {
 }
 
 impl End {
+    /// A result as it is to be reported. The kernel says of a disk whose driver has gone that there is no space on it, or that it does not
+    /// offer what it did offer, which would be the truth about the disk: it is the driver's failure.
+    fn judge(&self, result: i32) -> i32 {
+        let expected = self.sessions.disk().identity.sectors * SECTOR_BYTES;
+        if result >= 0 || ring::size(&self.disk).is_ok_and(|bytes| bytes == expected) {
+            return result;
+        }
+        -(Errno::ENODEV as i32)
+    }
+
     /// Whether there may be a buffer to read now. None is read while answers wait: a host that takes none gets no further orders done.
     fn can_hear(&self) -> bool {
         self.readable && self.sessions.listens() && !self.port.is_full()
