@@ -303,7 +303,8 @@ impl Recipe {
         let base_modules = initramfs.add_modules(tree, &base)?;
         let mut modules = driver_modules.clone();
         modules.extend(base_modules.into_iter().filter(|m| !driver_modules.contains(m)));
-        initramfs.add_file(PARAMETERS, 0o644, disks::parameters(modules.iter().map(|module| &module.name[..])));
+        let modules: Vec<_> = modules.into_iter().map(|m| ModuleEntry { name: m.name, size: m.size }).collect();
+        initramfs.add_file(PARAMETERS, 0o644, disks::parameters(&modules));
         let (firmware, firmware_missing) = self.add_firmware(&mut initramfs, &driver_modules)?;
         let nothing_yet = FileEntry { size: 0, sha256: String::new() };
         let manifest = Manifest {
@@ -312,7 +313,7 @@ impl Recipe {
             kernel: tree.release().into(),
             drivers,
             devices: self.devices.clone(),
-            modules: modules.into_iter().map(|m| ModuleEntry { name: m.name, size: m.size }).collect(),
+            modules,
             firmware,
             firmware_missing,
             vmlinux: nothing_yet.clone(),

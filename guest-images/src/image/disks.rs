@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use super::ModuleEntry;
 use crate::modules::ModuleTree;
 
 /// Folders of a module tree with drivers of controllers, and the drivers of what is behind them. They are loaded before the controller's,
@@ -27,8 +28,8 @@ const VIRTIO: [(&str, &str); 4] = [
     ("pci:v00001AF4d00001048", "virtio_scsi"),
 ];
 
-/// Module, parameters. A USB disk is not waited for (by default a second, for slow ones that nobody else waits for: the agent does); and a
-/// namespace of an NVMe disk is one device, not a path to a device of its own.
+/// Module, parameters. `usb_storage` waits a second before it asks a disk anything, for which the agent waits already. `nvme_core` shows a
+/// namespace as a path and a device above it, unless it is told that there is one path.
 const PARAMETERS: [(&str, &str); 2] = [("usb_storage", "delay_use=0"), ("nvme_core", "multipath=N")];
 
 /// The driver of a virtio disk by its PCI modalias.
@@ -52,7 +53,7 @@ pub(super) fn drivers_behind(tree: &ModuleTree, drivers: &[String]) -> Option<Ve
 }
 
 /// Parameters of those of `modules` that have some: a line for each, as `usb_storage delay_use=0`.
-pub(super) fn parameters<'a>(modules: impl Iterator<Item = &'a str> + Clone) -> String {
-    let given = PARAMETERS.iter().filter(|(name, _)| modules.clone().any(|module| module == *name));
+pub(super) fn parameters(modules: &[ModuleEntry]) -> String {
+    let given = PARAMETERS.iter().filter(|(name, _)| modules.iter().any(|module| module.name == *name));
     given.map(|(name, parameters)| format!("{name} {parameters}\n")).collect()
 }

@@ -24,6 +24,7 @@ const SYSTEM_FIRMWARE: &str = "/lib/firmware";
 #[command(after_help = "Examples:
   umbra image --pci 0000:01:00.0 -o nic0.image            the running kernel, the driver of that device
   umbra image --driver e1000e --kernel-deb linux-image-6.12.deb -o nic0.image
+  umbra image --pci 0000:02:00.0 -o disk0.image           a controller of disks, and the drivers of the disks behind it
   umbra image --vmlinux /boot/vmlinuz-6.12.0 -o vmlinux   only unpack a kernel")]
 pub struct Args {
     /// PCI function whose driver is taken, as 0000:01:00.0; may be repeated

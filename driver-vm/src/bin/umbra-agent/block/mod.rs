@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use umbra_driver_vm::block_protocol::{Hello, MAX_DEPTH};
+use umbra_driver_vm::block_protocol::{BLOCK_PORT, Hello, MAX_DEPTH, PoolRange};
 use umbra_driver_vm::protocol::{BlockPlan, FromAgent};
 use umbra_shadow::Generation;
 
@@ -150,13 +150,14 @@ fn prepare(
     let shares = pool.shares(ends);
     let ring = Ring::new(pool, u32::try_from(ends)?.saturating_mul(MAX_ACTIONS))?;
     let chosen = Search::new(plan, due, mailbox, missing)?.run()?;
-    let files = open_all(&chosen)?;
+    let files = open_all(&chosen, missing)?;
     let disks = chosen.iter().map(|chosen| chosen.disk.clone()).collect();
     let driver = chosen.first().map_or_else(String::new, |first| first.driver.clone());
     let pieces: Vec<_> = shares.iter().map(|share| ring.pool().locate(*share)).collect::<anyhow::Result<_>>()?;
     let mut service = BlockService::new(ring, Resets::follow(), Arc::clone(mailbox))?;
     for (end, (chosen, (share, pool))) in chosen.into_iter().zip(shares.into_iter().zip(pieces)).enumerate() {
         let disk = files.get(&chosen.name).cloned().context("a disk that was not opened")?;
+        missing.set(format!("there is no console port {BLOCK_PORT}.{end}"));
         let opener = port::opener(wait_for_port(end));
         service.add(opener, sessions(chosen, share, pool, generation), disk)?;
     }
@@ -164,12 +165,7 @@ fn prepare(
     Ok((service, FromAgent::Disks { driver, disks, uptime_ms: system::uptime_ms() }))
 }
 
-fn sessions(
-    chosen: ChosenDisk,
-    share: Share,
-    pool: Vec<umbra_driver_vm::block_protocol::PoolRange>,
-    generation: Generation,
-) -> Sessions {
+fn sessions(chosen: ChosenDisk, share: Share, pool: Vec<PoolRange>, generation: Generation) -> Sessions {
     let depth = chosen.queue_depth.clamp(1, MAX_DEPTH);
     Sessions::new(Offer { hello: Hello { disk: chosen.disk, pool, depth }, share }, generation)
 }
@@ -190,10 +186,11 @@ fn node(name: &str) -> PathBuf {
 }
 
 /// Opens each disk, once.
-fn open_all(chosen: &[ChosenDisk]) -> anyhow::Result<BTreeMap<String, Arc<File>>> {
+fn open_all(chosen: &[ChosenDisk], missing: &Missing) -> anyhow::Result<BTreeMap<String, Arc<File>>> {
     let mut files = BTreeMap::new();
     for disk in chosen {
         if !files.contains_key(&disk.name) {
+            missing.set(format!("the disk {} is there, and its driver does not answer", disk.name));
             set_scheduler(disk);
             let is_read_only = |other: &ChosenDisk| other.name != disk.name || other.disk.identity.read_only;
             let file = open(&node(&disk.name), chosen.iter().all(is_read_only))?;

@@ -35,7 +35,8 @@ impl Missing {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, what: String) {
+    /// Says what is waited for now.
+    pub fn set(&self, what: String) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = what;
     }
 }
