@@ -320,6 +320,29 @@ fn a_controller_that_its_driver_has_reset_is_written_again_within_its_life() {
 }
 
 #[test]
+fn a_second_reset_of_a_controller_voids_what_was_handed_over_since_the_first() {
+    let (mut guest, mut medium) = (Guest::new(), Medium::new());
+    let mut vm = live(&mut guest, 1, &mut medium);
+    guest.write(0, 8);
+    serve(&mut guest, &mut vm, &mut medium);
+    medium.lose_cache(|| false);
+    vm.say(FromService::CacheLost);
+    vm.say(FromService::CacheLost);
+    guest.turn();
+    guest.write(100, 8);
+    guest.turn();
+    vm.receive();
+    // Both are done, and lost, before their answers are sent.
+    let answers: Vec<_> = vm.asked.drain(..).collect::<Vec<_>>().iter().map(|a| vm.carry_out(a, &mut medium)).collect();
+    assert_eq!(answers.len(), 2);
+    medium.lose_cache(|| false);
+    vm.say(FromService::CacheLost);
+    answers.into_iter().for_each(|answer| vm.say(answer));
+    serve_and_flush(&mut guest, &mut vm, &mut medium);
+    guest.assert_stable(&medium);
+}
+
+#[test]
 fn a_quarantine_fails_requests_and_keeps_the_log_for_the_next_life() {
     let (mut guest, mut medium) = (Guest::new(), Medium::new());
     let mut vm = live(&mut guest, 1, &mut medium);
