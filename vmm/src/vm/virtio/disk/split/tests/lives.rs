@@ -57,11 +57,11 @@ impl Bench {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     /// Through any number of lives and lost caches the guest reads what it wrote last.
     #[test]
-    fn a_guest_reads_what_it_wrote_last(steps in prop::collection::vec(step(), 1..60)) {
+    fn a_guest_reads_what_it_wrote_last(steps in prop::collection::vec(step(), 1..40)) {
         let (mut bench, mut link, mut model) = (Bench::new(), first(), vec![0; 512 * 64]);
         let extent = |sector: u64, sectors: usize| 512 * sector as usize..512 * (sector as usize + sectors);
         bench.live(link, empty());
