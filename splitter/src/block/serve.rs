@@ -101,7 +101,9 @@ impl BlockSplitter {
     fn heard(&mut self, record: FromService, now: u64, data: &mut dyn GuestData) -> Result<u64, LinkError> {
         let LinkState::Up { session, .. } = &mut self.link else { return Ok(0) };
         let FromService::Done { tag, errno, bytes } = record else {
-            self.shadow.cache_lost(session.id());
+            if session.cache_is_lost() {
+                self.shadow.cache_lost(session.id());
+            }
             return Ok(0);
         };
         let flight = session.take_flight(tag).map_err(Failure::from)?;

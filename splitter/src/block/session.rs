@@ -85,6 +85,8 @@ pub(super) struct Session {
     port: Port,
     phase: Phase,
     batch: Batch,
+    /// Nothing was handed over or answered since the cache was lost.
+    is_cache_lost: bool,
 }
 
 /// What a buffer of the service says.
@@ -101,7 +103,7 @@ impl Session {
     pub(super) fn new(port: Port) -> Self {
         let mut batch = Batch::default();
         batch.push(ToService::Begin.encode(port.id()), None);
-        Self { port, phase: Phase::Greeting, batch }
+        Self { port, phase: Phase::Greeting, batch, is_cache_lost: false }
     }
 
     pub(super) fn id(&self) -> LinkId {
@@ -151,6 +153,7 @@ impl Session {
         data: &mut dyn GuestData,
     ) -> Result<(), LinkError> {
         let Phase::Serving(service) = &mut self.phase else { return Ok(()) };
+        self.is_cache_lost = false;
         let message = service.take(order, self.port.memory(), data)?;
         self.batch.push(message.encode(self.port.id()), Some(order.tag));
         Ok(())
@@ -194,11 +197,18 @@ impl Session {
         Ok(Heard::Records(parsed.filter_map(Result::transpose).collect::<Result<_, _>>()?))
     }
 
+    /// The service says that the cache is lost; whether that is news. Said again and again it costs the shadow, which goes through its
+    /// whole log, nothing.
+    pub(super) fn cache_is_lost(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_cache_lost, true)
+    }
+
     /// Takes an order that is answered out of flight.
     pub(super) fn take_flight(&mut self, tag: Tag) -> Result<Flight, Violation> {
         let unknown = Violation::UnknownTag(tag.0);
         let Phase::Serving(service) = &mut self.phase else { return Err(unknown) };
         let slot = service.flights.get_mut(usize::from(tag.0)).ok_or(unknown)?;
+        self.is_cache_lost = false;
         slot.take_if(|flight| flight.is_sent).ok_or(unknown)
     }
 
