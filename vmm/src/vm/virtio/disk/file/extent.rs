@@ -16,8 +16,25 @@ nix::ioctl_write_ptr_bad!(
     [u64; 2]
 );
 
+/// Bytes of the hole that is tried behind the end of a file: a page.
+const BEYOND: u64 = 4096;
+
 /// Most zeroes written at a time, in bytes.
 const ZEROES: usize = 1 << 20;
+
+/// Whether a file of `size` bytes can have holes: asked for one behind its end, where there is nothing.
+pub(super) fn can_punch(file: &File, size: u64) -> bool {
+    punch(file, size.next_multiple_of(BEYOND), BEYOND).is_ok()
+}
+
+/// Whether the block device with this number takes discards, as the kernel says; a partition has the queue of its disk.
+pub(super) fn can_discard(device: u64) -> bool {
+    let folder = format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device));
+    let places = ["queue", "../queue"].map(|queue| format!("{folder}/{queue}/discard_max_bytes"));
+    let most = places.iter().find_map(|path| std::fs::read_to_string(path).ok());
+    // Where nothing can be read, the first discard shows it.
+    most.is_none_or(|most| most.trim() != "0")
+}
 
 /// Lets go of an extent of a file: reads as zeroes then.
 pub(super) fn punch(file: &File, position: u64, length: u64) -> io::Result<()> {
@@ -99,6 +116,16 @@ mod tests {
             Ok(()) => assert!(is_zero_between(&file, 1 << 20..3 << 20) && file.metadata().unwrap().blocks() < before),
         }
         assert_eq!(file.metadata().unwrap().len(), SIZE as u64);
+    }
+
+    #[test]
+    fn whether_holes_can_be_had_is_found_out_without_a_change() {
+        let (file, size) = (file(), SIZE as u64);
+        assert_eq!(can_punch(&file, size), punch(&file, 0, 4096).is_ok());
+        assert_eq!(file.metadata().unwrap().len(), size);
+        let not_writable = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        assert!(!can_punch(&not_writable, size));
+        assert!(can_discard(u64::MAX), "no such device: nobody says that it cannot");
     }
 
     #[test]

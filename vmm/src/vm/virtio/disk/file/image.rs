@@ -109,6 +109,8 @@ pub struct Image {
     is_device: bool,
     sectors: u64,
     read_only: bool,
+    /// It can let go of sectors.
+    discards: bool,
     blocks: Blocks,
 }
 
@@ -150,7 +152,9 @@ impl Image {
         if rest > 0 {
             tracing::warn!("disk {}: its last {rest} bytes are no whole block and left out", path.display());
         }
-        Ok(Self { file, is_device, sectors: (size - rest) / SECTOR_BYTES, read_only, blocks })
+        let discards =
+            !read_only && if is_device { extent::can_discard(metadata.rdev()) } else { extent::can_punch(&file, size) };
+        Ok(Self { file, is_device, sectors: (size - rest) / SECTOR_BYTES, read_only, discards, blocks })
     }
 
     /// What the guest is offered, without an identifier.
@@ -163,7 +167,7 @@ impl Image {
             physical_block: physical,
             offset: 0,
             optimal_io: optimal,
-            discards: true,
+            discards: self.discards,
             queues: 1,
             id: [0; ID_SIZE],
         }

@@ -25,7 +25,7 @@ use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::RingFault;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::requests::{Next, Requests};
+use self::requests::Requests;
 use super::offer::{self, F_FLUSH, Offer};
 use super::request::Job;
 use super::{DEVICE_ID, QUEUE_SIZE};
@@ -173,28 +173,12 @@ impl SplitDisk {
 
     /// Takes what a queue holds, at most [`BATCH`] requests.
     fn serve(&mut self, index: u16) -> Result<(), RingFault> {
-        for _ in 0..BATCH {
-            match self.requests.next(index, &self.offer)? {
-                Next::Empty => return Ok(()),
-                Next::Answered => {}
-                Next::Job(token, job) => self.begin(token, job),
-            }
+        let Self { requests, splitter, offer, .. } = self;
+        if requests.take(index, BATCH, offer, |token, job| begin(splitter, token, job))? {
+            self.unserved.push(index);
+            self.call_loop();
         }
-        self.unserved.push(index);
-        self.call_loop();
         Ok(())
-    }
-
-    fn begin(&mut self, token: Token, job: Job) {
-        match job {
-            Job::Transfer(access, at) => self.splitter.submit(token, access, at),
-            Job::Ranges(ranges) => {
-                for (number, (access, at)) in (token.0..).zip(ranges) {
-                    self.splitter.submit(Token(number), access, at);
-                }
-            }
-            Job::Flush => self.splitter.flush(token),
-        }
     }
 
     fn event(&mut self, wake: Wake) -> Result<(), RingFault> {
@@ -296,6 +280,18 @@ impl SplitDisk {
                 self.kicks.push(fd);
             }
         }
+    }
+}
+
+fn begin(splitter: &mut BlockSplitter, token: Token, job: Job) {
+    match job {
+        Job::Transfer(access, at) => splitter.submit(token, access, at),
+        Job::Ranges(ranges) => {
+            for (number, (access, at)) in (token.0..).zip(ranges) {
+                splitter.submit(Token(number), access, at);
+            }
+        }
+        Job::Flush => splitter.flush(token),
     }
 }
 

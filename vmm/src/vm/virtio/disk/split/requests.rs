@@ -17,17 +17,6 @@ use crate::vm::virtio::pace::Moved;
 /// Tokens of one request: one for each of its ranges.
 const TOKENS: u32 = MAX_SEGMENTS;
 
-/// What a turn at a queue has brought.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Nothing: the queue is empty.
-    Empty,
-    /// A request that is answered already.
-    Answered,
-    /// This is to be done; the first of its tokens.
-    Job(Token, Job),
-}
-
 /// A request in progress.
 #[derive(Clone, Copy, Debug)]
 struct InProgress {
@@ -43,13 +32,67 @@ struct InProgress {
     moves: Moved,
 }
 
+impl InProgress {
+    /// This job, for the chain at `head` of `queue`.
+    fn new((queue, head): (u16, u16), job: &Job) -> Self {
+        let (reads, changes) = (Moved { out: 0, into: 1 }, Moved { out: 1, into: 0 });
+        let (left, moves, incoming) = match job {
+            Job::Transfer(Access::Read, at) => (1, reads, at.bytes()),
+            Job::Transfer(..) => (1, changes, 0),
+            Job::Ranges(ranges) => (ranges.len(), changes, 0),
+            Job::Flush => (1, Moved::default(), 0),
+        };
+        let incoming = usize::try_from(incoming).unwrap_or(usize::MAX);
+        Self { queue, head, left, status: Status::Ok, incoming, moves }
+    }
+}
+
+/// Requests in progress, by place: a token is its request's place times [`TOKENS`], plus the number of the range.
+#[derive(Debug, Default)]
+struct Places {
+    slots: Vec<Option<InProgress>>,
+    free: Vec<usize>,
+}
+
+impl Places {
+    /// The first of the request's tokens.
+    fn insert(&mut self, request: InProgress) -> Token {
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[place] = Some(request);
+        // As many places as the queues have descriptors.
+        Token(u32::try_from(place).unwrap_or(0) * TOKENS)
+    }
+
+    fn get(&self, token: Token) -> Option<&InProgress> {
+        self.slots.get(place(token))?.as_ref()
+    }
+
+    /// One of a request's tokens is done; the request, if that was the last one.
+    fn finish(&mut self, token: Token, status: Status) -> Option<InProgress> {
+        let slot = self.slots.get_mut(place(token))?;
+        let request = slot.as_mut()?;
+        if status != Status::Ok {
+            request.status = status;
+        }
+        request.left = request.left.saturating_sub(1);
+        let finished = slot.take_if(|request| request.left == 0)?;
+        self.free.push(place(token));
+        Some(finished)
+    }
+}
+
+fn place(Token(token): Token) -> usize {
+    (token / TOKENS) as usize
+}
+
 /// The queues, and what was taken off them.
 #[derive(Debug)]
 pub(super) struct Requests {
     queues: Vec<Option<Virtqueue>>,
-    /// By place: a token is its request's place times [`TOKENS`], plus the number of the range.
-    places: Vec<Option<InProgress>>,
-    free: Vec<usize>,
+    places: Places,
     /// Of each queue.
     in_progress: Vec<u16>,
     moved: Moved,
@@ -60,8 +103,7 @@ impl Requests {
     pub(super) fn new(queues: usize) -> Self {
         Self {
             queues: (0..queues).map(|_| None).collect(),
-            places: Vec::new(),
-            free: Vec::new(),
+            places: Places::default(),
             in_progress: vec![0; queues],
             moved: Moved::default(),
         }
@@ -89,61 +131,51 @@ impl Requests {
 
     /// Forgets what is in progress.
     pub(super) fn clear(&mut self) {
-        self.places.clear();
-        self.free.clear();
+        self.places = Places::default();
         self.in_progress.fill(0);
     }
 
-    /// Takes the next request of queue `index`; asks for a kick where there is none.
-    pub(super) fn next(&mut self, index: u16, offer: &Offer) -> Result<Next, RingFault> {
+    /// Takes at most `most` requests of queue `index` and has `begin` begin what is to be done for each, under the first of its tokens.
+    /// Whether more may wait; where none does, the driver is asked for a kick.
+    pub(super) fn take(
+        &mut self,
+        index: u16,
+        most: usize,
+        offer: &Offer,
+        mut begin: impl FnMut(Token, Job),
+    ) -> Result<bool, RingFault> {
+        let Self { queues, places, in_progress, .. } = self;
         let at = usize::from(index);
-        let (Some(Some(queue)), Some(in_progress)) = (self.queues.get_mut(at), self.in_progress.get_mut(at)) else {
-            return Ok(Next::Empty);
+        let (Some(Some(queue)), Some(in_progress)) = (queues.get_mut(at), in_progress.get_mut(at)) else {
+            return Ok(false);
         };
         let mut ring = queue.open()?;
-        if ring.available()? == 0 && !ring.listen(0)? {
-            return Ok(Next::Empty);
-        }
-        if *in_progress >= ring.size() {
-            return Err(RingFault::InFlight { size: ring.size() });
-        }
-        let head = ring.head(0)?;
-        ring.take(1);
         let mut chain = Chain::default();
-        let asked = match ring.walk(head, &mut chain) {
-            Ok(()) => Request::read(&chain, offer),
-            Err(fault) => {
-                tracing::debug!("disk: a request is given back: {fault}");
-                Asked::Answered(0)
+        for _ in 0..most {
+            if ring.available()? == 0 && !ring.listen(0)? {
+                return Ok(false);
             }
-        };
-        let job = match asked {
-            Asked::Answered(written) => {
-                ring.complete(head, written)?;
-                return Ok(Next::Answered);
+            if *in_progress >= ring.size() {
+                return Err(RingFault::InFlight { size: ring.size() });
             }
-            Asked::Job(job) => job,
-        };
-        *in_progress += 1;
-        let (left, moves, incoming) = match &job {
-            Job::Transfer(Access::Read, at) => (1, Moved { out: 0, into: 1 }, at.bytes()),
-            Job::Transfer(..) => (1, Moved { out: 1, into: 0 }, 0),
-            Job::Ranges(ranges) => (ranges.len(), Moved { out: 1, into: 0 }, 0),
-            Job::Flush => (1, Moved::default(), 0),
-        };
-        let incoming = usize::try_from(incoming).unwrap_or(usize::MAX);
-        let request = InProgress { queue: index, head, left, status: Status::Ok, incoming, moves };
-        Ok(Next::Job(self.insert(request), job))
-    }
-
-    fn insert(&mut self, request: InProgress) -> Token {
-        let place = self.free.pop().unwrap_or_else(|| {
-            self.places.push(None);
-            self.places.len() - 1
-        });
-        self.places[place] = Some(request);
-        // As many places as the queues have descriptors.
-        Token(u32::try_from(place).unwrap_or(0) * TOKENS)
+            let head = ring.head(0)?;
+            ring.take(1);
+            let asked = match ring.walk(head, &mut chain) {
+                Ok(()) => Request::read(&chain, offer),
+                Err(fault) => {
+                    tracing::debug!("disk: a request is given back: {fault}");
+                    Asked::Answered(0)
+                }
+            };
+            match asked {
+                Asked::Answered(written) => ring.complete(head, written)?,
+                Asked::Job(job) => {
+                    *in_progress += 1;
+                    begin(places.insert(InProgress::new((index, head), &job)), job);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// The splitter is done with these.
@@ -152,19 +184,8 @@ impl Requests {
     }
 
     fn finish_one(&mut self, Done { token, status }: Done) -> Result<(), RingFault> {
-        let place = place(token);
-        let Some(slot) = self.places.get_mut(place) else { return Ok(()) };
-        let Some(request) = slot else { return Ok(()) };
-        if status != umbra_shadow::block::Status::Ok {
-            request.status = status.into();
-        }
-        request.left = request.left.saturating_sub(1);
-        if request.left > 0 {
-            return Ok(());
-        }
-        let InProgress { queue, head, status, incoming, moves, .. } = *request;
-        *slot = None;
-        self.free.push(place);
+        let Some(request) = self.places.finish(token, status.into()) else { return Ok(()) };
+        let InProgress { queue, head, status, incoming, moves, .. } = request;
         if let Some(count) = self.in_progress.get_mut(usize::from(queue)) {
             *count = count.saturating_sub(1);
         }
@@ -188,7 +209,7 @@ impl Requests {
 
     /// Runs `act` on the chain of a request in progress, if its driver has left it one.
     fn with_chain(&mut self, token: Token, act: impl FnOnce(&Chain<'_>)) {
-        let Some(Some(InProgress { queue, head, .. })) = self.places.get(place(token)) else { return };
+        let Some(InProgress { queue, head, .. }) = self.places.get(token) else { return };
         let Some(Some(queue)) = self.queues.get_mut(usize::from(*queue)) else { return };
         let Ok(ring) = queue.open() else { return };
         let mut chain = Chain::default();
@@ -196,10 +217,6 @@ impl Requests {
             act(&chain);
         }
     }
-}
-
-fn place(Token(token): Token) -> usize {
-    (token / TOKENS) as usize
 }
 
 fn bytes(sectors: u64) -> usize {

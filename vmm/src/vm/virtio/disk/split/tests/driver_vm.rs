@@ -29,6 +29,11 @@ const TX: usize = 5;
 /// The pool lies behind the queues.
 const POOL: PoolRange = PoolRange { start: QUEUES * SPAN, length: 2 * SPAN };
 const DEPTH: u16 = 32;
+/// The port of the driver VM's first end.
+fn name() -> String {
+    format!("{BLOCK_PORT}.0")
+}
+
 /// Features that a console's driver accepts: several ports, both of rings, virtio 1.
 const FEATURES: u64 = 1 << 1 | 1 << 28 | 1 << 29 | 1 << 32;
 
@@ -36,8 +41,7 @@ pub struct DriverVm {
     link: LinkId,
     /// What it reports; taken at the greeting.
     pub report: Disk,
-    /// Dropped first: the end of the connection.
-    _console: Arc<Mutex<Console>>,
+    console: Arc<Mutex<Console>>,
     events: Loop,
     queues: Vec<DriverQueue>,
     memory: GuestMemoryMmap,
@@ -55,7 +59,7 @@ impl DriverVm {
     /// Connected by `socket`, with a disk of this content. Its program has the port open.
     pub fn new(link: LinkId, socket: UnixStream, medium: Vec<u8>) -> Self {
         let memory = memory(Some(SealFlag::F_SEAL_SHRINK), QUEUES + 2);
-        let name = format!("{BLOCK_PORT}.0");
+        let name = name();
         let outbox: Outbox = Arc::new(|_| {});
         let mut console =
             Console::new(&[PortBackend { name: name.clone(), end: PortEnd::VhostUser }], &outbox).unwrap();
@@ -84,7 +88,7 @@ impl DriverVm {
         Self {
             link,
             report,
-            _console: console,
+            console,
             events,
             queues,
             memory,
@@ -95,6 +99,18 @@ impl DriverVm {
             answers,
             orders: 0,
         }
+    }
+
+    /// The next connection of this life.
+    pub fn connect(&mut self, link: LinkId, socket: UnixStream) {
+        self.console.lock().unwrap().connect(&name(), (0, link), socket);
+    }
+
+    /// Carries the first order that waits out, and says so to nobody: the answer is in the queue, and its reader does not look.
+    pub fn answer_unheard(&mut self) {
+        self.answer_one();
+        let answers = std::mem::take(&mut self.answers);
+        self.queues[TX].add(&[&answers], &[]);
     }
 
     /// Whether orders wait from now on.
@@ -128,8 +144,14 @@ impl DriverVm {
             let buffer = self.queues[RX].buffer(head, length);
             for record in records(&buffer).unwrap() {
                 let (link, order) = ToService::parse(record, self.link.generation).unwrap();
-                assert_eq!(link, self.link);
-                self.hear(order);
+                if order == ToService::Begin {
+                    (self.link, self.orders) = (link, 0);
+                    self.waiting.clear();
+                    self.answers.clear();
+                }
+                if link == self.link {
+                    self.hear(order);
+                }
             }
         }
         while !self.holds && !self.waiting.is_empty() {
