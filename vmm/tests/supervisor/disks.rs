@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::lifecycle::StateName;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::{DeviceMode, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
@@ -29,6 +29,7 @@ pub const ALL: &[crate::cases::Case] = &[
         a_machine_ends_when_the_agent_has_flushed_and_at_once_when_that_is_asked_for,
     ),
     ("disks_are_brought_to_rest_before_a_machine_is_killed", disks_are_brought_to_rest_before_a_machine_is_killed),
+    ("an_image_that_names_the_disk_otherwise_is_given_up", an_image_that_names_the_disk_otherwise_is_given_up),
     ("disks_that_cannot_be_end_a_first_start", disks_that_cannot_be_end_a_first_start),
 ];
 
@@ -198,6 +199,18 @@ fn disks_are_brought_to_rest_before_a_machine_is_killed() {
     machine.press(StopHow::Kill);
     machine.press(StopHow::Kill);
     machine.wait().unwrap();
+}
+
+fn an_image_that_names_the_disk_otherwise_is_given_up() {
+    let machine = start("", "other-disk=3");
+    machine.wait_for("a standby", |driver| {
+        driver.standby.as_ref().is_some_and(|standby| standby.state == StandbyStage::Ready)
+    });
+    let Response::Error { what } = machine.restart(Some("image-new")) else { panic!("it serves") };
+    assert!(what.contains("its serial number differs") && what.contains("image of before"), "{what}");
+    let driver = machine.wait_live(4);
+    assert_eq!((driver.kernel.as_deref(), driver.failures), (Some("6.12-fake of image"), 1));
+    machine.stop();
 }
 
 fn disks_that_cannot_be_end_a_first_start() {

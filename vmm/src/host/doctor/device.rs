@@ -32,8 +32,8 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
         _ => Finding::note(
             check,
             format!(
-                "{what}: Umbra shadows network cards, sound cards and storage controllers; this one can be given to a guest (`passthrough`), whose \
-                     own driver's crash is then its own"
+                "{what}: Umbra shadows network cards, sound cards and storage controllers; this one can be given to a guest \
+                 (`passthrough`), whose own driver's crash is then its own"
             ),
         ),
     }

@@ -222,7 +222,7 @@ pub enum Event {
         driver: String,
         /// Generation of the life.
         generation: u32,
-        /// What became of requests and of what was not stable.
+        /// What was counted from the mask on. What is owed is written again after this.
         requests: Counts,
     },
     /// A guest's disk has come to rest before a deliberate reset, or has not.
@@ -381,13 +381,10 @@ impl Event {
                 )
             }
             Self::BlockLive { guest, device, requests, .. } => {
-                let Counts { kept_in_flight, rewritten_sectors, masked_errors, failed_requests, lost_sectors, .. } =
-                    requests;
+                let Counts { kept_in_flight, failed_requests, .. } = requests;
                 format!(
-                    "{guest}.{device}: served again ({kept_in_flight} requests were under way, {} KiB are written again; {masked_errors} \
-                     errors masked, {failed_requests} requests failed, {} KiB lost)",
-                    rewritten_sectors / 2,
-                    lost_sectors / 2
+                    "{guest}.{device}: served again ({kept_in_flight} requests were under way and are done again, {failed_requests} have \
+                     failed)"
                 )
             }
             Self::AtRest { guest, device, ms, stable: true, .. } => {
@@ -485,10 +482,9 @@ mod tests {
     fn a_disk_s_events_read_as_sentences_and_are_read_back() {
         let at = || ("db".into(), DeviceId::block(1), "disk0".into());
         let (guest, device, driver) = at();
-        let requests = Counts { kept_in_flight: 3, rewritten_sectors: 9, ..Counts::default() };
+        let requests = Counts { kept_in_flight: 3, ..Counts::default() };
         let live = Event::BlockLive { guest, device, driver, generation: 2, requests };
-        let sentence = "db.block1: served again (3 requests were under way, 4 KiB are written again; 0 errors masked, 0 requests failed, \
-                        0 KiB lost)";
+        let sentence = "db.block1: served again (3 requests were under way and are done again, 0 have failed)";
         assert_eq!(live.sentence().unwrap(), sentence);
         let rest = |stable| {
             let (guest, device, driver) = at();

@@ -15,7 +15,6 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
-use umbra_shadow::block::SECTOR_BYTES;
 
 pub use server::{Server, ServerError};
 
@@ -68,8 +67,6 @@ pub struct Metrics {
     parts: Family<Part, Seconds>,
     frames: Family<Fate, Counter>,
     samples: Family<Fate, Counter>,
-    requests: Family<Fate, Counter>,
-    disk_bytes: Family<Fate, Counter>,
     clean_starts: Family<Driver, Counter>,
     quarantines: Family<Driver, Counter>,
     reboots: Counter,
@@ -88,8 +85,6 @@ impl Metrics {
             parts: Family::default(),
             frames: Family::default(),
             samples: Family::default(),
-            requests: Family::default(),
-            disk_bytes: Family::default(),
             clean_starts: Family::default(),
             quarantines: Family::default(),
             reboots: Counter::default(),
@@ -113,13 +108,6 @@ impl Metrics {
         );
         registry.register("driver_frames", "What became of frames during outages", this.frames.clone());
         registry.register("driver_samples", "What became of sound frames during outages", this.samples.clone());
-        registry.register("driver_requests", "What became of disks' requests during outages", this.requests.clone());
-        registry.register_with_unit(
-            "driver_disk",
-            "What became of data that were written and not stable, during outages",
-            Unit::Bytes,
-            this.disk_bytes.clone(),
-        );
         let help = "Devices of guests that started over, because lives died of what was replayed";
         registry.register("driver_clean_starts", help, this.clean_starts.clone());
         registry.register("driver_quarantines", "Driver VMs that were given up", this.quarantines.clone());
@@ -156,19 +144,6 @@ impl Metrics {
                     ("overrun", samples.frames_overrun),
                 ] {
                     self.samples.get_or_create(&Fate { driver: driver.clone(), fate }).inc_by(count);
-                }
-            }
-            Event::BlockLive { driver, requests, .. } => {
-                for (fate, count) in [
-                    ("kept", requests.kept_in_flight),
-                    ("masked-error", requests.masked_errors),
-                    ("failed", requests.failed_requests),
-                ] {
-                    self.requests.get_or_create(&Fate { driver: driver.clone(), fate }).inc_by(count);
-                }
-                for (fate, sectors) in [("rewritten", requests.rewritten_sectors), ("lost", requests.lost_sectors)] {
-                    let bytes = sectors.saturating_mul(SECTOR_BYTES);
-                    self.disk_bytes.get_or_create(&Fate { driver: driver.clone(), fate }).inc_by(bytes);
                 }
             }
             Event::CleanStart { driver, .. } => {

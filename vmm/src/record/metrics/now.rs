@@ -9,6 +9,8 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLab
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
+use umbra_shadow::block::SECTOR_BYTES;
+
 use crate::base::lock::lock;
 use crate::record::status::{BlockStatus, GuestStatus, Status};
 
@@ -45,6 +47,7 @@ impl Collector for Now {
             encoder,
             "guest_foreign_source_frames",
             "Frames dropped, because they had another's source address",
+            None,
             dropped,
         )?;
         let disks = || guests.clone().flat_map(|guest| guest.disks.iter().map(move |disk| (labels(guest, disk), disk)));
@@ -54,6 +57,22 @@ impl Collector for Now {
         let kept = disks().map(|(labels, disk)| (labels, disk.kept_bytes));
         let help = "Bytes of a disk that are kept because they are not known to be stable, or are in flight";
         gauge(encoder, "guest_disk_kept", help, Some(&Unit::Bytes), kept)?;
+        let requests = disks().flat_map(|([guest, device], disk)| {
+            let sums = &disk.sums;
+            let fates =
+                [("kept", sums.kept_in_flight), ("masked-error", sums.masked_errors), ("failed", sums.failed_requests)];
+            fates.map(|(fate, count)| ([guest.clone(), device.clone(), ("fate", fate.into())], count))
+        });
+        counter(encoder, "guest_disk_requests", "What became of a disk's requests", None, requests)?;
+        let bytes = disks().flat_map(|([guest, device], disk)| {
+            let fates = [("rewritten", disk.sums.rewritten_sectors), ("lost", disk.sums.lost_sectors)];
+            let of = move |(fate, sectors): (&str, u64)| {
+                ([guest.clone(), device.clone(), ("fate", fate.into())], sectors.saturating_mul(SECTOR_BYTES))
+            };
+            fates.map(of)
+        });
+        let help = "What became of acknowledged data of a disk that were not stable at an outage";
+        counter(encoder, "guest_disk", help, Some(&Unit::Bytes), bytes)?;
         let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
         let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
         let resident =
@@ -94,13 +113,14 @@ fn counter<const N: usize>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
+    unit: Option<&Unit>,
     values: impl Iterator<Item = ([(&'static str, String); N], u64)>,
 ) -> Result<(), Error> {
     let mut values = values.peekable();
     if values.peek().is_none() {
         return Ok(());
     }
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
     for (labels, value) in values {
         metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
     }

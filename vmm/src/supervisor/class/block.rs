@@ -161,7 +161,8 @@ impl Supervisor {
             // Nobody could be served.
             Some((end, mismatch)) if others.len() == disks.len() => {
                 let what = format!("{}: {mismatch}", self.end_name(n, *end));
-                return self.fail_driver(n, NoticedBy::Identity, what, now);
+                let source = self.other_disk_by(n, NoticedBy::Agent);
+                return self.fail_driver(n, source, what, now);
             }
             _ => {
                 for (end, mismatch) in others {
@@ -172,6 +173,12 @@ impl Supervisor {
         self.serves_without_carrier(n);
     }
 
+    /// How it counts that driver VM `n` has brought another disk, which was noticed `by`. An image that is on trial is given up for it,
+    /// as for any failure: it may name the disk otherwise.
+    pub(in crate::supervisor) fn other_disk_by(&self, n: DriverId, by: NoticedBy) -> NoticedBy {
+        if self.drivers[n].tries_an_image() { by } else { NoticedBy::Identity }
+    }
+
     pub(super) fn on_block_live(
         &mut self,
         (guest, device): (GuestId, DeviceId),
@@ -180,7 +187,8 @@ impl Supervisor {
     ) {
         let Some((d, end)) = self.serving((guest, device), generation) else { return };
         tracing::debug!(driver = self.drivers[d].name, %device, ?counts, "disk live");
-        if counts != Counts::default() {
+        let again = self.guests[guest].devices.get(&device).is_some_and(|device| device.was_live);
+        if again || counts != Counts::default() {
             self.events.tell(&Event::BlockLive {
                 guest: self.guests[guest].name.clone(),
                 device,

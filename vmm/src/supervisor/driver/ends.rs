@@ -306,7 +306,10 @@ impl Supervisor {
             LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
             LinkEnd::OtherDisk(what) => format!("{name}: {what}"),
         };
-        let source = if matches!(cause, LinkEnd::OtherDisk(_)) { NoticedBy::Identity } else { NoticedBy::Link };
+        let source = match cause {
+            LinkEnd::OtherDisk(_) => self.other_disk_by(d, NoticedBy::Link),
+            _ => NoticedBy::Link,
+        };
         let failure = Failure { source, what, at };
         // A closed link is usually a side effect of a death whose own event (process exit, VM end) is still queued.
         let closed = *cause == LinkEnd::Closed;
