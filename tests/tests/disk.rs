@@ -14,6 +14,7 @@ use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Attach, DISK_DRIVER, DiskController, Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
 use umbra_tests::lossy_disk::{LossyDisk, Settings};
+use umbra_tests::probe::client::Run;
 use umbra_tests::probe::disk::Found;
 
 const GUEST: &str = "web";
@@ -78,6 +79,16 @@ fn is_in_service(event: &umbra_tests::demo::events::Event) -> bool {
     event.event == "driver-live" || event.event == "driver-stage" && event.text("stage") == "disks"
 }
 
+fn start_checker(place: &mut Place, length: Duration) -> Run {
+    place.start_in_guest(GUEST, &format!("umbra-probe disk /dev/vda {} 1", length.as_secs())).or_tell()
+}
+
+fn await_checker(place: &mut Place, checker: &mut Run) -> Found {
+    place.await_end(checker, RECOVERY, |_| Ok(())).or_tell();
+    let said = &checker.output().stdout;
+    serde_json::from_str(said.trim()).unwrap_or_else(|e| panic!("{e}: {said}"))
+}
+
 fn outlive_crashes(name: &str, model: &str) {
     let mut rig = rig(name, model);
     let spec = rig.machine.clone();
@@ -85,17 +96,14 @@ fn outlive_crashes(name: &str, model: &str) {
     let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
     let between = BETWEEN * whole_factor();
     // It ends by itself well behind the last crash: how long a recovery takes is the machine's business.
-    let seconds = (between * (CRASHES.len() as u32 + 2) + Duration::from_secs(10)).as_secs();
-    let mut checker = rig.place.start_in_guest(GUEST, &format!("umbra-probe disk /dev/vda {seconds} 1")).or_tell();
+    let mut checker = start_checker(&mut rig.place, between * (CRASHES.len() as u32 + 2) + Duration::from_secs(10));
     let mut shown = 0;
     for with in CRASHES {
         std::thread::sleep(between);
         shown += usize::from(crash(&mut rig, &mut machine, with));
     }
-    rig.place.await_end(&mut checker, RECOVERY, |_| Ok(())).or_tell();
-    let said = checker.output().stdout.clone();
-    let found: Found = serde_json::from_str(said.trim()).unwrap_or_else(|e| panic!("{e}: {said}"));
-    say(&format!("{model}: {}", said.trim()));
+    let found = await_checker(&mut rig.place, &mut checker);
+    say(&format!("{model}: {}", serde_json::to_string(&found).unwrap()));
     assert!(found.is_sound(), "{found:#?}");
     assert!(found.writes > 0 && found.flushes > 0, "{found:?}");
     assert!(shown > 0, "each loss came too late");
@@ -103,6 +111,27 @@ fn outlive_crashes(name: &str, model: &str) {
     assert!(log.is_clean(), "{:#?}", log.lines);
     assert_eq!(rig.disk.state().host_errors, 0);
     machine.stop(&mut rig.place).or_tell();
+}
+
+/// What a disk loses that hides its cache, nobody can keep: the check that the other scenarios pass notices it. Cards have no flush in
+/// their emulated controller, and the driver VM's kernel takes them to have no cache.
+fn lose_what_was_not_kept() {
+    let mut rig = rig("disk-card", "sdhci-pci");
+    let spec = rig.machine.clone();
+    let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
+    let between = BETWEEN * whole_factor();
+    let mut checker = start_checker(&mut rig.place, between * 4);
+    std::thread::sleep(between);
+    crash(&mut rig, &mut machine, ("panic", 1.0));
+    let found = await_checker(&mut rig.place, &mut checker);
+    assert!(found.wrong > 0, "the loss is not noticed: {found:?}");
+    say(&format!("a disk that hides its cache: {} blocks are not what was acknowledged last", found.wrong));
+    machine.stop(&mut rig.place).or_tell();
+}
+
+#[test]
+fn a_loss_that_is_not_masked_is_noticed() {
+    scenario(lose_what_was_not_kept);
 }
 
 /// A database in the guest, which commits for `$SECONDS` and then reads everything from the disk again. It prints the number of each
@@ -148,16 +177,10 @@ fn commit_through_crashes(journal: &str, model: &str) {
 
 #[test]
 fn commits_outlive_crashes() {
-    scenario(|| commit_through_crashes("wal", "nvme"));
-    scenario(|| commit_through_crashes("delete", "ich9-ahci"));
+    scenario(|| commit_through_crashes("wal", "ich9-ahci"));
 }
 
 #[test]
 fn writes_outlive_crashes_of_nvme() {
     scenario(|| outlive_crashes("disk-nvme", "nvme"));
-}
-
-#[test]
-fn writes_outlive_crashes_of_ahci() {
-    scenario(|| outlive_crashes("disk-ahci", "ich9-ahci"));
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::DemoError;
 use super::place::Place;
 
-/// Words that a kernel log must not have gained: virtio resets, link changes, driver errors, watchdogs, sound.
-const UNCLEAN: [&str; 16] = [
+/// Words that a kernel log must not have gained: virtio resets, link changes, driver errors, watchdogs, sound, requests to disks.
+const UNCLEAN: [&str; 18] = [
     "virtio",
     "reset",
     "link",
@@ -23,6 +23,8 @@ const UNCLEAN: [&str; 16] = [
     "alsa",
     "pcm",
     "underrun",
+    "blk_update_request",
+    "blocked for more than",
 ];
 
 /// The guest's state of knowledge.
