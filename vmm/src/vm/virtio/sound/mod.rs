@@ -10,14 +10,11 @@ pub mod request;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use umbra_shadow::sound::{Card, Counts, Mode, Policy, Violation};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::queue::RingFault;
@@ -33,7 +30,7 @@ use super::pace::{Moved, OutageTrace};
 use super::{Outbox, queue};
 use crate::base::error::chain;
 use crate::base::time::Time;
-use crate::base::timer;
+use crate::base::timer::DeadlineTimer;
 use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ShadowMode, SoundCounts};
 
 /// Device ID of a sound device.
@@ -72,9 +69,7 @@ pub struct Sound {
     events: QueueEvents,
     /// Wakes the event loop, which alone can change its watch list and the timer.
     wake: EventFd,
-    timer: TimerFd,
-    /// Time that the timer is set to, ns.
-    due: Option<u64>,
+    timer: DeadlineTimer,
     /// The link that is watched, and whether for writing.
     watched: Option<(RawFd, EventSet)>,
     broken: bool,
@@ -104,8 +99,7 @@ impl Sound {
             queues: Queues::default(),
             events: QueueEvents::new(QUEUE_SIZES.len()).map_err(failed)?,
             wake: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
-            timer: timer::monotonic().map_err(|errno| failed(errno.into()))?,
-            due: None,
+            timer: DeadlineTimer::new().map_err(|errno| failed(errno.into()))?,
             watched: None,
             broken: false,
             unserved: Vec::new(),
@@ -207,10 +201,7 @@ impl Sound {
             // The queues of a broken device wait for its reset.
             Wake::Started(_) | Wake::Kicked(_) if self.broken => {}
             Wake::Started(index) | Wake::Kicked(index) => self.serve(index)?,
-            Wake::Device(TIMER) => {
-                let _ = self.timer.wait();
-                self.due = None;
-            }
+            Wake::Device(TIMER) => self.timer.expired(),
             Wake::Device(WAKE) => {
                 let _ = self.wake.read();
                 for index in std::mem::take(&mut self.unserved) {
@@ -257,26 +248,6 @@ impl Sound {
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.serving()) {
             (self.outbox)(FromVm::Pace { device: self.device, generation, steps });
-        }
-    }
-
-    /// Sets the timer to the splitter's next deadline.
-    fn set_timer(&mut self) {
-        let due = self.splitter.deadline();
-        if due == self.due {
-            return;
-        }
-        let result = match due {
-            // A time of 0 would turn the timer off.
-            Some(at) => {
-                let at = TimeSpec::from(Duration::from_nanos(at.max(1)));
-                self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
-            }
-            None => self.timer.unset(),
-        };
-        match result {
-            Ok(()) => self.due = due,
-            Err(error) => tracing::error!(%error, "set the timer of a sound device"),
         }
     }
 
@@ -391,10 +362,10 @@ impl MutEventSubscriber for Sound {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         self.events.init(ops);
         super::events::add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
-        super::events::add(ops, Events::with_data(&self.timer.as_fd(), TIMER, EventSet::IN));
+        super::events::add(ops, Events::with_data(&self.timer.descriptor(), TIMER, EventSet::IN));
         super::events::add(ops, Events::with_data(&self.pace.timer(), PACE, EventSet::IN));
         self.watch(ops);
-        self.set_timer();
+        self.timer.set(self.splitter.deadline());
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
@@ -405,6 +376,6 @@ impl MutEventSubscriber for Sound {
             }
         }
         self.watch(ops);
-        self.set_timer();
+        self.timer.set(self.splitter.deadline());
     }
 }

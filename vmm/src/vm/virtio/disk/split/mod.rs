@@ -10,14 +10,11 @@ mod requests;
 #[cfg(test)]
 pub(in crate::vm::virtio) mod tests;
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use umbra_shadow::block::{CachePolicy, Disk, Limits, SECTOR_BYTES, Token};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::block::{BlockSplitter, Notice};
@@ -31,7 +28,7 @@ use super::request::Job;
 use super::{DEVICE_ID, QUEUE_SIZE};
 use crate::base::error::chain;
 use crate::base::time::Time;
-use crate::base::timer;
+use crate::base::timer::DeadlineTimer;
 use crate::config::MemorySize;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
@@ -75,9 +72,7 @@ pub struct SplitDisk {
     events: QueueEvents,
     /// Wakes the event loop, which alone can change its watch list and the timer.
     wake: EventFd,
-    timer: TimerFd,
-    /// Time that the timer is set to, ns.
-    due: Option<u64>,
+    timer: DeadlineTimer,
     /// Kicks of the driver VM that are watched.
     kicks: Vec<RawFd>,
     broken: bool,
@@ -113,8 +108,7 @@ impl SplitDisk {
             requests: Requests::new(queues.into()),
             events: QueueEvents::new(queues.into()).map_err(failed)?,
             wake: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
-            timer: timer::monotonic().map_err(|errno| failed(errno.into()))?,
-            due: None,
+            timer: DeadlineTimer::new().map_err(|errno| failed(errno.into()))?,
             kicks: Vec::new(),
             broken: false,
             unserved: Vec::new(),
@@ -186,10 +180,7 @@ impl SplitDisk {
             // The queues of a broken device wait for its reset.
             Wake::Started(_) | Wake::Kicked(_) if self.broken => {}
             Wake::Started(index) | Wake::Kicked(index) => self.serve(index)?,
-            Wake::Device(TIMER) => {
-                let _ = self.timer.wait();
-                self.due = None;
-            }
+            Wake::Device(TIMER) => self.timer.expired(),
             Wake::Device(WAKE) => {
                 let _ = self.wake.read();
                 for index in std::mem::take(&mut self.unserved) {
@@ -241,26 +232,6 @@ impl SplitDisk {
     fn tell_pace(&mut self) {
         if let (Some(steps), Some(generation)) = (self.pace.take(now()), self.splitter.serving()) {
             (self.outbox)(FromVm::Pace { device: self.device, generation, steps });
-        }
-    }
-
-    /// Sets the timer to the splitter's next deadline.
-    fn set_timer(&mut self) {
-        let due = self.splitter.deadline().filter(|_| !self.requests.wait_for_a_queue());
-        if due == self.due {
-            return;
-        }
-        let result = match due {
-            // A time of 0 would turn the timer off.
-            Some(at) => {
-                let at = TimeSpec::from(Duration::from_nanos(at.max(1)));
-                self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
-            }
-            None => self.timer.unset(),
-        };
-        match result {
-            Ok(()) => self.due = due,
-            Err(error) => tracing::error!(%error, "set the timer of a disk"),
         }
     }
 
@@ -394,11 +365,11 @@ impl MutEventSubscriber for SplitDisk {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         self.events.init(ops);
         events::add(ops, Events::with_data(&self.wake, WAKE, EventSet::IN));
-        events::add(ops, Events::with_data(&self.timer.as_fd(), TIMER, EventSet::IN));
+        events::add(ops, Events::with_data(&self.timer.descriptor(), TIMER, EventSet::IN));
         events::add(ops, Events::with_data(&self.pace.timer(), PACE, EventSet::IN));
         events::add(ops, Events::with_data(self.splitter.wake(), SPLITTER, EventSet::IN));
         self.watch(ops);
-        self.set_timer();
+        self.timer.set(self.splitter.deadline().filter(|_| !self.requests.wait_for_a_queue()));
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
@@ -409,6 +380,6 @@ impl MutEventSubscriber for SplitDisk {
             }
         }
         self.watch(ops);
-        self.set_timer();
+        self.timer.set(self.splitter.deadline().filter(|_| !self.requests.wait_for_a_queue()));
     }
 }

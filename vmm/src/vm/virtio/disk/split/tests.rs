@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use umbra_shadow::block::{Identity, ModeName, Window, WriteCache};
 
