@@ -227,6 +227,29 @@ fn a_life_that_is_lost_does_not_come_to_rest() {
 }
 
 #[test]
+fn what_is_owed_without_a_driver_vm_does_not_come_to_rest() {
+    let (mut guest, mut medium) = (Guest::new(), Medium::new());
+    let mut vm = live(&mut guest, 1, &mut medium);
+    guest.write(0, 8);
+    serve(&mut guest, &mut vm, &mut medium);
+    guest.splitter.mask(generation(1));
+    guest.splitter.quiesce(guest.now);
+    guest.now += Limits::default().quiesce_ns;
+    assert!(matches!(guest.notice(), Notice::AtRest { stable: false }));
+    assert!(guest.notices.try_recv().is_err(), "no link has ended");
+}
+
+#[test]
+fn what_was_finished_and_not_taken_is_gone_with_the_guest_s_reset() {
+    let mut guest = Guest::new();
+    guest.splitter.quarantine();
+    guest.write(0, 8);
+    guest.reset();
+    guest.turn();
+    assert!(guest.finished().is_empty());
+}
+
+#[test]
 fn a_service_that_answers_nothing_is_stalled_with_and_without_buffers() {
     for offers in [true, false] {
         let (mut guest, mut medium) = (Guest::new(), Medium::new());
