@@ -176,6 +176,10 @@ impl Supervisor {
     fn on_failed(&mut self, n: DriverId, failure: &Failure, now: Time) {
         // First of all: with a spare that is all that the guests wait for.
         self.mask(n, now);
+        for EndRef { guest, device } in self.drivers[n].ends.rows() {
+            self.guests[guest].forget_live(device);
+            self.end_rest((guest, device), false);
+        }
         let driver = &mut self.drivers[n];
         driver.collect_masks(now);
         let generation = driver.present;

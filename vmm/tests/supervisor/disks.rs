@@ -1,13 +1,15 @@
 //! Disks: known before their guests start, the same ones in each life, at rest before each deliberate reset.
 
 use std::fs;
+use std::thread;
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
-use umbra_vmm::record::status::{DeviceMode, GuestStateName};
+use umbra_vmm::record::status::{DeviceMode, DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
+use crate::cases::kill;
 use crate::machine::{TestMachine, make_with_disks};
 
 /// All of them.
@@ -30,6 +32,11 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("disks_are_brought_to_rest_before_a_machine_is_killed", disks_are_brought_to_rest_before_a_machine_is_killed),
     ("an_image_that_names_the_disk_otherwise_is_given_up", an_image_that_names_the_disk_otherwise_is_given_up),
+    (
+        "a_restart_that_does_not_come_about_lets_the_disks_go_on",
+        a_restart_that_does_not_come_about_lets_the_disks_go_on,
+    ),
+    ("a_death_while_disks_come_to_rest_is_a_failure", a_death_while_disks_come_to_rest_is_a_failure),
     ("disks_that_cannot_be_end_a_first_start", disks_that_cannot_be_end_a_first_start),
 ];
 
@@ -39,11 +46,12 @@ fn start(guest: &str, driver: &str) -> TestMachine {
     machine
 }
 
-/// The events of this kind, in order, with the position of each among all.
-fn events(machine: &TestMachine, kind: &str) -> Vec<(usize, Value)> {
-    let text = machine.events_text();
-    let all = text.lines().enumerate().map(|(n, line)| (n, serde_json::from_str::<Value>(line).unwrap()));
-    all.filter(|(_, event)| event["event"] == kind).collect()
+/// The first event that has `text`, once there is one, with its position among all.
+fn event(machine: &TestMachine, text: &str) -> (usize, Value) {
+    machine.wait_for_event(text, 1);
+    let events = machine.events_text();
+    let (n, line) = events.lines().enumerate().find(|(_, line)| line.contains(text)).unwrap();
+    (n, serde_json::from_str(line).unwrap())
 }
 
 fn console(machine: &TestMachine) -> String {
@@ -57,24 +65,25 @@ fn a_guest_waits_for_its_disk_and_keeps_it_over_crashes() {
     let (file, split) = (log.find("File(Disk").unwrap(), log.find("Split { disk: Disk").unwrap());
     assert!(file < split && log.contains("driver_memory: MemorySize(201326592)"), "{log}");
     assert!(log.contains("cache: Volatile") && log.contains("serial: \"S1\""), "{log}");
-    let disks = events(&machine, "driver-stage").into_iter().find(|(_, event)| event["stage"] == "disks").unwrap();
-    let running = &events(&machine, "guest-running")[0];
+    let (disks, running) = (event(&machine, "\"stage\":\"disks\""), event(&machine, "\"guest-running\""));
     assert!(disks.0 < running.0 && disks.1["detail"] == "nvme S1 (512 MiB)", "{disks:?}");
     let guest = machine.wait_for_guest("web", "a live disk", |guest| guest.disks[0].mode == DeviceMode::Passive);
     let disk = &guest.disks[0];
     assert_eq!((disk.index, disk.serial.as_deref(), disk.bytes), (1, Some("S1"), Some(512 << 20)));
     assert_eq!((disk.kept_bytes, disk.volatile_cache, disk.driver.as_deref()), (4096, Some(true), Some("nic0")));
-    for generation in 2..4 {
-        machine.crash(CrashKind::Panic);
-        machine.wait_live(generation);
-    }
+    kill(machine.wait_live(1).pid.unwrap());
+    machine.wait_live(2);
+    // The guest saw it itself, and its word may come behind that.
+    let report = machine.report_with(1, "the guest's word", |report| report["masks"][0]["device"] == "block1");
+    assert_eq!((&report["kernel_driver"], &report["source"]), (&"nvme".into(), &"process-exit".into()));
+    machine.report_with_steps(1, &["nic", "live"]);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(3);
     machine.wait_for_event("\"block-live\"", 2);
-    assert_eq!(events(&machine, "block-live")[0].1["requests"]["kept_in_flight"], 2);
+    assert_eq!(event(&machine, "\"block-live\"").1["requests"]["kept_in_flight"], 2);
     let now = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
     assert_eq!(now.pid, guest.pid, "it noticed nothing");
     assert!(console(&machine).contains("serial: None") && console(&machine).contains("serial: Some(\"S1\")"));
-    let report = machine.report_with_steps(1, &["nic", "live"]);
-    assert_eq!((&report["kernel_driver"], &report["masks"][0]["device"]), (&"nvme".into(), &"block1".into()));
     assert!(!machine.guest_log().contains("Quarantine"));
     machine.stop();
 }
@@ -87,7 +96,7 @@ fn a_restart_waits_until_the_disks_are_at_rest() {
     let log = machine.guest_log();
     let at = |what: &str| log.find(what).unwrap_or_else(|| panic!("no {what}: {log}"));
     assert!(at("Quiesce") < at("at rest") && at("at rest") < at("Mask"), "{log}");
-    let (rest, failed) = (&events(&machine, "at-rest")[0], &events(&machine, "driver-failed")[0]);
+    let (rest, failed) = (event(&machine, "\"at-rest\""), event(&machine, "\"driver-failed\""));
     assert!(rest.0 < failed.0 && failed.1["source"] == "planned", "{rest:?} {failed:?}");
     assert!(rest.1["stable"] == true && rest.1["ms"].as_f64().unwrap() >= 300.0, "{rest:?}");
     machine.stop();
@@ -210,6 +219,39 @@ fn an_image_that_names_the_disk_otherwise_is_given_up() {
     assert!(what.contains("its serial number differs") && what.contains("image of before"), "{what}");
     let driver = machine.wait_live(4);
     assert_eq!((driver.kernel.as_deref(), driver.failures), (Some("6.12-fake of image"), 1));
+    machine.stop();
+}
+
+/// Asks for a restart, and does `then` when the guest's disk has been asked to come to rest, which it never does. The answer.
+fn restart_and(machine: &TestMachine, then: impl FnOnce(&DriverStatus)) -> Response {
+    let ready = machine.wait_for("a standby", |driver| {
+        driver.standby.as_ref().is_some_and(|standby| standby.state == StandbyStage::Ready)
+    });
+    thread::scope(|scope| {
+        let answer = scope.spawn(|| machine.restart(None));
+        machine.wait_for("the question", |_| machine.guest_log().contains("Quiesce"));
+        then(&ready);
+        answer.join().unwrap()
+    })
+}
+
+fn a_restart_that_does_not_come_about_lets_the_disks_go_on() {
+    let machine = start("never-rests", "");
+    let answer = restart_and(&machine, |ready| kill(ready.standby.clone().unwrap().pid.unwrap()));
+    assert!(matches!(&answer, Response::Error { what } if what.contains("did not come up")), "{answer:?}");
+    machine.wait_for("the disk", |_| machine.guest_log().contains("GoOn"));
+    let driver = machine.wait_live(1);
+    assert_eq!((driver.failures, machine.guest_log().contains("Mask")), (0, false), "it serves on");
+    machine.stop();
+}
+
+fn a_death_while_disks_come_to_rest_is_a_failure() {
+    let machine = start("never-rests", "");
+    let answer = restart_and(&machine, |_| machine.crash(CrashKind::Panic));
+    assert!(matches!(answer, Response::Restarted { generation: 2, .. }), "{answer:?}");
+    assert_eq!(machine.wait_live(2).failures, 1);
+    let (_, rest) = event(&machine, "\"at-rest\"");
+    assert!(rest["stable"] == false && machine.report(1)["source"] == "panic", "{rest}");
     machine.stop();
 }
 
