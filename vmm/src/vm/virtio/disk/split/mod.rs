@@ -307,7 +307,7 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
             FromVm::Lost { device, link, at, cause }
         }
         Notice::OtherDisk(link, mismatch) => {
-            FromVm::Lost { device, link, at, cause: LinkEnd::Broken(mismatch.to_string()) }
+            FromVm::Lost { device, link, at, cause: LinkEnd::OtherDisk(mismatch.to_string()) }
         }
         Notice::AtRest { stable } => FromVm::AtRest { device, stable },
     }

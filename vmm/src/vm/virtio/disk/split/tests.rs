@@ -436,7 +436,7 @@ fn another_disk_is_not_written_to_and_reported() {
         _ => None,
     };
     let (link, cause) = bench.wait(lost);
-    assert!(link == second() && matches!(&cause, LinkEnd::Broken(what) if what.contains("serial")), "{cause:?}");
+    assert!(link == second() && matches!(&cause, LinkEnd::OtherDisk(what) if what.contains("serial")), "{cause:?}");
     assert_eq!(bench.vm.take().unwrap().end(true), empty());
 }
 
