@@ -42,9 +42,9 @@ use crate::due::Due;
 use crate::orders::{Mailbox, Orders};
 use crate::{kernel_log, system};
 
-/// Interval at which the ports are looked for; they come while modules are still being loaded. A driver VM that has fewer ports than
-/// ends is failed by the main loop, as one whose disk does not come.
-const LOOK_FOR_PORTS: Duration = Duration::from_millis(2);
+/// Interval at which ports and disks are looked for that are about to be there: they come while modules are still being loaded. A driver
+/// VM that has fewer ports than ends is failed by the main loop, as one whose disk does not come.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 const PORTS: &str = "/sys/class/virtio-ports";
 /// `_IO(0x12, 97)` of `linux/fs.h`: forget what is cached of the device.
 const BLKFLSBUF: libc::Ioctl = 0x1261;
@@ -174,7 +174,7 @@ fn wait_for_port(end: usize) -> PathBuf {
     loop {
         match port::find(Path::new(PORTS), end) {
             Some(device) if device.exists() => return device,
-            _ => std::thread::sleep(LOOK_FOR_PORTS),
+            _ => std::thread::sleep(LOOK_AGAIN),
         }
     }
 }
@@ -193,7 +193,7 @@ fn open_all(chosen: &[ChosenDisk], missing: &Missing) -> anyhow::Result<BTreeMap
             missing.set(format!("the disk {} is there, and its driver does not answer", disk.name));
             set_scheduler(disk);
             let is_read_only = |other: &ChosenDisk| other.name != disk.name || other.disk.identity.read_only;
-            let file = open(&node(&disk.name), chosen.iter().all(is_read_only))?;
+            let file = open_when_ready(disk, chosen.iter().all(is_read_only), missing)?;
             files.insert(disk.name.clone(), Arc::new(file));
         }
     }
@@ -210,11 +210,29 @@ fn set_scheduler(disk: &ChosenDisk) {
     }
 }
 
+/// Opens a disk as soon as that can be done: it is in sysfs a moment before the kernel has it ready. One that never is, the main loop
+/// notices.
+fn open_when_ready(disk: &ChosenDisk, read_only: bool, missing: &Missing) -> anyhow::Result<File> {
+    let node = node(&disk.name);
+    loop {
+        let error = match open(&node, read_only) {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
+        };
+        match error.raw_os_error() {
+            Some(libc::ENXIO | libc::ENODEV | libc::ENOENT | libc::ENOMEDIUM) => {
+                missing.set(format!("the disk {} is there, and cannot be opened: {error}", disk.name));
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            _ => return Err(error).with_context(|| format!("cannot open the disk {}", node.display())),
+        }
+    }
+}
+
 /// Opens a disk past the page cache: what is done is with the device, and a flush is the device's.
-fn open(node: &Path, read_only: bool) -> anyhow::Result<File> {
+fn open(node: &Path, read_only: bool) -> std::io::Result<File> {
     let flags = libc::O_DIRECT | libc::O_CLOEXEC;
-    let file = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(node);
-    let file = file.with_context(|| format!("cannot open the disk {}", node.display()))?;
+    let file = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(node)?;
     // What the kernel has read for the partition table: while pages of the device are cached, each write has to look for its own.
     // SAFETY: this one takes no argument.
     unsafe { libc::ioctl(file.as_raw_fd(), BLKFLSBUF) };
