@@ -137,7 +137,7 @@ fn a_loss_that_is_not_masked_is_noticed() {
 /// A database in the guest, which commits for `$SECONDS` and then reads everything from the disk again. It prints the number of each
 /// row that was committed, and at last how many rows there are.
 const DATABASE: &str = r#"
-/sbin/mke2fs -q -t ext4 /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && cd /mnt || exit 1
+modprobe crc32c_generic; /sbin/mke2fs -q -t ext4 /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && cd /mnt || exit 1
 sqlite3 db "pragma journal_mode=$JOURNAL; create table t(id integer primary key, content text);" >&2 || exit 1
 # Long rows, so that few of them wait in the pipe when the time is over.
 row=$(head -c 400 /dev/zero | tr '\0' x); end=$(($(date +%s) + $SECONDS)); id=0

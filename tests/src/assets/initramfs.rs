@@ -54,6 +54,7 @@ const GUEST_MODULES: &[&str] = &[
     "igb",
     "8139cp",
     "ext4",
+    "crc32c_generic",
     "snd_ens1370",
     "snd_intel8x0",
     "snd_hda_intel",
