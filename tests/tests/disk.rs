@@ -96,7 +96,8 @@ fn outlive_crashes(name: &str, model: &str) {
     let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
     let between = BETWEEN * whole_factor();
     // It ends by itself well behind the last crash: how long a recovery takes is the machine's business.
-    let mut checker = start_checker(&mut rig.place, between * (CRASHES.len() as u32 + 2) + Duration::from_secs(10));
+    let mut checker =
+        start_checker(&mut rig.place, between * u32::try_from(CRASHES.len() + 2).unwrap() + Duration::from_secs(10));
     let mut shown = 0;
     for with in CRASHES {
         std::thread::sleep(between);

@@ -19,11 +19,11 @@ use crate::random::Random;
 /// Bytes of a block: the largest logical block of a disk.
 const BLOCK: usize = 4096;
 /// Most blocks of a request: 128 KiB.
-const MOST_BLOCKS: u64 = 32;
+const MOST_BLOCKS: usize = 32;
 /// Workers: requests in flight.
-const WORKERS: u64 = 8;
+const WORKERS: usize = 8;
 /// Blocks of a worker; all of them together are 64 MiB, so that each is written several times in a minute.
-const BLOCKS: u64 = 2048;
+const BLOCKS: usize = 2048;
 /// One request in so many is followed by a flush.
 const FLUSHES: u64 = 16;
 /// One request in so many is a read.
@@ -83,8 +83,9 @@ pub fn check(path: &Path, length: Duration, seed: u64) -> Found {
     std::thread::scope(|scope| {
         let run = |n| {
             let (done, over) = (&done, &over);
-            scope
-                .spawn(move || Worker::open(path, n, seed).map_or_else(failed_to_open, |worker| worker.run(over, done)))
+            scope.spawn(move || {
+                Worker::open(path, n, seed).map_or_else(|error| failed_to_open(&error), |worker| worker.run(over, done))
+            })
         };
         let workers: Vec<_> = (0..WORKERS).map(run).collect();
         let begun = Instant::now();
@@ -95,13 +96,13 @@ pub fn check(path: &Path, length: Duration, seed: u64) -> Found {
         }
         let mut found = Found::default();
         for worker in workers {
-            found.add(worker.join().unwrap_or_else(|_| failed_to_open(io::Error::other("a worker panicked"))));
+            found.add(worker.join().unwrap_or_else(|_| failed_to_open(&io::Error::other("a worker panicked"))));
         }
         found
     })
 }
 
-fn failed_to_open(error: io::Error) -> Found {
+fn failed_to_open(error: &io::Error) -> Found {
     Found { io_errors: 1, what: vec![format!("open: {error}")], ..Found::default() }
 }
 
@@ -112,7 +113,7 @@ struct Aligned([u8; BLOCK]);
 
 struct Worker {
     disk: File,
-    n: u64,
+    n: usize,
     random: Random,
     /// Number of the write that each block holds; 0: none yet.
     last: Vec<u64>,
@@ -121,19 +122,18 @@ struct Worker {
 }
 
 impl Worker {
-    fn open(path: &Path, n: u64, seed: u64) -> io::Result<Self> {
+    fn open(path: &Path, n: usize, seed: u64) -> io::Result<Self> {
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
         // A file system without direct access, as in the tests of this file.
         let disk = open(libc::O_DIRECT).or_else(|_| open(0))?;
-        let random = Random::new(seed ^ (n + 1).rotate_left(32));
-        let last = vec![0; usize::try_from(BLOCKS).unwrap_or(0)];
-        Ok(Self { disk, n, random, last, writes: 0, found: Found::default() })
+        let random = Random::new(seed ^ (n as u64 + 1).rotate_left(32));
+        Ok(Self { disk, n, random, last: vec![0; BLOCKS], writes: 0, found: Found::default() })
     }
 
     fn run(mut self, over: &AtomicBool, done: &AtomicU64) -> Found {
         while !over.load(Ordering::Relaxed) {
-            let first = self.random.below(BLOCKS);
-            let count = (1 + self.random.below(MOST_BLOCKS)).min(BLOCKS - first);
+            let first = self.below(BLOCKS);
+            let count = (1 + self.below(MOST_BLOCKS)).min(BLOCKS - first);
             if self.random.below(READS) == 0 {
                 self.read(first, count);
             } else {
@@ -145,7 +145,7 @@ impl Worker {
             done.fetch_add(1, Ordering::Relaxed);
         }
         self.flush();
-        for first in (0..BLOCKS).step_by(MOST_BLOCKS as usize) {
+        for first in (0..BLOCKS).step_by(MOST_BLOCKS) {
             self.read(first, MOST_BLOCKS.min(BLOCKS - first));
             done.fetch_add(1, Ordering::Relaxed);
         }
@@ -153,11 +153,15 @@ impl Worker {
     }
 
     /// Where block `block` of this worker is on the disk, bytes.
-    fn place(&self, block: u64) -> u64 {
-        (self.n * BLOCKS + block) * BLOCK as u64
+    fn place(&self, block: usize) -> u64 {
+        ((self.n * BLOCKS + block) * BLOCK) as u64
     }
 
-    fn write(&mut self, first: u64, count: u64) {
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.random.below(bound as u64)).unwrap_or(0)
+    }
+
+    fn write(&mut self, first: usize, count: usize) {
         self.writes += 1;
         let blocks: Vec<_> = (first..first + count).map(|block| self.content(block, self.writes)).collect();
         let at = self.place(first);
@@ -165,14 +169,14 @@ impl Worker {
         match wrote {
             Ok(()) => {
                 self.found.writes += 1;
-                self.last[first as usize..(first + count) as usize].fill(self.writes);
+                self.last[first..first + count].fill(self.writes);
             }
             Err(error) => self.failed(&format!("write of {count} blocks at {at}"), &error),
         }
     }
 
-    fn read(&mut self, first: u64, count: u64) {
-        let mut blocks = vec![Aligned([0; BLOCK]); count as usize];
+    fn read(&mut self, first: usize, count: usize) {
+        let mut blocks = vec![Aligned([0; BLOCK]); count];
         let at = self.place(first);
         match self.timed(|disk| disk.read_exact_at(bytes_mut(&mut blocks), at)) {
             Ok(()) => {
@@ -202,8 +206,8 @@ impl Worker {
         self.found.say(format!("{what}: {error}"));
     }
 
-    fn compare(&mut self, block: u64, is: &Aligned) {
-        let last = self.last[block as usize];
+    fn compare(&mut self, block: usize, is: &Aligned) {
+        let last = self.last[block];
         // What was there before the first write is nobody's business.
         if last == 0 || is.0 == self.content(block, last).0 {
             return;
@@ -214,13 +218,13 @@ impl Worker {
     }
 
     /// Block and write by number, and random bytes that follow from them: a torn block is neither.
-    fn content(&self, block: u64, write: u64) -> Aligned {
+    fn content(&self, block: usize, write: u64) -> Aligned {
         let mut content = Aligned([0; BLOCK]);
-        let mut random = Random::new(self.n << 48 ^ block << 32 ^ write);
+        let mut random = Random::new((self.n as u64) << 48 ^ (block as u64) << 32 ^ write);
         for (at, word) in content.0.chunks_exact_mut(8).enumerate() {
             let value = match at {
-                0 => self.n,
-                1 => block,
+                0 => self.n as u64,
+                1 => block as u64,
                 2 => write,
                 _ => random.next(),
             };
@@ -250,7 +254,7 @@ mod tests {
 
     fn disk() -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(WORKERS * BLOCKS * BLOCK as u64).unwrap();
+        file.as_file().set_len((WORKERS * BLOCKS * BLOCK) as u64).unwrap();
         file
     }
 
