@@ -28,7 +28,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use umbra_shadow::block::{
-    Access, BlockShadow, CachePolicy, Counts, Disk, Done, Failure, Limits, Out, SECTOR_BYTES, SectorRange, Token,
+    Access, BlockShadow, CachePolicy, Counts, Disk, Done, Failure, Limits, ModeName, Out, SECTOR_BYTES, SectorRange,
+    Token,
 };
 use umbra_shadow::{Generation, LinkId};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -230,6 +231,11 @@ impl BlockSplitter {
     /// A deliberate reset is to come: no request is handed over any more, and everything becomes stable. [`Notice::AtRest`] is the end of
     /// it, after [`Limits::quiesce_ns`] from `now` at the latest.
     pub fn quiesce(&mut self, now: u64) {
+        if self.shadow.mode() == ModeName::Quarantined {
+            // Nothing is begun already, and what is owed stays so.
+            (self.listener)(Notice::AtRest { stable: self.shadow.logged_extents() == 0 });
+            return;
+        }
         self.shadow.quiesce(now);
         self.owes_rest = true;
         self.wake_up();

@@ -37,14 +37,14 @@ impl BlockSplitter {
             self.counted = self.shadow.counts();
         }
         self.take_events();
-        let due = self.with_shadow(|shadow, out| shadow.tick(now, out));
-        let result = match due {
-            Ok(()) => self.exchange(now, data),
-            Err(failure) => {
+        // What the driver VM has said comes first: if it is this process that is late, the driver VM did not stand still.
+        let result = self.exchange(now, data).and_then(|()| {
+            let due = self.with_shadow(|shadow, out| shadow.tick(now, out));
+            due.map_err(|failure| {
                 self.report_unrest();
-                Err(failure.into())
-            }
-        };
+                failure.into()
+            })
+        });
         if let (Err(error), Some(id)) = (result, self.link.id()) {
             self.lose(id, error);
         }

@@ -131,6 +131,8 @@ impl Supervisor {
     /// Kills the guests whose devices have had their time to come to rest.
     pub(super) fn kill_overdue(&mut self, now: Time) {
         for guest in self.guests.iter_mut().filter(|guest| guest.killing.is_some_and(|due| due <= now)) {
+            // Once: what a process that the kernel holds would make due again and again.
+            guest.killing = None;
             guest.kill();
         }
     }
@@ -159,7 +161,11 @@ impl Supervisor {
         }
         match driver.rest {
             Some(AgentRest::Done) => false,
-            Some(AgentRest::Asked(due)) => due > now,
+            Some(AgentRest::Asked(due)) if due > now => true,
+            Some(AgentRest::Asked(_)) => {
+                self.drivers[n].rest = Some(AgentRest::Done);
+                false
+            }
             None => {
                 self.drivers[n].rest = Some(AgentRest::Asked(now + REST_PATIENCE));
                 self.tell_agent(n, &ToAgent::Rest);

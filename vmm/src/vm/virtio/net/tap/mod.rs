@@ -119,16 +119,21 @@ impl TapNet {
     fn served(&mut self, queue: u16) -> Result<(), frames::Error> {
         let tap = self.tap.file().as_raw_fd();
         let Some(Some(active)) = self.queues.get_mut(usize::from(queue)) else { return Ok(()) };
-        let more = match queue {
-            CONTROL => control::serve(active, &mut self.filter)?.more,
-            TRANSMIT => self.sender.transmit(tap, active)? == End::Budget,
-            _ => false,
+        let (more, done) = match queue {
+            CONTROL => (control::serve(active, &mut self.filter)?.more, Ok(())),
+            TRANSMIT => {
+                let sent = self.sender.transmit(tap, active);
+                // An interface that is gone takes the rest as well: the queue is emptied, or its driver would wait for ever.
+                let more = matches!(sent, Ok(End::Budget) | Err(frames::Error::Gone(_)));
+                (more, sent.map(drop))
+            }
+            _ => (false, Ok(())),
         };
         if more {
             // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
             let _ = self.again.write(1);
         }
-        Ok(())
+        done
     }
 
     /// Moves received frames; true if the interface is to be watched for more.
@@ -151,7 +156,10 @@ impl TapNet {
             return;
         }
         let done = match wake {
-            Wake::Device(TAG_AGAIN) => self.served(TRANSMIT).and_then(|()| self.served(CONTROL)),
+            Wake::Device(TAG_AGAIN) => {
+                let sent = self.served(TRANSMIT);
+                self.served(CONTROL).and(sent)
+            }
             Wake::Started(RECEIVE) | Wake::Kicked(RECEIVE) | Wake::Device(_) => {
                 self.received().map(|more| self.watch(more, ops))
             }

@@ -256,6 +256,7 @@ fn bad_buffers_are_given_back_and_a_bad_ring_asks_for_a_reset() {
 #[test]
 fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
     const NAME: &str = "umbra-t5";
+    const MANY: usize = 300;
     let link_is_up = |device: &Arc<Mutex<TapNet>>| {
         let mut status = [0; 2];
         device.lock().unwrap().config_read(6, &mut status);
@@ -269,7 +270,7 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
         let changed = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
         net.set_config_interrupt(changed.try_clone().unwrap());
         let memory = memory(2);
-        let mut queues: Vec<_> = (0..2).map(|index| DriverQueue::new(&memory, index, 64)).collect();
+        let mut queues: Vec<_> = (0..2).map(|index| DriverQueue::new(&memory, index, 512)).collect();
         for (index, queue) in (0..2).zip(&queues) {
             net.start_queue(index, queue.resources(), None).unwrap();
         }
@@ -285,11 +286,16 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
             assert!(link_is_up(&device));
             remove(NAME);
             if there_is_traffic {
-                queues[1].add(&[&frame(60)], &[]);
+                // More than one turn takes.
+                let packet = frame(60);
+                for _ in 0..MANY {
+                    queues[1].add(&[&packet], &[]);
+                }
                 queues[1].kick();
             }
             events.run();
             assert!(!link_is_up(&device) && changed.read().is_ok());
+            assert_eq!(queues[1].used().len(), if there_is_traffic { MANY } else { 0 }, "nothing is left in the queue");
             assert!(matches!(news.recv().unwrap(), FromVm::Tap { there: false, .. }));
             // As others make it: to stay.
             let again = Tap::open(NAME, 1500).unwrap();
