@@ -196,6 +196,9 @@ pub struct BlockEnd {
     /// The guest only reads: the disk is opened, and reported, as one that cannot be written to.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
+    /// The disk has a volatile cache, whatever its driver reports: the driver is told, or it would send no flush.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub has_cache: bool,
 }
 
 /// A part of a disk.

@@ -223,7 +223,7 @@ fn done(tag: u16, bytes: u64) -> FromService {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part, read_only: false }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false }
 }
 
 /// Writes, zeroes, discards, flushes and reads back, and finds what was written on the disk.

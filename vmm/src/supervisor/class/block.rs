@@ -7,7 +7,7 @@
 
 use umbra_driver_vm::block_protocol::BLOCK_PORT;
 use umbra_driver_vm::protocol::{BlockEnd, BlockPlan, ToAgent};
-use umbra_shadow::block::{Counts, Disk, Mismatch, SECTOR_BYTES, WriteCache};
+use umbra_shadow::block::{CachePolicy, Counts, Disk, Mismatch, SECTOR_BYTES, WriteCache};
 use umbra_shadow::{Class, DeviceId, Generation};
 
 use super::{OfClass, Traits};
@@ -62,7 +62,8 @@ impl GuestBlock {
     /// What the agent is to serve: the disk by its serial number once that is known, whatever name the kernel gives it.
     fn end(&self) -> BlockEnd {
         let serial = self.disk.as_ref().map(|disk| disk.identity.serial.clone()).or_else(|| self.spec.serial.clone());
-        BlockEnd { serial, part: self.spec.part(), read_only: self.spec.read_only }
+        let has_cache = self.spec.cache_or_default() == CachePolicy::Volatile;
+        BlockEnd { serial, part: self.spec.part(), read_only: self.spec.read_only, has_cache }
     }
 
     /// Takes `found` for the guest's disk, if there was none before.

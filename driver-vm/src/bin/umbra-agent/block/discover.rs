@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use umbra_driver_vm::protocol::{BlockEnd, DiskPart};
 use umbra_shadow::block::disk::MAX_SERIAL;
-use umbra_shadow::block::{Disk, Identity, Window, WriteCache};
+use umbra_shadow::block::{Disk, Identity, SectorRange, Window, WriteCache};
 
 /// Block devices that no controller has: beginnings of their names.
 const NO_DISKS: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd"];
@@ -71,7 +71,45 @@ pub fn disks(sys: &Path) -> Vec<FoundDisk> {
 /// # Errors
 /// For the first end that gets nothing.
 pub fn choose(found: &[FoundDisk], ends: &[BlockEnd], settled: bool) -> Result<Vec<ChosenDisk>, NoDisk> {
-    ends.iter().map(|end| choose_one(found, end, settled)).collect()
+    let chosen = ends.iter().map(|end| choose_one(found, end, settled)).collect::<Result<Vec<_>, _>>()?;
+    match chosen.iter().enumerate().find(|(n, disk)| chosen[..*n].iter().any(|other| disk.shares_with(other))) {
+        Some((end, disk)) => Err(NoDisk::Never(format!(
+            "end {end} has sectors of the disk {} that another one has as well, and one of them writes",
+            disk.name
+        ))),
+        None => Ok(chosen),
+    }
+}
+
+impl ChosenDisk {
+    /// Whether a sector is in both parts, and not only read.
+    fn shares_with(&self, other: &Self) -> bool {
+        let (mine, its) = (&self.disk.identity, &other.disk.identity);
+        let range = |identity: &Identity| SectorRange::new(identity.window.start, identity.window.sectors);
+        let overlap = range(mine).zip(range(its)).is_some_and(|(mine, its)| mine.overlaps(its));
+        self.name == other.name && overlap && !(mine.read_only && its.read_only)
+    }
+}
+
+/// Tells the driver of disk `name` below `sys` (`/sys`) that it has a volatile cache. Only the driver of SCSI disks, USB's among them, can
+/// be told (`Documentation/ABI/testing/sysfs-class-scsi_disk`, "cache_type").
+///
+/// # Errors
+/// When it would send no flush all the same, in a sentence's form.
+pub fn tell_of_cache(sys: &Path, name: &str) -> Result<(), String> {
+    let place = sys.join("class/block").join(name);
+    let entries = fs::read_dir(place.join("device/scsi_disk")).into_iter().flatten().flatten();
+    for disk in entries {
+        // Whether it helped is seen below.
+        let _ = fs::write(disk.path().join("cache_type"), "temporary write back");
+    }
+    match read(&place.join("queue/write_cache")).as_deref() {
+        Some("write back") => Ok(()),
+        _ => Err(format!(
+            "the disk {name} is to have a volatile cache (`cache = \"volatile\"`), and its driver cannot be told so: it would send no \
+             flush"
+        )),
+    }
 }
 
 fn choose_one(found: &[FoundDisk], end: &BlockEnd, settled: bool) -> Result<ChosenDisk, NoDisk> {

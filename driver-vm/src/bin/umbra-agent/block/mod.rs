@@ -30,6 +30,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use umbra_driver_vm::block_protocol::{BLOCK_PORT, Hello, MAX_DEPTH, PoolRange};
 use umbra_driver_vm::protocol::{BlockPlan, FromAgent};
 use umbra_shadow::Generation;
+use umbra_shadow::block::WriteCache;
 
 use self::discover::ChosenDisk;
 use self::pool::{Pool, Share};
@@ -149,8 +150,12 @@ fn prepare(
     let pool = Pool::for_ends(ends, pool)?;
     let shares = pool.shares(ends);
     let ring = Ring::new(pool, u32::try_from(ends)?.saturating_mul(MAX_ACTIONS))?;
-    let chosen = Search::new(plan, due, mailbox, missing)?.run()?;
+    let mut chosen = Search::new(plan, due, mailbox, missing)?.run()?;
     let files = open_all(&chosen, missing)?;
+    for (chosen, _) in chosen.iter_mut().zip(&plan.ends).filter(|(_, end)| end.has_cache) {
+        discover::tell_of_cache(Path::new("/sys"), &chosen.name).map_err(anyhow::Error::msg)?;
+        chosen.disk.cache = WriteCache::Volatile;
+    }
     let disks = chosen.iter().map(|chosen| chosen.disk.clone()).collect();
     let driver = chosen.first().map_or_else(String::new, |first| first.driver.clone());
     let pieces: Vec<_> = shares.iter().map(|share| ring.pool().locate(*share)).collect::<anyhow::Result<_>>()?;

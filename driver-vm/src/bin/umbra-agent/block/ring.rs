@@ -70,6 +70,8 @@ pub struct Ring {
     ring: IoUring,
     pool: Pool,
     discards: Discards,
+    /// Actions without a result.
+    in_flight: usize,
 }
 
 impl Ring {
@@ -88,7 +90,12 @@ impl Ring {
         // SAFETY: the pool stays mapped as long as the ring: `Ring` owns both, and what the kernel has pinned outlives the mapping.
         unsafe { ring.submitter().register_buffers(&[pool.as_buffer()]) }
             .context("cannot pin the pool for the io_uring")?;
-        Ok(Self { ring, pool, discards: Discards::start()? })
+        Ok(Self { ring, pool, discards: Discards::start()?, in_flight: 0 })
+    }
+
+    /// Actions that have no result yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// The memory that data pass through.
@@ -108,6 +115,7 @@ impl Ring {
     /// # Errors
     /// When it reaches past the pool, or the kernel takes no actions.
     pub fn push(&mut self, token: Token, file: &Arc<File>, action: Action) -> anyhow::Result<()> {
+        self.in_flight += 1;
         let Some(entry) = self.entry(file, action)? else {
             let Action::Discard(at) = action else { return Ok(()) };
             return self.discards.order(Discard { token, file: Arc::clone(file), at });
@@ -168,8 +176,10 @@ impl Ring {
 
     /// Takes the results that are there: as a system call has them, negative for an error.
     pub fn results(&mut self, results: &mut Vec<(Token, i32)>) {
+        let before = results.len();
         results.extend(self.ring.completion().map(|entry| (Token(entry.user_data()), entry.result())));
         self.discards.results(results);
+        self.in_flight = self.in_flight.saturating_sub(results.len() - before);
     }
 }
 

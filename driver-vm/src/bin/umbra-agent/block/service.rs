@@ -4,8 +4,9 @@
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use umbra_driver_vm::block_protocol::MAX_DEPTH;
@@ -23,6 +24,12 @@ use crate::orders::Mailbox;
 const TURN: usize = 8;
 /// Actions in flight of one end at most: an order for each tag, and the flush after a session.
 pub const MAX_ACTIONS: u32 = MAX_DEPTH as u32 + 1;
+/// Longest time with orders under way and no answer. Above the 60 s that Linux gives a disk for a flush, so that its drivers' own
+/// errors come first; below the 120 s after which a guest's kernel says that a task hangs. The host looks sooner, but does not know of
+/// what is left of a session that is over.
+const SILENCE: Duration = Duration::from_secs(90);
+/// The result of whatever was under way on a disk that is gone.
+const LET_GO: i32 = -(Errno::ENODEV as i32);
 /// Bits of a [`Token`] that are the action's name within its end.
 const NAME_BITS: u32 = Name::BITS;
 /// Numbers of what is waited for and is no port.
@@ -51,6 +58,10 @@ pub struct BlockService {
     stalled: bool,
     /// The host waits for the disks to be at rest.
     rests: bool,
+    /// When a disk has answered last, or had nothing to answer.
+    answered: Instant,
+    /// A disk that its driver has let go of.
+    lost_disk: bool,
     results: Vec<(Token, i32)>,
     buffer: Box<[u8; MAX_BUFFER]>,
 }
@@ -69,7 +80,19 @@ impl BlockService {
         ring.descriptors().into_iter().try_for_each(|descriptor| watch(descriptor, RING))?;
         watch(mailbox.descriptor(), MAILBOX)?;
         let (results, buffer) = (Vec::new(), Box::new([0; MAX_BUFFER]));
-        Ok(Self { ring, ends: Vec::new(), epoll, resets, mailbox, stalled: false, rests: false, results, buffer })
+        Ok(Self {
+            ring,
+            ends: Vec::new(),
+            epoll,
+            resets,
+            mailbox,
+            stalled: false,
+            rests: false,
+            answered: Instant::now(),
+            lost_disk: false,
+            results,
+            buffer,
+        })
     }
 
     /// Opens the port of the next end, which has these sessions with this disk.
@@ -90,7 +113,8 @@ impl BlockService {
             }
             if self.rests && self.ends.iter().all(|end| end.sessions.is_idle()) {
                 self.rests = false;
-                report(FromAgent::AtRest { stable: self.flush() });
+                let hides_a_loss = self.ends.iter().any(|end| end.sessions.hides_a_loss());
+                report(FromAgent::AtRest { stable: self.flush() && !hides_a_loss });
             }
         }
     }
@@ -115,15 +139,30 @@ impl BlockService {
         if !self.results.is_empty() && self.resets.look() {
             self.ends.iter_mut().for_each(|end| end.sessions.cache_lost());
         }
+        let now = Instant::now();
+        if !self.results.is_empty() || self.ring.in_flight() == 0 {
+            self.answered = now;
+        }
         self.return_results();
         self.ends.iter_mut().try_for_each(|end| end.answer(&self.epoll))?;
+        if self.lost_disk {
+            bail!("the driver has let go of its disk");
+        }
+        if now.duration_since(self.answered) >= SILENCE {
+            bail!("the disk has answered nothing for {} s, though orders are under way", SILENCE.as_secs());
+        }
         self.hand_over()
     }
 
     /// Waits until there is something to do. Nothing that was left unfinished waits.
     fn wait(&mut self) -> anyhow::Result<()> {
         let has_more = !self.stalled && self.ends.iter().any(End::can_hear);
-        let timeout = if has_more { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let silence = SILENCE.saturating_sub(self.answered.elapsed()) + Duration::from_millis(1);
+        let timeout = match (has_more, self.ring.in_flight()) {
+            (true, _) => EpollTimeout::ZERO,
+            (false, 0) => EpollTimeout::NONE,
+            (false, _) => EpollTimeout::try_from(silence).unwrap_or(EpollTimeout::MAX),
+        };
         let mut events = [EpollEvent::empty(); 16];
         let count = match self.epoll.wait(&mut events, timeout) {
             Ok(count) => count,
@@ -162,9 +201,10 @@ impl BlockService {
         for (Token(token), result) in self.results.drain(..) {
             let end = usize::try_from(token >> NAME_BITS).ok().and_then(|number| self.ends.get_mut(number));
             let name = Name::try_from(token & u64::from(Name::MAX));
-            if let (Some(end), Ok(name)) = (end, name)
-                && let Err(error) = end.sessions.result(name, end.judge(result))
-            {
+            let (Some(end), Ok(name)) = (end, name) else { continue };
+            let result = end.judge(result);
+            self.lost_disk |= result == LET_GO;
+            if let Err(error) = end.sessions.result(name, result) {
                 kernel_log::error(&format!("the flush after the host had gone has failed: {error}"));
             }
         }
@@ -179,7 +219,7 @@ impl End {
         if result >= 0 || ring::size(&self.disk).is_ok_and(|bytes| bytes == expected) {
             return result;
         }
-        -(Errno::ENODEV as i32)
+        LET_GO
     }
 
     /// Whether there may be a buffer to read now. None is read while answers wait: a host that takes none gets no further orders done.
@@ -209,6 +249,9 @@ impl End {
     }
 
     fn host_is_gone(&mut self) {
+        if self.sessions.is_fresh() {
+            return;
+        }
         self.port.forget();
         self.sessions.host_is_gone();
     }

@@ -83,8 +83,10 @@ pub struct Sessions {
     /// Buffers for the host. Answers are gathered in the last one.
     buffers: Vec<Vec<u8>>,
     answers: Vec<u8>,
-    /// The driver has reset the controller, and the host does not know.
+    /// The driver has reset the controller, or a flush has failed, and the host does not know.
     cache_lost: bool,
+    /// The session has begun, and nothing has been ordered in it.
+    is_fresh: bool,
 }
 
 impl Sessions {
@@ -101,6 +103,7 @@ impl Sessions {
             buffers: Vec::new(),
             answers: Vec::new(),
             cache_lost: false,
+            is_fresh: false,
         }
     }
 
@@ -114,9 +117,20 @@ impl Sessions {
         matches!(self.state, State::Waiting | State::Serving(_))
     }
 
-    /// Whether no session is under way, and what the last one wrote is flushed.
+    /// Whether nothing is ordered, and what the last session wrote is flushed.
     pub fn is_idle(&self) -> bool {
-        self.state == State::Waiting
+        self.state == State::Waiting || self.is_fresh()
+    }
+
+    /// Whether a session has begun in which nothing was ordered yet. That its host is gone means nothing then: the kernel may have the
+    /// host's first words before it knows that the host's end is open, and says until then that it is closed.
+    pub fn is_fresh(&self) -> bool {
+        self.is_fresh && matches!(self.state, State::Serving(_))
+    }
+
+    /// Whether something may be lost of which no host was told.
+    pub fn hides_a_loss(&self) -> bool {
+        self.cache_lost
     }
 
     /// Takes a buffer of the host's.
@@ -197,6 +211,7 @@ impl Sessions {
             _ => return Err(format!("a second order {} in flight", tag.0)),
         }
         self.count += 1;
+        self.is_fresh = false;
         self.actions.push_back((tag.0, action));
         Ok(())
     }
@@ -212,7 +227,7 @@ impl Sessions {
 
     /// The host has closed its end, or was gone for a moment.
     pub fn host_is_gone(&mut self) {
-        if matches!(self.state, State::Serving(_)) {
+        if matches!(self.state, State::Serving(_)) && !self.is_fresh {
             self.drain(Then::Wait);
         }
     }
@@ -243,7 +258,7 @@ impl Sessions {
     }
 
     fn greet(&mut self, link: LinkId) {
-        self.state = State::Serving(link);
+        (self.state, self.is_fresh) = (State::Serving(link), true);
         match encode_hello(&self.offer.hello, link) {
             Ok(hello) => self.buffers.push(hello),
             // Every field is bounded far below what a hello holds.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use umbra_driver_vm::protocol::{BlockEnd, DiskPart};
 
-use super::super::discover::{ChosenDisk, FoundDisk, NoDisk, choose, disks};
+use super::super::discover::{ChosenDisk, FoundDisk, NoDisk, choose, disks, tell_of_cache};
 use super::*;
 
 const FUNCTION: &str = "devices/pci0000:00/0000:00:03.0";
@@ -86,7 +86,7 @@ impl Sysfs {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part, read_only: false }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false }
 }
 
 fn names(chosen: &[ChosenDisk]) -> Vec<&str> {
@@ -170,6 +170,33 @@ fn what_is_no_disk_of_a_controller_is_passed_over() {
 }
 
 #[test]
+fn sectors_that_one_end_writes_are_no_other_s() {
+    let sysfs = Sysfs::new("nvme");
+    sysfs.add("nvme0n1", "nvme/nvme0/1", &[("wwid", "eui.1"), ("device/serial", "SER0"), ("size", "1000")]);
+    sysfs.add_partition("nvme0n1", "nvme/nvme0/1", 2, 64, 100);
+    let found = sysfs.disks();
+    let by_name = |start, sectors| end(Some("eui.1"), DiskPart::Range { start, sectors });
+    let partition = end(Some("SER0"), DiskPart::Partition(2));
+    for (start, sectors, fits) in [(0, 64, true), (164, 0, true), (0, 65, false), (163, 8, false), (100, 4, false)] {
+        let chosen = choose(&found, &[partition.clone(), by_name(start, sectors)], true);
+        assert_eq!(chosen.is_ok(), fits, "{chosen:?}");
+    }
+    let read = BlockEnd { read_only: true, ..partition.clone() };
+    assert!(choose(&found, &[read.clone(), read.clone()], true).is_ok(), "both only read");
+    assert!(choose(&found, &[read, partition], true).is_err());
+}
+
+#[test]
+fn a_driver_that_cannot_be_told_of_a_cache_is_no_driver_for_one() {
+    let sysfs = Sysfs::new("sd");
+    sysfs.add("sda", "host0/target0", &[("queue/write_cache", "write through\n")]);
+    let error = tell_of_cache(sysfs.0.path(), "sda").unwrap_err();
+    assert!(error.contains("cache = \"volatile\""), "{error}");
+    sysfs.add("sdb", "host0/target1", &[("queue/write_cache", "write back\n")]);
+    assert_eq!(tell_of_cache(sysfs.0.path(), "sdb"), Ok(()));
+}
+
+#[test]
 fn disks_are_found_by_any_of_their_names_and_never_by_their_place() {
     let sysfs = Sysfs::new("nvme");
     sysfs.add("nvme0n1", "nvme/nvme0/1", &[("wwid", "eui.1"), ("device/serial", "SER0")]);
@@ -179,9 +206,9 @@ fn disks_are_found_by_any_of_their_names_and_never_by_their_place() {
     let ends = [
         end(Some("eui.2"), DiskPart::Whole),
         end(Some(" SER 1"), DiskPart::Whole),
-        end(Some("eui.2"), DiskPart::Whole),
+        end(Some("eui.1"), DiskPart::Whole),
     ];
-    assert_eq!(names(&choose(&found, &ends, true).unwrap()), ["nvme0n2", "nvme1n1", "nvme0n2"]);
+    assert_eq!(names(&choose(&found, &ends, true).unwrap()), ["nvme0n2", "nvme1n1", "nvme0n1"]);
     let never = |serial| match choose(&found, &[end(serial, DiskPart::Whole)], true) {
         Err(NoDisk::Never(what)) => what,
         other => panic!("{other:?}"),

@@ -150,6 +150,20 @@ fn the_next_session_is_greeted_when_nothing_of_the_last_is_in_flight() {
 }
 
 #[test]
+fn a_host_whose_first_words_come_before_the_kernel_knows_of_it_is_not_gone() {
+    let mut sessions = sessions();
+    sessions.hear(&encode(&[ToService::Begin], 1)).unwrap();
+    sessions.host_is_gone();
+    assert_eq!(hellos(&mut sessions, 1), 1, "it is greeted");
+    assert!(sessions.is_fresh() && sessions.is_idle());
+    sessions.hear(&encode(&[flush(3)], 1)).unwrap();
+    assert!(!sessions.is_fresh() && !sessions.is_idle());
+    sessions.result(3, 0).unwrap();
+    sessions.host_is_gone();
+    assert!(!sessions.listens(), "what it wrote is flushed");
+}
+
+#[test]
 fn what_a_gone_host_wrote_is_flushed() {
     let mut sessions = begun();
     sessions.hear(&encode(&[access(1, Operation::Write { place: 0 }, range(200, 8))], 1)).unwrap();
@@ -159,6 +173,7 @@ fn what_a_gone_host_wrote_is_flushed() {
     assert_eq!(actions(&mut sessions), [(256, Action::Flush)]);
     assert!(!sessions.listens());
     assert_eq!(sessions.result(256, errno(Errno::EIO)), Err(Errno::EIO), "reported, and no reason to end");
+    assert!(sessions.hides_a_loss(), "until a host is told");
     assert!(!sessions.is_closed() && sessions.listens() && sessions.take_buffers().is_empty());
     // What it sent and was not read before it went.
     sessions.hear(&encode(&[ToService::Begin, flush(3)], 1)).unwrap();
