@@ -101,10 +101,12 @@ impl BlockSplitter {
     fn heard(&mut self, record: FromService, now: u64, data: &mut dyn GuestData) -> Result<u64, LinkError> {
         let LinkState::Up { session, .. } = &mut self.link else { return Ok(0) };
         let FromService::Done { tag, errno, bytes } = record else {
-            if session.cache_is_lost() {
-                self.shadow.cache_lost(session.id());
+            if !session.cache_is_lost() {
+                return Ok(0);
             }
-            return Ok(0);
+            self.shadow.cache_lost(session.id());
+            // A walk of the whole log: enough for one turn, so that a driver VM which says so at each answer holds up no other device.
+            return Ok(COPY_BUDGET);
         };
         let flight = session.take_flight(tag).map_err(Failure::from)?;
         let copied = if flight.brings == Brings::Nothing { 0 } else { flight.bytes };

@@ -169,7 +169,9 @@ impl SplitDisk {
     fn serve(&mut self, index: u16) -> Result<(), RingFault> {
         let Self { requests, splitter, offer, .. } = self;
         if requests.take(index, BATCH, offer, |token, job| begin(splitter, token, job))? {
-            self.unserved.push(index);
+            if !self.unserved.contains(&index) {
+                self.unserved.push(index);
+            }
             self.call_loop();
         }
         Ok(())
