@@ -133,8 +133,8 @@ pub enum ToAgent {
     },
     /// Sent once after [`FromAgent::Hello`], in place of [`Self::ConfigureNet`], to the driver VM of disks: serve them.
     ConfigureBlock(BlockPlan),
-    /// Sent to the driver VM of disks before it is ended on purpose, when no guest is served any more: make stable what they have left,
-    /// then answer with [`FromAgent::AtRest`].
+    /// Sent to the driver VM of disks before it is ended on purpose, when no guest orders anything any more: make stable what they have
+    /// left, then answer with [`FromAgent::AtRest`].
     Rest,
     /// What one guest asked its network device to receive, whole each time.
     SetRxMode {

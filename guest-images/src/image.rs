@@ -33,7 +33,7 @@ const INITRAMFS: &str = "initramfs.cpio";
 const MANIFEST: &str = "manifest.json";
 /// Changed when what is built from the same recipe changes, and when an agent of before would not understand the host:
 /// an image with another number is refused.
-const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 4;
 /// Largest firmware file that is taken, unpacked.
 const MAX_FIRMWARE: usize = 256 << 20;
 

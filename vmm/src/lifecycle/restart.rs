@@ -55,6 +55,11 @@ impl Lifecycle {
         self.replace(now)
     }
 
+    /// Whether the guests' devices are waited for, before a restart.
+    pub fn is_coming_to_rest(&self) -> bool {
+        self.resting.is_some()
+    }
+
     fn may_switch_over(&self) -> bool {
         let ready = matches!(self.reserve.state(), Standby::Ready { .. } | Standby::Hot { armed: true, .. });
         self.restarting.is_some() && ready && matches!(self.state, State::Live { .. })

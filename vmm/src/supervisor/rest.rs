@@ -2,7 +2,7 @@
 //! have had acknowledged is made stable.
 //!
 //! ```text
-//!   umbra restart              guests' devices rest, as late as can be ---> the next driver VM takes over
+//!   umbra restart              guests' devices rest, as late as can be; the agent flushes ---> the next driver VM takes over
 //!   umbra stop/reboot --force  the guest's devices rest -----------------> its process is killed
 //!   end of the machine         guests end ---> the agent flushes --------> the driver VM is ended
 //! ```
@@ -43,6 +43,7 @@ impl Supervisor {
 
     /// Driver VM `n` is not replaced: lets the guests' devices go on, but those of a guest that is about to be killed.
     pub(super) fn go_on(&mut self, n: DriverId) {
+        self.drivers[n].rest = None;
         for EndRef { guest, device } in self.drivers[n].ends.rows() {
             if self.guests[guest].killing.is_some() {
                 continue;
@@ -102,8 +103,29 @@ impl Supervisor {
             let device = self.guests[end.guest].devices.get(&end.device);
             device.is_some_and(|device| device.resting.is_some())
         };
-        if !self.drivers[n].ends.iter().any(rests) {
+        if !self.drivers[n].ends.iter().any(rests) && !self.waits_for_agent(n) {
             self.drive(n, Input::AtRest);
+        }
+    }
+
+    /// Whether the agent of driver VM `n`, which is about to be replaced on purpose, has still to flush: a guest that has just ended left
+    /// what nobody else keeps. It is asked once.
+    fn waits_for_agent(&mut self, n: DriverId) -> bool {
+        let driver = &mut self.drivers[n];
+        if !driver.lifecycle.is_coming_to_rest() {
+            return false;
+        }
+        match driver.rest {
+            Some(AgentRest::Asked(_)) => true,
+            Some(AgentRest::Done) => {
+                driver.rest = None;
+                false
+            }
+            None => {
+                driver.rest = Some(AgentRest::Asked(Time::now() + REST_PATIENCE));
+                self.tell_agent(n, &ToAgent::Rest);
+                true
+            }
         }
     }
 
@@ -137,14 +159,15 @@ impl Supervisor {
         }
     }
 
-    /// When something of this is due.
+    /// When something of this is due next.
     pub(super) fn rest_due(&self) -> Option<Time> {
+        let now = Time::now();
         let guests = self.guests.iter().filter_map(|guest| guest.killing);
         let agents = self.drivers.iter().filter_map(|driver| match driver.rest {
             Some(AgentRest::Asked(due)) => Some(due),
             Some(AgentRest::Done) | None => None,
         });
-        guests.chain(agents).min()
+        guests.chain(agents).filter(|due| *due > now).min()
     }
 
     /// Whether driver VM `n` is not to be ended yet: guests that it serves come to rest, or its agent flushes what they have left.
@@ -183,7 +206,8 @@ impl Supervisor {
         driver.rest = Some(AgentRest::Done);
         if !stable {
             let name = driver.name.clone();
-            self.events.warn(format!("{name}: its disks could not be flushed at the end of the machine"));
+            self.events.warn(format!("{name}: its disks could not be flushed before its end"));
         }
+        self.look_at_rest(n);
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
+use umbra_guest_images::image::FORMAT;
 use umbra_vmm::config::Machine;
 use umbra_vmm::host::{self, DeviceFiles, HostDevice};
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
@@ -198,11 +199,12 @@ fn make_image(image: &Path) {
     fs::create_dir_all(image).unwrap();
     fs::write(image.join("vmlinux"), "elf").unwrap();
     fs::write(image.join("initramfs.cpio"), "cpio").unwrap();
-    let manifest = r#"{"format":3,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
+    let manifest = r#"{"format":FORMAT,"recipe":"","kernel":"6.12","drivers":[],"devices":[],"modules":[],"firmware":[],
         "firmware_missing":[],"vmlinux":{"size":3,"sha256":"NAME"},"initramfs":{"size":4,"sha256":"NAME"}}"#;
     // Each image is another one, though they may be of one moment.
     let name = image.file_name().unwrap().to_str().unwrap();
-    fs::write(image.join("manifest.json"), manifest.replace("NAME", name)).unwrap();
+    let manifest = manifest.replace("FORMAT", &FORMAT.to_string()).replace("NAME", name);
+    fs::write(image.join("manifest.json"), manifest).unwrap();
 }
 
 impl TestMachine {
@@ -392,7 +394,7 @@ impl TestMachine {
     }
 
     pub fn events_text(&self) -> String {
-        fs::read_to_string(self.dir.path().join("events")).unwrap()
+        fs::read_to_string(self.dir.path().join("events")).unwrap_or_default()
     }
 
     /// What was written to the device's `reset`.

@@ -255,6 +255,7 @@ impl DriverVm {
         self.console.begin(&format!("{}.{generation}", self.name));
         let purpose = if self.spec.snapshots { Purpose::ServeSoon } else { Purpose::Serve };
         self.life = Some(self.launch(program, generation, (purpose, &self.image))?);
+        self.rest = None;
         Ok(())
     }
 

@@ -112,7 +112,7 @@ impl Supervisor {
             renice(life.process.pid(), 0);
         }
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
-        driver.life = Some(life);
+        (driver.life, driver.rest) = (Some(life), None);
         driver.present = Some(generation);
         let standby = if ready { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());

@@ -119,7 +119,7 @@ impl Sessions {
 
     /// Whether nothing is ordered, and what the last session wrote is flushed.
     pub fn is_idle(&self) -> bool {
-        self.state == State::Waiting || self.is_fresh()
+        self.count == 0 && self.listens()
     }
 
     /// Whether a session has begun in which nothing was ordered yet. That its host is gone means nothing then: the kernel may have the
