@@ -23,7 +23,8 @@ const BYTES: u64 = 128 << 20;
 /// Between two crashes, s as on the reference machine: some hundred writes.
 const BETWEEN: Duration = Duration::from_secs(3);
 /// Ways to fail, and the share of what was not flushed that the controller loses.
-const CRASHES: [(&str, f64); 5] = [("panic", 1.0), ("kill", 0.5), ("unbind", 1.0), ("stall", 0.5), ("panic", 0.0)];
+const CRASHES: [(&str, f64); 6] =
+    [("panic", 1.0), ("kill", 0.5), ("unbind", 1.0), ("stall", 0.5), ("panic", 0.0), ("restart", 1.0)];
 
 /// A test host with a controller whose medium loses what was not flushed.
 struct Rig {
@@ -58,11 +59,16 @@ fn rig(name: &str, model: &str) -> Rig {
 fn crash(rig: &mut Rig, machine: &mut Machine, (kind, loses): (&str, f64)) -> bool {
     let command = match kind {
         "kill" => format!("kill -9 {}", machine.driver_pid(&mut rig.place, DISK_DRIVER).or_tell()),
+        // It returns when the next life serves.
+        "restart" => format!("umbra restart {DISK_DRIVER} </dev/null >/dev/null 2>&1 & echo"),
         kind => format!("umbra crash {DISK_DRIVER} --kind {kind}"),
     };
     rig.place.expect(&command, STEP).or_tell();
     machine.await_event(RECOVERY, |event| event.event == "driver-fenced").or_tell();
     let loss = rig.disk.lose(loses);
+    if kind == "restart" {
+        assert_eq!(loss.lost, 0, "the disk has come to rest before, and everything is stable");
+    }
     machine.drain();
     let is_void = machine.seen.iter().rev().take_while(|event| event.event != "driver-fenced").any(is_in_service);
     let live = machine.await_event(RECOVERY, |event| event.event == "driver-live").or_tell();
