@@ -27,11 +27,12 @@ use self::request::{Request, describe};
 use super::device::{Error, QueueResources, QueueState, VirtioDevice};
 use super::events::{FIRST_DEVICE_TAG, QueueEvents, Wake};
 use super::pace::{Moved, OutageTrace};
+use super::shadowed::Shadowed;
 use super::{Outbox, queue};
 use crate::base::error::chain;
 use crate::base::time::Time;
 use crate::base::timer::DeadlineTimer;
-use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ShadowMode, SoundCounts};
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ShadowMode, SoundCounts, ToVm};
 
 /// Device ID of a sound device.
 const DEVICE_ID: u16 = 25;
@@ -107,38 +108,6 @@ impl Sound {
             pace: OutageTrace::new().map_err(failed)?,
             outbox,
         })
-    }
-
-    /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
-    pub fn attach(&mut self, link: LinkId, socket: UnixStream) {
-        self.splitter.attach(link, socket, now());
-        self.call_loop();
-    }
-
-    /// [`ToVm::Mask`](crate::wire::messages::ToVm::Mask).
-    pub fn mask(&mut self, generation: Generation) {
-        self.splitter.mask(generation, now());
-        self.call_loop();
-    }
-
-    /// [`ToVm::Quarantine`](crate::wire::messages::ToVm::Quarantine).
-    pub fn quarantine(&mut self) {
-        self.splitter.quarantine(now());
-        self.call_loop();
-    }
-
-    /// The answer to [`ToVm::QueryStatus`](crate::wire::messages::ToVm::QueryStatus).
-    pub fn status(&self) -> FromVm {
-        let shadow = self.splitter.shadow();
-        let mode = match shadow.mode() {
-            Mode::Passive(_) => ShadowMode::Passive,
-            Mode::Masking => ShadowMode::Masking,
-            Mode::Replaying(_) => ShadowMode::Replaying,
-            Mode::Dead => ShadowMode::Quarantined,
-        };
-        let kept_bytes = u64::try_from(shadow.kept_bytes()).unwrap_or(u64::MAX);
-        let status = DeviceStatus::Sound { mode, kept_bytes, sums: counts(shadow.counts()) };
-        FromVm::Status { device: self.device, status }
     }
 
     fn call_loop(&self) {
@@ -301,6 +270,40 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
             };
             FromVm::Lost { device, link, at, cause }
         }
+    }
+}
+
+impl Shadowed for Sound {
+    fn attach(&mut self, link: LinkId, socket: UnixStream) {
+        self.splitter.attach(link, socket, now());
+        self.call_loop();
+    }
+
+    fn mask(&mut self, generation: Generation) {
+        self.splitter.mask(generation, now());
+        self.call_loop();
+    }
+
+    fn quarantine(&mut self) {
+        self.splitter.quarantine(now());
+        self.call_loop();
+    }
+
+    fn order(&mut self, message: &ToVm) {
+        tracing::error!(?message, "an order that a sound device does not know");
+    }
+
+    fn status(&self) -> FromVm {
+        let shadow = self.splitter.shadow();
+        let mode = match shadow.mode() {
+            Mode::Passive(_) => ShadowMode::Passive,
+            Mode::Masking => ShadowMode::Masking,
+            Mode::Replaying(_) => ShadowMode::Replaying,
+            Mode::Dead => ShadowMode::Quarantined,
+        };
+        let kept_bytes = u64::try_from(shadow.kept_bytes()).unwrap_or(u64::MAX);
+        let status = DeviceStatus::Sound { mode, kept_bytes, sums: counts(shadow.counts()) };
+        FromVm::Status { device: self.device, status }
     }
 }
 

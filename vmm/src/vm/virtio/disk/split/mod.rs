@@ -33,6 +33,7 @@ use crate::config::MemorySize;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use crate::vm::virtio::pace::OutageTrace;
+use crate::vm::virtio::shadowed::Shadowed;
 use crate::vm::virtio::{Outbox, queue, read_config};
 use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, ToVm};
 
@@ -117,47 +118,6 @@ impl SplitDisk {
             log: LogLimit::default(),
             outbox,
         })
-    }
-
-    /// [`ToVm::Attach`].
-    pub fn attach(&mut self, link: LinkId, socket: UnixStream) {
-        self.splitter.attach(link, socket);
-        self.call_loop();
-    }
-
-    /// [`ToVm::Mask`].
-    pub fn mask(&mut self, generation: Generation) {
-        self.splitter.mask(generation);
-        self.call_loop();
-    }
-
-    /// [`ToVm::Quarantine`].
-    pub fn quarantine(&mut self) {
-        self.splitter.quarantine();
-        self.call_loop();
-    }
-
-    /// [`ToVm::Quiesce`] and [`ToVm::GoOn`].
-    pub fn order(&mut self, message: &ToVm) {
-        match message {
-            ToVm::Quiesce { .. } => self.splitter.quiesce(now()),
-            ToVm::GoOn { .. } => self.splitter.go_on(),
-            _ => tracing::error!(?message, "an order that a disk does not know"),
-        }
-        self.call_loop();
-    }
-
-    /// The answer to [`ToVm::QueryStatus`].
-    pub fn status(&self) -> FromVm {
-        let shadow = self.splitter.shadow();
-        let status = DeviceStatus::Block {
-            mode: shadow.mode(),
-            kept_bytes: shadow.kept_bytes(),
-            owed_bytes: shadow.owed_bytes(),
-            pending: shadow.pending() as u64,
-            sums: shadow.counts(),
-        };
-        FromVm::Status { device: self.device, status }
     }
 
     fn call_loop(&self) {
@@ -312,6 +272,44 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
             FromVm::Lost { device, link, at, cause: LinkEnd::OtherDisk(mismatch.to_string()) }
         }
         Notice::AtRest { stable } => FromVm::AtRest { device, stable },
+    }
+}
+
+impl Shadowed for SplitDisk {
+    fn attach(&mut self, link: LinkId, socket: UnixStream) {
+        self.splitter.attach(link, socket);
+        self.call_loop();
+    }
+
+    fn mask(&mut self, generation: Generation) {
+        self.splitter.mask(generation);
+        self.call_loop();
+    }
+
+    fn quarantine(&mut self) {
+        self.splitter.quarantine();
+        self.call_loop();
+    }
+
+    fn order(&mut self, message: &ToVm) {
+        match message {
+            ToVm::Quiesce { .. } => self.splitter.quiesce(now()),
+            ToVm::GoOn { .. } => self.splitter.go_on(),
+            _ => tracing::error!(?message, "an order that a disk does not know"),
+        }
+        self.call_loop();
+    }
+
+    fn status(&self) -> FromVm {
+        let shadow = self.splitter.shadow();
+        let status = DeviceStatus::Block {
+            mode: shadow.mode(),
+            kept_bytes: shadow.kept_bytes(),
+            owed_bytes: shadow.owed_bytes(),
+            pending: shadow.pending() as u64,
+            sums: shadow.counts(),
+        };
+        FromVm::Status { device: self.device, status }
     }
 }
 

@@ -28,7 +28,8 @@ use crate::vm::virtio::Outbox;
 use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::pace::{Moved, OutageTrace};
 use crate::vm::virtio::queue;
-use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay};
+use crate::vm::virtio::shadowed::Shadowed;
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay, ToVm};
 
 /// Device ID of a network device.
 const DEVICE_ID: u16 = 1;
@@ -90,13 +91,8 @@ impl SplitNet {
         self.splitter.limit_memory(memory.0);
     }
 
-    /// [`ToVm::Attach`](crate::wire::messages::ToVm::Attach).
-    pub fn attach(&mut self, link: LinkId, connection: UnixStream) {
-        self.splitter.attach(link, connection);
-    }
-
-    /// [`ToVm::GoLive`](crate::wire::messages::ToVm::GoLive).
-    pub fn go_live(&mut self, generation: Generation, replay: Replay, announce: bool) {
+    /// [`ToVm::GoLive`].
+    fn go_live(&mut self, generation: Generation, replay: Replay, announce: bool) {
         if announce {
             self.splitter.announce(generation);
         }
@@ -109,43 +105,17 @@ impl SplitNet {
         self.look_if_needed();
     }
 
-    /// [`ToVm::Arm`](crate::wire::messages::ToVm::Arm).
-    pub fn arm(&mut self, generation: Generation, armed: bool) {
+    /// [`ToVm::Arm`].
+    fn arm(&mut self, generation: Generation, armed: bool) {
         self.splitter.arm(generation, armed);
         self.look_if_needed();
     }
 
-    /// [`ToVm::Mask`](crate::wire::messages::ToVm::Mask).
-    pub fn mask(&mut self, generation: Generation) {
-        self.splitter.mask(generation);
-        self.note_pace();
-        self.look_if_needed();
-    }
-
-    /// [`ToVm::Carrier`](crate::wire::messages::ToVm::Carrier).
-    pub fn carrier(&mut self, generation: Generation, up: bool) {
+    /// [`ToVm::Carrier`].
+    fn carrier(&mut self, generation: Generation, up: bool) {
         self.splitter.carrier(generation, up);
         self.note_pace();
         self.look_if_needed();
-    }
-
-    /// [`ToVm::Quarantine`](crate::wire::messages::ToVm::Quarantine).
-    pub fn quarantine(&mut self) {
-        self.splitter.quarantine();
-    }
-
-    /// The answer to [`ToVm::QueryStatus`](crate::wire::messages::ToVm::QueryStatus).
-    pub fn status(&self) -> FromVm {
-        let status = self.splitter.status();
-        let status = DeviceStatus::Net {
-            mode: status.mode,
-            frames_out: status.frames_out,
-            frames_in: status.frames_in,
-            foreign_source: status.foreign_source,
-            logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
-            masked: status.masked,
-        };
-        FromVm::Status { device: self.device, status }
     }
 
     fn config(&self) -> [u8; 12] {
@@ -302,6 +272,44 @@ fn offloads_message(offloads: FrameOffloads) -> Offloads {
         checksum: offloads.contains(FrameOffloads::CHECKSUM),
         tso4: offloads.contains(FrameOffloads::TSO4),
         tso6: offloads.contains(FrameOffloads::TSO6),
+    }
+}
+
+impl Shadowed for SplitNet {
+    fn attach(&mut self, link: LinkId, connection: UnixStream) {
+        self.splitter.attach(link, connection);
+    }
+
+    fn mask(&mut self, generation: Generation) {
+        self.splitter.mask(generation);
+        self.note_pace();
+        self.look_if_needed();
+    }
+
+    fn quarantine(&mut self) {
+        self.splitter.quarantine();
+    }
+
+    fn order(&mut self, message: &ToVm) {
+        match *message {
+            ToVm::GoLive { generation, replay, announce, .. } => self.go_live(generation, replay, announce),
+            ToVm::Arm { generation, armed, .. } => self.arm(generation, armed),
+            ToVm::Carrier { generation, up, .. } => self.carrier(generation, up),
+            _ => tracing::error!(?message, "an order that a network device does not know"),
+        }
+    }
+
+    fn status(&self) -> FromVm {
+        let status = self.splitter.status();
+        let status = DeviceStatus::Net {
+            mode: status.mode,
+            frames_out: status.frames_out,
+            frames_in: status.frames_in,
+            foreign_source: status.foreign_source,
+            logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
+            masked: status.masked,
+        };
+        FromVm::Status { device: self.device, status }
     }
 }
 
