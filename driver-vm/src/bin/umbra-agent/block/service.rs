@@ -249,11 +249,9 @@ impl End {
     }
 
     fn host_is_gone(&mut self) {
-        if self.sessions.is_fresh() {
-            return;
+        if self.sessions.host_is_gone() {
+            self.port.forget();
         }
-        self.port.forget();
-        self.sessions.host_is_gone();
     }
 
     fn answer(&mut self, epoll: &Epoll) -> anyhow::Result<()> {

@@ -226,10 +226,13 @@ impl Sessions {
     }
 
     /// The host has closed its end, or was gone for a moment.
-    pub fn host_is_gone(&mut self) {
-        if matches!(self.state, State::Serving(_)) && !self.is_fresh {
+    /// Whether what waits for it is to be forgotten: a session in which nothing was ordered yet goes on.
+    pub fn host_is_gone(&mut self) -> bool {
+        let is_gone = !self.is_fresh();
+        if is_gone && matches!(self.state, State::Serving(_)) {
             self.drain(Then::Wait);
         }
+        is_gone
     }
 
     /// Lets everything that is in flight come back; nobody waits for the answers.
