@@ -27,6 +27,7 @@ pub const ALL: &[Case] = cases![
     a_standby_that_is_killed_is_replaced,
     a_spare_takes_over_and_the_devices_change_places,
     a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason,
+    a_guest_s_word_that_comes_when_it_is_served_again_is_in_the_report,
     what_a_failed_life_says_behind_its_failure_is_not_held_against_the_spare,
     a_spare_that_is_killed_is_replaced,
     a_failure_of_both_is_survived,
@@ -146,6 +147,24 @@ fn a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason() {
     assert!(report["exit"].as_str().unwrap().contains("signal 9"), "{report}");
     machine.report_with_steps(1, &["live", "fence"]);
     machine.stop();
+}
+
+/// The end of a process may be known, and its place taken, before the guest has told what it saw.
+fn a_guest_s_word_that_comes_when_it_is_served_again_is_in_the_report() {
+    for spare in [String::new(), format!("spare = \"{SPARE}\"\n")] {
+        let mut machine = make("says-late ", "", &spare);
+        machine.start_again();
+        let driver = if spare.is_empty() { machine.wait_live(1) } else { wait_armed(&machine, 1, SPARE, 2) };
+        kill(driver.pid.unwrap());
+        machine.wait_live(2);
+        let report = machine.report_with(1, "the guest's word", |report| report["masks"][0]["cause"] == "closed");
+        assert_eq!(
+            (&report["source"], report["masks"].as_array().unwrap().len()),
+            (&"process-exit".into(), 1),
+            "{report}"
+        );
+        machine.stop();
+    }
 }
 
 fn what_a_failed_life_says_behind_its_failure_is_not_held_against_the_spare() {

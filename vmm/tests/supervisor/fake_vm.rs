@@ -68,6 +68,8 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     // The one that serves, and those that wait behind it.
     let mut links: Vec<(LinkId, OwnedFd)> = Vec::new();
     let (mut armed, mut live, mut pressed) = (None, None, false);
+    // What it has not said yet.
+    let mut held_back = None;
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
         fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
@@ -75,7 +77,12 @@ fn guest(spec: &VmSpec, channel: &Channel) {
         if let Some(lost) = fds[1..].iter().position(|fd| fd.any().unwrap()) {
             let (link, _) = links.remove(lost);
             let at = Time::now().0;
-            channel.send(&FromVm::Lost { device: NET, link, at, cause: LinkEnd::Closed }, &[]).unwrap();
+            let loss = FromVm::Lost { device: NET, link, at, cause: LinkEnd::Closed };
+            if spec.cmdline.contains("says-late ") {
+                held_back = held_back.or(Some(loss));
+                continue;
+            }
+            channel.send(&loss, &[]).unwrap();
             if lost > 0 {
                 continue;
             }
@@ -107,6 +114,9 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
             ToVm::GoLive { generation, .. } => {
                 send_live(channel, generation, MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 });
+                if let Some(loss) = held_back.take() {
+                    channel.send(&loss, &[]).unwrap();
+                }
                 if spec.cmdline.contains(&format!("asks-in={generation} ")) {
                     let mode = RxMode { all_multicast: true, ..RxMode::default() };
                     channel.send(&FromVm::RxMode { device: NET, mode }, &[]).unwrap();

@@ -20,7 +20,7 @@ use super::life::{LifeRole, Purpose};
 use super::{DriverVm, Life};
 use crate::base::time::Time;
 use crate::lifecycle::{Endpoint, Failure, Input, NoticedBy, State};
-use crate::record::crash_report::Mask;
+use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::events::Event;
 use crate::record::timeline::Milestone;
 use crate::supervisor::bounds::MAX_MASKS;
@@ -147,11 +147,15 @@ impl DriverVm {
         }
     }
 
+    /// The report of the last failure of this driver VM, if it was that of `generation`.
+    fn report_of(&self, generation: Generation) -> Option<&CrashReport> {
+        self.report.as_ref().filter(|report| report.generation == generation.get())
+    }
+
     /// Whether it is noted already that `device` of this guest lost this life.
     fn has_mask(&self, generation: Generation, guest: &str, device: DeviceId) -> bool {
-        let report = self.report.iter().filter(|report| report.generation == generation.get());
-        let masks = report.flat_map(|report| &report.masks).chain(&self.masks);
-        masks.into_iter().any(|mask| mask.guest == guest && mask.device == device)
+        let reported = self.report_of(generation).map(|report| &report.masks[..]).unwrap_or_default();
+        reported.iter().chain(&self.masks).any(|mask| mask.guest == guest && mask.device == device)
     }
 
     /// The guest of `end` has a new process, or none: its connections and losses so far do not count any more.
@@ -252,8 +256,9 @@ impl Supervisor {
             self.lost_present(d, end, at, cause);
         } else if driver.standby.as_ref().is_some_and(|standby| is_of(&standby.life)) {
             self.lost_standby(d, end, cause);
-        } else if driver.present == Some(link.generation) || driver.has_retired(link.generation) {
-            // A late report of a failure that is known. It is taken once: a guest's process could repeat it without end.
+        } else if driver.present == Some(link.generation) || driver.report_of(link.generation).is_some() {
+            // A late report of a failure that is known, also once all are served again. It is taken once: a guest's process could repeat
+            // it without end.
             if self.drivers[d].has_mask(link.generation, &self.guests[guest].name, device) {
                 return;
             }

@@ -257,11 +257,6 @@ impl DriverVm {
         self.spare.as_ref().is_some_and(|spare| spare.moved)
     }
 
-    /// Whether `generation` has failed just now, and the guests are not live with the spare that has taken its place.
-    pub(in crate::supervisor) fn has_retired(&self, generation: Generation) -> bool {
-        self.has_moved() && self.report.as_ref().is_some_and(|report| report.generation == generation.get())
-    }
-
     /// All guests are live.
     pub(in crate::supervisor) fn has_settled(&mut self) {
         if let Some(spare) = &mut self.spare {
