@@ -42,7 +42,7 @@ const HOST_MODULES: &[&str] = &[
     "snd_hda_codec_generic",
 ];
 
-/// In guests: virtio, and NICs and sound cards for when one is passed straight through.
+/// In guests: virtio, and NICs, sound cards and disk controllers for when one is passed straight through.
 const GUEST_MODULES: &[&str] = &[
     "virtio_net",
     "virtio_blk",
@@ -53,6 +53,9 @@ const GUEST_MODULES: &[&str] = &[
     "e1000e",
     "igb",
     "8139cp",
+    "nvme",
+    "ahci",
+    "sd_mod",
     "ext4",
     "crc32c_generic",
     "snd_ens1370",

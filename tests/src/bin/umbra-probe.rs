@@ -14,14 +14,14 @@ use std::time::Duration;
 
 use umbra_tests::probe::patience::scaled;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, disk, flush, kill, mute, net, port, reinit, serve, storm};
+use umbra_tests::probe::{client::Client, disk, flush, io, kill, mute, net, port, reinit, serve, storm};
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
-       | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | storm FUNCTION SECONDS
+       | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
        | mute FUNCTION SECONDS | flush DISK SECONDS
-       | disk DISK SECONDS SEED";
+       | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS";
 
 /// Longest time until a port appears.
 const PORT: Duration = Duration::from_secs(10);
@@ -60,6 +60,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             print(&net::first_answer(peer, scaled(seconds(limit)?))?.as_secs_f64())?;
         }
         ["reinit", address, peer] => print(&reinit::reinit(address, peer.parse()?)?)?,
+        ["reinit-disk"] => print(&reinit::reinit_disk()?)?,
         ["storm", function, length] => print(&storm::storm(function, scaled(seconds(length)?))?)?,
         ["mute", function, length] => print(&mute::mute(function, scaled(seconds(length)?))?)?,
         ["flush", disk, length] => print(&flush::flush(Path::new(disk), seconds(length)?)?)?,
@@ -67,6 +68,10 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             let found = disk::check(Path::new(disk), seconds(length)?, seed.parse()?);
             print(&found)?;
             return Ok(if found.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        ["io", disk, access @ ("read" | "write"), bytes, depth, length] => {
+            let load = io::Load { writes: access == "write", bytes: bytes.parse()?, depth: depth.parse()? };
+            print(&io::run(Path::new(disk), load, seconds(length)?)?)?;
         }
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {

@@ -5,6 +5,7 @@
 
 mod demo;
 mod measure;
+mod measure_disk;
 mod outages;
 mod rebirth;
 mod run;
@@ -39,6 +40,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
+    /// Measure a disk behind a driver VM beside what one would have otherwise, and its outages; a table and JSON.
+    MeasureDisk(measure_disk::Args),
     /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
     Outages(outages::Args),
     /// Measure how soon driver VMs are there again, booted and restored, and the memory they hold; a table and JSON.
@@ -67,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::MeasureDisk(args) => measure_disk::run(&args),
         Command::Outages(args) => outages::run(&args),
         Command::Rebirth(args) => rebirth::run(&args),
         Command::Sound(args) => sound::run(&args),

@@ -2,6 +2,7 @@
 //! otherwise. All figures of a NIC come from one boot of the test host, so that their ratios mean something; on an
 //! emulated machine the figures themselves do not.
 
+pub mod disk;
 mod memory;
 mod outage;
 pub mod outages;
@@ -92,7 +93,7 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
     }
     for (name, vhost) in [("QEMU, TAP and bridge", "off"), ("QEMU, vhost-net and bridge", "on")] {
         say(&format!("(c) {name}, on the host's own driver"));
-        let guest = qemu_guest::start(&mut place, &device, vhost)?;
+        let guest = qemu_guest::start_with_nic(&mut place, &device, vhost)?;
         results.paths.push(path(name, &mut place, spec, say)?);
         guest.stop(&mut place)?;
     }

@@ -1,5 +1,5 @@
-//! What a user would pick instead: the same guest under QEMU/KVM in the test host, virtio-net on a TAP that is
-//! bridged to the host's own driver for the NIC.
+//! What a user would pick instead: the same guest under QEMU/KVM in the test host, virtio-net on a TAP that is bridged to the host's own
+//! driver for the NIC, or virtio-blk on the host's own driver for the disk.
 //!
 //! QEMU, its libraries and its firmware are those of the machine that runs the bench, carried in the shared folder.
 
@@ -20,6 +20,8 @@ use crate::probe::wire::PORT_NAME;
 const FIRMWARE: [&str; 3] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"];
 /// Where Debian has it.
 const FIRMWARE_DIRS: [&str; 3] = ["/usr/share/seabios", "/usr/share/qemu", "/usr/lib/ipxe/qemu"];
+/// Longest time to get a device or the program ready.
+const SET_UP: Duration = Duration::from_secs(120);
 
 /// Copies QEMU and what it needs to `to`.
 ///
@@ -50,49 +52,81 @@ pub(super) fn carry(to: &Path, assets: &Assets) -> Result<(), DemoError> {
 /// QEMU's guest; ends with [`Self::stop`].
 pub(super) struct QemuGuest(Run);
 
-/// Gives the NIC back to the host's driver, bridges it, starts QEMU.
+/// Gives the NIC back to the host's driver, bridges it, starts QEMU with a virtio NIC.
 ///
 /// # Errors
 /// The guest does not come up.
-pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
+pub(super) fn start_with_nic(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
+    give_back(place, device)?;
     let bridge = format!(
-        "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" \
-         != vfio-pci ] || unvfio {device}
+        "modprobe vhost_net 2>/dev/null
          [ -e /sys/class/net/br0 ] || brctl addbr br0
          has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; \
-         ip link set $nic up; ip link set br0 up
-         [ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu || exit 1; await 10 grep -q 1 /sys/class/net/$nic/carrier"
+         ip link set $nic up; ip link set br0 up; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
-    place.run(&bridge, Duration::from_secs(120))?;
-    let work = place.work();
-    let run = place.start(&format!(
-        "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
-         -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log \
-         -netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile= \
-         -chardev socket,id=x,path={},server=on,wait=off -device virtio-serial-pci \
-         -device virtserialport,chardev=x,name={PORT_NAME} \
-         -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 ip4={}/24' 2>&1",
-        guest::socket(GUEST),
-        guest_address(0, 0)
-    ))?;
-    let mut guest = QemuGuest(run);
+    place.run(&bridge, SET_UP)?;
+    let nic = format!(
+        "-netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile="
+    );
+    let guest = launch(place, &nic, &format!("ip4={}/24", guest_address(0, 0)))?;
     place.run(
         "await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up",
         Duration::from_secs(20),
     )?;
-    match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
-        Ok(_) => Ok(guest),
-        Err(e) => {
-            let _ = guest.0.poll(Duration::from_millis(100));
-            Err(DemoError::Umbra {
-                what: format!("QEMU's guest did not come up ({e})"),
-                said: guest.0.output().stdout.clone(),
-            })
-        }
-    }
+    guest.await_up(place)
+}
+
+/// Starts QEMU with a virtio disk that is the block device `node` of the host: past its cache, by io_uring, in a thread of its own.
+///
+/// # Errors
+/// The guest does not come up.
+pub(super) fn start_with_disk(place: &mut Place, node: &str) -> Result<QemuGuest, DemoError> {
+    let disk = format!(
+        "-object iothread,id=io -blockdev driver=host_device,filename={node},node-name=d,cache.direct=on,aio=io_uring \
+         -device virtio-blk-pci,drive=d,iothread=io"
+    );
+    launch(place, &disk, "")?.await_up(place)
+}
+
+/// Gives a function back to the host's own driver.
+///
+/// # Errors
+/// The place did not do it.
+pub(super) fn give_back(place: &mut Place, device: &str) -> Result<(), DemoError> {
+    let is_vfio = format!("[ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" = vfio-pci ]");
+    place.run(&format!("! {is_vfio} || unvfio {device}"), SET_UP).map(drop)
+}
+
+/// Starts QEMU with these `devices` and `words` for its kernel.
+fn launch(place: &mut Place, devices: &str, words: &str) -> Result<QemuGuest, DemoError> {
+    place.expect("[ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu", SET_UP)?;
+    let work = place.work();
+    let run = place.start(&format!(
+        "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
+         -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log {devices} \
+         -chardev socket,id=x,path={},server=on,wait=off -device virtio-serial-pci \
+         -device virtserialport,chardev=x,name={PORT_NAME} \
+         -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 {words}' 2>&1",
+        guest::socket(GUEST),
+    ))?;
+    Ok(QemuGuest(run))
 }
 
 impl QemuGuest {
+    /// It, once it answers.
+    fn await_up(mut self, place: &mut Place) -> Result<Self, DemoError> {
+        match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
+            Ok(_) => Ok(self),
+            Err(e) => {
+                let _ = self.0.poll(Duration::from_millis(100));
+                Err(DemoError::Umbra {
+                    what: format!("QEMU's guest did not come up ({e})"),
+                    said: self.0.output().stdout.clone(),
+                })
+            }
+        }
+    }
+
     /// Ends it.
     pub(super) fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
         place.run(&Guest::command(GUEST, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();

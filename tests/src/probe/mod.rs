@@ -7,6 +7,7 @@
 pub mod client;
 pub mod disk;
 pub mod flush;
+pub mod io;
 pub mod kill;
 pub mod mute;
 pub mod net;

@@ -1,9 +1,10 @@
-//! A driver's bare re-initialisation: unbind, bind, up, first answer. The floor for any recovery that starts the
-//! driver anew; run in a guest to which the NIC is passed straight through.
+//! A driver's bare re-initialisation: unbind, bind, first answer. The floor for any recovery that starts the driver anew; run in a
+//! guest to which the NIC or the disk's controller is passed straight through.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -25,7 +26,7 @@ pub struct Reinit {
     pub total_ms: f64,
 }
 
-/// Longest wait for an interface or its carrier.
+/// Longest wait for an interface, its carrier or a disk.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Takes the driver of the machine's first physical NIC off and on again.
@@ -34,12 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// There is no such NIC, or it does not come back.
 pub fn reinit(address: &str, peer: Ipv4Addr) -> io::Result<Reinit> {
     let device = physical_nic()?;
-    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let driver = fs::canonicalize(device.join("driver"))?;
-    let ms = |since: Instant| since.elapsed().as_secs_f64() * 1000.0;
     let start = Instant::now();
-    fs::write(driver.join("unbind"), &name)?;
-    fs::write(driver.join("bind"), &name)?;
+    bind_again(&device)?;
     let interface = wait(|| interface_of(&device))?;
     let bind_ms = ms(start);
     let bound = Instant::now();
@@ -50,6 +47,47 @@ pub fn reinit(address: &str, peer: Ipv4Addr) -> io::Result<Reinit> {
     let link_ms = ms(bound);
     first_answer(peer, scaled(PATIENCE))?;
     Ok(Reinit { bind_ms, link_ms, total_ms: ms(start) })
+}
+
+/// Takes the driver of the controller of the machine's first physical disk off and on again: how long until a block can be read, ms.
+///
+/// # Errors
+/// There is no such disk, or none comes back.
+pub fn reinit_disk() -> io::Result<f64> {
+    let (function, _) = physical_disk().ok_or_else(|| io::Error::other("no PCI function here has a disk"))?;
+    let start = Instant::now();
+    bind_again(&function)?;
+    wait(|| {
+        let (_, node) = physical_disk()?;
+        let disk = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(node).ok()?;
+        let mut block = Block([0; 4096]);
+        disk.read_exact_at(&mut block.0, 0).ok()
+    })?;
+    Ok(ms(start))
+}
+
+/// Where a direct read may go.
+#[repr(align(4096))]
+struct Block([u8; 4096]);
+
+/// The first disk that a PCI function has: the function, and the disk's node.
+fn physical_disk() -> Option<(PathBuf, PathBuf)> {
+    fs::read_dir("/sys/block").ok()?.flatten().find_map(|entry| {
+        let path = fs::canonicalize(entry.path()).ok()?;
+        let function = path.ancestors().find(|dir| dir.join("vendor").is_file() && dir.join("config").is_file())?;
+        Some((function.to_owned(), Path::new("/dev").join(entry.file_name())))
+    })
+}
+
+fn bind_again(device: &Path) -> io::Result<()> {
+    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let driver = fs::canonicalize(device.join("driver"))?;
+    fs::write(driver.join("unbind"), &name)?;
+    fs::write(driver.join("bind"), &name)
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
 }
 
 fn interface_of(device: &Path) -> Option<String> {
@@ -75,7 +113,7 @@ fn wait<T>(mut get: impl FnMut() -> Option<T>) -> io::Result<T> {
         }
         thread::sleep(Duration::from_millis(2));
     }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "the interface or its carrier did not come back"))
+    Err(io::Error::new(io::ErrorKind::TimedOut, "the interface, its carrier or the disk did not come back"))
 }
 
 fn ip(arguments: &[&str]) -> io::Result<()> {

@@ -1,0 +1,370 @@
+//! `umbra-bench measure-disk`: what a disk behind a driver VM costs beside what one would have otherwise, and how long the guest's
+//! requests wait through a crash, beside the bare re-initialisation of the driver. All figures of a controller come from one boot of
+//! the test host.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::outages::Spread;
+use super::{GUEST, STANDBY, answer, qemu_guest};
+use crate::assets::{Assets, Say};
+use crate::bench::{Bench, BenchSpec, Model, Storage};
+use crate::demo::DemoError;
+use crate::demo::machine::{Attach, DISK_DRIVER, DiskController, Machine, MachineSpec};
+use crate::demo::place::Place;
+use crate::probe::io::{Load, Speed};
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// The controller's model.
+    pub disk: Model,
+    /// Length of each measurement.
+    pub seconds: u32,
+    /// How often each path is measured; the order is reversed each time.
+    pub rounds: u32,
+    /// Crashes for the outage figures.
+    pub crashes: u32,
+}
+
+/// Size of the disk.
+const BYTES: u64 = 256 << 20;
+/// Longest time for one step or recovery.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Bare re-initialisations that are measured.
+const REINITS: u32 = 3;
+
+const KIB: u32 = 1 << 10;
+/// What each path is measured with.
+const JOBS: [(&str, Load); 8] = [
+    ("4 KiB reads, one by one", load(false, 4 * KIB, 1)),
+    ("4 KiB writes, one by one", load(true, 4 * KIB, 1)),
+    ("4 KiB reads, 32 at once", load(false, 4 * KIB, 32)),
+    ("4 KiB writes, 32 at once", load(true, 4 * KIB, 32)),
+    ("128 KiB reads, 8 at once", load(false, 128 * KIB, 8)),
+    ("128 KiB writes, 8 at once", load(true, 128 * KIB, 8)),
+    ("1 MiB reads, 4 at once", load(false, 1024 * KIB, 4)),
+    ("1 MiB writes, 4 at once", load(true, 1024 * KIB, 4)),
+];
+
+const fn load(writes: bool, bytes: u32, depth: u16) -> Load {
+    Load { writes, bytes, depth }
+}
+
+/// A way from the guest to the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// Through a driver VM.
+    DriverVm,
+    /// Umbra's disk on the block device of the host's own driver.
+    HostDriver,
+    /// The controller is the guest's own.
+    Passthrough,
+    /// QEMU's virtio-blk (`io_uring`, a thread of its own) on the block device of the host's own driver.
+    Qemu,
+}
+
+impl Route {
+    /// All, in the order of the first round.
+    const ALL: [Self; 4] = [Self::DriverVm, Self::HostDriver, Self::Passthrough, Self::Qemu];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::DriverVm => "driver VM",
+            Self::HostDriver => "Umbra, host's driver",
+            Self::Passthrough => "passthrough",
+            Self::Qemu => "QEMU, host's driver",
+        }
+    }
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Serialize)]
+pub struct JobFigures {
+    /// What was done.
+    pub job: &'static str,
+    /// How it was done.
+    pub speed: Speed,
+    /// Time that the test host's processors were busy, ms a MiB.
+    pub busy_ms_mib: f64,
+}
+
+/// One path in one round.
+#[derive(Clone, Debug, Serialize)]
+pub struct RouteFigures {
+    /// The path.
+    pub route: Route,
+    /// From 0.
+    pub round: u32,
+    /// In the order of the measurements.
+    pub jobs: Vec<JobFigures>,
+}
+
+/// All figures of one controller.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskFigures {
+    /// QEMU's model.
+    pub disk: String,
+    /// Speeds.
+    pub routes: Vec<RouteFigures>,
+    /// Outages with a ready standby, as Umbra counts them, ms.
+    pub outages_ms: Vec<f64>,
+    /// Bare re-initialisations, unbind to the first block read, ms.
+    pub reinits_ms: Vec<f64>,
+}
+
+/// A test host with the controller.
+struct Rig {
+    place: Place,
+    /// Through a driver VM.
+    machine: MachineSpec,
+    device: String,
+}
+
+/// Takes the measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(spec: &DiskSpec, say: Say<'_>) -> Result<DiskFigures, DemoError> {
+    let mut rig = Rig::boot(spec, say)?;
+    let mut figures =
+        DiskFigures { disk: spec.disk.to_string(), routes: Vec::new(), outages_ms: Vec::new(), reinits_ms: Vec::new() };
+    for round in 0..spec.rounds {
+        let mut routes = Route::ALL;
+        if round % 2 == 1 {
+            routes.reverse();
+        }
+        for route in routes {
+            say(&format!("round {}: {}", round + 1, route.name()));
+            figures.routes.push(rig.measure(route, round, spec, &mut figures.reinits_ms, say)?);
+        }
+    }
+    say(&format!("{} crashes", spec.crashes));
+    figures.outages_ms = rig.outages(spec.crashes)?;
+    Ok(figures)
+}
+
+impl Rig {
+    fn boot(spec: &DiskSpec, say: Say<'_>) -> Result<Self, DemoError> {
+        let assets = Assets::prepare(say)?;
+        let image = assets.driver_image(&spec.disk)?;
+        let mut bench = BenchSpec::new("measure-disk").nics(&[]);
+        bench.storage = vec![Storage { model: spec.disk.clone(), bytes: BYTES, nbd: None }];
+        bench.files = vec![image.clone()];
+        say(&format!("booting the test host with a {}", spec.disk));
+        let mut bench = Bench::boot(bench, &assets)?;
+        qemu_guest::carry(&bench.share().join("qemu"), &assets)?;
+        let device = bench.expect("printf %s $DISK0", Duration::from_secs(30))?;
+        let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let controller = DiskController { device: device.clone(), image, options: String::new() };
+        let machine = MachineSpec {
+            attach: Attach::Without,
+            controller: Some(controller),
+            restart_limit: spec.crashes + 3,
+            ..MachineSpec::one_guest(&device, "", "")
+        };
+        Ok(Self { place: Place::Bench(Box::new(bench)), machine, device })
+    }
+
+    fn measure(
+        &mut self,
+        route: Route,
+        round: u32,
+        spec: &DiskSpec,
+        reinits_ms: &mut Vec<f64>,
+        say: Say<'_>,
+    ) -> Result<RouteFigures, DemoError> {
+        let jobs = match route {
+            Route::DriverVm => {
+                self.bind_vfio()?;
+                let mut running = Machine::start(&mut self.place, &self.machine)?;
+                // Its boot, or what makes its snapshot, would be measured too.
+                running.await_standby(DISK_DRIVER, STANDBY)?;
+                let jobs = self.jobs(spec, say)?;
+                running.stop(&mut self.place)?;
+                jobs
+            }
+            Route::Passthrough => {
+                self.bind_vfio()?;
+                let straight = MachineSpec { attach: Attach::Passthrough, controller: None, ..self.machine.clone() };
+                let running = Machine::start(&mut self.place, &straight)?;
+                let jobs = self.jobs(spec, say)?;
+                if round == 0 {
+                    for _ in 0..REINITS {
+                        reinits_ms.push(answer(&mut self.place, "umbra-probe reinit-disk", LIMIT)?);
+                    }
+                }
+                running.stop(&mut self.place)?;
+                jobs
+            }
+            Route::HostDriver => {
+                let disks = vec![self.node()?];
+                let file = MachineSpec { disks, controller: None, ..self.machine.clone() };
+                let running = Machine::start(&mut self.place, &file)?;
+                let jobs = self.jobs(spec, say)?;
+                running.stop(&mut self.place)?;
+                jobs
+            }
+            Route::Qemu => {
+                let node = self.node()?;
+                let guest = qemu_guest::start_with_disk(&mut self.place, &node)?;
+                let jobs = self.jobs(spec, say)?;
+                guest.stop(&mut self.place)?;
+                jobs
+            }
+        };
+        Ok(RouteFigures { route, round, jobs })
+    }
+
+    fn bind_vfio(&mut self) -> Result<(), DemoError> {
+        self.place.expect(&format!("vfio {}", self.device), LIMIT).map(drop)
+    }
+
+    /// The disk's node in the test host, with the host's own driver.
+    fn node(&mut self) -> Result<String, DemoError> {
+        qemu_guest::give_back(&mut self.place, &self.device)?;
+        let find = format!(
+            "node() {{ ls -d /sys/block/* | while read b; do case $(readlink -f $b) in */{}/*) echo /dev/${{b##*/}};; esac; done; }}
+             has_node() {{ [ -b \"$(node)\" ]; }}; await 20 has_node; printf %s $(node)",
+            self.device
+        );
+        self.place.expect(&find, LIMIT)
+    }
+
+    fn jobs(&mut self, spec: &DiskSpec, say: Say<'_>) -> Result<Vec<JobFigures>, DemoError> {
+        let limit = Duration::from_secs(u64::from(spec.seconds)) + LIMIT;
+        let node = self.place.in_guest(
+            GUEST,
+            "has_disk() { disk=$(ls /dev/vda /dev/nvme0n1 /dev/sda 2>/dev/null | head -n 1); [ -b \"$disk\" ]; }
+             await 20 has_disk; printf %s $disk",
+            LIMIT,
+        )?;
+        let mut figures = Vec::new();
+        for (job, Load { writes, bytes, depth }) in JOBS {
+            let access = if writes { "write" } else { "read" };
+            let script = format!("umbra-probe io {node} {access} {bytes} {depth} {}", spec.seconds);
+            let before = self.busy_ms()?;
+            let speed: Speed = answer(&mut self.place, &script, limit)?;
+            let busy_ms_mib = (self.busy_ms()? - before) / speed.mib().max(f64::MIN_POSITIVE);
+            say(&format!(
+                "    {job}: {:.0} a second, {:.1} MiB/s, {:.0} us (median)",
+                speed.per_second(),
+                speed.mib_s(),
+                speed.p50_us
+            ));
+            figures.push(JobFigures { job, speed, busy_ms_mib });
+        }
+        Ok(figures)
+    }
+
+    /// How long the test host's processors were busy so far, ms: all of `/proc/stat` but idle and waiting.
+    fn busy_ms(&mut self) -> Result<f64, DemoError> {
+        let text = self.place.expect("head -n 1 /proc/stat", LIMIT)?;
+        let ticks: Vec<f64> = text.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
+        // user nice system idle iowait irq softirq steal; the time of guests is part of user. A tick is 10 ms.
+        Ok(ticks.iter().enumerate().filter(|(n, _)| matches!(n, 0..=2 | 5 | 6)).map(|(_, ticks)| ticks * 10.0).sum())
+    }
+
+    /// Outages of a guest that reads and writes without end.
+    fn outages(&mut self, crashes: u32) -> Result<Vec<f64>, DemoError> {
+        self.bind_vfio()?;
+        let mut running = Machine::start(&mut self.place, &self.machine)?;
+        let load = format!("umbra-probe io /dev/vda write {} 4 100000 </dev/null >/dev/null 2>&1 & echo", 4 * KIB);
+        self.place.in_guest(GUEST, &load, LIMIT)?;
+        let mut all = Vec::new();
+        for _ in 0..crashes {
+            running.await_standby(DISK_DRIVER, STANDBY)?;
+            std::thread::sleep(Duration::from_secs(1));
+            self.place.expect(&format!("umbra crash {DISK_DRIVER}"), LIMIT)?;
+            all.extend(running.await_live(DISK_DRIVER, LIMIT)?.number("outage_ms"));
+        }
+        running.stop(&mut self.place)?;
+        Ok(all)
+    }
+}
+
+impl DiskFigures {
+    /// Speeds of one job on a path, one a round, requests a second.
+    fn speeds(&self, route: Route, job: &str) -> Vec<f64> {
+        let of_route = self.routes.iter().filter(|figures| figures.route == route);
+        of_route.flat_map(|figures| &figures.jobs).filter(|j| j.job == job).map(|j| j.speed.per_second()).collect()
+    }
+
+    /// Of a figure of one job on a path, the median of the rounds.
+    fn median(&self, route: Route, job: &str, figure: impl Fn(&JobFigures) -> f64) -> f64 {
+        let of_route = self.routes.iter().filter(|figures| figures.route == route);
+        let all = of_route.flat_map(|figures| &figures.jobs).filter(|j| j.job == job).map(figure).collect();
+        Spread::of("", all).map_or(f64::NAN, |spread| spread.p50)
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = format!("\n{:<26}", self.disk);
+        text.extend(Route::ALL.map(|route| format!("{:>22}", route.name())));
+        for (job, load) in JOBS {
+            text.push_str(&format!("\n{job:<26}"));
+            text.extend(Route::ALL.map(|route| {
+                if load.bytes < 128 * KIB {
+                    let per_second = self.median(route, job, |j| j.speed.per_second());
+                    format!("{per_second:>12.0}/s{:>5.0} us", self.median(route, job, |j| j.speed.p50_us))
+                } else {
+                    format!("{:>16.0} MiB/s", self.median(route, job, |j| j.speed.mib_s()))
+                }
+            }));
+            text.push_str("\n  busy, ms a MiB          ");
+            text.extend(Route::ALL.map(|route| format!("{:>22.2}", self.median(route, job, |j| j.busy_ms_mib))));
+            text.push_str("\n  driver VM : it          ");
+            text.extend(Route::ALL.map(|route| format!("{:>22}", self.ratio(route, job))));
+        }
+        text.push('\n');
+        let mut line = |name: &str, figures: &[f64]| {
+            if let Some(Spread { runs, p50, max, .. }) = Spread::of(name, figures.to_vec()) {
+                text.push_str(&format!("{name:<26}{p50:>8.0} ms median{max:>8.0} ms longest of {runs}\n"));
+            }
+        };
+        line("outage, standby ready", &self.outages_ms);
+        line("bare re-initialisation", &self.reinits_ms);
+        text
+    }
+
+    /// Speeds of the driver VM in that of `other`, round by round: the smallest and the largest ratio.
+    fn ratio(&self, other: Route, job: &str) -> String {
+        if other == Route::DriverVm {
+            return String::new();
+        }
+        let ratios: Vec<f64> = self
+            .speeds(Route::DriverVm, job)
+            .iter()
+            .zip(self.speeds(other, job))
+            .map(|(ours, its)| ours / its)
+            .collect();
+        let (least, most) = ratios.iter().fold((f64::MAX, f64::MIN), |(l, m), r| (l.min(*r), m.max(*r)));
+        if ratios.len() > 1 { format!("{least:.2} to {most:.2}") } else { format!("{least:.2}") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figures(route: Route, round: u32, requests: u64) -> RouteFigures {
+        let speed = Speed { requests, bytes: requests << 12, seconds: 1.0, p50_us: 10.0, p99_us: 20.0 };
+        RouteFigures { route, round, jobs: vec![JobFigures { job: JOBS[0].0, speed, busy_ms_mib: 1.0 }] }
+    }
+
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let routes = vec![
+            figures(Route::DriverVm, 0, 50),
+            figures(Route::Qemu, 0, 100),
+            figures(Route::Qemu, 1, 200),
+            figures(Route::DriverVm, 1, 160),
+        ];
+        let all = DiskFigures { disk: "nvme".into(), routes, outages_ms: vec![700.0], reinits_ms: vec![500.0] };
+        assert_eq!(all.ratio(Route::Qemu, JOBS[0].0), "0.50 to 0.80");
+        let table = all.table();
+        assert!(table.contains("0.50 to 0.80") && table.contains("700 ms median"), "{table}");
+    }
+}
