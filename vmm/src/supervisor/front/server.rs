@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use umbra_driver_vm::protocol::{CrashKind, ToAgent};
 use umbra_shadow::Generation;
 
@@ -78,7 +78,7 @@ impl Clients {
             return;
         }
         let mut lines = Lines::new(stream, MAX_REQUEST);
-        if self.clients.len() >= MAX_CLIENTS && !self.drop_idle(now) {
+        if self.connected().count() >= MAX_CLIENTS && !self.drop_idle(now) {
             // It fits into the empty buffer of a new socket, and is read there although the connection is closed.
             if let Ok(line) = serde_json::to_string(&self.too_many()) {
                 let _ = lines.send(&line);
@@ -88,6 +88,11 @@ impl Clients {
         let client = Client { lines, status_due: None, events: None, waits: false, heard: now };
         self.clients.insert(self.next_id, client);
         self.next_id += 1;
+    }
+
+    /// Those that have not gone. One that has is read, and forgotten, when its turn comes, which may be after that of a new one.
+    fn connected(&self) -> impl Iterator<Item = &Client> {
+        self.clients.values().filter(|client| !client.has_gone())
     }
 
     /// Drops the client that has been idle for longest; false if none is.
@@ -100,7 +105,7 @@ impl Clients {
     fn too_many(&self) -> Response {
         let what = format!(
             "too many clients of this machine: {} are connected; close some `umbra events`/`status --watch`",
-            self.clients.len()
+            self.connected().count()
         );
         Response::Error { what }
     }
@@ -108,7 +113,7 @@ impl Clients {
     /// Client `id` follows the events from now on, unless too many do.
     fn follow(&mut self, id: u64, owed: Owed) {
         let follows = |client: &&Client| client.events.is_some_and(|owed| owed.follow);
-        let full = owed.follow && self.clients.values().filter(follows).count() >= MAX_FOLLOWERS;
+        let full = owed.follow && self.connected().filter(follows).count() >= MAX_FOLLOWERS;
         if full {
             return self.answer(id, &self.too_many());
         }
@@ -150,6 +155,12 @@ impl Clients {
 }
 
 impl Client {
+    /// Whether the other side has closed the connection, though what it said last may still wait here.
+    fn has_gone(&self) -> bool {
+        let mut fds = [PollFd::new(self.lines.stream().as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Whether it wants nothing, as far as is known, and has not for some time.
     fn is_idle(&self, now: Time) -> bool {
         let wants = self.waits || self.events.is_some() || self.status_due.is_some() || self.lines.has_unsent();
@@ -317,5 +328,35 @@ impl Supervisor {
             guests: self.guests.iter().map(|guest| guest.status(driver_name)).collect(),
             drivers: self.drivers.iter().map(crate::supervisor::driver::DriverVm::status).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_that_have_gone_keep_nobody_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut clients = Clients::default();
+        let mut connect = |clients: &mut Clients| {
+            let client = UnixStream::connect(&path).unwrap();
+            clients.accept(&listener, Time(0));
+            client
+        };
+        let mut first: Vec<_> = (0..MAX_CLIENTS).map(|_| connect(&mut clients)).collect();
+        let _refused = connect(&mut clients);
+        assert_eq!((clients.clients.len(), clients.connected().count()), (MAX_CLIENTS, MAX_CLIENTS));
+        let follower = Owed { after: 0, follow: true };
+        (0..MAX_FOLLOWERS as u64).for_each(|id| clients.follow(id, follower));
+        first.drain(..MAX_FOLLOWERS);
+        // None of those that have gone was read yet.
+        let _taken = connect(&mut clients);
+        assert_eq!(clients.connected().count(), MAX_CLIENTS - MAX_FOLLOWERS + 1);
+        let last = MAX_CLIENTS as u64;
+        clients.follow(last, follower);
+        assert!(clients.clients[&last].events.is_some_and(|owed| owed.follow));
     }
 }
