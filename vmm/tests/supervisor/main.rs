@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let filter = args.iter().skip(1).find(|word| !word.starts_with('-'));
-    let mut failed = Vec::new();
+    let (mut run, mut failed) = (0, Vec::new());
     for (name, case) in cases::ALL
         .iter()
         .chain(carriers::ALL)
@@ -62,10 +62,20 @@ fn main() -> ExitCode {
         let _ = std::thread::spawn(move || sender.send(catch_unwind(case).is_ok()));
         let passed = receiver.recv_timeout(TIME_LIMIT).unwrap_or(false);
         println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        run += 1;
         if !passed {
-            failed.push(name);
+            failed.push(*name);
         }
     }
-    println!("\n{} failed {failed:?}", failed.len());
+    if !failed.is_empty() {
+        println!("\nfailures:\n    {}", failed.join("\n    "));
+    }
+    // In the words of the usual runner: the suite counts by them.
+    let verdict = if failed.is_empty() { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {verdict}. {} passed; {} failed; 0 ignored; 0 measured; 0 filtered out",
+        run - failed.len(),
+        failed.len()
+    );
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
