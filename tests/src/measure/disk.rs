@@ -30,6 +30,8 @@ pub struct DiskSpec {
 
 /// Size of the disk.
 const BYTES: u64 = 256 << 20;
+/// With it an NVMe disk's node belongs to its controller.
+const ONE_NODE: &str = "nvme_core.multipath=N";
 /// Longest time for one step or recovery.
 const LIMIT: Duration = Duration::from_secs(120);
 /// Bare re-initialisations that are measured.
@@ -153,6 +155,7 @@ impl Rig {
         let mut bench = BenchSpec::new("measure-disk").nics(&[]);
         bench.storage = vec![Storage { model: spec.disk.clone(), bytes: BYTES, nbd: None }];
         bench.files = vec![image.clone()];
+        bench.cmdline = ONE_NODE.into();
         say(&format!("booting the test host with a {}", spec.disk));
         let mut bench = Bench::boot(bench, &assets)?;
         qemu_guest::carry(&bench.share().join("qemu"), &assets)?;
@@ -163,6 +166,7 @@ impl Rig {
             attach: Attach::Without,
             controller: Some(controller),
             restart_limit: spec.crashes + 3,
+            guest_options: ONE_NODE.into(),
             ..MachineSpec::one_guest(&device, "", "")
         };
         Ok(Self { place: Place::Bench(Box::new(bench)), machine, device })
@@ -237,8 +241,8 @@ impl Rig {
         let limit = Duration::from_secs(u64::from(spec.seconds)) + LIMIT;
         let node = self.place.in_guest(
             GUEST,
-            "has_disk() { disk=$(ls /dev/vda /dev/nvme0n1 /dev/sda 2>/dev/null | head -n 1); [ -b \"$disk\" ]; }
-             await 20 has_disk; printf %s $disk",
+            "disk() { ls /dev/vda /dev/nvme0n1 /dev/sda 2>/dev/null | head -n 1; }; has_disk() { [ -n \"$(disk)\" ]; }
+             await 20 has_disk; printf %s $(disk)",
             LIMIT,
         )?;
         let mut figures = Vec::new();
