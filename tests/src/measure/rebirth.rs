@@ -1,5 +1,6 @@
 //! `umbra-bench rebirth`: how long driver VMs take to be there, booted and restored, how long guests are away where the next life is
-//! ready, where it is not, and where none waits, and what memory the processes hold. All of it from one boot of the test host.
+//! ready, where it is not, where two wait and where none does, and what memory the processes hold. All of it from one boot of the test
+//! host.
 
 use std::time::{Duration, Instant};
 
@@ -43,7 +44,7 @@ pub struct Rebirth {
     pub figures: Vec<Spread>,
     /// Ratios of two figures' medians, by name.
     pub ratios: Vec<(String, f64)>,
-    /// The processes while a standby waits that was restored.
+    /// The processes while two standbys wait that were restored.
     pub memory: Vec<Memory>,
 }
 
@@ -56,13 +57,16 @@ const BOOTED_AND_SAVED: &str = "standby ready, saved as well";
 const READY_RESTORED: &str = "standby ready, restored";
 const READY: &str = "outage, standby ready";
 const AGAIN: &str = "outage, 0.1 s after another";
+const FIRST_OF_TWO: &str = "outage, standbys = 2";
+const SECOND_OF_TWO: &str = "the same, 0.1 s after another";
 const NONE_WAITS: &str = "outage, standby = snapshot";
 
 /// Ratios: what it is of, the figure, the one it is divided by.
-const RATIOS: [(&str, &str, &str); 4] = [
+const RATIOS: [(&str, &str, &str); 5] = [
     ("restored : booted", RESTORED, BOOTED),
     ("second start : first", SECOND_START, FIRST_START),
     ("0.1 s after another : ready", AGAIN, READY),
+    ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO),
     ("standby = snapshot : ready", NONE_WAITS, READY),
 ];
 
@@ -105,18 +109,14 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     let (mut running, ms) = start(place, &warm)?;
     taken.add(FIRST_START, Some(ms));
     taken.add_life(BOOTED, first_life(&running)?);
-    let mut memory = Vec::new();
     for n in 0..spec.crashes {
         let ready = running.await_event(STANDBY, |event| event.event == "standby-ready")?;
         taken.add_ready(&ready);
         std::thread::sleep(CALM);
-        if n == 1 {
-            memory = memory::resident(&mut running, place)?;
-        }
         taken.add(READY, crash(&mut running, place)?.number("outage_ms"));
         std::thread::sleep(SOON);
         taken.add(AGAIN, crash(&mut running, place)?.number("outage_ms"));
-        say(&format!("  {}: {}", n + 1, last_two(&taken)));
+        say(&format!("  {}: {}", n + 1, last_two(&taken, [READY, AGAIN])));
     }
     running.stop(place)?;
 
@@ -124,6 +124,24 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     let (running, ms) = start(place, &warm)?;
     taken.add(SECOND_START, Some(ms));
     taken.add_life(RESTORED, first_life(&running)?);
+    running.stop(place)?;
+
+    say("a machine where two standbys wait");
+    let (mut running, _) = start(place, &MachineSpec { standbys: 2, ..warm.clone() })?;
+    let mut memory = Vec::new();
+    for n in 0..spec.crashes {
+        for _ in 0..2 {
+            taken.add_ready(&running.await_event(STANDBY, |event| event.event == "standby-ready")?);
+        }
+        std::thread::sleep(CALM);
+        if n == 1 {
+            memory = memory::resident(&mut running, place)?;
+        }
+        taken.add(FIRST_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        std::thread::sleep(SOON);
+        taken.add(SECOND_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        say(&format!("  {}: {}", n + 1, last_two(&taken, [FIRST_OF_TWO, SECOND_OF_TWO])));
+    }
     running.stop(place)?;
 
     say("a machine where no standby waits");
@@ -159,12 +177,12 @@ fn first_life(running: &Machine) -> Result<&Event, DemoError> {
     life.ok_or_else(|| DemoError::Umbra { what: "no driver VM has ever served".into(), said: running.said() })
 }
 
-fn last_two(taken: &Taken) -> String {
+fn last_two(taken: &Taken, of: [&str; 2]) -> String {
     let last = |name: &str| {
         let (_, figures) = taken.0.iter().find(|(known, _)| *known == name)?;
         figures.last().map(|ms| format!("{ms:.0} ms"))
     };
-    [READY, AGAIN].map(|name| last(name).unwrap_or_else(|| "-".into())).join(", then ")
+    of.map(|name| last(name).unwrap_or_else(|| "-".into())).join(", then ")
 }
 
 impl Rebirth {
