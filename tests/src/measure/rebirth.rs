@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::outages::{Spread, place};
-use super::results::Memory;
+use super::results::{Memory, mib};
 use super::{GUEST, STANDBY, memory};
 use crate::assets::{Assets, Say};
 use crate::bench::Model;
@@ -42,10 +42,12 @@ pub struct Rebirth {
     pub nic: String,
     /// Times, ms.
     pub figures: Vec<Spread>,
-    /// Ratios of two figures' medians, by name.
+    /// Ratios of two figures, by name.
     pub ratios: Vec<(String, f64)>,
     /// The processes while two standbys wait that were restored.
     pub memory: Vec<Memory>,
+    /// What of its memory the driver VM in service has available, bytes, as its agent says.
+    pub available: Option<u64>,
 }
 
 /// Names of figures that ratios are made of.
@@ -62,13 +64,15 @@ const SECOND_OF_TWO: &str = "the same, 0.1 s after another";
 const NONE_WAITS: &str = "outage, standby = snapshot";
 
 /// Ratios: what it is of, the figure, the one it is divided by.
-const RATIOS: [(&str, &str, &str); 5] = [
+const RATIOS: [(&str, &str, &str); 3] = [
     ("restored : booted", RESTORED, BOOTED),
     ("second start : first", SECOND_START, FIRST_START),
-    ("0.1 s after another : ready", AGAIN, READY),
-    ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO),
     ("standby = snapshot : ready", NONE_WAITS, READY),
 ];
+
+/// Ratios of figures that were taken in turn: the median of those of each two, which had the same load beside them.
+const PAIRS: [(&str, &str, &str); 2] =
+    [("0.1 s after another : ready", AGAIN, READY), ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO)];
 
 /// Figures by name, ms.
 #[derive(Default)]
@@ -81,6 +85,16 @@ impl Taken {
             Some((_, figures)) => figures.push(ms),
             None => self.0.push((name, vec![ms])),
         }
+    }
+
+    fn of(&self, name: &str) -> &[f64] {
+        self.0.iter().find(|(known, _)| *known == name).map_or(&[], |(_, figures)| figures)
+    }
+
+    /// The median ratio of the figures `of` to those `by` that were taken beside them.
+    fn ratio(&self, of: &str, by: &str) -> Option<f64> {
+        let pairs = self.of(of).iter().zip(self.of(by)).map(|(of, by)| of / by).collect();
+        Spread::of("", pairs).map(|spread| spread.p50)
     }
 
     /// A standby is ready.
@@ -128,7 +142,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
 
     say("a machine where two standbys wait");
     let (mut running, _) = start(place, &MachineSpec { standbys: 2, ..warm.clone() })?;
-    let mut memory = Vec::new();
+    let (mut memory, mut available) = (Vec::new(), None);
     for n in 0..spec.crashes {
         for _ in 0..2 {
             taken.add_ready(&running.await_event(STANDBY, |event| event.event == "standby-ready")?);
@@ -136,6 +150,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
         std::thread::sleep(CALM);
         if n == 1 {
             memory = memory::resident(&mut running, place)?;
+            available = running.status(place)?["drivers"][0]["available_memory"].as_u64();
         }
         taken.add(FIRST_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
         std::thread::sleep(SOON);
@@ -154,7 +169,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
         taken.add_life(RESTORED, &live);
     }
     running.stop(place)?;
-    Ok(Rebirth::new(&spec.nic, taken, memory))
+    Ok(Rebirth { available, ..Rebirth::new(&spec.nic, taken, memory) })
 }
 
 /// Starts the machine: it, and how long it was until its guest reached the peer, ms.
@@ -187,10 +202,16 @@ fn last_two(taken: &Taken, of: [&str; 2]) -> String {
 
 impl Rebirth {
     fn new(nic: &Model, taken: Taken, memory: Vec<Memory>) -> Self {
+        let pairs = PAIRS.iter().filter_map(|(what, of, by)| Some(((*what).into(), taken.ratio(of, by)?)));
+        let pairs: Vec<_> = pairs.collect();
         let figures: Vec<_> = taken.0.into_iter().filter_map(|(name, figures)| Spread::of(name, figures)).collect();
         let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
-        let ratios = RATIOS.iter().filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?))).collect();
-        Self { nic: nic.to_string(), figures, ratios, memory }
+        let ratios = RATIOS
+            .iter()
+            .filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?)))
+            .chain(pairs)
+            .collect();
+        Self { nic: nic.to_string(), figures, ratios, memory, available: None }
     }
 
     /// For people.
@@ -199,6 +220,9 @@ impl Rebirth {
         text.extend(self.figures.iter().map(Spread::line));
         text.extend(self.ratios.iter().map(|(what, ratio)| format!("{what:<30}{ratio:>16.3}\n")));
         text.extend(self.memory.iter().map(Memory::line));
+        let available =
+            self.available.map(|bytes| format!("available in the driver VM{:>13.1} MiB\n", mib(bytes / 1024)));
+        text.extend(available);
         text
     }
 }
@@ -208,15 +232,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ratios_are_of_medians_and_only_of_what_was_measured() {
+    fn ratios_are_of_medians_or_of_what_was_taken_in_turn_and_only_of_what_was_measured() {
         let mut taken = Taken::default();
         for ms in [10.0, 30.0, 20.0] {
             taken.add(READY, Some(ms));
         }
-        taken.add(AGAIN, Some(50.0));
+        taken.add(NONE_WAITS, Some(50.0));
         taken.add(AGAIN, None);
+        // The last of them beside another load.
+        for (first, second) in [(10.0, 11.0), (20.0, 22.0), (300.0, 360.0)] {
+            taken.add(FIRST_OF_TWO, Some(first));
+            taken.add(SECOND_OF_TWO, Some(second));
+        }
         let rebirth = Rebirth::new(&Model::from("e1000e"), taken, Vec::new());
-        assert_eq!(rebirth.ratios, [("0.1 s after another : ready".to_owned(), 2.5)]);
-        assert_eq!(rebirth.figures.len(), 2);
+        let expected = [("standby = snapshot : ready", 2.5), ("the same, standbys = 2", 1.1)];
+        assert_eq!(rebirth.ratios, expected.map(|(what, ratio)| (what.to_owned(), ratio)));
+        assert_eq!(rebirth.figures.len(), 4);
     }
 }
