@@ -14,10 +14,11 @@ const MADE: [&str; 7] = [".git", "target", "Cargo.lock", "corpus", "artifacts", 
 const LONGEST_README: usize = 90;
 
 /// A file whose header has a diagram, and the document that has the same one.
-const DIAGRAMS: [(&str, &str); 6] = [
+const DIAGRAMS: [(&str, &str); 7] = [
     ("vmm/src/lifecycle/mod.rs", "docs/recovery.md"),
     ("vmm/src/lifecycle/standby.rs", "docs/standby.md"),
     ("vmm/src/lifecycle/saving.rs", "docs/standby.md"),
+    ("vmm/src/lifecycle/waiting.rs", "docs/standby.md"),
     ("vmm/src/lifecycle/spare.rs", "docs/standby.md"),
     ("vmm/src/supervisor/driver/ends.rs", "docs/recovery.md"),
     ("shadow/src/net/mod.rs", "docs/splitter.md"),
@@ -33,7 +34,16 @@ const FIELDS: [(&str, &[&str], &str); 7] = [
     ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
         "vmm/src/record/status.rs",
-        &["Status", "GuestStatus", "NetStatus", "SoundStatus", "BlockStatus", "DriverStatus", "StandbyStatus"],
+        &[
+            "Status",
+            "GuestStatus",
+            "NetStatus",
+            "SoundStatus",
+            "BlockStatus",
+            "DriverStatus",
+            "StandbyStatus",
+            "SecondStatus",
+        ],
         "docs/observe.md",
     ),
 ];

@@ -102,8 +102,10 @@ pub struct MachineSpec {
     pub interrupts_per_s: u32,
     /// Memory of the driver VM.
     pub driver_memory: String,
-    /// `warm` or `cold`.
+    /// `warm`, `snapshot` or `cold`.
     pub standby: String,
+    /// How many wait, where it is `warm`.
+    pub standbys: u8,
     /// Driver VMs are restored from snapshots.
     pub snapshots: bool,
     /// The folder of snapshots in the place, where it is not that of all test hosts.
@@ -130,6 +132,7 @@ impl MachineSpec {
             interrupts_per_s: 200_000,
             driver_memory: "128M".into(),
             standby: "warm".into(),
+            standbys: 1,
             snapshots: true,
             snapshot_folder: None,
         }
@@ -177,10 +180,11 @@ impl MachineSpec {
             let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\nsnapshots = {}\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
+                 standby = \"{}\"\nstandbys = {}\nsnapshots = {}\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
                  backoff_ms = 100\nbackoff_max_ms = 200\n\
                  boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
                 self.standby,
+                self.standbys,
                 self.snapshots,
                 self.restart_limit,
                 BOOT_S * factor() + f64::from(self.slow_boot_s),

@@ -24,6 +24,8 @@ pub(super) fn resident(machine: &mut Machine, place: &mut Place) -> Result<Vec<M
             let name = vm["name"].as_str().unwrap_or_default();
             processes.push((format!("{kind} {name}"), name.to_owned(), vm["pid"].as_u64()));
             processes.push((format!("standby of {name}"), name.to_owned(), vm["standby"]["pid"].as_u64()));
+            let second = vm["standby"]["second"]["pid"].as_u64();
+            processes.push((format!("second standby of {name}"), name.to_owned(), second));
         }
     }
     let mut all = Vec::new();

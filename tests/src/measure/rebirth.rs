@@ -1,12 +1,13 @@
 //! `umbra-bench rebirth`: how long driver VMs take to be there, booted and restored, how long guests are away where the next life is
-//! ready, where it is not, and where none waits, and what memory the processes hold. All of it from one boot of the test host.
+//! ready, where it is not, where two wait and where none does, and what memory the processes hold. All of it from one boot of the test
+//! host.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::outages::{Spread, place};
-use super::results::Memory;
+use super::results::{Memory, mib};
 use super::{GUEST, STANDBY, memory};
 use crate::assets::{Assets, Say};
 use crate::bench::Model;
@@ -41,10 +42,12 @@ pub struct Rebirth {
     pub nic: String,
     /// Times, ms.
     pub figures: Vec<Spread>,
-    /// Ratios of two figures' medians, by name.
+    /// Ratios of two figures, by name.
     pub ratios: Vec<(String, f64)>,
-    /// The processes while a standby waits that was restored.
+    /// The processes while two standbys wait that were restored.
     pub memory: Vec<Memory>,
+    /// What of its memory the driver VM in service has available, bytes, as its agent says.
+    pub available: Option<u64>,
 }
 
 /// Names of figures that ratios are made of.
@@ -56,15 +59,20 @@ const BOOTED_AND_SAVED: &str = "standby ready, saved as well";
 const READY_RESTORED: &str = "standby ready, restored";
 const READY: &str = "outage, standby ready";
 const AGAIN: &str = "outage, 0.1 s after another";
+const FIRST_OF_TWO: &str = "outage, standbys = 2";
+const SECOND_OF_TWO: &str = "the same, 0.1 s after another";
 const NONE_WAITS: &str = "outage, standby = snapshot";
 
 /// Ratios: what it is of, the figure, the one it is divided by.
-const RATIOS: [(&str, &str, &str); 4] = [
+const RATIOS: [(&str, &str, &str); 3] = [
     ("restored : booted", RESTORED, BOOTED),
     ("second start : first", SECOND_START, FIRST_START),
-    ("0.1 s after another : ready", AGAIN, READY),
     ("standby = snapshot : ready", NONE_WAITS, READY),
 ];
+
+/// Ratios of figures that were taken in turn: the median of those of each two, which had the same load beside them.
+const PAIRS: [(&str, &str, &str); 2] =
+    [("0.1 s after another : ready", AGAIN, READY), ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO)];
 
 /// Figures by name, ms.
 #[derive(Default)]
@@ -77,6 +85,16 @@ impl Taken {
             Some((_, figures)) => figures.push(ms),
             None => self.0.push((name, vec![ms])),
         }
+    }
+
+    fn of(&self, name: &str) -> &[f64] {
+        self.0.iter().find(|(known, _)| *known == name).map_or(&[], |(_, figures)| figures)
+    }
+
+    /// The median ratio of the figures `of` to those `by` that were taken beside them.
+    fn ratio(&self, of: &str, by: &str) -> Option<f64> {
+        let pairs = self.of(of).iter().zip(self.of(by)).map(|(of, by)| of / by).collect();
+        Spread::of("", pairs).map(|spread| spread.p50)
     }
 
     /// A standby is ready.
@@ -105,18 +123,14 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     let (mut running, ms) = start(place, &warm)?;
     taken.add(FIRST_START, Some(ms));
     taken.add_life(BOOTED, first_life(&running)?);
-    let mut memory = Vec::new();
     for n in 0..spec.crashes {
         let ready = running.await_event(STANDBY, |event| event.event == "standby-ready")?;
         taken.add_ready(&ready);
         std::thread::sleep(CALM);
-        if n == 1 {
-            memory = memory::resident(&mut running, place)?;
-        }
         taken.add(READY, crash(&mut running, place)?.number("outage_ms"));
         std::thread::sleep(SOON);
         taken.add(AGAIN, crash(&mut running, place)?.number("outage_ms"));
-        say(&format!("  {}: {}", n + 1, last_two(&taken)));
+        say(&format!("  {}: {}", n + 1, last_two(&taken, [READY, AGAIN])));
     }
     running.stop(place)?;
 
@@ -124,6 +138,25 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     let (running, ms) = start(place, &warm)?;
     taken.add(SECOND_START, Some(ms));
     taken.add_life(RESTORED, first_life(&running)?);
+    running.stop(place)?;
+
+    say("a machine where two standbys wait");
+    let (mut running, _) = start(place, &MachineSpec { standbys: 2, ..warm.clone() })?;
+    let (mut memory, mut available) = (Vec::new(), None);
+    for n in 0..spec.crashes {
+        for _ in 0..2 {
+            taken.add_ready(&running.await_event(STANDBY, |event| event.event == "standby-ready")?);
+        }
+        std::thread::sleep(CALM);
+        if n == 1 {
+            memory = memory::resident(&mut running, place)?;
+            available = running.status(place)?["drivers"][0]["available_memory"].as_u64();
+        }
+        taken.add(FIRST_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        std::thread::sleep(SOON);
+        taken.add(SECOND_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        say(&format!("  {}: {}", n + 1, last_two(&taken, [FIRST_OF_TWO, SECOND_OF_TWO])));
+    }
     running.stop(place)?;
 
     say("a machine where no standby waits");
@@ -136,7 +169,7 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
         taken.add_life(RESTORED, &live);
     }
     running.stop(place)?;
-    Ok(Rebirth::new(&spec.nic, taken, memory))
+    Ok(Rebirth { available, ..Rebirth::new(&spec.nic, taken, memory) })
 }
 
 /// Starts the machine: it, and how long it was until its guest reached the peer, ms.
@@ -159,20 +192,26 @@ fn first_life(running: &Machine) -> Result<&Event, DemoError> {
     life.ok_or_else(|| DemoError::Umbra { what: "no driver VM has ever served".into(), said: running.said() })
 }
 
-fn last_two(taken: &Taken) -> String {
+fn last_two(taken: &Taken, of: [&str; 2]) -> String {
     let last = |name: &str| {
         let (_, figures) = taken.0.iter().find(|(known, _)| *known == name)?;
         figures.last().map(|ms| format!("{ms:.0} ms"))
     };
-    [READY, AGAIN].map(|name| last(name).unwrap_or_else(|| "-".into())).join(", then ")
+    of.map(|name| last(name).unwrap_or_else(|| "-".into())).join(", then ")
 }
 
 impl Rebirth {
     fn new(nic: &Model, taken: Taken, memory: Vec<Memory>) -> Self {
+        let pairs = PAIRS.iter().filter_map(|(what, of, by)| Some(((*what).into(), taken.ratio(of, by)?)));
+        let pairs: Vec<_> = pairs.collect();
         let figures: Vec<_> = taken.0.into_iter().filter_map(|(name, figures)| Spread::of(name, figures)).collect();
         let p50 = |name: &str| figures.iter().find(|spread| spread.name == name).map(|spread| spread.p50);
-        let ratios = RATIOS.iter().filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?))).collect();
-        Self { nic: nic.to_string(), figures, ratios, memory }
+        let ratios = RATIOS
+            .iter()
+            .filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?)))
+            .chain(pairs)
+            .collect();
+        Self { nic: nic.to_string(), figures, ratios, memory, available: None }
     }
 
     /// For people.
@@ -181,6 +220,9 @@ impl Rebirth {
         text.extend(self.figures.iter().map(Spread::line));
         text.extend(self.ratios.iter().map(|(what, ratio)| format!("{what:<30}{ratio:>16.3}\n")));
         text.extend(self.memory.iter().map(Memory::line));
+        let available =
+            self.available.map(|bytes| format!("available in the driver VM{:>13.1} MiB\n", mib(bytes / 1024)));
+        text.extend(available);
         text
     }
 }
@@ -190,15 +232,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ratios_are_of_medians_and_only_of_what_was_measured() {
+    fn ratios_are_of_medians_or_of_what_was_taken_in_turn_and_only_of_what_was_measured() {
         let mut taken = Taken::default();
         for ms in [10.0, 30.0, 20.0] {
             taken.add(READY, Some(ms));
         }
-        taken.add(AGAIN, Some(50.0));
+        taken.add(NONE_WAITS, Some(50.0));
         taken.add(AGAIN, None);
+        // The last of them beside another load.
+        for (first, second) in [(10.0, 11.0), (20.0, 22.0), (300.0, 360.0)] {
+            taken.add(FIRST_OF_TWO, Some(first));
+            taken.add(SECOND_OF_TWO, Some(second));
+        }
         let rebirth = Rebirth::new(&Model::from("e1000e"), taken, Vec::new());
-        assert_eq!(rebirth.ratios, [("0.1 s after another : ready".to_owned(), 2.5)]);
-        assert_eq!(rebirth.figures.len(), 2);
+        let expected = [("standby = snapshot : ready", 2.5), ("the same, standbys = 2", 1.1)];
+        assert_eq!(rebirth.ratios, expected.map(|(what, ratio)| (what.to_owned(), ratio)));
+        assert_eq!(rebirth.figures.len(), 4);
     }
 }

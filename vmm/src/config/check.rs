@@ -340,12 +340,26 @@ impl User<'_> {
     }
 }
 
-/// Snapshots that are made ahead have to be allowed, and of use.
+/// Most lives of a driver VM that wait: two failures in a row find one that is ready; a third within the second in which none is started
+/// has worse reasons.
+const MOST_STANDBYS: u8 = 2;
+
+/// What is made ahead has to be allowed, and of use.
 fn check_standby(place: &Place, driver: &Driver) -> Result<(), Problem> {
     let problem = |key, what: &str| {
         let (at, other) = (place.key("standby").0, place.key(key).0);
         Err(Problem { at, what: what.into(), other })
     };
+    if !(1..=MOST_STANDBYS).contains(&driver.standbys) {
+        let what = format!(
+            "1 or {MOST_STANDBYS} lives wait, with `standby = \"warm\"`; to have none, choose another `standby`"
+        );
+        return place.key("standbys").problem(what);
+    }
+    if driver.standbys > 1 && (driver.standby != Standby::Warm || driver.spare.is_some()) {
+        let what = "a second standby waits behind a first, which needs `standby = \"warm\"` and no `spare`";
+        return place.key("standbys").problem(what);
+    }
     match driver {
         Driver { standby: Standby::Snapshot, snapshots: false, .. } => problem(
             "snapshots",

@@ -239,6 +239,9 @@ pub struct Driver {
     /// What stands ready for its failure.
     #[serde(default)]
     pub standby: Standby,
+    /// How many lives wait booted where `standby` has them wait: 1 or 2. The second is for a failure right behind another one.
+    #[serde(default = "default_standbys")]
+    pub standbys: u8,
     /// Whether driver VMs are restored from a snapshot, which the first standby leaves.
     #[serde(default = "default_snapshots")]
     pub snapshots: bool,
@@ -278,6 +281,7 @@ impl Driver {
             cpus: default_cpus(),
             cmdline: String::new(),
             standby: Standby::default(),
+            standbys: default_standbys(),
             snapshots: default_snapshots(),
             restart: Restart::default(),
         }
@@ -351,6 +355,10 @@ fn default_spare_after_ms() -> u32 {
 }
 
 fn default_cpus() -> u8 {
+    1
+}
+
+fn default_standbys() -> u8 {
     1
 }
 

@@ -135,6 +135,27 @@ fn snapshots_that_are_made_ahead_have_to_be_allowed_and_of_use() {
 }
 
 #[test]
+fn a_second_standby_needs_a_first_that_waits() {
+    let with = |more: &str| GOOD.replacen("[driver.nic0]", &format!("[driver.nic0]\n{more}"), 1);
+    assert_eq!(parse(GOOD).unwrap().driver["nic0"].standbys, 1);
+    for (more, standbys) in [("standbys = 2", 2), ("standbys = 1\nstandby = \"cold\"", 1)] {
+        assert_eq!(parse(&with(more)).unwrap().driver["nic0"].standbys, standbys);
+    }
+    for number in [0, 3] {
+        let error = parse(&with(&format!("standbys = {number}"))).unwrap_err();
+        let expected = "dir/m.toml:20: driver.nic0.standbys: 1 or 2 lives wait, with `standby = \"warm\"`; to have none, choose \
+                        another `standby`";
+        assert_eq!(error, expected);
+    }
+    for other in ["standby = \"cold\"", "standby = \"snapshot\"", "spare = \"0000:04:00.0\""] {
+        let error = parse(&with(&format!("standbys = 2\n{other}"))).unwrap_err();
+        let expected = "dir/m.toml:20: driver.nic0.standbys: a second standby waits behind a first, which needs \
+                        `standby = \"warm\"` and no `spare`";
+        assert_eq!(error, expected);
+    }
+}
+
+#[test]
 fn a_spare_is_a_second_nic_of_nobody_else() {
     let text = |ends: &str, spare: &str| {
         format!(

@@ -7,6 +7,10 @@ use super::tests::{at, end, failure};
 use super::*;
 use crate::config::Restart;
 
+fn any_rank() -> impl Strategy<Value = Rank> {
+    prop::sample::select(vec![Rank::First, Rank::Second])
+}
+
 fn any_input() -> impl Strategy<Value = Input> {
     prop_oneof![
         1 => Just(Input::Start),
@@ -30,17 +34,17 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::AtRest),
         1 => Just(Input::StandbyUseless),
         1 => Just(Input::Resume),
-        2 => Just(Input::StandbyHello),
-        2 => Just(Input::StandbyLoaded),
-        1 => Just(Input::StandbyHeartbeat),
-        1 => Just(Input::StandbyFailed("gone".into())),
+        2 => any_rank().prop_map(Input::StandbyHello),
+        2 => any_rank().prop_map(Input::StandbyLoaded),
+        1 => any_rank().prop_map(Input::StandbyHeartbeat),
+        1 => any_rank().prop_map(|rank| Input::StandbyFailed(rank, "gone".into())),
         1 => Just(Input::SnapshotMissing),
         1 => Just(Input::SnapshotThere),
     ]
 }
 
 proptest! {
-    /// Whatever happens in whatever order: one process at a time beside one standby, generations count up by one, the reset has
+    /// Whatever happens in whatever order: one process at a time beside one standby or two, generations count up by one, the reset has
     /// returned before a start, nothing goes live that does not run, and nothing starts after quarantine or stop.
     #[test]
     fn any_order_of_inputs_keeps_the_invariants(
@@ -48,8 +52,13 @@ proptest! {
         stop_at in 0_usize..250,
         rests: bool,
         policy in prop::sample::select(vec![StandbyPolicy::Warm, StandbyPolicy::Nothing, StandbyPolicy::Snapshot]),
+        two: bool,
+        starts_ahead: bool,
     ) {
         let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 3, policy).with_rest(rests);
+        let two = two && policy == StandbyPolicy::Warm;
+        life = life.with_standbys(1 + u8::from(two)).with_starts_ahead(starts_ahead);
+        let mut second = None;
         let mut resting = false;
         let (mut standby, mut asked, mut taker, mut missing) = (None, false, None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
@@ -78,7 +87,25 @@ proptest! {
                         last += 1;
                         alive = true;
                     }
-                    Action::SpawnStandby(generation) => {
+                    Action::SpawnStandby(Rank::Second, generation) => {
+                        prop_assert!(two && served && alive && standby.is_some() && second.is_none(), "second at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        second = Some(generation);
+                    }
+                    Action::SpawnAhead(generation) => {
+                        prop_assert!(starts_ahead && standby.is_none() && !over, "ahead at {input:?}");
+                        let failed = matches!(life.state(), State::Fencing { .. } | State::Resetting { .. });
+                        prop_assert!(failed, "ahead of nothing at {input:?}");
+                        prop_assert_eq!(generation.get(), last + 1);
+                        last += 1;
+                        standby = Some(generation);
+                    }
+                    Action::MoveUp => {
+                        prop_assert!(standby.is_none() && second.is_some(), "nobody moves up at {input:?}");
+                        standby = second.take();
+                    }
+                    Action::SpawnStandby(Rank::First, generation) => {
                         let wanted = policy == StandbyPolicy::Warm || asked;
                         prop_assert!(served, "beside a recovery at {input:?}");
                         prop_assert!(wanted && alive && standby.is_none() && !over, "standby at {input:?}");
@@ -100,7 +127,8 @@ proptest! {
                         prop_assert_eq!(standby.take(), Some(generation));
                         alive = true;
                     }
-                    Action::DropStandby(_) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
+                    Action::DropStandby(Rank::Second, _) => prop_assert!(second.take().is_some(), "drop nothing at {input:?}"),
+                    Action::DropStandby(Rank::First, _) => prop_assert!(standby.take().is_some(), "drop nothing at {input:?}"),
                     Action::Reset => {
                         prop_assert!((!alive || given_up) && !resetting, "reset under a life at {input:?}");
                         resetting = true;
@@ -108,7 +136,8 @@ proptest! {
                     Action::Configure | Action::GoLive(..) | Action::Mask | Action::EndLive(_) | Action::LeaveBehind(_) => {
                         prop_assert!(alive);
                     }
-                    Action::ConfigureStandby => prop_assert!(standby.is_some() && standby != taker),
+                    Action::ConfigureStandby(Rank::Second) => prop_assert!(second.is_some()),
+                    Action::ConfigureStandby(Rank::First) => prop_assert!(standby.is_some() && standby != taker),
                     Action::Kill | Action::Release => prop_assert!(alive, "kill nothing at {input:?}"),
                     Action::BeginLastWords => {
                         prop_assert!(alive, "bury nothing at {input:?}");

@@ -8,7 +8,7 @@ use super::super::spare_tests::{any_input, arm, armed, failure, generation, live
 use super::super::tests::{at, end};
 use super::*;
 use crate::config::Restart;
-use crate::lifecycle::{Input, Standby, StandbyPolicy, StandbyStage, StateName};
+use crate::lifecycle::{Input, Rank, Standby, StandbyPolicy, StandbyStage, StateName};
 
 const UP: Carrier = Carrier::Up;
 const DOWN: Carrier = Carrier::Down;
@@ -16,7 +16,7 @@ const DOWN: Carrier = Carrier::Down;
 /// Heartbeats of both up to `now`, and a tick.
 fn tick(life: &mut Lifecycle, now: Time) -> Vec<Action> {
     life.handle(now, Input::Heartbeat);
-    life.handle(now, Input::StandbyHeartbeat);
+    life.handle(now, Input::StandbyHeartbeat(Rank::First));
     life.handle(now, Input::Tick)
 }
 
@@ -104,8 +104,8 @@ fn a_last_resort_is_left_as_soon_as_the_other_nic_has_a_carrier() {
         // At once, beside the wait for a carrier, which takes six seconds.
         life.wait_turn(at(3010));
         assert_eq!(life.handle(at(3010), Input::Tick), [Action::ResetSpare]);
-        assert_eq!(life.handle(at(3100), Input::SpareResetDone), [Action::SpawnStandby(generation(3))]);
-        life.handle(at(4000), Input::StandbyHello);
+        assert_eq!(life.handle(at(3100), Input::SpareResetDone), [Action::SpawnStandby(Rank::First, generation(3))]);
+        life.handle(at(4000), Input::StandbyHello(Rank::First));
         life.handle(at(4500), Input::SpareForwarding);
         assert_eq!(life.state().name(), StateName::WaitingCarrier);
         let actions = life.handle(at(5000), Input::SpareCarrier(UP));
@@ -124,7 +124,7 @@ fn it_is_left_after_it_has_gone_live_as_well() {
     life.handle(at(9500), Input::EndLive(end(0)));
     life.handle(at(9500), Input::EndLive(end(1)));
     assert_eq!((life.state().name(), life.carrier()), (StateName::Live, DOWN));
-    for input in [Input::SpareResetDone, Input::StandbyHello, Input::SpareForwarding] {
+    for input in [Input::SpareResetDone, Input::StandbyHello(Rank::First), Input::SpareForwarding] {
         life.handle(at(9600), input);
     }
     let actions = life.handle(at(9700), Input::SpareCarrier(UP));
@@ -153,7 +153,7 @@ fn a_first_life_without_carrier_gives_way_to_a_spare_that_has_one() {
     }
     assert_eq!(life.handle(at(999), Input::Tick), []);
     assert_eq!(life.handle(at(1000), Input::Tick), [Action::ResetSpare]);
-    for input in [Input::SpareResetDone, Input::StandbyHello, Input::SpareForwarding] {
+    for input in [Input::SpareResetDone, Input::StandbyHello(Rank::First), Input::SpareForwarding] {
         life.handle(at(1500), input);
     }
     let actions = life.handle(at(1600), Input::SpareCarrier(UP));
@@ -187,7 +187,7 @@ fn a_spare_s_process_that_hangs_is_told_of_and_shown() {
 #[test]
 fn so_is_one_that_was_killed_while_it_waited() {
     let mut life = armed();
-    life.handle(at(2000), Input::StandbyFailed("it broke".into()));
+    life.handle(at(2000), Input::StandbyFailed(Rank::First, "it broke".into()));
     for second in 3..12 {
         assert_eq!(tick(&mut life, at(second * 1000)), []);
     }
@@ -249,7 +249,7 @@ impl Bench {
         match self.life.standby() {
             Standby::Fencing { .. } => self.input(Input::SpareFenced),
             Standby::Resetting { .. } => self.input(Input::SpareResetDone),
-            Standby::Booting { hello: false, .. } => self.input(Input::StandbyHello),
+            Standby::Booting { hello: false, .. } => self.input(Input::StandbyHello(Rank::First)),
             Standby::Booting { .. } => self.input(Input::SpareForwarding),
             Standby::Hot { armed, .. } if armed != self.cables[1] => {
                 self.input(Input::SpareCarrier(if self.cables[1] { UP } else { DOWN }));
@@ -261,7 +261,7 @@ impl Bench {
     fn step(&mut self) {
         self.now += Self::STEP;
         self.input(Input::Heartbeat);
-        self.input(Input::StandbyHeartbeat);
+        self.input(Input::StandbyHeartbeat(Rank::First));
         self.serve();
         self.wait();
         self.input(Input::Tick);

@@ -42,6 +42,8 @@ impl Lifecycle {
         }
         match self.history.failed(now, lived) {
             RestartVerdict::Restart(delay) if source != NoticedBy::Identity => {
+                // What the back-off spares the machine is a loop of boots: a life that has booted is taken at once.
+                let delay = if self.reserve.is_ready() { Duration::ZERO } else { delay };
                 self.state = State::Resetting { until, next: Some(now + delay) };
                 let clean = self.suspects.tell().into_iter().map(Action::StartClean);
                 [Action::Reset, Action::Report].into_iter().chain(clean).collect()
@@ -127,7 +129,7 @@ impl Lifecycle {
 mod tests {
     use super::super::tests::{at, failure, live, with_standby};
     use super::*;
-    use crate::lifecycle::Input;
+    use crate::lifecycle::{Input, Rank};
 
     /// Killed at 2250 ms, because it did not give its device up.
     fn killed(mut life: Lifecycle) -> Lifecycle {
@@ -147,7 +149,7 @@ mod tests {
         assert_eq!(life.handle(at(77_249), Input::Tick), [], "told once");
         let actions = life.handle(at(77_250), Input::Tick);
         assert!(
-            matches!(&actions[..], [Action::Quarantine(why), Action::DropStandby(None)] if why.contains("for 75 s")),
+            matches!(&actions[..], [Action::Quarantine(why), Action::DropStandby(Rank::First, None)] if why.contains("for 75 s")),
             "{actions:?}"
         );
         assert_eq!((life.state(), life.process_hangs(), life.history().total()), (&State::Quarantined, true, 1));

@@ -24,6 +24,9 @@
 //! With a hot spare, a failure leads straight from any state with a life to the one that the spare has reached; fence and
 //! reset of the failed life's device follow beside it (`spare`). A NIC without carrier is left for an armed spare (`carrier`).
 //!
+//! Where nothing waits, a life that needs no device for its start is started beside the fence of the one before ([`Action::SpawnAhead`]),
+//! and adopted when that is over.
+//!
 //! Invariant: at most one generation has a device. [`Action::Spawn`], [`Action::Adopt`] and a spare's
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
@@ -39,6 +42,7 @@ mod spare;
 mod standby;
 mod state;
 mod suspects;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -54,7 +58,7 @@ use standby::PATIENCE;
 
 use standby::{Stage, Standbys};
 pub use standby::{Standby, StandbyPolicy, StandbyStage};
-pub use state::{Action, Carrier, Endpoint, Failure, Input, NoticedBy, State, StateName};
+pub use state::{Action, Carrier, Endpoint, Failure, Input, NoticedBy, Rank, State, StateName};
 use suspects::Suspects;
 
 /// Grace period after a lost link or control stream, in which the guests are masked already. The loss is usually a side effect of a
@@ -98,6 +102,10 @@ pub struct Lifecycle {
     /// The present life has begun to apply to its device what was recorded of the guests' settings.
     applying: bool,
     reserve: Standbys,
+    /// The standby behind that.
+    second: Standbys,
+    /// A life may be started before it has its device.
+    starts_ahead: bool,
     /// When a requested restart is given up, if its standby is not ready by then; `None`: no restart was requested.
     restarting: Option<Time>,
     /// The guests' devices come to rest before a deliberate reset.
@@ -126,6 +134,8 @@ impl Lifecycle {
         let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
         Self {
             reserve: Standbys::new(ahead, boot, heartbeat),
+            second: Standbys::new(StandbyPolicy::Nothing, boot, heartbeat),
+            starts_ahead: false,
             newest: None,
             reset_hangs: false,
             killed: None,
@@ -181,7 +191,8 @@ impl Lifecycle {
 
     /// Whether a standby boots, or a process that is to leave a snapshot.
     pub fn standby_boots(&self) -> bool {
-        matches!(self.reserve.state(), Standby::Booting { .. } | Standby::Saving { .. })
+        let boots = |standbys: &Standbys| matches!(standbys.state(), Standby::Booting { .. } | Standby::Saving { .. });
+        boots(&self.reserve) || boots(&self.second)
     }
 
     /// Another driver's standby boots: a standby that is due waits for its turn, unless a restart or guests without a link wait for
@@ -189,6 +200,7 @@ impl Lifecycle {
     pub fn wait_turn(&mut self, now: Time) {
         if self.restarting.is_none() && !self.awaits_spare() {
             self.reserve.wait_turn(now);
+            self.second.wait_turn(now);
         }
     }
 
@@ -207,8 +219,8 @@ impl Lifecycle {
         };
         let suspicion = self.suspicion.as_ref().map(|(until, _)| *until);
         let silence = self.silence().map(|(_, over)| over);
-        let reserve = self.reserve.deadline();
-        let deadlines = [state, suspicion, silence, reserve, self.restarting, self.resting, self.leave_due()];
+        let (reserve, second) = (self.reserve.deadline(), self.second.deadline());
+        let deadlines = [state, suspicion, silence, reserve, second, self.restarting, self.resting, self.leave_due()];
         deadlines.into_iter().flatten().min()
     }
 
@@ -259,66 +271,16 @@ impl Lifecycle {
             Input::AtRest => self.on_at_rest(now),
             Input::StandbyUseless => self.on_standby_useless(now),
             Input::Resume => self.on_resume(now),
-            Input::StandbyHello | Input::StandbyLoaded | Input::StandbyHeartbeat | Input::StandbyFailed(_) => {
-                self.on_standby(now, input)
-            }
+            Input::StandbyHello(_)
+            | Input::StandbyLoaded(_)
+            | Input::StandbyHeartbeat(_)
+            | Input::StandbyFailed(..) => self.on_standby(now, input),
             Input::SnapshotMissing | Input::SnapshotThere => self.on_snapshot(&input),
             Input::SpareForwarding
             | Input::SpareCarrier(_)
             | Input::SpareLive(_)
             | Input::SpareFenced
             | Input::SpareResetDone => self.on_spare(now, &input),
-        }
-    }
-
-    fn on_standby(&mut self, now: Time, input: Input) -> Vec<Action> {
-        match input {
-            Input::StandbyHello if self.reserve.hello() => return vec![Action::ConfigureStandby],
-            Input::StandbyLoaded => {
-                self.reserve.ready(now);
-                return self.switch_over(now);
-            }
-            Input::StandbyHeartbeat => self.reserve.heartbeat(now),
-            Input::StandbyFailed(why) if self.is_saving() && self.reserve.died(now) => {
-                return vec![Action::DropTaker(why)];
-            }
-            Input::StandbyFailed(why) if self.reserve.died(now) => {
-                let off = self.restarting.take().map(|_| Action::RestartOff(why.clone()));
-                let go_on = self.call_rest_off();
-                return std::iter::once(Action::DropStandby(Some(why))).chain(go_on).chain(off).collect();
-            }
-            _ => {}
-        }
-        Vec::new()
-    }
-
-    /// Gives the standby up, with no reason to report.
-    fn drop_standby(&mut self, now: Time) -> Vec<Action> {
-        if self.reserve.give_up(now) { vec![Action::DropStandby(None)] } else { Vec::new() }
-    }
-
-    /// Starts the next standby when it is due; gives the present one up when it is overdue.
-    fn tick_standby(&mut self, now: Time) -> Vec<Action> {
-        if let Some(why) = self.reserve.overdue(now) {
-            return self.on_standby(now, Input::StandbyFailed(why));
-        }
-        match (self.reserve.state(), &self.state) {
-            (Standby::Due(at), _) if at <= now && self.reserve.is_spare() && self.may_start_spare() => {
-                self.reserve.resetting();
-                vec![Action::ResetSpare]
-            }
-            (Standby::Due(at), State::Live { .. }) if at <= now => {
-                let generation = self.next_generation();
-                if self.saves_next() {
-                    self.reserve.saving(now, generation);
-                    return vec![Action::TakeSnapshot(generation)];
-                }
-                self.reserve.started(now, generation);
-                vec![Action::SpawnStandby(generation)]
-            }
-            // No standby is started beside a recovery; the next life that goes live asks for one again.
-            (Standby::Due(at), _) if at <= now => self.drop_standby(now),
-            _ => Vec::new(),
         }
     }
 
@@ -375,17 +337,18 @@ impl Lifecycle {
         // A spare has another device: it has been taken at the failure, or there was none.
         let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
         let generation = adopted.map_or_else(|| self.next_generation(), |(generation, _)| generation);
+        let next = adopted.and_then(|_| self.move_up(now));
         self.generation = Some(generation);
         match adopted {
             Some((_, Stage::Booting)) => {
                 self.state = State::Booting { until };
-                vec![Action::Adopt(generation)]
+                std::iter::once(Action::Adopt(generation)).chain(next).collect()
             }
             // It got its plan when it said hello.
             Some(_) => {
                 self.silence = Some(Silence::since(now));
                 self.state = State::Configuring { until };
-                vec![Action::Adopt(generation)]
+                std::iter::once(Action::Adopt(generation)).chain(next).collect()
             }
             None => {
                 self.state = State::Booting { until };
@@ -481,7 +444,8 @@ impl Lifecycle {
         self.state = State::Fencing { patience, lived, source };
         self.killed = over.then(|| Killed::at(now));
         let next = if over { Action::Kill } else { Action::Release };
-        vec![Action::Failed(failure), next]
+        let ahead = self.start_ahead(now, lived, source);
+        [Action::Failed(failure), next].into_iter().chain(ahead).collect()
     }
 
     fn on_evidence(&mut self, now: Time) -> Vec<Action> {
@@ -521,6 +485,7 @@ impl Lifecycle {
 
     fn on_tick(&mut self, now: Time) -> Vec<Action> {
         let mut actions = self.tick_standby(now);
+        actions.extend(self.tick_second(now));
         actions.extend(self.reserve.alarm(now).map(Action::Warn));
         if self.resting.is_some_and(|until| until <= now) {
             actions.extend(self.on_at_rest(now));
@@ -590,3 +555,5 @@ mod saving_tests;
 mod spare_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod waiting_tests;

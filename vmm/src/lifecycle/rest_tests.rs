@@ -12,12 +12,12 @@ fn with_standby_ready() -> Lifecycle {
     bring_up(&mut life, at(0));
     life.handle(at(10), Input::EndLive(end(0)));
     let due = life.deadline().unwrap();
-    assert_eq!(life.handle(due, Input::Tick), [Action::SpawnStandby(generation(2))]);
-    life.handle(due, Input::StandbyHello);
-    life.handle(due, Input::StandbyLoaded);
+    assert_eq!(life.handle(due, Input::Tick), [Action::SpawnStandby(Rank::First, generation(2))]);
+    life.handle(due, Input::StandbyHello(Rank::First));
+    life.handle(due, Input::StandbyLoaded(Rank::First));
     for ms in (0..20_000).step_by(500) {
         life.handle(at(ms), Input::Heartbeat);
-        life.handle(at(ms), Input::StandbyHeartbeat);
+        life.handle(at(ms), Input::StandbyHeartbeat(Rank::First));
     }
     life
 }
@@ -27,7 +27,7 @@ fn wait(life: &mut Lifecycle, from: u64, until: u64) -> Vec<Action> {
     let mut actions = Vec::new();
     for ms in (from..=until).step_by(500) {
         life.handle(at(ms), Input::Heartbeat);
-        life.handle(at(ms), Input::StandbyHeartbeat);
+        life.handle(at(ms), Input::StandbyHeartbeat(Rank::First));
         actions.extend(life.handle(at(ms), Input::Tick));
     }
     actions
@@ -60,8 +60,8 @@ fn guests_go_on_when_the_next_driver_vm_dies_while_they_come_to_rest() {
     let mut life = with_standby_ready();
     life.handle(at(20_000), Input::Restart { fresh: false });
     let why = "it died".to_owned();
-    let actions = life.handle(at(20_100), Input::StandbyFailed(why.clone()));
-    assert_eq!(actions, [Action::DropStandby(Some(why.clone())), Action::GoOn, Action::RestartOff(why)]);
+    let actions = life.handle(at(20_100), Input::StandbyFailed(Rank::First, why.clone()));
+    assert_eq!(actions, [Action::DropStandby(Rank::First, Some(why.clone())), Action::GoOn, Action::RestartOff(why)]);
     assert_eq!(life.handle(at(20_101), Input::AtRest), []);
     assert!(matches!(life.state(), State::Live { .. }));
 }
@@ -70,7 +70,7 @@ fn guests_go_on_when_the_next_driver_vm_dies_while_they_come_to_rest() {
 fn guests_go_on_when_the_next_driver_vm_is_of_no_use_any_more() {
     let mut life = with_standby_ready();
     life.handle(at(20_000), Input::Restart { fresh: false });
-    assert_eq!(life.handle(at(20_001), Input::StandbyUseless), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(20_001), Input::StandbyUseless), [Action::DropStandby(Rank::First, None)]);
     assert_eq!(life.handle(at(20_002), Input::AtRest), [Action::GoOn]);
     assert!(matches!(life.state(), State::Live { .. }));
 }
@@ -94,7 +94,7 @@ fn another_disk_is_not_tried_a_second_time() {
     let actions = life.handle(at(20_010), Input::Released);
     let quarantined =
         actions.iter().any(|action| matches!(action, Action::Quarantine(why) if why.contains("another disk")));
-    assert!(quarantined && actions.contains(&Action::DropStandby(None)), "{actions:?}");
+    assert!(quarantined && actions.contains(&Action::DropStandby(Rank::First, None)), "{actions:?}");
     assert_eq!(life.handle(at(20_020), Input::ResetDone), []);
     assert_eq!(*life.state(), State::Quarantined);
     assert_eq!(life.handle(at(30_000), Input::Resume), [Action::Reset], "somebody has put it right");

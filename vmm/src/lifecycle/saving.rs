@@ -12,12 +12,12 @@
 //! a snapshot ends by itself, so it becomes the present life only if it has said that it boots. A restart waits for a standby, not for
 //! a taker.
 
-use super::{Action, Input, Lifecycle, Standby, Time};
+use super::{Action, Input, Lifecycle, Rank, Standby, Time};
 
 impl Lifecycle {
     pub(super) fn on_snapshot(&mut self, input: &Input) -> Vec<Action> {
         match input {
-            Input::SnapshotThere if self.reserve.saved() => return vec![Action::DropStandby(None)],
+            Input::SnapshotThere if self.reserve.saved() => return vec![Action::DropStandby(Rank::First, None)],
             Input::SnapshotMissing => self.reserve.boots_to_save(),
             _ => {}
         }

@@ -34,7 +34,7 @@ fn a_taker_runs_once_and_leaves_nothing_but_the_snapshot() {
     let mut life = with_taker();
     assert_eq!(life.standby().stage(), StandbyStage::Saving);
     assert_eq!(life.handle(at(1100), Input::SnapshotMissing), []);
-    assert_eq!(life.handle(at(9000), Input::SnapshotThere), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(9000), Input::SnapshotThere), [Action::DropStandby(Rank::First, None)]);
     assert_eq!((life.standby(), life.standby().generation()), (Standby::Saved, None));
     assert_eq!(life.standby().stage(), StandbyStage::Snapshot);
     life.handle(at(20_000), Input::Heartbeat);
@@ -60,7 +60,11 @@ fn a_taker_that_boots_becomes_the_present_life_at_a_failure() {
 fn a_taker_that_looks_for_the_snapshot_is_ended_at_a_failure() {
     let mut life = with_taker();
     let actions = fail(&mut life, 1050);
-    assert_eq!(actions, [Action::DropStandby(None), Action::Spawn(generation(3))], "it might end by itself");
+    assert_eq!(
+        actions,
+        [Action::DropStandby(Rank::First, None), Action::Spawn(generation(3))],
+        "it might end by itself"
+    );
     assert_eq!(life.handle(at(1200), Input::SnapshotMissing), []);
     assert_eq!(life.standby(), Standby::Absent, "none runs beside a recovery");
 }
@@ -71,7 +75,7 @@ fn a_taker_that_dies_or_takes_too_long_is_tried_again_ever_more_slowly() {
     let (mut now, boot) = (at(1100), Duration::from_secs(Restart::default().boot_timeout_s.into()));
     for (n, seconds) in (1..).zip([1, 2, 4, 8, 16, 32, 60, 60]) {
         let why = String::from("it broke");
-        assert_eq!(life.handle(now, Input::StandbyFailed(why.clone())), [Action::DropTaker(why)]);
+        assert_eq!(life.handle(now, Input::StandbyFailed(Rank::First, why.clone())), [Action::DropTaker(why)]);
         assert_eq!(life.standby_deaths(), n);
         now = now + Duration::from_secs(seconds);
         life.handle(now, Input::Heartbeat);
@@ -91,21 +95,25 @@ fn a_taker_that_dies_or_takes_too_long_is_tried_again_ever_more_slowly() {
 fn a_restart_has_a_standby_booted_and_leaves_none_behind() {
     let mut life = with_taker();
     life.handle(at(1100), Input::SnapshotMissing);
-    assert_eq!(life.handle(at(2000), Input::Restart { fresh: false }), [Action::DropStandby(None)], "the taker");
-    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(3))]);
-    life.handle(at(2500), Input::StandbyHello);
-    let actions = life.handle(at(2600), Input::StandbyLoaded);
+    assert_eq!(
+        life.handle(at(2000), Input::Restart { fresh: false }),
+        [Action::DropStandby(Rank::First, None)],
+        "the taker"
+    );
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
+    life.handle(at(2500), Input::StandbyHello(Rank::First));
+    let actions = life.handle(at(2600), Input::StandbyLoaded(Rank::First));
     assert!(matches!(&actions[..], [Action::Failed(planned), Action::Release] if !planned.source.is_failure()));
 
     let mut life = with_taker();
     life.handle(at(1100), Input::SnapshotThere);
     assert_eq!(life.handle(at(2000), Input::Restart { fresh: false }), [], "nothing waits");
-    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
     let until = life.restarting.unwrap();
     life.handle(until, Input::Heartbeat);
     let actions = life.handle(until, Input::Tick);
     // Not ready by its own time limit, which comes first.
-    assert!(matches!(&actions[..], [Action::DropStandby(_), Action::RestartOff(_)]), "{actions:?}");
+    assert!(matches!(&actions[..], [Action::DropStandby(Rank::First, _), Action::RestartOff(_)]), "{actions:?}");
     let due = life.deadline().unwrap();
     life.handle(due, Input::Heartbeat);
     assert_eq!(life.handle(due, Input::Tick), [Action::TakeSnapshot(generation(4))]);
@@ -122,7 +130,7 @@ fn another_image_asks_for_another_snapshot() {
 #[test]
 fn quarantine_and_stop_end_a_taker() {
     let mut life = with_taker();
-    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(None), Action::Kill]);
+    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(Rank::First, None), Action::Kill]);
     let restart = Restart { limit: 0, ..Restart::default() };
     let mut life = Lifecycle::new(RestartHistory::new(restart), 1, StandbyPolicy::Snapshot);
     life.handle(at(0), Input::Start);
@@ -131,5 +139,5 @@ fn quarantine_and_stop_end_a_taker() {
     life.handle(at(1010), Input::Tick);
     life.handle(at(1020), Input::Failed(failure(NoticedBy::Panic, 1020)));
     let actions = life.handle(at(1030), Input::ProcessGone("signal 9".into()));
-    assert_eq!(actions.last(), Some(&Action::DropStandby(None)), "{actions:?}");
+    assert_eq!(actions.last(), Some(&Action::DropStandby(Rank::First, None)), "{actions:?}");
 }

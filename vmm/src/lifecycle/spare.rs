@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::silence::Silence;
 use super::standby::Stage;
-use super::{Action, Carrier, Failure, Input, Lifecycle, Standby, State, Time};
+use super::{Action, Carrier, Failure, Input, Lifecycle, Rank, Standby, State, Time};
 
 impl Lifecycle {
     pub(super) fn on_spare(&mut self, now: Time, input: &Input) -> Vec<Action> {
@@ -63,7 +63,7 @@ impl Lifecycle {
         }
         let generation = self.next_generation();
         self.reserve.started(now, generation);
-        vec![Action::SpawnStandby(generation)]
+        vec![Action::SpawnStandby(Rank::First, generation)]
     }
 
     /// The serving life has failed after being live for `lived`: the spare takes over at the stage that it has reached, even if it

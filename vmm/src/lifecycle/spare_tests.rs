@@ -35,9 +35,9 @@ pub(super) fn live() -> Lifecycle {
 /// From the settling at `now` to the armed spare of generation `n`.
 pub(super) fn arm(life: &mut Lifecycle, now: Time, n: u32) {
     assert_eq!(life.handle(now, Input::Tick), [Action::ResetSpare], "its device is reset first");
-    assert_eq!(life.handle(now, Input::SpareResetDone), [Action::SpawnStandby(generation(n))]);
-    assert_eq!(life.handle(now, Input::StandbyHello), [Action::ConfigureStandby]);
-    assert_eq!(life.handle(now, Input::StandbyLoaded), []);
+    assert_eq!(life.handle(now, Input::SpareResetDone), [Action::SpawnStandby(Rank::First, generation(n))]);
+    assert_eq!(life.handle(now, Input::StandbyHello(Rank::First)), [Action::ConfigureStandby(Rank::First)]);
+    assert_eq!(life.handle(now, Input::StandbyLoaded(Rank::First)), []);
     assert_eq!(life.handle(now, Input::SpareForwarding), []);
     assert_eq!(life.standby().stage(), StandbyStage::NoCarrier);
     assert_eq!(life.handle(now, Input::SpareCarrier(Carrier::Up)), [Action::Arm(true)]);
@@ -104,7 +104,7 @@ fn a_spare_that_still_boots_is_sooner_than_the_failed_device() {
     let mut life = live();
     life.handle(at(1010), Input::Tick);
     life.handle(at(1100), Input::SpareResetDone);
-    life.handle(at(1200), Input::StandbyHello);
+    life.handle(at(1200), Input::StandbyHello(Rank::First));
     let actions = life.handle(at(1300), Input::Failed(failure(NoticedBy::Panic, 1300)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::TakeOver(_)]), "configured already: {actions:?}");
     assert_eq!(life.state().name(), StateName::Configuring);
@@ -118,8 +118,11 @@ fn a_spare_that_fails_is_fenced_reset_and_replaced_and_missed_by_nobody() {
     let mut now = at(2000);
     for (n, seconds) in [1_u64, 2, 4].into_iter().enumerate() {
         let why = String::from("it broke");
-        assert_eq!(life.handle(now, Input::StandbyFailed(why.clone())), [Action::DropStandby(Some(why))]);
-        assert_eq!(life.handle(now, Input::StandbyFailed("late".into())), []);
+        assert_eq!(
+            life.handle(now, Input::StandbyFailed(Rank::First, why.clone())),
+            [Action::DropStandby(Rank::First, Some(why))]
+        );
+        assert_eq!(life.handle(now, Input::StandbyFailed(Rank::First, "late".into())), []);
         assert_eq!(life.handle(now, Input::SpareFenced), [], "it has not served: no report");
         now = now + Duration::from_secs(seconds);
         life.handle(now, Input::Heartbeat);
@@ -135,7 +138,10 @@ fn a_silent_spare_is_noticed_as_soon_as_a_silent_life_in_service() {
     life.handle(at(4009), Input::Heartbeat);
     assert_eq!(life.handle(at(4009), Input::Tick), []);
     let actions = life.handle(at(4010), Input::Tick);
-    assert!(matches!(&actions[..], [Action::DropStandby(Some(why))] if why.contains("heartbeat")), "{actions:?}");
+    assert!(
+        matches!(&actions[..], [Action::DropStandby(Rank::First, Some(why))] if why.contains("heartbeat")),
+        "{actions:?}"
+    );
 }
 
 #[test]
@@ -149,7 +155,7 @@ fn a_spare_without_carrier_waits_for_it_disarmed() {
 #[test]
 fn with_both_down_the_serving_device_recovers_first() {
     let mut life = armed();
-    life.handle(at(2000), Input::StandbyFailed("it broke".into()));
+    life.handle(at(2000), Input::StandbyFailed(Rank::First, "it broke".into()));
     let actions = life.handle(at(2001), Input::Failed(failure(NoticedBy::Panic, 2001)));
     assert!(matches!(&actions[..], [Action::Failed(_), Action::Release]), "{actions:?}");
     assert_eq!(life.handle(at(2010), Input::Released), [Action::Reset, Action::BeginLastWords, Action::Report]);
@@ -170,7 +176,7 @@ fn past_the_limit_not_even_a_spare_goes_on() {
     let policy = Restart { limit: 0, ..Restart::default() };
     let mut life = Lifecycle { history: RestartHistory::new(policy), ..armed() };
     let actions = life.handle(at(2000), Input::ProcessGone("signal 9".into()));
-    let expected = [Action::Report, Action::Reset, Action::DropStandby(None)];
+    let expected = [Action::Report, Action::Reset, Action::DropStandby(Rank::First, None)];
     assert!(expected.iter().all(|action| actions.contains(action)), "{actions:?}");
     assert!(actions.iter().any(|action| matches!(action, Action::Quarantine(_))));
 }
@@ -178,11 +184,11 @@ fn past_the_limit_not_even_a_spare_goes_on() {
 #[test]
 fn a_planned_restart_goes_over_to_a_fresh_spare() {
     let mut life = armed();
-    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), [Action::DropStandby(Rank::First, None)]);
     life.handle(at(2050), Input::SpareFenced);
     assert_eq!(life.handle(at(2050), Input::Tick), [Action::ResetSpare]);
-    assert_eq!(life.handle(at(2100), Input::SpareResetDone), [Action::SpawnStandby(generation(3))]);
-    life.handle(at(2200), Input::StandbyHello);
+    assert_eq!(life.handle(at(2100), Input::SpareResetDone), [Action::SpawnStandby(Rank::First, generation(3))]);
+    life.handle(at(2200), Input::StandbyHello(Rank::First));
     life.handle(at(2200), Input::SpareForwarding);
     let actions = life.handle(at(2300), Input::SpareCarrier(Carrier::Up));
     assert!(
@@ -198,15 +204,15 @@ fn a_restart_on_a_spare_without_carrier_is_refused_or_given_up() {
     life.handle(at(1500), Input::SpareCarrier(Carrier::Down));
     let why = String::from("its spare has no carrier");
     assert_eq!(life.handle(at(2000), Input::Restart { fresh: false }), [Action::RestartOff(why.clone())]);
-    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), [Action::DropStandby(Rank::First, None)]);
     life.handle(at(2050), Input::SpareFenced);
     life.handle(at(2050), Input::Tick);
     life.handle(at(2100), Input::SpareResetDone);
-    life.handle(at(2200), Input::StandbyHello);
+    life.handle(at(2200), Input::StandbyHello(Rank::First));
     life.handle(at(2200), Input::SpareForwarding);
     life.handle(at(8199), Input::Heartbeat);
-    life.handle(at(8199), Input::StandbyHeartbeat);
-    let off = [Action::RestartOff(why), Action::DropStandby(None)];
+    life.handle(at(8199), Input::StandbyHeartbeat(Rank::First));
+    let off = [Action::RestartOff(why), Action::DropStandby(Rank::First, None)];
     assert_eq!(life.handle(at(8200), Input::Tick), off, "as long as a NIC may take");
     // What was started for the restart is never armed.
     assert_eq!(life.handle(at(8201), Input::SpareCarrier(Carrier::Up)), []);
@@ -225,7 +231,7 @@ fn a_guest_that_reboots_leaves_the_spare_armed() {
 #[test]
 fn a_stop_ends_both() {
     let mut life = armed();
-    assert_eq!(life.handle(at(2000), Input::Stop), [Action::DropStandby(None), Action::Kill]);
+    assert_eq!(life.handle(at(2000), Input::Stop), [Action::DropStandby(Rank::First, None), Action::Kill]);
     assert_eq!(life.handle(at(2001), Input::SpareFenced), []);
     assert_eq!(life.handle(at(9000), Input::Tick), []);
 }
@@ -250,9 +256,9 @@ pub(super) fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),
-        4 => Just(Input::StandbyHello),
-        1 => Just(Input::StandbyHeartbeat),
-        1 => Just(Input::StandbyFailed("gone".into())),
+        4 => Just(Input::StandbyHello(Rank::First)),
+        1 => Just(Input::StandbyHeartbeat(Rank::First)),
+        1 => Just(Input::StandbyFailed(Rank::First, "gone".into())),
         4 => Just(Input::SpareForwarding),
         4 => Just(Input::SpareCarrier(Carrier::Up)),
         1 => Just(Input::SpareCarrier(Carrier::Down)),
@@ -300,7 +306,7 @@ impl World {
     fn act(&mut self, action: &Action) -> Result<(), TestCaseError> {
         let [serving, spare] = &mut self.devices;
         match action {
-            Action::Spawn(g) | Action::SpawnStandby(g) => {
+            Action::Spawn(g) | Action::SpawnStandby(Rank::First, g) => {
                 let device = if matches!(action, Action::Spawn(_)) { serving } else { spare };
                 prop_assert_eq!(*device, Holder::Clean, "a device is reset between two lives");
                 prop_assert!(g.get() == self.last + 1 && !self.over);
@@ -323,7 +329,7 @@ impl World {
             Action::GoLive(..) | Action::Configure | Action::Mask => {
                 prop_assert!(matches!(serving, Holder::Process(_)));
             }
-            Action::Arm(_) | Action::ConfigureStandby | Action::DropStandby(_) => {
+            Action::Arm(_) | Action::ConfigureStandby(Rank::First) | Action::DropStandby(Rank::First, _) => {
                 prop_assert!(matches!(spare, Holder::Process(_)));
             }
             Action::Adopt(_) => prop_assert!(false, "a spare has its device already"),

@@ -207,6 +207,11 @@ impl Standbys {
         Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned }
     }
 
+    /// From now on `ahead` is kept ready.
+    pub(super) fn keep(&mut self, ahead: StandbyPolicy) {
+        self.ahead = ahead;
+    }
+
     pub(super) fn state(&self) -> Standby {
         self.state
     }
@@ -233,6 +238,22 @@ impl Standbys {
     /// Longest time until a standby that is wanted now is ready.
     pub(super) fn longest(&self) -> Duration {
         TURN_MAX + self.boot_patience
+    }
+
+    /// Whether a standby waits that has booted.
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.state, Standby::Ready { .. })
+    }
+
+    /// `second` is the first from now on, if there is one. What this one is about to do (a pause until the next is started) is `second`'s
+    /// then.
+    pub(super) fn move_up(&mut self, second: &mut Self) -> bool {
+        let moves = self.state.generation().is_none() && second.state.generation().is_some();
+        if moves {
+            std::mem::swap(&mut self.state, &mut second.state);
+            second.deaths = 0;
+        }
+        moves
     }
 
     /// The driver VM is live: schedules the next standby, if there is none.

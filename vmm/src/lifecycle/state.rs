@@ -94,6 +94,15 @@ pub struct Failure {
     pub at: Time,
 }
 
+/// The order in which lives that wait become the present life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    /// The standby, or the spare.
+    First,
+    /// The second standby, which waits behind the first and takes its place.
+    Second,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
@@ -144,14 +153,14 @@ pub enum Input {
     StandbyUseless,
     /// A quarantine is to end: the driver VM is started again, as if it had never failed.
     Resume,
-    /// The standby's agent said hello.
-    StandbyHello,
-    /// The standby has loaded its modules.
-    StandbyLoaded,
-    /// The standby's agent lives.
-    StandbyHeartbeat,
-    /// The standby has failed while it waited; the reason, for people.
-    StandbyFailed(String),
+    /// A standby's agent said hello.
+    StandbyHello(Rank),
+    /// A standby has loaded its modules.
+    StandbyLoaded(Rank),
+    /// A standby's agent lives.
+    StandbyHeartbeat(Rank),
+    /// A standby has failed while it waited; the reason, for people.
+    StandbyFailed(Rank, String),
     /// The process that is to leave a snapshot has found none that can be used, and boots.
     SnapshotMissing,
     /// The process that is to leave a snapshot has left it, or has found that it is there and can be used.
@@ -187,8 +196,13 @@ pub enum Action {
     Spawn(Generation),
     /// Make the standby, which is of this generation, the present life: give it the device.
     Adopt(Generation),
-    /// Start the process of this generation as the standby: without the device, or, as a spare, with that of the spare.
-    SpawnStandby(Generation),
+    /// Start the process of this generation as a standby: without the device, or, as a spare, with that of the spare.
+    SpawnStandby(Rank, Generation),
+    /// Start the process of this generation, which is the next life, while the one before is fenced; it gets its device by
+    /// [`Action::Adopt`].
+    SpawnAhead(Generation),
+    /// The second standby is the first from now on.
+    MoveUp,
     /// Start the process of this generation to leave the snapshot that the next life is restored from, if that is not there yet.
     TakeSnapshot(Generation),
     /// Kill the process that was to leave a snapshot: it has failed for the given reason.
@@ -196,15 +210,15 @@ pub enum Action {
     /// Make the spare, which is of this generation, the present life at the stage that it has reached, and its device the serving
     /// one; have the life before give its own device up, which is answered by [`Input::SpareFenced`].
     TakeOver(Generation),
-    /// Send the standby's agent its plan, ahead of its turn.
-    ConfigureStandby,
+    /// Send a standby's agent its plan, ahead of its turn.
+    ConfigureStandby(Rank),
     /// Tell the guests whether the spare can take over at any moment.
     Arm(bool),
     /// Reset the spare's device; answered by [`Input::SpareResetDone`].
     ResetSpare,
-    /// Kill the standby, which has failed for the given reason or (`None`) is of no use any more. The end of a spare is answered by
+    /// Kill a standby, which has failed for the given reason or (`None`) is of no use any more. The end of a spare is answered by
     /// [`Input::SpareFenced`].
-    DropStandby(Option<String>),
+    DropStandby(Rank, Option<String>),
     /// Have the guests' devices come to rest, because the driver VM is about to be replaced on purpose; answered by [`Input::AtRest`].
     Quiesce,
     /// Let the guests' devices go on: the driver VM is not replaced.

@@ -353,8 +353,8 @@ fn a_replay_at_an_end_that_came_late_is_suspected_when_the_life_dies_of_it() {
 #[test]
 fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
     let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
-    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(2000), Input::StandbyHello(Rank::First));
+    life.handle(at(2000), Input::StandbyLoaded(Rank::First));
     life.handle(at(3000), Input::ProcessGone("signal 9".into()));
     life.handle(at(3100), Input::ResetDone);
     let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
@@ -367,7 +367,7 @@ fn an_adopted_standby_that_falls_silent_is_noticed_before_it_forwards() {
 fn a_restart_of_a_cold_driver_vm_is_no_business_of_a_guest_that_goes() {
     let mut life = live(2);
     life.handle(at(2000), Input::Restart { fresh: false });
-    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(Rank::First, generation(2))]);
     assert_eq!(life.handle(at(2100), Input::EndGone(end(0))), []);
     assert_eq!(life.handle(at(2100), Input::Tick), []);
 }
@@ -386,15 +386,18 @@ fn a_restart_does_not_wait_for_ever() {
 #[test]
 fn a_fresh_standby_goes_with_the_restart_that_is_given_up() {
     let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
-    life.handle(at(2000), Input::StandbyLoaded);
-    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
+    life.handle(at(2000), Input::StandbyHello(Rank::First));
+    life.handle(at(2000), Input::StandbyLoaded(Rank::First));
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(Rank::First, None)]);
     // It waits for its turn, and boots when the patience with the restart is almost over.
     let until = life.restarting.unwrap();
     life.handle(Time(until.0 - 1_000_000), Input::Heartbeat);
-    assert_eq!(life.handle(Time(until.0 - 1_000_000), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    assert_eq!(life.handle(Time(until.0 - 1_000_000), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
     let actions = life.handle(until, Input::Tick);
-    assert_eq!(actions, [Action::RestartOff("it was not ready in time".into()), Action::DropStandby(None)]);
+    assert_eq!(
+        actions,
+        [Action::RestartOff("it was not ready in time".into()), Action::DropStandby(Rank::First, None)]
+    );
     assert!(matches!(life.standby(), Standby::Due(_)), "the next one is as those before");
 }
 
@@ -405,7 +408,7 @@ pub(super) fn with_standby() -> Lifecycle {
     bring_up(&mut life, at(0));
     assert_eq!(life.handle(at(10), Input::EndLive(end(0))), [Action::Live]);
     assert_eq!(life.handle(at(1009), Input::Tick), [], "the machine is left in peace first");
-    assert_eq!(life.handle(at(1010), Input::Tick), [Action::SpawnStandby(generation(2))]);
+    assert_eq!(life.handle(at(1010), Input::Tick), [Action::SpawnStandby(Rank::First, generation(2))]);
     life
 }
 
@@ -432,8 +435,12 @@ fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
 #[test]
 fn a_ready_standby_takes_over_and_the_next_one_follows() {
     let mut life = with_standby();
-    assert_eq!(life.handle(at(2000), Input::StandbyHello), [Action::ConfigureStandby], "all that can be done ahead");
-    life.handle(at(2000), Input::StandbyLoaded);
+    assert_eq!(
+        life.handle(at(2000), Input::StandbyHello(Rank::First)),
+        [Action::ConfigureStandby(Rank::First)],
+        "all that can be done ahead"
+    );
+    life.handle(at(2000), Input::StandbyLoaded(Rank::First));
     assert_eq!(life.standby().stage(), StandbyStage::Ready);
     life.handle(at(3000), Input::ProcessGone("signal 9".into()));
     let actions = life.handle(at(3100), Input::ResetDone);
@@ -443,7 +450,7 @@ fn a_ready_standby_takes_over_and_the_next_one_follows() {
     life.handle(at(3200), Input::Carrier(Carrier::Up));
     assert_eq!(life.standby(), Standby::Absent, "none boots beside a recovery");
     life.handle(at(3300), Input::EndLive(end(0)));
-    assert_eq!(life.handle(at(4300), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    assert_eq!(life.handle(at(4300), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
 }
 
 #[test]
@@ -459,14 +466,14 @@ fn a_standby_that_dies_is_replaced_ever_more_slowly_and_missed_by_nobody() {
     let mut life = with_standby();
     let mut now = at(1100);
     for (n, seconds) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
-        let actions = life.handle(now, Input::StandbyFailed("it broke".into()));
-        assert_eq!(actions, [Action::DropStandby(Some("it broke".into()))]);
+        let actions = life.handle(now, Input::StandbyFailed(Rank::First, "it broke".into()));
+        assert_eq!(actions, [Action::DropStandby(Rank::First, Some("it broke".into()))]);
         now = now + Duration::from_secs(seconds);
         life.handle(now, Input::Heartbeat);
         let next = u32::try_from(n).unwrap() + 3;
-        assert_eq!(life.handle(now, Input::Tick), [Action::SpawnStandby(generation(next))]);
+        assert_eq!(life.handle(now, Input::Tick), [Action::SpawnStandby(Rank::First, generation(next))]);
     }
-    life.handle(now, Input::StandbyFailed("it broke".into()));
+    life.handle(now, Input::StandbyFailed(Rank::First, "it broke".into()));
     life.handle(now, Input::ProcessGone("signal 9".into()));
     assert_eq!(life.handle(now, Input::ResetDone), [Action::Spawn(generation(11))], "a cold boot");
 }
@@ -474,21 +481,28 @@ fn a_standby_that_dies_is_replaced_ever_more_slowly_and_missed_by_nobody() {
 #[test]
 fn a_silent_standby_is_given_up() {
     let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
-    life.handle(at(2000), Input::StandbyLoaded);
+    life.handle(at(2000), Input::StandbyHello(Rank::First));
+    life.handle(at(2000), Input::StandbyLoaded(Rank::First));
     let silence = 4 * u64::from(Restart::default().heartbeat_timeout_ms);
     life.handle(at(2000 + silence), Input::Heartbeat);
     let actions = life.handle(at(2000 + silence), Input::Tick);
-    assert!(matches!(&actions[..], [Action::DropStandby(Some(why))] if why.contains("heartbeat")), "{actions:?}");
+    assert!(
+        matches!(&actions[..], [Action::DropStandby(Rank::First, Some(why))] if why.contains("heartbeat")),
+        "{actions:?}"
+    );
 }
 
 #[test]
 fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
     let mut life = live(1);
     assert_eq!(life.handle(at(2000), Input::Restart { fresh: true }), []);
-    assert_eq!(life.handle(at(2000), Input::Tick), [Action::SpawnStandby(generation(2))], "though it is cold");
-    life.handle(at(2500), Input::StandbyHello);
-    let actions = life.handle(at(2600), Input::StandbyLoaded);
+    assert_eq!(
+        life.handle(at(2000), Input::Tick),
+        [Action::SpawnStandby(Rank::First, generation(2))],
+        "though it is cold"
+    );
+    life.handle(at(2500), Input::StandbyHello(Rank::First));
+    let actions = life.handle(at(2600), Input::StandbyLoaded(Rank::First));
     assert!(
         matches!(&actions[..], [Action::Failed(f), Action::Release] if f.source == NoticedBy::Planned),
         "{actions:?}"
@@ -501,20 +515,20 @@ fn a_restart_waits_for_a_standby_and_counts_as_no_failure() {
 #[test]
 fn a_restart_whose_driver_vm_does_not_come_up_changes_nothing() {
     let mut life = with_standby();
-    life.handle(at(2000), Input::StandbyHello);
-    life.handle(at(2000), Input::StandbyLoaded);
-    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(None)]);
-    assert_eq!(life.handle(at(2500), Input::Tick), [Action::SpawnStandby(generation(3))]);
+    life.handle(at(2000), Input::StandbyHello(Rank::First));
+    life.handle(at(2000), Input::StandbyLoaded(Rank::First));
+    assert_eq!(life.handle(at(2500), Input::Restart { fresh: true }), [Action::DropStandby(Rank::First, None)]);
+    assert_eq!(life.handle(at(2500), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
     let why = String::from("no init");
-    let off = [Action::DropStandby(Some(why.clone())), Action::RestartOff(why.clone())];
-    assert_eq!(life.handle(at(3000), Input::StandbyFailed(why)), off);
+    let off = [Action::DropStandby(Rank::First, Some(why.clone())), Action::RestartOff(why.clone())];
+    assert_eq!(life.handle(at(3000), Input::StandbyFailed(Rank::First, why)), off);
     assert_eq!((life.state().name(), life.generation()), (StateName::Live, Some(generation(1))));
 }
 
 #[test]
 fn a_stop_takes_the_standby_along() {
     let mut life = with_standby();
-    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(None), Action::Kill]);
+    assert_eq!(life.handle(at(1200), Input::Stop), [Action::DropStandby(Rank::First, None), Action::Kill]);
 }
 
 #[test]

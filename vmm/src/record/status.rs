@@ -267,9 +267,23 @@ pub struct StandbyStatus {
     pub generation: Option<u32>,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
+    /// The life that waits behind it; `None` without `standbys = 2`.
+    #[serde(default)]
+    pub second: Option<SecondStatus>,
     /// Why there is no spare, or no snapshot, although there should be one by now.
     #[serde(default)]
     pub reason: Option<String>,
+}
+
+/// The second standby of a driver VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SecondStatus {
+    /// The stage that it has reached.
+    pub state: StandbyStage,
+    /// Its generation, while there is one.
+    pub generation: Option<u32>,
+    /// Number of its process, while there is one.
+    pub pid: Option<u32>,
 }
 
 impl Status {
@@ -377,7 +391,10 @@ impl StandbyStatus {
         let other = if self.network == Some(SpareNetwork::Silent) { ", other network?" } else { "" };
         match &self.device {
             Some(device) => format!("spare {device} {}{other}", self.state),
-            None => self.state.to_string(),
+            None => match &self.second {
+                Some(second) => format!("{}, then {}", self.state, second.state),
+                None => self.state.to_string(),
+            },
         }
     }
 }
@@ -446,6 +463,7 @@ mod tests {
                 network: None,
                 generation: Some(4),
                 pid: Some(10),
+                second: None,
                 reason: None,
             }),
         };

@@ -5,14 +5,14 @@ use umbra_shadow::Generation;
 use super::class::traits;
 use super::driver::EndRef;
 use super::driver::dying::LAST;
-use super::driver::life::LifeRole;
+use super::driver::life::{LifeRole, Purpose};
 use super::driver::standby::renice_vcpus;
 use super::guest::GuestState;
 use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
-use crate::lifecycle::{Action, Endpoint, Failure, Input, NoticedBy, State};
+use crate::lifecycle::{Action, Endpoint, Failure, Input, NoticedBy, Rank, State};
 use crate::record::crash_report::{CrashReport, Verdict};
 use crate::record::events::Event;
 use crate::record::timeline::{Milestone, Timeline};
@@ -24,18 +24,20 @@ impl Supervisor {
             Action::Reset => self.reset(n),
             Action::Spawn(generation) => self.spawn(n, generation),
             Action::Adopt(generation) => self.adopt(n, generation),
-            Action::SpawnStandby(generation) => self.spawn_standby(n, generation),
+            Action::SpawnStandby(rank, generation) => self.spawn_standby((n, rank), generation),
+            Action::SpawnAhead(generation) => self.launch_standby((n, Rank::First), generation, Purpose::ServeSoon),
+            Action::MoveUp => self.move_up(n),
             Action::TakeSnapshot(generation) => self.spawn_taker(n, generation),
             Action::DropTaker(why) => self.drop_taker(n, &why),
             Action::TakeOver(generation) => self.take_over(n, generation),
-            Action::ConfigureStandby => self.configure(n, LifeRole::Standby),
+            Action::ConfigureStandby(rank) => self.configure(n, LifeRole::Standby(rank)),
             Action::Arm(up) => self.arm(n, up),
             Action::ResetSpare => self.reset_spare(n),
             Action::ReportFenced => self.report_retired(n),
             Action::Quiesce => self.quiesce(n),
             Action::GoOn => self.go_on(n),
             Action::RestartOff(why) => self.restart_off(n, &why),
-            Action::DropStandby(why) => self.drop_standby(n, why),
+            Action::DropStandby(rank, why) => self.drop_standby(n, rank, why),
             Action::Configure => self.configure(n, LifeRole::Present),
             Action::GoLive(end, replay) => {
                 self.drivers[n].timeline.mark(Milestone::GoLive, now);

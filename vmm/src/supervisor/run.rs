@@ -32,7 +32,7 @@ use super::start::rundir::{RunDir, RunDirError};
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
-use crate::lifecycle::{Input, State};
+use crate::lifecycle::{Input, Rank, State};
 use crate::record::crash_report::PendingReports;
 use crate::record::events::{Event, Events, Verbosity};
 use crate::record::log::EventLog;
@@ -305,7 +305,7 @@ impl Supervisor {
     fn is_over(&self) -> bool {
         let stopped = |driver: &DriverVm| {
             let gone = driver.life.is_none() || driver.lifecycle.process_hangs();
-            gone && driver.standby.is_none() && *driver.lifecycle.state() == State::Stopped
+            gone && driver.standby.is_none() && driver.second.is_none() && *driver.lifecycle.state() == State::Stopped
         };
         self.is_done() && self.drivers.iter().all(stopped)
     }
@@ -428,7 +428,7 @@ impl Supervisor {
                 self.drivers[n].lifecycle.wait_turn(now);
             }
             if let Some(why) = self.drivers[n].take_suspicion(now) {
-                self.drive(n, Input::StandbyFailed(why));
+                self.drive(n, Input::StandbyFailed(Rank::First, why));
             }
             if self.drivers[n].connection_due().is_some_and(|due| due <= now) {
                 self.connect_ends(n);
@@ -581,7 +581,8 @@ impl Supervisor {
 
     /// Kills what still runs and waits for it, before the terminal is restored.
     fn end_processes(&mut self) {
-        self.drivers.iter_mut().for_each(|driver| (driver.life, driver.standby, driver.dying) = (None, None, None));
+        self.drivers.iter_mut().for_each(|driver| (driver.life, driver.dying) = (None, None));
+        self.drivers.iter_mut().for_each(|driver| (driver.standby, driver.second) = (None, None));
         self.drivers.iter_mut().for_each(|driver| driver.ending.clear());
         self.guests.iter_mut().for_each(|guest| guest.process = None);
     }

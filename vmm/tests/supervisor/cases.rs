@@ -25,6 +25,7 @@ pub const ALL: &[Case] = cases![
     a_killed_process_is_replaced,
     a_standby_takes_over_and_the_next_one_follows,
     a_standby_that_is_killed_is_replaced,
+    a_second_standby_moves_up_at_a_failure_and_when_the_first_is_killed,
     a_spare_takes_over_and_the_devices_change_places,
     a_spare_that_takes_over_by_itself_is_adopted_with_the_better_reason,
     a_guest_s_word_that_comes_when_it_is_served_again_is_in_the_report,
@@ -107,6 +108,39 @@ fn spare(driver: &DriverStatus) -> (StandbyStage, String, u32) {
 pub fn wait_armed(machine: &TestMachine, serving: u32, device: &str, next: u32) -> DriverStatus {
     let armed = (StandbyStage::Armed, device.to_owned(), next);
     machine.wait_for("an armed spare", |driver| driver.generation == Some(serving) && spare(driver) == armed)
+}
+
+/// The second is connected with the guest when it is the first, and serves as any other.
+fn a_second_standby_moves_up_at_a_failure_and_when_the_first_is_killed() {
+    let mut machine = make("", "", "standbys = 2\nrestart = { backoff_ms = 10, limit = 9 }");
+    machine.start_again();
+    let both_ready = |first: u32| {
+        let waiting = |driver: &DriverStatus| {
+            let standby = driver.standby.clone().unwrap();
+            let second = standby.second.clone().unwrap();
+            [(standby.state, standby.generation), (second.state, second.generation)]
+        };
+        let ready = |generation| (StandbyStage::Ready, Some(generation));
+        machine.wait_for("both", |driver| waiting(driver) == [ready(first), ready(first + 1)]).standby.unwrap()
+    };
+    let before = both_ready(2);
+    let second = before.second.unwrap();
+    machine.crash(CrashKind::Panic);
+    assert_eq!(machine.wait_live(2).pid, before.pid);
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_live(3);
+    assert_eq!((driver.pid, driver.failures), (second.pid, 2));
+    kill(both_ready(4).pid.unwrap());
+    let moved = both_ready(5);
+    kill(moved.second.unwrap().pid.unwrap());
+    machine.wait_for("another second", |driver| {
+        let standby = driver.standby.clone().unwrap();
+        let second = standby.second.unwrap();
+        standby.pid == moved.pid && (second.state, second.generation) == (StandbyStage::Ready, Some(7))
+    });
+    machine.crash(CrashKind::Panic);
+    assert_eq!(machine.wait_live(5).pid, moved.pid);
+    machine.stop();
 }
 
 fn a_spare_takes_over_and_the_devices_change_places() {

@@ -10,7 +10,7 @@ use umbra_shadow::DeviceId;
 
 use super::net::end_mac;
 use crate::base::lines::LineError;
-use crate::lifecycle::{Endpoint, Input};
+use crate::lifecycle::{Endpoint, Input, Rank};
 use crate::supervisor::driver::life::{LifeRole, encode};
 use crate::supervisor::driver::{DriverVm, EndRef, Life};
 use crate::supervisor::guest::GuestVm;
@@ -99,7 +99,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn pass_on(&mut self, guest: GuestId, device: DeviceId, setting: Setting) {
         let Some((driver, end)) = self.served(guest, device) else { return };
         let Ok(position) = u16::try_from(end.place()) else { return };
-        for role in [LifeRole::Present, LifeRole::Standby] {
+        for role in [LifeRole::Present, LifeRole::Standby(Rank::First), LifeRole::Standby(Rank::Second)] {
             if let Some(life) = self.drivers[driver].life_of_mut(role) {
                 life.settings.change(position, setting);
                 self.send_settings(driver, role);
@@ -149,11 +149,11 @@ impl Supervisor {
             (Ok(()), _) | (Err(_), LifeRole::Dying) => {}
             (Err(error), LifeRole::Present) => self.lose_agent(n, &error),
             // One that is closed is noticed where it is read as well.
-            (Err(error), LifeRole::Standby) => {
+            (Err(error), LifeRole::Standby(rank)) => {
                 if let Some(life) = self.drivers[n].life_of_mut(role) {
                     life.drop_agent();
                 }
-                self.drive(n, Input::StandbyFailed(format!("its agent's control stream: {error}")));
+                self.drive(n, Input::StandbyFailed(rank, format!("its agent's control stream: {error}")));
             }
         }
     }

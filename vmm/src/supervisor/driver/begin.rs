@@ -20,7 +20,7 @@ use umbra_guest_images::image::{Image, Manifest};
 
 use crate::base::random::random;
 use crate::base::time::Time;
-use crate::lifecycle::{Input, NoticedBy};
+use crate::lifecycle::{Input, NoticedBy, Rank};
 use crate::supervisor::driver::life::LifeRole;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -74,8 +74,9 @@ impl Supervisor {
                     return;
                 }
                 if let Err(error) = life.process.channel().send_now(&ToVm::Snapshot { unused }, &[]) {
-                    if self.drivers[n].has_taker() && role == LifeRole::Standby {
-                        return self.drive(n, Input::StandbyFailed(format!("ask for a snapshot: {error}")));
+                    if self.drivers[n].has_taker() && role == LifeRole::Standby(Rank::First) {
+                        return self
+                            .drive(n, Input::StandbyFailed(Rank::First, format!("ask for a snapshot: {error}")));
                     }
                     self.events.warn(format!("{}: ask for a snapshot: {error}", self.drivers[n].name));
                     self.begin(n, role);
@@ -111,7 +112,9 @@ impl Supervisor {
                 let mut trust = std::mem::take(&mut self.drivers[n].trust);
                 trust.restored(generation, |generation| self.drivers[n].has_life(generation));
                 self.drivers[n].trust = trust;
-                if let Some(standby) = self.drivers[n].standby.as_mut().filter(|_| role == LifeRole::Standby) {
+                if let LifeRole::Standby(rank) = role
+                    && let Some(standby) = self.drivers[n].waiting_mut(rank)
+                {
                     standby.restored = true;
                 }
             }
@@ -143,7 +146,7 @@ impl Supervisor {
                 let what = format!("draw random numbers for a driver VM: {error}");
                 return match role {
                     LifeRole::Present => self.fail_driver(n, NoticedBy::Start, what, Time::now()),
-                    LifeRole::Standby => self.drive(n, Input::StandbyFailed(what)),
+                    LifeRole::Standby(rank) => self.drive(n, Input::StandbyFailed(rank, what)),
                     LifeRole::Dying => {}
                 };
             }

@@ -19,7 +19,7 @@ use super::begin::Begin;
 use super::life::{LifeRole, Purpose};
 use super::{DriverVm, Life};
 use crate::base::time::Time;
-use crate::lifecycle::{Endpoint, Failure, Input, NoticedBy, State};
+use crate::lifecycle::{Endpoint, Failure, Input, NoticedBy, Rank, State};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::events::Event;
 use crate::record::timeline::Milestone;
@@ -166,9 +166,10 @@ impl DriverVm {
 }
 
 impl Supervisor {
-    /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there.
+    /// Connects what can be connected: each end of the lives of driver VM `n` whose guest is there. A second standby has no connection:
+    /// a guest keeps one link beside the serving one.
     pub(in crate::supervisor) fn connect_ends(&mut self, n: DriverId) {
-        for role in [LifeRole::Present, LifeRole::Standby] {
+        for role in [LifeRole::Present, LifeRole::Standby(Rank::First)] {
             for end in self.drivers[n].ends.ids() {
                 self.connect(n, role, end);
             }
@@ -192,7 +193,7 @@ impl Supervisor {
         }
         let armed = driver.lifecycle.is_armed();
         let Some(life) = driver.life_of_mut(role) else { return };
-        let waits = life.purpose == Purpose::Wait && role == LifeRole::Standby;
+        let waits = life.purpose != Purpose::WaitWithSpare && role != LifeRole::Present;
         let early = waits && traits(device.class).begins_with_device;
         // A life that has asked which one it is may be about to be saved.
         let unmet = matches!(life.begin, Begin::Unmet | Begin::Asked);
@@ -219,8 +220,8 @@ impl Supervisor {
         }
         match role {
             LifeRole::Present => self.drive(n, Input::EndHere(end)),
-            LifeRole::Standby if armed => self.tell_armed_at(n, end, generation),
-            LifeRole::Standby | LifeRole::Dying => {}
+            LifeRole::Standby(_) if armed => self.tell_armed_at(n, end, generation),
+            LifeRole::Standby(_) | LifeRole::Dying => {}
         }
     }
 
@@ -344,7 +345,7 @@ impl Supervisor {
         if *cause == LinkEnd::Closed && !is_spare {
             driver.suspect_standby(why);
         } else {
-            self.drive(d, Input::StandbyFailed(why));
+            self.drive(d, Input::StandbyFailed(Rank::First, why));
         }
     }
 

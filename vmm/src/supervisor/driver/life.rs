@@ -17,10 +17,10 @@ use umbra_splitter::untrusted;
 
 use super::begin::Begin;
 use super::console::{Console, Fatal};
-use super::{DriverVm, EndLink};
+use super::{DriverVm, EndLink, StandbyVm};
 use crate::base::lines::{LineError, Lines};
 use crate::base::time::Time;
-use crate::lifecycle::{Endpoint, Input};
+use crate::lifecycle::{Endpoint, Input, Rank};
 use crate::supervisor::bounds::{self, AgentAllowance};
 use crate::supervisor::class::carrier::Flaps;
 use crate::supervisor::class::settings::Settings;
@@ -38,7 +38,8 @@ pub(in crate::supervisor) const AT_ONCE: usize = 64;
 pub(in crate::supervisor) enum Purpose {
     /// It has the device from its start.
     Serve,
-    /// It gets the device as soon as it can take it: until then it may be restored from a snapshot, which has met none.
+    /// It gets the device as soon as both can: until then it may be restored from a snapshot, which has met none, while the life before is
+    /// fenced.
     ServeSoon,
     /// It waits for the device.
     Wait,
@@ -68,11 +69,14 @@ impl Purpose {
 pub(in crate::supervisor) enum LifeRole {
     /// It serves, or is to: it has the device.
     Present,
-    /// It waits to be the next one.
-    Standby,
+    /// It waits to be the next one, or the one behind that.
+    Standby(Rank),
     /// It has failed, and says its last words.
     Dying,
 }
+
+/// The lives that wait, in the order in which they are taken.
+pub(in crate::supervisor) const RANKS: [Rank; 2] = [Rank::First, Rank::Second];
 
 /// What of a life is ready to be read, in the order of reading: what it has said comes before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -276,21 +280,36 @@ pub(in crate::supervisor) fn encode(message: &ToAgent) -> Result<String, LineErr
 }
 
 impl DriverVm {
+    /// The life that waits with this rank, or is dropped.
+    pub(in crate::supervisor) fn waiting(&self, rank: Rank) -> Option<&StandbyVm> {
+        match rank {
+            Rank::First => self.standby.as_ref(),
+            Rank::Second => self.second.as_ref(),
+        }
+    }
+
+    /// The place of the life that waits with this rank.
+    pub(in crate::supervisor) fn waiting_mut(&mut self, rank: Rank) -> &mut Option<StandbyVm> {
+        match rank {
+            Rank::First => &mut self.standby,
+            Rank::Second => &mut self.second,
+        }
+    }
+
     /// All lives that have a process and a role.
     fn lives(&self) -> impl Iterator<Item = (LifeRole, &Life)> {
         let present = self.life.iter().map(|life| (LifeRole::Present, life));
-        let standby = self.standby.iter().map(|standby| (LifeRole::Standby, &standby.life));
-        present.chain(standby).chain(self.dying.iter().map(|dying| (LifeRole::Dying, &dying.life)))
+        let waiting = RANKS.into_iter().filter_map(|rank| Some((LifeRole::Standby(rank), &self.waiting(rank)?.life)));
+        present.chain(waiting).chain(self.dying.iter().map(|dying| (LifeRole::Dying, &dying.life)))
     }
 
     /// What there is to wait for of all its lives, but for those parts that are of no interest in their role.
     pub(in crate::supervisor) fn watched_lives(
         &self,
     ) -> impl Iterator<Item = (LifeRole, Part, BorrowedFd<'_>, PollFlags)> {
-        let dropped = self.standby.as_ref().is_some_and(|standby| standby.dropped);
         let heeded = move |role, part| match role {
             LifeRole::Present => true,
-            LifeRole::Standby => !dropped || matches!(part, Part::Console | Part::Exit),
+            LifeRole::Standby(_) => self.life_of(role).is_some() || matches!(part, Part::Console | Part::Exit),
             LifeRole::Dying => part != Part::Agent,
         };
         let all =
@@ -302,7 +321,9 @@ impl DriverVm {
     pub(in crate::supervisor) fn life_of(&self, role: LifeRole) -> Option<&Life> {
         match role {
             LifeRole::Present => self.life.as_ref(),
-            LifeRole::Standby => self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life),
+            LifeRole::Standby(rank) => {
+                self.waiting(rank).filter(|standby| !standby.dropped).map(|standby| &standby.life)
+            }
             LifeRole::Dying => None,
         }
     }
@@ -311,8 +332,8 @@ impl DriverVm {
     pub(in crate::supervisor) fn life_of_mut(&mut self, role: LifeRole) -> Option<&mut Life> {
         match role {
             LifeRole::Present => self.life.as_mut(),
-            LifeRole::Standby => {
-                self.standby.as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life)
+            LifeRole::Standby(rank) => {
+                self.waiting_mut(rank).as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life)
             }
             LifeRole::Dying => None,
         }
@@ -327,7 +348,9 @@ impl DriverVm {
     fn hear(&mut self, role: LifeRole, part: Part) -> Option<(Generation, Vec<Heard>)> {
         let (life, console) = match role {
             LifeRole::Present => (self.life.as_mut()?, &mut self.console),
-            LifeRole::Standby => self.standby.as_mut().map(|standby| (&mut standby.life, &mut standby.console))?,
+            LifeRole::Standby(rank) => {
+                self.waiting_mut(rank).as_mut().map(|standby| (&mut standby.life, &mut standby.console))?
+            }
             LifeRole::Dying => self.dying.as_mut().map(|dying| (&mut dying.life, &mut dying.console))?,
         };
         Some((life.generation, life.hear(part, console)))
@@ -345,9 +368,9 @@ impl Supervisor {
         for heard in words {
             match self.drivers[n].role_of(generation) {
                 Some(LifeRole::Present) => self.on_present(n, heard),
-                Some(LifeRole::Standby) => {
-                    if let Some(why) = self.on_standby(n, heard) {
-                        return self.drive(n, Input::StandbyFailed(why));
+                Some(LifeRole::Standby(rank)) => {
+                    if let Some(why) = self.on_standby((n, rank), heard) {
+                        return self.drive(n, Input::StandbyFailed(rank, why));
                     }
                 }
                 Some(LifeRole::Dying) => self.on_dying(n, heard),

@@ -35,7 +35,7 @@ use super::driver::begin::Begin;
 use super::driver::console::Console;
 use super::driver::device::{HeldDevice, Open, ResetJob};
 use super::driver::dying::{Dying, Ending};
-use super::driver::life::Purpose;
+use super::driver::life::{LifeRole, Purpose};
 use super::driver::spare::Spare;
 use super::driver::starvation::Watch;
 use super::driver::trust::Trust;
@@ -49,7 +49,7 @@ use crate::host::DeviceFiles;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::RestartHistory;
-use crate::lifecycle::{Carrier, Endpoint, Lifecycle, StandbyPolicy, State};
+use crate::lifecycle::{Carrier, Endpoint, Lifecycle, Rank, StandbyPolicy, State};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
@@ -109,6 +109,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) ending: Vec<Ending>,
     /// The next life, while it waits.
     pub(in crate::supervisor) standby: Option<StandbyVm>,
+    /// The life behind that one.
+    pub(in crate::supervisor) second: Option<StandbyVm>,
     /// Whether the snapshot is of use.
     pub(in crate::supervisor) trust: Trust,
     /// The image of the snapshot that was there when it was looked for last, where snapshots are made ahead.
@@ -188,7 +190,9 @@ impl DriverVm {
             name: name.into(),
             lifecycle: Lifecycle::new(RestartHistory::new(spec.restart.clone()), 0, ahead)
                 .with_spare_after(spec.spare_after_ms)
-                .with_rest(rests),
+                .with_rest(rests)
+                .with_standbys(spec.standbys)
+                .with_starts_ahead(spec.snapshots),
             spare: spare.map(|device| Spare::new(device, open)),
             held: HeldDevice::new(open),
             present: None,
@@ -204,6 +208,7 @@ impl DriverVm {
             dying: None,
             ending: Vec::new(),
             standby: None,
+            second: None,
             trust: Trust::default(),
             saved: None,
             not_saved: None,
@@ -318,8 +323,8 @@ impl DriverVm {
 
     /// Whether the process of `generation` is there and wanted.
     pub(super) fn has_life(&self, generation: Generation) -> bool {
-        let standby = self.standby.iter().filter(|standby| !standby.dropped).map(|standby| &standby.life);
-        self.life.iter().chain(standby).any(|life| life.generation == generation)
+        let roles = [LifeRole::Present, LifeRole::Standby(Rank::First), LifeRole::Standby(Rank::Second)];
+        roles.into_iter().filter_map(|role| self.life_of(role)).any(|life| life.generation == generation)
     }
 
     /// The present life was started without the device.

@@ -13,7 +13,7 @@ use super::{DriverVm, EndRef, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset::{self, ResetMethod};
 use crate::host::sysfs::HostDevice;
-use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy, StandbyStage, State};
+use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy, Rank, StandbyStage, State};
 use crate::record::events::Event;
 use crate::record::status::SpareNetwork;
 use crate::record::timeline::Milestone;
@@ -116,7 +116,7 @@ impl Supervisor {
         }
         self.tell_armed(n, generation, up);
         if up && self.drivers[n].standby.as_ref().is_some_and(|standby| !standby.ready) {
-            return self.standby_ready(n);
+            return self.standby_ready(n, Rank::First);
         }
         let driver = self.drivers[n].name.clone();
         self.events.tell(&Event::SpareCarrier { driver, generation: generation.get(), up });

@@ -15,9 +15,9 @@ use super::console::Console;
 use super::life::{Heard, LifeRole, Purpose};
 use super::{DriverVm, StandbyVm};
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Carrier, Input, NoticedBy, StandbyStage};
+use crate::lifecycle::{Carrier, Input, NoticedBy, Rank, StandbyStage};
 use crate::record::events::Event;
-use crate::record::status::StandbyStatus;
+use crate::record::status::{SecondStatus, StandbyStatus};
 use crate::record::timeline::{LifeStage, Milestone};
 use crate::supervisor::bounds;
 use crate::supervisor::ids::DriverId;
@@ -32,27 +32,29 @@ const NICE: i32 = 10;
 const SUSPICION: Duration = Duration::from_millis(100);
 
 impl Supervisor {
-    pub(in crate::supervisor) fn spawn_standby(&mut self, n: DriverId, generation: Generation) {
+    pub(in crate::supervisor) fn spawn_standby(&mut self, (n, rank): (DriverId, Rank), generation: Generation) {
         let driver = &mut self.drivers[n];
         self.events.tell(&Event::StandbyStarting { driver: driver.name.clone(), generation: generation.get() });
         let purpose = if driver.spare.is_some() { Purpose::WaitWithSpare } else { Purpose::Wait };
-        self.launch_standby(n, generation, purpose);
+        self.launch_standby((n, rank), generation, purpose);
     }
 
     /// Starts a process beside the present life.
-    pub(super) fn launch_standby(&mut self, n: DriverId, generation: Generation, purpose: Purpose) {
+    pub(in crate::supervisor) fn launch_standby(
+        &mut self,
+        (n, rank): (DriverId, Rank),
+        generation: Generation,
+        purpose: Purpose,
+    ) {
         let driver = &mut self.drivers[n];
         match driver.launch(&self.program, generation, (purpose, driver.next_image())) {
             Ok(life) => {
-                if may_renice() && !driver.lifecycle.awaits_spare() {
+                if may_renice() && purpose != Purpose::ServeSoon && !driver.lifecycle.awaits_spare() {
                     renice(life.process.pid(), NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
-                // One that was dropped and has not ended yet is not waited for.
-                if let Some(dropped) = driver.standby.take() {
-                    driver.reap(dropped.life.process, false);
-                }
-                driver.standby = Some(StandbyVm {
+                driver.clear(rank);
+                *driver.waiting_mut(rank) = Some(StandbyVm {
                     life,
                     console,
                     started,
@@ -66,20 +68,31 @@ impl Supervisor {
                 });
                 self.connect_ends(n);
             }
-            Err(error) => self.drive(n, Input::StandbyFailed(error.to_string())),
+            Err(error) => self.drive(n, Input::StandbyFailed(rank, error.to_string())),
         }
     }
 
-    pub(in crate::supervisor) fn drop_standby(&mut self, n: DriverId, why: Option<String>) {
+    /// The second standby is the first from now on, and is connected with the guests.
+    pub(in crate::supervisor) fn move_up(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
-        let mut generation = 0;
-        if let Some(standby) = &mut driver.standby {
-            generation = standby.life.generation.get();
+        driver.clear(Rank::First);
+        driver.standby = driver.second.take();
+        self.connect_ends(n);
+    }
+
+    pub(in crate::supervisor) fn drop_standby(&mut self, n: DriverId, rank: Rank, why: Option<String>) {
+        let driver = &mut self.drivers[n];
+        let mut dropped = None;
+        if let Some(standby) = driver.waiting_mut(rank) {
             // What is left of it is cleared away when its end is seen.
             standby.life.process.kill();
             standby.dropped = true;
+            dropped = Some(standby.life.generation);
+        }
+        let generation = dropped.map_or(0, Generation::get);
+        if let Some(dropped) = dropped {
             if why.is_none() {
-                driver.trust.unwanted(standby.life.generation);
+                driver.trust.unwanted(dropped);
             }
             if let Some(spare) = &mut driver.spare {
                 spare.held.fence();
@@ -88,7 +101,7 @@ impl Supervisor {
         if let Some(reason) = why {
             self.events.tell(&Event::StandbyFailed { driver: driver.name.clone(), generation, reason });
         }
-        if self.drivers[n].standby.is_none() {
+        if dropped.is_none() {
             self.drive(n, Input::SpareFenced);
         }
     }
@@ -116,8 +129,13 @@ impl Supervisor {
         driver.present = Some(generation);
         let standby = if ready { StandbyStage::Ready } else { StandbyStage::Booting };
         let (name, device) = (driver.name.clone(), driver.device.bdf().to_string());
+        let waited = driver.life.as_ref().is_some_and(|life| life.purpose != Purpose::ServeSoon);
         self.give_device(n);
-        self.events.tell(&Event::DriverAdopted { driver: name, generation: generation.get(), device, standby });
+        let generation = generation.get();
+        self.events.tell(&match waited {
+            true => Event::DriverAdopted { driver: name, generation, device, standby },
+            false => Event::DriverStarting { driver: name, generation },
+        });
     }
 
     /// The present life, which was started without the device, gets it, and is connected with its guests.
@@ -159,23 +177,23 @@ impl Supervisor {
 
     /// The standby of driver VM `n` has said or done something; why it is given up, if it is. Of a dropped standby only the end is
     /// awaited.
-    pub(super) fn on_standby(&mut self, n: DriverId, heard: Heard) -> Option<String> {
-        if self.drivers[n].standby.as_ref()?.dropped && !matches!(heard, Heard::Exited(_)) {
+    pub(super) fn on_standby(&mut self, (n, rank): (DriverId, Rank), heard: Heard) -> Option<String> {
+        if self.drivers[n].waiting(rank)?.dropped && !matches!(heard, Heard::Exited(_)) {
             return None;
         }
         match heard {
-            Heard::Process(message) => self.on_standby_vm(n, message),
+            Heard::Process(message) => self.on_standby_vm((n, rank), message),
             Heard::ControlClosed => Some("its process ended".into()),
-            Heard::Agent(message) => self.on_standby_message(n, message),
+            Heard::Agent(message) => self.on_standby_message((n, rank), message),
             Heard::ControlBroken(what) | Heard::Nonsense(what) => Some(what),
             Heard::AgentLost(error) => Some(format!("its agent's control stream: {error}")),
             // A standby whose kernel is dying must not be adopted.
             Heard::Fatal(fatal) => Some(fatal.in_words().into()),
-            Heard::Exited(status) => self.standby_gone(n, status),
+            Heard::Exited(status) => self.standby_gone((n, rank), status),
         }
     }
 
-    fn on_standby_vm(&mut self, n: DriverId, message: FromVm) -> Option<String> {
+    fn on_standby_vm(&mut self, (n, rank): (DriverId, Rank), message: FromVm) -> Option<String> {
         match message {
             FromVm::Panicked { .. } => Some("kernel panic".into()),
             FromVm::Failed { what } => Some(what),
@@ -187,12 +205,14 @@ impl Supervisor {
             }
             FromVm::Ended { .. } => Some("the VM ended".into()),
             FromVm::Disconnected { end, link, why } => {
-                self.on_disconnected(n, LifeRole::Standby, end, link, &why);
+                self.on_disconnected(n, LifeRole::Standby(rank), end, link, &why);
                 None
             }
-            FromVm::Snapshot { news } if self.drivers[n].has_taker() => self.on_taker_news(n, news),
+            FromVm::Snapshot { news } if rank == Rank::First && self.drivers[n].has_taker() => {
+                self.on_taker_news(n, news)
+            }
             FromVm::Snapshot { news } => {
-                self.on_snapshot(n, LifeRole::Standby, &news);
+                self.on_snapshot(n, LifeRole::Standby(rank), &news);
                 None
             }
             // Without guests and without a device there is nothing else to say.
@@ -200,11 +220,12 @@ impl Supervisor {
         }
     }
 
-    fn on_standby_message(&mut self, n: DriverId, message: FromAgent) -> Option<String> {
+    fn on_standby_message(&mut self, (n, rank): (DriverId, Rank), message: FromAgent) -> Option<String> {
         let driver = &mut self.drivers[n];
-        let standby = driver.standby.as_mut()?;
+        let is_spare = driver.spare.is_some();
+        let standby = driver.waiting_mut(rank).as_mut()?;
         match message {
-            FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Standby), loaded, unused),
+            FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Standby(rank)), loaded, unused),
             FromAgent::Hello { generation, kernel, .. } => {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));
@@ -212,14 +233,14 @@ impl Supervisor {
                 standby.kernel = Some(bounds::text(&kernel));
                 let generation = standby.life.generation;
                 driver.trust.said_hello(generation);
-                self.drive(n, Input::StandbyHello);
+                self.drive(n, Input::StandbyHello(rank));
             }
             // A spare is ready when it forwards.
-            FromAgent::Loaded { .. } if driver.spare.is_none() => {
-                self.standby_ready(n);
-                self.drive(n, Input::StandbyLoaded);
+            FromAgent::Loaded { .. } if !is_spare => {
+                self.standby_ready(n, rank);
+                self.drive(n, Input::StandbyLoaded(rank));
             }
-            FromAgent::Nic { driver: name, .. } if driver.spare.is_some() => {
+            FromAgent::Nic { driver: name, .. } if is_spare => {
                 standby.kernel_driver = Some(bounds::text(&name));
             }
             FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
@@ -231,7 +252,7 @@ impl Supervisor {
             }
             FromAgent::Heartbeat { available_memory, .. } => {
                 standby.available_memory = Some(available_memory);
-                self.drive(n, Input::StandbyHeartbeat);
+                self.drive(n, Input::StandbyHeartbeat(rank));
             }
             FromAgent::Failed { what } => return Some(bounds::text(&what)),
             // Without a device there is nothing else to say.
@@ -240,20 +261,24 @@ impl Supervisor {
         None
     }
 
-    pub(in crate::supervisor) fn standby_ready(&mut self, n: DriverId) {
+    pub(in crate::supervisor) fn standby_ready(&mut self, n: DriverId, rank: Rank) {
         let driver = &mut self.drivers[n];
-        let Some(standby) = driver.standby.as_mut() else { return };
+        let Some(standby) = driver.waiting_mut(rank) else { return };
         standby.ready = true;
         renice(standby.life.process.pid(), 0);
         let (generation, restored) = (standby.life.generation.get(), standby.restored);
         let boot_ms = milliseconds(Time::now().since(standby.started));
+        if standby.life.purpose == Purpose::ServeSoon {
+            // It is taken in a moment.
+            return;
+        }
         self.events.tell(&Event::StandbyReady { driver: driver.name.clone(), generation, boot_ms, restored });
     }
 
-    /// The standby's process has ended, by itself or because it was dropped.
-    fn standby_gone(&mut self, n: DriverId, status: ExitStatus) -> Option<String> {
+    /// A standby's process has ended, by itself or because it was dropped.
+    fn standby_gone(&mut self, (n, rank): (DriverId, Rank), status: ExitStatus) -> Option<String> {
         let driver = &mut self.drivers[n];
-        let standby = driver.standby.take()?;
+        let standby = driver.waiting_mut(rank).take()?;
         if standby.dropped {
             drop(standby);
             self.drive(n, Input::SpareFenced);
@@ -272,6 +297,13 @@ impl Supervisor {
 }
 
 impl DriverVm {
+    /// Makes room for a life that waits with this rank: one that was dropped and has not ended yet is not waited for.
+    fn clear(&mut self, rank: Rank) {
+        if let Some(dropped) = self.waiting_mut(rank).take() {
+            self.reap(dropped.life.process, false);
+        }
+    }
+
     /// Suspects the standby of having failed; gives it up later, unless a better reason comes.
     pub(in crate::supervisor) fn suspect_standby(&mut self, why: String) {
         if let Some(standby) = &mut self.standby {
@@ -290,6 +322,13 @@ impl DriverVm {
         self.standby.as_mut()?.suspicion.take().map(|(_, why)| why)
     }
 
+    fn second_status(&self) -> SecondStatus {
+        let state = self.lifecycle.second_standby();
+        let generation = state.generation();
+        let pid = self.second.as_ref().filter(|_| generation.is_some()).map(|vm| vm.life.process.pid());
+        SecondStatus { state: state.stage(), generation: generation.map(Generation::get), pid }
+    }
+
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
         let state = self.lifecycle.standby();
         let ahead = self.spare.is_some() || self.spec.standby != crate::config::Standby::Cold;
@@ -299,6 +338,7 @@ impl DriverVm {
             network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
             pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
+            second: (self.spec.standbys > 1).then(|| self.second_status()),
             reason: self.lifecycle.spare_is_held().or_else(|| self.lacks_snapshot()),
         })
     }

@@ -14,7 +14,7 @@ use umbra_shadow::Generation;
 use super::DriverVm;
 use super::life::{LifeRole, Purpose};
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::Input;
+use crate::lifecycle::{Input, Rank};
 use crate::record::events::Event;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -26,12 +26,12 @@ const QUIET: u32 = 3;
 
 impl Supervisor {
     pub(in crate::supervisor) fn spawn_taker(&mut self, n: DriverId, generation: Generation) {
-        self.launch_standby(n, generation, Purpose::Save);
+        self.launch_standby((n, Rank::First), generation, Purpose::Save);
     }
 
     /// The taker of driver VM `n` has failed.
     pub(in crate::supervisor) fn drop_taker(&mut self, n: DriverId, why: &str) {
-        self.drop_standby(n, None);
+        self.drop_standby(n, Rank::First, None);
         let driver = &mut self.drivers[n];
         tracing::info!(driver = driver.name, why, "no snapshot is taken");
         driver.not_saved = Some(why.into());
@@ -81,7 +81,7 @@ impl Supervisor {
 impl DriverVm {
     /// Whether what is started beside the present life is a taker.
     pub(super) fn has_taker(&self) -> bool {
-        self.life_of(LifeRole::Standby).is_some_and(|life| life.purpose == Purpose::Save)
+        self.life_of(LifeRole::Standby(Rank::First)).is_some_and(|life| life.purpose == Purpose::Save)
     }
 
     /// Why there is no snapshot although there should be one by now.

@@ -17,6 +17,7 @@ use crate::config;
 use crate::lifecycle::{Input, Standby, State};
 use crate::record::events::Event;
 use crate::supervisor::driver::DriverVm;
+use crate::supervisor::driver::life::{LifeRole, RANKS};
 use crate::supervisor::front::protocol::Response;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -208,11 +209,16 @@ impl DriverVm {
         self.trial.as_ref().is_some_and(|trial| trial.before.is_some())
     }
 
-    /// Whether the standby or the snapshot, if there is one that is of use, is of `image`.
+    /// Whether what waits, or the snapshot, is of `image`, if there is any that is of use.
     fn standby_is_of(&self, image: &Arc<Image>) -> bool {
-        let standby = self.standby.as_ref().filter(|standby| !standby.dropped).map(|standby| &standby.life.image);
+        let waiting: Vec<_> = RANKS
+            .into_iter()
+            .filter_map(|rank| self.life_of(LifeRole::Standby(rank)))
+            .map(|life| &life.image)
+            .collect();
         let saved = self.saved.as_ref().filter(|_| self.lifecycle.standby() == Standby::Saved);
-        standby.or(saved).is_none_or(|of| Arc::ptr_eq(of, image))
+        let saved = saved.filter(|_| waiting.is_empty());
+        waiting.into_iter().chain(saved).all(|of| Arc::ptr_eq(of, image))
     }
 
     /// The life that is about to take over for a restart has left no snapshot, for the reason `why`: who asked for the restart hears of

@@ -167,10 +167,31 @@ pub struct Run {
 }
 
 /// The checksum that the format uses: XXH64, which is as fast as memory on any processor, emulated ones included.
+pub struct Checksum(XxHash64);
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self(XxHash64::with_seed(0))
+    }
+}
+
+impl Checksum {
+    /// Adds the next bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.write(bytes);
+    }
+
+    /// That of all bytes so far.
+    pub fn get(&self) -> u64 {
+        self.0.finish()
+    }
+}
+
+/// The checksum of `bytes`.
 pub fn checksum(bytes: &[u8]) -> u64 {
-    let mut hasher = XxHash64::with_seed(0);
-    hasher.write(bytes);
-    hasher.finish()
+    let mut sum = Checksum::default();
+    sum.add(bytes);
+    sum.get()
 }
 
 /// A snapshot's table of contents and its state, read and checked; the pages are still in the file.

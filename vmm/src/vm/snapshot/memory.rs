@@ -6,7 +6,7 @@ use std::io;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::Error;
-use super::format::{FormatError, MAX_RUN, PAGE, Run, Source, Writer, checksum};
+use super::format::{Checksum, FormatError, MAX_RUN, PAGE, Run, Source, Writer};
 use crate::base::parallel::in_parallel;
 use crate::vm::machine::memory::{discard, memfd_offset};
 use crate::vm::machine::unused::Unused;
@@ -52,31 +52,34 @@ pub fn save(
     Ok(())
 }
 
-/// Fills `memory`, which holds zeros, with the pages of `runs` from `file`, by several threads.
+/// Fills `memory`, which holds zeros and which nobody else has yet, with the pages of `runs` from `file`, by several threads.
 ///
 /// # Errors
 /// The file cannot be read, or a page is damaged: then the memory holds anything.
 pub fn fill(memory: &GuestMemoryMmap, runs: &[Run], file: &File) -> Result<(), Error> {
-    let piece = || vec![0; PIECE];
-    in_parallel(MAX_THREADS, runs, piece, |bytes, run| fill_run(memory, run, file, &mut bytes[..run.length]))
+    in_parallel(MAX_THREADS, runs, || (), |(), run| fill_run(memory, run, file))
 }
 
-fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File, bytes: &mut [u8]) -> Result<(), Error> {
-    Source::read_at(file, bytes, run.file).map_err(FormatError::Read)?;
-    if checksum(bytes) != run.sum {
-        return Err(FormatError::Damaged("memory").into());
-    }
-    let mut rest = &*bytes;
+/// Reads a run into its place, and checks it there: a copy in between would take as long again.
+fn fill_run(memory: &GuestMemoryMmap, run: &Run, file: &File) -> Result<(), Error> {
+    let mut sum = Checksum::default();
+    let mut done = 0;
     // A run may reach over the hole.
-    while !rest.is_empty() {
-        let offset = run.memory + (bytes.len() - rest.len()) as u64;
+    while done < run.length {
         let outside = || Error::Memory(io::ErrorKind::InvalidInput.into());
-        let (region, at) = place(memory, offset).ok_or_else(outside)?;
-        let length = usize::try_from(region.len() - at.0).unwrap_or(rest.len()).min(rest.len());
-        region.write_slice(&rest[..length], at).map_err(|error| Error::Memory(io::Error::other(error)))?;
-        rest = &rest[length..];
+        let (region, at) = place(memory, run.memory + done as u64).ok_or_else(outside)?;
+        let rest = run.length - done;
+        let length = usize::try_from(region.len() - at.0).unwrap_or(rest).min(rest);
+        let part = region.get_slice(at, length).map_err(|error| Error::Memory(io::Error::other(error)))?;
+        let part = part.ptr_guard_mut();
+        // SAFETY: the slice was checked to be in the region, which stays mapped. No VM has this memory yet and no other process, and each
+        // run is read by one thread, so nobody else reads or writes there while the borrow lasts.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(part.as_ptr(), length) };
+        Source::read_at(file, bytes, run.file + done as u64).map_err(FormatError::Read)?;
+        sum.add(bytes);
+        done += length;
     }
-    Ok(())
+    if sum.get() == run.sum { Ok(()) } else { Err(FormatError::Damaged("memory").into()) }
 }
 
 /// Makes all of `memory` hold zeros again, and take no room.
