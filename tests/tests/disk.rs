@@ -85,7 +85,7 @@ fn commit_through_crashes(journal: &str, model: &str) {
     let spec = rig.machine(0, 3);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
     let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
-    let mut commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", journal).or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", journal).or_tell();
     let mut rows = 0;
     for with in [(Kind::Panic, 1.0), (Kind::Kill, 1.0), (Kind::Panic, 0.5)] {
         rows = commits.await_more(&mut rig.place, rows).or_tell();
@@ -93,7 +93,7 @@ fn commit_through_crashes(journal: &str, model: &str) {
         crash_one(&mut rig, &mut machine, with);
     }
     commits.await_more(&mut rig.place, rows).or_tell();
-    let committed = commits.finish(&mut rig.place, GUEST).or_tell();
+    let committed = commits.finish(&mut rig.place).or_tell();
     say(&format!("{model}, journal {journal}: {committed:?}"));
     assert!(committed.is_sound(), "{committed:?}");
     let log = GuestLog::read(&mut rig.place, GUEST).or_tell().since(&before);
@@ -106,13 +106,13 @@ fn outlive_a_power_cut() {
     let mut rig = rig("disk-power", "nvme");
     let spec = rig.machine(0, 1);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let mut commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
     let rows = commits.await_more(&mut rig.place, 0).or_tell();
     crash_one(&mut rig, &mut machine, (Kind::Panic, 1.0));
     let rows = commits.await_more(&mut rig.place, rows).or_tell();
     rig.place.expect(&format!("umbra crash {DISK_DRIVER}"), STEP).or_tell();
     machine.await_event(RECOVERY, |event| event.event == "driver-stage" && event.text("stage") == "disks").or_tell();
-    let rows = commits.so_far().or_tell().max(rows);
+    let rows = commits.so_far(&mut rig.place).or_tell().max(rows);
     let media = rig.cut_power();
     let mut rig = Rig::boot("disk-power", media, &assets()).or_tell();
     let spec = rig.machine(0, 1);
@@ -128,7 +128,7 @@ fn write_nothing_to_another_disk() {
     let mut rig = rig("disk-swapped", "nvme");
     let spec = rig.machine(0, 1);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let mut commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
     commits.await_more(&mut rig.place, 20).or_tell();
     let other = tempfile::NamedTempFile::new().unwrap();
     other.as_file().set_len(BYTES).unwrap();

@@ -131,7 +131,7 @@ impl Demo<'_> {
     /// Has the guest commit, if it has a disk.
     pub(super) fn start_database(&mut self) -> Result<(), DemoError> {
         let Some(disk) = &mut self.disk else { return Ok(()) };
-        let mut commits = Commits::start(&mut self.place, GUEST, DISK, "wal")?;
+        let commits = Commits::start(&mut self.place, GUEST, DISK, "wal")?;
         commits.await_more(&mut self.place, 0)?;
         disk.commits = Some(commits);
         self.tell("the guest commits rows with SQLite on virtio-blk");
@@ -141,12 +141,15 @@ impl Demo<'_> {
     /// Crashes the driver VM of the disk, while the others are not disturbed.
     pub(super) fn disk_alone(&mut self) -> Result<(), DemoError> {
         let Some(disk) = &mut self.disk else { return Ok(()) };
-        let before = disk.commits.as_mut().map_or(Ok(0), Commits::so_far)?;
+        let before = match &disk.commits {
+            Some(commits) => commits.so_far(&mut self.place)?,
+            None => 0,
+        };
         let with = Crash { kind: Kind::Panic, loses: 1.0 };
         let crashed = crash(&mut self.place, &mut self.machine, &disk.medium.disk, with)?;
         let crash = DiskCrash { together: false, sectors_lost: crashed.lost, umbra_outage_ms: crashed.outage_ms };
         disk.crashes.push(crash);
-        let now = match &mut disk.commits {
+        let now = match &disk.commits {
             Some(commits) => commits.await_more(&mut self.place, before)?,
             None => before,
         };
@@ -183,7 +186,7 @@ impl Demo<'_> {
     pub(super) fn finish_database(&mut self) -> Result<Option<DiskResult>, DemoError> {
         let Some(Disk { medium, commits: Some(commits), crashes }) = self.disk.take() else { return Ok(None) };
         self.tell("the database comes to its end");
-        let Committed { commits, lost, check } = commits.finish(&mut self.place, GUEST)?;
+        let Committed { commits, lost, check } = commits.finish(&mut self.place)?;
         let outages: Vec<f64> = crashes.iter().filter_map(|crash| crash.umbra_outage_ms).collect();
         let result = DiskResult {
             model: medium.model.clone(),

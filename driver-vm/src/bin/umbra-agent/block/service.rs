@@ -63,7 +63,7 @@ pub struct BlockService {
     stalled: bool,
     /// The host waits for the disks to be at rest.
     rests: bool,
-    /// When the hosts were told last of what may take long.
+    /// When the hosts were told last of what may take long, or there was nothing of that kind.
     told: Instant,
     /// A disk that its driver has let go of.
     lost_disk: bool,
@@ -150,6 +150,9 @@ impl BlockService {
         self.wait()?;
         let now = Instant::now();
         self.ends.iter_mut().filter(|end| end.sessions.work().is_none()).for_each(|end| end.answered = now);
+        if !self.has_slow_work() {
+            self.told = now;
+        }
         if !self.stalled {
             self.ends.iter_mut().try_for_each(|end| end.hear(&mut self.buffer))?;
         }
@@ -183,8 +186,7 @@ impl BlockService {
     fn wait(&mut self) -> anyhow::Result<()> {
         let has_more = !self.stalled && self.ends.iter().any(End::can_hear);
         let silence = self.ends.iter().filter_map(End::due).min();
-        let is_slow = self.ends.iter().any(|end| end.sessions.work() == Some(Work::Slow));
-        let word = is_slow.then(|| AT_WORK_INTERVAL.saturating_sub(self.told.elapsed()));
+        let word = self.has_slow_work().then(|| AT_WORK_INTERVAL.saturating_sub(self.told.elapsed()));
         let timeout = match (has_more, silence.into_iter().chain(word).min()) {
             (true, _) => EpollTimeout::ZERO,
             (false, None) => EpollTimeout::NONE,
@@ -213,6 +215,10 @@ impl BlockService {
             }
         }
         Ok(())
+    }
+
+    fn has_slow_work(&self) -> bool {
+        self.ends.iter().any(|end| end.sessions.work() == Some(Work::Slow))
     }
 
     fn hand_over(&mut self) -> anyhow::Result<()> {

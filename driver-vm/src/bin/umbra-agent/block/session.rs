@@ -87,6 +87,8 @@ pub struct Sessions {
     attempt: u32,
     in_flight: [Option<InFlight>; MAX_DEPTH as usize],
     count: u16,
+    /// Of these, those that a disk may take long for.
+    slow: u16,
     /// What is to be handed to the ring.
     actions: VecDeque<(Name, Action)>,
     /// Buffers for the host. Answers are gathered in the last one.
@@ -112,6 +114,7 @@ impl Sessions {
             attempt: 0,
             in_flight: [None; MAX_DEPTH as usize],
             count: 0,
+            slow: 0,
             actions: VecDeque::new(),
             buffers: Vec::new(),
             answers: Vec::new(),
@@ -226,6 +229,7 @@ impl Sessions {
             _ => return Err(format!("a second order {} in flight", tag.0)),
         }
         self.count += 1;
+        self.slow += u16::from(action.is_slow());
         self.is_fresh = false;
         self.actions.push_back((tag.0, action));
         Ok(())
@@ -312,11 +316,12 @@ impl Sessions {
             Next::Done(bytes) => (0, bytes),
             Next::Failed(errno) => (errno as i32, 0),
         };
-        let is_flush = order.action == Action::Flush;
+        let action = order.action;
         *in_flight = None;
         self.count -= 1;
+        self.slow -= u16::from(action.is_slow());
         if let State::Serving(link) = self.state {
-            if errno != 0 && (is_flush || ErrorClass::of_errno(errno).is_suspect()) {
+            if errno != 0 && (action == Action::Flush || ErrorClass::of_errno(errno).is_suspect()) {
                 self.error.get_or_insert(Errno::from_raw(errno));
             }
             self.answers.extend(FromService::Done { tag: Tag(name), errno, bytes }.encode(link));
@@ -346,8 +351,7 @@ impl Sessions {
 
     /// What is at the disk, if anything is.
     pub fn work(&self) -> Option<Work> {
-        let orders = || self.in_flight.iter().flatten();
-        if matches!(self.state, State::Flushing(_)) || orders().any(|order| order.action.is_slow()) {
+        if matches!(self.state, State::Flushing(_)) || self.slow > 0 {
             Some(Work::Slow)
         } else {
             (self.count > 0).then_some(Work::Quick)
@@ -357,6 +361,9 @@ impl Sessions {
     /// Says of an order that may take long that the disk has it.
     pub fn say_at_work(&mut self) {
         let State::Serving(link) = self.state else { return };
+        if self.slow == 0 {
+            return;
+        }
         let is_slow = |order: &Option<InFlight>| order.is_some_and(|order| order.action.is_slow());
         if let Some(name) = self.in_flight.iter().position(is_slow).and_then(|at| Name::try_from(at).ok()) {
             self.answers.extend(FromService::AtWork { tag: Tag(name) }.encode(link));
