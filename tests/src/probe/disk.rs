@@ -79,7 +79,8 @@ impl Found {
     }
 }
 
-/// Checks the disk or file `path` for `length`, or until there is a file [`OVER`], then reads everything that was written once more. What is there is overwritten.
+/// Checks the disk or file `path` for `length`, or until there is a file [`OVER`], then reads everything that was written once more. What
+/// is there is overwritten.
 pub fn check(path: &Path, length: Duration, seed: u64) -> Found {
     let (done, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {

@@ -25,7 +25,8 @@ const WHOLE: &str = "driver = \"disk0\"";
 
 #[test]
 fn a_disk_behind_a_driver_vm_is_read_with_its_part_and_its_driver_vm_s_memory() {
-    let part = "driver = \"disk0\"\nserial = \"S4EV NF0M\"\nstart = \"1M\"\nlength = 1536\ncache = \"through\"\nio_timeout_s = 30\nread_only = true";
+    let part = "driver = \"disk0\"\nserial = \"S4EV NF0M\"\nstart = \"1M\"\nlength = 1536\ncache = \"through\"\nread_only = true\n";
+    let part = &format!("{part}io_timeout_s = 30");
     let machine = parse(&text(&["path = \"root.raw\"\non_full = \"pause\"", part])).unwrap();
     let disks = &machine.guest["db"].disk;
     assert_eq!(disks[0].file(), Some(Disk { path: "dir/root.raw".into(), read_only: false, on_full: OnFull::Pause }));
