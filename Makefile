@@ -1,9 +1,10 @@
 # Umbra's commands. `make` alone lists them.
-#   NIC=e1000e|rtl8139|igb  SOUND=hda|es1370|ac97|none  CRASHES=3  UMBRA_CACHE=folder for what is fetched
+#   NIC=e1000e|rtl8139|igb  SOUND=hda|es1370|ac97|none  DISK=none|nvme|ich9-ahci  CRASHES=3  UMBRA_CACHE=folder for what is fetched
 #   UMBRA_BENCH_SPEED=0.25: the emulator runs as on a machine four times slower
 #   on real hardware: PCI=0000:03:00.0 [IP=192.168.1.77/24, else DHCP] [PEER=address of this machine]
 NIC     ?= e1000e
 SOUND   ?= hda
+DISK    ?= none
 CRASHES ?= 3
 PREFIX  ?= /usr
 # Where debuggers look for what is stripped from programs in PREFIX/bin.
@@ -17,7 +18,7 @@ CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
 help:
 	@echo 'make demo     a download and a song survive the crashes of their drivers'
-	@echo '              (NIC=$(NIC) SOUND=$(SOUND) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
+	@echo '              (NIC=$(NIC) SOUND=$(SOUND) DISK=$(DISK) CRASHES=$(CRASHES) [PCI=0000:03:00.0])'
 	@echo 'make test     the whole test suite'
 	@echo 'make bench    measurements: a table and target/bench/results.json'
 	@echo 'make shell    a shell in the test host (NIC=$(NIC))'
@@ -50,7 +51,7 @@ setup: build browser
 	@$(BENCH) setup
 
 demo: build
-	@$(BENCH) demo --nic $(NIC) --sound $(SOUND) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) \
+	@$(BENCH) demo --nic $(NIC) --sound $(SOUND) --disk $(DISK) --crashes $(CRASHES) $(if $(PCI),--pci $(PCI)) \
 		$(if $(IP),--guest $(IP)) $(if $(PEER),--peer $(PEER))
 
 test: build browser

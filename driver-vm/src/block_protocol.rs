@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   host:   Begin ---------------- Read, Write, Zeroes, Discard, Flush (tag, range, place in the pool) ...
-//!   agent:         Hello ---------------------------------------- Done (tag, errno, bytes) ... CacheLost ...
+//!   agent:         Hello ----------------------- AtWork (tag) ... Done (tag, errno, bytes) ... CacheLost ...
 //! ```
 //! A record has [`RECORD_BYTES`], all little-endian:
 //!
@@ -24,6 +24,8 @@
 //! The pool is the host's to give out: it copies what is to be written into it before the record is sent, and what was read out of it
 //! after the answer. Each piece lies within one of the pool's ranges. Invariant: what [`FromService::parse`] and [`ToService::parse`]
 //! give back has every field in range; whether it is true is for the shadow to judge.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -48,6 +50,9 @@ pub const MAX_DEPTH: u16 = 256;
 /// Most ranges of a pool: 16 MiB in huge pages of 2 MiB, or fewer where some lie side by side.
 pub const MAX_POOL_RANGES: usize = 8;
 
+/// Interval of [`FromService::AtWork`]: a fifth of the shortest time after which a host takes a disk that says nothing for stalled.
+pub const AT_WORK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Alignment of a piece of the pool, in bytes: the largest logical block, so that the driver can transfer from it directly.
 pub const PIECE_ALIGNMENT: u64 = 4096;
 
@@ -60,6 +65,7 @@ const FLUSH: u8 = 0x06;
 const HELLO: u8 = 0x81;
 const DONE: u8 = 0x82;
 const CACHE_LOST: u8 = 0x83;
+const AT_WORK: u8 = 0x84;
 
 /// The device may deallocate the sectors of a `WRITE_ZEROES`.
 const FLAG_UNMAP: u8 = 1;
@@ -160,6 +166,12 @@ pub enum FromService {
     },
     /// The driver has reset the controller by itself: the cache may be lost. Sent before any answer that the device gave since.
     CacheLost,
+    /// The disk has this order, and no result yet. Said again and again ([`AT_WORK_INTERVAL`]) of what a disk may take long for: a flush,
+    /// zeroes, a discard.
+    AtWork {
+        /// Which.
+        tag: Tag,
+    },
 }
 
 /// Why bytes are no record of the protocol.
@@ -335,6 +347,7 @@ impl FromService {
     pub fn encode(&self, link: LinkId) -> [u8; RECORD_BYTES] {
         let record = match *self {
             Self::CacheLost => Record::new(link, CACHE_LOST),
+            Self::AtWork { tag } => Record { tag: tag.0, ..Record::new(link, AT_WORK) },
             Self::Done { tag, errno, bytes } => Record { tag: tag.0, errno, bytes, ..Record::new(link, DONE) },
         };
         record.encode()
@@ -351,6 +364,7 @@ impl FromService {
         }
         match record.kind {
             CACHE_LOST => Ok(Some(Self::CacheLost)),
+            AT_WORK => Ok(Some(Self::AtWork { tag: record.tag()? })),
             DONE if record.errno < 0 => Err(record.wrong("errno")),
             DONE => Ok(Some(Self::Done { tag: record.tag()?, errno: record.errno, bytes: record.bytes })),
             kind => Err(ProtocolError::Kind(kind)),
@@ -426,7 +440,8 @@ mod tests {
         for order in orders() {
             assert_eq!(ToService::parse(&order.encode(link()), link().generation), Ok((link(), order)));
         }
-        for answer in [FromService::Done { tag: Tag(3), errno: 5, bytes: 512 }, FromService::CacheLost] {
+        let at_work = FromService::AtWork { tag: Tag(4) };
+        for answer in [FromService::Done { tag: Tag(3), errno: 5, bytes: 512 }, FromService::CacheLost, at_work] {
             assert_eq!(FromService::parse(&answer.encode(link()), link()), Ok(Some(answer)));
         }
         let buffer = encode_hello(&hello(), link()).unwrap();

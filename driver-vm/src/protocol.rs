@@ -178,6 +178,8 @@ pub struct NetPlan {
 pub struct BlockPlan {
     /// The ends, one a guest's disk; end `n` has the port `org.umbra.block.n` ([`crate::block_protocol`]).
     pub ends: Vec<BlockEnd>,
+    /// Time for the disks to appear behind their controller, s; more where the machine is slow.
+    pub appear_within_s: u32,
     /// Where its controller is.
     #[serde(default)]
     pub device: DevicePlace,
@@ -199,6 +201,8 @@ pub struct BlockEnd {
     /// The disk has a volatile cache, whatever its driver reports: the driver is told, or it would send no flush.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub has_cache: bool,
+    /// Longest time with orders at the disk and no answer before the driver VM counts as failed, ms; longer while a flush is under way.
+    pub io_timeout_ms: u32,
 }
 
 /// A part of a disk.
@@ -378,6 +382,16 @@ pub enum FromAgent {
         disks: Vec<Disk>,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
+    },
+    /// The disk has answered an order of this end with an error that may be its driver's, or has failed a flush; said once of each
+    /// connection. It bears out the guest's word of that.
+    DiskError {
+        /// Index of the end in [`BlockPlan::ends`].
+        end: u16,
+        /// Number of the connection with the guest in this life, from 1.
+        attempt: u32,
+        /// Linux's number of the error.
+        errno: i32,
     },
     /// The answer to [`ToAgent::Rest`].
     AtRest {

@@ -9,6 +9,7 @@ pub mod assets;
 pub mod bench;
 pub mod cli;
 pub mod demo;
+pub mod disks;
 pub mod lossy_disk;
 pub mod measure;
 pub mod peer;

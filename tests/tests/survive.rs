@@ -9,7 +9,15 @@ use umbra_tests::demo::{self, DemoSpec};
 
 fn a_download_survives_crashes(nic: &str, crashes: u32) {
     scenario(|| {
-        let spec = DemoSpec { nic: nic.into(), crashes, pause: None, bytes: 16 << 20, sound: None, hardware: None };
+        let spec = DemoSpec {
+            nic: nic.into(),
+            crashes,
+            pause: None,
+            bytes: 16 << 20,
+            sound: None,
+            disk: None,
+            hardware: None,
+        };
         let dir = umbra_tests::assets::target_dir().join("bench").join(format!("survive-{nic}"));
         let result = demo::run(&spec, &dir, 1, &say).or_tell();
         assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());

@@ -108,7 +108,7 @@ impl Host {
 
     fn configure(&mut self, ends: Vec<BlockEnd>, device: DevicePlace) {
         self.vm.begin();
-        self.vm.send(&ToAgent::ConfigureBlock(BlockPlan { ends, device }));
+        self.vm.send(&ToAgent::ConfigureBlock(BlockPlan { ends, appear_within_s: 10, device }));
     }
 
     fn expect_disks(&mut self) -> (String, Vec<Disk>) {
@@ -223,7 +223,7 @@ fn done(tag: u16, bytes: u64) -> FromService {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false, io_timeout_ms: 10_000 }
 }
 
 /// Writes, zeroes, discards, flushes and reads back, and finds what was written on the disk.
@@ -394,7 +394,7 @@ fn a_standby_keeps_its_pool_and_serves_the_disk_that_comes() {
     let FromAgent::Ready { unused, .. } = ready else { unreachable!() };
     assert!(!unused.is_empty(), "the VM gives no memory up");
     host.vm.begin_saved();
-    let plan = BlockPlan { ends: vec![end(None, DiskPart::Whole)], device: DevicePlace::ToCome };
+    let plan = BlockPlan { ends: vec![end(None, DiskPart::Whole)], appear_within_s: 10, device: DevicePlace::ToCome };
     host.vm.send(&ToAgent::ConfigureBlock(plan));
     host.vm.beats(4);
     host.vm.send(&ToAgent::Rescan);

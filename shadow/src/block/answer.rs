@@ -66,6 +66,19 @@ impl<P: Payload> BlockShadow<P> {
         self.settle(result, out)
     }
 
+    /// The driver VM of `link` says at `now` ns that it has handed this order to the disk, and that there is no result yet. Of a flush, of
+    /// zeroes and of a discard it says so again and again: a disk that is in order may take long for them.
+    ///
+    /// # Errors
+    /// When the order is not in flight, or is none of these.
+    pub fn at_work(&mut self, link: LinkId, tag: Tag, now: u64, out: &mut Out) -> Result<(), Failure> {
+        if !self.is_of_present(link) {
+            return Ok(());
+        }
+        let result = self.life_mut().map_or(Ok(()), |life| life.at_work(tag, now));
+        result.map_err(|violation| self.fail(violation.into(), out))
+    }
+
     fn is_of_present(&self, link: LinkId) -> bool {
         self.life().is_some_and(|life| life.link == link || broken!(TheDeadMayAnswer))
     }
@@ -117,6 +130,7 @@ impl<P: Payload> BlockShadow<P> {
     fn part_done(&mut self, id: PartId, is_void: bool, now: u64, out: &mut Out) {
         let Some(part) = self.queue.get(id) else { return };
         let (access, range, is_wanted) = (part.access, part.range, part.request.is_some());
+        self.bad.worked(access, range);
         if access.changes() {
             self.land(id, is_void, now);
         } else if is_void && is_wanted && self.log.overlaps(range) && !broken!(VoidAnswersCount) {
@@ -155,6 +169,9 @@ impl<P: Payload> BlockShadow<P> {
     }
 
     fn part_failed(&mut self, id: PartId, class: ErrorClass, is_void: bool, out: &mut Out) -> Result<(), Failure> {
+        let Some((life, has_worked)) = self.life().map(|life| (life.link.generation, life.has_worked)) else {
+            return Ok(());
+        };
         let Some(part) = self.queue.get_mut(id) else { return Ok(()) };
         let is_wanted_read = part.access == Access::Read && part.request.is_some();
         let is_healed = is_wanted_read && self.log.overlaps(part.range);
@@ -163,8 +180,13 @@ impl<P: Payload> BlockShadow<P> {
             self.queue.requeue(id);
             return Ok(());
         }
-        part.strikes = part.strikes.saturating_add(1);
-        if !class.is_suspect() || part.strikes >= STRIKES || broken!(SuspectErrorsAreTheDisks) {
+        part.strikes.add(life);
+        let (access, range) = (part.access, part.range);
+        let is_second = part.strikes.lives() >= STRIKES || (has_worked && self.bad.is_known(access, range));
+        if !class.is_suspect() || is_second || broken!(SuspectErrorsAreTheDisks) {
+            if class.is_suspect() {
+                self.bad.add(access, range);
+            }
             self.fail_part(id, class.status(), out);
             return Ok(());
         }
@@ -187,7 +209,7 @@ impl<P: Payload> BlockShadow<P> {
 
     fn rewritten(&mut self, range: SectorRange, is_void: bool, now: u64) {
         if is_void && !broken!(VoidAnswersCount) {
-            self.log.rewrite_failed(range, false);
+            self.log.rewrite_failed(range, |_| ());
             return;
         }
         self.counts.rewritten_sectors += range.count();
@@ -203,8 +225,12 @@ impl<P: Payload> BlockShadow<P> {
             self.rewritten(range, false, now);
             return Ok(());
         }
-        let is_its_own = !class.is_suspect() || self.life().is_some_and(|life| life.has_worked);
-        let gone = self.log.rewrite_failed(range, is_its_own);
+        let life = self.life().filter(|life| life.has_worked).map(|life| life.link.generation);
+        let gone = self.log.rewrite_failed(range, |strikes| match life {
+            _ if !class.is_suspect() => strikes.add_once_more(),
+            Some(life) => strikes.add(life),
+            None => {}
+        });
         if class.is_suspect() && gone.is_empty() {
             self.counts.masked_errors += 1;
             return Err(Failure::Suspect);
@@ -247,7 +273,8 @@ impl<P: Payload> BlockShadow<P> {
             self.epochs.void();
             return Ok(());
         }
-        let given_up: Vec<Waiter> = self.epochs.fail();
+        let Some(life) = self.generation() else { return Ok(()) };
+        let given_up: Vec<Waiter> = self.epochs.fail(life);
         self.answer_all(given_up, Status::IoError, out);
         Err(Failure::FlushFailed)
     }

@@ -18,12 +18,16 @@ pub struct Limits {
     pub age_ns: u64,
     /// Most sectors of an order with data. 2,048 (1 MiB): the largest piece of the driver VM's pool.
     pub part_sectors: u64,
-    /// Most sectors of an order without data. 131,072 (64 MiB): a disk that has to write the zeroes itself does it well within
-    /// [`Self::stall_ns`].
+    /// Most sectors of an order without data. 131,072 (64 MiB): a card that has to write the zeroes itself, at 1 MB/s, does it within
+    /// [`Self::slow_ns`].
     pub wide_sectors: u64,
     /// Longest time with orders in flight and no answer, ns. 10 s: above the 7 s that hard disks try to read a sector, below the 30 s
     /// after which the kernel resets a controller.
     pub stall_ns: u64,
+    /// The same while the driver VM says again and again that an order is under way which may take long: a flush, zeroes, a discard. 90 s:
+    /// above the 60 s that Linux gives a disk for a flush, so that its driver's own error comes first; below the 120 s after which the
+    /// guest's kernel says that a task hangs.
+    pub slow_ns: u64,
     /// Longest time to come to rest before a deliberate reset, ns. 10 s, for the same reasons.
     pub quiesce_ns: u64,
 }
@@ -37,6 +41,7 @@ impl Default for Limits {
             part_sectors: 2_048,
             wide_sectors: 131_072,
             stall_ns: 10_000_000_000,
+            slow_ns: 90_000_000_000,
             quiesce_ns: 10_000_000_000,
         }
     }
@@ -55,12 +60,13 @@ pub const MAX_PARTS: u64 = 64;
 pub const MAX_LOST: usize = 1_024;
 
 impl Limits {
-    /// These, raised so far that any order fits into half of them.
+    /// These, raised so far that any order fits into half of them, and none is given less time for being slow.
     pub(super) fn sound(mut self) -> Self {
         self.part_sectors = self.part_sectors.max(1);
         self.wide_sectors = self.wide_sectors.max(self.part_sectors);
         self.bytes = self.bytes.max(2 * self.part_sectors * SECTOR_BYTES);
         self.extents = self.extents.max(2 * EXTENTS_OF_A_CHANGE);
+        self.slow_ns = self.slow_ns.max(self.stall_ns);
         self
     }
 

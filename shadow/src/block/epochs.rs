@@ -5,8 +5,9 @@
 //! have dropped them at the first. So the log writes everything again before the next (the rule that NFS servers had to learn: a failed
 //! COMMIT changes the write verifier).
 
-use super::errors::{DEATHS, STRIKES};
+use super::errors::{DEATHS, STRIKES, Tally};
 use super::queue::RequestId;
+use crate::Generation;
 
 /// The time between the hand-over of two flushes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,13 +22,13 @@ pub(super) struct Waiter {
     pub(super) is_flush: bool,
     /// A range of the log was lost while it waited: it fails.
     pub(super) failed: bool,
-    strikes: u8,
-    deaths: u8,
+    strikes: Tally,
+    deaths: Tally,
 }
 
 impl Waiter {
     pub(super) fn new(request: RequestId, is_flush: bool) -> Self {
-        Self { request, is_flush, failed: false, strikes: 0, deaths: 0 }
+        Self { request, is_flush, failed: false, strikes: Tally::default(), deaths: Tally::default() }
     }
 }
 
@@ -106,10 +107,10 @@ impl Epochs {
         Some((covers, waiters))
     }
 
-    /// The flush under way has failed. Returns those for whom it was the second time.
-    pub(super) fn fail(&mut self) -> Vec<Waiter> {
-        self.put_back(|waiter| waiter.strikes = waiter.strikes.saturating_add(1));
-        self.take_those(|waiter| waiter.strikes >= STRIKES)
+    /// The flush under way has failed in `life`. Returns those for whom it was the second time.
+    pub(super) fn fail(&mut self, life: Generation) -> Vec<Waiter> {
+        self.put_back(|waiter| waiter.strikes.add(life));
+        self.take_those(|waiter| waiter.strikes.lives() >= STRIKES)
     }
 
     /// The flush under way is answered, but the device lost its cache meanwhile: it proves nothing.
@@ -117,12 +118,12 @@ impl Epochs {
         self.put_back(|_| ());
     }
 
-    /// The life is lost. Returns those whose flush was in flight at too many deaths in a row.
-    pub(super) fn lose_life(&mut self) -> Vec<Waiter> {
-        self.waiting.iter_mut().for_each(|waiter| waiter.deaths = 0);
+    /// `life` is lost. Returns those whose flush was in flight at too many deaths in a row.
+    pub(super) fn lose_life(&mut self, life: Generation) -> Vec<Waiter> {
+        self.waiting.iter_mut().for_each(|waiter| waiter.deaths = Tally::default());
         self.again |= self.under_way.is_some();
-        self.put_back(|waiter| waiter.deaths = waiter.deaths.saturating_add(1));
-        self.take_those(|waiter| waiter.deaths >= DEATHS)
+        self.put_back(|waiter| waiter.deaths.add(life));
+        self.take_those(|waiter| waiter.deaths.lives() >= DEATHS)
     }
 
     /// Those whose flush was in flight wait again, before those who came later.

@@ -2,21 +2,90 @@
 //!
 //! An error that names its cause is the truth about the disk and goes to the guest. Every other one may be the failing driver's:
 //! the life that reported it counts as failed, and the request is issued again in the next life. The second such error of the same
-//! request goes to the guest. A request that was in flight at three deaths in a row is held for their cause.
+//! request, in another life, goes to the guest. A request that was in flight at three deaths in a row is held for their cause.
+//!
+//! A range whose error went to the guest so is known to be bad: until it is read or written again, further suspect errors there go to
+//! the guest at once, in a life that has worked. So each bad sector costs one life at most, and a guest that reads it again and again
+//! costs the others of its controller nothing.
 //!
 //! What was acknowledged is given up with more reluctance: a suspect error, or a death, counts against a logged range only in a life
 //! that *has worked*, that is, has carried out at least one other order. A driver that fails whatever it is asked (a dead controller,
 //! a crash soon after each start) would otherwise cost one range every few lives. It ends in a quarantine instead, with the log whole.
 
+use super::bounds::MAX_LOST;
+use super::exchange::Access;
 use super::identity::Mismatch;
+use super::range::{RangeSet, SectorRange};
+use crate::Generation;
 
-/// Suspect errors of one request, over all lives, that reach the guest (or mark a logged range lost). One is masked: drivers report
+/// Lives with a suspect error of one request after which it reaches the guest (or marks a logged range lost). One is masked: drivers report
 /// `EIO` for a controller that they have lost. A second comes from a disk that has no better word for a bad sector, as SD cards.
 pub(super) const STRIKES: u8 = 2;
 
 /// Deaths in a row with the same request in flight after which it is held for their cause. The third is always one that the request
 /// was alone in flight at: a replay after a death in replay goes one at a time.
 pub(super) const DEATHS: u8 = 3;
+
+/// In how many lives of the driver VM something went wrong. A connection that is made again with the same driver VM is the same life: what
+/// it does twice shows nothing of the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    lives: u8,
+    last: Option<Generation>,
+}
+
+impl Tally {
+    /// It went wrong in this life.
+    pub(super) fn add(&mut self, life: Generation) {
+        if self.last.replace(life) != Some(life) || broken!(ConnectionsCountAsLives) {
+            self.lives = self.lives.saturating_add(1);
+        }
+    }
+
+    /// It went wrong, and the life has no part in it: counts each time.
+    pub(super) fn add_once_more(&mut self) {
+        self.lives = self.lives.saturating_add(1);
+    }
+
+    /// In how many lives.
+    pub(super) fn lives(self) -> u8 {
+        self.lives
+    }
+}
+
+/// Ranges of which suspect errors have reached the guest: at most [`MAX_LOST`] of reads and of changes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Bad {
+    reads: RangeSet,
+    changes: RangeSet,
+}
+
+impl Bad {
+    fn of(&mut self, access: Access) -> &mut RangeSet {
+        if access.changes() { &mut self.changes } else { &mut self.reads }
+    }
+
+    /// A suspect error of `access` in `range` has reached the guest.
+    pub(super) fn add(&mut self, access: Access, range: SectorRange) {
+        let set = self.of(access);
+        if set.len() < MAX_LOST {
+            set.insert(range);
+        }
+    }
+
+    /// `access` to `range` has worked: what was written can be read as well.
+    pub(super) fn worked(&mut self, access: Access, range: SectorRange) {
+        self.reads.remove(range);
+        if access.changes() {
+            self.changes.remove(range);
+        }
+    }
+
+    /// Whether `access` has failed in a part of `range`, and not worked since.
+    pub(super) fn is_known(&mut self, access: Access, range: SectorRange) -> bool {
+        self.of(access).overlaps(range)
+    }
+}
 
 /// The class of an error that a driver VM reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

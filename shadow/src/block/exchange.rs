@@ -176,6 +176,14 @@ pub enum Command<P> {
 }
 
 impl<P> Command<P> {
+    /// Whether a disk that is in order may take long for it.
+    pub fn is_slow(&self) -> bool {
+        match self {
+            Self::WriteZeroes { .. } | Self::Discard { .. } | Self::Flush => true,
+            Self::Read { .. } | Self::Write { .. } | Self::Sample { .. } => false,
+        }
+    }
+
     /// Bytes that are read or written.
     pub fn bytes(&self) -> u64 {
         match self {

@@ -17,9 +17,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::buffers::{BufferId, Buffers};
 use super::epochs::Epoch;
-use super::errors::{DEATHS, STRIKES};
+use super::errors::{DEATHS, STRIKES, Tally};
 use super::exchange::Slice;
 use super::range::{SECTOR_BYTES, SectorRange};
+use crate::Generation;
 
 /// What a range of sectors holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +77,14 @@ struct Extent {
     content: Content,
     presence: Presence,
     /// Failures to write it again.
-    strikes: u8,
+    strikes: Tally,
     /// Deaths in a row while it was written again.
-    deaths: u8,
+    deaths: Tally,
 }
 
 impl Extent {
     fn is_clean(&self) -> bool {
-        self.strikes == 0 && self.deaths == 0
+        self.strikes.lives() == 0 && self.deaths.lives() == 0
     }
 }
 
@@ -157,7 +158,8 @@ impl<P: Clone> Log<P> {
             return;
         }
         self.cut(range);
-        let extent = Extent { end: range.end(), content, presence, strikes: 0, deaths: 0 };
+        let extent =
+            Extent { end: range.end(), content, presence, strikes: Tally::default(), deaths: Tally::default() };
         self.note(range.start(), presence);
         self.map.insert(range.start(), extent);
     }
@@ -288,19 +290,21 @@ impl<P: Clone> Log<P> {
         }
     }
 
-    /// The life is lost. What was being rewritten at too many deaths in a row leaves the log and is returned; only deaths of lives that
-    /// have worked count.
-    pub(super) fn lose_life(&mut self, has_worked: bool) -> Vec<(SectorRange, Content)> {
+    /// The life is lost; `counts` if it has worked. What was being rewritten at too many deaths in a row leaves the log and is returned.
+    pub(super) fn lose_life(&mut self, counts: Option<Generation>) -> Vec<(SectorRange, Content)> {
         let Some(all) = self.span() else { return Vec::new() };
         self.set(all, |extent| {
-            let was_in_flight = extent.presence == Presence::Rewriting;
-            extent.deaths = if was_in_flight { extent.deaths.saturating_add(u8::from(has_worked)) } else { 0 };
+            match counts {
+                _ if extent.presence != Presence::Rewriting => extent.deaths = Tally::default(),
+                Some(life) => extent.deaths.add(life),
+                None => {}
+            }
             match extent.presence {
                 Presence::Here(since) if broken!(HereOutlivesTheDevice) => Presence::Here(since),
                 _ => Presence::Owed,
             }
         });
-        self.take_those(all, |extent| extent.deaths >= DEATHS)
+        self.take_those(all, |extent| extent.deaths.lives() >= DEATHS)
     }
 
     /// `range` was rewritten in `epoch`; with `stable`, it cannot be lost any more and leaves the log.
@@ -309,20 +313,25 @@ impl<P: Clone> Log<P> {
             return self.cut(range);
         }
         self.set(range, |extent| {
-            extent.strikes = 0;
-            extent.deaths = 0;
+            (extent.strikes, extent.deaths) = (Tally::default(), Tally::default());
             Presence::Here(epoch)
         });
     }
 
-    /// `range` could not be rewritten, or its rewriting proves nothing: it is owed as before. With `strike`, what failed for the
-    /// second time leaves the log and is returned.
-    pub(super) fn rewrite_failed(&mut self, range: SectorRange, strike: bool) -> Vec<(SectorRange, Content)> {
+    /// `range` could not be rewritten, or its rewriting proves nothing: it is owed as before. `strike` notes a failure against it; what has
+    /// failed for the second time leaves the log and is returned.
+    pub(super) fn rewrite_failed(
+        &mut self,
+        range: SectorRange,
+        strike: impl Fn(&mut Tally),
+    ) -> Vec<(SectorRange, Content)> {
         self.set(range, |extent| {
-            extent.strikes = extent.strikes.saturating_add(u8::from(strike));
+            strike(&mut extent.strikes);
             Presence::Owed
         });
-        self.take_those(range, |extent| extent.strikes >= STRIKES || (extent.strikes > 0 && broken!(OneFailureLoses)))
+        self.take_those(range, |extent| {
+            extent.strikes.lives() >= STRIKES || (extent.strikes.lives() > 0 && broken!(OneFailureLoses))
+        })
     }
 
     fn take_those(&mut self, range: SectorRange, which: impl Fn(&Extent) -> bool) -> Vec<(SectorRange, Content)> {

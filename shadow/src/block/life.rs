@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use super::bounds::Limits;
+use super::errors::Violation;
 use super::exchange::Tag;
 use super::queue::PartId;
 use super::range::SectorRange;
@@ -31,6 +33,8 @@ pub(super) struct Flight {
     pub(super) bytes: u64,
     /// The device may have lost its cache since: done does not mean that it is there.
     pub(super) is_void: bool,
+    /// It may take long, on a disk that is in order.
+    is_slow: bool,
     serial: u64,
 }
 
@@ -46,6 +50,8 @@ pub(super) struct Life {
     handed: BTreeMap<u64, u64>,
     next_serial: u64,
     answered_ns: u64,
+    /// When the driver VM said last that a slow order is under way, ns.
+    at_work_ns: u64,
     /// It has done something of what was ordered: it works, and what fails alone fails by itself.
     pub(super) has_worked: bool,
 }
@@ -62,6 +68,7 @@ impl Life {
             handed: BTreeMap::new(),
             next_serial: 0,
             answered_ns: now,
+            at_work_ns: now,
             has_worked: false,
         }
     }
@@ -77,12 +84,12 @@ impl Life {
         !self.free.is_empty() && (is_idle || !alone)
     }
 
-    /// Puts an order in flight at `now` ns.
-    pub(super) fn hand(&mut self, work: Work, bytes: u64, now: u64) -> Option<Tag> {
+    /// Puts an order in flight at `now` ns, which `is_slow` or not.
+    pub(super) fn hand(&mut self, work: Work, bytes: u64, is_slow: bool, now: u64) -> Option<Tag> {
         let tag = Tag(self.free.pop()?);
         let serial = self.next_serial;
         self.next_serial += 1;
-        self.flights[usize::from(tag.0)] = Some(Flight { work, bytes, is_void: false, serial });
+        self.flights[usize::from(tag.0)] = Some(Flight { work, bytes, is_void: false, is_slow, serial });
         self.handed.insert(serial, now);
         Some(tag)
     }
@@ -115,10 +122,22 @@ impl Life {
         }
     }
 
-    /// When the life counts as stalled, if nothing is answered until then.
-    pub(super) fn stalls_at(&self, limit: u64) -> Option<u64> {
+    /// The driver VM says at `now` ns that `tag` is under way.
+    pub(super) fn at_work(&mut self, tag: Tag, now: u64) -> Result<(), Violation> {
+        match self.get(tag) {
+            Some(flight) if flight.is_slow => self.at_work_ns = now,
+            Some(_) => return Err(Violation::WrongKind(tag.0)),
+            None => return Err(Violation::UnknownTag(tag.0)),
+        }
+        Ok(())
+    }
+
+    /// When the life counts as stalled, if nothing is answered until then, nor said to be under way.
+    pub(super) fn stalls_at(&self, limits: &Limits) -> Option<u64> {
         let (_, oldest) = self.handed.first_key_value()?;
-        Some(self.answered_ns.max(*oldest).saturating_add(limit))
+        let silent_since = self.answered_ns.max(*oldest);
+        let at = silent_since.max(self.at_work_ns).saturating_add(limits.stall_ns);
+        Some(at.min(silent_since.saturating_add(limits.slow_ns)))
     }
 
     /// Time without an answer, ns.
@@ -135,19 +154,38 @@ mod tests {
 
     #[test]
     fn tags_are_used_again_and_the_oldest_order_in_flight_is_known() {
+        let limits = Limits { stall_ns: 10, slow_ns: 25, ..Limits::default() };
         let mut life = Life::new(LinkId::first(Generation::FIRST), true, 2, 5);
-        assert_eq!(life.stalls_at(10), None);
-        let first = life.hand(Work::Flush, 0, 20).unwrap();
-        let second = life.hand(Work::Flush, 0, 30).unwrap();
-        assert_eq!((life.hand(Work::Flush, 0, 31), life.has_room(false)), (None, false));
-        assert_eq!(life.stalls_at(10), Some(30));
+        assert_eq!(life.stalls_at(&limits), None);
+        let first = life.hand(Work::Flush, 0, true, 20).unwrap();
+        let second = life.hand(Work::Flush, 0, true, 30).unwrap();
+        assert_eq!((life.hand(Work::Flush, 0, true, 31), life.has_room(false)), (None, false));
+        assert_eq!(life.stalls_at(&limits), Some(30));
         assert!(life.take(first, 32).is_some() && life.take(first, 33).is_none());
         assert!(life.take(Tag(7), 33).is_none());
-        assert_eq!(life.stalls_at(10), Some(42));
+        assert_eq!(life.stalls_at(&limits), Some(42));
         assert!(life.has_room(false) && !life.has_room(true));
-        assert_eq!(life.hand(Work::Flush, 0, 40), Some(first));
+        assert_eq!(life.hand(Work::Flush, 0, true, 40), Some(first));
         assert!(life.take(second, 41).is_some());
-        assert_eq!(life.stalls_at(10), Some(51));
+        assert_eq!(life.stalls_at(&limits), Some(51));
         assert_eq!(life.silence(60), 19);
+    }
+    #[test]
+    fn a_slow_order_that_is_said_to_be_under_way_has_more_time_and_not_all() {
+        let limits = Limits { stall_ns: 10, slow_ns: 25, ..Limits::default() };
+        let mut life = Life::new(LinkId::first(Generation::FIRST), true, 4, 0);
+        let flush = life.hand(Work::Flush, 0, true, 20).unwrap();
+        let sample = SectorRange::new(0, 8).unwrap();
+        let read = life.hand(Work::Sample(sample), 4096, false, 21).unwrap();
+        assert_eq!(life.at_work(read, 22), Err(Violation::WrongKind(read.0)));
+        assert_eq!(life.at_work(Tag(3), 22), Err(Violation::UnknownTag(3)));
+        assert_eq!(life.stalls_at(&limits), Some(30));
+        assert_eq!((life.at_work(flush, 28), life.stalls_at(&limits)), (Ok(()), Some(38)));
+        assert_eq!((life.at_work(flush, 37), life.stalls_at(&limits)), (Ok(()), Some(45)));
+        assert!(life.take(read, 40).is_some());
+        assert_eq!(life.stalls_at(&limits), Some(50));
+        assert!(life.take(flush, 41).is_some());
+        assert!(life.hand(Work::Sample(sample), 4096, false, 50).is_some());
+        assert_eq!(life.stalls_at(&limits), Some(60), "what was said of another order does not count");
     }
 }

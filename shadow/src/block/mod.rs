@@ -81,8 +81,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::LinkId;
+use crate::{Generation, LinkId};
 use epochs::Epochs;
+use errors::Bad;
 use extents::Log;
 use identity::Samples;
 use life::Life;
@@ -201,6 +202,7 @@ pub struct BlockShadow<P> {
     queue: Queue,
     log: Log<P>,
     lost: RangeSet,
+    bad: Bad,
     epochs: Epochs,
     samples: Samples,
     replay: Replay,
@@ -224,6 +226,7 @@ impl<P: Payload> BlockShadow<P> {
             queue: Queue::default(),
             log: Log::default(),
             lost: RangeSet::default(),
+            bad: Bad::default(),
             epochs: Epochs::default(),
             samples: Samples::default(),
             replay: Replay::default(),
@@ -244,6 +247,11 @@ impl<P: Payload> BlockShadow<P> {
             State::Alive(life) => Some(life),
             State::Masking | State::Quarantined => None,
         }
+    }
+
+    /// The driver VM's life that serves.
+    fn generation(&self) -> Option<Generation> {
+        self.life().map(|life| life.link.generation)
     }
 
     /// Whether something of an earlier life is still to be done before the present one only records.

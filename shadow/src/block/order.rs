@@ -36,7 +36,8 @@ impl<P: Payload> BlockShadow<P> {
     /// Puts an order in flight.
     fn hand(&mut self, work: Work, command: Command<P>, now: u64) -> Option<Order<P>> {
         let bytes = command.bytes();
-        Some(Order { tag: self.life_mut()?.hand(work, bytes, now)?, command })
+        let is_slow = command.is_slow();
+        Some(Order { tag: self.life_mut()?.hand(work, bytes, is_slow, now)?, command })
     }
 
     /// Where a range of the guest's disk is on the driver VM's.

@@ -1,13 +1,13 @@
 //! Lives of the disk: attached, brought to rest, lost; and the quarantine, when there is to be none. A life that is lost leaves all that
 //! it was given to the next.
 
-use super::errors::{DEATHS, Failure};
+use super::errors::{DEATHS, Failure, Tally};
 use super::exchange::{Access, Out, Payload, Status, WriteCache};
 use super::identity::{Identity, Mismatch};
 use super::life::{Life, Work};
 use super::queue::PartId;
 use super::{BlockShadow, CachePolicy, Replay, State};
-use crate::LinkId;
+use crate::{Generation, LinkId};
 
 /// Why a driver VM's disk is not taken. Nothing is handed to it; what the shadow keeps is as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,28 +83,28 @@ impl<P: Payload> BlockShadow<P> {
         self.replay = Replay { one_by_one: self.replay.is_under_way, is_logs_turn: true, ..self.replay };
         self.rest_by = None;
         for part in self.queue.iter_mut().filter(|part| !part.is_in_flight()) {
-            part.deaths = 0;
+            part.deaths = Tally::default();
         }
-        let has_worked = life.has_worked;
+        let (has_worked, of) = (life.has_worked, life.link.generation);
         for flight in life.take_all() {
             match flight.work {
-                Work::Part(id) => self.lose_part(id, out),
+                Work::Part(id) => self.lose_part(id, of, out),
                 Work::Sample(range) => self.samples.read_failed(range),
                 Work::Replay(_) | Work::Flush => {}
             }
         }
-        let gone = self.log.lose_life(has_worked);
+        let gone = self.log.lose_life(has_worked.then_some(of));
         self.lose_ranges(gone);
-        let given_up = self.epochs.lose_life();
+        let given_up = self.epochs.lose_life(of);
         self.answer_all(given_up, Status::IoError, out);
         self.answer_if_stable(out);
     }
 
     /// A part was in flight when its life was lost.
-    fn lose_part(&mut self, id: PartId, out: &mut Out) {
+    fn lose_part(&mut self, id: PartId, life: Generation, out: &mut Out) {
         let Some(part) = self.queue.get_mut(id) else { return };
-        part.deaths = part.deaths.saturating_add(1);
-        if part.deaths >= DEATHS || broken!(OneDeathIsEnough) {
+        part.deaths.add(life);
+        if part.deaths.lives() >= DEATHS || broken!(OneDeathIsEnough) {
             self.fail_part(id, Status::IoError, out);
         } else if broken!(InFlightCountsAsDone) && part.access.changes() {
             self.fail_part(id, Status::Ok, out);
@@ -177,8 +177,7 @@ impl<P: Payload> BlockShadow<P> {
     /// # Errors
     /// When the life is stuck, or did not come to rest.
     pub fn tick(&mut self, now: u64, out: &mut Out) -> Result<(), Failure> {
-        let limit = self.limits.stall_ns;
-        let stalled = self.life().filter(|life| life.stalls_at(limit).is_some_and(|at| at <= now));
+        let stalled = self.life().filter(|life| life.stalls_at(&self.limits).is_some_and(|at| at <= now));
         if let Some(ms) = stalled.map(|life| life.silence(now) / 1_000_000) {
             return Err(self.fail(Failure::Stalled { ms }, out));
         }
@@ -191,7 +190,7 @@ impl<P: Payload> BlockShadow<P> {
 
     /// When [`Self::tick`] and [`Self::next_order`] are to be called at the latest, ns.
     pub fn deadline(&self) -> Option<u64> {
-        let stall = self.life().and_then(|life| life.stalls_at(self.limits.stall_ns));
+        let stall = self.life().and_then(|life| life.stalls_at(&self.limits));
         let rest = self.rest_by.filter(|_| !self.is_at_rest());
         let has_room = self.life().is_some_and(|life| life.has_room(self.replay.one_by_one));
         let age = self.epochs.aged_at(self.limits.age_ns).filter(|_| has_room && self.can_flush());

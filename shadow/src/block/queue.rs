@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::buffers::BufferId;
+use super::errors::Tally;
 use super::exchange::Access;
 use super::overlap::Overlaps;
 use super::range::SectorRange;
@@ -78,9 +79,9 @@ pub(super) struct Part {
     /// Whether it was in flight when a life was lost.
     pub(super) again: bool,
     /// Suspect errors.
-    pub(super) strikes: u8,
+    pub(super) strikes: Tally,
     /// Deaths in a row with this part in flight.
-    pub(super) deaths: u8,
+    pub(super) deaths: Tally,
     state: State,
     /// Parts before it that conflict with it and are not gone.
     blockers: u32,
@@ -97,8 +98,8 @@ impl Part {
             has_room: false,
             handed: false,
             again: false,
-            strikes: 0,
-            deaths: 0,
+            strikes: Tally::default(),
+            deaths: Tally::default(),
             state: State::Blocked,
             blockers: 0,
         }

@@ -47,6 +47,12 @@ impl LinkError {
         matches!(self, Self::Link(Cause::Closed | Cause::Stopped))
     }
 
+    /// Whether the driver VM has answered with an error that may be its own, or has failed a flush, without having broken a rule. Its agent
+    /// says so too.
+    pub fn is_suspect(&self) -> bool {
+        matches!(self, Self::Failed(Failure::Suspect | Failure::FlushFailed))
+    }
+
     /// Whether the driver VM stands still, without having broken a rule.
     pub fn is_stalled(&self) -> bool {
         matches!(self, Self::Link(Cause::Stalled(_)) | Self::Failed(Failure::Stalled { .. } | Failure::NotQuiesced))

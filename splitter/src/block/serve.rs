@@ -100,13 +100,20 @@ impl BlockSplitter {
     /// A record of the service; how many bytes were copied for it.
     fn heard(&mut self, record: FromService, now: u64, data: &mut dyn GuestData) -> Result<u64, LinkError> {
         let LinkState::Up { session, .. } = &mut self.link else { return Ok(0) };
-        let FromService::Done { tag, errno, bytes } = record else {
-            if !session.cache_is_lost() {
+        let (tag, errno, bytes) = match record {
+            FromService::Done { tag, errno, bytes } => (tag, errno, bytes),
+            FromService::AtWork { tag } => {
+                session.check_sent(tag).map_err(Failure::from)?;
+                let link = session.id();
+                self.with_shadow(|shadow, out| shadow.at_work(link, tag, now, out))?;
                 return Ok(0);
             }
-            self.shadow.cache_lost(session.id());
-            // A walk of the whole log: enough for one turn, so that a driver VM which says so at each answer holds up no other device.
-            return Ok(COPY_BUDGET);
+            FromService::CacheLost if session.cache_is_lost() => {
+                self.shadow.cache_lost(session.id());
+                // A walk of the whole log: enough for one turn, so that a driver VM which says so at each answer holds up no other device.
+                return Ok(COPY_BUDGET);
+            }
+            FromService::CacheLost => return Ok(0),
         };
         let flight = session.take_flight(tag).map_err(Failure::from)?;
         let copied = if flight.brings == Brings::Nothing { 0 } else { flight.bytes };

@@ -212,6 +212,12 @@ impl Session {
         slot.take_if(|flight| flight.is_sent).ok_or(unknown)
     }
 
+    /// Whether an order is in flight and was sent.
+    pub(super) fn check_sent(&mut self, tag: Tag) -> Result<(), Violation> {
+        let is_sent = flight_of(&mut self.phase, tag).is_some_and(|flight| flight.is_sent);
+        if is_sent { Ok(()) } else { Err(Violation::UnknownTag(tag.0)) }
+    }
+
     /// The data of an order.
     pub(super) fn data_of(&self, flight: &Flight) -> Result<VolatileSlice<'_>, PoolError> {
         match (&self.phase, &flight.piece) {

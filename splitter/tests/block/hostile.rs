@@ -274,7 +274,8 @@ fn record() -> impl Strategy<Value = [u8; RECORD_BYTES]> {
     let errno = prop_oneof![4 => Just(0), 1 => any::<i32>()];
     let done =
         (0u16..26, errno, bytes).prop_map(|(tag, errno, bytes)| FromService::Done { tag: Tag(tag), errno, bytes });
-    let message = prop_oneof![6 => done, 1 => Just(FromService::CacheLost)];
+    let at_work = any::<u8>().prop_map(|tag| FromService::AtWork { tag: Tag(tag.into()) });
+    let message = prop_oneof![6 => done, 1 => Just(FromService::CacheLost), 1 => at_work];
     let change = prop::option::weighted(0.1, (0..RECORD_BYTES, any::<u8>()));
     (message, change).prop_map(|(message, change)| {
         let mut record = message.encode(link(1));

@@ -272,6 +272,31 @@ fn a_service_that_answers_nothing_is_stalled_with_and_without_buffers() {
 }
 
 #[test]
+fn a_service_that_is_at_work_on_a_flush_has_more_time() {
+    let (mut guest, mut medium) = (Guest::new(), Medium::new());
+    let mut vm = live(&mut guest, 1, &mut medium);
+    guest.write(0, 8);
+    serve(&mut guest, &mut vm, &mut medium);
+    guest.flush();
+    guest.turn();
+    vm.receive();
+    let tag = vm.asked[0].tag;
+    for _ in 0..8 {
+        guest.now += Limits::default().stall_ns - 1;
+        vm.say(FromService::AtWork { tag });
+        guest.turn();
+    }
+    serve(&mut guest, &mut vm, &mut medium);
+    guest.write(900, 1);
+    guest.turn();
+    vm.receive();
+    let tag = vm.asked[0].tag;
+    vm.say(FromService::AtWork { tag });
+    guest.turn();
+    assert!(matches!(guest.notice(), Notice::Lost(_, LinkError::Failed(Failure::Violation(_)))), "a write is not slow");
+}
+
+#[test]
 fn a_flush_is_due_by_age_without_a_request() {
     let (mut guest, mut medium) = (Guest::new(), Medium::new());
     let mut vm = live(&mut guest, 1, &mut medium);

@@ -28,6 +28,10 @@ pub struct Args {
     /// The sound card that a song is played on meanwhile: hda, es1370, ac97, none. Not with --pci.
     #[arg(long, default_value = "hda", value_name = "MODEL")]
     sound: String,
+    /// A disk controller on which a database commits meanwhile, and whose cache is lost at each crash of its driver VM: nvme, ich9-ahci,
+    /// none. Not with --pci.
+    #[arg(long, default_value = "none", value_name = "MODEL")]
+    disk: String,
     /// Use this NIC of this machine instead of the bench.
     #[arg(long, value_name = "ADDRESS")]
     pci: Option<String>,
@@ -54,12 +58,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
     };
     let sound = (hardware.is_none() && args.sound != "none").then(|| args.sound.as_str().into());
+    let disk = (hardware.is_none() && args.disk != "none").then(|| args.disk.as_str().into());
     let spec = DemoSpec {
         nic: args.nic.as_str().into(),
         crashes: args.crashes,
         pause: args.every.map(Duration::from_secs),
         bytes: args.mib << 20,
         sound,
+        disk,
         hardware,
     };
     let dir = target_dir().join("demo");

@@ -4,6 +4,7 @@
 //! nowhere else, with their causes.
 
 mod demo;
+mod disks;
 mod measure;
 mod measure_disk;
 mod outages;
@@ -38,6 +39,8 @@ enum Command {
     Run(run::RunArgs),
     /// Show that a download and a song survive the crashes of their drivers.
     Demo(demo::Args),
+    /// Crash the driver VMs of disk controllers under a checker, with loss of their caches; a table and JSON.
+    Disks(disks::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
     /// Measure a disk behind a driver VM beside what one would have otherwise, and its outages; a table and JSON.
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Setup => run::setup(),
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Disks(args) => disks::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::MeasureDisk(args) => measure_disk::run(&args),
         Command::Outages(args) => outages::run(&args),

@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::error::During;
-use super::machine::{NIC_DRIVER, SOUND_DRIVER};
+use super::machine::{DISK_DRIVER, NIC_DRIVER, SOUND_DRIVER};
 use super::result::{CrashResult, span};
 use super::sound::SoundCrash;
 use super::{Demo, DemoError, GUEST, RECOVERY_LIMIT, STEP, outage};
@@ -20,7 +20,7 @@ use crate::probe::client::Run;
 /// How a driver VM is made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Kind {
+pub enum Kind {
     /// `umbra crash`: a real panic.
     Panic,
     /// `kill -9` of its process.
@@ -41,11 +41,15 @@ pub(super) enum Kind {
     Stall,
     /// A reboot without a panic.
     Reboot,
+    /// The driver lets go of its device.
+    Unbind,
+    /// A planned restart, which is no failure.
+    Restart,
 }
 
 impl Kind {
     /// For the transcript.
-    pub(super) fn describe(self) -> &'static str {
+    pub fn describe(self) -> &'static str {
         match self {
             Self::Panic => "kernel panic in the driver VM",
             Self::Kill => "kill -9 of the driver VM's process",
@@ -57,11 +61,13 @@ impl Kind {
             Self::OutOfMemory => "all memory of the driver VM is taken",
             Self::Stall => "the driver VM lives and takes nothing more",
             Self::Reboot => "the driver VM reboots by itself",
+            Self::Unbind => "the driver lets go of its device",
+            Self::Restart => "a planned restart",
         }
     }
 
     /// Makes `driver`, whose process is `pid`, fail.
-    fn command(self, driver: &str, pid: u64) -> String {
+    pub(crate) fn command(self, driver: &str, pid: u64) -> String {
         match self {
             Self::Panic | Self::InReplay => format!("umbra crash {driver}"),
             Self::Kill => format!("kill -9 {pid}"),
@@ -72,6 +78,9 @@ impl Kind {
             Self::OutOfMemory => format!("umbra crash {driver} --kind out-of-memory"),
             Self::Stall => format!("umbra crash {driver} --kind stall"),
             Self::Reboot => format!("umbra crash {driver} --kind reboot"),
+            Self::Unbind => format!("umbra crash {driver} --kind unbind"),
+            // It returns when the next life serves.
+            Self::Restart => format!("umbra restart {driver} </dev/null >/dev/null 2>&1 & echo"),
         }
     }
 }
@@ -224,6 +233,9 @@ fn one(
         demo.tell(&line);
     }
     check_player(demo, ticks)?;
+    if !together && index < demo.spec.crashes as usize {
+        demo.disk_alone().during(|| "in a crash of the disk's controller alone".into())?;
+    }
     let second = (lives > 1).then(CrashResult::second_of_pair);
     Ok(std::iter::once(result).chain(second).collect())
 }
@@ -279,7 +291,8 @@ fn await_next(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result<(),
 /// Waits until each driver VM has a standby again; says how long they booted.
 fn await_standbys(demo: &mut Demo<'_>, pace: &mut Pace, get: &mut Run) -> Result<(), DemoError> {
     let mut stall = Stall::new(RECOVERY_LIMIT);
-    let drivers = if demo.sound.is_some() { vec![NIC_DRIVER, SOUND_DRIVER] } else { vec![NIC_DRIVER] };
+    let others = [demo.sound.as_ref().map(|_| SOUND_DRIVER), demo.disk.as_ref().map(|_| DISK_DRIVER)];
+    let drivers: Vec<_> = std::iter::once(NIC_DRIVER).chain(others.into_iter().flatten()).collect();
     loop {
         let ready: Option<Vec<f64>> = drivers.iter().map(|driver| demo.machine.standby_ready(driver)).collect();
         if let Some(boots) = ready {
@@ -336,10 +349,18 @@ fn issue(demo: &mut Demo<'_>, kind: Kind) -> Result<u32, DemoError> {
 
 /// Panics both driver VMs at once.
 fn both(demo: &mut Demo<'_>) -> Result<u32, DemoError> {
-    demo.tell("  and of the sound card's driver VM, at the same moment");
-    let script = format!("umbra crash {NIC_DRIVER} & umbra crash {SOUND_DRIVER} && wait");
-    demo.place.expect(&script, STEP)?;
-    for event in demo.machine.await_lives(&[NIC_DRIVER, SOUND_DRIVER], RECOVERY_LIMIT)? {
+    let mut drivers = vec![NIC_DRIVER, SOUND_DRIVER];
+    let (words, disk) = match &demo.disk {
+        Some(_) => ("  and of the sound card's and the disk controller's driver VMs, at the same moment", DISK_DRIVER),
+        None => ("  and of the sound card's driver VM, at the same moment", ""),
+    };
+    demo.tell(words);
+    drivers.extend(demo.disk.is_some().then_some(disk));
+    let crashes: String = drivers.iter().map(|driver| format!("umbra crash {driver} & ")).collect();
+    demo.place.expect(&format!("{crashes} wait"), STEP)?;
+    demo.lose_with_others()?;
+    for event in demo.machine.await_lives(&drivers, RECOVERY_LIMIT)? {
+        demo.note_disk(&event, true);
         if event.text("driver") == SOUND_DRIVER {
             demo.sound_crashes.push(SoundCrash::new(&event, true));
         }

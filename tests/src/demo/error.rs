@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::assets::AssetError;
 use crate::bench::BenchError;
+use crate::lossy_disk::LossyDiskError;
 use crate::peer::PeerError;
 use crate::probe::client::ClientError;
 use crate::wav::WavError;
@@ -22,6 +23,9 @@ pub enum DemoError {
     /// The test host.
     #[error(transparent)]
     Bench(#[from] BenchError),
+    /// A lossy disk.
+    #[error(transparent)]
+    LossyDisk(#[from] LossyDiskError),
     /// The peer.
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -101,7 +105,12 @@ impl DemoError {
             Self::Bench(BenchError::Assets(_) | BenchError::Speed(_)) => false,
             Self::Umbra { .. } | Self::Command { .. } | Self::Still { .. } | Self::Player { .. } => true,
             Self::Exec(_) | Self::Bench(_) => true,
-            Self::Assets(_) | Self::Peer(_) | Self::Wav(_) | Self::Device(_) | Self::File { .. } => false,
+            Self::Assets(_)
+            | Self::LossyDisk(_)
+            | Self::Peer(_)
+            | Self::Wav(_)
+            | Self::Device(_)
+            | Self::File { .. } => false,
         }
     }
 

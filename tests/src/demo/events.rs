@@ -56,6 +56,11 @@ impl Follow {
         self.waiting.pop_front()
     }
 
+    /// Gives back what was taken last: it is taken once more.
+    pub fn put_back(&mut self, events: impl DoubleEndedIterator<Item = Event>) {
+        events.rev().for_each(|event| self.waiting.push_front(event));
+    }
+
     fn read_more(&mut self) {
         let Ok(mut file) = File::open(&self.path) else { return };
         let mut new = Vec::new();

@@ -73,7 +73,8 @@ impl Forecast {
         let known = serde_json::from_str(&text).unwrap_or_default();
         let nic = spec.hardware.as_ref().map_or_else(|| spec.nic.to_string(), |wire| wire.pci.clone());
         let sound = spec.sound.as_ref().map_or_else(|| "none".into(), ToString::to_string);
-        let key = format!("demo {nic} {sound} at {}", brake::speed().unwrap_or(1.0));
+        let disk = spec.disk.as_ref().map(|disk| format!(" {disk}")).unwrap_or_default();
+        let key = format!("demo {nic} {sound}{disk} at {}", brake::speed().unwrap_or(1.0));
         Self { file: file.into(), key, crashes: spec.crashes, known, since: Instant::now() }
     }
 
@@ -136,7 +137,7 @@ mod tests {
     use super::*;
 
     fn spec(crashes: u32) -> DemoSpec {
-        DemoSpec { nic: "igb".into(), crashes, pause: None, bytes: 1, sound: None, hardware: None }
+        DemoSpec { nic: "igb".into(), crashes, pause: None, bytes: 1, sound: None, disk: None, hardware: None }
     }
 
     #[test]

@@ -65,8 +65,8 @@ pub struct DiskController {
     pub device: String,
     /// Folder name of the driver VM image in the share.
     pub image: String,
-    /// More lines for each guest's disk, as `cache = "through"`.
-    pub options: String,
+    /// More lines for each guest's disk, as `start = "64M"`; none for those that it has none for.
+    pub options: Vec<String>,
 }
 
 /// What the machine is made of.
@@ -142,7 +142,7 @@ impl MachineSpec {
     pub fn to_toml(&self, work: &str, share: &str) -> String {
         let patience = whole_factor();
         let mut text = String::new();
-        for (name, address) in &self.guests {
+        for (n, (name, address)) in self.guests.iter().enumerate() {
             let nic = match self.attach {
                 Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"nic0\"\n"),
                 Attach::Passthrough => format!("passthrough = [\"{}\"]\n", self.device),
@@ -156,7 +156,8 @@ impl MachineSpec {
             let disk = |path: &String| format!("[[guest.{name}.disk]]\npath = \"{path}\"\n");
             let mut disks: String = self.disks.iter().map(disk).collect();
             if let Some(controller) = &self.controller {
-                disks.push_str(&format!("[[guest.{name}.disk]]\ndriver = \"{DISK_DRIVER}\"\n{}", controller.options));
+                let options = controller.options.get(n).map_or("", String::as_str);
+                disks.push_str(&format!("[[guest.{name}.disk]]\ndriver = \"{DISK_DRIVER}\"\n{options}"));
             }
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
@@ -310,6 +311,23 @@ impl Machine {
             self.await_event(limit, |event| event.event == "standby-ready" && event.text("driver") == driver)?;
         }
         Ok(())
+    }
+
+    /// Does `act` at the first new event that `wanted` accepts; [`Self::await_event`] finds it, and what came with it, all the same.
+    ///
+    /// # Errors
+    /// As [`Self::await_event`].
+    pub fn at_event<T>(
+        &mut self,
+        limit: Duration,
+        wanted: impl Fn(&Event) -> bool,
+        act: impl FnOnce() -> T,
+    ) -> Result<T, DemoError> {
+        let seen = self.seen.len();
+        self.await_event(limit, wanted)?;
+        let done = act();
+        self.events.put_back(self.seen.drain(seen..));
+        Ok(done)
     }
 
     /// Takes the events that are there.

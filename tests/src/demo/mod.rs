@@ -8,6 +8,7 @@
 
 pub mod attempts;
 mod crash;
+mod disk;
 mod error;
 pub mod events;
 mod evidence;
@@ -26,11 +27,15 @@ use std::time::{Duration, Instant};
 
 use crate::assets::{Assets, Say, target_dir};
 use crate::bench::{Bench, BenchSpec, Model, brake, pcap};
+use crate::disks::Medium;
 use crate::peer::{Content, DEFAULT_RATE, guest_address, peer_address};
 use crate::probe::client::Run;
 use crate::sound::player::{Ended, Player, patient, patient_kernel};
 use crate::sound::{Length, Sound};
 use crash::Crashes;
+pub use crash::Kind;
+use disk::Disk;
+pub use disk::DiskResult;
 pub use error::DemoError;
 use error::During;
 use forecast::{Forecast, Part};
@@ -53,13 +58,15 @@ pub struct DemoSpec {
     pub bytes: u64,
     /// The sound card model in the bench that plays a song meanwhile; none on real hardware.
     pub sound: Option<Model>,
+    /// The disk controller in the bench on which a database commits meanwhile; its cache is lost at each crash.
+    pub disk: Option<Model>,
     /// Real hardware: its PCI address, and how the guest and the peer are addressed.
     pub hardware: Option<hardware::Wire>,
 }
 
 impl DemoSpec {
     fn devices(&self) -> String {
-        let devices = [Some(&self.nic), self.sound.as_ref()];
+        let devices = [Some(&self.nic), self.sound.as_ref(), self.disk.as_ref()];
         devices.into_iter().flatten().map(Model::to_string).collect::<Vec<_>>().join(" and ")
     }
 }
@@ -93,6 +100,7 @@ struct Demo<'a> {
     sound: Option<Sound>,
     sound_crashes: Vec<SoundCrash>,
     player: Option<Player>,
+    disk: Option<Disk>,
     say: Say<'a>,
     guest: Ipv4Addr,
     peer: Ipv4Addr,
@@ -147,7 +155,7 @@ pub fn run(spec: &DemoSpec, dir: &Path, attempt: u32, say: Say<'_>) -> Result<De
     let start = Instant::now();
     let stage =
         set_up(spec, &assets, dir, say).during(|| format!("while a test host with {} was set up", spec.devices()));
-    let Stage { mut place, machine, guest, peer, bound, sound } = stage?;
+    let Stage { mut place, machine, guest, peer, bound, sound, medium } = stage?;
     forecast.done(Part::Host);
     let drivers = machine.drivers().join("` and `");
     say(&format!("starting the guest `{GUEST}` and driver VMs `{drivers}` (stock Debian kernels, cold boot)"));
@@ -158,8 +166,8 @@ pub fn run(spec: &DemoSpec, dir: &Path, attempt: u32, say: Say<'_>) -> Result<De
             None => hardware::address_of_guest(&mut place, GUEST)?,
         };
         forecast.done(Part::Start);
-        let sound_crashes = Vec::new();
-        Demo { spec, place, machine, sound, sound_crashes, player: None, say, guest, peer, start, forecast }
+        let (sound_crashes, disk) = (Vec::new(), medium.map(Disk::new));
+        Demo { spec, place, machine, sound, sound_crashes, player: None, disk, say, guest, peer, start, forecast }
             .show(dir, attempt)
     });
     drop(bound);
@@ -175,6 +183,7 @@ struct Stage {
     peer: Ipv4Addr,
     bound: Option<hardware::Bound>,
     sound: Option<Sound>,
+    medium: Option<Medium>,
 }
 
 fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<Stage, DemoError> {
@@ -186,7 +195,7 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
         let image = hardware::image(&wire.pci, assets, &here.share(), say)?;
         let machine = MachineSpec { restart_limit, ..MachineSpec::one_guest(&wire.pci, &image, &wire.guest) };
         let (guest, peer) = (wire.guest_address(), wire.peer);
-        return Ok(Stage { place: here, machine, guest, peer, bound: Some(bound), sound: None });
+        return Ok(Stage { place: here, machine, guest, peer, bound: Some(bound), sound: None, medium: None });
     }
     say(&format!("building the driver VM image for {}", spec.nic));
     let image = assets.driver_image(&spec.nic)?;
@@ -198,6 +207,8 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
     if let Some(sound) = &sound {
         sound.add_to(&mut bench);
     }
+    let medium = spec.disk.as_ref().map(|model| Medium::new(&model.0)).transpose()?;
+    let disk = disk::Parts::add(medium.as_ref(), &mut bench, assets)?;
     let accel = if crate::bench::has_nested_kvm() { "KVM" } else { "emulation: this machine's CPU has no VMX or SVM" };
     say(&format!("booting the test host in QEMU with {} ({accel})", spec.devices()));
     let mut bench = Bench::boot(bench, assets)?;
@@ -209,14 +220,21 @@ fn set_up(spec: &DemoSpec, assets: &Assets, dir: &Path, say: Say<'_>) -> Result<
         sound.prepare(&mut place)?;
         card = Some(sound.card(0, &mut place, "skip")?);
     }
+    let disk = disk.map(|parts| parts.controller(&mut place)).transpose()?;
+    let mut archives = sound.as_ref().map(Sound::archives).unwrap_or_default();
+    let controller = disk.map(|(controller, archive)| {
+        archives.push(archive);
+        controller
+    });
     let machine = MachineSpec {
         restart_limit,
         sound: card,
-        archives: sound.as_ref().map(Sound::archives).unwrap_or_default(),
+        controller,
+        archives,
         guest_options: patient_kernel(),
         ..MachineSpec::one_guest(&device, &image, &format!("{}/24", guest_address(0, 0)))
     };
-    Ok(Stage { place, machine, guest: Some(guest_address(0, 0)), peer: peer_address(0), bound: None, sound })
+    Ok(Stage { place, machine, guest: Some(guest_address(0, 0)), peer: peer_address(0), bound: None, sound, medium })
 }
 
 impl Demo<'_> {
@@ -232,9 +250,11 @@ impl Demo<'_> {
         let fetched = self.finish_download(&mut get).during(|| "after the last crash".into())?;
         let progress = self.place.peer().progress()?;
         let ended = self.await_player().during(|| "at the end of the song".into())?;
+        let disk = self.finish_database().during(|| "at the end of the database".into())?;
         let after = GuestLog::read(&mut self.place, GUEST)?;
         let log = after.since(&before);
         self.keep_report(dir).during(|| "while the report was made".into())?;
+        let disk = disk.map(|disk| disk.with_log(&log));
         let Self { spec, place, machine, sound, sound_crashes, say, start, mut forecast, .. } = self;
         let wav = place.wav();
         let (wire_resets, place_kept) = end(place, machine).during(|| "while the machine was ended".into())?;
@@ -257,7 +277,7 @@ impl Demo<'_> {
             outage_ms: result::outages(&crashes),
             per_crash: crashes,
         };
-        let result = DemoResult::new(nic, sound, (spec.crashes, attempt), start.elapsed());
+        let result = DemoResult::new(nic, (sound, disk), (spec.crashes, attempt), start.elapsed());
         forecast.done(Part::End);
         forecast.keep();
         for line in result.closing_lines() {
@@ -278,6 +298,7 @@ impl Demo<'_> {
             self.player = Some(Player::start_fed(&mut self.place, GUEST, &patient())?);
             self.tell("the guest plays an MP3 with mpg123 on virtio-snd");
         }
+        self.start_database()?;
         Ok(before)
     }
 

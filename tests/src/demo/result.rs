@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::DemoError;
 use super::crash::Kind;
+use super::disk::DiskResult;
 use super::events::Event;
 use super::machine::NIC_DRIVER;
 use super::outage::{Outage, median_and_max};
@@ -31,6 +32,8 @@ pub struct DemoResult {
     pub nic: NicResult,
     /// The sound card's part, where there is one.
     pub sound: Option<SoundResult>,
+    /// The disk's part, where there is one.
+    pub disk: Option<DiskResult>,
 }
 
 /// The NIC's part of the result.
@@ -173,7 +176,7 @@ impl DemoResult {
     /// With the crashes that were `wanted`, and the number of the attempt.
     pub(super) fn new(
         nic: NicResult,
-        sound: Option<SoundResult>,
+        (sound, disk): (Option<SoundResult>, Option<DiskResult>),
         (wanted, attempts): (u32, u32),
         took: Duration,
     ) -> Self {
@@ -183,9 +186,10 @@ impl DemoResult {
             && nic.guest_log_clean
             && nic.crashes >= wanted
             && nic.outage_ms.is_some()
-            && sound.as_ref().is_none_or(SoundResult::is_ok);
+            && sound.as_ref().is_none_or(SoundResult::is_ok)
+            && disk.as_ref().is_none_or(DiskResult::is_ok);
         let speed = brake::speed().unwrap_or(1.0);
-        Self { ok, attempts, speed, seconds: took.as_secs_f64(), wanted, nic, sound }
+        Self { ok, attempts, speed, seconds: took.as_secs_f64(), wanted, nic, sound, disk }
     }
 
     /// What is not as it should be, in the reader's words.
@@ -200,6 +204,7 @@ impl DemoResult {
         when(nic.crashes < self.wanted, format!("{} of {} crashes took place", nic.crashes, self.wanted));
         when(nic.outage_ms.is_none(), "no outage was seen by the peer".into());
         when(self.sound.as_ref().is_some_and(|sound| !sound.is_ok()), "the song was not played as it should be".into());
+        when(self.disk.as_ref().is_some_and(|disk| !disk.is_ok()), "the database has lost something".into());
         all
     }
 
@@ -236,6 +241,7 @@ impl DemoResult {
         if let Some(sound) = &self.sound {
             lines.extend(sound.closing_lines());
         }
+        lines.extend(self.disk.iter().flat_map(DiskResult::closing_lines));
         lines.push("  all failures on a page                   report.html".into());
         if self.attempts > 1 {
             lines.push(format!("  attempts needed                          {}", self.attempts));

@@ -161,7 +161,7 @@ impl Rig {
         qemu_guest::carry(&bench.share().join("qemu"), &assets)?;
         let device = bench.expect("printf %s $DISK0", Duration::from_secs(30))?;
         let image = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let controller = DiskController { device: device.clone(), image, options: String::new() };
+        let controller = DiskController { device: device.clone(), image, options: Vec::new() };
         let machine = MachineSpec {
             attach: Attach::Without,
             controller: Some(controller),

@@ -28,6 +28,8 @@ const BLOCKS: usize = 2048;
 const FLUSHES: u64 = 16;
 /// One request in so many is a read.
 const READS: u64 = 3;
+/// A file that ends a check when it is there.
+pub const OVER: &str = "/tmp/disk-check-over";
 /// Interval of progress on standard error.
 const PROGRESS: Duration = Duration::from_secs(1);
 
@@ -77,7 +79,8 @@ impl Found {
     }
 }
 
-/// Checks the disk or file `path` for `length`, then reads everything that was written once more. What is there is overwritten.
+/// Checks the disk or file `path` for `length`, or until there is a file [`OVER`], then reads everything that was written once more. What
+/// is there is overwritten.
 pub fn check(path: &Path, length: Duration, seed: u64) -> Found {
     let (done, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
@@ -92,7 +95,7 @@ pub fn check(path: &Path, length: Duration, seed: u64) -> Found {
         while workers.iter().any(|worker| !worker.is_finished()) {
             std::thread::sleep(PROGRESS.min(length));
             eprintln!("{} requests after {:.0} s", done.load(Ordering::Relaxed), begun.elapsed().as_secs_f64());
-            over.fetch_or(begun.elapsed() >= length, Ordering::Relaxed);
+            over.fetch_or(begun.elapsed() >= length || Path::new(OVER).exists(), Ordering::Relaxed);
         }
         let mut found = Found::default();
         for worker in workers {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use super::connection::{Connection, UNEXPECTED};
+use crate::config::DiskSize;
 use crate::record::status::{GuestStateName, GuestStatus};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
@@ -35,6 +36,44 @@ pub struct RebootArgs {
     /// The machine, where several run.
     #[arg(long, value_name = "MACHINE")]
     name: Option<String>,
+}
+
+/// Arguments of `umbra resize`.
+#[derive(Debug, clap::Args)]
+pub struct ResizeArgs {
+    /// The guest.
+    guest: String,
+    /// Its disk: vda is the first of the machine file, vdb the second.
+    #[arg(value_parser = disk_number)]
+    disk: u16,
+    /// The new size, as 20G or a number of bytes; without it, the size that the file or block device has now.
+    #[arg(value_name = "SIZE")]
+    size: Option<DiskSize>,
+    /// The machine, where several run.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
+/// The number of a disk, from its name in the guest.
+fn disk_number(name: &str) -> Result<u16, String> {
+    let letters = name.strip_prefix("vd").filter(|letters| letters.len() == 1);
+    let letter = letters.and_then(|letters| letters.bytes().next()).filter(u8::is_ascii_lowercase);
+    letter.map(|letter| u16::from(letter - b'a')).ok_or_else(|| "a disk is named vda, vdb, ... vdz".into())
+}
+
+/// Makes a disk on a file larger, and waits until the guest sees it.
+///
+/// # Errors
+///
+/// No machine answers, there is no such disk, it would be smaller, or the host cannot make it so large.
+pub fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(args.name.as_deref())?;
+    // A file system may take its time.
+    machine.wait_for_ever()?;
+    let bytes = args.size.map(|size| size.0);
+    let request = Request::Resize { name: args.guest.clone(), disk: args.disk, bytes };
+    let Response::Resized { bytes, .. } = machine.ask(&request)? else { bail!(UNEXPECTED) };
+    super::print(&format!("{} has {bytes} bytes", args.guest))
 }
 
 /// Starts a guest and waits until its vCPUs run.

@@ -56,6 +56,8 @@ enum Command {
     Start(guest::StartArgs),
     /// Have a guest power off and start it again.
     Reboot(guest::RebootArgs),
+    /// Make a disk of a running guest larger.
+    Resize(guest::ResizeArgs),
     /// Check the host: what works, what is missing, how to fix it.
     Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
@@ -112,6 +114,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => client::stop(&args),
         Command::Start(args) => guest::start(&args),
         Command::Reboot(args) => guest::reboot(&args),
+        Command::Resize(args) => guest::resize(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Snapshots(args) => snapshots::run(&args),

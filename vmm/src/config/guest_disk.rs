@@ -1,6 +1,7 @@
 //! `[[guest.NAME.disk]]`: a disk on a file or block device of the host, or one that a driver VM serves; and the rules for both.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -12,6 +13,11 @@ use umbra_shadow::block::{CachePolicy, MAX_SERIAL, SECTOR_BYTES};
 use super::check::{Place, Problem, check_path};
 use super::memory::{self, Size};
 use super::{Guest, Machine};
+
+/// Seconds that a disk of a driver VM may answer nothing to reads and writes. By default above the 7 s that hard disks try to read a
+/// sector, and below the 30 s after which the kernel of the driver VM resets a controller by itself.
+const DEFAULT_IO_TIMEOUT_S: u32 = 10;
+const IO_TIMEOUT_S: RangeInclusive<u32> = 5..=90;
 
 /// `[[guest.NAME.disk]]`: exactly one of `path` and `driver`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,9 +37,24 @@ pub struct GuestDisk {
     pub length: Option<DiskSize>,
     /// How the disk's write cache is treated; as the driver VM reports it when not given.
     pub cache: Option<CachePolicy>,
+    /// Longest time without an answer to reads and writes before the driver VM counts as failed, s; 10 when not given.
+    pub io_timeout_s: Option<u32>,
+    /// What becomes of a write for which the host's file system has no room.
+    pub on_full: Option<OnFull>,
     /// The guest cannot write to it.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// What becomes of a write for which the host's file system has no room: the key `on_full` of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// It fails.
+    #[default]
+    Error,
+    /// It waits, and with it the disk, until there is room.
+    Pause,
 }
 
 /// A disk on a file of the host.
@@ -45,6 +66,9 @@ pub struct Disk {
     /// The guest cannot write to it.
     #[serde(default)]
     pub read_only: bool,
+    /// What becomes of a write for which there is no room.
+    #[serde(default)]
+    pub on_full: OnFull,
 }
 
 impl GuestDisk {
@@ -55,12 +79,18 @@ impl GuestDisk {
 
     /// The disk on a file of the host, if it is one.
     pub fn file(&self) -> Option<Disk> {
-        Some(Disk { path: self.path.clone()?, read_only: self.read_only })
+        let on_full = self.on_full.unwrap_or_default();
+        Some(Disk { path: self.path.clone()?, read_only: self.read_only, on_full })
     }
 
     /// How its write cache is treated.
     pub fn cache_or_default(&self) -> CachePolicy {
         self.cache.unwrap_or_default()
+    }
+
+    /// Longest time without an answer to reads and writes before its driver VM counts as failed, ms.
+    pub fn io_timeout_ms(&self) -> u32 {
+        self.io_timeout_s.unwrap_or(DEFAULT_IO_TIMEOUT_S).saturating_mul(1000)
     }
 
     /// The guest's part of the driver VM's disk.
@@ -134,6 +164,7 @@ impl Machine {
             ("start", disk.start.is_some()),
             ("length", disk.length.is_some()),
             ("cache", disk.cache.is_some()),
+            ("io_timeout_s", disk.io_timeout_s.is_some()),
         ];
         if let Some((key, _)) = given.iter().find(|(_, given)| *given) {
             return place.key(key).problem(format!("only a disk of a driver VM (`driver = \"...\"`) has `{key}`"));
@@ -172,12 +203,21 @@ impl Machine {
 }
 
 fn check_driven(place: &Place, disk: &GuestDisk) -> Result<(), Problem> {
+    if disk.on_full.is_some() {
+        return place.key("on_full").problem("only a disk on a file (`path = \"...\"`) has `on_full`");
+    }
     if let Some(serial) = &disk.serial {
         let is_sound = serial.chars().all(|c| c.is_ascii_graphic() || c == ' ');
         if serial.is_empty() || serial.len() > MAX_SERIAL || !is_sound {
             let what = format!("a serial number has 1 to {MAX_SERIAL} printable ASCII characters");
             return place.key("serial").problem(what);
         }
+    }
+    if disk.io_timeout_s.is_some_and(|s| !IO_TIMEOUT_S.contains(&s)) {
+        let (least, most) = (IO_TIMEOUT_S.start(), IO_TIMEOUT_S.end());
+        return place.key("io_timeout_s").problem(format!(
+            "{least} to {most} seconds: a disk in order may take some for a bad sector, and after 120 s a guest says that a task hangs"
+        ));
     }
     if disk.partition == Some(0) {
         return place.key("partition").problem("partitions are numbered from 1");

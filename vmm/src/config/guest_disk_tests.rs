@@ -25,12 +25,14 @@ const WHOLE: &str = "driver = \"disk0\"";
 
 #[test]
 fn a_disk_behind_a_driver_vm_is_read_with_its_part_and_its_driver_vm_s_memory() {
-    let part = "driver = \"disk0\"\nserial = \"S4EV NF0M\"\nstart = \"1M\"\nlength = 1536\ncache = \"through\"\nread_only = true";
-    let machine = parse(&text(&["path = \"root.raw\"", part])).unwrap();
+    let part = "driver = \"disk0\"\nserial = \"S4EV NF0M\"\nstart = \"1M\"\nlength = 1536\ncache = \"through\"\nread_only = true\n";
+    let part = &format!("{part}io_timeout_s = 30");
+    let machine = parse(&text(&["path = \"root.raw\"\non_full = \"pause\"", part])).unwrap();
     let disks = &machine.guest["db"].disk;
-    assert_eq!(disks[0].file(), Some(Disk { path: "dir/root.raw".into(), read_only: false }));
+    assert_eq!(disks[0].file(), Some(Disk { path: "dir/root.raw".into(), read_only: false, on_full: OnFull::Pause }));
     assert_eq!((disks[1].file(), disks[1].cache_or_default()), (None, CachePolicy::Through));
     assert_eq!(disks[1].part(), DiskPart::Range { start: 2048, sectors: 3 });
+    assert_eq!((disks[1].io_timeout_ms(), GuestDisk::default().io_timeout_ms()), (30_000, 10_000));
     let served: Vec<_> = machine.disks_of("disk0").map(|(guest, n, disk)| (guest, n, disk.read_only)).collect();
     assert_eq!(served, [("db", 1, true)], "counted among all disks of the guest");
     assert_eq!(machine.driver["disk0"].memory, Some(MemorySize(192 << 20)));
@@ -64,6 +66,11 @@ fn each_mistake_of_a_disk_is_named_with_its_line() {
         ("path = \"a\"\nstart = 512", 5, "has `start`"),
         ("path = \"a\"\nlength = 512", 5, "has `length`"),
         ("path = \"a\"\ncache = \"auto\"", 5, "has `cache`"),
+        ("path = \"a\"\nio_timeout_s = 10", 5, "has `io_timeout_s`"),
+        ("driver = \"disk0\"\non_full = \"pause\"", 5, "only a disk on a file"),
+        ("path = \"a\"\non_full = \"wait\"", 5, "`pause`"),
+        ("driver = \"disk0\"\nio_timeout_s = 4", 5, "5 to 90 seconds"),
+        ("driver = \"disk0\"\nio_timeout_s = 91", 5, "5 to 90 seconds"),
         ("driver = \"disk0\"\nserial = \"\"", 5, "1 to 128 printable"),
         ("driver = \"disk0\"\nserial = \"\u{e9}\"", 5, "1 to 128 printable"),
         ("driver = \"disk0\"\npartition = 0", 5, "numbered from 1"),

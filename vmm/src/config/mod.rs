@@ -11,7 +11,7 @@ pub mod metrics_address;
 mod parse;
 
 pub use check::{MAX_CPUS, PathStep, Problem};
-pub use guest_disk::{Disk, DiskSize, DiskSizeError, GuestDisk};
+pub use guest_disk::{Disk, DiskSize, DiskSizeError, GuestDisk, OnFull};
 pub use memory::{MemorySize, MemorySizeError};
 pub use parse::SpecError;
 

@@ -94,9 +94,13 @@ fn of_vm(mut message: FromVm) -> FromVm {
             cut(interface, MAX_TEXT);
             cut(news, MAX_TEXT);
         }
-        FromVm::Lost { cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what) | LinkEnd::OtherDisk(what), .. }
+        FromVm::Lost {
+            cause: LinkEnd::Stalled(what) | LinkEnd::Broken(what) | LinkEnd::Suspect(what) | LinkEnd::OtherDisk(what),
+            ..
+        }
         | FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } => cut(what, MAX_TEXT),
         FromVm::Snapshot { news: SnapshotNews::Refused(why) | SnapshotNews::NotTaken(why) } => cut(why, MAX_TEXT),
+        FromVm::Disk { news: what, .. } | FromVm::Resized { result: Err(what), .. } => cut(what, MAX_TEXT),
         FromVm::RxMode { mode, .. } => limit_mode(mode),
         FromVm::Pace { steps, .. } => {
             steps.out.truncate(MAX_STEPS);
@@ -113,6 +117,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::ForeignAddress { .. }
         | FromVm::Offloads { .. }
         | FromVm::AtRest { .. }
+        | FromVm::Resized { .. }
         | FromVm::Lost { cause: LinkEnd::Closed, .. }
         | FromVm::Disconnected { .. }
         | FromVm::Snapshot { .. } => {}

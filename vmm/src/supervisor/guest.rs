@@ -53,6 +53,8 @@ pub(super) struct GuestVm {
     pub(super) warnings: LogLimit,
     /// What its process has not taken yet, in its order. A driver VM's process may have sent something through a socket already.
     pub(super) unsent: VecDeque<(ToVm, Option<Elsewhere<OwnedFd>>)>,
+    /// Clients that wait for another size of a disk, in the order in which they asked.
+    pub(super) resizing: VecDeque<(u64, DeviceId)>,
 }
 
 /// What is to become of a guest when its process ends.
@@ -95,6 +97,25 @@ impl GuestState {
 }
 
 impl GuestVm {
+    /// Whether disk `disk` of all its disks is on a file of the host.
+    ///
+    /// # Errors
+    /// It has no such disk; for people.
+    pub(super) fn has_disk_on_file(&self, disk: u16) -> Result<bool, String> {
+        let (name, count) = (&self.name, self.spec.disk.len());
+        let spec = self.spec.disk.get(usize::from(disk));
+        spec.map(|spec| spec.path.is_some()).ok_or_else(|| match count {
+            0 => format!("{name} has no disks"),
+            1 => format!("{name} has one disk, vda"),
+            _ => format!("{name} has {count} disks, vda and so on"),
+        })
+    }
+
+    /// Whether its process has answered the last question about `device`.
+    pub(super) fn has_answered(&self, device: DeviceId) -> bool {
+        self.devices.get(&device).is_some_and(|device| device.fresh)
+    }
+
     /// A guest that does not run yet.
     pub(super) fn new(name: &str, spec: Guest, devices: Devices) -> Self {
         let GuestRestart { limit, interval_s } = spec.restart;
@@ -115,6 +136,7 @@ impl GuestVm {
             listening: false,
             warnings: LogLimit::default(),
             unsent: VecDeque::new(),
+            resizing: VecDeque::new(),
         }
     }
 

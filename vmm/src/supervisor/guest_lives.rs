@@ -94,6 +94,7 @@ impl Supervisor {
         self.warn_of_loss(n);
         self.guests[n].forget();
         self.rests_no_more(n);
+        self.resizes_no_more(n);
         self.leave_ends(n);
         let guest = &mut self.guests[n];
         if guest.state == GuestState::Rebooting && !stopping {
@@ -224,7 +225,7 @@ impl Supervisor {
         Ok(())
     }
 
-    fn guest_named(&self, name: &str) -> Result<GuestId, String> {
+    pub(super) fn guest_named(&self, name: &str) -> Result<GuestId, String> {
         self.guests.position(|guest| guest.name == name).ok_or_else(|| {
             let names: Vec<_> = self.guests.iter().map(|guest| guest.name.as_str()).collect();
             format!("there is no guest named {name}; there is {}", names.join(", "))

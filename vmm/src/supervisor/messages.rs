@@ -91,6 +91,8 @@ impl Supervisor {
                 let link = if there { "up" } else { "down until there is an interface of that name" };
                 self.warn_of_guest(n, &format!("TAP {interface} {news}; the guest's link is {link}"));
             }
+            FromVm::Disk { device, news } => self.warn_of_guest(n, &format!("{device}: {news}")),
+            FromVm::Resized { device, result } => self.on_resized(n, device, result),
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }

@@ -15,6 +15,7 @@ mod inbox;
 mod messages;
 mod power_button;
 mod prepare;
+mod resize;
 mod rest;
 pub mod run;
 pub mod start;

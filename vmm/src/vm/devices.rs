@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use event_manager::{EventManager, SubscriberOps};
 use thiserror::Error;
@@ -184,14 +185,21 @@ impl Adder<'_> {
     fn disk(&mut self, index: u16, backend: &DiskBackend, cpus: u8) -> Result<(), Error> {
         let name = format!("virtio-block{index}");
         match backend {
-            DiskBackend::File(disk) => self.virtio(&name, Arc::new(Mutex::new(FileDisk::new(disk, index.into())?))),
-            DiskBackend::Split { disk, cache, driver_memory } => {
+            DiskBackend::File(disk) => {
+                let host = Arc::clone(self.host);
+                let outbox = Arc::new(move |message| host.tell(&message));
+                let disk = Arc::new(Mutex::new(FileDisk::new(disk, index, outbox)?));
+                self.devices.files.insert(DeviceId::block(index), Arc::clone(&disk));
+                self.virtio(&name, disk)
+            }
+            DiskBackend::Split { disk, cache, driver_memory, io_timeout_ms } => {
                 let host = Arc::clone(self.host);
                 let outbox = Arc::new(move |message| host.tell(&message));
                 let settings = Settings {
                     disk: disk.clone(),
                     cache: *cache,
                     driver_memory: *driver_memory,
+                    io_timeout: Duration::from_millis((*io_timeout_ms).into()),
                     // One a vCPU.
                     queues: cpus.min(MAX_QUEUES),
                 };
@@ -244,6 +252,8 @@ fn add_function(
 pub struct Devices {
     /// A guest's, behind a shadow each.
     shadowed: BTreeMap<DeviceId, Arc<Mutex<dyn Shadowed>>>,
+    /// Disks on files.
+    files: BTreeMap<DeviceId, Arc<Mutex<FileDisk>>>,
     /// A driver VM's network devices, by position among its ends.
     ends: Vec<Arc<Mutex<VhostUserNet>>>,
     console: Option<Arc<Mutex<Console>>>,
@@ -325,6 +335,10 @@ impl Devices {
                 self.with(device, |shadowed| shadowed.order(message));
             }
             ToVm::Quiesce { device } | ToVm::GoOn { device } => self.with(device, |shadowed| shadowed.order(message)),
+            ToVm::Resize { device, bytes } => match self.files.get(&device) {
+                Some(disk) => lock(disk).resize(bytes),
+                None => tracing::error!(%device, "the supervisor names a disk that is on no file"),
+            },
             ToVm::QueryStatus => {
                 for shadowed in self.shadowed.values() {
                     let status = lock(shadowed).status();

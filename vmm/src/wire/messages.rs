@@ -15,6 +15,7 @@ pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::sound::{Card, Policy};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 
+pub use super::link_end::LinkEnd;
 use crate::config::{Console, Disk, MemorySize};
 use crate::host::Snapshot;
 
@@ -145,6 +146,8 @@ pub enum DiskBackend {
         cache: CachePolicy,
         /// Memory of its driver VM: a link with more is refused.
         driver_memory: MemorySize,
+        /// Longest time without an answer to reads and writes before the driver VM counts as failed, ms.
+        io_timeout_ms: u32,
     },
 }
 
@@ -272,6 +275,13 @@ pub enum ToVm {
         /// The device.
         device: DeviceId,
     },
+    /// A disk on a file is to be so large, or as large as its file or block device is now. Answered by [`FromVm::Resized`].
+    Resize {
+        /// The device.
+        device: DeviceId,
+        /// Its new size.
+        bytes: Option<u64>,
+    },
     /// Answered by [`FromVm::Status`] for each device of a driver VM.
     QueryStatus,
 }
@@ -384,6 +394,20 @@ pub enum FromVm {
         /// in time: what is owed is written again in the next life.
         stable: bool,
     },
+    /// Guest: the answer to [`ToVm::Resize`].
+    Resized {
+        /// The device.
+        device: DeviceId,
+        /// The size that the guest sees now, bytes; or why it is as it was, for people.
+        result: Result<u64, String>,
+    },
+    /// Guest: what the host does to a disk on a file.
+    Disk {
+        /// The device.
+        device: DeviceId,
+        /// The news, as a sentence without its end.
+        news: String,
+    },
     /// Guest: a TAP interface of a network device was removed, and the guest sees its link down; or it is there again.
     Tap {
         /// Its name.
@@ -449,29 +473,6 @@ pub enum SnapshotNews {
     Taken(u64),
     /// None was taken, and why.
     NotTaken(String),
-}
-
-/// Why a guest's splitter lost a link.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LinkEnd {
-    /// The other end closed it: its process is gone, or it gave the connection up.
-    Closed,
-    /// The other end has taken nothing for too long though something waits, in words.
-    Stalled(String),
-    /// The other end broke a rule, in words.
-    Broken(String),
-    /// It is not the disk that the guest was given, or it has lost what was flushed to it: in what it differs, in words.
-    OtherDisk(String),
-}
-
-impl std::fmt::Display for LinkEnd {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Closed => f.write_str("closed"),
-            Self::Stalled(what) | Self::Broken(what) | Self::OtherDisk(what) => f.write_str(what),
-        }
-    }
 }
 
 /// Why a driver VM's process has no connection at an end any more.

@@ -38,6 +38,15 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("a_death_while_disks_come_to_rest_is_a_failure", a_death_while_disks_come_to_rest_is_a_failure),
     ("disks_that_cannot_be_end_a_first_start", disks_that_cannot_be_end_a_first_start),
+    (
+        "a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so",
+        a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so,
+    ),
+    ("an_error_that_the_agent_bears_out_fails_the_life", an_error_that_the_agent_bears_out_fails_the_life),
+    (
+        "an_error_that_one_guest_alone_claims_costs_its_connection",
+        an_error_that_one_guest_alone_claims_costs_its_connection,
+    ),
 ];
 
 fn start(guest: &str, driver: &str) -> TestMachine {
@@ -259,4 +268,63 @@ fn disks_that_cannot_be_end_a_first_start() {
     let mut machine = start("", "odd-disks=1");
     let error = machine.wait().unwrap_err().to_string();
     assert_eq!(error, "nic0: it reports disks that cannot be");
+}
+
+/// Two guests on one controller, of which "web", the second end, suspects the driver VM at its first connection.
+fn suspecting(driver: &str) -> TestMachine {
+    let mut machine = make_with_disks("suspects=1.1", driver, &["partition = 1", "partition = 2"]);
+    machine.start_again();
+    machine
+}
+
+fn an_error_that_the_agent_bears_out_fails_the_life() {
+    let machine = suspecting("errs-at-1=1");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    let reason = report["reason"].as_str().unwrap();
+    assert!(report["source"] == "link" && reason.contains("web.block1: an I/O error without a cause"), "{report}");
+    machine.wait_for_event("\"block-live\"", 2);
+    assert!(!machine.guest_log().contains("Quarantine"));
+    machine.stop();
+}
+
+fn an_error_that_one_guest_alone_claims_costs_its_connection() {
+    // The agent speaks of another guest's disk.
+    let machine = suspecting("errs-at-0=1");
+    machine.wait_for("the next connection", |_| machine.guest_log().contains("attempt: 2"));
+    machine.wait_for_guest("web", "its disk", |guest| guest.disks[0].mode == DeviceMode::Passive);
+    assert_eq!(machine.wait_live(1).failures, 0);
+    machine.stop();
+}
+
+fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
+    let resize = |disk, bytes| Request::Resize { name: "web".into(), disk, bytes };
+    let machine = start("", "");
+    machine.wait_live(1);
+    machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
+    let answer = machine.ask(&resize(0, Some(8192))).unwrap();
+    assert!(matches!(answer, Response::Resized { disk: 0, bytes: 8192, .. }), "{answer:?}");
+    assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 8192);
+    for (disk, bytes, why) in [
+        (0, None, "web.block0: it cannot be measured"),
+        (1, None, "web.block1 is a driver VM's disk"),
+        (2, None, "web has 2 disks, vda and so on"),
+    ] {
+        let answer = machine.ask(&resize(disk, bytes)).unwrap();
+        assert!(matches!(&answer, Response::Error { what } if what.contains(why)), "{answer:?}");
+    }
+    machine.stop();
+
+    let mut machine = start("never-resizes", "");
+    machine.wait_live(1);
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    thread::scope(|scope| {
+        let answer = scope.spawn(|| machine.ask(&resize(0, Some(8192))).unwrap());
+        machine.wait_for("the question", |_| machine.guest_log().contains("Resize"));
+        kill(before.unwrap());
+        let answer = answer.join().unwrap();
+        assert!(matches!(&answer, Response::Error { what } if what.contains("the guest has ended")), "{answer:?}");
+    });
+    // It was the only one.
+    let _ = machine.wait();
 }

@@ -64,11 +64,22 @@ pub fn guest(spec: &VmSpec, channel: &Channel, disks: &[DeviceId]) {
                 let counts = Counts { kept_in_flight: 2 * u64::from(again), ..Counts::default() };
                 let (at, outage) = (Time::now().0, OutageCounts::Block(counts));
                 channel.send(&FromVm::Live { device, generation, at, outage }, &[]).unwrap();
+                if spec.cmdline.contains(&format!("suspects={link} ")) {
+                    let (device, link, _) = links.pop().unwrap();
+                    // The other guest is connected by then, and the agent has said what it has to say.
+                    thread::sleep(Duration::from_millis(500));
+                    lose(channel, device, link, LinkEnd::Suspect("an I/O error without a cause".into()));
+                }
             }
             ToVm::Quiesce { .. } if spec.cmdline.contains("never-rests ") => {}
             ToVm::Quiesce { device } => {
                 rest(spec, &mut log);
                 channel.send(&FromVm::AtRest { device, stable: true }, &[]).unwrap();
+            }
+            ToVm::Resize { .. } if spec.cmdline.contains("never-resizes ") => {}
+            ToVm::Resize { device, bytes } => {
+                let result = bytes.ok_or_else(|| "it cannot be measured".into());
+                channel.send(&FromVm::Resized { device, result }, &[]).unwrap();
             }
             ToVm::QueryStatus => {
                 for device in disks {
@@ -98,6 +109,12 @@ fn rest(spec: &VmSpec, log: &mut File) {
 
 fn lose(channel: &Channel, device: DeviceId, link: LinkId, cause: LinkEnd) {
     channel.send(&FromVm::Lost { device, link, at: Time::now().0, cause }, &[]).unwrap();
+}
+
+/// What the agent of this life says of errors of its disks.
+pub fn errors(told: impl Fn(&str) -> bool) -> impl Iterator<Item = FromAgent> {
+    let errors = [(0, "errs-at-0"), (1, "errs-at-1")].into_iter().filter(move |(_, what)| told(what));
+    errors.map(|(end, _)| FromAgent::DiskError { end, attempt: 1, errno: 5 })
 }
 
 /// What the agent of this life reports for `plan`.

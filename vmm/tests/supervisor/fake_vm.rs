@@ -283,7 +283,10 @@ fn driver(spec: &VmSpec, channel: Channel) {
         thread::sleep(Duration::from_secs(100));
     }
     match &disks {
-        Some(plan) => say(fake_disk::report(spec, plan, told)),
+        Some(plan) => {
+            say(fake_disk::report(spec, plan, told));
+            fake_disk::errors(told).for_each(say);
+        }
         None => nic_says(&say, told, image != "image-without-carrier"),
     }
     if told("die-after-forwarding") {

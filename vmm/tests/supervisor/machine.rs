@@ -209,7 +209,7 @@ fn make_image(image: &Path) {
 
 impl TestMachine {
     /// Sends a request; `None` if the machine is not there (yet, or any more).
-    fn ask(&self, request: &Request) -> Option<Response> {
+    pub fn ask(&self, request: &Request) -> Option<Response> {
         let (_, stream) = rundir::connect(&self.dir.path().join("run"), Some("m")).ok()?;
         exchange(&stream, request)
     }

@@ -217,6 +217,7 @@ impl Agent {
         if plan.device == DevicePlace::Present {
             self.due.expect(Instant::now());
         }
+        self.due.allow(Duration::from_secs(plan.appear_within_s.into()));
         let block = BlockThread::start(plan, generation, self.due.clone(), self.pool.take())?;
         let (loaded, device_has_come) = (self.loading.done(), self.due.is_expected());
         block.order(|orders| (orders.loaded, orders.device_has_come) = (loaded, device_has_come));

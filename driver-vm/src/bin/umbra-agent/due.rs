@@ -17,6 +17,7 @@ const SETTLING_PART: u32 = 10;
 #[derive(Clone, Debug)]
 pub struct Due {
     within: Duration,
+    settling: Duration,
     /// When they could be there for the first time: with the plan, or when the device came.
     expected: Option<Instant>,
     /// When the last module was loaded.
@@ -26,7 +27,13 @@ pub struct Due {
 impl Due {
     /// On a machine whose boot, to the start of this program, took `boot`.
     pub fn after_boot(boot: Duration) -> Self {
-        Self { within: LEAST.max(boot * BOOTS), expected: None, loaded: None }
+        let within = LEAST.max(boot * BOOTS);
+        Self { within, settling: within / SETTLING_PART, expected: None, loaded: None }
+    }
+
+    /// The devices may take so long, whatever the machine: the firmware of an HBA starts, and hard disks spin up.
+    pub fn allow(&mut self, within: Duration) {
+        self.within = self.within.max(within);
     }
 
     /// The devices could be there from `now` on.
@@ -51,7 +58,7 @@ impl Due {
 
     /// Time without a new disk after which those that are there count as all.
     pub fn settling(&self) -> Duration {
-        self.within / SETTLING_PART
+        self.settling
     }
 
     /// They should have appeared by `now`.
@@ -82,6 +89,18 @@ mod tests {
         assert!(!due.is_over(start + s(10_000)), "nothing is expected yet");
         due.expect(start + s(10_000));
         assert!(!due.is_over(start + s(10_009)) && due.is_over(start + s(10_011)));
+    }
+
+    #[test]
+    fn disks_have_as_long_as_the_host_allows_and_settle_as_soon() {
+        let (start, s) = (Instant::now(), Duration::from_secs);
+        let mut due = Due::after_boot(s(2));
+        let settling = due.settling();
+        due.allow(s(45));
+        due.loaded(start);
+        due.expect(start);
+        assert!(!due.is_over(start + s(44)) && due.is_over(start + s(46)));
+        assert_eq!(due.settling(), settling);
     }
 
     #[test]

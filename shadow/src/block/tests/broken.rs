@@ -49,6 +49,8 @@ pub(in crate::block) enum Rule {
     RestNeedsNoFlush,
     /// After a change that failed, the log is held to be on the device as before.
     FailedChangesLeaveNoTrace,
+    /// Each connection with a driver VM counts as a life of it.
+    ConnectionsCountAsLives,
     /// An error without a cause goes to the guest the first time.
     SuspectErrorsAreTheDisks,
     /// What cannot be written again is dropped without a word.
@@ -66,7 +68,7 @@ pub(in crate::block) enum Rule {
 }
 
 impl Rule {
-    pub(super) const ALL: [Self; 29] = [
+    pub(super) const ALL: [Self; 30] = [
         Self::ReadsPassChanges,
         Self::ChangesPassChanges,
         Self::ReadsPassTheOwed,
@@ -89,6 +91,7 @@ impl Rule {
         Self::VoidAnswersCount,
         Self::RestNeedsNoFlush,
         Self::FailedChangesLeaveNoTrace,
+        Self::ConnectionsCountAsLives,
         Self::SuspectErrorsAreTheDisks,
         Self::LostInSilence,
         Self::LostPartsCountAsDone,

@@ -175,6 +175,16 @@ impl Disk {
         }
     }
 
+    /// A session ends, and the driver VM lives on: it carries out what it was given, tells nobody, and flushes.
+    pub(super) fn end_session(&mut self, random: &mut Random) {
+        self.is_stuck = false;
+        while !self.under_way.is_empty() {
+            self.finish(0, random);
+        }
+        self.posted.clear();
+        self.sectors.iter_mut().for_each(|sector| sector.write_back(sector.cache.len()));
+    }
+
     /// Takes an order. `fetch` reads the guest's buffers.
     pub(super) fn take(&mut self, order: Order<Arc<[Value]>>, fetch: impl Fn(crate::block::GuestSpan) -> Vec<Value>) {
         let deed = match order.command {

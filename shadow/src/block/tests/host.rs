@@ -32,6 +32,7 @@ pub(super) struct Host {
     pub(super) shadow: BlockShadow<Arc<[Value]>>,
     pub(super) now: u64,
     pub(super) life: u32,
+    attempt: u32,
     next_token: u32,
     pub(super) orders: Vec<Order<Arc<[Value]>>>,
     out: Out,
@@ -40,7 +41,7 @@ pub(super) struct Host {
 impl Host {
     pub(super) fn new(policy: CachePolicy, limits: Limits) -> Self {
         let shadow = BlockShadow::new(identity(), policy, limits);
-        Self { shadow, now: 1_000_000_000, life: 0, next_token: 0, orders: Vec::new(), out: Out::default() }
+        Self { shadow, now: 1_000_000_000, life: 0, attempt: 1, next_token: 0, orders: Vec::new(), out: Out::default() }
     }
 
     /// With a life that has a volatile cache, and bounds as users have them.
@@ -57,13 +58,29 @@ impl Host {
 
     pub(super) fn live_with(&mut self, cache: WriteCache, depth: u16) {
         self.life += 1;
-        let link = link(self.life);
+        self.attempt = 1;
+        self.attach(cache, depth);
+    }
+
+    /// The next connection with the same life, which is lost by now.
+    pub(super) fn connect_again(&mut self) {
+        self.attempt += 1;
+        self.attach(WriteCache::Volatile, 32);
+    }
+
+    pub(super) fn link(&self) -> LinkId {
+        LinkId { attempt: self.attempt, ..link(self.life) }
+    }
+
+    fn attach(&mut self, cache: WriteCache, depth: u16) {
+        let link = self.link();
         self.shadow.attach(link, &identity(), cache, depth, self.now, &mut self.out).unwrap();
     }
 
     pub(super) fn die(&mut self) {
         self.orders.clear();
-        self.shadow.lost(link(self.life), &mut self.out);
+        let link = self.link();
+        self.shadow.lost(link, &mut self.out);
     }
 
     pub(super) fn ask(&mut self, access: Access, start: u64, count: u64) -> Token {
@@ -109,7 +126,8 @@ impl Host {
     }
 
     pub(super) fn answer(&mut self, tag: Tag, answer: Answer) -> Result<(), Failure> {
-        self.shadow.answered(link(self.life), tag, answer, self.now, &mut self.out)
+        let link = self.link();
+        self.shadow.answered(link, tag, answer, self.now, &mut self.out)
     }
 
     /// The disk has done an order.
@@ -117,6 +135,13 @@ impl Host {
         let order = self.take(what);
         let bytes = order.command.bytes();
         self.answer(order.tag, Answer::Done { bytes }).unwrap();
+    }
+
+    /// The driver VM says that an order is under way.
+    pub(super) fn at_work(&mut self, what: &str) -> Result<(), Failure> {
+        let tag = self.orders.iter().find(|order| name(&order.command) == what).unwrap().tag;
+        let link = self.link();
+        self.shadow.at_work(link, tag, self.now, &mut self.out)
     }
 
     /// An order failed, and the life is not to blame.
@@ -173,7 +198,8 @@ impl Host {
     pub(super) fn sampled(&mut self, what: &str, values: &[Value]) -> Result<(), Failure> {
         let tag = self.take(what).tag;
         let found = super::disk::fingerprint(values);
-        self.shadow.sampled(link(self.life), tag, found, self.now, &mut self.out)
+        let link = self.link();
+        self.shadow.sampled(link, tag, found, self.now, &mut self.out)
     }
 
     /// Hands over and answers until an order of this name is in flight.

@@ -4,6 +4,7 @@ pub(super) mod broken;
 mod disk;
 mod history;
 mod host;
+mod lives;
 mod log;
 mod model;
 mod outages;

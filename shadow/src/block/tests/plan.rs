@@ -45,6 +45,8 @@ pub(super) struct Plan {
     pub(super) is_calm: bool,
     /// Of a hundred steps, in so many the driver resets its controller by itself.
     pub(super) own_reset_percent: u64,
+    /// Where a life ends, it may be its connection alone: the driver VM serves other guests.
+    pub(super) connections_end: bool,
     /// Of a hundred steps, in so many the driver VM dies.
     pub(super) death_percent: u64,
     /// Two orders in flight that conflict are an error by themselves. Off where a rule is broken: what follows must show it.
@@ -73,6 +75,7 @@ impl Plan {
             loss_percent: random.pick(&[0, 50, 100, 100]),
             is_calm: kind < 4,
             own_reset_percent: 1,
+            connections_end: random.percent(30),
             death_percent: 3,
             is_strict: super::broken::is_sound(),
             hot,
@@ -109,6 +112,7 @@ impl Plan {
             part_sectors: random.pick(&[4, 8]),
             wide_sectors: random.pick(&[8, 16]),
             stall_ns: 10_000_000_000,
+            slow_ns: 90_000_000_000,
             quiesce_ns: 10_000_000_000,
         }
     }

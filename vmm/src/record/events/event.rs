@@ -277,6 +277,15 @@ pub enum Event {
         /// The reason, for people.
         reason: String,
     },
+    /// A guest sees a disk with another size, as was asked for.
+    DiskResized {
+        /// Name of the guest.
+        guest: String,
+        /// Which of its devices.
+        device: DeviceId,
+        /// Its size.
+        bytes: u64,
+    },
     /// Someone asked for the end of a quarantine.
     Resumed {
         /// Name of the driver VM.
@@ -346,6 +355,7 @@ impl Event {
                 LinkEnd::Closed => format!("{guest}.{device}: {driver} is gone; masked"),
                 LinkEnd::Stalled(what) => format!("{guest}.{device}: {driver} stands still ({what}); masked"),
                 LinkEnd::Broken(rule) => format!("{guest}.{device}: {driver} broke a rule ({rule}); masked"),
+                LinkEnd::Suspect(what) => format!("{guest}.{device}: {driver} is suspected ({what}); masked"),
                 LinkEnd::OtherDisk(what) => format!("{guest}.{device}: {driver} brought {what}; masked"),
             },
             Self::RestartFailed { driver, reason } => {
@@ -411,6 +421,9 @@ impl Event {
                      `umbra resume {driver}` tries again"
                 )
             }
+            Self::DiskResized { guest, device, bytes } => {
+                format!("{guest}.{device}: has {bytes} bytes now, as was asked for")
+            }
             Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
             Self::CleanedUp { pid, done } => format!(
                 "the run before (process {pid}) was killed: {done}; its reports are kept (`umbra report --previous`)"
@@ -475,6 +488,7 @@ mod tests {
         assert_eq!(said(LinkEnd::Closed), "web.net0: nic0 is gone; masked");
         assert_eq!(said(LinkEnd::Stalled("4 s".into())), "web.net0: nic0 stands still (4 s); masked");
         assert_eq!(said(LinkEnd::Broken("r".into())), "web.net0: nic0 broke a rule (r); masked");
+        assert_eq!(said(LinkEnd::Suspect("EIO".into())), "web.net0: nic0 is suspected (EIO); masked");
         assert_eq!(said(LinkEnd::OtherDisk("another disk".into())), "web.net0: nic0 brought another disk; masked");
     }
 

@@ -56,14 +56,16 @@ impl GuestBlock {
     /// `None` until the disk is known.
     pub(super) fn backend(&self) -> Option<DiskBackend> {
         let (disk, cache) = (self.disk.clone()?, self.spec.cache_or_default());
-        Some(DiskBackend::Split { disk, cache, driver_memory: self.driver_memory })
+        let io_timeout_ms = self.spec.io_timeout_ms();
+        Some(DiskBackend::Split { disk, cache, driver_memory: self.driver_memory, io_timeout_ms })
     }
 
     /// What the agent is to serve: the disk by its serial number once that is known, whatever name the kernel gives it.
     fn end(&self) -> BlockEnd {
         let serial = self.disk.as_ref().map(|disk| disk.identity.serial.clone()).or_else(|| self.spec.serial.clone());
         let has_cache = self.spec.cache_or_default() == CachePolicy::Volatile;
-        BlockEnd { serial, part: self.spec.part(), read_only: self.spec.read_only, has_cache }
+        let (part, io_timeout_ms) = (self.spec.part(), self.spec.io_timeout_ms());
+        BlockEnd { serial, part, read_only: self.spec.read_only, has_cache, io_timeout_ms }
     }
 
     /// Takes `found` for the guest's disk, if there was none before.
@@ -112,7 +114,9 @@ pub(super) fn end_backend(n: usize) -> PortBackend {
 pub(super) fn plan(guests: &Table<GuestId, GuestVm>, driver: &DriverVm, life: &Life) -> ToAgent {
     let end = |EndRef { guest, device }: EndRef| Some(guests[guest].block(device)?.end());
     let ends = driver.ends.rows().into_iter().filter_map(end).collect();
-    ToAgent::ConfigureBlock(BlockPlan { ends, device: life.purpose.device() })
+    // Before the life's own time to boot is over, so that its agent says what is missing.
+    let appear_within_s = driver.spec.restart.boot_timeout_s / 4 * 3;
+    ToAgent::ConfigureBlock(BlockPlan { ends, appear_within_s, device: life.purpose.device() })
 }
 
 /// A disk in a few words.

@@ -61,6 +61,10 @@ const ECHO: Duration = Duration::from_secs(5);
 /// within milliseconds, unless it hangs at this guest's port.
 const GREETING: Duration = Duration::from_secs(20);
 
+/// How long a device that is connected again and again with a life that serves may go without being greeted: longer than the 90 s for which
+/// the disk service lets a disk finish what an earlier session left.
+const NEVER: Duration = Duration::from_secs(120);
+
 /// Delay before a connection is tried again whose message the process's full control channel did not take.
 const FULL: Duration = Duration::from_millis(50);
 
@@ -80,6 +84,12 @@ pub(in crate::supervisor) struct EndLink {
     losses: u32,
     /// The last accusation by its guest, and the mask that began with it.
     accused: Option<(Time, Mask)>,
+    /// The connection of this number that the agent says met an error of its disk.
+    erred: Option<u32>,
+    /// What the guest says of the connection of this number, where others are served: for the agent to bear out.
+    suspected: Option<(u32, Failure)>,
+    /// Since when it is connected and waits for a greeting.
+    ungreeted: Option<Time>,
     /// No further connection with this life.
     given_up: bool,
 }
@@ -93,6 +103,7 @@ impl EndLink {
     fn await_greeting(&mut self, now: Time) {
         if self.link.is_some() {
             self.due = Some(now + GREETING);
+            self.ungreeted.get_or_insert(now);
         }
     }
 
@@ -200,6 +211,10 @@ impl Supervisor {
         if early || unmet || !life.links[end].is_wanted(now) {
             return;
         }
+        let waits_since = life.links[end].ungreeted.filter(|_| role == LifeRole::Present);
+        if waits_since.is_some_and(|since| now.since(since) >= NEVER) && guest.has_answered(device) {
+            return self.never_greeted(n, end);
+        }
         let generation = life.generation;
         let link = LinkId { generation, attempt: life.links[end].attempts + 1 };
         let Some(theirs) = life.hand_out(end, link, now) else { return };
@@ -214,6 +229,9 @@ impl Supervisor {
         };
         if role == LifeRole::Present {
             self.await_greeting(n, end);
+            if waits_since.is_some() {
+                self.ask_whether_it_lives(n, end);
+            }
         }
         if let Err(error) = told {
             self.events.warn(format!("{}: {error}", self.guests[self.drivers[n].ends[end].guest].name));
@@ -238,7 +256,39 @@ impl Supervisor {
     /// The device at `end` of driver VM `n` is live.
     pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: Endpoint) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
-            link.due = None;
+            (link.due, link.ungreeted) = (None, None);
+        }
+    }
+
+    /// Asks the guest at `end` for anything: one that does not answer is the reason itself why it is not greeted.
+    fn ask_whether_it_lives(&mut self, n: DriverId, end: Endpoint) {
+        let EndRef { guest, device } = self.drivers[n].ends[end];
+        if let Some(device) = self.guests[guest].devices.get_mut(&device) {
+            device.fresh = false;
+        }
+        self.tell_guest(guest, &ToVm::QueryStatus);
+    }
+
+    /// The guest at `end` lives, and its sessions with the life that serves are not greeted.
+    fn never_greeted(&mut self, n: DriverId, end: Endpoint) {
+        let what = format!("it has not greeted {} for {} s", self.end_name(n, end), NEVER.as_secs());
+        let Some(life) = &mut self.drivers[n].life else { return };
+        if life.connected() <= 1 {
+            return self.fail_driver(n, NoticedBy::Link, what, Time::now());
+        }
+        (life.links[end].given_up, life.links[end].due) = (true, None);
+        self.drive(n, Input::EndGone(end));
+        self.give_end_up(n, end, &what);
+    }
+
+    /// The agent of driver VM `n` says that connection `attempt` at `end` has met an error of its disk, which may be its driver's. The life
+    /// fails, if the guest says so too: if not, it has met the error in an earlier life, and takes it for the disk's own.
+    pub(in crate::supervisor) fn on_disk_error(&mut self, n: DriverId, end: u16, attempt: u32) {
+        let end = Endpoint::from(end);
+        let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) else { return };
+        link.erred = Some(attempt);
+        if let Some((_, failure)) = link.suspected.take_if(|(of, _)| *of == attempt) {
+            self.drive(n, Input::Failed(failure));
         }
     }
 
@@ -276,7 +326,9 @@ impl Supervisor {
         // A guest goes over to an armed spare by itself: the others follow it.
         let armed = driver.lifecycle.is_armed();
         let Some(life) = &mut driver.life else { return };
-        let alone = life.connected() <= 1 || life.is_accused_by_another(end, now) || armed;
+        let attempt = life.link(end).map(|link| link.attempt).filter(|_| matches!(cause, LinkEnd::Suspect(_)));
+        let is_borne_out = attempt.is_some() && life.links[end].erred == attempt;
+        let alone = life.connected() <= 1 || life.is_accused_by_another(end, now) || armed || is_borne_out;
         let (generation, this) = (life.generation, &mut life.links[end]);
         let excused = this.excused && *cause == LinkEnd::Closed;
         let again = this.lost(now);
@@ -290,13 +342,30 @@ impl Supervisor {
         if let Some(life) = self.drivers[d].life.as_mut().filter(|_| !excused) {
             life.links[end].accused = Some((now, mask));
         }
+        let name = self.end_name(d, end);
+        let what = match cause {
+            LinkEnd::Closed => format!("it closed its link to {name}"),
+            LinkEnd::Stalled(what) => format!("its link to {name}: {what}"),
+            LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
+            LinkEnd::Suspect(what) | LinkEnd::OtherDisk(what) => format!("{name}: {what}"),
+        };
+        let source = match cause {
+            LinkEnd::OtherDisk(_) => self.other_disk_by(d, NoticedBy::Link),
+            _ => NoticedBy::Link,
+        };
+        let failure = Failure { source, what, at };
         if excused || !alone {
+            if let (Some(attempt), Some(life)) = (attempt, &mut self.drivers[d].life) {
+                life.links[end].suspected = Some((attempt, failure));
+            }
             match cause {
                 LinkEnd::OtherDisk(_) => self.bar_end(d, end, cause),
                 _ if again => self.drive(d, Input::EndGone(end)),
                 _ => {
                     self.drive(d, Input::EndGone(end));
-                    self.give_end_up(d, end, cause);
+                    let last =
+                        format!("its connection with {name} was lost {MOST_LOSSES} times in a row (the last: {cause})");
+                    self.give_end_up(d, end, &last);
                 }
             }
             return self.look_at_rest(d);
@@ -305,18 +374,6 @@ impl Supervisor {
         if let Some(life) = &mut self.drivers[d].life {
             life.links[end].due = Some(now + ECHO);
         }
-        let name = self.end_name(d, end);
-        let what = match cause {
-            LinkEnd::Closed => format!("it closed its link to {name}"),
-            LinkEnd::Stalled(what) => format!("its link to {name}: {what}"),
-            LinkEnd::Broken(what) => format!("it broke a rule of its link to {name}: {what}"),
-            LinkEnd::OtherDisk(what) => format!("{name}: {what}"),
-        };
-        let source = match cause {
-            LinkEnd::OtherDisk(_) => self.other_disk_by(d, NoticedBy::Link),
-            _ => NoticedBy::Link,
-        };
-        let failure = Failure { source, what, at };
         // A closed link is usually a side effect of a death whose own event (process exit, VM end) is still queued.
         let closed = *cause == LinkEnd::Closed;
         self.drive(d, if closed { Input::Sign(failure) } else { Input::Failed(failure) });
@@ -380,13 +437,11 @@ impl Supervisor {
         }
     }
 
-    /// An end has lost too many connections in a row: quarantines the guest's device there; the other ends go on.
-    fn give_end_up(&mut self, d: DriverId, end: Endpoint, cause: &LinkEnd) {
+    /// An end is given up, for `why`: quarantines the guest's device there; the other ends go on.
+    fn give_end_up(&mut self, d: DriverId, end: Endpoint, why: &str) {
         let EndRef { guest, device } = self.drivers[d].ends[end];
-        let name = self.end_name(d, end);
         self.events.warn(format!(
-            "{}: its connection with {name} was lost {MOST_LOSSES} times in a row (the last: {cause}); it is left alone until \
-             {} or the driver VM starts again (`umbra restart {}`)",
+            "{}: {why}; it is left alone until {} or the driver VM starts again (`umbra restart {}`)",
             self.drivers[d].name, self.guests[guest].name, self.drivers[d].name
         ));
         self.tell_guest(guest, &ToVm::Quarantine { device });

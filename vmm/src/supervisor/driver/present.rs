@@ -139,6 +139,10 @@ impl Supervisor {
             }
             FromAgent::Sound { driver, card, .. } => self.on_sound_card(n, text(&driver), &card),
             FromAgent::Disks { driver, disks, .. } => self.on_disks(n, text(&driver), &disks),
+            FromAgent::DiskError { end, attempt, errno } => {
+                tracing::debug!(end, attempt, errno, "an error of a disk");
+                self.on_disk_error(n, end, attempt);
+            }
             FromAgent::AtRest { stable } => self.on_agent_at_rest(n, stable),
             FromAgent::Forwarding { .. } => {
                 self.stage(n, LifeStage::Forwarding, now, String::new());

@@ -63,6 +63,15 @@ pub enum Request {
         /// By the power button or by a kill.
         how: StopHow,
     },
+    /// Make a disk of a guest larger, or take the size that its file or block device has now. Answered by [`Response::Resized`].
+    Resize {
+        /// Name of the guest.
+        name: String,
+        /// Which of its disks, from 0, in the order of the machine file.
+        disk: u16,
+        /// The new size.
+        bytes: Option<u64>,
+    },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
         /// By the power button or by a kill.
@@ -113,6 +122,15 @@ pub enum Response {
         /// Why there is no snapshot of it, where `standby = "snapshot"` asks for one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         no_snapshot: Option<String>,
+    },
+    /// The guest sees the disk with its new size.
+    Resized {
+        /// Name of the guest.
+        name: String,
+        /// Which of its disks.
+        disk: u16,
+        /// Its size.
+        bytes: u64,
     },
     /// The machine is ending.
     Stopping {

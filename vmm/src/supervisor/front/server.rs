@@ -241,6 +241,12 @@ impl Supervisor {
                 let done = self.reboot_guest(&name, how);
                 self.answer_done(id, name, done);
             }
+            Request::Resize { name, disk, bytes } => {
+                self.clients.wait(id);
+                if let Err(what) = self.resize(&name, disk, bytes, id) {
+                    self.clients.answer(id, &Response::Error { what });
+                }
+            }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
                 let how = if self.stopping == Some(StopHow::Kill) { StopHow::Kill } else { how };

@@ -108,6 +108,11 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
         Err("is a device of which no snapshot can be taken".into())
     }
 
+    /// Changes with the configuration (virtio 1.2, section 4.1.4.3.1).
+    fn config_generation(&self) -> u8 {
+        0
+    }
+
     /// True once the device can go on only after a reset (the driver broke a rule of its queues); the
     /// device has then signalled a configuration change.
     fn needs_reset(&self) -> bool {

@@ -13,7 +13,7 @@ use super::device::VirtioDevice;
 use super::disk::FileDisk;
 use super::rng::Rng;
 use super::testing::{DriverQueue, Loop, memory};
-use crate::config::Disk;
+use crate::config::{Disk, OnFull};
 use crate::wire::messages::{PortBackend, PortEnd};
 
 const SIZE: u16 = 16;
@@ -81,8 +81,8 @@ proptest! {
     fn block_survives(ring in ring()) {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(64 * 512).unwrap();
-        let disk = Disk { path: file.path().into(), read_only: false };
-        attack(FileDisk::new(&disk, 0).unwrap(), &[ring]);
+        let disk = Disk { path: file.path().into(), read_only: false, on_full: OnFull::Error };
+        attack(FileDisk::new(&disk, 0, Arc::new(|_| ())).unwrap(), &[ring]);
         prop_assert_eq!(file.as_file().metadata().unwrap().len(), 64 * 512);
     }
 

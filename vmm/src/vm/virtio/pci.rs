@@ -340,10 +340,14 @@ impl VirtioPci {
         data.fill(0);
         match region(offset) {
             (COMMON, at) => {
-                if lock(&self.device).needs_reset() {
+                let (needs_reset, generation) = {
+                    let device = lock(&self.device);
+                    (device.needs_reset(), device.config_generation())
+                };
+                if needs_reset {
                     self.common.set_needs_reset();
                 }
-                self.common.read(at, data);
+                self.common.read(at, generation, data);
             }
             (DEVICE, at) => lock(&self.device).config_read(at, data),
             (MSIX_TABLE, at) => self.msix.table_read(at.into(), data),

@@ -164,7 +164,8 @@ fn prepare(
         let disk = files.get(&chosen.name).cloned().context("a disk that was not opened")?;
         missing.set(format!("there is no console port {BLOCK_PORT}.{end}"));
         let opener = port::opener(wait_for_port(end));
-        service.add(opener, sessions(chosen, share, pool, generation), disk)?;
+        let patience = Duration::from_millis(plan.ends[end].io_timeout_ms.into());
+        service.add(opener, sessions(chosen, share, pool, generation), disk, patience)?;
     }
     system::go_with_others();
     Ok((service, FromAgent::Disks { driver, disks, uptime_ms: system::uptime_ms() }))

@@ -65,13 +65,18 @@ pub enum Action {
     Flush,
 }
 
+impl Action {
+    /// Whether a disk that is in order may take long for it.
+    pub fn is_slow(&self) -> bool {
+        !matches!(self, Self::Read { .. } | Self::Write { .. })
+    }
+}
+
 /// The ring, for use by one thread.
 pub struct Ring {
     ring: IoUring,
     pool: Pool,
     discards: Discards,
-    /// Actions without a result.
-    in_flight: usize,
 }
 
 impl Ring {
@@ -90,12 +95,7 @@ impl Ring {
         // SAFETY: the pool stays mapped as long as the ring: `Ring` owns both, and what the kernel has pinned outlives the mapping.
         unsafe { ring.submitter().register_buffers(&[pool.as_buffer()]) }
             .context("cannot pin the pool for the io_uring")?;
-        Ok(Self { ring, pool, discards: Discards::start()?, in_flight: 0 })
-    }
-
-    /// Actions that have no result yet.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
+        Ok(Self { ring, pool, discards: Discards::start()? })
     }
 
     /// The memory that data pass through.
@@ -115,7 +115,6 @@ impl Ring {
     /// # Errors
     /// When it reaches past the pool, or the kernel takes no actions.
     pub fn push(&mut self, token: Token, file: &Arc<File>, action: Action) -> anyhow::Result<()> {
-        self.in_flight += 1;
         let Some(entry) = self.entry(file, action)? else {
             let Action::Discard(at) = action else { return Ok(()) };
             return self.discards.order(Discard { token, file: Arc::clone(file), at });
@@ -176,10 +175,8 @@ impl Ring {
 
     /// Takes the results that are there: as a system call has them, negative for an error.
     pub fn results(&mut self, results: &mut Vec<(Token, i32)>) {
-        let before = results.len();
         results.extend(self.ring.completion().map(|entry| (Token(entry.user_data()), entry.result())));
         self.discards.results(results);
-        self.in_flight = self.in_flight.saturating_sub(results.len() - before);
     }
 }
 

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use umbra_driver_vm::block_protocol::MAX_DEPTH;
+use umbra_driver_vm::block_protocol::{AT_WORK_INTERVAL, MAX_DEPTH};
 use umbra_driver_vm::protocol::FromAgent;
 use umbra_shadow::block::SECTOR_BYTES;
 
 use super::port::{Came, MAX_BUFFER, Opener, Port};
 use super::resets::Resets;
 use super::ring::{self, Ring, Token};
-use super::session::{Name, Sessions};
+use super::session::{Name, Sessions, Work};
 use crate::kernel_log;
 use crate::orders::Mailbox;
 
@@ -24,9 +24,10 @@ use crate::orders::Mailbox;
 const TURN: usize = 8;
 /// Actions in flight of one end at most: an order for each tag, and the flush after a session.
 pub const MAX_ACTIONS: u32 = MAX_DEPTH as u32 + 1;
-/// Longest time with orders under way and no answer. Above the 60 s that Linux gives a disk for a flush, so that its drivers' own
-/// errors come first; below the 120 s after which a guest's kernel says that a task hangs. The host looks sooner, but does not know of
-/// what is left of a session that is over.
+/// Longest time with orders of an end at its disk and no answer, while a flush, zeroes or a discard is among them. Above the 60 s that
+/// Linux gives a disk for a flush, so that its drivers' own errors come first; below the 120 s after which a guest's kernel says that a
+/// task hangs. Without any of them it is the end's `io_timeout_ms`. The host looks too, but does not know of what is left of a session
+/// that is over, and does not believe one guest alone where others are served.
 const SILENCE: Duration = Duration::from_secs(90);
 /// The result of whatever was under way on a disk that is gone.
 const LET_GO: i32 = -(Errno::ENODEV as i32);
@@ -45,6 +46,10 @@ struct End {
     readable: bool,
     /// It can be written to for the first time since it was full.
     is_ready: bool,
+    /// Longest time without an answer to reads and writes.
+    patience: Duration,
+    /// When the disk has answered an order of this end last, or had none.
+    answered: Instant,
 }
 
 /// The disk service at work.
@@ -58,8 +63,8 @@ pub struct BlockService {
     stalled: bool,
     /// The host waits for the disks to be at rest.
     rests: bool,
-    /// When a disk has answered last, or had nothing to answer.
-    answered: Instant,
+    /// When the hosts were told last of what may take long, or there was nothing of that kind.
+    told: Instant,
     /// A disk that its driver has let go of.
     lost_disk: bool,
     results: Vec<(Token, i32)>,
@@ -88,20 +93,28 @@ impl BlockService {
             mailbox,
             stalled: false,
             rests: false,
-            answered: Instant::now(),
+            told: Instant::now(),
             lost_disk: false,
             results,
             buffer,
         })
     }
 
-    /// Opens the port of the next end, which has these sessions with this disk.
+    /// Opens the port of the next end, which has these sessions with this disk; without an answer to reads and writes for `patience`, the
+    /// disk counts as stalled.
     ///
     /// # Errors
     /// When the port cannot be opened.
-    pub fn add(&mut self, opener: Opener, sessions: Sessions, disk: Arc<File>) -> anyhow::Result<()> {
+    pub fn add(
+        &mut self,
+        opener: Opener,
+        sessions: Sessions,
+        disk: Arc<File>,
+        patience: Duration,
+    ) -> anyhow::Result<()> {
         let port = Port::open(opener, &self.epoll, self.ends.len() as u64)?;
-        self.ends.push(End { port, sessions, disk, readable: true, is_ready: false });
+        let answered = Instant::now();
+        self.ends.push(End { port, sessions, disk, readable: true, is_ready: false, patience, answered });
         Ok(())
     }
 
@@ -110,6 +123,11 @@ impl BlockService {
         loop {
             if let Err(error) = self.turn() {
                 return error;
+            }
+            for (number, end) in (0..).zip(&mut self.ends) {
+                if let Some((attempt, errno)) = end.sessions.take_error() {
+                    report(FromAgent::DiskError { end: number, attempt, errno: errno as i32 });
+                }
             }
             if self.rests && self.ends.iter().all(|end| end.sessions.is_idle()) {
                 self.rests = false;
@@ -130,6 +148,11 @@ impl BlockService {
 
     fn turn(&mut self) -> anyhow::Result<()> {
         self.wait()?;
+        let now = Instant::now();
+        self.ends.iter_mut().filter(|end| end.sessions.work().is_none()).for_each(|end| end.answered = now);
+        if !self.has_slow_work() {
+            self.told = now;
+        }
         if !self.stalled {
             self.ends.iter_mut().try_for_each(|end| end.hear(&mut self.buffer))?;
         }
@@ -139,17 +162,22 @@ impl BlockService {
         if !self.results.is_empty() && self.resets.look() {
             self.ends.iter_mut().for_each(|end| end.sessions.cache_lost());
         }
-        let now = Instant::now();
-        if !self.results.is_empty() || self.ring.in_flight() == 0 {
-            self.answered = now;
-        }
         self.return_results();
+        if self.told.elapsed() >= AT_WORK_INTERVAL {
+            self.told = Instant::now();
+            self.ends.iter_mut().for_each(|end| end.sessions.say_at_work());
+        }
         self.ends.iter_mut().try_for_each(|end| end.answer(&self.epoll))?;
         if self.lost_disk {
             bail!("the driver has let go of its disk");
         }
-        if now.duration_since(self.answered) >= SILENCE {
-            bail!("the disk has answered nothing for {} s, though orders are under way", SILENCE.as_secs());
+        for (number, end) in self.ends.iter().enumerate() {
+            if end.due().is_some_and(|due| due.is_zero()) {
+                bail!(
+                    "the disk of end {number} has answered nothing for {} s, though orders are under way",
+                    end.answered.elapsed().as_secs()
+                );
+            }
         }
         self.hand_over()
     }
@@ -157,11 +185,12 @@ impl BlockService {
     /// Waits until there is something to do. Nothing that was left unfinished waits.
     fn wait(&mut self) -> anyhow::Result<()> {
         let has_more = !self.stalled && self.ends.iter().any(End::can_hear);
-        let silence = SILENCE.saturating_sub(self.answered.elapsed()) + Duration::from_millis(1);
-        let timeout = match (has_more, self.ring.in_flight()) {
+        let silence = self.ends.iter().filter_map(End::due).min();
+        let word = self.has_slow_work().then(|| AT_WORK_INTERVAL.saturating_sub(self.told.elapsed()));
+        let timeout = match (has_more, silence.into_iter().chain(word).min()) {
             (true, _) => EpollTimeout::ZERO,
-            (false, 0) => EpollTimeout::NONE,
-            (false, _) => EpollTimeout::try_from(silence).unwrap_or(EpollTimeout::MAX),
+            (false, None) => EpollTimeout::NONE,
+            (false, Some(due)) => EpollTimeout::try_from(due + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX),
         };
         let mut events = [EpollEvent::empty(); 16];
         let count = match self.epoll.wait(&mut events, timeout) {
@@ -188,6 +217,10 @@ impl BlockService {
         Ok(())
     }
 
+    fn has_slow_work(&self) -> bool {
+        self.ends.iter().any(|end| end.sessions.work() == Some(Work::Slow))
+    }
+
     fn hand_over(&mut self) -> anyhow::Result<()> {
         for (number, end) in (0u64..).zip(&mut self.ends) {
             while let Some((name, action)) = end.sessions.next_action() {
@@ -198,10 +231,12 @@ impl BlockService {
     }
 
     fn return_results(&mut self) {
+        let now = Instant::now();
         for (Token(token), result) in self.results.drain(..) {
             let end = usize::try_from(token >> NAME_BITS).ok().and_then(|number| self.ends.get_mut(number));
             let name = Name::try_from(token & u64::from(Name::MAX));
             let (Some(end), Ok(name)) = (end, name) else { continue };
+            end.answered = now;
             let result = end.judge(result);
             self.lost_disk |= result == LET_GO;
             if let Err(error) = end.sessions.result(name, result) {
@@ -220,6 +255,15 @@ impl End {
             return result;
         }
         LET_GO
+    }
+
+    /// Time until the disk counts as stalled, unless it has nothing to answer.
+    fn due(&self) -> Option<Duration> {
+        let patience = match self.sessions.work()? {
+            Work::Quick => self.patience,
+            Work::Slow => SILENCE.max(self.patience),
+        };
+        Some(patience.saturating_sub(self.answered.elapsed()))
     }
 
     /// Whether there may be a buffer to read now. None is read while answers wait: a host that takes none gets no further orders done.

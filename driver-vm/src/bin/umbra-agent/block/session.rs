@@ -20,7 +20,7 @@ use umbra_driver_vm::block_protocol::{
     FromService, Hello, MAX_BATCH, MAX_DEPTH, Operation, PIECE_ALIGNMENT, RECORD_BYTES, ToService, encode_hello,
     records,
 };
-use umbra_shadow::block::{Disk, SECTOR_BYTES, SectorRange, Tag};
+use umbra_shadow::block::{Disk, ErrorClass, SECTOR_BYTES, SectorRange, Tag};
 use umbra_shadow::{Generation, LinkId};
 
 use super::pool::Share;
@@ -47,6 +47,15 @@ struct InFlight {
     moved: u64,
     /// It was done in part, or in a way that the disk does not have, and is being done again: once.
     again: bool,
+}
+
+/// What is at the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Reads and writes alone.
+    Quick,
+    /// Something that a disk may take long for.
+    Slow,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +87,8 @@ pub struct Sessions {
     attempt: u32,
     in_flight: [Option<InFlight>; MAX_DEPTH as usize],
     count: u16,
+    /// Of these, those that a disk may take long for.
+    slow: u16,
     /// What is to be handed to the ring.
     actions: VecDeque<(Name, Action)>,
     /// Buffers for the host. Answers are gathered in the last one.
@@ -87,6 +98,10 @@ pub struct Sessions {
     cache_lost: bool,
     /// The session has begun, and nothing has been ordered in it.
     is_fresh: bool,
+    /// The first error of this session that may be the driver's.
+    error: Option<Errno>,
+    /// The host knows of it.
+    error_is_told: bool,
 }
 
 impl Sessions {
@@ -99,11 +114,14 @@ impl Sessions {
             attempt: 0,
             in_flight: [None; MAX_DEPTH as usize],
             count: 0,
+            slow: 0,
             actions: VecDeque::new(),
             buffers: Vec::new(),
             answers: Vec::new(),
             cache_lost: false,
             is_fresh: false,
+            error: None,
+            error_is_told: false,
         }
     }
 
@@ -211,6 +229,7 @@ impl Sessions {
             _ => return Err(format!("a second order {} in flight", tag.0)),
         }
         self.count += 1;
+        self.slow += u16::from(action.is_slow());
         self.is_fresh = false;
         self.actions.push_back((tag.0, action));
         Ok(())
@@ -262,6 +281,7 @@ impl Sessions {
 
     fn greet(&mut self, link: LinkId) {
         (self.state, self.is_fresh) = (State::Serving(link), true);
+        (self.error, self.error_is_told) = (None, false);
         match encode_hello(&self.offer.hello, link) {
             Ok(hello) => self.buffers.push(hello),
             // Every field is bounded far below what a hello holds.
@@ -296,9 +316,14 @@ impl Sessions {
             Next::Done(bytes) => (0, bytes),
             Next::Failed(errno) => (errno as i32, 0),
         };
+        let action = order.action;
         *in_flight = None;
         self.count -= 1;
+        self.slow -= u16::from(action.is_slow());
         if let State::Serving(link) = self.state {
+            if errno != 0 && (action == Action::Flush || ErrorClass::of_errno(errno).is_suspect()) {
+                self.error.get_or_insert(Errno::from_raw(errno));
+            }
             self.answers.extend(FromService::Done { tag: Tag(name), errno, bytes }.encode(link));
         }
         self.settle();
@@ -322,6 +347,34 @@ impl Sessions {
             buffers.extend(answers.chunks(MAX_BATCH * RECORD_BYTES).map(<[u8]>::to_vec));
         }
         buffers
+    }
+
+    /// What is at the disk, if anything is.
+    pub fn work(&self) -> Option<Work> {
+        if matches!(self.state, State::Flushing(_)) || self.slow > 0 {
+            Some(Work::Slow)
+        } else {
+            (self.count > 0).then_some(Work::Quick)
+        }
+    }
+
+    /// Says of an order that may take long that the disk has it.
+    pub fn say_at_work(&mut self) {
+        let State::Serving(link) = self.state else { return };
+        if self.slow == 0 {
+            return;
+        }
+        let is_slow = |order: &Option<InFlight>| order.is_some_and(|order| order.action.is_slow());
+        if let Some(name) = self.in_flight.iter().position(is_slow).and_then(|at| Name::try_from(at).ok()) {
+            self.answers.extend(FromService::AtWork { tag: Tag(name) }.encode(link));
+        }
+    }
+
+    /// The first error of a session that may be the driver's, once: number of the session, and the error.
+    pub fn take_error(&mut self) -> Option<(u32, Errno)> {
+        let error = self.error.filter(|_| !self.error_is_told)?;
+        self.error_is_told = true;
+        Some((self.attempt, error))
     }
 
     /// A session that broke the protocol is over and flushed: the port is to be closed and opened again, once.

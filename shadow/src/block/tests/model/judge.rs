@@ -66,7 +66,8 @@ impl Rig {
     }
 
     pub(super) fn note_error(&mut self, time: u64, deed: &Deed, class: ErrorClass) {
-        let reason = if class.is_suspect() { Reason::Suspect } else { Reason::Medium };
+        let Some(life) = self.link.map(|link| link.generation) else { return };
+        let reason = if class.is_suspect() { Reason::Suspect(life) } else { Reason::Medium };
         let range = deed.range().map(in_guest);
         let is_excuse = match (reason, range) {
             (Reason::Medium, Some(range)) => self.plan.has_medium_errors() || self.may_have_failed(range),
@@ -89,12 +90,32 @@ impl Rig {
         mine.map(|(_, _, reason)| *reason).collect()
     }
 
-    /// Whether that is enough for a failure: an error of the disk, two suspect ones, three deaths. Any error of a flush is suspect.
+    /// Whether that is enough for a failure: an error of the disk, two lives with suspect ones, three deaths. Any error of a flush is
+    /// suspect.
     pub(super) fn is_enough(range: Option<SectorRange>, reasons: &[Reason]) -> bool {
-        let count = |which: Reason| reasons.iter().filter(|reason| **reason == which).count();
-        let errors = if range.is_none() { count(Reason::Medium) } else { 0 } + count(Reason::Suspect);
-        let is_medium = range.is_some() && count(Reason::Medium) > 0;
-        is_medium || errors >= 2 || count(Reason::Death) >= 3
+        let medium = reasons.iter().filter(|reason| **reason == Reason::Medium).count();
+        let errors = if range.is_none() { medium } else { 0 } + Self::suspects(reasons);
+        (range.is_some() && medium > 0) || errors >= 2 || Self::deaths(reasons) >= 3
+    }
+
+    /// Whether these are enough, or are an error in a range that is known to be bad.
+    fn is_reason(&self, range: Option<SectorRange>, reasons: &[Reason]) -> bool {
+        let is_known = range.is_some() && Self::suspects(&self.reasons_for(range, 0)) >= 2;
+        Self::is_enough(range, reasons) || (is_known && Self::suspects(reasons) > 0)
+    }
+
+    /// Lives with a suspect error among these.
+    fn suspects(reasons: &[Reason]) -> usize {
+        let lives =
+            reasons.iter().filter_map(|reason| if let Reason::Suspect(life) = reason { Some(life) } else { None });
+        lives.map(|life| life.get()).collect::<BTreeSet<_>>().len()
+    }
+
+    /// Lives whose death is among these.
+    fn deaths(reasons: &[Reason]) -> usize {
+        let lives =
+            reasons.iter().filter_map(|reason| if let Reason::Death(life) = reason { Some(life) } else { None });
+        lives.map(|life| life.get()).collect::<BTreeSet<_>>().len()
     }
 
     /// Whether a change of `range` has failed, or a part of it: it may have left a sector that cannot be read.
@@ -104,7 +125,7 @@ impl Rig {
 
     pub(super) fn has_reason(&self, id: Id) -> bool {
         let range = Some(self.history.range(id));
-        Self::is_enough(range, &self.reasons_for(range, self.history.begun(id)))
+        self.is_reason(range, &self.reasons_for(range, self.history.begun(id)))
     }
 
     /// Orphans fail as others do, and nobody hears of it.
@@ -151,9 +172,8 @@ impl Rig {
             (Wish::Read { .. }, Some(range)) => self.lost.overlaps(range),
             _ => !self.lost.is_empty(),
         };
-        let is_known = Self::is_enough(range, &mine) || is_lost;
-        let deaths = mine.iter().filter(|reason| **reason == Reason::Death).count();
-        self.reached.extend((deaths == 3 && mine.len() == 3).then_some(Reached::Poison));
+        let is_known = self.is_reason(range, &mine) || is_lost;
+        self.reached.extend((Self::deaths(&mine) == 3 && mine.len() == 3).then_some(Reached::Poison));
         if let Wish::Change(id) = request.wish {
             self.history.failed(id);
             self.undo_where_logged(id);
@@ -204,8 +224,9 @@ impl Rig {
                 }
                 self.lost_until[at(sector)] = Some(self.history.newest(sector));
                 let reasons = self.reasons_for(Some(one(sector)), 0);
-                let deaths = reasons.iter().filter(|reason| **reason == Reason::Death).count();
-                if self.plan.is_calm || (deaths < 3 && reasons.len() - deaths < 2) {
+                let medium = reasons.iter().filter(|reason| **reason == Reason::Medium).count();
+                let errors = medium + Self::suspects(&reasons);
+                if self.plan.is_calm || (Self::deaths(&reasons) < 3 && errors < 2) {
                     return Err(format!("sector {sector} is lost without reason: {reasons:?}"));
                 }
                 self.lost.insert(one(sector));

@@ -39,8 +39,8 @@ struct Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reason {
     Medium,
-    Suspect,
-    Death,
+    Suspect(Generation),
+    Death(Generation),
 }
 
 /// One case.
@@ -52,13 +52,16 @@ pub(super) struct Rig {
     history: History,
     now: u64,
     link: Option<LinkId>,
-    lives: u32,
+    /// The newest of all.
+    last: Option<LinkId>,
     next_token: u32,
     requests: BTreeMap<Token, Request>,
     /// What lost lives had answered too late.
     late: Vec<(LinkId, Tag, Answer)>,
     /// When what went wrong where; nowhere: with a flush.
     reasons: Vec<(u64, Option<SectorRange>, Reason)>,
+    /// Only the last connection is lost: the driver VM lives on.
+    lives_on: bool,
     /// What was ever lost.
     lost: RangeSet,
     /// What was lost at the end of the last step.
@@ -89,11 +92,12 @@ impl Rig {
             history: History::new(SECTORS),
             now: 1_000 * MS,
             link: None,
-            lives: 0,
+            last: None,
             next_token: 0,
             requests: BTreeMap::new(),
             late: Vec::new(),
             reasons: Vec::new(),
+            lives_on: false,
             lost: RangeSet::default(),
             lost_before: RangeSet::default(),
             lost_until: vec![None; at(SECTORS)],
@@ -312,8 +316,11 @@ impl Rig {
         if self.link.is_some() {
             return Ok(());
         }
-        self.lives += 1;
-        let link = LinkId::first(Generation::new(self.lives).unwrap());
+        let link = match self.last.filter(|_| self.lives_on) {
+            Some(last) => last.next(),
+            None => LinkId::first(self.last.map_or(Generation::FIRST, |last| last.generation.next())),
+        };
+        (self.last, self.lives_on) = (Some(link), false);
         self.plan.change(&mut self.random);
         self.disk.use_cache(self.plan.has_cache(), &mut self.random);
         let depth = self.plan.depth;
@@ -345,10 +352,11 @@ impl Rig {
     }
 
     fn note_deaths(&mut self) {
+        let Some(life) = self.link.or(self.last).map(|link| link.generation) else { return };
         let time = self.history.tick();
         let under_way = self.disk.under_way.iter().map(|order| &order.deed);
         for deed in under_way.chain(self.disk.posted.iter().map(|posted| &posted.deed)) {
-            self.reasons.push((time, deed.range().map(in_guest), Reason::Death));
+            self.reasons.push((time, deed.range().map(in_guest), Reason::Death(life)));
         }
         let in_replay = !matches!(self.mode, ModeName::Passive | ModeName::Quiescing);
         self.deaths_in_replay = if in_replay { self.deaths_in_replay + 1 } else { 0 };
@@ -362,7 +370,13 @@ impl Rig {
             self.late.extend(self.disk.posted.iter().map(|posted| (link, posted.tag, posted.answer)));
             self.late.extend(self.disk.under_way.iter().map(|order| (link, order.tag, Answer::Done { bytes: 0 })));
         }
-        self.disk.reset(self.plan.loss_percent, &mut self.random);
+        self.lives_on = self.plan.connections_end && self.random.percent(60);
+        if self.lives_on {
+            self.note(|| "the driver VM lives on".into());
+            self.disk.end_session(&mut self.random);
+        } else {
+            self.disk.reset(self.plan.loss_percent, &mut self.random);
+        }
     }
 
     fn reset_by_guest(&mut self) {

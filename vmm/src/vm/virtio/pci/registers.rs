@@ -175,15 +175,15 @@ impl Common {
         self.queues.get_mut(usize::from(self.queue_select))
     }
 
-    /// Reads at byte `offset` with any width; 0 behind the end.
-    pub(super) fn read(&self, offset: u32, data: &mut [u8]) {
-        let image = self.image();
+    /// Reads at byte `offset` with any width; 0 behind the end. The device's configuration is of this `generation`.
+    pub(super) fn read(&self, offset: u32, generation: u8, data: &mut [u8]) {
+        let image = self.image(generation);
         for (byte, at) in data.iter_mut().zip(offset as usize..) {
             *byte = image.get(at).copied().unwrap_or(0);
         }
     }
 
-    fn image(&self) -> [u8; 0x40] {
+    fn image(&self, generation: u8) -> [u8; 0x40] {
         let mut image = [0; 0x40];
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
         put(0x00, &self.device_select.to_le_bytes());
@@ -192,9 +192,8 @@ impl Common {
         put(0x0C, &half(self.accepted, self.driver_select).to_le_bytes());
         put(0x10, &self.config_vector.to_le_bytes());
         put(0x12, &self.queue_count().to_le_bytes());
-        // Behind the status: the configuration generation. Each field of the devices here is read whole under
-        // the device's lock, so it never changes.
-        put(0x14, &[self.status.bits(), 0]);
+        // A field of the configuration is read under the device's lock; the size of a disk may be read in halves.
+        put(0x14, &[self.status.bits(), generation]);
         put(0x16, &self.queue_select.to_le_bytes());
         // A queue that does not exist has size 0 (section 4.1.4.3.2).
         if let Some(queue) = self.queue(self.queue_select) {

@@ -86,7 +86,7 @@ impl Sysfs {
 }
 
 fn end(serial: Option<&str>, part: DiskPart) -> BlockEnd {
-    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false }
+    BlockEnd { serial: serial.map(Into::into), part, read_only: false, has_cache: false, io_timeout_ms: 10_000 }
 }
 
 fn names(chosen: &[ChosenDisk]) -> Vec<&str> {

@@ -82,6 +82,10 @@ impl Rig {
     }
 
     fn start_on(dir: TempDir, file: File, windows: &[Window]) -> Self {
+        Self::start_with(dir, file, windows, PATIENCE)
+    }
+
+    fn start_with(dir: TempDir, file: File, windows: &[Window], patience: Duration) -> Self {
         let log = dir.path().join("kmsg");
         File::create(&log).unwrap();
         let pool = Pool::ordinary(windows.len() * HUGE_PAGE);
@@ -98,7 +102,7 @@ impl Rig {
             let mut service = BlockService::new(ring, resets, its_mailbox).unwrap();
             let file = Arc::new(file);
             for (opener, offer) in openers.into_iter().zip(offers) {
-                service.add(opener, Sessions::new(offer, GENERATION), Arc::clone(&file)).unwrap();
+                service.add(opener, Sessions::new(offer, GENERATION), Arc::clone(&file), patience).unwrap();
             }
             sender.send(nix::unistd::gettid()).unwrap();
             panic!("{:#}", service.run(|message| reporter.send(message).unwrap()));
@@ -190,6 +194,8 @@ impl Host {
 
     /// Waits until the service has closed the port.
     fn expect_end(mut self) {
+        let patience = TimeVal::seconds(PATIENCE.as_secs().try_into().unwrap());
+        setsockopt(&self.socket, ReceiveTimeout, &patience).unwrap();
         let mut buffer = vec![0; MAX_HELLO];
         while self.socket.read(&mut buffer).unwrap() != 0 {}
     }
@@ -334,6 +340,44 @@ fn a_reset_by_the_driver_is_reported_before_the_answers_that_follow() {
     second.send(&[flush(3)]);
     assert_eq!(second.answers(2), [FromService::CacheLost, done(3, 0)]);
     assert_eq!(first.order(flush(4)), done(4, 0));
+}
+
+#[test]
+fn a_disk_that_answers_nothing_is_given_up_and_one_that_was_idle_is_not() {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let path = dir.path().join("disk");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // It answers a read when something is written to it.
+    let pipe = File::options().read(true).write(true).open(&path).unwrap();
+    let patience = Duration::from_millis(1500);
+    let rig = Rig::start_with(dir, pipe.try_clone().unwrap(), &[WHOLE], patience);
+    let mut host = rig.begin(0, 1);
+    std::thread::sleep(patience * 2);
+    let read = access(1, Operation::Read { place: 0 }, range(0, 1));
+    host.send(&[read]);
+    assert!(host.is_silent(), "it is given up for the time before");
+    setsockopt(&host.socket, ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().try_into().unwrap())).unwrap();
+    (&pipe).write_all(&[7; 512]).unwrap();
+    assert_eq!(host.answers(1), [done(1, 512)]);
+    host.send(&[read]);
+    host.expect_end();
+}
+
+#[test]
+fn an_error_that_may_be_the_driver_s_is_reported_once_of_each_session() {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
+    let rig = Rig::start_on(dir, open(&path, false), &[WHOLE, WHOLE]);
+    let mut host = rig.begin(1, 1);
+    for _ in 0..2 {
+        assert_eq!(host.order(access(2, Operation::Discard, range(0, 8))), failed(2, libc::EBADF));
+    }
+    assert_eq!(rig.reports.recv_timeout(PATIENCE), Ok(FromAgent::DiskError { end: 1, attempt: 1, errno: libc::EBADF }));
+    host.begin(2);
+    assert_eq!(host.order(access(2, Operation::Discard, range(0, 8))), failed(2, libc::EBADF));
+    assert_eq!(rig.reports.recv_timeout(PATIENCE), Ok(FromAgent::DiskError { end: 1, attempt: 2, errno: libc::EBADF }));
+    assert!(rig.reports.try_recv().is_err());
 }
 
 #[test]

@@ -4,7 +4,7 @@ use nix::errno::Errno;
 use umbra_driver_vm::block_protocol::{MAX_BATCH, RECORD_BYTES, parse_hello};
 
 use super::super::ring::{Action, Extent};
-use super::super::session::{Name, Sessions};
+use super::super::session::{Name, Sessions, Work};
 use super::*;
 
 const READ: Operation = Operation::Read { place: 4096 };
@@ -69,6 +69,41 @@ fn orders_are_handed_over_as_they_come_and_answered_as_they_end() {
     assert_eq!(buffers.iter().map(|buffer| decode(buffer, 1)).collect::<Vec<_>>(), [answers]);
     // The tags are free again.
     sessions.hear(&encode(&orders, 1)).unwrap();
+}
+
+#[test]
+fn of_what_may_take_long_it_is_said_that_the_disk_has_it() {
+    let mut sessions = begun();
+    assert_eq!(sessions.work(), None);
+    sessions.hear(&encode(&[access(1, READ, range(100, 8))], 1)).unwrap();
+    sessions.say_at_work();
+    assert_eq!((sessions.work(), sessions.take_buffers().len()), (Some(Work::Quick), 0));
+    sessions.hear(&encode(&[access(2, Operation::WriteZeroes { unmap: true }, range(300, 1))], 1)).unwrap();
+    sessions.say_at_work();
+    let said = sessions.take_buffers();
+    assert_eq!(decode(&said[0], 1), [FromService::AtWork { tag: Tag(2) }]);
+    assert_eq!(sessions.work(), Some(Work::Slow));
+    sessions.result(2, 0).unwrap();
+    assert_eq!(sessions.work(), Some(Work::Quick));
+    sessions.host_is_gone();
+    sessions.result(1, 4096).unwrap();
+    assert_eq!(sessions.work(), Some(Work::Slow), "the flush after a session");
+    sessions.say_at_work();
+    assert!(sessions.take_buffers().is_empty(), "nobody is there to hear it");
+}
+
+#[test]
+fn errors_that_may_be_the_driver_s_are_known() {
+    let mut sessions = begun();
+    for (tag, order, error, is_noted) in [
+        (1, access(1, READ, range(100, 8)), Errno::ENODATA, false),
+        (2, flush(2), Errno::ENOSPC, true),
+        (3, flush(3), Errno::EIO, false),
+    ] {
+        sessions.hear(&encode(&[order], 1)).unwrap();
+        sessions.result(tag, errno(error)).unwrap();
+        assert_eq!(sessions.take_error(), is_noted.then_some((1, error)), "{error}");
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
@@ -107,7 +108,8 @@ struct Blocks {
 pub struct Image {
     file: File,
     is_device: bool,
-    sectors: u64,
+    /// Bytes that the guest sees.
+    seen: AtomicU64,
     read_only: bool,
     /// It can let go of sectors.
     discards: bool,
@@ -154,14 +156,14 @@ impl Image {
         }
         let discards =
             !read_only && if is_device { extent::can_discard(metadata.rdev()) } else { extent::can_punch(&file, size) };
-        Ok(Self { file, is_device, sectors: (size - rest) / SECTOR_BYTES, read_only, discards, blocks })
+        Ok(Self { file, is_device, seen: AtomicU64::new(size - rest), read_only, discards, blocks })
     }
 
     /// What the guest is offered, without an identifier.
     pub fn offer(&self) -> Offer {
         let Blocks { logical, physical, optimal } = self.blocks;
         Offer {
-            sectors: self.sectors,
+            sectors: self.seen.load(Ordering::Relaxed) / SECTOR_BYTES,
             read_only: self.read_only,
             logical_block: logical,
             physical_block: physical,
@@ -219,6 +221,30 @@ impl Backing for Image {
 
     fn zeroes(&self, position: u64, length: u64, unmap: bool) -> io::Result<()> {
         extent::zeroes(&self.file, position, length, unmap)
+    }
+
+    fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
+        let why = |what: &str, error: io::Error| format!("{what}: {error}");
+        let size = || (&self.file).seek(SeekFrom::End(0)).map_err(|error| why("find its size", error));
+        let (block, there) = (u64::from(self.blocks.logical), size()?);
+        let wanted = bytes.unwrap_or(there);
+        let before = self.seen.load(Ordering::Relaxed);
+        if wanted < before {
+            return Err(format!("it has {before} bytes, and cannot be made smaller while its guest runs"));
+        }
+        if bytes.is_some() && !wanted.is_multiple_of(block) {
+            return Err(format!("{wanted} bytes are no whole blocks of {block}"));
+        }
+        if wanted > there {
+            if self.is_device || self.read_only {
+                let what = if self.is_device { "block device" } else { "file, which is only read," };
+                return Err(format!("its {what} has {there} bytes: make that larger first"));
+            }
+            self.file.set_len(wanted).map_err(|error| why("make its file larger", error))?;
+        }
+        let seen = wanted / block * block;
+        self.seen.store(seen, Ordering::Relaxed);
+        Ok(seen)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -12,11 +12,15 @@ pub mod image;
 mod serve;
 mod worker;
 
+use std::path::PathBuf;
 use std::slice::from_mut;
 use std::sync::Arc;
+use std::time::Instant;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use thiserror::Error;
+use umbra_shadow::DeviceId;
+use umbra_shadow::block::SECTOR_BYTES;
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::Virtqueue;
 use vmm_sys_util::epoll::EventSet;
@@ -24,19 +28,22 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::image::Image;
 use self::serve::{End, InFlight, Server};
-use self::worker::{Backing, Worker};
+use self::worker::{Backing, News, Work, Worker};
 use super::offer::{self, Offer};
 use super::{DEVICE_ID, QUEUE_SIZE};
-use crate::config::Disk;
+use crate::config::{Disk, OnFull};
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
-use crate::vm::virtio::{queue, read_config};
+use crate::vm::virtio::{Outbox, queue, read_config};
+use crate::wire::messages::FromVm;
 
 /// One: the disk's thread does one thing after the other anyway.
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 /// Tags of the device's own eventfds in the event loop.
 const TAG_AGAIN: u32 = FIRST_DEVICE_TAG;
 const TAG_DONE: u32 = FIRST_DEVICE_TAG + 1;
+/// The tag of what is no request of the guest.
+const RESIZE: worker::Tag = worker::Tag::MAX;
 
 /// Errors of making a disk.
 #[derive(Debug, Error)]
@@ -64,29 +71,97 @@ pub struct FileDisk {
     again: EventFd,
     broken: bool,
     config_call: Option<EventFd>,
+    /// Of the configuration.
+    generation: u8,
+    messenger: Messenger,
     log: LogLimit,
+}
+
+/// Tells the supervisor what the host does to the disk.
+struct Messenger {
+    device: DeviceId,
+    path: PathBuf,
+    outbox: Outbox,
+    limit: LogLimit,
+}
+
+impl Messenger {
+    /// Says `what` of the disk, unless so much was said that this is left out.
+    fn say(&mut self, what: &str) {
+        if let Some(left_out) = self.limit.take(Instant::now()) {
+            let more =
+                if left_out > 0 { format!(" (and {left_out} such errors before, left out)") } else { String::new() };
+            let news = format!("disk {}: {what}{more}", self.path.display());
+            (self.outbox)(FromVm::Disk { device: self.device, news });
+        }
+    }
 }
 
 impl FileDisk {
     /// Disk number `index` of its VM; the guest reads `umbra-disk<index>` as its identifier.
-    pub fn new(disk: &Disk, index: usize) -> Result<Self, Error> {
+    /// What its guest's people should know goes to `outbox`.
+    pub fn new(disk: &Disk, index: u16, outbox: Outbox) -> Result<Self, Error> {
         let image = Image::open(disk)?;
         let offer = Offer { id: offer::id(&format!("umbra-disk{index}")), ..image.offer() };
-        Self::on(offer, Arc::new(image), index)
+        let messenger =
+            Messenger { device: DeviceId::block(index), path: disk.path.clone(), outbox, limit: LogLimit::default() };
+        Self::on(offer, (Arc::new(image), disk.on_full), messenger)
     }
 
-    fn on(offer: Offer, backing: Arc<dyn Backing>, index: usize) -> Result<Self, Error> {
-        let worker = Worker::start(&format!("disk{index}"), backing).map_err(Error::Worker)?;
+    fn on(offer: Offer, (backing, on_full): (Arc<dyn Backing>, OnFull), messenger: Messenger) -> Result<Self, Error> {
+        let name = format!("disk{}", messenger.device.index);
+        let worker = Worker::start(&name, backing, on_full).map_err(Error::Worker)?;
         let again = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
         let events = QueueEvents::new(QUEUE_SIZES.len()).map_err(Error::EventFd)?;
         let (in_flight, log) = (InFlight::default(), LogLimit::default());
-        Ok(Self { offer, queue: None, worker, in_flight, events, again, broken: false, config_call: None, log })
+        Ok(Self {
+            offer,
+            queue: None,
+            worker,
+            in_flight,
+            events,
+            again,
+            broken: false,
+            config_call: None,
+            generation: 0,
+            messenger,
+            log,
+        })
+    }
+
+    /// Makes the disk so large, or as large as its file or block device is now. The host's file system is not waited for: the answer is
+    /// a message.
+    pub fn resize(&mut self, bytes: Option<u64>) {
+        self.worker.submit(RESIZE, Work::Resize(bytes));
+    }
+
+    fn take_news(&mut self) {
+        while let Some(news) = self.worker.take_news() {
+            match news {
+                News::Resized(result) => {
+                    if let Ok(bytes) = result {
+                        self.offer.sectors = bytes / SECTOR_BYTES;
+                        self.generation = self.generation.wrapping_add(1);
+                        self.config_call.iter().for_each(signal);
+                    }
+                    (self.messenger.outbox)(FromVm::Resized { device: self.messenger.device, result });
+                }
+                News::Full => {
+                    self.messenger.say("the host has no room for a write: the disk waits until there is some")
+                }
+                News::HasRoom => self.messenger.say("there is room again, and the disk goes on"),
+            }
+        }
     }
 
     fn serve(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|_| !self.broken) else { return };
-        let mut server =
-            Server { offer: &self.offer, worker: &self.worker, in_flight: &mut self.in_flight, log: &mut self.log };
+        let mut server = Server {
+            offer: &self.offer,
+            worker: &self.worker,
+            in_flight: &mut self.in_flight,
+            messenger: &mut self.messenger,
+        };
         match server.serve(queue).and_then(|end| queue.notify().map(|()| end)) {
             Ok(End::Idle) => {}
             Ok(End::Budget) => signal(&self.again),
@@ -122,7 +197,10 @@ impl MutEventSubscriber for FileDisk {
             // Empty already is fine.
             match wake {
                 Wake::Device(TAG_AGAIN) => drop(self.again.read()),
-                Wake::Device(TAG_DONE) => drop(self.worker.done_event().read()),
+                Wake::Device(TAG_DONE) => {
+                    drop(self.worker.done_event().read());
+                    self.take_news();
+                }
                 _ => {}
             }
             self.serve();
@@ -147,6 +225,10 @@ impl VirtioDevice for FileDisk {
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
         read_config(&self.offer.config(), offset, data);
+    }
+
+    fn config_generation(&self) -> u8 {
+        self.generation
     }
 
     fn set_config_interrupt(&mut self, call: EventFd) {

@@ -9,9 +9,9 @@ use std::io::{self, ErrorKind};
 
 use umbra_shadow::block::{Access, SECTOR_BYTES, SectorRange};
 use umbra_splitter::copy::{gather, scatter};
-use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, Ring, RingFault, Virtqueue};
 
+use super::Messenger;
 use super::worker::{Done, Tag, Work, Worker};
 use crate::vm::virtio::disk::offer::Offer;
 use crate::vm::virtio::disk::request::{Asked, HEADER_SIZE, Job, Request, Status, answer};
@@ -99,7 +99,7 @@ pub(super) struct Server<'a> {
     pub offer: &'a Offer,
     pub worker: &'a Worker,
     pub in_flight: &'a mut InFlight,
-    pub log: &'a mut LogLimit,
+    pub messenger: &'a mut Messenger,
 }
 
 impl Server<'_> {
@@ -221,7 +221,13 @@ impl Server<'_> {
         if error.kind() == ErrorKind::Unsupported && matches!(job, Job::Ranges(_)) {
             return Status::Unsupported;
         }
-        self.log.warn(format_args!("disk: {job:?}: {error}"));
+        let what = match job {
+            Job::Transfer(Access::Read, at) => format!("cannot read {at}"),
+            Job::Transfer(_, at) => format!("cannot write {at}"),
+            Job::Ranges(_) => "cannot discard sectors, or fill them with zeroes".into(),
+            Job::Flush => "cannot make durable what was written".into(),
+        };
+        self.messenger.say(&format!("{what}: {error}"));
         Status::IoError
     }
 }

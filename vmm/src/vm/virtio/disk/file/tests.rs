@@ -44,10 +44,31 @@ fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
+/// What a disk says, to nobody.
+fn nobody() -> Outbox {
+    Arc::new(|_| ())
+}
+
+/// What a disk says.
+fn heard() -> (Outbox, Arc<Mutex<Vec<FromVm>>>) {
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let to = Arc::clone(&said);
+    (Arc::new(move |message| to.lock().unwrap().push(message)), said)
+}
+
+fn messenger(outbox: Outbox) -> Messenger {
+    Messenger { device: DeviceId::block(0), path: "disk.img".into(), outbox, limit: LogLimit::default() }
+}
+
 impl Guest {
     fn new(read_only: bool) -> Self {
         let (folder, path) = image(64 * 512);
-        Self::with(FileDisk::new(&Disk { path, read_only }, 3).unwrap(), folder, 1, 256)
+        Self::with(
+            FileDisk::new(&Disk { path, read_only, on_full: OnFull::Error }, 3, nobody()).unwrap(),
+            folder,
+            1,
+            256,
+        )
     }
 
     /// A guest with memory for `queues` queues, of which one is used.
@@ -183,7 +204,8 @@ fn a_large_request_goes_in_parts_and_comes_whole() {
     const LENGTH: u32 = 4 * serve::PART as u32 + 512;
     let (folder, path) = image(512);
     std::fs::File::options().write(true).open(&path).unwrap().set_len(6 << 20).unwrap();
-    let block = FileDisk::new(&Disk { path: path.clone(), read_only: false }, 0).unwrap();
+    let block =
+        FileDisk::new(&Disk { path: path.clone(), read_only: false, on_full: OnFull::Error }, 0, nobody()).unwrap();
     let mut guest = Guest::with(block, folder, 10, 16);
     let data: Vec<u8> = (0..LENGTH).map(|i| (i % 251) as u8).collect();
     let write = guest.queue.add(&[&header(OUT, 1), &data[..9], &data[9..]], &[1]);
@@ -200,23 +222,43 @@ fn a_large_request_goes_in_parts_and_comes_whole() {
 #[test]
 fn two_writers_are_refused_and_readers_may_share() {
     let (_folder, path) = image(512);
-    let disk = |read_only| Disk { path: path.clone(), read_only };
-    let writer = FileDisk::new(&disk(false), 0).unwrap();
+    let disk = |read_only| Disk { path: path.clone(), read_only, on_full: OnFull::Error };
+    let writer = FileDisk::new(&disk(false), 0, nobody()).unwrap();
     for read_only in [false, true] {
-        let error = FileDisk::new(&disk(read_only), 0).err().unwrap().to_string();
+        let error = FileDisk::new(&disk(read_only), 0, nobody()).err().unwrap().to_string();
         assert!(error.contains("disk.img: in use by another process"), "{error}");
     }
     drop(writer);
-    let _first = FileDisk::new(&disk(true), 0).unwrap();
-    let _second = FileDisk::new(&disk(true), 0).unwrap();
-    assert!(FileDisk::new(&disk(false), 0).is_err());
+    let _first = FileDisk::new(&disk(true), 0, nobody()).unwrap();
+    let _second = FileDisk::new(&disk(true), 0, nobody()).unwrap();
+    assert!(FileDisk::new(&disk(false), 0, nobody()).is_err());
+}
+
+#[test]
+fn a_disk_grows_with_its_file_and_never_shrinks() {
+    let (_folder, path) = image(64 * 512);
+    let disk = |read_only| Disk { path: path.clone(), read_only, on_full: OnFull::Error };
+    let image = image::Image::open(&disk(false)).unwrap();
+    assert_eq!(image.resize(Some(128 * 512)), Ok(128 * 512));
+    assert_eq!((std::fs::metadata(&path).unwrap().len(), image.offer().sectors), (128 * 512, 128));
+    assert_eq!(image.resize(None), Ok(128 * 512));
+    assert!(image.resize(Some(64 * 512)).unwrap_err().contains("cannot be made smaller"));
+    assert!(image.resize(Some(200 * 512 + 1)).unwrap_err().contains("no whole blocks"));
+    // By another program: a rest is left out.
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(256 * 512 + 100).unwrap();
+    assert_eq!(image.resize(None), Ok(256 * 512));
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(512).unwrap();
+    assert!(image.resize(None).unwrap_err().contains("has 131072 bytes"), "the guest still sees it as it was");
+    drop(image);
+    let image = image::Image::open(&disk(true)).unwrap();
+    assert!(image.resize(Some(1024)).unwrap_err().contains("make that larger first"));
 }
 
 #[test]
 fn what_is_no_disk_is_refused_with_advice() {
     let (folder, path) = image(512);
     let refused = |path: PathBuf| {
-        let error = FileDisk::new(&Disk { path, read_only: true }, 0).err().unwrap();
+        let error = FileDisk::new(&Disk { path, read_only: true, on_full: OnFull::Error }, 0, nobody()).err().unwrap();
         format!("{error}")
     };
     assert!(refused(folder.path().join("missing")).contains("missing: open it for reading"));

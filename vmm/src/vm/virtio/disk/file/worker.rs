@@ -14,9 +14,15 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::base::lock::lock;
+use crate::config::OnFull;
+
 /// Longest wait at the end for jobs under way: longer than a disk that works takes for one. A thread that a frozen file system
 /// holds is left to the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Interval at which a write that finds no room is tried again.
+const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
 
 /// What is behind a disk. Its calls may block without end.
 pub(super) trait Backing: Send + Sync {
@@ -30,6 +36,19 @@ pub(super) trait Backing: Send + Sync {
     fn zeroes(&self, position: u64, length: u64, unmap: bool) -> io::Result<()>;
     /// Makes durable what was written.
     fn flush(&self) -> io::Result<()>;
+    /// Makes it so large, or measures it; its size in bytes, which is not less than before. The error is for people.
+    fn resize(&self, bytes: Option<u64>) -> Result<u64, String>;
+}
+
+/// What the host does to a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// The end of a [`Work::Resize`].
+    Resized(Result<u64, String>),
+    /// There is no room for a write, which waits.
+    Full,
+    /// It has been written.
+    HasRoom,
 }
 
 /// Names a job, once in the life of a worker.
@@ -38,11 +57,26 @@ pub(super) type Tag = u64;
 /// What a job does; positions in bytes.
 #[derive(Debug)]
 pub(super) enum Work {
-    Read { position: u64, length: usize },
-    Write { position: u64, bytes: Vec<u8> },
-    Discard { position: u64, length: u64 },
-    Zeroes { position: u64, length: u64, unmap: bool },
+    Read {
+        position: u64,
+        length: usize,
+    },
+    Write {
+        position: u64,
+        bytes: Vec<u8>,
+    },
+    Discard {
+        position: u64,
+        length: u64,
+    },
+    Zeroes {
+        position: u64,
+        length: u64,
+        unmap: bool,
+    },
     Flush,
+    /// Reported as news, also after [`Worker::forget`].
+    Resize(Option<u64>),
 }
 
 /// A job that is done.
@@ -68,6 +102,7 @@ pub(super) struct Worker {
 
 struct Shared {
     backing: Arc<dyn Backing>,
+    on_full: OnFull,
     state: Mutex<State>,
     /// There is a transfer, a flush, or an end.
     wake: [Condvar; 2],
@@ -82,6 +117,7 @@ struct State {
     transfers: VecDeque<(Tag, Work)>,
     flushes: VecDeque<(Tag, Work)>,
     done: VecDeque<Done>,
+    news: VecDeque<News>,
     /// Number of calls of [`Worker::forget`]; a job that began before the last of them reports nothing.
     life: u64,
     stopping: bool,
@@ -91,9 +127,10 @@ struct State {
 
 impl Worker {
     /// Starts the threads of the disk `name`.
-    pub fn start(name: &str, backing: Arc<dyn Backing>) -> io::Result<Self> {
+    pub fn start(name: &str, backing: Arc<dyn Backing>, on_full: OnFull) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             backing,
+            on_full,
             state: Mutex::default(),
             wake: Default::default(),
             ended: Condvar::new(),
@@ -120,7 +157,12 @@ impl Worker {
         self.shared.lock().done.pop_front()
     }
 
-    /// Readable when a job is done.
+    /// Something new, if there is.
+    pub fn take_news(&self) -> Option<News> {
+        self.shared.lock().news.pop_front()
+    }
+
+    /// Readable when a job is done, or there is news.
     pub fn done_event(&self) -> &EventFd {
         &self.shared.done
     }
@@ -128,10 +170,12 @@ impl Worker {
     /// Drops all jobs: those that have not begun are not carried out; the outcome of the others is not reported.
     pub fn forget(&self) {
         let mut state = self.shared.lock();
-        state.transfers.clear();
+        state.transfers.retain(|(_, work)| matches!(work, Work::Resize(_)));
         state.flushes.clear();
         state.done.clear();
         state.life += 1;
+        // Of a transfer that waits for room: nobody wants it any more.
+        self.shared.wake[Lane::Transfers as usize].notify_one();
     }
 }
 
@@ -182,7 +226,7 @@ impl Shared {
     /// A thread's life.
     fn work(&self, lane: Lane) {
         while let Some((life, tags, work)) = self.next(lane) {
-            let result = self.carry_out(work);
+            let result = self.when_there_is_room(life, &work);
             let mut state = self.lock();
             if state.life == life {
                 state.done.extend(each(tags, result));
@@ -207,13 +251,50 @@ impl Shared {
         None
     }
 
-    fn carry_out(&self, work: Work) -> io::Result<Vec<u8>> {
-        match work {
+    /// Carries a job out; what finds no room waits for it, where that is wanted, until the job is forgotten.
+    fn when_there_is_room(&self, life: u64, work: &Work) -> io::Result<Vec<u8>> {
+        let mut waited = false;
+        loop {
+            let result = self.carry_out(work);
+            let is_full = result.as_ref().is_err_and(is_full) && self.on_full == OnFull::Pause;
+            // Of a flush that failed nothing is known: it cannot be done again.
+            if !is_full || matches!(work, Work::Flush) {
+                if waited {
+                    self.tell(News::HasRoom);
+                }
+                return result;
+            }
+            if !std::mem::replace(&mut waited, true) {
+                self.tell(News::Full);
+            }
+            let state = self.lock();
+            let is_wanted = |state: &mut State| state.life == life && !state.stopping;
+            let wake = &self.wake[Lane::Transfers as usize];
+            let (mut state, _) =
+                wake.wait_timeout_while(state, LOOK_FOR_ROOM, is_wanted).unwrap_or_else(PoisonError::into_inner);
+            if !is_wanted(&mut state) {
+                return result;
+            }
+        }
+    }
+
+    fn tell(&self, news: News) {
+        self.lock().news.push_back(news);
+        // As in `work`.
+        let _ = self.done.write(1);
+    }
+
+    fn carry_out(&self, work: &Work) -> io::Result<Vec<u8>> {
+        match *work {
+            Work::Resize(bytes) => {
+                self.tell(News::Resized(self.backing.resize(bytes)));
+                Ok(Vec::new())
+            }
             Work::Read { position, length } => {
                 let mut bytes = vec![0; length];
                 self.backing.read(position, &mut bytes).map(|()| bytes)
             }
-            Work::Write { position, bytes } => self.backing.write(position, &bytes).map(|()| Vec::new()),
+            Work::Write { position, ref bytes } => self.backing.write(position, bytes).map(|()| Vec::new()),
             Work::Discard { position, length } => self.backing.discard(position, length).map(|()| Vec::new()),
             Work::Zeroes { position, length, unmap } => {
                 self.backing.zeroes(position, length, unmap).map(|()| Vec::new())
@@ -221,6 +302,11 @@ impl Shared {
             Work::Flush => self.backing.flush().map(|()| Vec::new()),
         }
     }
+}
+
+/// There is no room for it: in the file system, or in what its user may have of it.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// The outcome of one job for each of its tags.
@@ -233,4 +319,3 @@ fn each(tags: Vec<Tag>, result: io::Result<Vec<u8>>) -> impl Iterator<Item = Don
         Done { tag, result: first.take().unwrap_or_else(again) }
     })
 }
-use crate::base::lock::lock;

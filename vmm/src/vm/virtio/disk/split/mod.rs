@@ -13,6 +13,7 @@ pub(in crate::vm::virtio) mod tests;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use umbra_shadow::block::{CachePolicy, Disk, Limits, SECTOR_BYTES, Token};
@@ -59,6 +60,8 @@ pub struct Settings {
     pub cache: CachePolicy,
     /// Memory of its driver VM: a link with more is refused.
     pub driver_memory: MemorySize,
+    /// Longest time without an answer to reads and writes before the driver VM counts as failed.
+    pub io_timeout: Duration,
     /// Number of queues, 1 to [`MAX_QUEUES`].
     pub queues: u8,
 }
@@ -95,12 +98,14 @@ impl SplitDisk {
             operation: format!("cannot make disk {index}"),
             source: source.into(),
         };
-        let Settings { disk, cache, driver_memory, queues } = settings;
+        let Settings { disk, cache, driver_memory, io_timeout, queues } = settings;
         let queues = (*queues).clamp(1, MAX_QUEUES);
         let device = DeviceId::block(index);
         let notices = Arc::clone(&outbox);
         let listener = Box::new(move |notice| notices(message(device, notice)));
-        let splitter = BlockSplitter::new(disk, *cache, Limits::default(), driver_memory.0, listener);
+        let stall_ns = u64::try_from(io_timeout.as_nanos()).unwrap_or(u64::MAX);
+        let limits = Limits { stall_ns, ..Limits::default() };
+        let splitter = BlockSplitter::new(disk, *cache, limits, driver_memory.0, listener);
         Ok(Self {
             device,
             offer: offer(disk, queues.into()),
@@ -263,6 +268,8 @@ fn message(device: DeviceId, notice: Notice) -> FromVm {
                 LinkEnd::Closed
             } else if error.is_stalled() {
                 LinkEnd::Stalled(chain(&error))
+            } else if error.is_suspect() {
+                LinkEnd::Suspect(chain(&error))
             } else {
                 LinkEnd::Broken(chain(&error))
             };

@@ -69,7 +69,13 @@ pub fn without_a_driver_vm() -> SplitDisk {
 }
 
 fn with_outbox(outbox: Outbox) -> SplitDisk {
-    let settings = Settings { disk: disk(), cache: CachePolicy::Auto, driver_memory: MemorySize(64 << 20), queues: 2 };
+    let settings = Settings {
+        disk: disk(),
+        cache: CachePolicy::Auto,
+        driver_memory: MemorySize(64 << 20),
+        io_timeout: Duration::from_secs(10),
+        queues: 2,
+    };
     SplitDisk::new(INDEX, &settings, outbox).unwrap()
 }
 

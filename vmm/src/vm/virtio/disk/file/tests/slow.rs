@@ -18,11 +18,16 @@ struct Told {
     held: Vec<u32>,
     /// What a flush comes to.
     flush_fails: bool,
+    /// There is no room for a write.
+    is_full: bool,
     /// What a discard comes to.
     cannot_discard: bool,
     /// Requests that have begun: kind and position.
     begun: Vec<(u32, u64)>,
 }
+
+/// The kind of what is no request of the guest.
+const RESIZE: u32 = u32::MAX;
 
 struct SlowDisk {
     told: Mutex<Told>,
@@ -62,7 +67,7 @@ impl Backing for SlowDisk {
 
     fn write(&self, position: u64, _: &[u8]) -> io::Result<()> {
         self.begin(OUT, position);
-        Ok(())
+        if self.told.lock().unwrap().is_full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
     fn discard(&self, position: u64, _: u64) -> io::Result<()> {
@@ -79,6 +84,11 @@ impl Backing for SlowDisk {
         self.begin(FLUSH, 0);
         if self.told.lock().unwrap().flush_fails { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
+
+    fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
+        self.begin(RESIZE, 0);
+        bytes.ok_or_else(|| "it cannot be measured".into())
+    }
 }
 
 /// A guest with a disk on which these kinds of requests hang.
@@ -86,7 +96,7 @@ fn guest(held: &[u32], queues: u64) -> (Arc<SlowDisk>, Guest) {
     let told = Mutex::new(Told { held: held.to_vec(), ..Told::default() });
     let disk = Arc::new(SlowDisk { told, changed: Condvar::new() });
     let offer = Offer { sectors: SECTORS, ..OFFER };
-    let block = FileDisk::on(offer, disk.clone(), 0).unwrap();
+    let block = FileDisk::on(offer, (disk.clone(), OnFull::Pause), messenger(nobody())).unwrap();
     (disk, Guest::with(block, tempfile::tempdir().unwrap(), queues, 256))
 }
 
@@ -314,4 +324,57 @@ fn a_discard_that_the_file_system_does_not_take_is_unsupported_and_ends_its_requ
     assert_eq!(guest.request(&[&header(DISCARD, 0), &ranges], &[1]).0, 2);
     assert_eq!(disk.begun(1).len(), 1);
     assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(8, 8, 1)], &[1]).0, 0);
+}
+
+#[test]
+fn a_write_without_room_waits_for_it_and_a_reset_ends_that() {
+    let (disk, mut guest) = guest(&[], 1);
+    let (outbox, said) = heard();
+    guest.device.lock().unwrap().messenger = messenger(outbox);
+    disk.told.lock().unwrap().is_full = true;
+    guest.queue.add(&[&header(OUT, 0), &[7; 512]], &[1]);
+    guest.queue.kick();
+    guest.events.run_until(|| !said.lock().unwrap().is_empty());
+    assert!(matches!(&said.lock().unwrap()[0], FromVm::Disk { news, .. } if news.contains("no room")), "{said:?}");
+    assert_eq!(guest.queue.used().len(), 0, "it waits");
+    disk.told.lock().unwrap().is_full = false;
+    assert_eq!(guest.answered(1).len(), 1);
+    guest.events.run_until(|| said.lock().unwrap().len() > 1);
+    assert!(matches!(&said.lock().unwrap()[1], FromVm::Disk { news, .. } if news.contains("room again")), "{said:?}");
+
+    disk.told.lock().unwrap().is_full = true;
+    guest.queue.add(&[&header(OUT, 0), &[7; 512]], &[1]);
+    guest.queue.kick();
+    guest.events.run_until(|| said.lock().unwrap().len() > 2);
+    let begun = Instant::now();
+    drop(guest);
+    assert!(begun.elapsed() < Duration::from_secs(30), "its end waits for room");
+}
+
+#[test]
+fn another_size_waits_for_the_host_and_nobody_waits_for_it() {
+    let (disk, mut guest) = guest(&[RESIZE], 1);
+    let (outbox, said) = heard();
+    guest.device.lock().unwrap().messenger = messenger(outbox);
+    let sectors = |guest: &Guest| {
+        let mut capacity = [0; 8];
+        guest.device.lock().unwrap().config_read(0, &mut capacity);
+        u64::from_le_bytes(capacity)
+    };
+    guest.device.lock().unwrap().resize(Some(2 * SECTORS * 512));
+    disk.begun(1);
+    // What the guest does meanwhile does not lose the answer.
+    guest.device.lock().unwrap().reset();
+    assert_eq!((sectors(&guest), guest.device.lock().unwrap().config_generation()), (SECTORS, 0));
+    let call = EventFd::new(EFD_NONBLOCK).unwrap();
+    guest.device.lock().unwrap().set_config_interrupt(call.try_clone().unwrap());
+    disk.hold(&[]);
+    guest.events.run_until(|| !said.lock().unwrap().is_empty());
+    assert!(matches!(said.lock().unwrap()[0], FromVm::Resized { result: Ok(bytes), .. } if bytes == 2 * SECTORS * 512));
+    assert_eq!((sectors(&guest), guest.device.lock().unwrap().config_generation()), (2 * SECTORS, 1));
+    assert!(call.read().is_ok(), "the guest is told");
+    guest.device.lock().unwrap().resize(None);
+    guest.events.run_until(|| said.lock().unwrap().len() > 1);
+    assert!(matches!(&said.lock().unwrap()[1], FromVm::Resized { result: Err(_), .. }));
+    assert_eq!((sectors(&guest), call.read().is_ok()), (2 * SECTORS, false));
 }

@@ -1,0 +1,223 @@
+//! Disks through crashes: a test host with controllers whose media lose what was not flushed, a guest on one of them, and what crashes
+//! of its driver VM cost. Scenarios, `umbra-bench disks` and the demonstration use it.
+//!
+//! A loss comes between the fence of one life and the first order of the next: the harness follows the events, and a loss that came too
+//! late to show anything counts as a crash without one.
+
+pub mod database;
+mod report;
+pub mod trial;
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use crate::assets::Assets;
+use crate::bench::{Bench, BenchSpec, Storage};
+use crate::demo::DemoError;
+pub use crate::demo::Kind;
+use crate::demo::events::Event;
+use crate::demo::machine::{Attach, DISK_DRIVER, DiskController, Machine, MachineSpec};
+use crate::demo::place::Place;
+use crate::lossy_disk::{LossyDisk, Settings};
+use crate::probe::client::Run;
+use crate::probe::disk::{Found, OVER};
+
+/// The guest.
+pub const GUEST: &str = "web";
+/// Size of a disk, bytes: twice what the checker writes ([`crate::probe::disk`]).
+pub const BYTES: u64 = 128 << 20;
+/// Longest time in which nothing may move during a single step, as on the reference machine ([`crate::bench::patience`]).
+const STEP: Duration = Duration::from_secs(60);
+/// The same during a recovery.
+const RECOVERY: Duration = Duration::from_secs(120);
+
+/// What a controller has behind it. It outlives test hosts.
+#[derive(Debug)]
+pub struct Medium {
+    /// QEMU's model of the controller.
+    pub model: String,
+    /// The disk.
+    pub disk: LossyDisk,
+    base: NamedTempFile,
+}
+
+impl Medium {
+    /// An empty disk behind this model.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    pub fn new(model: &str) -> Result<Self, DemoError> {
+        let base = NamedTempFile::new().map_err(|e| DemoError::file("make a file in", &std::env::temp_dir(), e))?;
+        base.as_file().set_len(BYTES).map_err(|e| DemoError::file("extend", base.path(), e))?;
+        let disk = LossyDisk::start(base.path(), &Settings::default())?;
+        Ok(Self { model: model.into(), disk, base })
+    }
+
+    /// For QEMU.
+    pub fn storage(&self) -> Storage {
+        Storage { model: self.model.as_str().into(), bytes: BYTES, nbd: Some(self.disk.socket()) }
+    }
+
+    /// The file that a flush writes to.
+    pub fn base(&self) -> &Path {
+        self.base.path()
+    }
+}
+
+/// A test host with controllers, each bound to `vfio-pci`.
+pub struct Rig {
+    /// The test host.
+    pub place: Place,
+    /// What is behind the controllers.
+    pub media: Vec<Medium>,
+    controllers: Vec<DiskController>,
+    archives: Vec<String>,
+}
+
+impl Rig {
+    /// Boots a test host called `name` with a controller for each of `media`.
+    ///
+    /// # Errors
+    /// Something is not there, or the test host does not boot.
+    pub fn boot(name: &str, media: Vec<Medium>, assets: &Assets) -> Result<Self, DemoError> {
+        Self::boot_as(BenchSpec::new(name).nics(&[]), media, assets)
+    }
+
+    /// As [`Self::boot`], in a test host like this.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub fn boot_as(mut spec: BenchSpec, media: Vec<Medium>, assets: &Assets) -> Result<Self, DemoError> {
+        let database = assets.database()?;
+        let images = media.iter().map(|medium| assets.driver_image(&medium.model.as_str().into()));
+        let images = images.collect::<Result<Vec<_>, _>>()?;
+        spec.storage = media.iter().map(Medium::storage).collect();
+        spec.files.extend(images.iter().cloned().chain([database.clone()]));
+        let mut bench = Bench::boot(spec, assets)?;
+        let mut controllers = Vec::new();
+        for (n, image) in images.iter().enumerate() {
+            let device = bench.expect(&format!("vfio $DISK{n} && printf %s $DISK{n}"), STEP)?;
+            controllers.push(DiskController { device, image: name_of(image), options: Vec::new() });
+        }
+        Ok(Self { place: Place::Bench(Box::new(bench)), media, controllers, archives: vec![name_of(&database)] })
+    }
+
+    /// A machine with one guest on controller `n`, whose driver VM may fail so often.
+    pub fn machine(&self, n: usize, failures: u32) -> MachineSpec {
+        let mut machine = MachineSpec::one_guest("", "", "");
+        machine.attach = Attach::Without;
+        machine.archives.clone_from(&self.archives);
+        machine.controller = Some(self.controllers[n].clone());
+        machine.restart_limit = failures.saturating_mul(2) + 5;
+        machine
+    }
+
+    /// `kill -9` of the test host with all that runs in it, and each controller loses every sector that was not flushed.
+    pub fn cut_power(self) -> Vec<Medium> {
+        drop(self.place);
+        self.media.iter().for_each(|medium| _ = medium.disk.lose(1.0));
+        self.media
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A crash to come.
+#[derive(Clone, Copy, Debug)]
+pub struct Crash {
+    /// How the driver VM fails.
+    pub kind: Kind,
+    /// The share of what was not flushed that the controller loses.
+    pub loses: f64,
+}
+
+/// A crash that was survived.
+#[derive(Clone, Debug, Serialize)]
+pub struct Crashed {
+    /// How the driver VM failed.
+    pub kind: Kind,
+    /// Sectors that the controller lost.
+    pub lost: u64,
+    /// The loss came before the next life could have been given an order.
+    pub shows: bool,
+    /// From mask to live, as Umbra counts, ms; none for a planned restart.
+    pub outage_ms: Option<f64>,
+    /// How the device was reset.
+    pub reset: String,
+}
+
+/// Crashes the driver VM of the disk, and takes the controller's cache away before the next life has it.
+///
+/// # Errors
+/// The driver VM does not come back.
+pub fn crash(place: &mut Place, machine: &mut Machine, disk: &LossyDisk, with: Crash) -> Result<Crashed, DemoError> {
+    let Crash { kind, loses } = with;
+    let pid = machine.driver_pid(place, DISK_DRIVER)?;
+    place.expect(&kind.command(DISK_DRIVER, pid), STEP)?;
+    // A life that is replaced on purpose has no report, and is not said to be fenced.
+    let fenced = if kind == Kind::Restart { "device-reset" } else { "driver-fenced" };
+    let is_ours = |event: &Event| event.text("driver") == DISK_DRIVER;
+    machine.await_event(RECOVERY, |event| event.event == fenced && is_ours(event))?;
+    let loss = disk.lose(loses);
+    machine.drain();
+    let since = machine.seen.iter().rev().take_while(|event| !(event.event == fenced && is_ours(event)));
+    let is_in_service =
+        |event: &Event| event.event == "driver-live" || event.event == "driver-stage" && event.text("stage") == "disks";
+    let shows = !since.filter(|event| is_ours(event)).any(is_in_service);
+    let is_live = |event: &Event| event.event == "driver-live" && is_ours(event);
+    let since = machine.seen.iter().rev().take_while(|event| !(event.event == fenced && is_ours(event)));
+    let live = match since.into_iter().find(|event| is_live(event)).cloned() {
+        Some(live) => live,
+        None => machine.await_event(RECOVERY, is_live)?,
+    };
+    let parts = live.fields.get("parts");
+    let reset = parts.and_then(|parts| parts.get("reset_method")).and_then(|method| method.as_str());
+    Ok(Crashed {
+        kind,
+        lost: loss.lost,
+        shows,
+        outage_ms: live.number("outage_ms").filter(|_| kind != Kind::Restart),
+        reset: reset.unwrap_or("none").into(),
+    })
+}
+
+/// The checker ([`crate::probe::disk`]) in a guest.
+pub struct Checker(Run);
+
+impl Checker {
+    /// Starts it on the guest's first disk.
+    ///
+    /// # Errors
+    /// The place is gone.
+    pub fn start(place: &mut Place, guest: &str) -> Result<Self, DemoError> {
+        // It is ended long before.
+        place.start_in_guest(guest, &format!("rm -f {OVER}; umbra-probe disk /dev/vda 86400 1")).map(Self)
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// The place is gone.
+    pub fn runs(&mut self) -> Result<bool, DemoError> {
+        self.0.poll(Duration::from_millis(1)).map(|ended| !ended).map_err(DemoError::Exec)
+    }
+
+    /// Has it read everything once more; what it found.
+    ///
+    /// # Errors
+    /// It does not end, or said nothing.
+    pub fn finish(mut self, place: &mut Place, guest: &str) -> Result<Found, DemoError> {
+        place.in_guest(guest, &format!("touch {OVER}"), STEP)?;
+        place.await_end(&mut self.0, RECOVERY, |_| Ok(()))?;
+        let output = self.0.output();
+        serde_json::from_str(output.stdout.trim()).map_err(|error| DemoError::Umbra {
+            what: format!("the checker did not say what it found ({error})"),
+            said: format!("{}{}", output.stdout, output.stderr),
+        })
+    }
+}
