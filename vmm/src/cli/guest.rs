@@ -1,4 +1,4 @@
-//! `umbra start`, `stop` and `reboot` of one guest of a running machine; the others go on.
+//! `umbra start`, `stop`, `reboot` and `nmi` of one guest of a running machine; the others go on.
 
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,31 @@ pub struct RebootArgs {
     /// The machine, where several run.
     #[arg(long, value_name = "MACHINE")]
     name: Option<String>,
+}
+
+/// Arguments of `umbra nmi`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "What comes of it is the guest's: a stock Linux prints a line, with `kernel.unknown_nmi_panic=1` it panics, and \
+                  with kdump it writes a dump."
+)]
+pub struct NmiArgs {
+    /// The guest.
+    guest: String,
+    /// The machine, where several run.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
+/// Injects a non-maskable interrupt into a guest.
+///
+/// # Errors
+///
+/// No machine answers, there is no such guest, or it does not run.
+pub fn nmi(args: &NmiArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(args.name.as_deref())?;
+    done(&mut machine, &Request::Nmi { name: args.guest.clone() })?;
+    super::print(&format!("{}: a non-maskable interrupt was injected", args.guest))
 }
 
 /// Starts a guest and waits until its vCPUs run.
