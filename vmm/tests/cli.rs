@@ -15,11 +15,28 @@ fn umbra(run_dir: &Path, words: &[&str]) -> Output {
 
 /// Runs `umbra` and expects it to fail with status 1 and one line.
 fn error(run_dir: &Path, words: &[&str]) -> String {
+    error_of(1, run_dir, words)
+}
+
+/// Runs `umbra` and expects it to fail with this status and one line.
+fn error_of(status: i32, run_dir: &Path, words: &[&str]) -> String {
     let output = umbra(run_dir, words);
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{words:?}: {stderr}");
+    assert_eq!(output.status.code(), Some(status), "{words:?}: {stderr}");
     assert_eq!(stderr.lines().count(), 1, "{words:?}: {stderr}");
     stderr.trim().to_owned()
+}
+
+/// What systemd is told not to try again (`packaging/umbra@.service`).
+const CONFIGURATION: i32 = 78;
+
+#[test]
+fn a_service_is_not_started_again_with_a_configuration_that_is_wrong() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/umbra@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    assert!(unit.lines().any(|line| line == format!("RestartPreventExitStatus={CONFIGURATION}")), "{unit}");
+    let dir = tempfile::tempdir().unwrap();
+    error_of(CONFIGURATION, dir.path(), &["run", "--kernel", "/k", "--cpus", "0"]);
 }
 
 #[test]
@@ -38,9 +55,9 @@ fn a_machine_file_s_mistake_is_named_with_its_line() {
     let file = dir.path().join("m.toml");
     let path = file.to_str().unwrap();
     std::fs::write(&file, "[guest.web]\nkernel = \"k\"\n[[guest.web.net]]\ndriver = \"nic1\"\n").unwrap();
-    let message = error(dir.path(), &["run", path]);
+    let message = error_of(CONFIGURATION, dir.path(), &["run", path]);
     assert_eq!(message, format!("umbra: {path}:4: guest.web.net[0].driver: nothing defines [driver.nic1]"));
-    let message = error(dir.path(), &["run", "/no/such/machine.toml"]);
+    let message = error_of(CONFIGURATION, dir.path(), &["run", "/no/such/machine.toml"]);
     assert_eq!(message, "umbra: read the machine file /no/such/machine.toml: No such file or directory (os error 2)");
 }
 
@@ -77,7 +94,8 @@ fn what_is_missing_is_said_before_anything_starts() {
     assert!(message.contains("cannot read the kernel /proc: is a directory"), "{message}");
     let message = run(&["--kernel", "/proc/self/exe", "--disk", "/no/disk"]);
     assert!(message.contains("cannot open the disk /no/disk"), "{message}");
-    let message = run(&["--kernel", "/proc/self/exe", "--nic", "ffff:1f:1f.7", "--image", "/no/image"]);
+    let words = ["run", "--kernel", "/proc/self/exe", "--nic", "ffff:1f:1f.7", "--image", "/no/image"];
+    let message = error_of(CONFIGURATION, dir.path(), &words);
     assert!(message.contains("nic0: there is no driver VM image /no/image; build it"), "{message}");
     let message = run(&["--kernel", "/proc/self/exe", "--passthrough", "ffff:1f:1f.7"]);
     assert!(message.contains("ffff:1f:1f.7"), "{message}");
@@ -159,6 +177,25 @@ fn doctor_says_what_is_missing_and_its_status_says_whether_anything_is() {
         text.starts_with("This host\n") && text.contains("\nNetwork cards, sound cards and storage controllers\n"),
         "{text}"
     );
+    let file = dir.path().join("m.toml");
+    let guest = "[guest.web]\nkernel = \"no-kernel\"\nnet = [{ driver = \"n\" }]\n";
+    std::fs::write(&file, format!("{guest}[driver.n]\ndevice = \"ffff:1f:1f.7\"\nimage = \"i\"\n")).unwrap();
+    let file = file.to_str().unwrap();
+    for words in [&["doctor", file][..], &["run", "--check", "--host", file]] {
+        let output = umbra(dir.path(), words);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        for words in [
+            "This host\n",
+            "\n[guest.web]\n",
+            "no-kernel",
+            "\n[driver.n]\n",
+            "no PCI device ffff:1f:1f.7",
+            "\nThe machine\n",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+    }
     let message = error(dir.path(), &["doctor", "ffff:1f:1f.7"]);
     assert_eq!(message, "umbra: no PCI device ffff:1f:1f.7 in this host; `lspci -D` lists them");
     assert_eq!(umbra(dir.path(), &["doctor", "eth0"]).status.code(), Some(2));

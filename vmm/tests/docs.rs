@@ -25,7 +25,8 @@ const DIAGRAMS: [(&str, &str); 7] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 7] = [
+const FIELDS: [(&str, &[&str], &str); 8] = [
+    ("vmm/src/cli/list.rs", &["Listing", "Answer"], "docs/programs.md"),
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
@@ -49,7 +50,9 @@ const FIELDS: [(&str, &[&str], &str); 7] = [
 ];
 
 /// A file, an enum in it that is written in kebab case, and the document that names each variant.
-const WORDS: [(&str, &str, &str); 6] = [
+const WORDS: [(&str, &str, &str); 8] = [
+    ("vmm/src/supervisor/front/protocol.rs", "Request", "docs/programs.md"),
+    ("vmm/src/record/health.rs", "Level", "docs/programs.md"),
     ("vmm/src/record/timeline.rs", "Milestone", "docs/events.md"),
     ("vmm/src/record/timeline.rs", "LifeStage", "docs/events.md"),
     ("vmm/src/record/crash_report.rs", "Verdict", "docs/events.md"),
@@ -227,6 +230,23 @@ fn links_between_documents_lead_somewhere() {
                 let found = there.lines().filter(|line| line.starts_with('#')).any(|line| anchor_of(line) == anchor);
                 assert!(found, "{}: {link}: no such heading", path.display());
             }
+        }
+    }
+}
+
+#[test]
+fn rules_and_dashboard_use_metrics_that_there_are() {
+    let table = read("docs/observe.md");
+    let dashboard: serde_json::Value = serde_json::from_str(&read("packaging/umbra-dashboard.json")).unwrap();
+    assert!(dashboard["panels"].as_array().unwrap().len() > 5);
+    for path in ["packaging/umbra.rules.yml", "packaging/umbra-dashboard.json"] {
+        let text = read(path);
+        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let metrics: Vec<_> = words.filter(|word| word.starts_with("umbra_")).collect();
+        assert!(metrics.len() > 3, "{path}: {metrics:?}");
+        for metric in metrics {
+            let name = metric.trim_end_matches("_bucket");
+            assert!(table.contains(&format!("`{name}`")), "{path}: docs/observe.md has no metric {name}");
         }
     }
 }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Code, Files, elf, kvm};
+use common::{Code, Files, echo_plus_one, elf, kvm};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
@@ -88,15 +88,6 @@ impl Drop for OnTerminal {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// Prints `>`, then echoes each byte that it receives with one added.
-fn echo_plus_one() -> Code {
-    // poll: mov edx, 0x3fd; in al, dx; test al, 1; jz poll
-    let poll = [0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 1, 0x74, 0xf6];
-    // mov edx, 0x3f8; in al, dx; inc al; out dx, al; jmp poll
-    let echo = [0xba, 0xf8, 0x03, 0, 0, 0xec, 0xfe, 0xc0, 0xee, 0xeb, 0xeb];
-    Code::new().print(">").raw(&poll).raw(&echo)
 }
 
 #[test]

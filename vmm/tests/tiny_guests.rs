@@ -4,9 +4,12 @@
 
 mod common;
 
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
+use umbra_vmm::config::Console;
 use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
 const RESET_CONTROL: u16 = 0xcf9;
@@ -211,6 +214,45 @@ fn a_guest_that_is_locked_up_spins_with_interrupts_off_and_can_be_killed() {
         let flags = registers.split("rflags ").nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap();
         assert_eq!(u32::from_str_radix(flags, 16).unwrap() & INTERRUPTS, 0, "{registers}");
     }
+}
+
+#[test]
+fn a_non_maskable_interrupt_comes_through_where_interrupts_are_off() {
+    if !kvm() {
+        return;
+    }
+    // There is no interrupt table: what gets through is the end.
+    for code in [Code::new().print("up").spin(), Code::new().print("up").raw(&[0xf4])] {
+        let mut vm = Process::start(&code.0);
+        vm.wait_for("up");
+        vm.send(&ToVm::Nmi);
+        assert_eq!(vm.end().0, VmEnd::TripleFault);
+    }
+}
+
+#[test]
+fn a_guest_s_console_is_seen_and_typed_at_through_its_socket() {
+    if !kvm() {
+        return;
+    }
+    let files = Files::new(&common::elf(&common::echo_plus_one().0));
+    let socket = files.dir.path().join("console.sock");
+    let spec = VmSpec { console_socket: Some(socket.clone()), console: Console::Off, ..files.spec() };
+    let mut vm = Process::with(files, spec);
+    let deadline = Instant::now() + common::PATIENCE;
+    let mut console = loop {
+        match UnixStream::connect(&socket) {
+            Ok(console) => break console,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    console.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    console.write_all(&[b'a'; 300]).unwrap();
+    let mut seen = [0; 301];
+    console.read_exact(&mut seen).unwrap();
+    assert_eq!((seen[0], &seen[1..]), (b'>', &[b'b'; 300][..]));
+    vm.kill();
 }
 
 #[test]

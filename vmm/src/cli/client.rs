@@ -1,5 +1,6 @@
 //! `umbra status`, `crash`, `restart`, `resume` and `stop`: requests to a running machine.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,7 +8,9 @@ use anyhow::{Context, bail};
 use umbra_driver_vm::protocol::CrashKind;
 
 use super::connection::{Connection, UNEXPECTED};
+use super::exit::{self, Exit};
 use crate::base::untrusted_text;
+use crate::record::health::{Health, Level};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
 
 /// Arguments of `umbra status`.
@@ -21,6 +24,9 @@ pub struct StatusArgs {
     /// Seconds between two looks with --watch.
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, requires = "watch")]
     interval: f64,
+    /// Say whether all is well, and why not: exit status 0, 1 where something is on its way, 2 where something was given up.
+    #[arg(long, conflicts_with = "watch")]
+    check: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -91,6 +97,9 @@ struct Common {
 ///
 /// No machine answers, or it has no VM of the given name.
 pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
+    if args.check {
+        return check(args);
+    }
     let mut machine = Connection::open(args.common.name.as_deref())?;
     if args.watch {
         let period = Duration::try_from_secs_f64(args.interval).context("--interval is a number of seconds")?;
@@ -101,6 +110,38 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
         return super::print_json(&status);
     }
     super::print(&status.to_string())
+}
+
+/// `umbra status --check`: what is not as it should be, and a status for it. A machine that does not answer does not serve.
+fn check(args: &StatusArgs) -> anyhow::Result<()> {
+    let status = Connection::open(args.common.name.as_deref()).and_then(|mut it| it.status(args.vm.as_deref()));
+    let status = status.map_err(|error| Exit::new(exit::FAILED, format!("{error:#}")))?;
+    let checked = Checked { name: status.name.clone(), health: Health::of(&status) };
+    if args.common.json {
+        super::print_json(&checked)?;
+    } else {
+        super::print(&checked.to_string())?;
+    }
+    match checked.health.health {
+        Level::Ok => Ok(()),
+        Level::Degraded => Err(Exit::silent(exit::DEGRADED).into()),
+        Level::Failed => Err(Exit::silent(exit::FAILED).into()),
+    }
+}
+
+/// What `umbra status --check` prints.
+#[derive(serde::Serialize)]
+struct Checked {
+    name: String,
+    #[serde(flatten)]
+    health: Health,
+}
+
+impl fmt::Display for Checked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: {}", self.name, self.health.health)?;
+        self.health.reasons.iter().try_for_each(|why| writeln!(f, "  {}", untrusted_text::line(why)))
+    }
 }
 
 /// Makes a driver VM fail for real.

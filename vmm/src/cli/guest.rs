@@ -1,4 +1,4 @@
-//! `umbra start`, `stop` and `reboot` of one guest of a running machine; the others go on.
+//! `umbra start`, `stop`, `reboot` and `nmi` of one guest of a running machine; the others go on.
 
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,20 @@ pub struct ResizeArgs {
     name: Option<String>,
 }
 
+/// Arguments of `umbra nmi`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "What comes of it is the guest's: a stock Linux prints a line, with `kernel.unknown_nmi_panic=1` it panics, and \
+                  with kdump it writes a dump."
+)]
+pub struct NmiArgs {
+    /// The guest.
+    guest: String,
+    /// The machine, where several run.
+    #[arg(long, value_name = "MACHINE")]
+    name: Option<String>,
+}
+
 /// The number of a disk, from its name in the guest.
 fn disk_number(name: &str) -> Result<u16, String> {
     let letters = name.strip_prefix("vd").filter(|letters| letters.len() == 1);
@@ -74,6 +88,17 @@ pub fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
     let request = Request::Resize { name: args.guest.clone(), disk: args.disk, bytes };
     let Response::Resized { bytes, .. } = machine.ask(&request)? else { bail!(UNEXPECTED) };
     super::print(&format!("{} has {bytes} bytes", args.guest))
+}
+
+/// Injects a non-maskable interrupt into a guest.
+///
+/// # Errors
+///
+/// No machine answers, there is no such guest, or it does not run.
+pub fn nmi(args: &NmiArgs) -> anyhow::Result<()> {
+    let mut machine = Connection::open(args.name.as_deref())?;
+    done(&mut machine, &Request::Nmi { name: args.guest.clone() })?;
+    super::print(&format!("{}: a non-maskable interrupt was injected", args.guest))
 }
 
 /// Starts a guest and waits until its vCPUs run.

@@ -11,6 +11,7 @@ use umbra_guest_images::image::{Device, Image, Recipe};
 use umbra_guest_images::kernel::{Kernel, cached_vmlinux};
 
 use crate::base::untrusted_text::{block, json};
+use crate::host::HostDevice;
 
 /// Name of the agent's binary.
 const AGENT: &str = "umbra-agent";
@@ -113,6 +114,9 @@ fn device(address: &str) -> anyhow::Result<Device> {
     let modalias = fs::read_to_string(&place).with_context(|| {
         format!("there is no PCI function {name} in this system; `ls /sys/bus/pci/devices` lists those that are")
     })?;
+    if let Some(why) = name.parse().ok().and_then(|bdf| HostDevice::find(bdf).ok()?.unserved()) {
+        bail!("{name} {}", why.why());
+    }
     Ok(Device { name, modalias: modalias.trim().into() })
 }
 

@@ -1,21 +1,25 @@
 //! The command line: one file a subcommand, each with its `Args` and a `run` that returns the error for [`main`] to print.
 //!
-//! Exit codes: 0 done, 1 failed (one line on stderr that says why), 2 wrong usage. The chain of an error's causes is
-//! printed here and nowhere else.
+//! Exit statuses: 0 done, 1 failed (one line on stderr that says why), 2 wrong usage, and those of [`exit`]; `docs/programs.md` lists
+//! them. The chain of an error's causes is printed here and nowhere else.
 
 pub mod bind;
 pub mod client;
 mod connection;
+pub mod console;
 pub mod doctor;
 pub mod events;
+mod exit;
 pub mod generate;
 mod guest;
 pub mod image;
+pub mod list;
 mod logging;
 pub mod report;
 pub mod run;
 pub mod snapshots;
 pub mod vm;
+pub mod wait;
 mod watch;
 
 use std::io::Write;
@@ -24,7 +28,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::base::untrusted_text::{self, block};
+use crate::record::schema::Versioned;
 use crate::supervisor::RunError;
+use exit::Exit;
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
 #[derive(Debug, Parser)]
@@ -40,6 +46,10 @@ enum Command {
     Run(Box<run::Args>),
     /// Show a running machine: guests, driver VMs, their state, the last outage.
     Status(client::StatusArgs),
+    /// List the machines that run, and how they are.
+    List(list::Args),
+    /// Wait until a machine, a driver VM or a guest is as it should be.
+    Wait(wait::Args),
     /// Print a machine's events as JSON lines.
     Events(events::Args),
     /// Write a machine's past failures as one HTML page.
@@ -58,6 +68,10 @@ enum Command {
     Reboot(guest::RebootArgs),
     /// Make a disk of a running guest larger.
     Resize(guest::ResizeArgs),
+    /// Look at a guest's serial console, and type there; Ctrl-] leaves.
+    Console(console::Args),
+    /// Inject a non-maskable interrupt into a guest: its kernel reports where it is, or crashes.
+    Nmi(guest::NmiArgs),
     /// Check the host: what works, what is missing, how to fix it.
     Doctor(doctor::Args),
     /// Make a driver VM image, or unpack a kernel.
@@ -106,6 +120,8 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => client::status(&args),
+        Command::List(args) => list::run(&args),
+        Command::Wait(args) => wait::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Crash(args) => client::crash(&args),
@@ -115,6 +131,8 @@ pub fn main() -> ExitCode {
         Command::Start(args) => guest::start(&args),
         Command::Reboot(args) => guest::reboot(&args),
         Command::Resize(args) => guest::resize(&args),
+        Command::Console(args) => console::run(&args),
+        Command::Nmi(args) => guest::nmi(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Snapshots(args) => snapshots::run(&args),
@@ -131,10 +149,14 @@ pub fn main() -> ExitCode {
         // Once is enough.
         Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { reported: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
+            let status = ExitCode::from(exit::status_of(&error));
+            if error.downcast_ref().is_some_and(Exit::is_silent) {
+                return status;
+            }
             // With stderr gone, the exit code has to do.
             // A VM may have had a word in it.
             let _ = writeln!(std::io::stderr(), "umbra: {}", block(&format!("{error:#}")));
-            ExitCode::FAILURE
+            status
         }
     }
 }
@@ -145,9 +167,9 @@ fn print(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints `value` on stdout as JSON.
+/// Prints `value` on stdout as JSON, with its `schema`.
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
-    print(&untrusted_text::json(&serde_json::to_string_pretty(value)?))
+    print(&untrusted_text::json(&serde_json::to_string_pretty(&Versioned::new(value))?))
 }
 
 /// The reader of our output went away, as in `umbra status | head -1`: no error of ours.

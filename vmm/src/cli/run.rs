@@ -46,9 +46,15 @@ pub struct Args {
     /// start, and after an upgrade of Umbra or of the host's kernel. The devices must be free, as for any run.
     #[arg(long, conflicts_with = "check")]
     prepare: bool,
+    /// Bind the machine's devices to vfio-pci first, as `umbra bind` does; what the host uses is not taken.
+    #[arg(long, conflicts_with = "check")]
+    bind: bool,
     /// Check the machine's text, print the machine with its defaults, and start nothing.
     #[arg(long)]
     check: bool,
+    /// With --check: whether this host has what the machine needs, as `umbra doctor MACHINE.toml` says it.
+    #[arg(long, requires = "check")]
+    host: bool,
     #[command(flatten)]
     guest: GuestArgs,
 }
@@ -112,8 +118,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         None => (args.guest.machine()?, GUEST.into()),
     };
     machine.metrics = args.metrics.or(machine.metrics);
+    if args.host {
+        return super::doctor::machine(&machine, false);
+    }
     if args.check {
         return super::print(&machine.to_string());
+    }
+    if args.bind {
+        super::bind::bind_machine(&machine)?;
     }
     let events =
         args.events.map(|path| file::open(&path).with_context(|| format!("open the events file {}", path.display())));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::base::untrusted_text;
+use crate::record::schema::Versioned;
 
 use super::connection::{Connection, Dropped, Ended};
 
@@ -68,7 +69,7 @@ pub(super) fn watch(machine: &mut Connection, vm: Option<&str>, json: bool, peri
             result => result?,
         };
         if json {
-            super::print(&untrusted_text::json(&serde_json::to_string(&status)?))?;
+            super::print(&untrusted_text::json(&serde_json::to_string(&Versioned::new(&status))?))?;
         } else {
             let noted = machine.events(after, false, |line| {
                 note(line, vm, &mut after, &mut events);

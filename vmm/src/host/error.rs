@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::unserved::Unserved;
 use crate::base::pci_address::Bdf;
 
 /// Why a function cannot be passed through, or stopped working.
@@ -12,6 +13,14 @@ pub enum Error {
     /// No such function.
     #[error("no PCI device {0} in this host; `lspci -D` lists them")]
     NoSuchDevice(Bdf),
+    /// No driver VM can serve it.
+    #[error("{bdf} {}", why.why())]
+    Unserved {
+        /// The function.
+        bdf: Bdf,
+        /// Why.
+        why: Unserved,
+    },
     /// A file in sysfs could not be read or written.
     #[error("{operation} {}", path.display())]
     Sysfs {

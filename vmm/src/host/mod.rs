@@ -12,10 +12,12 @@ pub mod files;
 mod hot_reset;
 pub mod info;
 pub mod irq;
+pub mod persist;
 pub mod region;
 pub mod reset;
 pub mod snapshot;
 pub mod sysfs;
+pub mod unserved;
 
 pub use error::Error;
 pub use files::DeviceFiles;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use umbra_shadow::DeviceId;
 
 use super::parts::RecoveryParts;
+use super::schema::Versioned;
 use super::timeline::Mark;
 use super::words;
 use crate::base::untrusted_text::{self, block, line};
@@ -177,7 +178,7 @@ impl CrashReport {
             let _ = fs::remove_file(file(old, "json"));
             let _ = fs::remove_file(file(old, "txt"));
         }
-        let json = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        let json = serde_json::to_string_pretty(&Versioned::new(self)).map_err(io::Error::other)?;
         replace(&file(self.generation, "json"), untrusted_text::json(&json).as_bytes())?;
         let text = file(self.generation, "txt");
         replace(&text, self.to_string().as_bytes())?;

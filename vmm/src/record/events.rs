@@ -19,6 +19,7 @@ pub use event::Event;
 use super::log::EventLog;
 use super::metrics::Metrics;
 use super::recent::RecentEvents;
+use super::schema::SCHEMA;
 use super::writer::{Queued, Trouble, Writer};
 use crate::base::time::Time;
 use crate::base::untrusted_text;
@@ -62,6 +63,7 @@ struct Stamped<'a> {
     event: &'a Event,
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<String>,
+    schema: u32,
 }
 
 impl Events {
@@ -129,7 +131,7 @@ impl Events {
                 self.ends.push(sentence.clone());
             }
         }
-        let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text };
+        let stamped = Stamped { seq: self.next, at_ns: Time::now().0, time: wall::now(), event, text, schema: SCHEMA };
         let Ok(line) = serde_json::to_string(&stamped) else { return };
         let mut line = untrusted_text::json(&line).into_owned();
         self.past.push(self.next, line.clone());
@@ -211,6 +213,7 @@ mod tests {
         assert_eq!(lines[0]["up"], true);
         assert!(lines[0]["at_ns"].as_u64().unwrap() > 0);
         assert_eq!((&lines[0]["seq"], &lines[0]["text"]), (&1.into(), &"nic0: carrier".into()));
+        assert_eq!(lines[0]["schema"], SCHEMA);
         assert_eq!(lines[1]["event"], "warning");
     }
 

@@ -4,11 +4,13 @@
 pub mod crash_report;
 pub mod events;
 pub mod file;
+pub mod health;
 pub mod history;
 pub mod log;
 pub mod metrics;
 pub mod parts;
 pub mod recent;
+pub mod schema;
 pub mod status;
 pub mod timeline;
 mod words;

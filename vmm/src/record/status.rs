@@ -270,6 +270,9 @@ pub struct StandbyStatus {
     /// The life that waits behind it; `None` without `standbys = 2`.
     #[serde(default)]
     pub second: Option<SecondStatus>,
+    /// Seconds since that was started.
+    #[serde(default)]
+    pub age_s: Option<f64>,
     /// Why there is no spare, or no snapshot, although there should be one by now.
     #[serde(default)]
     pub reason: Option<String>,
@@ -310,6 +313,13 @@ impl fmt::Display for Status {
         for driver in &self.drivers {
             if let Some(reason) = driver.standby.as_ref().and_then(|standby| standby.reason.as_ref()) {
                 parts.push(format!("{}: {reason}\n", driver.name));
+            }
+        }
+        for driver in &self.drivers {
+            let has_end = |guest: &&GuestStatus| guest.nets.iter().any(|net| net.driver.as_ref() == Some(&driver.name));
+            let guests: Vec<_> = self.guests.iter().filter(has_end).map(|guest| guest.name.as_str()).collect();
+            if guests.len() > 1 {
+                parts.push(format!("{}: its NIC is shared by {}\n", driver.name, guests.join(", ")));
             }
         }
         f.write_str(parts.join("\n").trim_end())
@@ -414,11 +424,11 @@ pub(crate) fn table<T>(columns: &[Column<T>], rows: &[T]) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
+pub(crate) mod testing {
     use super::*;
 
-    fn status() -> Status {
+    /// A machine of the guest `web` and the driver VM `nic0`, with all as it should be.
+    pub(crate) fn status() -> Status {
         let net = NetStatus {
             index: 0,
             mac: "02:00:00:00:00:01".into(),
@@ -464,11 +474,19 @@ mod tests {
                 generation: Some(4),
                 pid: Some(10),
                 second: None,
+                age_s: Some(3.5),
                 reason: None,
             }),
         };
         Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
     }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::testing::status;
+    use super::*;
 
     #[test]
     fn the_table_lines_up_and_says_what_no_reset_means() {
@@ -481,6 +499,14 @@ nic0       0000:00:08.0  8139cp  3           live   ready    none   2         81
 
 nic0: it keeps its registers";
         assert_eq!(status().to_string(), expected);
+    }
+
+    #[test]
+    fn a_nic_that_guests_share_is_shown_as_such() {
+        let mut status = status();
+        assert!(!status.to_string().contains("shared"));
+        status.guests.push(GuestStatus { name: "db".into(), ..status.guests[0].clone() });
+        assert!(status.to_string().ends_with("\n\nnic0: its NIC is shared by web, db"), "{status}");
     }
 
     #[test]

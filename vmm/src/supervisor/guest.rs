@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use umbra_shadow::DeviceId;
 use umbra_splitter::log_limit::LogLimit;
@@ -29,6 +29,8 @@ const MAX_UNSENT: usize = 1024;
 pub(super) struct GuestVm {
     pub(super) name: String,
     pub(super) spec: Guest,
+    /// Where viewers of its console connect.
+    console_socket: PathBuf,
     pub(super) process: Option<VmProcess>,
     pub(super) state: GuestState,
     pub(super) started: Time,
@@ -117,13 +119,14 @@ impl GuestVm {
     }
 
     /// A guest that does not run yet.
-    pub(super) fn new(name: &str, spec: Guest, devices: Devices) -> Self {
+    pub(super) fn new(name: &str, spec: Guest, devices: Devices, console_socket: PathBuf) -> Self {
         let GuestRestart { limit, interval_s } = spec.restart;
         Self {
             name: name.into(),
             crashes: RestartHistory::new(Restart { limit, interval_s, ..Restart::default() }),
             button: None,
             spec,
+            console_socket,
             process: None,
             state: GuestState::Starting,
             started: Time::now(),
@@ -272,6 +275,7 @@ impl GuestVm {
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             console: self.spec.console.clone(),
+            console_socket: Some(self.console_socket.clone()),
             polls_console: false,
             disks,
             nets,

@@ -205,6 +205,18 @@ impl Supervisor {
         self.end_guest(n, how, AtEnd::StartAgain)
     }
 
+    /// `umbra nmi GUEST`.
+    pub(super) fn inject_nmi(&mut self, name: &str) -> Result<(), String> {
+        let n = self.guest_named(name)?;
+        let guest = &self.guests[n];
+        if guest.state != GuestState::Running {
+            return Err(format!("{name} has no vCPU that runs: it is {}", guest.state.name()));
+        }
+        self.tell_guest(n, &ToVm::Nmi);
+        self.warn_of_guest(n, "a non-maskable interrupt was injected (`umbra nmi`)");
+        Ok(())
+    }
+
     fn end_guest(&mut self, n: GuestId, how: StopHow, at_end: AtEnd) -> Result<(), String> {
         let guest = &mut self.guests[n];
         if guest.is_over() {

@@ -28,7 +28,7 @@ use super::inbox::Inbox;
 use super::prepare::{self, Until};
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host, PreflightError};
-use super::start::rundir::{RunDir, RunDirError};
+use super::start::rundir::{self, RunDir, RunDirError};
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
@@ -107,6 +107,17 @@ pub enum RunError {
         /// It was printed as an event already, word for word.
         reported: bool,
     },
+}
+
+impl RunError {
+    /// Whether what the machine is made of is wrong, so that another start would come to the same end.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Preflight(why) => why.is_configuration(),
+            Self::RunDir(RunDirError::BadName(_)) | Self::NothingToPrepare => true,
+            _ => false,
+        }
+    }
 }
 
 /// What can be ready to be handled, in the order of handling.
@@ -229,7 +240,10 @@ impl Supervisor {
         events: Events,
     ) -> Self {
         let guests = machine.guest.iter();
-        let guests = guests.map(|(name, spec)| GuestVm::new(name, spec.clone(), class::devices(machine, name, spec)));
+        let guests = guests.map(|(name, spec)| {
+            let console_socket = rundir::console_socket(run_dir.path(), name);
+            GuestVm::new(name, spec.clone(), class::devices(machine, name, spec), console_socket)
+        });
         let mut guests: Table<GuestId, GuestVm> = guests.collect();
         let drivers = machine.driver.iter().filter_map(|(name, spec)| {
             let guest = |name: &str| guests.position(|guest| guest.name == name);

@@ -351,6 +351,7 @@ impl Devices {
             | ToVm::Kill
             | ToVm::Release
             | ToVm::LockUp
+            | ToVm::Nmi
             | ToVm::Plug { .. }
             | ToVm::Snapshot { .. } => {}
         }

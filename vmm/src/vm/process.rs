@@ -22,6 +22,7 @@ use super::devices::{self, Devices};
 use super::host::{Host, Supervisor};
 use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::Vcpus;
+use super::machine::viewers::Viewers;
 use super::machine::vm::{self, Vm};
 use super::snapshot::{self, Place};
 use crate::base::error::chain;
@@ -176,6 +177,9 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
     events.add_subscriber(vm.serial.clone());
+    if let Some(viewers) = viewers(spec, &vm) {
+        events.add_subscriber(Arc::new(Mutex::new(viewers)));
+    }
 
     let vcpus = vm.start(vcpus)?;
     host.tell(&FromVm::Running { at: Time::now().0 });
@@ -193,6 +197,9 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         let orders = std::mem::take(&mut lock(&control).orders);
         if orders.lock_up {
             vcpus.lock_up();
+        }
+        if orders.nmi {
+            vcpus.inject_nmi();
         }
         if let Some(unused) = orders.snapshot {
             give_up(&vm, unused);
@@ -218,6 +225,13 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
     host.finish();
     Ok((how, registers))
+}
+
+/// The viewers of the VM's console, if it may be viewed. A guest whose console cannot be viewed runs all the same.
+fn viewers(spec: &VmSpec, vm: &Vm) -> Option<Viewers> {
+    let (path, backlog) = (spec.console_socket.as_ref()?, vm.backlog.as_ref()?);
+    let viewers = Viewers::listen(path, Arc::clone(backlog), Arc::clone(&vm.serial));
+    viewers.inspect_err(|error| tracing::warn!("`umbra console` cannot be used: {}", chain(error))).ok()
 }
 
 /// Gives memory back that the agent of the VM says is unused. A VM whose agent lies keeps all of its memory.
@@ -270,6 +284,8 @@ struct Control {
 struct Orders {
     /// The vCPUs are to be locked up.
     lock_up: bool,
+    /// They get a non-maskable interrupt.
+    nmi: bool,
     /// A snapshot is to be taken, of a VM that gives this memory up first.
     snapshot: Option<Vec<MemoryRange>>,
 }
@@ -301,6 +317,7 @@ impl Control {
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.vm.end.set(VmEnd::Killed),
             ToVm::LockUp => self.orders.lock_up = true,
+            ToVm::Nmi => self.orders.nmi = true,
             ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
             ToVm::Release => {
                 self.devices.release();

@@ -37,6 +37,9 @@ pub struct VmSpec {
     /// Serial console. `Terminal` is stdin and stdout of the VM process: for a driver VM `/dev/null` and a pipe to the
     /// supervisor, so raw mode is for a stdin that is a terminal.
     pub console: Console,
+    /// Where viewers of the console connect; `None`: it cannot be viewed.
+    #[serde(default)]
+    pub console_socket: Option<PathBuf>,
     /// Whoever prints there asks soon afterwards whether the transmitter is empty, as Linux does: bytes are handed over together.
     #[serde(default)]
     pub polls_console: bool,
@@ -184,6 +187,8 @@ pub enum ToVm {
     Start(Box<VmSpec>),
     /// Press the power button (ACPI).
     PowerButton,
+    /// Inject a non-maskable interrupt into every vCPU.
+    Nmi,
     /// End now.
     Kill,
     /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].

@@ -17,7 +17,7 @@ use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 pub const ENTRY: u64 = 0x10_0000;
 
 /// Nothing that a tiny guest does takes this long, even where KVM is emulated in software.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Set to 1 to leave out what needs `/dev/kvm`.
 const SKIP: &str = "UMBRA_SKIP_KVM";
@@ -79,6 +79,7 @@ impl Files {
             cpus: 1,
             memory: MemorySize(16 << 20),
             console: Console::File(self.console()),
+            console_socket: None,
             polls_console: false,
             disks: vec![],
             nets: vec![],
@@ -258,4 +259,13 @@ impl Code {
     pub fn spin(self) -> Self {
         self.add(&[0xeb, 0xfe])
     }
+}
+
+/// Prints `>`, then echoes each byte that it receives with one added.
+pub fn echo_plus_one() -> Code {
+    // poll: mov edx, 0x3fd; in al, dx; test al, 1; jz poll
+    let poll = [0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 1, 0x74, 0xf6];
+    // mov edx, 0x3f8; in al, dx; inc al; out dx, al; jmp poll
+    let echo = [0xba, 0xf8, 0x03, 0, 0, 0xec, 0xfe, 0xc0, 0xee, 0xeb, 0xeb];
+    Code::new().print(">").raw(&poll).raw(&echo)
 }

@@ -4,8 +4,8 @@ use std::fs::OpenOptions;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -65,6 +65,9 @@ fn open_descriptors() -> usize {
 fn guest(spec: &VmSpec, channel: &Channel) {
     let Console::File(path) = &spec.console else { return };
     let mut log = OpenOptions::new().create(true).append(true).open(path).unwrap();
+    if spec.cmdline.contains("speaks ") {
+        speak(spec.console_socket.as_ref().unwrap());
+    }
     // The one that serves, and those that wait behind it.
     let mut links: Vec<(LinkId, OwnedFd)> = Vec::new();
     let (mut armed, mut live, mut pressed) = (None, None, false);
@@ -177,6 +180,20 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             _ => {}
         }
     }
+}
+
+/// Greets each viewer of its console, and sends back what one types.
+fn speak(socket: &Path) {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        for mut viewer in listener.incoming().flatten() {
+            viewer.write_all(b"login: ").unwrap();
+            let _ = std::io::copy(&mut viewer.try_clone().unwrap(), &mut viewer);
+            // It goes with the process.
+            std::mem::forget(viewer);
+        }
+    });
 }
 
 fn send_end(channel: &Channel, how: VmEnd) {

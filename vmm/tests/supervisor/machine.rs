@@ -305,9 +305,14 @@ impl TestMachine {
 
     /// Starts `umbra` with `words` beside the machine.
     pub fn command_line(&self, words: &[&str]) -> Child {
+        self.command_line_with(words, Stdio::null())
+    }
+
+    /// As [`Self::command_line`], with this input.
+    pub fn command_line_with(&self, words: &[&str], input: Stdio) -> Child {
         let mut umbra = Command::new(env!("CARGO_BIN_EXE_umbra"));
         umbra.args(words).env("UMBRA_RUN_DIR", self.dir.path().join("run"));
-        umbra.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        umbra.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// Waits for the end of the run.

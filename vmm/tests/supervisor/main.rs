@@ -7,6 +7,7 @@
 mod carriers;
 mod cases;
 mod clients;
+mod daily;
 mod disks;
 mod fake_disk;
 mod fake_vm;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         .iter()
         .chain(carriers::ALL)
         .chain(clients::ALL)
+        .chain(daily::ALL)
         .chain(disks::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)

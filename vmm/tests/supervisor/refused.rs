@@ -12,6 +12,7 @@ pub const ALL: &[Case] = &[
         "two_driver_vms_in_one_group_are_refused_with_both_tables",
         two_driver_vms_in_one_group_are_refused_with_both_tables,
     ),
+    ("a_device_that_no_driver_vm_can_serve_is_refused", a_device_that_no_driver_vm_can_serve_is_refused),
     ("a_guest_and_a_driver_vm_in_one_group_are_refused", a_guest_and_a_driver_vm_in_one_group_are_refused),
 ];
 
@@ -46,6 +47,16 @@ fn two_driver_vms_in_one_group_are_refused_with_both_tables() {
         "the device {DEVICE} of [driver.nic0] and the device {SPARE} of [driver.nic1] are both in IOMMU group 7"
     );
     expect_refused(machine, &words);
+}
+
+fn a_device_that_no_driver_vm_can_serve_is_refused() {
+    let mut machine = make("", "", "");
+    fs::write(machine.dir.path().join("pci/devices").join(DEVICE).join("class"), "0x028000").unwrap();
+    machine.start_again();
+    let error = machine.wait().unwrap_err();
+    assert!(error.is_configuration());
+    let why = std::error::Error::source(&error).unwrap().to_string();
+    assert!(why.starts_with(&format!("{DEVICE} is a Wi-Fi card: ")), "{why}");
 }
 
 fn a_guest_and_a_driver_vm_in_one_group_are_refused() {

@@ -27,6 +27,15 @@ fn identity(root: &Root, device: &HostDevice) -> Finding {
             "name the device behind it",
         );
     }
+    if let Some(unserved) = device.unserved() {
+        let what = format!("{what}: it {}", unserved.why());
+        // A guest's driver may have it.
+        let remedy = format!("`umbra bind --passthrough {}`, if it is for a guest", device.bdf());
+        if unserved.may_be_passed_through() {
+            return Finding::note(check, what).with_remedy(remedy);
+        }
+        return Finding::missing(check, what, "`iommu_platform=on` of the device, in the host of this VM");
+    }
     match list::kind(class) {
         kind if list::is_shadowed(kind) => Finding::good(check, what),
         _ => Finding::note(

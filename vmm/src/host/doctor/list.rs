@@ -49,9 +49,11 @@ fn card(root: &Root, device: &HostDevice) -> Option<Card> {
         return None;
     }
     let problem = device.check_ready().err();
+    let unserved = device.unserved();
     let interface_up = interface_up(device);
     let disks_in_use = storage::in_use(root, device);
     let next = match (&problem, &interface_up) {
+        _ if unserved.is_some() => format!("cannot be served yet (`umbra doctor {}`)", device.bdf()),
         (None, _) => "ready for a driver VM".into(),
         _ if device.group().is_none() => "needs an IOMMU".into(),
         (_, Some(interface)) => format!("the host uses it ({interface})"),
@@ -67,7 +69,7 @@ fn card(root: &Root, device: &HostDevice) -> Option<Card> {
         interface_up,
         disks_in_use,
         name: name(root, device),
-        ready: problem.is_none(),
+        ready: problem.is_none() && unserved.is_none(),
         next,
     })
 }
@@ -142,6 +144,7 @@ mod tests {
             ("0000:01:00.0", "0x020000"),
             ("0000:00:1f.2", "0x010601"),
             ("0000:02:00.0", "0x030000"),
+            ("0000:06:00.0", "0x028000"),
         ];
         for (bdf, class) in classes {
             let device = dir.path().join("sys/bus/pci/devices").join(bdf);
@@ -153,7 +156,9 @@ mod tests {
         let cards = cards(&Root::at(dir.path().into()));
         let seen: Vec<_> = cards.iter().map(|card| (card.device.as_str(), card.kind, card.next.as_str())).collect();
         let listed = ["0000:00:1f.2", "0000:01:00.0", "0000:05:00.0"].into_iter().zip(["storage", "network", "sound"]);
-        assert_eq!(seen, listed.map(|(bdf, kind)| (bdf, kind, "needs an IOMMU")).collect::<Vec<_>>());
+        let wireless = ("0000:06:00.0", "network", "cannot be served yet (`umbra doctor 0000:06:00.0`)");
+        let listed = listed.map(|(bdf, kind)| (bdf, kind, "needs an IOMMU")).chain([wireless]);
+        assert_eq!(seen, listed.collect::<Vec<_>>());
         assert!(!cards[0].ready);
     }
 

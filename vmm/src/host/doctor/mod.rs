@@ -39,19 +39,23 @@ pub struct Finding {
 }
 
 impl Finding {
-    fn good(check: &'static str, what: impl Into<String>) -> Self {
+    /// As it should be.
+    pub fn good(check: &'static str, what: impl Into<String>) -> Self {
         Self { check, grade: Grade::Good, what: what.into(), remedy: None }
     }
 
-    fn note(check: &'static str, what: impl Into<String>) -> Self {
+    /// It works; this is to be known.
+    pub fn note(check: &'static str, what: impl Into<String>) -> Self {
         Self { check, grade: Grade::Note, what: what.into(), remedy: None }
     }
 
-    fn missing(check: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// It does not work until `remedy` is done.
+    pub fn missing(check: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { check, grade: Grade::Missing, what: what.into(), remedy: Some(remedy.into()) }
     }
 
-    fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
+    /// With what would better it.
+    pub fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
         self
     }

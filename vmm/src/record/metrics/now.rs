@@ -12,7 +12,7 @@ use prometheus_client::registry::Unit;
 use umbra_shadow::block::SECTOR_BYTES;
 
 use crate::base::lock::lock;
-use crate::record::status::{BlockStatus, GuestStatus, Status};
+use crate::record::status::{BlockStatus, DriverStatus, GuestStatus, StandbyStatus, Status};
 
 /// The last status that the supervisor has shown.
 #[derive(Debug)]
@@ -32,6 +32,25 @@ impl Collector for Now {
         gauge(encoder, "driver_carrier", "Whether the NIC has its link", None, carrier)?;
         let memory = drivers.clone().filter_map(|d| Some(([("driver", d.name.as_str())], d.available_memory?)));
         gauge(encoder, "driver_available_memory", "Memory available in a driver VM", Some(&Unit::Bytes), memory)?;
+        let waiting = drivers.clone().filter_map(|d| Some((d, d.standby.as_ref()?)));
+        let of = |driver: &DriverStatus, standby: &StandbyStatus| {
+            let kind = if standby.device.is_some() { "spare" } else { "standby" };
+            [("driver", driver.name.clone()), ("kind", kind.to_owned())]
+        };
+        let state = waiting.clone().map(|(driver, standby)| {
+            let [driver, kind] = of(driver, standby);
+            ([driver, kind, ("state", standby.state.to_string())], 1_u64)
+        });
+        gauge(
+            encoder,
+            "driver_standby_state",
+            "State of what waits for a driver VM's failure (1: the present one)",
+            None,
+            state,
+        )?;
+        let age = waiting.filter_map(|(driver, standby)| Some((of(driver, standby), standby.age_s?)));
+        let help = "Since the process that waits for a driver VM's failure was started";
+        gauge(encoder, "driver_standby_age", help, Some(&Unit::Seconds), age)?;
         let guests = status.guests.iter();
         let state = guests.clone().map(|g| ([("guest", g.name.clone()), ("state", g.state.to_string())], 1_u64));
         gauge(encoder, "guest_state", "State of a guest (1: the present one)", None, state)?;

@@ -53,7 +53,8 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
         "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0}}],"disks":[{"index":1,"driver":"disk0","serial":"S",
         "bytes":512,"volatile_cache":true,"cache":"auto","mode":"replaying","kept_bytes":8192,"owed_bytes":4096,"pending":2,"sums":SUMS}]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
-        "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42}]}"#;
+        "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42,
+        "standby":{"state":"armed","device":"0000:04:00.0","network":"same","generation":2,"pid":null,"age_s":7.5}}]}"#;
     let sums = Counts { kept_in_flight: 3, rewritten_sectors: 8, failed_requests: 1, ..Counts::default() };
     let sums = serde_json::to_string(&sums).unwrap();
     let status = status.replace("PID", &std::process::id().to_string()).replace("SUMS", &sums);
@@ -71,6 +72,8 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
         "umbra_guest_disk_bytes_total{guest=\"web\",device=\"block1\",fate=\"rewritten\"} 4096",
         "umbra_guest_disk_bytes_total{guest=\"web\",device=\"block1\",fate=\"lost\"} 0",
         "umbra_guest_disk_kept_bytes{guest=\"web\",device=\"block1\"} 8192",
+        "umbra_driver_standby_state{driver=\"nic0\",kind=\"spare\",state=\"armed\"} 1",
+        "umbra_driver_standby_age_seconds{driver=\"nic0\",kind=\"spare\"} 7.5",
         "umbra_guest_foreign_source_frames_total{guest=\"web\",device=\"net0\"} 3",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");

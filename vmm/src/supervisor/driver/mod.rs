@@ -300,6 +300,7 @@ impl DriverVm {
             cpus: self.spec.cpus,
             memory: self.spec.memory_or_default(),
             console: config::Console::Terminal,
+            console_socket: None,
             polls_console: true,
             disks: Vec::new(),
             nets,

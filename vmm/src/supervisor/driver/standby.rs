@@ -332,13 +332,15 @@ impl DriverVm {
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
         let state = self.lifecycle.standby();
         let ahead = self.spare.is_some() || self.spec.standby != crate::config::Standby::Cold;
+        let vm = self.standby.as_ref().filter(|_| state.generation().is_some());
         ahead.then(|| StandbyStatus {
             state: state.stage(),
             device: self.spare.as_ref().map(|spare| spare.device.bdf().to_string()),
             network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
-            pid: self.standby.as_ref().filter(|_| state.generation().is_some()).map(|vm| vm.life.process.pid()),
+            pid: vm.map(|vm| vm.life.process.pid()),
             second: (self.spec.standbys > 1).then(|| self.second_status()),
+            age_s: vm.map(|vm| Time::now().since(vm.started).as_secs_f64()),
             reason: self.lifecycle.spare_is_held().or_else(|| self.lacks_snapshot()),
         })
     }

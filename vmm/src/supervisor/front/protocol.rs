@@ -72,6 +72,11 @@ pub enum Request {
         /// The new size.
         bytes: Option<u64>,
     },
+    /// Inject a non-maskable interrupt into all vCPUs of a guest. Answered by [`Response::Done`].
+    Nmi {
+        /// Name of the guest.
+        name: String,
+    },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
         /// By the power button or by a kill.

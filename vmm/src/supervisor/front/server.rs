@@ -18,6 +18,7 @@ use crate::base::time::Time;
 use crate::lifecycle::State;
 use crate::record::events::Event;
 use crate::record::recent::RecentEvents;
+use crate::record::schema::Versioned;
 use crate::record::status::Status;
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::ids::DriverId;
@@ -40,7 +41,7 @@ const IDLE: Duration = Duration::from_secs(5);
 const STATUS_PATIENCE: Duration = Duration::from_millis(250);
 
 /// [`Response::EventsEnd`] as a line.
-const EVENTS_END: &str = r#"{"response":"events-end"}"#;
+const EVENTS_END: &str = r#"{"response":"events-end","schema":1}"#;
 
 /// The connected clients.
 #[derive(Debug, Default)]
@@ -80,7 +81,7 @@ impl Clients {
         let mut lines = Lines::new(stream, MAX_REQUEST);
         if self.connected().count() >= MAX_CLIENTS && !self.drop_idle(now) {
             // It fits into the empty buffer of a new socket, and is read there although the connection is closed.
-            if let Ok(line) = serde_json::to_string(&self.too_many()) {
+            if let Ok(line) = serde_json::to_string(&Versioned::new(&self.too_many())) {
                 let _ = lines.send(&line);
             }
             return;
@@ -147,7 +148,7 @@ impl Clients {
     pub(in crate::supervisor) fn answer(&mut self, id: u64, response: &Response) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.waits = matches!(response, Response::Stopping { .. });
-        let sent = serde_json::to_string(response).is_ok_and(|line| client.lines.send(&line).is_ok());
+        let sent = serde_json::to_string(&Versioned::new(response)).is_ok_and(|line| client.lines.send(&line).is_ok());
         if !sent {
             self.clients.remove(&id);
         }
@@ -246,6 +247,10 @@ impl Supervisor {
                 if let Err(what) = self.resize(&name, disk, bytes, id) {
                     self.clients.answer(id, &Response::Error { what });
                 }
+            }
+            Request::Nmi { name } => {
+                let done = self.inject_nmi(&name);
+                self.answer_done(id, name, done);
             }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
@@ -347,7 +352,7 @@ mod tests {
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let mut clients = Clients::default();
-        let mut connect = |clients: &mut Clients| {
+        let connect = |clients: &mut Clients| {
             let client = UnixStream::connect(&path).unwrap();
             clients.accept(&listener, Time(0));
             client

@@ -100,6 +100,20 @@ pub enum PreflightError {
     },
 }
 
+impl PreflightError {
+    /// Whether the machine file, or what it names, is wrong. What the host lacks may come: a module, a device that is bound later in the
+    /// boot, a file system that is mounted then.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Image { .. } | Self::Address(_) | Self::SharedGroup(_) => true,
+            Self::Device { source: host::Error::Unserved { .. }, .. } => true,
+            Self::NoKvm | Self::KvmDenied(_) | Self::File { .. } | Self::Device { .. } | Self::LockedMemory { .. } => {
+                false
+            }
+        }
+    }
+}
+
 /// What the checks found.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Checked {
@@ -121,10 +135,10 @@ impl Checked {
         for (name, driver) in &machine.driver {
             let image =
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
-            let device = check_device(name, &driver.device, host)?;
+            let device = check_served(name, &driver.device, host)?;
             groups.claim(&device, Use::Device(name.clone()))?;
             if let Some(spare) = &driver.spare {
-                let spare = check_device(&format!("{name}, its spare"), spare, host)?;
+                let spare = check_served(&format!("{name}, its spare"), spare, host)?;
                 groups.claim(&spare, Use::Spare(name.clone()))?;
                 spares.insert(name.clone(), spare);
             }
@@ -144,17 +158,8 @@ fn check_kvm(kvm: &Path) -> Result<(), PreflightError> {
 }
 
 fn check_guest(name: &str, guest: &Guest, host: &Host, groups: &mut Groups) -> Result<(), PreflightError> {
-    let fail = |what, path: &Path| {
-        let (guest, path) = (name.to_owned(), path.to_owned());
-        move |source| PreflightError::File { guest, what, path, source }
-    };
-    check_readable(&guest.kernel).map_err(fail("cannot read the kernel", &guest.kernel))?;
-    for path in &guest.initrd {
-        check_readable(path).map_err(fail("cannot read the initrd", path))?;
-    }
-    for disk in guest.disk.iter().filter_map(GuestDisk::file) {
-        let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
-        opened.map_err(fail("cannot open the disk", &disk.path))?;
+    if let Some(first) = file_errors(name, guest).into_iter().next() {
+        return Err(first);
     }
     for address in &guest.passthrough {
         let device = check_device(name, address, host)?;
@@ -162,6 +167,19 @@ fn check_guest(name: &str, guest: &Guest, host: &Host, groups: &mut Groups) -> R
         check_locked_memory(name, guest.memory)?;
     }
     Ok(())
+}
+
+/// What cannot be opened of a guest's files.
+pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
+    let kernel = ("cannot read the kernel", guest.kernel.clone(), check_readable(&guest.kernel));
+    let initrds = guest.initrd.iter().map(|path| ("cannot read the initrd", path.clone(), check_readable(path)));
+    let disks = guest.disk.iter().filter_map(GuestDisk::file).map(|disk| {
+        let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
+        ("cannot open the disk", disk.path, opened.map(drop))
+    });
+    let opened = [kernel].into_iter().chain(initrds).chain(disks);
+    let failed = opened.filter_map(|(what, path, opened)| Some((what, path, opened.err()?)));
+    failed.map(|(what, path, source)| PreflightError::File { guest: name.into(), what, path, source }).collect()
 }
 
 fn check_readable(path: &Path) -> io::Result<()> {
@@ -175,8 +193,18 @@ fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, Pr
     ready.map_err(|source| PreflightError::Device { user: user.into(), source })
 }
 
+/// As [`check_device`], for one that a driver VM is to serve.
+fn check_served(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
+    let bdf: Bdf = address.parse()?;
+    let why = HostDevice::find_below(&host.pci, bdf).ok().and_then(|device| device.unserved());
+    match why {
+        Some(why) => Err(PreflightError::Device { user: user.into(), source: host::Error::Unserved { bdf, why } }),
+        None => check_device(user, address, host),
+    }
+}
+
 /// The kernel counts a VM's pinned memory against the limit, unless the process may lock as it likes.
-fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), PreflightError> {
+pub(super) fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), PreflightError> {
     let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
     if nix::unistd::geteuid().is_root() || limit >= needed.0 {
         return Ok(());

@@ -21,6 +21,9 @@ use crate::record::log::EventLog;
 /// The control socket's name in a machine's folder.
 const SOCKET: &str = "control.sock";
 
+/// How the sockets of consoles end.
+const CONSOLE_SOCKET: &str = ".console.sock";
+
 /// The file with the kernel's orders of reset methods.
 const RESETS: &str = "reset-methods.json";
 
@@ -168,6 +171,11 @@ impl RunDir {
         self.reports().join(EVENT_LOG)
     }
 
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The console log of the driver VM `driver`.
     pub fn console_log(&self, driver: &str) -> PathBuf {
         self.path.join(format!("{driver}.console.log"))
@@ -177,6 +185,11 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         let _ = fs::remove_file(self.path.join(SOCKET));
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(CONSOLE_SOCKET) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
         if self.uncleaned {
             // What was found is still to be cleaned up, by the next who tries.
             let pid = self.left.as_ref().map_or_else(std::process::id, |left| left.pid);
@@ -186,6 +199,11 @@ impl Drop for RunDir {
         let _ = self.write_pid("");
         let _ = fs::remove_file(self.path.join(RESETS));
     }
+}
+
+/// Where viewers of the console of `guest` connect, below a machine's folder.
+pub fn console_socket(folder: &Path, guest: &str) -> PathBuf {
+    folder.join(format!("{guest}{CONSOLE_SOCKET}"))
 }
 
 /// A machine that runs or has run.
@@ -248,22 +266,25 @@ pub fn base() -> PathBuf {
     user.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("umbra")
 }
 
+/// The machines that run below `base`, by name, each with a connection to its control socket.
+pub fn running(base: &Path) -> Vec<(String, UnixStream)> {
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    let running = entries.filter_map(|entry| {
+        let stream = UnixStream::connect(entry.path().join(SOCKET)).ok()?;
+        Some((entry.file_name().to_string_lossy().into_owned(), stream))
+    });
+    let mut running: Vec<_> = running.collect();
+    running.sort_by(|a, b| a.0.cmp(&b.0));
+    running
+}
+
 /// Connects to the machine `name` below `base`, or to the only one that runs.
 ///
 /// # Errors
 ///
 /// There is none, or there are several.
 pub fn connect(base: &Path, name: Option<&str>) -> Result<(String, UnixStream), RunDirError> {
-    let mut running: Vec<_> = fs::read_dir(base)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            let stream = UnixStream::connect(entry.path().join(SOCKET)).ok()?;
-            Some((entry.file_name().to_string_lossy().into_owned(), stream))
-        })
-        .collect();
-    running.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut running = running(base);
     let names = || running.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     match name {
         Some(name) => match running.iter().position(|(running, _)| running == name) {

@@ -16,4 +16,5 @@ pub mod state;
 pub mod terminal;
 pub mod unused;
 pub mod vcpu;
+pub mod viewers;
 pub mod vm;

@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_pipe_that_is_at_its_end_waits_for_a_guest_that_does_not_read() {
-        let serial = SerialLine::new(&Console::Off, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
+        let serial = SerialLine::new(&Console::Off, None, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
         let serial = Arc::new(Mutex::new(serial));
         let (reader, mut writer) = io::pipe().unwrap();
         let raw = RawMode(SavedTerminal::default());

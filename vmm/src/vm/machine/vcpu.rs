@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -61,6 +61,7 @@ pub struct Shared {
     /// For the code in register dumps.
     pub memory: GuestMemoryMmap,
     lock_up: Arc<LockUp>,
+    nmi: Arc<Nmi>,
     pause: Arc<Pause>,
     /// The MSRs that belong to the state of a vCPU.
     msrs: Arc<[u32]>,
@@ -72,7 +73,16 @@ impl Shared {
     /// vCPUs with these.
     pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap, msrs: Arc<[u32]>) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
-        Self { bus, end, memory, lock_up: Arc::default(), pause: Arc::default(), msrs, coalesced: None }
+        Self {
+            bus,
+            end,
+            memory,
+            lock_up: Arc::default(),
+            nmi: Arc::default(),
+            pause: Arc::default(),
+            msrs,
+            coalesced: None,
+        }
     }
 
     /// Serves what KVM has collected: before anything else that comes of `KVM_RUN`.
@@ -92,6 +102,13 @@ impl Shared {
 #[derive(Debug, Default)]
 struct LockUp {
     wanted: AtomicBool,
+    done: AtomicUsize,
+}
+
+/// Non-maskable interrupts: how many each vCPU is to have had, and how many vCPUs have had the last.
+#[derive(Debug, Default)]
+struct Nmi {
+    wanted: AtomicU32,
     done: AtomicUsize,
 }
 
@@ -172,6 +189,7 @@ pub struct Vcpus {
     threads: Vec<JoinHandle<String>>,
     end: Arc<End>,
     lock_up: Arc<LockUp>,
+    nmi: Arc<Nmi>,
     pause: Arc<Pause>,
 }
 
@@ -182,13 +200,13 @@ impl Vcpus {
     pub fn start(vcpus: Vec<VcpuFd>, shared: &Shared) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)?;
         let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
-        let pause = Arc::clone(&shared.pause);
-        let mut started = Self { threads: Vec::new(), end, lock_up, pause };
+        let (nmi, pause) = (Arc::clone(&shared.nmi), Arc::clone(&shared.pause));
+        let mut started = Self { threads: Vec::new(), end, lock_up, nmi, pause };
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let shared = shared.clone();
             let body = move || {
                 let guard = EndOnPanic(Arc::clone(&shared.end));
-                let report = Runner { id, vcpu, shared, locked_up: false }.run();
+                let report = Runner { id, vcpu, shared, locked_up: false, nmis: 0 }.run();
                 drop(guard);
                 report
             };
@@ -202,7 +220,19 @@ impl Vcpus {
     /// one that could not be goes on, which is logged.
     pub fn lock_up(&self) {
         self.lock_up.wanted.store(true, Ordering::Release);
-        while self.lock_up.done.load(Ordering::Acquire) < self.threads.len() && !self.end.is_set() {
+        self.kick_until_done(&self.lock_up.done);
+    }
+
+    /// Injects a non-maskable interrupt into every vCPU. Returns when all have it.
+    pub fn inject_nmi(&self) {
+        self.nmi.done.store(0, Ordering::Release);
+        self.nmi.wanted.fetch_add(1, Ordering::Release);
+        self.kick_until_done(&self.nmi.done);
+    }
+
+    /// Kicks all vCPUs out of `KVM_RUN` until each has counted itself in `done`, or the VM has ended.
+    fn kick_until_done(&self, done: &AtomicUsize) {
+        while done.load(Ordering::Acquire) < self.threads.len() && !self.end.is_set() {
             for thread in &self.threads {
                 // Fails only if the thread has just ended.
                 let _ = thread.kill(SIGRTMIN());
@@ -283,6 +313,8 @@ struct Runner {
     vcpu: VcpuFd,
     shared: Shared,
     locked_up: bool,
+    /// Non-maskable interrupts that it has had.
+    nmis: u32,
 }
 
 impl Runner {
@@ -296,6 +328,13 @@ impl Runner {
                     tracing::warn!(id = self.id, %error, "cannot lock the vCPU up");
                 }
                 self.shared.lock_up.done.fetch_add(1, Ordering::Release);
+            }
+            if self.nmis != self.shared.nmi.wanted.load(Ordering::Acquire) {
+                self.nmis += 1;
+                if let Err(error) = self.vcpu.nmi() {
+                    tracing::warn!(id = self.id, %error, "inject a non-maskable interrupt (KVM_NMI)");
+                }
+                self.shared.nmi.done.fetch_add(1, Ordering::Release);
             }
             let turn = if self.shared.pause.wanted.load(Ordering::Acquire) { self.pause() } else { self.step() };
             if let Turn::Ended(how, reason) = turn {

@@ -13,7 +13,7 @@ use super::acpi::{self, Platform};
 use super::bus::Bus;
 use super::coalesced::CoalescedWrites;
 use super::end::End;
-use super::legacy::{Legacy, SerialError, SerialLine};
+use super::legacy::{Backlog, Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
 use super::unused::Unused;
 use super::vcpu::{self, Shared, Vcpus};
@@ -78,6 +78,8 @@ pub struct Vm {
     pub end: Arc<End>,
     /// COM1.
     pub serial: Arc<Mutex<SerialLine>>,
+    /// What it has printed last, where it may be viewed.
+    pub backlog: Option<Arc<Backlog>>,
     /// Readable when the guest says that it has panicked.
     pub panicked: EventFd,
     kvm: Kvm,
@@ -104,7 +106,10 @@ impl Vm {
 
         let serial_irq = eventfd()?;
         interrupts.bind_edge(layout::COM1_IRQ, &serial_irq)?;
-        let serial = Arc::new(Mutex::new(SerialLine::new(&spec.console, serial_irq)?));
+        let backlog =
+            spec.console_socket.as_ref().map(|_| Backlog::new()).transpose().map_err(Error::EventFd)?.map(Arc::new);
+        let serial = SerialLine::new(&spec.console, backlog.clone(), serial_irq)?;
+        let serial = Arc::new(Mutex::new(serial));
         let panicked = eventfd()?;
         let signal = panicked.try_clone().map_err(Error::EventFd)?;
         let legacy = Legacy::new(Arc::clone(&fd), Arc::clone(&end), Arc::clone(&serial), signal);
@@ -122,6 +127,7 @@ impl Vm {
             bus,
             end,
             serial,
+            backlog,
             panicked,
             kvm,
             platform,

@@ -1,6 +1,7 @@
 //! The PC's fixed ports: serial line, ACPI power management, pvpanic, reset controls, clock. One `match` from
 //! port to device; what nobody answers reads as ones.
 
+mod backlog;
 mod cmos;
 mod output;
 mod power;
@@ -13,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use backlog::{Backlog, KEPT, Part};
 pub use power::SLEEP_TYPE_S5;
 pub use serial::{Error as SerialError, SerialLine};
 pub use state::LegacyState;

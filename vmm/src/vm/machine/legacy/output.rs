@@ -1,5 +1,5 @@
-//! Where the guest's console output goes: the terminal, a file or nowhere. A thread writes; the guest, which prints byte by
-//! byte, waits for nothing.
+//! Where the guest's console output goes: the terminal, a file or nowhere; and to the console's viewers. A thread writes; the guest,
+//! which prints byte by byte, waits for nothing.
 //!
 //! The terminal is standard output, which others share: it is written to as it is (no `O_NONBLOCK`), by a descriptor of our
 //! own, so that a write that is held holds no lock of the process either.
@@ -8,9 +8,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::backlog::Backlog;
 use crate::base::background_writer::{BackgroundWriter, PATIENCE, Pushed};
 use crate::base::rotating_file::RotatingFile;
 use crate::config::Console;
@@ -40,7 +42,10 @@ pub enum Error {
 
 /// The console's output. Writing to it never waits and never fails.
 #[derive(Debug)]
-pub struct Output(Option<BackgroundWriter>);
+pub struct Output {
+    writer: Option<BackgroundWriter>,
+    backlog: Option<Arc<Backlog>>,
+}
 
 impl Output {
     /// Output to `console`.
@@ -49,7 +54,7 @@ impl Output {
     /// The file cannot be opened, or the thread cannot be started.
     pub fn open(console: &Console) -> Result<Self, Error> {
         match console {
-            Console::Off => Ok(Self(None)),
+            Console::Off => Ok(Self { writer: None, backlog: None }),
             Console::Terminal => {
                 let terminal = io::stdout().as_fd().try_clone_to_owned().map_err(Error::Terminal)?;
                 Self::to(File::from(terminal))
@@ -64,12 +69,17 @@ impl Output {
     pub(super) fn to(place: impl Write + Send + 'static) -> Result<Self, Error> {
         let trouble = |error: &io::Error| tracing::warn!("the console's output cannot be written and is lost: {error}");
         let writer = BackgroundWriter::start("console", BUFFER, place, mark, trouble);
-        writer.map(|writer| Self(Some(writer))).map_err(Error::Thread)
+        writer.map(|writer| Self { writer: Some(writer), backlog: None }).map_err(Error::Thread)
+    }
+
+    /// Keeps what is printed in `backlog` as well.
+    pub(super) fn with_backlog(self, backlog: Option<Arc<Backlog>>) -> Self {
+        Self { backlog, ..self }
     }
 
     /// Waits a bounded time until all output is written; says how much was lost.
     pub fn finish(&self) {
-        let Self(Some(writer)) = self else { return };
+        let Some(writer) = &self.writer else { return };
         writer.finish(PATIENCE);
         let lost = writer.lost();
         if lost > 0 {
@@ -85,7 +95,10 @@ fn mark(lost: u64) -> String {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Self(Some(writer)) = self
+        if let Some(backlog) = &self.backlog {
+            backlog.push(bytes);
+        }
+        if let Some(writer) = &self.writer
             && writer.push(bytes) == Pushed::FirstLoss
         {
             tracing::warn!("the console's output is not taken as fast as the VM prints; what does not fit is lost");
@@ -128,6 +141,6 @@ mod tests {
         output.finish();
         output.write_all(b"lost, too").unwrap();
         output.finish();
-        assert_eq!(output.0.as_ref().unwrap().lost(), 13);
+        assert_eq!(output.writer.as_ref().unwrap().lost(), 13);
     }
 }

@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -19,6 +20,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::backlog::Backlog;
 use super::output::{self, Output};
 use crate::base::timer;
 use crate::config::Console;
@@ -74,8 +76,11 @@ impl Trigger for Interrupt {
     }
 }
 
-/// Tells the terminal's reader that there is room for more input.
-struct Drained(EventFd);
+/// Tells the terminal's reader and the viewers that there is room for more input.
+struct Drained {
+    terminal: EventFd,
+    viewers: EventFd,
+}
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
@@ -84,7 +89,8 @@ impl SerialEvents for Drained {
 
     fn in_buffer_empty(&self) {
         // A full counter means that the reader knows already.
-        let _ = self.0.write(1);
+        let _ = self.terminal.write(1);
+        let _ = self.viewers.write(1);
     }
 }
 
@@ -109,16 +115,17 @@ pub struct SerialLine {
 }
 
 impl SerialLine {
-    /// A line to `console` that interrupts by `interrupt`.
-    pub fn new(console: &Console, interrupt: EventFd) -> Result<Self, Error> {
-        Self::with_output(Output::open(console)?, interrupt)
+    /// A line to `console`, and to `backlog` if there is one, that interrupts by `interrupt`.
+    pub fn new(console: &Console, backlog: Option<Arc<Backlog>>, interrupt: EventFd) -> Result<Self, Error> {
+        Self::with_output(Output::open(console)?.with_backlog(backlog), interrupt)
     }
 
     fn with_output(out: Output, interrupt: EventFd) -> Result<Self, Error> {
-        let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
+        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd);
+        let drained = Drained { terminal: eventfd()?, viewers: eventfd()? };
         let timer = timer::monotonic();
         let interrupt = Interrupt { event: interrupt, held: Cell::new(false) };
-        let uart = Serial::with_events(interrupt, Drained(drained), out);
+        let uart = Serial::with_events(interrupt, drained, out);
         Ok(Self { uart, sent: 0, busy: false, timer: timer.map_err(Error::Timer)? })
     }
 
@@ -129,7 +136,12 @@ impl SerialLine {
 
     /// Readable when the guest has read all input.
     pub fn drained(&self) -> &EventFd {
-        &self.uart.events().0
+        &self.uart.events().terminal
+    }
+
+    /// As [`Self::drained`], for another reader of input.
+    pub fn drained_for_viewers(&self) -> &EventFd {
+        &self.uart.events().viewers
     }
 
     /// How many bytes of input fit now.
@@ -153,7 +165,7 @@ impl SerialLine {
         if without & register::WHICH == 0 { without | register::NO_INTERRUPT } else { without }
     }
 
-    pub(super) fn write(&mut self, offset: u16, value: u8) {
+    pub(in crate::vm::machine) fn write(&mut self, offset: u16, value: u8) {
         let divisor = self.register(register::LINE_CONTROL) & register::DIVISOR != 0;
         let waits = !divisor && self.register(register::INTERRUPT_ENABLE) & register::TRANSMITTER != 0;
         match offset {
@@ -264,7 +276,7 @@ mod tests {
 
     fn line(console: &Console) -> (SerialLine, EventFd) {
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        (SerialLine::new(console, interrupt.try_clone().unwrap()).unwrap(), interrupt)
+        (SerialLine::new(console, None, interrupt.try_clone().unwrap()).unwrap(), interrupt)
     }
 
     #[test]

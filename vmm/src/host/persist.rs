@@ -1,0 +1,80 @@
+//! A binding to `vfio-pci` that lasts over boots: a udev rule for each function, by address and model, so that another card that comes
+//! to have the address is left alone.
+//!
+//! The rule chooses the driver before one is looked for. A driver that the initial RAM disk has bound already keeps the function until
+//! `umbra run --bind`, or `umbra bind`, takes it from there.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::bind::VFIO_PCI;
+use super::error::Error;
+use super::sysfs::HostDevice;
+use crate::base::pci_address::Bdf;
+
+/// Where an administrator's rules are.
+pub const RULES: &str = "/etc/udev/rules.d";
+
+/// The rule of a function, in the folder `rules`. Before those that load drivers (80-drivers.rules).
+fn path(rules: &Path, bdf: Bdf) -> PathBuf {
+    rules.join(format!("10-umbra-{bdf}.rules"))
+}
+
+/// Writes the rule that gives `device` to `vfio-pci` at each boot; where it is.
+///
+/// # Errors
+///
+/// Its model is not known, or the rule cannot be written.
+pub fn keep(rules: &Path, device: &HostDevice) -> Result<PathBuf, Error> {
+    let (bdf, vendor, model) = (device.bdf(), device.vendor()?, device.device()?);
+    let path = path(rules, bdf);
+    let rule = format!(
+        "# Written by `umbra bind --persist`; `umbra unbind {bdf}` removes it.\n\
+         ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", \
+         ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{model:04x}\", \\\n  \
+         ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n"
+    );
+    let fail = |source| Error::Sysfs { operation: "write the rule", path: path.clone(), source };
+    fs::create_dir_all(rules).and_then(|()| fs::write(&path, rule)).map_err(fail)?;
+    Ok(path)
+}
+
+/// Removes the rule of a function; where it was, if there was one.
+///
+/// # Errors
+///
+/// It is there and cannot be removed.
+pub fn forget(rules: &Path, bdf: Bdf) -> Result<Option<PathBuf>, Error> {
+    let path = path(rules, bdf);
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(Some(path)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Sysfs { operation: "remove the rule", path, source }),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::host::sysfs::tests::FakeBus;
+
+    #[test]
+    fn a_rule_names_address_and_model_and_is_removed_again() {
+        let bus = FakeBus::new();
+        let nic = bus.add("0000:03:00.0", Some(1), Some("e1000e"));
+        let rules = bus.0.path().join("etc/rules.d");
+        assert_eq!(forget(&rules, nic.bdf()).unwrap(), None);
+        let written = keep(&rules, &nic).unwrap();
+        assert_eq!(keep(&rules, &nic).unwrap(), written, "again");
+        let expected = "\
+# Written by `umbra bind --persist`; `umbra unbind 0000:03:00.0` removes it.
+ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
+  ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\"
+";
+        assert_eq!(fs::read_to_string(&written).unwrap(), expected);
+        assert_eq!(forget(&rules, nic.bdf()).unwrap(), Some(written));
+        assert_eq!(fs::read_dir(&rules).unwrap().count(), 0);
+    }
+}
