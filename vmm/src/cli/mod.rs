@@ -14,6 +14,7 @@ pub mod image;
 mod logging;
 pub mod report;
 pub mod run;
+pub mod show_confine;
 pub mod snapshots;
 pub mod vm;
 mod watch;
@@ -23,8 +24,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::base::error::chain;
 use crate::base::untrusted_text::{self, block};
 use crate::supervisor::RunError;
+use crate::vm::confine;
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
 #[derive(Debug, Parser)]
@@ -62,6 +65,8 @@ enum Command {
     Image(image::Args),
     /// List the snapshots that driver VMs are restored from, or remove some.
     Snapshots(snapshots::Args),
+    /// Print what the threads of a VM's process may ask of the kernel, and why.
+    Confine(show_confine::Args),
     /// Take a PCI function from the host's driver, for a VM.
     Bind(bind::BindArgs),
     /// Give a PCI function back to the host's driver.
@@ -96,6 +101,12 @@ impl Command {
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
+    if let Command::Vm(args) = &command
+        && let Err(error) = confine::begin(args.confine)
+    {
+        let _ = writeln!(std::io::stderr(), "umbra: {}", chain(&error));
+        return ExitCode::FAILURE;
+    }
     let refused = logging::init(command.subject(), command.log_written_by());
     // A VM's process has the supervisor's environment, which has been told.
     if let Some(what) = refused.filter(|_| !matches!(command, Command::Vm(_))) {
@@ -115,6 +126,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Snapshots(args) => snapshots::run(&args),
+        Command::Confine(args) => show_confine::run(&args),
         Command::Bind(args) => bind::bind(&args),
         Command::Unbind(args) => bind::unbind(&args),
         Command::Generate(args) => generate::run(&args),

@@ -16,6 +16,7 @@ pub mod region;
 pub mod reset;
 pub mod snapshot;
 pub mod sysfs;
+pub mod tap;
 
 pub use error::Error;
 pub use files::DeviceFiles;

@@ -3,3 +3,4 @@
 pub mod channel;
 pub mod messages;
 pub mod spawn;
+pub mod vm_spec;

@@ -40,7 +40,7 @@ fn a_host_with_everything_misses_nothing() {
         .file("sys/class/iommu/dmar0/x", "")
         .file("sys/bus/pci/drivers/vfio-pci/x", "")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
-    let findings = findings(&tree.root(), Caller { root: true, locked: 0 });
+    let findings = findings(&tree.root(), Caller { root: true, locked: 0, landlock: Some(6) });
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
     assert_eq!(iommu(&tree.root()).what, "on (Intel VT-d, 1 group)");
 }
@@ -48,7 +48,7 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20 });
+    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20, landlock: None });
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
     assert!(text(of("IOMMU")).contains("`intel_iommu=on iommu=pt`"));
