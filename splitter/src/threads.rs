@@ -60,6 +60,7 @@ pub fn spawn<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     let inherits = if CONFINED.get() { Inherits::Confinement } else { Inherits::Everything };
     Builder::new().name(name.into()).spawn(move || {
+        CONFINED.set(inherits == Inherits::Confinement);
         if let Some(act) = AT_START.get() {
             act(purpose, inherits);
         }
@@ -84,13 +85,18 @@ mod tests {
         });
         let outer = spawn(Purpose::Vcpu, "outer-7391", || {
             mark_confined();
-            spawn(Purpose::Brief, "inner-7391", || 7).unwrap().join().unwrap()
+            let inner = spawn(Purpose::Brief, "inner-7391", || {
+                spawn(Purpose::Brief, "innermost-7391", || 7).unwrap().join().unwrap()
+            });
+            inner.unwrap().join().unwrap()
         });
         assert_eq!(outer.unwrap().join().unwrap(), 7);
         let seen = SEEN.lock().unwrap();
         let of = |wanted: &str| seen.iter().find(|(name, ..)| name.as_deref() == Some(wanted)).unwrap();
         assert_eq!(of("outer-7391").1, Purpose::Vcpu);
         assert_eq!(of("outer-7391").2, Inherits::Everything);
-        assert_eq!((of("inner-7391").1, of("inner-7391").2), (Purpose::Brief, Inherits::Confinement));
+        for name in ["inner-7391", "innermost-7391"] {
+            assert_eq!((of(name).1, of(name).2), (Purpose::Brief, Inherits::Confinement), "{name}");
+        }
     }
 }

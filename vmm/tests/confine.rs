@@ -310,7 +310,7 @@ fn as_a_hostile_thread() {
     let (_, call, _) = attempts(category).into_iter().find(|(name, ..)| *name == attempt).unwrap();
     confine::begin(Mode::On).unwrap();
     trap::tell(&3);
-    let act = move || -> () {
+    let act = move || {
         let [number, a, b, c, d, e, f] = call;
         // SAFETY: whatever it does to this process, there is nothing behind it but its end.
         unsafe {
