@@ -19,6 +19,8 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::threads::{self, Purpose};
+
 /// Time between two looks. A write takes less than a microsecond, and the loop may be without a processor for some
 /// milliseconds.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -71,7 +73,7 @@ impl CallWatch {
         HANDLER.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
         let shared = Arc::new(Shared::default());
         let seen = Arc::clone(&shared);
-        let looks = thread::Builder::new().name("call-watch".into()).spawn(move || seen.look())?;
+        let looks = threads::spawn(Purpose::Helper, "call-watch", move || seen.look())?;
         Ok(Self { shared, looks: looks.thread().clone() })
     }
 

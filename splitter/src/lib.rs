@@ -16,4 +16,5 @@ pub mod net;
 pub mod pump;
 pub mod queue;
 pub mod sound;
+pub mod threads;
 pub mod untrusted;

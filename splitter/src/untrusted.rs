@@ -14,10 +14,11 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
-use std::thread;
 
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
+
+use crate::threads::{self, Purpose};
 
 /// Most descriptors that the kernel lets a message have (`SCM_MAX_FD`, `include/net/scm.h`).
 const SCM_MAX_FD: usize = 253;
@@ -95,7 +96,7 @@ impl<T: Send + 'static> Drop for Elsewhere<T> {
         let what = ManuallyDrop::new(unsafe { ManuallyDrop::take(&mut self.0) });
         // Without a thread for it it stays open, which is better than to stand still: a closure that is not run drops nothing.
         let close = move || drop(ManuallyDrop::into_inner(what));
-        if let Err(error) = thread::Builder::new().name("close".into()).spawn(close) {
+        if let Err(error) = threads::spawn(Purpose::Brief, "close", close) {
             tracing::warn!(%error, "a socket, or what came through it, stays open");
         }
     }

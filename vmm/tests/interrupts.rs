@@ -58,7 +58,7 @@ fn an_eventfd_interrupts_and_masked_interrupts_wait() {
     let memory = umbra_vmm::vm::machine::memory::create(&spec.name, spec.memory.0).unwrap();
     let vm = Vm::new(&spec, memory, Unused::default()).unwrap();
     let mut vector = vm.interrupts.msi_vector().unwrap();
-    let vcpus = vm.start(vm.load(&spec).unwrap()).unwrap();
+    let vcpus = vm.start(vm.load(&spec).unwrap(), || Ok::<_, umbra_vmm::vm::machine::vm::Error>(())).unwrap();
     wait_for(&files, "r");
 
     let message = MsiMessage { address: 0xfee0_0000, data: VECTOR.into() };

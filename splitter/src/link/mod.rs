@@ -13,7 +13,6 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use umbra_shadow::LinkId;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -21,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::call::CallWatch;
 use crate::queue::{RingFault, Virtqueue};
+use crate::threads::{self, Purpose};
 use crate::untrusted::Elsewhere;
 use handler::Handler;
 
@@ -194,7 +194,7 @@ impl LinkServer {
         let handler = Arc::new(Mutex::new(Handler::new((features, memory), outlet)));
         // Not joined: a hostile peer's file descriptors can make even a close() wait, and that may hold up this
         // thread, but not the guest. It ends with the connection.
-        thread::Builder::new().name(format!("link-{link}")).spawn(move || serve(serves, &handler))?;
+        threads::spawn(Purpose::Link, format!("link-{link}"), move || serve(serves, &handler))?;
         Ok(Self { link, connection })
     }
 

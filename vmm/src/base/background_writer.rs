@@ -9,10 +9,11 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use umbra_splitter::threads::{self, Purpose};
 
 use crate::base::lock::lock;
 
@@ -96,8 +97,11 @@ impl BackgroundWriter {
         let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), progress: Condvar::new() });
         let mut thread = Thread { shared: Arc::clone(&shared), place, mark, trouble: Some(trouble) };
         // Signals are for the event loops, which have blocked what they read from a signalfd; this thread may be older than that.
-        let signals = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        let started = thread::Builder::new().name(name.into()).spawn(move || thread.run());
+        let mut all = SigSet::all();
+        // What the thread itself has done wrong is not to be held back (`vm::confine`).
+        all.remove(Signal::SIGSYS);
+        let signals = all.thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        let started = threads::spawn(Purpose::Helper, name, move || thread.run());
         signals.thread_set_mask()?;
         let thread = started?;
         Ok(Self { shared, capacity, thread: Some(thread) })
@@ -304,7 +308,7 @@ mod tests {
         assert_eq!(writer.push(b"first "), Pushed::Fitted);
         // The thread has taken it and is held by the place.
         while !writer.shared.lock().waiting.is_empty() {
-            thread::yield_now();
+            std::thread::yield_now();
         }
         assert_eq!(writer.push(b"0123456789"), Pushed::Fitted);
         assert_eq!(writer.push(b"a"), Pushed::FirstLoss);

@@ -12,6 +12,7 @@ pub mod pci_config;
 pub mod random;
 pub mod rotating_file;
 pub mod saved_terminal;
+pub mod system_calls;
 pub mod time;
 pub mod timer;
 pub mod unix_socket;

@@ -1,8 +1,8 @@
-//! A log file of bounded size. At [`MAX_FILE`] bytes it is renamed to `NAME.1`, in place of the one before it, and begun
-//! afresh: the two together hold at most twice as much, whatever they held before.
+//! A log file of bounded size. At [`MAX_FILE`] bytes it is renamed to `NAME.1`, or copied there, in place of the one before it, and
+//! begun afresh: the two together hold at most twice as much, whatever they held before.
 //!
 //! What is no regular file (a terminal, a FIFO, `/dev/null`) is written to without any of this. An error costs the bytes of that
-//! write; the next write opens the file again.
+//! write; the next write opens the file again, unless it is one that nothing opens by its name any more ([`RotatingFile::open`]).
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -21,6 +21,16 @@ const KEPT_IN_PLACE: u64 = MAX_FILE / 2;
 pub struct RotatingFile {
     path: PathBuf,
     open: Option<Open>,
+    held: Option<Held>,
+}
+
+/// What else is open of a file that is never opened by its name again.
+#[derive(Debug)]
+struct Held {
+    /// The file, at any place.
+    whole: File,
+    /// The one before it; `None`: it has to do without.
+    older: Option<File>,
 }
 
 #[derive(Debug)]
@@ -33,18 +43,24 @@ struct Open {
 impl RotatingFile {
     /// The file `path`, which the first write opens.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, open: None }
+        Self { path, open: None, held: None }
     }
 
-    /// The file `path`, opened now.
+    /// The file `path`, opened now, and nothing by its name later: what is full is copied, where others rename it.
     ///
     /// # Errors
     /// It cannot be opened for writing.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let open = Some(Open::new(path)?);
-        // A link stays where it is when the file behind it is renamed.
+        let open = Open::new(path)?;
+        // A link stays where it is; the older file is beside the one behind it.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
-        Ok(Self { path, open })
+        let mut this = Self { path, open: None, held: None };
+        if open.size.is_some() {
+            let any_place = |path| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+            this.held = Some(Held { whole: any_place(this.path.clone())?, older: any_place(this.older()).ok() });
+        }
+        this.open = Some(open);
+        Ok(this)
     }
 
     /// Where the file before this one is.
@@ -56,13 +72,17 @@ impl RotatingFile {
 
     /// Makes room in a file that is full.
     fn rotate(&mut self) -> io::Result<()> {
+        if let (Some(held), Some(open)) = (&self.held, &mut self.open) {
+            open.size = Some(held.make_room()?);
+            return Ok(());
+        }
         self.open = None;
         let older = self.older();
         if fs::rename(&self.path, &older).is_err() {
-            return keep_end(&self.path, KEPT_IN_PLACE);
+            return keep_end_of(&self.path, KEPT_IN_PLACE);
         }
         // Longer only if it was so when it was opened: that is cut once.
-        keep_end(&older, MAX_FILE)
+        keep_end_of(&older, MAX_FILE)
     }
 
     /// The file, which is opened if it is not open.
@@ -88,7 +108,8 @@ impl RotatingFile {
 impl Write for RotatingFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.try_write(bytes);
-        if written.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::Interrupted) {
+        let failed = written.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::Interrupted);
+        if failed && self.held.is_none() {
             self.open = None;
         }
         written
@@ -114,9 +135,37 @@ impl Open {
     }
 }
 
-/// Cuts the beginning of the file `path` off, so that its last `most` bytes are left. Takes no room on the disk.
-fn keep_end(path: &Path, most: u64) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
+impl Held {
+    /// Makes room in the file, which is full; returns how many bytes are left in it.
+    fn make_room(&self) -> io::Result<u64> {
+        let Some(older) = &self.older else {
+            keep_end(&self.whole, KEPT_IN_PLACE)?;
+            return Ok(self.whole.metadata()?.size());
+        };
+        // Longer only if it was so when it was opened: of that the end is kept.
+        keep_end(&self.whole, MAX_FILE)?;
+        older.set_len(0)?;
+        let (mut piece, mut at) = (vec![0; 64 << 10], 0);
+        loop {
+            let length = self.whole.read_at(&mut piece, at)?;
+            if length == 0 {
+                break;
+            }
+            older.write_all_at(&piece[..length], at)?;
+            at += length as u64;
+        }
+        self.whole.set_len(0)?;
+        Ok(0)
+    }
+}
+
+/// As [`keep_end`], of the file `path`.
+fn keep_end_of(path: &Path, most: u64) -> io::Result<()> {
+    keep_end(&OpenOptions::new().read(true).write(true).open(path)?, most)
+}
+
+/// Cuts the beginning of `file` off, so that its last `most` bytes are left. Takes no room on the disk.
+fn keep_end(file: &File, most: u64) -> io::Result<()> {
     let size = file.metadata()?.size();
     let Some(from) = size.checked_sub(most).filter(|from| *from > 0) else { return Ok(()) };
     // `most` is `MAX_FILE` or less.

@@ -51,9 +51,33 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     }
 }
 
+/// Removes the socket at `path` if nobody listens there any more. What cannot be removed stays: [`listen`] replaces it.
+pub fn remove_stale(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let refuses = || UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    if is_socket && refuses() {
+        let _ = fs::remove_file(path);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_is_removed_once_nobody_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, file) = (dir.path().join("s"), dir.path().join("f"));
+        let listener = listen(&path).unwrap();
+        remove_stale(&path);
+        assert!(path.exists(), "somebody listens");
+        drop(listener);
+        fs::write(&file, "my data").unwrap();
+        for path in [&path, &file, &dir.path().join("none")] {
+            remove_stale(path);
+        }
+        assert!(!path.exists() && file.exists());
+    }
 
     #[test]
     fn a_socket_of_the_dead_is_replaced_and_one_of_the_living_is_not() {

@@ -17,6 +17,7 @@ pub mod list;
 mod logging;
 pub mod report;
 pub mod run;
+pub mod show_confine;
 pub mod snapshots;
 pub mod vm;
 pub mod wait;
@@ -27,9 +28,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::base::error::chain;
 use crate::base::untrusted_text::{self, block};
 use crate::record::schema::Versioned;
 use crate::supervisor::RunError;
+use crate::vm::confine;
 use exit::Exit;
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
@@ -78,6 +81,8 @@ enum Command {
     Image(image::Args),
     /// List the snapshots that driver VMs are restored from, or remove some.
     Snapshots(snapshots::Args),
+    /// Print what the threads of a VM's process may ask of the kernel, and why.
+    Confine(show_confine::Args),
     /// Take a PCI function from the host's driver, for a VM.
     Bind(bind::BindArgs),
     /// Give a PCI function back to the host's driver.
@@ -112,6 +117,12 @@ impl Command {
 /// Runs the command that the process was started for.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
+    if let Command::Vm(args) = &command
+        && let Err(error) = confine::begin(args.confine)
+    {
+        let _ = writeln!(std::io::stderr(), "umbra: {}", chain(&error));
+        return ExitCode::FAILURE;
+    }
     let refused = logging::init(command.subject(), command.log_written_by());
     // A VM's process has the supervisor's environment, which has been told.
     if let Some(what) = refused.filter(|_| !matches!(command, Command::Vm(_))) {
@@ -136,6 +147,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Snapshots(args) => snapshots::run(&args),
+        Command::Confine(args) => show_confine::run(&args),
         Command::Bind(args) => bind::bind(&args),
         Command::Unbind(args) => bind::unbind(&args),
         Command::Generate(args) => generate::run(&args),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
+use crate::config::Confine;
 use crate::vm::process::{self, SpecFrom};
 
 /// Arguments of `umbra vm`.
@@ -19,6 +20,9 @@ pub struct Args {
     /// A file with the VM's spec (`wire::messages::VmSpec`) in JSON, for trying a VM without a supervisor.
     #[arg(long)]
     pub spec: Option<PathBuf>,
+    /// How the process is confined once its VM runs.
+    #[arg(long, value_enum, default_value_t)]
+    pub confine: Confine,
 }
 
 /// Runs one VM until it ends.

@@ -31,12 +31,43 @@ pub struct Machine {
     /// Where metrics are served: a socket's path, or a loopback address with a port; nowhere if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<Address>,
+    /// What the processes of VMs may still do once their VMs run.
+    #[serde(default, skip_serializing_if = "Confine::is_default")]
+    pub confine: Confine,
     /// Guests by name: `[guest.NAME]`.
     #[serde(default)]
     pub guest: BTreeMap<String, Guest>,
     /// Driver VMs by name: `[driver.NAME]`.
     #[serde(default)]
     pub driver: BTreeMap<String, Driver>,
+}
+
+/// Whether the processes of VMs are kept to what they have open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Confine {
+    /// They are; what they must not do ends them.
+    #[default]
+    On,
+    /// System calls that they must not make are logged by the kernel, and done.
+    Log,
+    /// They are not.
+    Off,
+}
+
+impl Confine {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Log => "log",
+            Self::Off => "off",
+        }
+    }
 }
 
 /// `[guest.NAME]`: a user's VM.

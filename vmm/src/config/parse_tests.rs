@@ -9,7 +9,7 @@ use umbra_driver_vm::protocol::Mac;
 use umbra_shadow::sound::Policy;
 
 use super::*;
-use crate::config::{Driver, Guest, GuestDisk, MemorySize, Net, Port, Restart, Standby};
+use crate::config::{Confine, Driver, Guest, GuestDisk, MemorySize, Net, Port, Restart, Standby};
 
 const GOOD: &str = r#"# a guest with its network behind a driver VM
 [guest.web]
@@ -174,6 +174,20 @@ fn a_spare_is_a_second_nic_of_nobody_else() {
     assert!(error.contains("driver.b.device: the PCI function 0000:04:00.0 is used by driver.a.spare"), "{error}");
     let error = parse(&text("sound = [{ driver = \"a\" }]", "0000:04:00.0")).unwrap_err();
     assert!(error.starts_with("dir/m.toml:7: driver.a.spare: a sound card has no spare"), "{error}");
+}
+
+#[test]
+fn processes_are_confined_unless_the_machine_says_otherwise() {
+    let parse = |line: &str| Machine::parse(&format!("{line}\n[guest.web]\nkernel = \"k\"\n"), "m.toml".as_ref());
+    let confine = |line| parse(line).unwrap().confine;
+    assert_eq!(confine(""), Confine::On);
+    assert_eq!((confine("confine = \"log\""), confine("confine = \"off\"")), (Confine::Log, Confine::Off));
+    assert_eq!(
+        Machine::parse(&parse("confine = \"off\"").unwrap().to_string(), "m.toml".as_ref()).unwrap().confine,
+        Confine::Off
+    );
+    let error = parse("confine = \"maybe\"").unwrap_err().to_string();
+    assert!(error.starts_with("m.toml:1: ") && error.contains("maybe"), "{error}");
 }
 
 #[test]

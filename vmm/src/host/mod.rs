@@ -17,6 +17,7 @@ pub mod region;
 pub mod reset;
 pub mod snapshot;
 pub mod sysfs;
+pub mod tap;
 pub mod unserved;
 
 pub use error::Error;

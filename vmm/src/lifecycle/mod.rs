@@ -439,7 +439,7 @@ impl Lifecycle {
         if let Some(actions) = self.take_over(now, &failure, lived) {
             return actions;
         }
-        let over = matches!(source, NoticedBy::ProcessExit | NoticedBy::Start | NoticedBy::VmEnd);
+        let over = source.is_the_end();
         let patience = (!over).then_some(now + RELEASE);
         self.state = State::Fencing { patience, lived, source };
         self.killed = over.then(|| Killed::at(now));

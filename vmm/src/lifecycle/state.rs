@@ -43,6 +43,8 @@ pub enum NoticedBy {
     VmEnd,
     /// The process ended without reporting why.
     ProcessExit,
+    /// The process made a system call that it may not make, and was ended by that.
+    Confinement,
     /// The VM could not be started.
     Start,
     /// VFIO reported an error of the device, or it was found switched off.
@@ -70,6 +72,11 @@ pub enum NoticedBy {
 }
 
 impl NoticedBy {
+    /// Whether its process is over by then.
+    pub fn is_the_end(self) -> bool {
+        matches!(self, Self::ProcessExit | Self::Confinement | Self::Start | Self::VmEnd)
+    }
+
     /// Whether it counts as a failure, in metrics, reports and the bound on restarts.
     pub fn is_failure(self) -> bool {
         !matches!(self, Self::Planned | Self::Carrier)

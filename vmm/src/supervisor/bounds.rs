@@ -5,6 +5,7 @@
 
 use umbra_driver_vm::protocol::{FromAgent, RxMode};
 
+use crate::base::system_calls;
 use crate::base::time::Time;
 use crate::base::untrusted_text::{MAX_TEXT, bounded};
 use crate::wire::channel::{Channel, Error, Incoming};
@@ -82,6 +83,12 @@ pub(super) fn text(said: &str) -> String {
     bounded(said, MAX_AGENT_TEXT)
 }
 
+/// That a thread of a VM's process made a system call that it may not make, as a clause.
+pub(super) fn confined(thread: &str, call: i64) -> String {
+    let call = system_calls::describe(call);
+    format!("its process was ended by its confinement: the thread {thread} made the system call {call}")
+}
+
 fn of_vm(mut message: FromVm) -> FromVm {
     match &mut message {
         FromVm::Ended { registers, .. } => cut(registers, MAX_REGISTERS),
@@ -90,6 +97,8 @@ fn of_vm(mut message: FromVm) -> FromVm {
             cut(what, MAX_TEXT);
         }
         FromVm::Failed { what } => cut(what, MAX_TEXT),
+        FromVm::WantTap { interface } => cut(interface, MAX_TEXT),
+        FromVm::Confined { thread, .. } => cut(thread, MAX_TEXT),
         FromVm::Tap { interface, news, .. } => {
             cut(interface, MAX_TEXT);
             cut(news, MAX_TEXT);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use umbra_shadow::DeviceId;
 use umbra_splitter::log_limit::LogLimit;
@@ -18,7 +18,7 @@ use crate::lifecycle::policy::RestartHistory;
 use crate::record::status;
 use crate::wire::channel;
 use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
-use crate::wire::spawn::{SpawnError, Streams, VmProcess};
+use crate::wire::spawn::{Program, SpawnError, Streams, VmProcess};
 
 /// Messages kept for a guest's process that does not read, because it is stopped or hangs. An outage costs a handful for
 /// each device.
@@ -144,7 +144,7 @@ impl GuestVm {
     }
 
     /// Starts the guest's process.
-    pub(super) fn start(&mut self, program: &Path) -> Result<(), SpawnError> {
+    pub(super) fn start(&mut self, program: &Program) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
         (self.at_end, self.killing) = (AtEnd::default(), None);

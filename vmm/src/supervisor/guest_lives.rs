@@ -9,6 +9,7 @@ use super::ids::GuestId;
 use super::prepare::Until;
 use super::run::Supervisor;
 use crate::base::time::Time;
+use crate::base::unix_socket;
 use crate::config::{OnCrash, OnReset};
 use crate::lifecycle::policy::RestartVerdict;
 use crate::lifecycle::{Input, State};
@@ -91,6 +92,8 @@ impl Supervisor {
         let guest = &mut self.guests[n];
         let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
         guest.process = None;
+        // By now it could not do that itself.
+        guest.spec.port.iter().for_each(|port| unix_socket::remove_stale(&port.socket));
         self.warn_of_loss(n);
         self.guests[n].forget();
         self.rests_no_more(n);

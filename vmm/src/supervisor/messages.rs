@@ -1,15 +1,19 @@
 //! What guests' processes say, and what the supervisor makes of it.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use umbra_shadow::{DeviceId, Generation};
+use umbra_splitter::untrusted::Elsewhere;
 
 use super::bounds;
 use super::driver::life::AT_ONCE;
 use super::guest::GuestState;
 use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
+use crate::base::error::chain;
 use crate::base::time::Time;
+use crate::host::tap::Tap;
 use crate::lifecycle::Endpoint;
 use crate::record::events::Event;
 use crate::wire::channel::{self, Incoming};
@@ -93,6 +97,8 @@ impl Supervisor {
             }
             FromVm::Disk { device, news } => self.warn_of_guest(n, &format!("{device}: {news}")),
             FromVm::Resized { device, result } => self.on_resized(n, device, result),
+            FromVm::WantTap { interface } => self.look_for_tap(n, &interface),
+            FromVm::Confined { thread, call } => self.guests[n].error = Some(bounds::confined(&thread, call)),
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }
@@ -119,6 +125,22 @@ impl Supervisor {
             }
             FromVm::Offloads { device, offloads } => self.on_offloads(n, device, offloads),
             FromVm::Status { device, status } => self.guests[n].keep_status(device, status),
+        }
+    }
+
+    /// Opens a TAP interface of guest `n` again, if there is one of that name: its process can open nothing by name.
+    fn look_for_tap(&mut self, n: GuestId, interface: &str) {
+        let Some(net) = self.guests[n].spec.net.iter().find(|net| net.tap.as_deref() == Some(interface)) else {
+            return self.warn_of_guest(n, "its process asks for a TAP that it does not have");
+        };
+        let (tap, refused) = match Tap::find(interface, net.mtu_or_default()) {
+            Ok(None) => return,
+            Ok(Some(tap)) => (Some(Elsewhere::new(OwnedFd::from(tap.into_file()))), None),
+            Err(error) => (None, Some(chain(&error))),
+        };
+        let answer = ToVm::Tap { interface: interface.into(), refused };
+        if let Err(error) = self.guests[n].tell(&answer, tap) {
+            self.warn_of_guest(n, &error.to_string());
         }
     }
 

@@ -37,7 +37,7 @@ use crate::record::crash_report::PendingReports;
 use crate::record::events::{Event, Events, Verbosity};
 use crate::record::log::EventLog;
 use crate::record::metrics::{Metrics, Server, ServerError};
-use crate::wire::spawn::SpawnError;
+use crate::wire::spawn::{Program, SpawnError};
 
 /// Interval at which crash reports that wait for room are tried again.
 const RETRY_PERIOD: Duration = Duration::from_secs(1);
@@ -138,7 +138,7 @@ enum Ready {
 /// A running machine.
 #[derive(Debug)]
 pub(super) struct Supervisor {
-    pub(super) program: PathBuf,
+    pub(super) program: Program,
     pub(super) run_dir: RunDir,
     pub(super) listener: UnixListener,
     pub(super) signals: SignalFd,
@@ -192,7 +192,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         events.tell(&Event::CleanedUp { pid, done });
     }
     let mut supervisor = Supervisor::new(machine, checked, options.host.open, (run_dir, listener), signals, events);
-    supervisor.program = options.program;
+    supervisor.program = Program { path: options.program, confine: machine.confine };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;
@@ -264,7 +264,7 @@ impl Supervisor {
             }
         }
         Self {
-            program: PathBuf::new(),
+            program: Program::default(),
             guests,
             drivers,
             run_dir,

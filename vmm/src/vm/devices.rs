@@ -3,6 +3,7 @@
 //! devices at the same places in each life.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -97,7 +98,7 @@ pub fn add(
     events: &mut EventManager<Subscriber>,
 ) -> Result<Devices, Error> {
     let mut adder = Adder { vm, host, events, devices: Devices::default() };
-    adder.devices.interrupt_limit = spec.interrupt_limit;
+    adder.devices.storm = spec.interrupt_limit.and_then(|limit| Some((limit, open_counters()?)));
     for (index, net) in (0u16..).zip(&spec.nets) {
         adder.net(index, net)?;
     }
@@ -164,8 +165,9 @@ impl Adder<'_> {
             NetBackend::Tap { interface, mac, mtu } => {
                 let host = Arc::clone(self.host);
                 let outbox = Arc::new(move |message| host.tell(&message));
-                let net = TapNet::new(interface, *mac, *mtu, outbox)?;
-                self.virtio(&name, Arc::new(Mutex::new(net)))
+                let net = Arc::new(Mutex::new(TapNet::new(interface, *mac, *mtu, outbox)?));
+                self.devices.taps.push(Arc::clone(&net));
+                self.virtio(&name, net)
             }
         }
     }
@@ -222,6 +224,15 @@ impl Adder<'_> {
     }
 }
 
+/// The host's counters of interrupts, open for the functions that come later too.
+fn open_counters() -> Option<Arc<File>> {
+    let opened = File::open(vfio::COUNTERS);
+    opened
+        .inspect_err(|error| tracing::warn!("interrupts are not counted: open {}: {error}", vfio::COUNTERS))
+        .ok()
+        .map(Arc::new)
+}
+
 fn free_slot(vm: &Vm) -> Result<Slot, Error> {
     vm.bus.pci.free_slot().ok_or(Error::NoSlot)
 }
@@ -254,6 +265,8 @@ pub struct Devices {
     shadowed: BTreeMap<DeviceId, Arc<Mutex<dyn Shadowed>>>,
     /// Disks on files.
     files: BTreeMap<DeviceId, Arc<Mutex<FileDisk>>>,
+    /// A guest's on interfaces of the host.
+    taps: Vec<Arc<Mutex<TapNet>>>,
     /// A driver VM's network devices, by position among its ends.
     ends: Vec<Arc<Mutex<VhostUserNet>>>,
     console: Option<Arc<Mutex<Console>>>,
@@ -263,8 +276,8 @@ pub struct Devices {
     functions: Vec<Arc<Mutex<VfioPciDevice>>>,
     /// The function whose files are to come.
     awaited: Option<Arc<Mutex<VfioPciDevice>>>,
-    /// Most times a second that one interrupt of a function may come; `None`: no limit.
-    interrupt_limit: Option<NonZeroU32>,
+    /// Most times a second that one interrupt of a function may come, and the host's counters of interrupts; `None`: no limit.
+    storm: Option<(NonZeroU32, Arc<File>)>,
     /// Subscribers that the event loop does not have yet.
     subscribers: Vec<Subscriber>,
 }
@@ -293,7 +306,7 @@ impl Devices {
     fn watch(&mut self, device: Arc<Mutex<VfioPciDevice>>, host: &Arc<Host>) -> Result<(), Error> {
         let host = Arc::clone(host);
         let watch = lock(&device).watch(
-            self.interrupt_limit,
+            self.storm.clone(),
             Box::new(move |bdf: Bdf, failure: DeviceFailure| {
                 let (device, what) = (bdf.to_string(), failure.to_string());
                 host.tell(&FromVm::DeviceFailed { at: Time::now().0, device, what });
@@ -319,13 +332,13 @@ impl Devices {
 
     /// A message of the supervisor that concerns a device.
     pub fn handle(&self, message: &ToVm, fds: Vec<OwnedFd>, host: &Host) {
-        let socket = || fds.into_iter().next().map(UnixStream::from);
+        let socket = |fds: Vec<OwnedFd>| fds.into_iter().next().map(UnixStream::from);
         match *message {
-            ToVm::Attach { device, link } => match socket() {
+            ToVm::Attach { device, link } => match socket(fds) {
                 Some(socket) => self.with(device, |shadowed| shadowed.attach(link, socket)),
                 None => tracing::error!(%device, "a link without its socket"),
             },
-            ToVm::Connect { end, link } => match socket() {
+            ToVm::Connect { end, link } => match socket(fds) {
                 Some(socket) => self.connect(end, link, socket),
                 None => tracing::error!(end, "a connection without its socket"),
             },
@@ -343,6 +356,14 @@ impl Devices {
                 for shadowed in self.shadowed.values() {
                     let status = lock(shadowed).status();
                     host.tell(&status);
+                }
+            }
+            ToVm::Tap { ref interface, ref refused } => {
+                let file = fds.into_iter().next().map(File::from);
+                let answer = file.ok_or_else(|| refused.clone().unwrap_or_default());
+                match self.taps.iter().find(|tap| lock(tap).interface() == interface) {
+                    Some(tap) => lock(tap).answered(answer),
+                    None => tracing::error!(interface, "the supervisor names a TAP that is none of this VM"),
                 }
             }
             // These concern the whole VM.

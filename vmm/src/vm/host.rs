@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use umbra_splitter::threads::{self, Purpose};
 
 use crate::base::lock::lock;
 use crate::wire::channel::{self, Channel};
@@ -87,7 +88,7 @@ impl Supervisor {
         let (sender, messages) = sync_channel(MAX_WAITING);
         let (channel, waiting) = (Arc::clone(&self.channel), Arc::clone(&self.waiting));
         let run = move || send_all(&channel, &messages, &waiting);
-        match thread::Builder::new().name("to-supervisor".into()).spawn(run) {
+        match threads::spawn(Purpose::Helper, "to-supervisor", run) {
             Ok(_) => Some(sender),
             Err(error) => {
                 tracing::warn!(%error, "start a thread that waits for the supervisor");

@@ -1,6 +1,7 @@
 //! What runs in the process of a VM (`umbra vm`): the machine, its devices and the event loop. It never names the supervisor.
 
 mod assemble;
+pub mod confine;
 pub mod devices;
 pub mod host;
 pub mod interrupt;

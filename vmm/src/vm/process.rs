@@ -18,10 +18,11 @@ use thiserror::Error;
 use umbra_driver_vm::protocol::MemoryRange;
 
 use super::assemble::{Assembled, assemble};
+use super::confine;
 use super::devices::{self, Devices};
 use super::host::{Host, Supervisor};
 use super::machine::terminal::TerminalInput;
-use super::machine::vcpu::Vcpus;
+use super::machine::vcpu::{self, Vcpus};
 use super::machine::viewers::Viewers;
 use super::machine::vm::{self, Vm};
 use super::snapshot::{self, Place};
@@ -63,12 +64,18 @@ pub enum Error {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    /// Threads of its vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
     /// Its devices.
     #[error(transparent)]
     Devices(#[from] devices::Error),
     /// Its snapshot.
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
+    /// What it may do.
+    #[error(transparent)]
+    Confine(#[from] confine::Error),
     /// The event loop.
     #[error("run the event loop")]
     Events(#[source] event_manager::Error),
@@ -108,6 +115,7 @@ pub fn main(source: SpecFrom) -> Result<(), Error> {
         SpecFrom::Control(fd) => {
             // The supervisor notices by it that this process is gone.
             let channel = Channel::from_fd(high_duplicate(&fd).unwrap_or(fd));
+            confine::trap::tell(&channel);
             let (spec, files) = receive_spec(&channel)?;
             (spec, files, Arc::new(Host::Supervisor(Supervisor::new(channel))))
         }
@@ -166,6 +174,9 @@ fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
 /// Builds and runs the VM; returns how it ended and its vCPUs' registers.
 fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
     die_with_supervisor(spec, host)?;
+    if !spec.passthrough.is_empty() || spec.awaits_device {
+        confine::expect_function();
+    }
     let Some(assembled) = assemble(spec, files, host)? else {
         host.finish();
         return Ok((VmEnd::Killed, String::new()));
@@ -181,7 +192,14 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         events.add_subscriber(Arc::new(Mutex::new(viewers)));
     }
 
-    let vcpus = vm.start(vcpus)?;
+    // Nothing that a guest has made is read before.
+    let prepared = snapshot.as_ref().map(Place::prepare).transpose();
+    let lacks_place = prepared.err().map(|why| {
+        snapshot = None;
+        chain(&why)
+    });
+    let folder = snapshot.as_ref().map(|place| place.folder().to_owned());
+    let vcpus = vm.start(vcpus, || Ok::<_, Error>(confine::lock_down(folder.as_deref())?))?;
     host.tell(&FromVm::Running { at: Time::now().0 });
     let terminal = if spec.console == Console::Terminal {
         let input = TerminalInput::new(Arc::clone(&vm.serial), Arc::clone(&vm.end));
@@ -203,7 +221,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         }
         if let Some(unused) = orders.snapshot {
             give_up(&vm, unused);
-            take_snapshot((&vm, &vcpus), snapshot.take(), host);
+            take_snapshot((&vm, &vcpus), (snapshot.take(), lacks_place.as_deref()), host);
         }
         for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
@@ -246,13 +264,13 @@ fn give_up(vm: &Vm, unused: Vec<MemoryRange>) {
     }
 }
 
-/// Takes the snapshot of a VM, once.
-fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), place: Option<Place>, host: &Host) {
+/// Takes the snapshot of a VM, once, or says why there is no place for it.
+fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), (place, lacks_place): (Option<Place>, Option<&str>), host: &Host) {
     let start = Time::now();
     let mut go_on = || !host.has_orders() && !vm.end.is_set();
     let taken = place.map(|place| place.take(vm, vcpus, &mut go_on));
     let news = match taken {
-        None => SnapshotNews::NotTaken("there is one, or this VM has none".into()),
+        None => SnapshotNews::NotTaken(lacks_place.unwrap_or("there is one, or this VM has none").into()),
         Some(Ok(bytes)) => SnapshotNews::Taken(bytes),
         Some(Err(why)) => SnapshotNews::NotTaken(chain(&why)),
     };

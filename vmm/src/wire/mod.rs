@@ -4,3 +4,4 @@ pub mod channel;
 mod link_end;
 pub mod messages;
 pub mod spawn;
+pub mod vm_spec;

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
+use crate::config::Confine;
 
 /// Errors of starting a VM's process.
 #[derive(Debug, Error)]
@@ -56,6 +57,15 @@ pub enum Streams {
 /// Environment variable of VM processes: the number of the supervisor that started them.
 pub const SUPERVISOR: &str = "UMBRA_SUPERVISOR";
 
+/// What VM processes are started as.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// The file.
+    pub path: PathBuf,
+    /// How the processes are confined.
+    pub confine: Confine,
+}
+
 /// A running VM process; killed when dropped.
 #[derive(Debug)]
 pub struct VmProcess {
@@ -73,17 +83,18 @@ impl VmProcess {
     ///
     /// The process cannot be started. One that cannot start its VM says so on its channel.
     pub fn spawn(
-        program: &Path,
+        program: &Program,
         spec: VmSpec,
         (inherited, files): (&[OwnedFd], &[BorrowedFd<'_>]),
         streams: Streams,
     ) -> Result<Self, SpawnError> {
         let vm = spec.name.clone();
         let (channel, theirs) = Channel::pair()?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(&program.path);
         // Only the supervisor reports to a service manager.
         command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
+        command.args(["--confine", program.confine.name()]);
         let console =
             set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();
@@ -145,9 +156,15 @@ impl Drop for VmProcess {
     }
 }
 
+/// Exit status of a VM's process that has made a system call which it may not make: as a shell has that of `SIGSYS`.
+pub const CONFINED: i32 = 128 + libc::SIGSYS;
+
 /// How a process ended, in words.
 pub fn describe_exit(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
+        (Some(CONFINED), _) | (None, Some(libc::SIGSYS)) => {
+            "its process was ended by its confinement: it made a system call that it may not make".into()
+        }
         (Some(code), _) => format!("its process exited with status {code}"),
         (None, Some(signal)) => {
             let name = Signal::try_from(signal).map_or("?", Signal::as_str);

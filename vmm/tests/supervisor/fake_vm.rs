@@ -22,6 +22,7 @@ use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
     DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd, VmSpec,
 };
+use umbra_vmm::wire::spawn::CONFINED;
 
 use crate::fake_disk;
 
@@ -150,6 +151,10 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 if spec.cmdline.contains(&format!("reset-in={generation} ")) {
                     thread::sleep(Duration::from_millis(300));
                     return send_end(channel, VmEnd::Reset);
+                }
+                if spec.cmdline.contains("breaks-out ") {
+                    channel.send(&FromVm::Confined { thread: "vcpu0".into(), call: 59 }, &[]).unwrap();
+                    std::process::exit(CONFINED);
                 }
                 if spec.cmdline.contains("triple-fault ") {
                     return send_end(channel, VmEnd::TripleFault);
@@ -309,6 +314,10 @@ fn driver(spec: &VmSpec, channel: Channel) {
     if told("die-after-forwarding") {
         thread::sleep(Duration::from_millis(100));
         std::process::exit(9);
+    }
+    if told("breaks-out") {
+        channel.send(&FromVm::Confined { thread: "vcpu0".into(), call: 59 }, &[]).unwrap();
+        std::process::exit(CONFINED);
     }
     if told("garbage") {
         sender.lock().unwrap().write_all(b"{\"type\":\"root-shell\"}\n").unwrap();

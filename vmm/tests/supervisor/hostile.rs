@@ -24,7 +24,25 @@ pub const ALL: &[Case] = &[
         a_guest_that_brings_warnings_about_without_end_fills_no_log,
     ),
     ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
+    (
+        "a_process_that_its_confinement_ends_is_a_failure_of_that_kind",
+        a_process_that_its_confinement_ends_is_a_failure_of_that_kind,
+    ),
 ];
+
+/// What is made of the call that a confined process must not make, in words.
+const CONFINED: &str = "its process was ended by its confinement: the thread vcpu0 made the system call 59 (execve)";
+
+fn a_process_that_its_confinement_ends_is_a_failure_of_that_kind() {
+    let machine = start("", "breaks-out=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!((&report["source"], &report["reason"]), (&"confinement".into(), &CONFINED.into()), "{report}");
+    assert!(report["exit"].as_str().unwrap().contains("by its confinement"), "{report}");
+    machine.stop();
+    let mut machine = start("breaks-out", "", "");
+    assert_eq!(machine.wait().unwrap_err().to_string(), format!("web: {CONFINED}"));
+}
 
 fn a_driver_vm_that_sends_descriptors_is_replaced() {
     let machine = start("", "descriptors=1", "");

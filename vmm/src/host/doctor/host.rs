@@ -19,19 +19,65 @@ pub struct Caller {
     pub root: bool,
     /// Locked memory, bytes.
     pub locked: u64,
+    /// Version of Landlock that the kernel has; `None`: it has none, or was started without it.
+    pub landlock: Option<u32>,
 }
 
 impl Caller {
     /// This process.
     pub fn this() -> Self {
         let (locked, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
-        Self { root: nix::unistd::geteuid().is_root(), locked }
+        Self { root: nix::unistd::geteuid().is_root(), locked, landlock: landlock() }
+    }
+}
+
+/// The kernel's version of Landlock (landlock_create_ruleset(2)).
+fn landlock() -> Option<u32> {
+    /// `LANDLOCK_CREATE_RULESET_VERSION`.
+    const VERSION: libc::c_uint = 1;
+    // SAFETY: with this flag the call takes no structure and makes nothing.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
+    u32::try_from(version).ok()
+}
+
+/// What the kernel has to confine the processes of VMs with.
+fn confinement(root: &Root, caller: Caller) -> Finding {
+    let actions = root.read("proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
+    if !actions.split_whitespace().any(|action| action == "trap") {
+        return Finding::missing(
+            "confinement",
+            "the kernel filters no system calls (seccomp), and VMs are not started",
+            "a kernel with CONFIG_SECCOMP_FILTER, or `confine = \"off\"` in the machine file",
+        );
+    }
+    match caller.landlock {
+        Some(version) => Finding::good(
+            "confinement",
+            format!(
+                "processes of VMs lose their system calls (seccomp) and the file system (Landlock, version {version})"
+            ),
+        ),
+        None => Finding::note(
+            "confinement",
+            "processes of VMs lose their system calls (seccomp); the kernel has no Landlock, which would take the file \
+             system from them a second time",
+        )
+        .with_remedy("a kernel from 5.13 on with `landlock` in `lsm=`"),
     }
 }
 
 /// Looks at the host.
 pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
-    vec![kernel(root), kvm(root), iommu(root), vfio_pci(root), tun(root), locked_memory(caller), huge_pages(root)]
+    vec![
+        kernel(root),
+        kvm(root),
+        iommu(root),
+        vfio_pci(root),
+        tun(root),
+        locked_memory(caller),
+        huge_pages(root),
+        confinement(root, caller),
+    ]
 }
 
 fn kernel(root: &Root) -> Finding {

@@ -234,6 +234,7 @@ fn noticed(source: NoticedBy, detect_ms: f64) -> String {
         NoticedBy::Panic => "The kernel of the driver VM panicked and said so",
         NoticedBy::VmEnd => "The driver VM powered off, was reset or died",
         NoticedBy::ProcessExit => "The process of the driver VM was gone",
+        NoticedBy::Confinement => "The process of the driver VM did what it must not do, and was ended",
         NoticedBy::Start => "The driver VM could not be started",
         NoticedBy::Device => "The device reported an error",
         NoticedBy::Agent => "The agent in the driver VM reported that it could not work",

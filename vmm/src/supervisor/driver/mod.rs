@@ -17,7 +17,6 @@ pub(in crate::supervisor) mod upgrade;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,7 +53,7 @@ use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
 use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, SnapshotOf, VmSpec};
-use crate::wire::spawn::{SpawnError, Streams, VmProcess};
+use crate::wire::spawn::{Program, SpawnError, Streams, VmProcess};
 
 /// The command line of every driver VM's kernel. It makes the kernel end at once whenever it is not sure of itself (the shadow
 /// answers in the meantime), skip probing for hardware that is not there, and skip self-tests and registrations that nothing in a driver
@@ -256,7 +255,7 @@ impl DriverVm {
 
     /// Starts the process of `generation`, which is to serve. The device comes behind it where the VM may be restored from a snapshot,
     /// which has met none; else it has the device from its start.
-    pub(in crate::supervisor) fn start(&mut self, program: &Path, generation: Generation) -> Result<(), StartError> {
+    pub(in crate::supervisor) fn start(&mut self, program: &Program, generation: Generation) -> Result<(), StartError> {
         self.console.begin(&format!("{}.{generation}", self.name));
         let purpose = if self.spec.snapshots { Purpose::ServeSoon } else { Purpose::Serve };
         self.life = Some(self.launch(program, generation, (purpose, &self.image))?);
@@ -267,7 +266,7 @@ impl DriverVm {
     /// Starts a process of `generation` from `image`.
     pub(in crate::supervisor) fn launch(
         &self,
-        program: &Path,
+        program: &Program,
         generation: Generation,
         (purpose, image): (Purpose, &Arc<Image>),
     ) -> Result<Life, StartError> {

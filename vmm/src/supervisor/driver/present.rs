@@ -11,7 +11,7 @@ use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Carrier, Failure, Input, NoticedBy};
 use crate::record::events::Event;
 use crate::record::timeline::{LifeStage, Milestone};
-use crate::supervisor::bounds::text;
+use crate::supervisor::bounds::{confined, text};
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{FromVm, VmEnd};
@@ -73,6 +73,9 @@ impl Supervisor {
             }
             FromVm::DeviceFailed { at, device, what } => {
                 self.fail_driver(n, NoticedBy::Device, format!("device {device}: {what}"), Time(at));
+            }
+            FromVm::Confined { thread, call } => {
+                self.fail_driver(n, NoticedBy::Confinement, confined(&thread, call), Time::now());
             }
             FromVm::Failed { what } => {
                 self.fail_driver(n, NoticedBy::Start, what, Time::now());

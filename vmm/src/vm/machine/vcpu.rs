@@ -14,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
+use umbra_splitter::threads::{self, Purpose};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -95,6 +96,39 @@ impl Shared {
     /// Has what KVM collects in `coalesced` served before each exit.
     pub fn with_coalesced(self, coalesced: Option<CoalescedWrites>) -> Self {
         Self { coalesced: coalesced.map(Arc::new), ..self }
+    }
+}
+
+/// Where the threads of vCPUs wait until all of them are there and may run.
+#[derive(Debug, Default)]
+struct Gate {
+    /// Threads that are there, and whether they may run.
+    state: Mutex<(usize, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Waits for leave to run.
+    fn pass(&self) {
+        let mut state = lock(&self.state);
+        state.0 += 1;
+        self.changed.notify_all();
+        while !state.1 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until `threads` of them are there.
+    fn wait_for(&self, threads: usize) {
+        let mut state = lock(&self.state);
+        while state.0 < threads {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn open(&self) {
+        lock(&self.state).1 = true;
+        self.changed.notify_all();
     }
 }
 
@@ -195,25 +229,54 @@ pub struct Vcpus {
 
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
+/// Installs the handler of the signal that has vCPUs leave their guest.
+///
+/// # Errors
+/// There is no such signal.
+pub fn expect_kicks() -> Result<(), Error> {
+    register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)
+}
+
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`.
-    pub fn start(vcpus: Vec<VcpuFd>, shared: &Shared) -> Result<Self, Error> {
-        register_signal_handler(SIGRTMIN(), kicked).map_err(Error::Signal)?;
+    /// Starts a thread for each of `vcpus`, does `first` once all threads are there, and lets them run.
+    ///
+    /// # Errors
+    /// That of `first`, or a thread cannot be started; then none has run.
+    pub fn start<E: From<Error>>(
+        vcpus: Vec<VcpuFd>,
+        shared: &Shared,
+        first: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let gate = Arc::new(Gate::default());
         let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
         let (nmi, pause) = (Arc::clone(&shared.nmi), Arc::clone(&shared.pause));
         let mut started = Self { threads: Vec::new(), end, lock_up, nmi, pause };
+        let mut failed = None;
         for (id, vcpu) in vcpus.into_iter().enumerate() {
-            let shared = shared.clone();
+            let (shared, gate) = (shared.clone(), Arc::clone(&gate));
             let body = move || {
+                gate.pass();
                 let guard = EndOnPanic(Arc::clone(&shared.end));
                 let report = Runner { id, vcpu, shared, locked_up: false, nmis: 0 }.run();
                 drop(guard);
                 report
             };
-            let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(body);
-            started.threads.push(thread.map_err(|source| Error::Thread { id, source })?);
+            let thread = threads::spawn(Purpose::Vcpu, format!("vcpu{id}"), body);
+            match thread {
+                Ok(thread) => started.threads.push(thread),
+                Err(source) => {
+                    failed = Some(Error::Thread { id, source }.into());
+                    break;
+                }
+            }
         }
-        Ok(started)
+        gate.wait_for(started.threads.len());
+        let done = failed.map_or_else(first, Err);
+        if done.is_err() {
+            started.end.set(VmEnd::Killed);
+        }
+        gate.open();
+        done.map(|()| started)
     }
 
     /// Has every vCPU spin where it is with interrupts off, until the VM ends. Returns when all have been told;

@@ -163,12 +163,25 @@ impl Vm {
         (0..self.platform.cpus).map(create).collect()
     }
 
-    /// Lets the vCPUs run.
-    pub fn start(&self, vcpus: Vec<VcpuFd>) -> Result<Vcpus, Error> {
+    /// Lets the vCPUs run, after `first`, which is done when all is ready for them.
+    ///
+    /// # Errors
+    /// That of `first`, or they cannot be started.
+    pub fn start<E: From<Error> + From<vcpu::Error>>(
+        &self,
+        vcpus: Vec<VcpuFd>,
+        first: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Vcpus, E> {
+        let shared = self.shared(&vcpus)?;
+        Vcpus::start(vcpus, &shared, first)
+    }
+
+    fn shared(&self, vcpus: &[VcpuFd]) -> Result<Shared, Error> {
         let shared = Shared::new(&self.bus, &self.end, &self.memory, state::msr_indices(&self.kvm)?.into());
         let of_console = |vcpu| CoalescedWrites::of_port(layout::COM1, (&self.kvm, &self.fd, vcpu));
         let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
-        Ok(Vcpus::start(vcpus, &shared.with_coalesced(coalesced))?)
+        vcpu::expect_kicks()?;
+        Ok(shared.with_coalesced(coalesced))
     }
 }
 

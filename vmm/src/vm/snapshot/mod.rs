@@ -20,7 +20,7 @@ pub mod memory;
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -151,6 +151,11 @@ impl Place {
     /// It cannot be made, or others may write to it: no snapshot can be taken then.
     pub fn prepare(&self) -> Result<(), Error> {
         self.cache.prepare()
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        self.cache.folder()
     }
 
     /// Looks for the snapshot; `None`: there is none.

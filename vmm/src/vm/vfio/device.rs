@@ -4,6 +4,7 @@
 //! then its BARs leave the VM, and only then is the VM's memory unmapped for DMA. Once given up, nothing in this process
 //! reaches the function any more, because another VM may have it.
 
+use std::fs::File;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
@@ -172,15 +173,15 @@ impl VfioPciDevice {
         self.interrupts.update(host, &self.config)
     }
 
-    /// Watches the function for failures, of which more than `interrupt_limit` interrupts a second are one (`None`: no limit); add
-    /// the result to the VM's event loop, which calls `tell`.
+    /// Watches the function for failures, of which more interrupts a second than the limit of `storm`, counted in its file, are one
+    /// (`None`: no limit); add the result to the VM's event loop, which calls `tell`.
     pub fn watch(
         &self,
-        interrupt_limit: Option<NonZeroU32>,
+        storm: Option<(NonZeroU32, Arc<File>)>,
         tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
     ) -> Result<FailureWatch, Error> {
         match &self.host {
-            Host::Present(host) => FailureWatch::new(host, interrupt_limit, tell),
+            Host::Present(host) => FailureWatch::new(host, storm, tell),
             _ => Err(Error::Malformed { bdf: self.bdf, what: "it is not here".into() }),
         }
     }

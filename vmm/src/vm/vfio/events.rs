@@ -1,6 +1,7 @@
 //! Bad news about a passed-through function: the device reports an error, interrupts without end, the host wants it
 //! back, or it is gone. Whoever runs the VM decides what to do.
 
+use std::fs::File;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Weak};
@@ -17,7 +18,6 @@ use crate::base::timer;
 use crate::host::error::Error;
 use crate::host::irq::Index;
 use crate::host::region::{HostFunction, Presence};
-use crate::host::sysfs::HostDevice;
 
 /// What happened to a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +71,10 @@ pub struct FailureWatch {
 }
 
 impl FailureWatch {
-    /// `interrupt_limit`: most interrupts a second that are no failure; `None`: no limit.
+    /// `storm`: most interrupts a second that are no failure, and the host's counters; `None`: no limit.
     pub(super) fn new(
         host: &Arc<HostFunction>,
-        interrupt_limit: Option<NonZeroU32>,
+        storm: Option<(NonZeroU32, Arc<File>)>,
         tell: Box<dyn FnMut(Bdf, DeviceFailure) + Send>,
     ) -> Result<Self, Error> {
         let bdf = host.bdf();
@@ -83,8 +83,7 @@ impl FailureWatch {
         let vanished = host.vanished().try_clone().map_err(failed)?;
         let looks = timer().map_err(|errno| failed(errno.into()))?;
         let (last, weak) = (Presence::Present, Arc::downgrade(host));
-        let storm = |limit| HostDevice::find(bdf).map(|device| StormWatch::new(bdf, device.directory(), limit));
-        let storm = interrupt_limit.map(storm).transpose()?;
+        let storm = storm.map(|(limit, counters)| StormWatch::new(bdf, counters, limit));
         let this = Self { bdf, error: event()?, request: event()?, vanished, host: weak, looks, last, storm, tell };
         for (index, event) in [(Index::Error, &this.error), (Index::Request, &this.request)] {
             // Conventional PCI devices have no error event.

@@ -20,3 +20,4 @@ pub use crate::host::{DeviceFiles, Error};
 pub use container::{Vfio, VmResources};
 pub use device::VfioPciDevice;
 pub use events::{DeviceFailure, FailureWatch};
+pub use storm::COUNTERS;

@@ -9,11 +9,10 @@
 //! The queues of a port with [`End::VhostUser`] are another process's: no byte passes here.
 
 use std::collections::VecDeque;
-use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -75,7 +74,7 @@ pub enum Error {
 /// The host's end.
 pub(super) enum End {
     /// Listens; one client at a time.
-    Listen { listener: UnixListener, path: PathBuf },
+    Listen { listener: UnixListener },
     /// An inherited stream; once it is closed there is no other.
     Inherited,
     /// Peers are given, one after the other.
@@ -123,7 +122,7 @@ impl Port {
     pub(super) fn new(backend: &PortBackend, tags: Tags, outbox: &Outbox) -> Result<Self, Error> {
         let name = backend.name.clone();
         let (end, stream) = match &backend.end {
-            PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)?, path: path.clone() }, None),
+            PortEnd::Listen(path) => (End::Listen { listener: listen(&name, path)? }, None),
             PortEnd::Fd(fd) => {
                 let inherited = |source| Error::Inherited { name: name.clone(), fd: *fd, source };
                 (End::Inherited, Some(inherit(*fd).map_err(inherited)?))
@@ -158,7 +157,7 @@ impl Port {
 
     /// A client waits at the listener: takes it if there is none, else turns it away.
     pub(super) fn accept(&mut self) {
-        let End::Listen { listener, .. } = &self.end else { return };
+        let End::Listen { listener } = &self.end else { return };
         let client = match listener.accept().and_then(|(client, _)| Stream::new(client)) {
             Ok(client) => client,
             Err(error) => {
@@ -393,15 +392,6 @@ impl Port {
         }
         self.to_host.clear();
         true
-    }
-}
-
-impl Drop for Port {
-    fn drop(&mut self) {
-        if let End::Listen { path, .. } = &self.end {
-            // Gone already is fine.
-            let _ = fs::remove_file(path);
-        }
     }
 }
 

@@ -11,10 +11,10 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use umbra_splitter::threads::{self, Purpose};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::base::lock::lock;
@@ -88,7 +88,7 @@ impl Line {
                 tracing::debug!("unbind the line of a virtio device: {error}");
             }
         };
-        let started = thread::Builder::new().name("virtio-intx".into()).spawn(work);
+        let started = threads::spawn(Purpose::Helper, "virtio-intx", work);
         started.map_err(interrupt::Error::EventFd)?;
         Ok(Self { queue, config, over, shared })
     }
@@ -200,7 +200,7 @@ pub(super) mod tests {
             let until = Instant::now() + Duration::from_secs(60);
             while !wanted(&lock(&self.0)) {
                 assert!(Instant::now() < until, "not {what}");
-                thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
 

@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use event_manager::{EventOps, Events};
 use umbra_shadow::LinkId;
+use umbra_splitter::threads::{self, Purpose};
 use umbra_splitter::untrusted::Elsewhere;
 use vhost::vhost_user::Frontend;
 use virtio_queue::QueueT;
@@ -195,7 +196,7 @@ impl FrontEnd {
             let _ = sender.send((link, set_up.run(&theirs).map(Elsewhere::new)));
             let _ = wake.write(1);
         };
-        std::thread::Builder::new().name("link-set-up".into()).spawn(run).map_err(Error::Thread)?;
+        threads::spawn(Purpose::Brief, "link-set-up", run).map_err(Error::Thread)?;
         Ok(ours)
     }
 

@@ -7,6 +7,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use thiserror::Error;
+use umbra_splitter::threads::{self, Purpose};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -80,7 +81,7 @@ impl Deadline {
                 let _ = socket.shutdown(Shutdown::Both);
             }
         };
-        std::thread::Builder::new().name("link-deadline".into()).spawn(wait).map_err(Error::Thread)?;
+        threads::spawn(Purpose::Brief, "link-deadline", wait).map_err(Error::Thread)?;
         Ok(Self(sender))
     }
 }

@@ -9,9 +9,10 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use umbra_splitter::threads::{self, Purpose};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::base::lock::lock;
@@ -139,7 +140,7 @@ impl Worker {
         let mut worker = Self { shared, threads: Vec::new() };
         for (lane, name) in [(Lane::Transfers, name.to_owned()), (Lane::Flushes, format!("{name}-flush"))] {
             let shared = Arc::clone(&worker.shared);
-            worker.threads.push(thread::Builder::new().name(name).spawn(move || shared.work(lane))?);
+            worker.threads.push(threads::spawn(Purpose::Disk, name, move || shared.work(lane))?);
         }
         Ok(worker)
     }

@@ -3,11 +3,11 @@
 //! gives it. Invariant: a frame is read from the host only when there is a buffer of the guest for it.
 //!
 //! An interface that is removed under the guest, as by a restart of the host's network, is a cable that is pulled: the guest sees its
-//! link down until there is an interface of that name again.
+//! link down until there is an interface of that name again, which the supervisor opens.
 
 mod frames;
-pub mod interface;
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
@@ -25,9 +25,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::frames::{End, Receiver, Sender};
-use self::interface::Tap;
-use crate::base::error::chain;
 use crate::base::timer;
+use crate::host::tap::{self, Tap};
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
 use crate::vm::virtio::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use crate::vm::virtio::net::config::NetConfig;
@@ -55,7 +54,7 @@ const LOOK: Duration = Duration::from_millis(500);
 pub enum Error {
     /// The interface.
     #[error(transparent)]
-    Tap(#[from] interface::Error),
+    Tap(#[from] tap::Error),
     /// No eventfd, or no timer.
     #[error("create an eventfd and a timer for a network device")]
     EventFd(#[source] std::io::Error),
@@ -80,6 +79,8 @@ pub struct TapNet {
     look: TimerFd,
     /// Why the interface that is there again cannot be used, as it was last reported.
     refused: String,
+    /// What the supervisor has answered to the question for it, and was not looked at yet.
+    answer: Option<Result<File, String>>,
     accepted: u64,
     broken: bool,
     config_call: Option<EventFd>,
@@ -108,6 +109,7 @@ impl TapNet {
             gone: false,
             look: timer::monotonic()?,
             refused: String::new(),
+            answer: None,
             accepted: 0,
             broken: false,
             config_call: None,
@@ -147,10 +149,12 @@ impl TapNet {
         if wake == Wake::Device(TAG_AGAIN) {
             // Empty already is fine. Left full it would wake the loop without end.
             let _ = self.again.read();
+            self.take_interface(ops);
         }
         if wake == Wake::Device(TAG_LOOK) {
             let _ = self.look.wait();
-            self.look_for_interface(ops);
+            let interface = self.tap.interface().into();
+            (self.outbox)(FromVm::WantTap { interface });
         }
         if self.broken {
             return;
@@ -186,19 +190,30 @@ impl TapNet {
         self.tell_link("is gone".into());
     }
 
-    fn look_for_interface(&mut self, ops: &mut EventOps) {
-        match self.tap.found_again() {
-            Ok(None) => {}
-            Ok(Some(tap)) => {
+    /// The interface's name.
+    pub fn interface(&self) -> &str {
+        self.tap.interface()
+    }
+
+    /// The supervisor's answer to [`FromVm::WantTap`]: the interface, or why it cannot be used.
+    pub fn answered(&mut self, answer: Result<File, String>) {
+        self.answer = Some(answer);
+        // Fails only when 2^64 - 2 wake-ups wait: then one waits anyway.
+        let _ = self.again.write(1);
+    }
+
+    fn take_interface(&mut self, ops: &mut EventOps) {
+        match self.answer.take().filter(|_| self.gone) {
+            None => {}
+            Some(Ok(file)) => {
                 self.watch(false, ops);
-                (self.tap, self.gone) = (tap, false);
+                (self.tap, self.gone) = (Tap::from_file(self.tap.interface(), file), false);
                 self.refused.clear();
                 let _ = self.look.unset();
                 self.set_offloads(self.accepted);
                 self.tell_link("is there again".into());
             }
-            Err(error) => {
-                let why = chain(&error);
+            Some(Err(why)) => {
                 if self.refused != why {
                     self.refused.clone_from(&why);
                     self.tell_link(format!("is there again, but cannot be used: {why}"));

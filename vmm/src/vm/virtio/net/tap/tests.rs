@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
-use super::interface::tests::{in_namespace, remove};
 use super::*;
+use crate::host::tap::tests::{in_namespace, remove};
 use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
 
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 9]);
@@ -27,7 +27,7 @@ pub(in crate::vm::virtio) fn on_a_socket() -> (TapNet, UnixDatagram) {
     let (wire, end) = UnixDatagram::pair().unwrap();
     wire.set_nonblocking(true).unwrap();
     end.set_nonblocking(true).unwrap();
-    let tap = Tap::from_file(File::from(OwnedFd::from(end)));
+    let tap = Tap::from_file("a-test", File::from(OwnedFd::from(end)));
     (TapNet::on(tap, MAC, 1500, Arc::new(|_| ())).unwrap(), wire)
 }
 
@@ -276,6 +276,18 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
         }
         let device = Arc::new(Mutex::new(net));
         let mut events = Loop::new(&device);
+        // The supervisor's part.
+        let look = || match Tap::find(NAME, 1500) {
+            Ok(found) => found.map(|tap| Ok(tap.into_file())),
+            Err(error) => Some(Err(error.to_string())),
+        };
+        let told = |news: &std::sync::mpsc::Receiver<FromVm>| {
+            news.iter().find(|message| !matches!(message, FromVm::WantTap { .. })).unwrap()
+        };
+        let asked = |news: &std::sync::mpsc::Receiver<FromVm>| {
+            let asked = news.try_iter().last().unwrap();
+            assert!(matches!(&asked, FromVm::WantTap { interface } if interface == NAME), "{asked:?}");
+        };
         for there_is_traffic in [false, true] {
             if !there_is_traffic {
                 // Room for frames: the interface is watched.
@@ -296,20 +308,27 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
             events.run();
             assert!(!link_is_up(&device) && changed.read().is_ok());
             assert_eq!(queues[1].used().len(), if there_is_traffic { MANY } else { 0 }, "nothing is left in the queue");
-            assert!(matches!(news.recv().unwrap(), FromVm::Tap { there: false, .. }));
-            // As others make it: to stay.
-            let again = Tap::open(NAME, 1500).unwrap();
+            assert!(matches!(told(&news), FromVm::Tap { there: false, .. }));
             std::thread::sleep(LOOK * 2);
             events.run();
-            let told = news.recv().unwrap();
-            assert!(matches!(&told, FromVm::Tap { there: false, news, .. } if news.contains("in use")), "{told:?}");
+            asked(&news);
+            assert!(look().is_none(), "it is not made");
+            // As others make it: to stay.
+            let again = Tap::open(NAME, 1500).unwrap();
+            device.lock().unwrap().answered(look().unwrap());
+            events.run();
+            let refused = told(&news);
+            assert!(
+                matches!(&refused, FromVm::Tap { there: false, news, .. } if news.contains("in use")),
+                "{refused:?}"
+            );
             // SAFETY: TUNSETPERSIST takes its argument by value; the file is open.
             assert_eq!(unsafe { libc::ioctl(again.file().as_raw_fd(), libc::TUNSETPERSIST, 1) }, 0);
             drop(again);
-            std::thread::sleep(LOOK * 2);
+            device.lock().unwrap().answered(look().unwrap());
             events.run();
             assert!(link_is_up(&device) && changed.read().is_ok());
-            assert!(matches!(news.recv().unwrap(), FromVm::Tap { there: true, .. }));
+            assert!(matches!(told(&news), FromVm::Tap { there: true, .. }));
         }
     });
 }

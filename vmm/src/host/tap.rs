@@ -79,7 +79,6 @@ pub enum Error {
 pub struct Tap {
     file: File,
     interface: String,
-    mtu: u16,
 }
 
 impl Tap {
@@ -115,7 +114,7 @@ impl Tap {
         if let Err(error) = bring_up(&name, mtu) {
             tracing::debug!("TAP {name}: left as it is: {error}");
         }
-        Ok(Self { file, interface: name, mtu })
+        Ok(Self { file, interface: name })
     }
 
     /// The interface's name.
@@ -123,15 +122,15 @@ impl Tap {
         &self.interface
     }
 
-    /// Opens an interface of the same name, if there is one again: it is not made.
+    /// Opens `interface` if it exists: it is not made.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn found_again(&self) -> Result<Option<Self>, Error> {
-        let Ok(name) = CString::new(self.interface.as_str()) else { return Ok(None) };
+    pub fn find(interface: &str, mtu: u16) -> Result<Option<Self>, Error> {
+        let Ok(name) = CString::new(interface) else { return Ok(None) };
         // SAFETY: the name ends with a zero and lives through the call.
         let is_there = unsafe { libc::if_nametoindex(name.as_ptr()) } != 0;
-        if is_there { Self::open(&self.interface, self.mtu).map(Some) } else { Ok(None) }
+        if is_there { Self::open(interface, mtu).map(Some) } else { Ok(None) }
     }
 
     /// Sets which offloads frames towards the guest may use.
@@ -148,10 +147,14 @@ impl Tap {
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Anything that keeps frames apart.
-    #[cfg(test)]
-    pub(super) fn from_file(file: File) -> Self {
-        Self { file, interface: "a-test".into(), mtu: 1500 }
+    /// The interface `interface`, which is open as `file`.
+    pub fn from_file(interface: &str, file: File) -> Self {
+        Self { file, interface: interface.into() }
+    }
+
+    /// Gives the descriptor up.
+    pub fn into_file(self) -> File {
+        self.file
     }
 
     /// The descriptor that frames are read from and written to.
@@ -215,7 +218,7 @@ fn bring_up(name: &str, mtu: u16) -> io::Result<()> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use nix::sched::{CloneFlags, unshare};
@@ -224,7 +227,7 @@ pub(super) mod tests {
     use super::*;
 
     /// Removes an interface (rtnetlink(7)).
-    pub(in crate::vm::virtio::net::tap) fn remove(name: &str) {
+    pub(crate) fn remove(name: &str) {
         let name = CString::new(name).unwrap();
         // SAFETY: the name ends with a zero and lives through the call.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
@@ -242,7 +245,7 @@ pub(super) mod tests {
     }
 
     /// Runs `test` in a network namespace of its own, which takes root's rights.
-    pub(in crate::vm::virtio::net::tap) fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
         if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
             eprintln!("skipped: UMBRA_SKIP_ROOT=1");
             return;

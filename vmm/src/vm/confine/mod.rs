@@ -1,0 +1,146 @@
+//! What a VM's process may do once its guest runs: use what it has open, and nothing else. Whoever takes the process over, from the
+//! guest or from a driver VM, is to find no way on to the host.
+//!
+//! ```text
+//!   the process starts     no new privileges, no core dumps
+//!   it opens and builds    as any program of the user: nothing of a guest's making is read yet
+//!   each thread starts     } no capabilities, no file by name (Landlock), its own system calls (seccomp)
+//!   the guest is to run    } the same for the main thread, the event loop
+//! ```
+//! Invariants: no vCPU runs before all threads are confined; a thread that a confined one starts can do no more than that one, so that
+//! vCPUs' threads start before the main thread is confined, and links' and helpers' tables are parts of those of who starts them; what is
+//! opened later (a TAP interface that is there again, a device that is plugged) the supervisor opens and sends.
+
+pub mod filter;
+mod privileges;
+pub mod tables;
+pub mod trap;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use landlock::RulesetError;
+use nix::errno::Errno;
+use seccompiler::BackendError;
+use thiserror::Error;
+use umbra_splitter::threads::{self, Inherits, Purpose};
+
+use crate::base::error::chain;
+pub use crate::config::Confine as Mode;
+
+/// Kinds of threads that differ in what they may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Category {
+    /// The main thread: messages of the supervisor, devices.
+    EventLoop,
+    /// The main thread of a driver VM of which a snapshot may be taken.
+    Taker,
+    /// A vCPU, and the devices that it touches.
+    Vcpu,
+    /// Reads and writes a disk's file.
+    Disk,
+    /// Speaks with a driver VM's process.
+    Link,
+    /// Writes log and console, sends messages, watches eventfds.
+    Helper,
+}
+
+impl Category {
+    /// All.
+    pub const ALL: [Self; 6] = [Self::EventLoop, Self::Taker, Self::Vcpu, Self::Disk, Self::Link, Self::Helper];
+}
+
+/// Errors of confining.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// What a process is without.
+    #[error("give up rights at the process's start")]
+    Process(#[source] Errno),
+    /// The handler of the signal.
+    #[error("have refused system calls reported (SIGSYS)")]
+    Handler(#[source] io::Error),
+    /// Capabilities.
+    #[error("give up all capabilities")]
+    Capabilities(#[source] io::Error),
+    /// Landlock.
+    #[error("give up the file system (Landlock)")]
+    Files(#[from] RulesetError),
+    /// A table that makes no program.
+    #[error("make a filter of system calls")]
+    Program(#[from] BackendError),
+    /// The kernel does not take it.
+    #[error(
+        "have system calls filtered (seccomp); this kernel lacks it, or `confine = \"off\"` is needed for another reason"
+    )]
+    Filter(#[source] io::Error),
+}
+
+static MODE: OnceLock<Mode> = OnceLock::new();
+
+fn mode() -> Mode {
+    MODE.get().copied().unwrap_or(Mode::Off)
+}
+
+/// To be called first in a VM's process, before any thread is started.
+///
+/// # Errors
+/// The kernel refuses what every program may do.
+pub fn begin(mode: Mode) -> Result<(), Error> {
+    if *MODE.get_or_init(|| mode) == Mode::Off {
+        return Ok(());
+    }
+    privileges::of_process().map_err(Error::Process)?;
+    trap::install().map_err(Error::Handler)?;
+    threads::at_start(|purpose, inherits| {
+        let category = match (purpose, inherits) {
+            (Purpose::Brief, Inherits::Confinement) => return,
+            (Purpose::Vcpu, _) => Category::Vcpu,
+            (Purpose::Disk, _) => Category::Disk,
+            (Purpose::Link, _) => Category::Link,
+            (Purpose::Helper, _) => Category::Helper,
+            (Purpose::Brief, Inherits::Everything) => Category::EventLoop,
+        };
+        if let Err(error) = enter(category, inherits, None) {
+            // It must not run without, and nobody waits for what it could say.
+            let _ = writeln!(io::stderr(), "umbra: confine a thread: {}", chain(&error));
+            std::process::exit(1);
+        }
+    });
+    Ok(())
+}
+
+/// The process may lock all of its memory for a function that is passed through, now or later.
+pub fn expect_function() {
+    if mode() != Mode::Off {
+        privileges::raise_locked_memory();
+    }
+}
+
+/// Confines the main thread, whose guest is to run next. `snapshots`: the folder that a snapshot may be written to.
+///
+/// # Errors
+/// It cannot be confined; the guest must not run.
+pub fn lock_down(snapshots: Option<&Path>) -> Result<(), Error> {
+    let category = if snapshots.is_some() { Category::Taker } else { Category::EventLoop };
+    enter(category, Inherits::Everything, snapshots)
+}
+
+/// Takes from this thread all but what its `category` needs.
+fn enter(category: Category, inherits: Inherits, folder: Option<&Path>) -> Result<(), Error> {
+    let mode = mode();
+    if mode == Mode::Off {
+        return Ok(());
+    }
+    if inherits == Inherits::Everything {
+        privileges::drop_capabilities().map_err(Error::Capabilities)?;
+        if mode == Mode::On {
+            privileges::close_files(folder)?;
+        }
+    }
+    for program in &filter::programs(category, mode)? {
+        filter::install(program).map_err(Error::Filter)?;
+    }
+    threads::mark_confined();
+    Ok(())
+}

@@ -1,0 +1,418 @@
+//! The confinement of VM processes: each filter against its table, for every system call, and a hostile thread of each kind under the
+//! real lock-down, which tries what a program that was taken over would.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use std::ffi::CString;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output};
+
+use umbra_splitter::threads::{self, Purpose};
+use umbra_vmm::base::system_calls;
+use umbra_vmm::vm::confine::tables::{Row, When};
+use umbra_vmm::vm::confine::{self, Category, Mode, filter, trap};
+use umbra_vmm::wire::channel::{Channel, Incoming};
+use umbra_vmm::wire::messages::FromVm;
+use umbra_vmm::wire::spawn::CONFINED;
+
+// Decisions of the kernel (linux/seccomp.h); the lowest is the strictest.
+const TRAP: u32 = 0x0003_0000;
+const ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS as u32;
+const LOG: u32 = 0x7ffc_0000;
+const ALLOW: u32 = 0x7fff_0000;
+const KILL_PROCESS: u32 = 0x8000_0000;
+
+/// `AUDIT_ARCH_X86_64`, and that of 32-bit programs.
+const X86_64: u32 = 0xc000_003e;
+const I386: u32 = 0x4000_0003;
+
+/// A call as a filter sees it (`struct seccomp_data`).
+struct Call {
+    number: u32,
+    arch: u32,
+    arguments: [u64; 6],
+}
+
+impl Call {
+    fn word(&self, offset: u32) -> u32 {
+        let mut bytes = Vec::new();
+        bytes.extend(self.number.to_le_bytes());
+        bytes.extend(self.arch.to_le_bytes());
+        bytes.extend([0; 8]);
+        self.arguments.iter().for_each(|argument| bytes.extend(argument.to_le_bytes()));
+        let at = offset as usize;
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+}
+
+/// Runs a program of the classic packet filter, as far as seccomp has one.
+fn run(program: &seccompiler::BpfProgram, call: &Call) -> u32 {
+    let (mut at, mut a) = (0_usize, 0_u32);
+    loop {
+        let step = &program[at];
+        at += 1;
+        let jump = |taken: bool| usize::from(if taken { step.jt } else { step.jf });
+        match step.code {
+            0x20 => a = call.word(step.k),
+            0x54 => a &= step.k,
+            0x05 => at += step.k as usize,
+            0x15 => at += jump(a == step.k),
+            0x25 => at += jump(a > step.k),
+            0x35 => at += jump(a >= step.k),
+            0x45 => at += jump(a & step.k != 0),
+            0x06 => return step.k,
+            other => panic!("instruction {other:#x}"),
+        }
+    }
+}
+
+/// What the kernel makes of several filters.
+fn decide(programs: &[seccompiler::BpfProgram], call: &Call) -> u32 {
+    let decisions = programs.iter().map(|program| run(program, call));
+    // As the kernel compares them: signed, so that KILL_PROCESS comes first.
+    decisions.min_by_key(|decision| (decision & 0xffff_0000).cast_signed()).unwrap()
+}
+
+fn holds(when: &When, arguments: [u64; 6]) -> bool {
+    let low = |n: u8| arguments[usize::from(n)] & 0xffff_ffff;
+    match *when {
+        When::Is(n, value, _) => low(n) == u64::from(value),
+        When::Request(request, _) => low(1) & 0xffff == u64::from(request),
+        When::Lacks(n, bits, _) => arguments[usize::from(n)] & bits == 0,
+        When::Has(n, bits, _) => arguments[usize::from(n)] & bits == bits,
+        When::ThisProcess(n) => low(n) == u64::from(std::process::id()),
+    }
+}
+
+fn fits(row: &Row, call: i64, arguments: [u64; 6]) -> bool {
+    row.call.0 == call && row.when.iter().all(|when| holds(when, arguments))
+}
+
+/// What the tables say of a call.
+fn wanted(category: Category, call: i64, arguments: [u64; 6]) -> u32 {
+    if category.refused().any(|row| fits(row, call, arguments)) {
+        ENOSYS
+    } else if category.rows().any(|row| fits(row, call, arguments)) {
+        ALLOW
+    } else {
+        TRAP
+    }
+}
+
+/// Arguments at and beside those that any table names for `call`.
+fn tries(call: i64) -> Vec<[u64; 6]> {
+    let mut tries = vec![[0; 6], [u64::MAX; 6], [1 << 32; 6]];
+    let rows = Category::ALL.into_iter().flat_map(|category| category.rows().chain(category.refused()));
+    for when in rows.filter(|row| row.call.0 == call).flat_map(|row| row.when) {
+        let (n, values) = match *when {
+            When::Is(n, value, _) => (n, [value.into(), u64::from(value) | 1 << 40]),
+            When::Request(request, _) => (1, [request.into(), u64::from(request) | 0x4008_0000]),
+            When::Lacks(n, bits, _) | When::Has(n, bits, _) => (n, [bits, !bits]),
+            When::ThisProcess(n) => (n, [std::process::id().into(), 1]),
+        };
+        for value in values {
+            for beside in [value, value.wrapping_add(1), value ^ 4] {
+                let mut arguments = [0; 6];
+                arguments[usize::from(n)] = beside;
+                tries.push(arguments);
+            }
+        }
+    }
+    tries
+}
+
+#[test]
+fn filters_decide_as_their_tables_say_for_every_call() {
+    for category in Category::ALL {
+        let on = filter::programs(category, Mode::On).unwrap();
+        let log = filter::programs(category, Mode::Log).unwrap();
+        assert!(filter::programs(category, Mode::Off).unwrap().is_empty());
+        let mut allowed = 0;
+        for number in 0..=system_calls::last() + 40 {
+            for arguments in tries(number) {
+                let call = |arch| Call { number: u32::try_from(number).unwrap(), arch, arguments };
+                let (native, wanted) = (call(X86_64), wanted(category, number, arguments));
+                let what = || format!("{category:?}: {} {arguments:x?}", system_calls::describe(number));
+                assert_eq!(decide(&on, &native), wanted, "{}", what());
+                let logged = if wanted == TRAP { LOG } else { ALLOW };
+                assert_eq!(decide(&log, &native), logged, "{}", what());
+                assert_eq!(decide(&on, &call(I386)), KILL_PROCESS, "{}", what());
+                allowed += usize::from(wanted == ALLOW);
+            }
+            let x32 = Call { number: u32::try_from(number).unwrap() | 0x4000_0000, arch: X86_64, arguments: [0; 6] };
+            assert_eq!(decide(&on, &x32), TRAP, "{category:?}: x32 {number}");
+        }
+        assert!(allowed > 50, "{category:?}: {allowed}");
+    }
+}
+
+#[test]
+fn no_table_has_what_leads_out_of_a_process() {
+    let never = [
+        "execve",
+        "execveat",
+        "fork",
+        "vfork",
+        "connect",
+        "bind",
+        "ptrace",
+        "process_vm_readv",
+        "process_vm_writev",
+        "mount",
+        "umount2",
+        "pivot_root",
+        "chroot",
+        "setns",
+        "unshare",
+        "io_uring_setup",
+        "io_uring_enter",
+        "io_uring_register",
+        "userfaultfd",
+        "bpf",
+        "perf_event_open",
+        "keyctl",
+        "add_key",
+        "init_module",
+        "finit_module",
+        "kexec_load",
+        "reboot",
+        "kill",
+        "tkill",
+        "pidfd_open",
+        "pidfd_getfd",
+        "pidfd_send_signal",
+        "open_by_handle_at",
+        "setuid",
+        "setresuid",
+        "capset",
+        "memfd_create",
+        "memfd_secret",
+        "rt_sigaction",
+        "rt_sigqueueinfo",
+        "process_madvise",
+        "chmod",
+        "chown",
+        "link",
+        "symlink",
+        "personality",
+        "modify_ldt",
+        "iopl",
+        "ioperm",
+        "shmat",
+        "shmget",
+        "msgget",
+        "semget",
+        "mq_open",
+        "clone3",
+        "socket",
+    ];
+    for category in Category::ALL {
+        for row in category.rows() {
+            let name = row.call.1.strip_prefix("SYS_").unwrap();
+            assert!(!never.contains(&name), "{category:?} may {name}");
+            assert!(!row.why.is_empty() && system_calls::name(row.call.0) == Some(name), "{category:?}: {name}");
+            let by_name = ["open", "openat", "rename", "unlink", "mkdir"].contains(&name);
+            assert!(!by_name || category == Category::Taker, "{category:?} may {name}");
+        }
+    }
+}
+
+/// Filters are inherited, and the kernel obeys all of them.
+#[test]
+fn what_starts_later_may_do_all_of_its_table() {
+    for (starter, started) in [
+        (Category::EventLoop, Category::Link),
+        (Category::EventLoop, Category::Helper),
+        (Category::Taker, Category::Link),
+        (Category::Taker, Category::Helper),
+        (Category::Vcpu, Category::Helper),
+    ] {
+        for row in started.rows() {
+            let same = |other: &Row| other.call == row.call && (other.when.is_empty() || other.when == row.when);
+            assert!(starter.rows().any(same), "{started:?} may {row:?}, and {starter:?}, which starts it, may not");
+        }
+    }
+}
+
+/// How an attempt ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    /// The process does.
+    TheProcess,
+    /// With this error.
+    With(i32),
+}
+
+/// Attempts by name, each a call with its arguments, and how they end.
+fn attempts(category: Category) -> Vec<(&'static str, [i64; 7], Ends)> {
+    let parent = i64::from(nix::unistd::getppid().as_raw());
+    let text = |text: &str| CString::new(text).unwrap().into_raw() as i64;
+    let path = text("/etc/passwd");
+    let room = Box::leak(Box::new([0_u64; 64])).as_mut_ptr() as i64;
+    let open = if category != Category::Taker { Ends::With(libc::ENOSYS) } else { Ends::With(libc::EACCES) };
+    let end = Ends::TheProcess;
+    vec![
+        ("execve", [libc::SYS_execve, text("/bin/true"), 0, 0, 0, 0, 0], end),
+        ("fork", [libc::SYS_fork, 0, 0, 0, 0, 0, 0], end),
+        ("clone of a process", [libc::SYS_clone, i64::from(libc::SIGCHLD), 0, 0, 0, 0, 0], end),
+        ("clone of a namespace", [libc::SYS_clone, i64::from(libc::CLONE_NEWUSER), 0, 0, 0, 0, 0], end),
+        ("clone3", [libc::SYS_clone3, room, 88, 0, 0, 0, 0], Ends::With(libc::ENOSYS)),
+        ("socket", [libc::SYS_socket, 2, 1, 0, 0, 0, 0], Ends::With(libc::ENOSYS)),
+        ("connect", [libc::SYS_connect, 0, room, 110, 0, 0, 0], end),
+        ("open", [libc::SYS_openat, -100, path, 0, 0, 0, 0], open),
+        ("open to write", [libc::SYS_openat, -100, text("/etc/umbra-hostile"), 0o101, 0o600, 0, 0], open),
+        ("open of a process's memory", [libc::SYS_openat, -100, text("/proc/1/mem"), 2, 0, 0, 0], open),
+        ("ptrace", [libc::SYS_ptrace, 16, parent, 0, 0, 0, 0], end),
+        ("process_vm_readv", [libc::SYS_process_vm_readv, parent, room, 1, room, 1, 0], end),
+        ("kill of init", [libc::SYS_kill, 1, 0, 0, 0, 0, 0], end),
+        ("tgkill of another process", [libc::SYS_tgkill, parent, parent, 0, 0, 0, 0], end),
+        ("mount", [libc::SYS_mount, path, path, 0, 4096, 0, 0], end),
+        ("setns", [libc::SYS_setns, 0, 0, 0, 0, 0, 0], end),
+        ("unshare", [libc::SYS_unshare, i64::from(libc::CLONE_NEWUSER), 0, 0, 0, 0, 0], end),
+        ("bpf", [libc::SYS_bpf, 0, room, 64, 0, 0, 0], end),
+        ("io_uring_setup", [libc::SYS_io_uring_setup, 1, room, 0, 0, 0, 0], end),
+        ("userfaultfd", [libc::SYS_userfaultfd, 0, 0, 0, 0, 0, 0], end),
+        ("keyctl", [libc::SYS_keyctl, 0, 0, 0, 0, 0, 0], end),
+        ("mmap of code", [libc::SYS_mmap, 0, 4096, 7, 0x22, -1, 0], end),
+        ("mprotect of code", [libc::SYS_mprotect, room & !4095, 4096, 7, 0, 0, 0], end),
+        ("TIOCSTI", [libc::SYS_ioctl, 0, 0x5412, room, 0, 0, 0], end),
+        ("KVM_CREATE_VM", [libc::SYS_ioctl, 0, 0xAE01, 0, 0, 0, 0], end),
+        ("VFIO_GROUP_GET_DEVICE_FD", [libc::SYS_ioctl, 0, 0x3B6A, room, 0, 0, 0], end),
+        ("pidfd_open", [libc::SYS_pidfd_open, parent, 0, 0, 0, 0, 0], end),
+        ("pidfd_getfd", [libc::SYS_pidfd_getfd, 0, 0, 0, 0, 0, 0], end),
+        ("memfd_create", [libc::SYS_memfd_create, path, 0, 0, 0, 0, 0], end),
+        ("rt_sigaction", [libc::SYS_rt_sigaction, 31, 0, 0, 8, 0, 0], end),
+        ("setuid", [libc::SYS_setuid, 0, 0, 0, 0, 0, 0], end),
+        ("capset", [libc::SYS_capset, room, room, 0, 0, 0, 0], end),
+        ("PR_SET_DUMPABLE", [libc::SYS_prctl, 4, 1, 0, 0, 0, 0], end),
+        ("open_by_handle_at", [libc::SYS_open_by_handle_at, 0, room, 0, 0, 0, 0], end),
+        ("sendto an address", [libc::SYS_sendto, 2, room, 1, 0, room, 16], end),
+    ]
+}
+
+/// Status of a child whose attempt has ended with `error`, 0 being none.
+fn status_of(error: i32) -> i32 {
+    if error == 0 { 1 } else { 10 + error }
+}
+
+const CATEGORY: &str = "UMBRA_TEST_CATEGORY";
+const ATTEMPT: &str = "UMBRA_TEST_ATTEMPT";
+
+/// The child of the test below: confines a thread of the kind that the environment names, which makes an attempt.
+#[test]
+fn as_a_hostile_thread() {
+    let (Ok(category), Ok(attempt)) = (std::env::var(CATEGORY), std::env::var(ATTEMPT)) else { return };
+    let category = *Category::ALL.iter().find(|known| format!("{known:?}") == category).unwrap();
+    let (_, call, _) = attempts(category).into_iter().find(|(name, ..)| *name == attempt).unwrap();
+    confine::begin(Mode::On).unwrap();
+    trap::tell(&3);
+    let act = move || {
+        let [number, a, b, c, d, e, f] = call;
+        // SAFETY: whatever it does to this process, there is nothing behind it but its end.
+        unsafe {
+            *libc::__errno_location() = 0;
+            let done = libc::syscall(number, a, b, c, d, e, f);
+            let error = if done < 0 { *libc::__errno_location() } else { 0 };
+            libc::_exit(status_of(error))
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let purpose = match category {
+        Category::EventLoop | Category::Taker => {
+            confine::lock_down((category == Category::Taker).then(|| folder.path())).unwrap();
+            return act();
+        }
+        Category::Vcpu => Purpose::Vcpu,
+        Category::Disk => Purpose::Disk,
+        Category::Link => Purpose::Link,
+        Category::Helper => Purpose::Helper,
+    };
+    let _ = threads::spawn(purpose, "hostile", act).unwrap().join();
+}
+
+fn attempt(category: Category, name: &str) -> (Output, Channel) {
+    let (ours, theirs) = Channel::pair().unwrap();
+    let number = theirs.as_raw_fd();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "as_a_hostile_thread", "--nocapture", "--test-threads=1"]);
+    command.env(CATEGORY, format!("{category:?}")).env(ATTEMPT, name);
+    // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(number, 3) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    (command.output().unwrap(), ours)
+}
+
+/// Whether the kernel has Landlock: without it the file system is closed by the filters alone.
+fn landlock() -> bool {
+    // SAFETY: with this flag the call takes no structure and makes nothing.
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, 1) > 0 }
+}
+
+#[test]
+fn a_hostile_thread_of_each_kind_finds_no_way_out() {
+    for category in Category::ALL {
+        for (name, call, ends) in attempts(category) {
+            if ends == Ends::With(libc::EACCES) && !landlock() {
+                let _ = writeln!(std::io::stderr(), "{category:?}: {name}: left out, this kernel has no Landlock");
+                continue;
+            }
+            let (output, channel) = attempt(category, name);
+            let printed = String::from_utf8_lossy(&output.stderr);
+            let status = match ends {
+                Ends::TheProcess => CONFINED,
+                Ends::With(error) => status_of(error),
+            };
+            assert_eq!(output.status.code(), Some(status), "{category:?}: {name}: {:?} {printed}", output.status);
+            if ends != Ends::TheProcess {
+                continue;
+            }
+            let words = format!("made the system call {} (", call[0]);
+            assert!(printed.contains(&words), "{category:?}: {name}: {printed}");
+            let Ok(Incoming::Message(FromVm::Confined { call: told, thread }, _)) = channel.try_receive::<FromVm>()
+            else {
+                panic!("{category:?}: {name}: the supervisor was not told");
+            };
+            assert_eq!(told, call[0], "{category:?}: {name}");
+            let main = matches!(category, Category::EventLoop | Category::Taker);
+            assert!(main || thread == "hostile", "{category:?}: {name}: {thread}");
+        }
+    }
+}
+
+#[test]
+fn every_thread_of_a_running_vm_is_confined() {
+    if !common::kvm() {
+        return;
+    }
+    // `jmp $`
+    let process = common::Process::start(&common::Code::new().out8(0x3F8, b'x').raw(&[0xEB, 0xFE]).0);
+    process.wait_for("x");
+    let pid = process.child.id();
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let of = |field: &str| {
+            let line = status.lines().find(|line| line.split(':').next() == Some(field));
+            line.map(|line| line.split(':').nth(1).unwrap().trim().to_owned()).unwrap_or_default()
+        };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(of(set), "0000000000000000", "{set}: {status}");
+        }
+        assert!(!nix::unistd::geteuid().is_root() || of("CapBnd") == "0000000000000000", "{status}");
+        assert_eq!((of("NoNewPrivs").as_str(), of("Seccomp").as_str()), ("1", "2"), "{status}");
+        names.push(of("Name"));
+    }
+    names.sort();
+    assert!(["console", "log", "vcpu0"].iter().all(|name| names.iter().any(|known| known == name)), "{names:?}");
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+}
