@@ -11,7 +11,7 @@ use umbra_shadow::net::rx_mode::Mac;
 
 use crate::copy::{copy, gather, scatter};
 use crate::header::{HEADER_LEN, Header, Malformed, Offloads};
-use crate::queue::{Chain, ChainFault, Ring, RingFault, Virtqueue};
+use crate::queue::{Chain, ChainFault, Notified, Ring, RingFault, Virtqueue};
 
 /// Descriptors, frames and [`BYTES_PER_WORK`] that one call may visit before other work of the event loop gets its turn. A 64 KiB
 /// frame costs about 50: some 160 of them, or 2,000 small frames, a millisecond or two.
@@ -111,6 +111,31 @@ pub struct Counts {
     pub no_room: u64,
     /// Dropped: the guest may not send with this source address.
     pub foreign_source: u64,
+    /// What moving them took.
+    pub work: Work,
+}
+
+/// What it takes to move frames, in calls and signals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Calls, also those that found nothing.
+    pub pumps: u64,
+    /// Calls that ended because the target had no buffers.
+    pub full: u64,
+    /// Signals to either end: an eventfd written, an interrupt of its VM.
+    pub signals: u64,
+    /// Signals left out, because that end did not want to hear.
+    pub suppressed: u64,
+}
+
+impl Work {
+    fn note(&mut self, notified: Notified) {
+        match notified {
+            Notified::Sent => self.signals += 1,
+            Notified::Unwanted => self.suppressed += 1,
+            Notified::NothingNew => {}
+        }
+    }
 }
 
 /// Where a frame is to go and where it says that it comes from.
@@ -176,8 +201,10 @@ pub fn pump<T: HandoverLog>(
 ) -> Result<Stop, PumpError> {
     let moved = move_frames(source, target, flow, tap, counts);
     // Each side is notified of what was done for it, whatever the other did.
-    let told_source = source.notify().map_err(blame(flow.source));
-    let told_target = target.notify().map_err(blame(flow.target()));
+    let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
+    let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
+    counts.work.pumps += 1;
+    counts.work.full += u64::from(matches!(moved, Ok(Stop::TargetFull)));
     let stop = moved?;
     told_source.and(told_target).map(|()| stop)
 }
@@ -301,7 +328,8 @@ pub fn drain(
     mut see: impl FnMut(&InPlace<'_, '_>),
 ) -> Result<Stop, RingFault> {
     let stop = drain_frames(source, negotiated, counts, &mut see);
-    let told = source.notify();
+    let told = source.tell().map(|told| counts.work.note(told));
+    counts.work.pumps += 1;
     let stop = stop?;
     told.map(|()| stop)
 }

@@ -24,16 +24,18 @@ const DIAGRAMS: [(&str, &str); 6] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 7] = [
+const FIELDS: [(&str, &[&str], &str); 9] = [
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
-    ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/wire/counts.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/wire/counts.rs", &["VcpuCounts", "NetWork", "PathWork"], "docs/observe.md"),
+    ("vmm/src/record/threads.rs", &["ThreadUsage"], "docs/observe.md"),
     ("shadow/src/block/mod.rs", &["Counts"], "docs/events.md"),
     ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
         "vmm/src/record/status.rs",
-        &["Status", "GuestStatus", "NetStatus", "SoundStatus", "BlockStatus", "DriverStatus", "StandbyStatus"],
+        &["Status", "GuestStatus", "NetStatus", "SoundStatus", "BlockStatus", "DriverStatus", "StandbyStatus", "Usage"],
         "docs/observe.md",
     ),
 ];

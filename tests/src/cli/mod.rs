@@ -3,6 +3,7 @@
 //! Exit codes: that of the script for `run`; otherwise 0 done, 1 failed, 2 wrong usage. Errors are printed here and
 //! nowhere else, with their causes.
 
+mod compare;
 mod demo;
 mod measure;
 mod outages;
@@ -39,6 +40,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure throughput, round trips, outages and memory; a table and JSON.
     Measure(measure::Args),
+    /// Measure builds of Umbra side by side in one test host, in turns: speed and what it takes; a table and JSON.
+    Compare(compare::Args),
     /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
     Outages(outages::Args),
     /// Measure how soon driver VMs are there again, booted and restored, and the memory they hold; a table and JSON.
@@ -67,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Outages(args) => outages::run(&args),
         Command::Rebirth(args) => rebirth::run(&args),
         Command::Sound(args) => sound::run(&args),

@@ -2,12 +2,14 @@
 //! otherwise. All figures of a NIC come from one boot of the test host, so that their ratios mean something; on an
 //! emulated machine the figures themselves do not.
 
+pub mod compare;
 mod memory;
 mod outage;
 pub mod outages;
 mod qemu_guest;
 pub mod rebirth;
 mod results;
+pub mod slice;
 pub mod soak;
 pub mod sound;
 
@@ -137,7 +139,17 @@ fn path(name: &str, place: &mut Place, spec: &MeasureSpec, say: Say<'_>) -> Resu
 
 /// Runs a script in the guest and reads the JSON that it prints.
 fn answer<T: for<'a> serde::Deserialize<'a>>(place: &mut Place, script: &str, limit: Duration) -> Result<T, DemoError> {
-    let text = place.expect(&Guest::command(GUEST, script, limit), limit + Duration::from_secs(10))?;
+    answer_of(place, GUEST, script, limit)
+}
+
+/// The same in guest `guest`.
+fn answer_of<T: for<'a> serde::Deserialize<'a>>(
+    place: &mut Place,
+    guest: &str,
+    script: &str,
+    limit: Duration,
+) -> Result<T, DemoError> {
+    let text = place.expect(&Guest::command(guest, script, limit), limit + Duration::from_secs(10))?;
     serde_json::from_str(&text)
         .map_err(|e| DemoError::Umbra { what: format!("`{script}` gave no figures: {e}"), said: text })
 }

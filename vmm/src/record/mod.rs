@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod parts;
 pub mod recent;
 pub mod status;
+pub mod threads;
 pub mod timeline;
 mod words;
 pub mod writer;

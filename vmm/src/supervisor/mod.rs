@@ -18,6 +18,7 @@ mod prepare;
 mod rest;
 pub mod run;
 pub mod start;
+mod vcpu_answers;
 
 pub use driver::device::Open;
 pub use prepare::Until;

@@ -15,7 +15,7 @@ use crate::supervisor::driver::EndRef;
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
-use crate::wire::messages::{DeviceStatus, MaskedCounts, NetBackend, Replay, ToVm};
+use crate::wire::messages::{DeviceStatus, MaskedCounts, NetBackend, NetWork, Replay, ToVm};
 
 pub(super) const TRAITS: Traits = Traits {
     begins_with_device: false,
@@ -82,9 +82,11 @@ impl GuestNet {
             foreign_source: 0,
             logged_now: 0,
             masked: MaskedCounts::default(),
+            work: NetWork::default(),
         };
-        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, foreign_source, logged_now, masked }) = said {
-            status.foreign_source = *foreign_source;
+        if let Some(DeviceStatus::Net { mode, frames_out, frames_in, foreign_source, logged_now, masked, work }) = said
+        {
+            (status.foreign_source, status.work) = (*foreign_source, *work);
             status.mode = (*mode).into();
             (status.frames_out, status.frames_in) = (*frames_out, *frames_in);
             (status.logged_now, status.masked) = (*logged_now, *masked);

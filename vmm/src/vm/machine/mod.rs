@@ -16,4 +16,5 @@ pub mod state;
 pub mod terminal;
 pub mod unused;
 pub mod vcpu;
+mod vcpu_stats;
 pub mod vm;

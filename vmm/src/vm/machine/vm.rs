@@ -2,7 +2,7 @@
 //! other. Devices come from [`crate::vm::devices`].
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -17,10 +17,11 @@ use super::legacy::{Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
 use super::unused::Unused;
 use super::vcpu::{self, Shared, Vcpus};
+use super::vcpu_stats::VcpuStats;
 use super::{boot, cpuid, generation_id, kvm, layout, state};
 use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::bus::{PciBus, Windows};
-use crate::wire::messages::VmSpec;
+use crate::wire::messages::{VcpuCounts, VmSpec};
 
 /// Errors of building a VM.
 #[derive(Debug, Error)]
@@ -82,6 +83,8 @@ pub struct Vm {
     pub panicked: EventFd,
     kvm: Kvm,
     platform: Platform,
+    /// What KVM counts, once vCPUs run.
+    stats: OnceLock<VcpuStats>,
     /// Bytes to the serial line are handed over together.
     coalesces: bool,
     _ram: Vec<MemorySlot>,
@@ -125,6 +128,7 @@ impl Vm {
             panicked,
             kvm,
             platform,
+            stats: OnceLock::new(),
             coalesces,
             _ram: ram,
         })
@@ -159,10 +163,16 @@ impl Vm {
 
     /// Lets the vCPUs run.
     pub fn start(&self, vcpus: Vec<VcpuFd>) -> Result<Vcpus, Error> {
+        let _ = self.stats.set(VcpuStats::of(&vcpus));
         let shared = Shared::new(&self.bus, &self.end, &self.memory, state::msr_indices(&self.kvm)?.into());
         let of_console = |vcpu| CoalescedWrites::of_port(layout::COM1, (&self.kvm, &self.fd, vcpu));
         let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
         Ok(Vcpus::start(vcpus, &shared.with_coalesced(coalesced))?)
+    }
+
+    /// What KVM has counted of its vCPUs.
+    pub fn vcpu_counts(&self) -> VcpuCounts {
+        self.stats.get().map(VcpuStats::counts).unwrap_or_default()
     }
 }
 
