@@ -194,7 +194,7 @@ impl HandoverLog for Off {
     fn handed(&mut self, _used: u16, _heads: impl Iterator<Item = u16>) {}
 }
 
-/// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
+/// Moves frames from `source` to `target` until one of them is at its end or the [`BUDGET`] is spent.
 pub fn pump<T: HandoverLog>(
     source: &mut Virtqueue,
     target: &mut Virtqueue,
@@ -202,15 +202,26 @@ pub fn pump<T: HandoverLog>(
     tap: &mut T,
     counts: &mut Counts,
 ) -> Result<Stop, PumpError> {
+    pump_within(BUDGET, (source, target), flow, tap, counts)
+}
+
+/// As [`pump`], with another budget.
+pub fn pump_within<T: HandoverLog>(
+    budget: usize,
+    (source, target): (&mut Virtqueue, &mut Virtqueue),
+    flow: &Flow,
+    tap: &mut T,
+    counts: &mut Counts,
+) -> Result<Stop, PumpError> {
     counts.work.pumps += 1;
-    let mut work = 0;
+    let mut left = budget;
     loop {
-        let moved = move_frames(source, target, flow, tap, counts, &mut work);
+        let moved = move_frames(source, target, flow, tap, counts, &mut left);
         // Each side is notified of what was done for it, whatever the other did; and before either is asked for a kick: what comes
         // meanwhile needs none.
         let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
         let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
-        work += NOTIFYING;
+        left = left.saturating_sub(NOTIFYING);
         let pause = moved?;
         told_source.and(told_target)?;
         let (queue, owner, known, stop) = match pause {
@@ -245,7 +256,7 @@ fn move_frames<T: HandoverLog>(
     flow: &Flow,
     tap: &mut T,
     counts: &mut Counts,
-    work: &mut usize,
+    left: &mut usize,
 ) -> Result<Pause, PumpError> {
     let (at_source, at_target) = (blame(flow.source), blame(flow.target()));
     let mut from = source.open().map_err(&at_source)?;
@@ -254,7 +265,7 @@ fn move_frames<T: HandoverLog>(
     from.mute().map_err(&at_source)?;
     to.mute().map_err(&at_target)?;
     let mut waiting = 0;
-    while *work < BUDGET {
+    while *left > 0 {
         if waiting == 0 {
             waiting = from.available().map_err(&at_source)?;
             if waiting == 0 {
@@ -263,7 +274,7 @@ fn move_frames<T: HandoverLog>(
         }
         let head = from.head(0).map_err(&at_source)?;
         let read = read_frame(&from, head, flow.negotiated, &mut chain);
-        *work += 1 + chain.cost;
+        let mut work = 1 + chain.cost;
         let put = match read {
             Ok((header, len)) if flow.accepted.contains(header.needs()) => {
                 let addresses = T::LOOKS.then(|| Addresses::of(&chain));
@@ -273,7 +284,7 @@ fn move_frames<T: HandoverLog>(
                     // What a driver VM writes there meanwhile decides nothing.
                     let payload = Payload::Chain(&chain, len, addresses.filter(|_| flow.source == Owner::Guest));
                     let put = put_frame(&mut to, flow, &header, &payload, &mut space, tap);
-                    *work += space.chain.cost;
+                    work += space.chain.cost;
                     put?
                 }
             }
@@ -288,14 +299,18 @@ fn move_frames<T: HandoverLog>(
             Put::Done(len) => {
                 counts.frames += 1;
                 counts.bytes += len as u64;
-                *work += len / BYTES_PER_WORK;
+                work += len / BYTES_PER_WORK;
             }
-            Put::Full(known) => return Ok(Pause::Full(known)),
+            Put::Full(known) => {
+                *left = left.saturating_sub(work);
+                return Ok(Pause::Full(known));
+            }
             Put::NotAccepted => counts.not_accepted += 1,
             Put::NoRoom => counts.no_room += 1,
             Put::Malformed => counts.malformed += 1,
             Put::Foreign => counts.foreign_source += 1,
         }
+        *left = left.saturating_sub(work);
         from.take(1);
         from.complete(head, 0).map_err(blame(flow.source))?;
         waiting -= 1;

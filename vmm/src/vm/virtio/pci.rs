@@ -151,6 +151,8 @@ struct Kick {
     event: EventFd,
     /// Where KVM watches for it: in memory, and at a port.
     bound: [Option<Doorbell>; 2],
+    /// The device serves kicks that come by a port: KVM does not watch for them.
+    served: bool,
     running: bool,
 }
 
@@ -184,11 +186,11 @@ impl VirtioPci {
             let device = lock(&device);
             (device.device_id(), device.queue_sizes().to_vec(), device.features() | F_VERSION_1)
         };
-        let kick = |_: &u16| {
+        let kick = |index| {
             let event = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
-            Ok(Kick { event, bound: [None; 2], running: false })
+            Ok(Kick { event, bound: [None; 2], served: lock(&device).serves_kicks(index), running: false })
         };
-        let queues = sizes.iter().map(kick).collect::<Result<_, Error>>()?;
+        let queues = (0u16..).take(sizes.len()).map(kick).collect::<Result<_, Error>>()?;
         let (config, msix_capability, pci_capability) = config_space(device_id, &msix, sizes.len())?;
         Ok(Self {
             name,
@@ -342,6 +344,15 @@ impl VirtioPci {
         }
     }
 
+    /// A write to a port. The event loop serves the kick where the device does not, or works just now.
+    fn port_write(&self, offset: u32) {
+        let index = u16::try_from(offset / NOTIFY_MULTIPLIER).unwrap_or(u16::MAX);
+        match (self.queues.get(usize::from(index)), self.device.try_lock()) {
+            (Some(queue), Ok(mut device)) if queue.served && queue.running => device.kicked(index),
+            _ => self.notify(offset),
+        }
+    }
+
     fn region_read(&mut self, offset: u32, data: &mut [u8]) {
         data.fill(0);
         match region(offset) {
@@ -438,7 +449,7 @@ impl PciDevice for VirtioPci {
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
         let offset = u32::try_from(offset).unwrap_or(u32::MAX);
         match bar {
-            BarIndex(PORTS) => self.notify(offset),
+            BarIndex(PORTS) => self.port_write(offset),
             _ => self.region_write(offset, data),
         }
     }
@@ -451,7 +462,7 @@ impl PciDevice for VirtioPci {
             {
                 self.log.warn(format_args!("{}: {error}", self.name));
             }
-            let Some(base) = base else { continue };
+            let Some(base) = base.filter(|_| bar.0 != PORTS || !queue.served) else { continue };
             let offset = index * u64::from(NOTIFY_MULTIPLIER);
             let doorbell = match bar {
                 BarIndex(PORTS) => Doorbell::Port(base + offset),

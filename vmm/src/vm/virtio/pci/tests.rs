@@ -21,6 +21,8 @@ struct Device {
     resets: usize,
     refuse: bool,
     config_call: Option<EventFd>,
+    /// Kicks that came to it.
+    kicks: Vec<u16>,
 }
 
 impl MutEventSubscriber for Device {
@@ -70,6 +72,14 @@ impl VirtioDevice for Device {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         self.running[usize::from(index)].take().map(|_| QueueState { next_avail: 7, next_used: 7 })
+    }
+
+    fn serves_kicks(&self, index: u16) -> bool {
+        index == 1
+    }
+
+    fn kicked(&mut self, index: u16) {
+        self.kicks.push(index);
     }
 
     fn reset(&mut self) {
@@ -307,7 +317,8 @@ fn notification_addresses_follow_the_bar() {
     driver.pci.bar_moved(BarIndex(1), Some(0x1000));
     driver.pci.bar_moved(BarIndex(1), Some(0x2000));
     let memory = [0xD000_3000, 0xD000_3004].map(Doorbell::Memory);
-    assert_eq!(*driver.bound.lock().unwrap(), [&memory[..], &[0x2000, 0x2004].map(Doorbell::Port)].concat());
+    // The device serves the second queue's kicks by the port itself.
+    assert_eq!(*driver.bound.lock().unwrap(), [&memory[..], &[Doorbell::Port(0x2000)]].concat());
     driver.pci.bar_moved(BarIndex(1), None);
     assert_eq!(*driver.bound.lock().unwrap(), memory, "each BAR has its own");
     let Driver { pci, bound, .. } = driver;
@@ -348,8 +359,8 @@ fn the_first_way_to_kick_is_a_port_and_each_way_kicks_its_queue() {
     assert_eq!(bars, [PORTS, BAR]);
     let ports = driver.pci.bars()[1];
     assert_eq!((ports.index, ports.kind, ports.size), (BarIndex(PORTS), BarKind::Io, 8), "two queues");
-    driver.pci.bar_write(BarIndex(PORTS), 4, &1u16.to_le_bytes());
-    assert_eq!(driver.pci.queues[1].event.read().unwrap(), 1);
+    driver.pci.bar_write(BarIndex(PORTS), 0, &0u16.to_le_bytes());
+    assert_eq!(driver.pci.queues[0].event.read().unwrap(), 1);
     // The same by the configuration space.
     let access = driver.pci.pci_capability;
     driver.pci.config_write(access + 4, &[PORTS]);
@@ -358,6 +369,22 @@ fn the_first_way_to_kick_is_a_port_and_each_way_kicks_its_queue() {
     driver.pci.config_write(access + 16, &[0, 0]);
     assert_eq!(driver.pci.queues[0].event.read().unwrap(), 1);
     assert!(driver.pci.queues[1].event.read().is_err());
+}
+
+#[test]
+fn a_device_gets_the_kicks_that_it_serves_unless_it_is_at_work_or_the_queue_stands_still() {
+    let mut driver = Driver::new();
+    let kick = |driver: &mut Driver| driver.pci.bar_write(BarIndex(PORTS), 4, &1u16.to_le_bytes());
+    let for_the_loop = |driver: &Driver| driver.pci.queues[1].event.read().unwrap_or(0);
+    kick(&mut driver);
+    assert_eq!((driver.device.lock().unwrap().kicks.len(), for_the_loop(&driver)), (0, 1), "it does not run yet");
+    driver.ready();
+    kick(&mut driver);
+    assert_eq!((driver.device.lock().unwrap().kicks.as_slice(), for_the_loop(&driver)), (&[1][..], 0));
+    let device = Arc::clone(&driver.device);
+    let at_work = device.lock().unwrap();
+    kick(&mut driver);
+    assert_eq!((at_work.kicks.len(), for_the_loop(&driver)), (1, 1));
 }
 
 #[test]
@@ -390,8 +417,12 @@ fn kvm_takes_kicks_and_vectors_and_their_moves() {
     pci.bar_moved(BarIndex(0), Some(0xC000_8000));
     pci.bar_moved(BarIndex(1), Some(0x1000));
     pci.bar_moved(BarIndex(1), Some(0x1008));
-    let all = pci.queues.iter().flat_map(|queue| queue.bound);
-    assert!(all.into_iter().all(|bound| bound.is_some()), "KVM watches each queue's address and port");
+    let all: Vec<_> = pci.queues.iter().map(|queue| queue.bound.map(|bound| bound.is_some())).collect();
+    assert_eq!(
+        all,
+        [[true, true], [true, false]],
+        "KVM watches each queue's address, and the port of those not served"
+    );
     for vector in 0..3u32 {
         let entry = u64::from(MSIX_TABLE + vector * 16);
         pci.bar_write(BarIndex(0), entry, &0xFEE0_0000u64.to_le_bytes());
