@@ -79,7 +79,7 @@ pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
         for kind in Kind::ALL {
             for turn in 0..machines.len() {
                 let n = if round % 2 == 0 { turn } else { machines.len() - 1 - turn };
-                let slice = Slice::take((&mut machines[n], &mut place), (LABELS[n], n), kind, spec.seconds)?;
+                let slice = Slice::take((Some(&mut machines[n]), &mut place), (LABELS[n], n), kind, spec.seconds)?;
                 builds[n].push(slice);
             }
         }
@@ -162,7 +162,8 @@ impl Comparison {
             let mut line = |name: &str, figure: &dyn Fn(&Slice) -> f64| {
                 text.push_str(&row(name, &of(first, figure), &of(other, figure)));
             };
-            line(kind.title(), &|slice| slice.figure);
+            let per = if kind == Kind::RoundTrip { "round trip" } else { "MiB" };
+            line(&format!("{}; per {per}:", kind.title()), &|slice| slice.figure);
             for (name, counters) in ROWS {
                 let scale = if name.ends_with("us") { 1e-3 } else { 1.0 };
                 let sum =
@@ -173,20 +174,22 @@ impl Comparison {
     }
 }
 
-/// Medians of both, the median of the ratios in pairs, and its range; a range that spans 1 is no difference.
+/// Medians of both, and [`ratio`].
 fn row(name: &str, a: &[f64], b: &[f64]) -> String {
+    format!("{name:<44}{:>10.2}{:>10.2}{}\n", median(a), median(b), ratio(a, b))
+}
+
+/// The median of the ratios b : a in pairs, and its range; a range that spans 1 is no difference.
+pub(super) fn ratio(a: &[f64], b: &[f64]) -> String {
     let ratios: Vec<_> = a.iter().zip(b).filter(|(a, _)| **a > 0.0).map(|(a, b)| b / a).collect();
-    let medians = format!("{name:<44}{:>10.2}{:>10.2}", median(a), median(b));
-    let (Some(least), Some(most)) = (ratios.iter().copied().reduce(f64::min), ratios.iter().copied().reduce(f64::max))
-    else {
-        return medians + "\n";
-    };
+    let least = ratios.iter().copied().reduce(f64::min);
+    let (Some(least), Some(most)) = (least, ratios.iter().copied().reduce(f64::max)) else { return String::new() };
     let verdict = if least <= 1.0 && most >= 1.0 { "  no difference" } else { "" };
-    format!("{medians}{:>8.2}   {least:.2} to {most:.2}{verdict}\n", median(&ratios))
+    format!("{:>8.2}   {least:.2} to {most:.2}{verdict}", median(&ratios))
 }
 
 /// The median; between the two in the middle where their number is even. 0 of none.
-fn median(figures: &[f64]) -> f64 {
+pub(super) fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = |at: usize| sorted.get(at).copied().unwrap_or(0.0);

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::GUEST;
 use crate::assets::Assets;
 use crate::bench::guest::{self, Guest};
 use crate::demo::DemoError;
@@ -48,45 +47,46 @@ pub(super) fn carry(to: &Path, assets: &Assets) -> Result<(), DemoError> {
 }
 
 /// QEMU's guest; ends with [`Self::stop`].
-pub(super) struct QemuGuest(Run);
+pub(super) struct QemuGuest {
+    name: String,
+    run: Run,
+}
 
-/// Gives the NIC back to the host's driver, bridges it, starts QEMU.
+/// Gives NIC `nic` to the host's driver, bridges it, starts QEMU with guest `name`.
 ///
 /// # Errors
 /// The guest does not come up.
-pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
+pub(super) fn start(place: &mut Place, (name, nic): (&str, usize), vhost: &str) -> Result<QemuGuest, DemoError> {
     let bridge = format!(
-        "modprobe vhost_net 2>/dev/null; [ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" \
-         != vfio-pci ] || unvfio {device}
-         [ -e /sys/class/net/br0 ] || brctl addbr br0
-         has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; \
-         ip link set $nic up; ip link set br0 up
+        "modprobe vhost_net 2>/dev/null; device=$NIC{nic}; unvfio $device
+         brctl addbr br-{name}
+         has_net() {{ [ -n \"$(netof $device)\" ]; }}; await 20 has_net; nic=$(netof $device); brctl addif br-{name} $nic; \
+         ip link set $nic up; ip link set br-{name} up
          [ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu || exit 1; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
     place.run(&bridge, Duration::from_secs(120))?;
     let work = place.work();
     let run = place.start(&format!(
         "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
-         -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log \
-         -netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile= \
+         -nodefaults -display none -no-reboot -serial file:/share/{name}.log \
+         -netdev tap,id=n,ifname={name},script=no,downscript=no,vhost={vhost} \
+         -device virtio-net-pci,netdev=n,romfile=,mac=52:54:00:78:00:{nic:02x} \
          -chardev socket,id=x,path={},server=on,wait=off -device virtio-serial-pci \
          -device virtserialport,chardev=x,name={PORT_NAME} \
          -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 ip4={}/24' 2>&1",
-        guest::socket(GUEST),
-        guest_address(0, 0)
+        guest::socket(name),
+        guest_address(nic, 0)
     ))?;
-    let mut guest = QemuGuest(run);
-    place.run(
-        "await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up",
-        Duration::from_secs(20),
-    )?;
-    match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
+    let mut guest = QemuGuest { name: name.into(), run };
+    let join = format!("await 10 test -e /sys/class/net/{name}; brctl addif br-{name} {name}; ip link set {name} up");
+    place.run(&join, Duration::from_secs(20))?;
+    match place.in_guest(name, "true", Duration::from_secs(60)) {
         Ok(_) => Ok(guest),
         Err(e) => {
-            let _ = guest.0.poll(Duration::from_millis(100));
+            let _ = guest.run.poll(Duration::from_millis(100));
             Err(DemoError::Umbra {
                 what: format!("QEMU's guest did not come up ({e})"),
-                said: guest.0.output().stdout.clone(),
+                said: guest.run.output().stdout.clone(),
             })
         }
     }
@@ -95,8 +95,8 @@ pub(super) fn start(place: &mut Place, device: &str, vhost: &str) -> Result<Qemu
 impl QemuGuest {
     /// Ends it.
     pub(super) fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
-        place.run(&Guest::command(GUEST, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();
-        if self.0.poll(Duration::from_secs(10)).map_err(DemoError::Exec)? {
+        place.run(&Guest::command(&self.name, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();
+        if self.run.poll(Duration::from_secs(10)).map_err(DemoError::Exec)? {
             return Ok(());
         }
         // Dropping the run kills QEMU.

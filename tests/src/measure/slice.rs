@@ -35,9 +35,9 @@ impl Kind {
     /// For people.
     pub fn title(self) -> &'static str {
         match self {
-            Self::Send => "send, Mb/s; per MiB:",
-            Self::Receive => "receive, Mb/s; per MiB:",
-            Self::RoundTrip => "round trip p50, us; per round trip:",
+            Self::Send => "send, Mb/s",
+            Self::Receive => "receive, Mb/s",
+            Self::RoundTrip => "round trip p50, us",
         }
     }
 }
@@ -51,23 +51,31 @@ pub struct Slice {
     pub figure: f64,
     /// MiB moved, or round trips made.
     pub amount: f64,
-    /// By how much counters went up meanwhile, per MiB or round trip.
+    /// The round trips, where these were made.
+    pub round_trips: Option<RoundTrips>,
+    /// By how much counters went up meanwhile, per MiB or round trip; of a path of Umbra's.
     pub each: BTreeMap<String, f64>,
 }
 
 impl Slice {
-    /// Measures `kind` between guest `guest` of `machine`, which is on the network of NIC `nic`, and the peer.
+    /// Measures `kind` between guest `guest`, which is on the network of NIC `nic`, and the peer; with the counters of its machine,
+    /// where Umbra runs it.
     ///
     /// # Errors
     /// The guest does not do it.
     pub fn take(
-        (machine, place): (&mut Machine, &mut Place),
+        (mut machine, place): (Option<&mut Machine>, &mut Place),
         (guest, nic): (&str, usize),
         kind: Kind,
         seconds: u32,
     ) -> Result<Self, DemoError> {
         let (peer, limit) = (peer_address(nic), Duration::from_secs(u64::from(seconds) + 60));
-        let before = counters(&machine.status(place)?);
+        let mut look = |place: &mut Place| match &mut machine {
+            Some(machine) => machine.status(place).map(|status| counters(&status)),
+            None => Ok(BTreeMap::new()),
+        };
+        let before = look(place)?;
+        let mut round_trips = None;
         let (figure, amount) = match kind {
             Kind::Send | Kind::Receive => {
                 let verb = if kind == Kind::Send { "send" } else { "receive" };
@@ -77,15 +85,16 @@ impl Slice {
             Kind::RoundTrip => {
                 let script = format!("umbra-probe ping {peer} {ROUND_TRIPS}");
                 let trips: RoundTrips = answer_of(place, guest, &script, limit)?;
+                round_trips = Some(trips);
                 (float(trips.p50_us), f64::from(trips.sent - trips.lost))
             }
         };
-        let after = counters(&machine.status(place)?);
+        let after = look(place)?;
         let each = |(name, after): (String, u64)| {
             let before = before.get(&name).copied().unwrap_or(0);
             (name, float(after.saturating_sub(before)) / amount.max(1e-9))
         };
-        Ok(Self { kind, figure, amount, each: after.into_iter().map(each).collect() })
+        Ok(Self { kind, figure, amount, round_trips, each: after.into_iter().map(each).collect() })
     }
 }
 
