@@ -11,7 +11,7 @@ use umbra_shadow::net::rx_mode::Mac;
 
 use crate::copy::{copy, gather, scatter};
 use crate::header::{HEADER_LEN, Header, Malformed, Offloads};
-use crate::queue::{Chain, ChainFault, Ring, RingFault, Virtqueue};
+use crate::queue::{Chain, ChainFault, Notified, Ring, RingFault, Virtqueue};
 
 /// Descriptors, frames and [`BYTES_PER_WORK`] that one call may visit before other work of the event loop gets its turn. A 64 KiB
 /// frame costs about 50: some 160 of them, or 2,000 small frames, a millisecond or two.
@@ -19,6 +19,9 @@ pub const BUDGET: usize = 8192;
 
 /// Bytes of a frame that cost as much as a descriptor: copying 2 KiB takes longer than reading one.
 const BYTES_PER_WORK: usize = 2048;
+
+/// What notifying both ends costs beside it: two system calls.
+const NOTIFYING: usize = 64;
 
 /// Whose end a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +114,31 @@ pub struct Counts {
     pub no_room: u64,
     /// Dropped: the guest may not send with this source address.
     pub foreign_source: u64,
+    /// What moving them took.
+    pub work: Work,
+}
+
+/// What it takes to move frames, in calls and signals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Calls, also those that found nothing.
+    pub pumps: u64,
+    /// Calls that ended because the target had no buffers.
+    pub full: u64,
+    /// Signals to either end: an eventfd written, an interrupt of its VM.
+    pub signals: u64,
+    /// Signals left out, because that end did not want to hear.
+    pub suppressed: u64,
+}
+
+impl Work {
+    fn note(&mut self, notified: Notified) {
+        match notified {
+            Notified::Sent => self.signals += 1,
+            Notified::Unwanted => self.suppressed += 1,
+            Notified::NothingNew => {}
+        }
+    }
 }
 
 /// Where a frame is to go and where it says that it comes from.
@@ -166,7 +194,7 @@ impl HandoverLog for Off {
     fn handed(&mut self, _used: u16, _heads: impl Iterator<Item = u16>) {}
 }
 
-/// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
+/// Moves frames from `source` to `target` until one of them is at its end or the [`BUDGET`] is spent.
 pub fn pump<T: HandoverLog>(
     source: &mut Virtqueue,
     target: &mut Virtqueue,
@@ -174,12 +202,48 @@ pub fn pump<T: HandoverLog>(
     tap: &mut T,
     counts: &mut Counts,
 ) -> Result<Stop, PumpError> {
-    let moved = move_frames(source, target, flow, tap, counts);
-    // Each side is notified of what was done for it, whatever the other did.
-    let told_source = source.notify().map_err(blame(flow.source));
-    let told_target = target.notify().map_err(blame(flow.target()));
-    let stop = moved?;
-    told_source.and(told_target).map(|()| stop)
+    pump_within(BUDGET, (source, target), flow, tap, counts)
+}
+
+/// As [`pump`], with another budget.
+pub fn pump_within<T: HandoverLog>(
+    budget: usize,
+    (source, target): (&mut Virtqueue, &mut Virtqueue),
+    flow: &Flow,
+    tap: &mut T,
+    counts: &mut Counts,
+) -> Result<Stop, PumpError> {
+    counts.work.pumps += 1;
+    let mut left = budget;
+    loop {
+        let moved = move_frames(source, target, flow, tap, counts, &mut left);
+        // Each side is notified of what was done for it, whatever the other did; and before either is asked for a kick: what comes
+        // meanwhile needs none.
+        let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
+        let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
+        left = left.saturating_sub(NOTIFYING);
+        let pause = moved?;
+        told_source.and(told_target)?;
+        let (queue, owner, known, stop) = match pause {
+            Pause::Budget => return Ok(Stop::Budget),
+            Pause::Empty => (&mut *source, flow.source, 0, Stop::SourceEmpty),
+            Pause::Full(known) => (&mut *target, flow.target(), known, Stop::TargetFull),
+        };
+        if !queue.open().and_then(|mut ring| more_than(&mut ring, known)).map_err(blame(owner))? {
+            counts.work.full += u64::from(stop == Stop::TargetFull);
+            return Ok(stop);
+        }
+    }
+}
+
+/// Why frames are not moved for the moment. Nobody has been asked for a kick yet.
+enum Pause {
+    /// No more frames.
+    Empty,
+    /// No buffers beyond this many, which are too few.
+    Full(u16),
+    /// The budget is spent.
+    Budget,
 }
 
 fn blame<F: Into<Fault>>(owner: Owner) -> impl Fn(F) -> PumpError {
@@ -192,24 +256,25 @@ fn move_frames<T: HandoverLog>(
     flow: &Flow,
     tap: &mut T,
     counts: &mut Counts,
-) -> Result<Stop, PumpError> {
+    left: &mut usize,
+) -> Result<Pause, PumpError> {
     let (at_source, at_target) = (blame(flow.source), blame(flow.target()));
     let mut from = source.open().map_err(&at_source)?;
     let mut to = target.open().map_err(&at_target)?;
     let (mut chain, mut space) = (Chain::default(), Space::default());
     from.mute().map_err(&at_source)?;
     to.mute().map_err(&at_target)?;
-    let (mut work, mut waiting) = (0, 0);
-    while work < BUDGET {
+    let mut waiting = 0;
+    while *left > 0 {
         if waiting == 0 {
-            waiting = more(&mut from).map_err(&at_source)?;
+            waiting = from.available().map_err(&at_source)?;
             if waiting == 0 {
-                return Ok(Stop::SourceEmpty);
+                return Ok(Pause::Empty);
             }
         }
         let head = from.head(0).map_err(&at_source)?;
         let read = read_frame(&from, head, flow.negotiated, &mut chain);
-        work += 1 + chain.cost;
+        let mut work = 1 + chain.cost;
         let put = match read {
             Ok((header, len)) if flow.accepted.contains(header.needs()) => {
                 let addresses = T::LOOKS.then(|| Addresses::of(&chain));
@@ -237,32 +302,37 @@ fn move_frames<T: HandoverLog>(
                 work += len / BYTES_PER_WORK;
             }
             Put::Full(known) => {
-                if to.listen(known).map_err(blame(flow.target()))? {
-                    to.mute().map_err(blame(flow.target()))?;
-                    continue;
-                }
-                return Ok(Stop::TargetFull);
+                *left = left.saturating_sub(work);
+                return Ok(Pause::Full(known));
             }
             Put::NotAccepted => counts.not_accepted += 1,
             Put::NoRoom => counts.no_room += 1,
             Put::Malformed => counts.malformed += 1,
             Put::Foreign => counts.foreign_source += 1,
         }
+        *left = left.saturating_sub(work);
         from.take(1);
         from.complete(head, 0).map_err(blame(flow.source))?;
         waiting -= 1;
     }
-    Ok(Stop::Budget)
+    Ok(Pause::Budget)
 }
 
 /// Chains that wait; if none, asks for a kick and looks again.
 pub(crate) fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
-    let waiting = ring.available()?;
-    if waiting > 0 || !ring.listen(0)? {
-        return Ok(waiting);
+    if more_than(ring, 0)? { ring.available() } else { Ok(0) }
+}
+
+/// Whether more than `known` chains wait; if not, asks for a kick and looks again.
+fn more_than(ring: &mut Ring<'_>, known: u16) -> Result<bool, RingFault> {
+    if ring.available()? > known {
+        return Ok(true);
     }
-    ring.mute()?;
-    ring.available()
+    let more = ring.listen(known)?;
+    if more {
+        ring.mute()?;
+    }
+    Ok(more)
 }
 
 /// A checked frame where its owner has put it. Its bytes may change at any time.
@@ -301,7 +371,8 @@ pub fn drain(
     mut see: impl FnMut(&InPlace<'_, '_>),
 ) -> Result<Stop, RingFault> {
     let stop = drain_frames(source, negotiated, counts, &mut see);
-    let told = source.notify();
+    let told = source.tell().map(|told| counts.work.note(told));
+    counts.work.pumps += 1;
     let stop = stop?;
     told.map(|()| stop)
 }

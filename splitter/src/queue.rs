@@ -175,6 +175,23 @@ impl<'m> Chain<'m> {
     }
 }
 
+/// What became of a notification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notified {
+    /// It is sent.
+    Sent,
+    /// The owner does not want to hear of what was used.
+    Unwanted,
+    /// Nothing was used since the last one.
+    NothingNew,
+}
+
+impl Notified {
+    fn if_wanted(wanted: bool) -> Self {
+        if wanted { Self::Sent } else { Self::Unwanted }
+    }
+}
+
 /// Where a ring is and where we stand in it.
 #[derive(Clone, Copy, Debug)]
 struct State {
@@ -266,16 +283,21 @@ impl Virtqueue {
 
     /// Notifies the owner if it wants to hear of what was used since last time.
     pub fn notify(&mut self) -> Result<(), RingFault> {
-        let wanted = self.open()?.owner_wants_notification()?;
+        self.tell().map(drop)
+    }
+
+    /// As [`Self::notify`]; whether it was.
+    pub fn tell(&mut self) -> Result<Notified, RingFault> {
+        let notified = self.open()?.owner_wants_notification()?;
         match (&self.call, &self.watch) {
-            (Some(call), Some(watch)) if wanted => watch.write(call)?,
-            (Some(call), None) if wanted => {
+            (Some(call), Some(watch)) if notified == Notified::Sent => watch.write(call)?,
+            (Some(call), None) if notified == Notified::Sent => {
                 // Full only if the owner does not take its interrupts; then it has one waiting.
                 let _ = call.write(1);
             }
             _ => {}
         }
-        Ok(())
+        Ok(notified)
     }
 
     /// Queue size.
@@ -454,21 +476,22 @@ impl<'m> Ring<'m> {
         Ok(self.available()? > known)
     }
 
-    fn owner_wants_notification(&mut self) -> Result<bool, RingFault> {
+    /// Whether the owner is to be notified; it is taken to be.
+    fn owner_wants_notification(&mut self) -> Result<Notified, RingFault> {
         let new = self.state.next_used;
-        let Some(old) = self.state.signalled.replace(new) else { return Ok(true) };
+        let Some(old) = self.state.signalled.replace(new) else { return Ok(Notified::Sent) };
         if old == new {
-            return Ok(false);
+            return Ok(Notified::NothingNew);
         }
         // The used index must be visible before we read the wish.
         fence(Ordering::SeqCst);
         if self.state.event_idx {
             let at = RING_HEADER + AVAIL_ENTRY * usize::from(self.state.size);
             let event = u16::from_le(self.avail.load(at, Ordering::Relaxed).map_err(RingFault::Access)?);
-            return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+            return Ok(Notified::if_wanted(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)));
         }
         let flags = u16::from_le(self.avail.load(0, Ordering::Relaxed).map_err(RingFault::Access)?);
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(Notified::if_wanted(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0))
     }
 
     /// Queue size.

@@ -57,7 +57,7 @@ fn frames_with_anothers_address_are_dropped_and_told() {
     let free = [2, 1, 1, 1, 1, 1];
     send(&mut guest, &[MAC, NEIGHBOUR, free, [1; 6], GATEWAY]);
     assert_eq!(sources(&mut vm), [MAC, free, GATEWAY], "nobody has been heard with the last");
-    assert_eq!((guest.tx.completed(), guest.splitter.status().foreign_source), (5, 2));
+    assert_eq!((guest.tx.completed(), guest.splitter.status().out.foreign_source), (5, 2));
     assert_eq!(warned(&guest), [NEIGHBOUR], "once");
     // The gateway speaks; and somebody who uses the guest's own address.
     vm.tx.send(&from(GATEWAY, 10));
@@ -65,7 +65,7 @@ fn frames_with_anothers_address_are_dropped_and_told() {
     guest.turn();
     assert_eq!(guest.rx.receive_all().len(), 2);
     send(&mut guest, &[MAC, GATEWAY, NEIGHBOUR]);
-    assert_eq!((sources(&mut vm), guest.splitter.status().foreign_source), (vec![MAC], 4));
+    assert_eq!((sources(&mut vm), guest.splitter.status().out.foreign_source), (vec![MAC], 4));
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn nor_do_they_go_through_the_log() {
     guest.splitter.mask(generation(1));
     send(&mut guest, &[NEIGHBOUR, MAC, GATEWAY]);
     let status = guest.splitter.status();
-    assert_eq!((status.logged_now, status.masked.logged, status.foreign_source), (1, 1, 2));
+    assert_eq!((status.logged_now, status.masked.logged, status.out.foreign_source), (1, 1, 2));
     let mut vm = attached(&mut guest, 2);
     vm.rx.offer_all();
     guest.splitter.go_live(generation(2), Log::Replay);

@@ -25,12 +25,14 @@ const DIAGRAMS: [(&str, &str); 7] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 8] = [
+const FIELDS: [(&str, &[&str], &str); 10] = [
     ("vmm/src/cli/list.rs", &["Listing", "Answer"], "docs/programs.md"),
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),
-    ("vmm/src/wire/messages.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/wire/counts.rs", &["PaceSteps", "SoundCounts"], "docs/events.md"),
+    ("vmm/src/wire/counts.rs", &["VcpuCounts", "NetWork", "PathWork"], "docs/observe.md"),
+    ("vmm/src/record/threads.rs", &["ThreadUsage"], "docs/observe.md"),
     ("shadow/src/block/mod.rs", &["Counts"], "docs/events.md"),
     ("vmm/src/cli/snapshots.rs", &["Listing", "Row"], "docs/standby.md"),
     (
@@ -44,6 +46,7 @@ const FIELDS: [(&str, &[&str], &str); 8] = [
             "DriverStatus",
             "StandbyStatus",
             "SecondStatus",
+            "Usage",
         ],
         "docs/observe.md",
     ),

@@ -14,6 +14,7 @@ mod probe;
 mod replay;
 pub mod source;
 pub mod stall;
+mod status;
 mod traffic;
 
 use std::os::unix::net::UnixStream;
@@ -38,6 +39,11 @@ use in_flight::InFlight;
 use next::WaitingLink;
 use replay::{Outcome, Replay};
 use source::Sources;
+use status::Kicks;
+pub use status::Status;
+
+/// What is moved at most while a vCPU waits for it, in units of [`pump::BUDGET`]: a frame of 64 KiB and the look behind it.
+const AT_ONCE: usize = 128;
 
 /// The guest's queues, with their indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,23 +106,6 @@ pub enum Log {
 /// Receives the notices; it must not call the splitter.
 pub type Listener = Box<dyn FnMut(Notice) + Send>;
 
-/// State for `umbra status`.
-#[derive(Clone, Copy, Debug)]
-pub struct Status {
-    /// The shadow's mode.
-    pub mode: ModeName,
-    /// Frames to the driver VM, live and replayed.
-    pub frames_out: u64,
-    /// Frames to the guest.
-    pub frames_in: u64,
-    /// Frames dropped, because the guest may not send with their source address.
-    pub foreign_source: u64,
-    /// Frames in the log now.
-    pub logged_now: usize,
-    /// Sums over all outages.
-    pub masked: MaskedCounts,
-}
-
 /// A link, as far as it has come.
 #[derive(Default)]
 enum LinkState {
@@ -174,6 +163,7 @@ pub struct NetSplitter {
     listener: Listener,
     outward: Counts,
     inward: Counts,
+    kicks: Kicks,
     /// Progress of the frames that go out.
     progress: stall::Progress,
     broken: bool,
@@ -204,6 +194,7 @@ impl NetSplitter {
             listener,
             outward: Counts::default(),
             inward: Counts::default(),
+            kicks: Kicks::default(),
             progress: stall::Progress::default(),
             broken: false,
             log: LogLimit::default(),
@@ -390,30 +381,9 @@ impl NetSplitter {
         }
     }
 
-    /// State for users.
-    pub fn status(&self) -> Status {
-        Status {
-            mode: self.shadow.mode(),
-            frames_out: self.outward.frames,
-            frames_in: self.inward.frames,
-            foreign_source: self.outward.foreign_source,
-            logged_now: self.shadow.logged_now(),
-            masked: self.shadow.total(),
-        }
-    }
-
-    /// Whose driver VM takes and brings frames now.
-    pub fn serving(&self) -> Option<Generation> {
-        self.link.generation().filter(|_| self.shadow.mode() == ModeName::Passive)
-    }
-
-    /// What was moved or dropped: from the guest, and to it.
-    pub fn counts(&self) -> (Counts, Counts) {
-        (self.outward, self.inward)
-    }
-
     /// A kick.
     pub fn kicked(&mut self, source: Kicker) {
+        self.kicks.note(source);
         match source {
             Kicker::Guest(GuestQueue::Tx) => self.outward(),
             Kicker::Guest(GuestQueue::Rx) | Kicker::Link(LinkQueue::Tx) => {
@@ -431,6 +401,16 @@ impl NetSplitter {
                 self.replay();
                 self.inward();
             }
+        }
+    }
+
+    /// A kick of the guest's transmit queue, on the thread that makes it: [`AT_ONCE`] is done here, the rest at the next turn of the
+    /// loop.
+    pub fn sent(&mut self) {
+        self.kicks.note(Kicker::Guest(GuestQueue::Tx));
+        match self.shadow.verdict() {
+            FrameVerdict::Pass => self.outward_within(AT_ONCE),
+            FrameVerdict::Log | FrameVerdict::Discard | FrameVerdict::Hold => self.wake_up(),
         }
     }
 

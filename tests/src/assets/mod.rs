@@ -160,7 +160,7 @@ impl Assets {
             None => emulator::mended(Path::new(QEMU), &cache)?,
         };
         let out = target_dir().join("bench");
-        let programs = strip_programs(&out.join("programs"))?;
+        let programs = strip_programs(&out.join("programs"), built)?;
         let package = kernel_package(say)?;
         let kernel = Kernel::from_debs(std::slice::from_ref(&package), &cache)?;
         let vmlinux = kernel.vmlinux(&cache)?;
@@ -264,15 +264,34 @@ impl Assets {
         let driver = |model: &Model| driver_of(model).ok_or_else(|| AssetError::UnknownModel(model.clone()));
         let mut drivers = models.iter().map(driver).collect::<Result<Vec<_>, _>>()?;
         drivers.dedup();
+        self.image_of(&drivers, &self.programs, &drivers.join("+"))
+    }
+
+    /// Another build: the folder that its programs are copied to, and a driver VM image with its agent, `label` in their names.
+    ///
+    /// # Errors
+    /// A program is not in `from`, or as [`Self::driver_image`].
+    pub fn other_build(&self, from: &Path, label: &str, model: &Model) -> Result<(PathBuf, PathBuf), AssetError> {
+        let there = |name: &str| {
+            let path = from.join(name);
+            if path.is_file() { Ok(path) } else { Err(AssetError::NotBuilt(path)) }
+        };
+        let programs = strip_programs(&self.out.join("builds").join(label), there)?;
+        let driver = driver_of(model).ok_or_else(|| AssetError::UnknownModel(model.clone()))?;
+        let image = self.image_of(&[driver], &programs, &format!("{driver}-{label}"))?;
+        Ok((programs, image))
+    }
+
+    fn image_of(&self, drivers: &[&str], programs: &Path, name: &str) -> Result<PathBuf, AssetError> {
         let recipe = Recipe {
             kernel: Kernel::from_debs(std::slice::from_ref(&self.package), &self.cache)?,
             drivers: drivers.iter().map(|&driver| driver.into()).collect(),
             devices: Vec::new(),
-            agent: self.programs.join("umbra-agent"),
-            sound: Some(self.programs.join("umbra-sound")),
+            agent: programs.join("umbra-agent"),
+            sound: Some(programs.join("umbra-sound")),
             firmware: Vec::new(),
         };
-        let dir = self.out.join("images").join(drivers.join("+"));
+        let dir = self.out.join("images").join(name);
         recipe.build(&dir, &self.cache).map(|_: Image| dir).map_err(Into::into)
     }
 
@@ -358,7 +377,7 @@ fn built(name: &str) -> Result<PathBuf, AssetError> {
 }
 
 /// Copies the programs without debug information: the test host pages them through a slow channel.
-fn strip_programs(dir: &Path) -> Result<PathBuf, AssetError> {
+fn strip_programs(dir: &Path, built: impl Fn(&str) -> Result<PathBuf, AssetError>) -> Result<PathBuf, AssetError> {
     fs::create_dir_all(dir).map_err(|e| AssetError::file("make", dir, e))?;
     for name in PROGRAMS {
         let (from, to) = (built(name)?, dir.join(name));

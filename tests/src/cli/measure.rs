@@ -12,6 +12,9 @@ pub struct Args {
     /// The NIC model: e1000e, rtl8139, igb. May be repeated.
     #[arg(long = "nic", value_name = "MODEL", default_value = "e1000e")]
     nics: Vec<String>,
+    /// Rounds of all paths; every other one in reversed order.
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
     /// Seconds for each transfer.
     #[arg(long, default_value_t = 5)]
     seconds: u32,
@@ -32,6 +35,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for nic in &args.nics {
         let spec = MeasureSpec {
             nic: nic.as_str().into(),
+            rounds: args.rounds,
             seconds: args.seconds,
             crashes: args.crashes,
             smallest: args.smallest,

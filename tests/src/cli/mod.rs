@@ -3,6 +3,7 @@
 //! Exit codes: that of the script for `run`; otherwise 0 done, 1 failed, 2 wrong usage. Errors are printed here and
 //! nowhere else, with their causes.
 
+mod compare;
 mod demo;
 mod disks;
 mod measure;
@@ -45,6 +46,8 @@ enum Command {
     Measure(measure::Args),
     /// Measure a disk behind a driver VM beside what one would have otherwise, and its outages; a table and JSON.
     MeasureDisk(measure_disk::Args),
+    /// Measure builds of Umbra side by side in one test host, in turns: speed and what it takes; a table and JSON.
+    Compare(compare::Args),
     /// Crash one driver VM many times: each outage and its parts, beside the bare re-initialisation; a table and JSON.
     Outages(outages::Args),
     /// Measure how soon driver VMs are there again, booted and restored, and the memory they hold; a table and JSON.
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Disks(args) => disks::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::MeasureDisk(args) => measure_disk::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Outages(args) => outages::run(&args),
         Command::Rebirth(args) => rebirth::run(&args),
         Command::Sound(args) => sound::run(&args),

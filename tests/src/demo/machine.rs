@@ -25,6 +25,9 @@ const STEP: Duration = Duration::from_secs(60);
 /// `boot_timeout_s` of driver VMs on the reference machine: Umbra's own default.
 const BOOT_S: f64 = 60.0;
 
+/// The machine's name where there is one only.
+const MACHINE: &str = "machine";
+
 /// Names of the driver VMs.
 pub const NIC_DRIVER: &str = "nic0";
 /// That of the sound card.
@@ -72,6 +75,10 @@ pub struct DiskController {
 /// What the machine is made of.
 #[derive(Clone, Debug)]
 pub struct MachineSpec {
+    /// The machine's name, and that of its files in the share.
+    pub name: String,
+    /// The program that runs it, as a shell in the place finds it.
+    pub program: String,
     /// The NIC's PCI address in the place.
     pub device: String,
     /// A second NIC on the same network, the spare.
@@ -106,6 +113,8 @@ pub struct MachineSpec {
     pub standby: String,
     /// How many wait, where it is `warm`.
     pub standbys: u8,
+    /// More lines for each driver VM, as `cmdline = "init_on_alloc=0"`.
+    pub driver_options: String,
     /// Driver VMs are restored from snapshots.
     pub snapshots: bool,
     /// The folder of snapshots in the place, where it is not that of all test hosts.
@@ -116,6 +125,8 @@ impl MachineSpec {
     /// One guest `web` on `device`.
     pub fn one_guest(device: &str, image: &str, address: &str) -> Self {
         Self {
+            name: MACHINE.into(),
+            program: "umbra".into(),
             device: device.into(),
             spare: None,
             image: image.into(),
@@ -133,6 +144,7 @@ impl MachineSpec {
             driver_memory: "128M".into(),
             standby: "warm".into(),
             standbys: 1,
+            driver_options: String::new(),
             snapshots: true,
             snapshot_folder: None,
         }
@@ -181,12 +193,13 @@ impl MachineSpec {
             let spare = spare.map(|spare| format!("spare = \"{spare}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[driver.{driver}]\ndevice = \"{device}\"\nimage = \"{work}/{image}\"\nmemory = \"{memory}\"\n\
-                 standby = \"{}\"\nstandbys = {}\nsnapshots = {}\n{spare}[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
+                 standby = \"{}\"\nstandbys = {}\nsnapshots = {}\n{spare}{}\n[driver.{driver}.restart]\nlimit = {}\ninterval_s = 3600\n\
                  backoff_ms = 100\nbackoff_max_ms = 200\n\
                  boot_timeout_s = {:.0}\ninterrupts_per_s = {}\n",
                 self.standby,
                 self.standbys,
                 self.snapshots,
+                self.driver_options,
                 self.restart_limit,
                 BOOT_S * factor() + f64::from(self.slow_boot_s),
                 self.interrupts_per_s
@@ -214,6 +227,8 @@ impl MachineSpec {
 
 /// A running machine.
 pub struct Machine {
+    name: String,
+    program: String,
     run: Run,
     events: Follow,
     /// Folder with the guests' consoles.
@@ -242,21 +257,25 @@ impl Machine {
     /// The place did not do it.
     pub fn launch(place: &mut Place, spec: &MachineSpec) -> Result<Self, DemoError> {
         let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
-        let file = place.share().join("machine.toml");
+        let (name, program) = (&spec.name, &spec.program);
+        let file = place.share().join(format!("{name}.toml"));
         std::fs::write(&file, spec.to_toml(&work, &share)).map_err(|e| DemoError::file("write", &file, e))?;
         let files = spec.files().join(" ");
+        let events = if name == MACHINE { "events.jsonl".into() } else { format!("{name}.jsonl") };
+        let consoles: String = spec.guests.iter().map(|(guest, _)| format!(" {share}/{guest}.log")).collect();
         place.expect(
             &format!(
                 "mkdir -p {work} {SOCKETS} && for f in {files}; do [ -e {work}/$f ] || {copy} {share}/$f {work}/$f \
-                || exit 1; done; rm -f {share}/events.jsonl {share}/*.log"
+                || exit 1; done; rm -f {share}/{events}{consoles}"
             ),
             START_LIMIT,
         )?;
         let folder = spec.snapshot_folder.iter().map(|folder| format!("UMBRA_SNAPSHOT_DIR={folder} "));
         let folder: String = folder.collect();
-        let run = place.start(&format!("{folder}umbra run {share}/machine.toml --events {share}/events.jsonl 2>&1"))?;
+        let run = place.start(&format!("{folder}{program} run {share}/{name}.toml --events {share}/{events} 2>&1"))?;
         let share = place.share();
-        Ok(Self { run, events: Follow::new(share.join("events.jsonl")), share, seen: Vec::new() })
+        let events = Follow::new(share.join(events));
+        Ok(Self { name: name.clone(), program: program.clone(), run, events, share, seen: Vec::new() })
     }
 
     /// Waits for an event that `wanted` accepts, among those not looked at yet.
@@ -347,7 +366,7 @@ impl Machine {
     /// # Errors
     /// It failed or gave no JSON.
     pub fn status(&mut self, place: &mut Place) -> Result<Value, DemoError> {
-        let text = place.expect("umbra status --json", STEP)?;
+        let text = place.expect(&format!("{} status --json --name {}", self.program, self.name), STEP)?;
         serde_json::from_str(&text)
             .map_err(|_| DemoError::Umbra { what: "`umbra status --json` gave no JSON".into(), said: text })
     }
@@ -409,7 +428,7 @@ impl Machine {
     /// # Errors
     /// It does not end.
     pub fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
-        let _ = place.run("umbra stop --force", STEP)?;
+        let _ = place.run(&format!("{} stop --force --name {}", self.program, self.name), STEP)?;
         place.await_end(&mut self.run, STEP, |_| Ok(())).map_err(|error| match error {
             DemoError::Still { limit, said, .. } => {
                 DemoError::Still { what: "`umbra stop --force` does not end the machine".into(), limit, said }

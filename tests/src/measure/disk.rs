@@ -213,7 +213,7 @@ impl Rig {
             }
             Route::Qemu => {
                 let node = self.node()?;
-                let guest = qemu_guest::start_with_disk(&mut self.place, &node)?;
+                let guest = qemu_guest::start_with_disk(&mut self.place, GUEST, &node)?;
                 let jobs = self.jobs(spec, say)?;
                 guest.stop(&mut self.place)?;
                 jobs
@@ -228,10 +228,9 @@ impl Rig {
 
     /// The disk's node in the test host, with the host's own driver.
     fn node(&mut self) -> Result<String, DemoError> {
-        qemu_guest::give_back(&mut self.place, &self.device)?;
         let find = format!(
             "node() {{ ls -d /sys/block/* | while read b; do case $(readlink -f $b) in */{}/*) echo /dev/${{b##*/}};; esac; done; }}
-             has_node() {{ [ -b \"$(node)\" ]; }}; await 20 has_node; printf %s $(node)",
+             unvfio $DISK0; has_node() {{ [ -b \"$(node)\" ]; }}; await 20 has_node; printf %s $(node)",
             self.device
         );
         self.place.expect(&find, LIMIT)

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::results::OutageFigures;
-use super::{GUEST, answer};
+use super::{GUEST, answer_of};
 use crate::assets::Say;
 use crate::demo::DemoError;
 use crate::demo::machine::{Machine, NIC_DRIVER};
@@ -53,8 +53,8 @@ pub(super) fn measure(
     Ok(all)
 }
 
-/// Unbind, bind, up, first answer, in the guest that has the NIC to itself.
-pub(super) fn reinit(place: &mut Place) -> Result<Vec<Reinit>, DemoError> {
-    let script = format!("umbra-probe reinit {}/24 {}", guest_address(0, 0), peer_address(0));
-    (0..RUNS).map(|_| answer(place, &script, Duration::from_secs(60))).collect()
+/// Unbind, bind, up, first answer, in the guest that has this NIC to itself.
+pub(super) fn reinit(place: &mut Place, (guest, nic): (&str, usize)) -> Result<Vec<Reinit>, DemoError> {
+    let script = format!("umbra-probe reinit {}/24 {}", guest_address(nic, 0), peer_address(nic));
+    (0..RUNS).map(|_| answer_of(place, guest, &script, Duration::from_secs(60))).collect()
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::GUEST;
 use crate::assets::Assets;
 use crate::bench::guest::{self, Guest};
 use crate::demo::DemoError;
@@ -50,78 +49,75 @@ pub(super) fn carry(to: &Path, assets: &Assets) -> Result<(), DemoError> {
 }
 
 /// QEMU's guest; ends with [`Self::stop`].
-pub(super) struct QemuGuest(Run);
+pub(super) struct QemuGuest {
+    name: String,
+    run: Run,
+}
 
-/// Gives the NIC back to the host's driver, bridges it, starts QEMU with a virtio NIC.
+/// Gives NIC `nic` to the host's driver, bridges it, starts QEMU with guest `name`, which has a virtio NIC.
 ///
 /// # Errors
 /// The guest does not come up.
-pub(super) fn start_with_nic(place: &mut Place, device: &str, vhost: &str) -> Result<QemuGuest, DemoError> {
-    give_back(place, device)?;
+pub(super) fn start_with_nic(
+    place: &mut Place,
+    (name, nic): (&str, usize),
+    vhost: &str,
+) -> Result<QemuGuest, DemoError> {
     let bridge = format!(
-        "modprobe vhost_net 2>/dev/null
-         [ -e /sys/class/net/br0 ] || brctl addbr br0
-         has_net() {{ [ -n \"$(netof {device})\" ]; }}; await 20 has_net; nic=$(netof {device}); brctl addif br0 $nic; \
-         ip link set $nic up; ip link set br0 up; await 10 grep -q 1 /sys/class/net/$nic/carrier"
+        "modprobe vhost_net 2>/dev/null; device=$NIC{nic}; unvfio $device
+         brctl addbr br-{name}
+         has_net() {{ [ -n \"$(netof $device)\" ]; }}; await 20 has_net; nic=$(netof $device); brctl addif br-{name} $nic; \
+         ip link set $nic up; ip link set br-{name} up; await 10 grep -q 1 /sys/class/net/$nic/carrier"
     );
     place.run(&bridge, SET_UP)?;
-    let nic = format!(
-        "-netdev tap,id=n,ifname=tap0,script=no,downscript=no,vhost={vhost} -device virtio-net-pci,netdev=n,romfile="
+    let devices = format!(
+        "-netdev tap,id=n,ifname={name},script=no,downscript=no,vhost={vhost} \
+         -device virtio-net-pci,netdev=n,romfile=,mac=52:54:00:78:00:{nic:02x}"
     );
-    let guest = launch(place, &nic, &format!("ip4={}/24", guest_address(0, 0)))?;
-    place.run(
-        "await 10 test -e /sys/class/net/tap0; brctl addif br0 tap0; ip link set tap0 up",
-        Duration::from_secs(20),
-    )?;
+    let guest = launch(place, name, &devices, &format!("ip4={}/24", guest_address(nic, 0)))?;
+    let join = format!("await 10 test -e /sys/class/net/{name}; brctl addif br-{name} {name}; ip link set {name} up");
+    place.run(&join, Duration::from_secs(20))?;
     guest.await_up(place)
 }
 
-/// Starts QEMU with a virtio disk that is the block device `node` of the host: past its cache, by io_uring, in a thread of its own.
+/// Starts QEMU with guest `name`, whose virtio disk is the block device `node` of the host: past its cache, by `io_uring`, in a thread of
+/// its own.
 ///
 /// # Errors
 /// The guest does not come up.
-pub(super) fn start_with_disk(place: &mut Place, node: &str) -> Result<QemuGuest, DemoError> {
+pub(super) fn start_with_disk(place: &mut Place, name: &str, node: &str) -> Result<QemuGuest, DemoError> {
     let disk = format!(
         "-object iothread,id=io -blockdev driver=host_device,filename={node},node-name=d,cache.direct=on,aio=io_uring \
          -device virtio-blk-pci,drive=d,iothread=io"
     );
-    launch(place, &disk, "")?.await_up(place)
+    launch(place, name, &disk, "")?.await_up(place)
 }
 
-/// Gives a function back to the host's own driver.
-///
-/// # Errors
-/// The place did not do it.
-pub(super) fn give_back(place: &mut Place, device: &str) -> Result<(), DemoError> {
-    let is_vfio = format!("[ \"$(basename \"$(readlink /sys/bus/pci/devices/{device}/driver)\")\" = vfio-pci ]");
-    place.run(&format!("! {is_vfio} || unvfio {device}"), SET_UP).map(drop)
-}
-
-/// Starts QEMU with these `devices` and `words` for its kernel.
-fn launch(place: &mut Place, devices: &str, words: &str) -> Result<QemuGuest, DemoError> {
+/// Starts QEMU with guest `name`, these `devices` and these `words` for its kernel.
+fn launch(place: &mut Place, name: &str, devices: &str, words: &str) -> Result<QemuGuest, DemoError> {
     place.expect("[ -e /tmp/qemu ] || fetch /share/qemu /tmp/qemu", SET_UP)?;
     let work = place.work();
     let run = place.start(&format!(
         "cd /tmp/qemu && exec ./ld-linux-x86-64.so.2 --library-path . ./qemu -L . -accel kvm -machine q35 -cpu host -smp 1 -m 256M \
-         -nodefaults -display none -no-reboot -serial file:/share/qemu-guest.log {devices} \
+         -nodefaults -display none -no-reboot -serial file:/share/{name}.log {devices} \
          -chardev socket,id=x,path={},server=on,wait=off -device virtio-serial-pci \
          -device virtserialport,chardev=x,name={PORT_NAME} \
          -kernel /share/bzImage -initrd {work}/guest.cpio -append 'console=ttyS0 quiet panic=-1 {words}' 2>&1",
-        guest::socket(GUEST),
+        guest::socket(name),
     ))?;
-    Ok(QemuGuest(run))
+    Ok(QemuGuest { name: name.into(), run })
 }
 
 impl QemuGuest {
     /// It, once it answers.
     fn await_up(mut self, place: &mut Place) -> Result<Self, DemoError> {
-        match place.in_guest(GUEST, "true", Duration::from_secs(60)) {
+        match place.in_guest(&self.name, "true", Duration::from_secs(60)) {
             Ok(_) => Ok(self),
             Err(e) => {
-                let _ = self.0.poll(Duration::from_millis(100));
+                let _ = self.run.poll(Duration::from_millis(100));
                 Err(DemoError::Umbra {
                     what: format!("QEMU's guest did not come up ({e})"),
-                    said: self.0.output().stdout.clone(),
+                    said: self.run.output().stdout.clone(),
                 })
             }
         }
@@ -129,8 +125,8 @@ impl QemuGuest {
 
     /// Ends it.
     pub(super) fn stop(mut self, place: &mut Place) -> Result<(), DemoError> {
-        place.run(&Guest::command(GUEST, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();
-        if self.0.poll(Duration::from_secs(10)).map_err(DemoError::Exec)? {
+        place.run(&Guest::command(&self.name, "poweroff -f", Duration::from_secs(2)), Duration::from_secs(10)).ok();
+        if self.run.poll(Duration::from_secs(10)).map_err(DemoError::Exec)? {
             return Ok(());
         }
         // Dropping the run kills QEMU.

@@ -3,22 +3,32 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use super::compare::{median, ratio};
+use super::slice::{Kind, Slice};
 use crate::bench::Model;
 use crate::demo::outage::median_and_max;
-use crate::probe::net::RoundTrips;
 use crate::probe::reinit::Reinit;
 
 /// One way from guest to peer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct PathFigures {
     /// Which.
     pub name: String,
-    /// TCP, guest to peer, Mbit/s, measured at the peer.
-    pub send_mbit_s: f64,
-    /// TCP, peer to guest, Mbit/s, measured in the guest.
-    pub receive_mbit_s: f64,
-    /// UDP round trips.
-    pub round_trips: RoundTrips,
+    /// Its measurements, in the order of the rounds: TCP from guest to peer, measured at the peer; from peer to guest, measured in
+    /// the guest; UDP round trips.
+    pub slices: Vec<Slice>,
+}
+
+impl PathFigures {
+    fn figures(&self, kind: Kind) -> Vec<f64> {
+        self.slices.iter().filter(|slice| slice.kind == kind).map(|slice| slice.figure).collect()
+    }
+
+    /// The median of the 99th percentiles, us.
+    fn p99(&self) -> f64 {
+        let trips = self.slices.iter().filter_map(|slice| slice.round_trips);
+        median(&trips.map(|trips| f64::from(u32::try_from(trips.p99_us).unwrap_or(u32::MAX))).collect::<Vec<_>>())
+    }
 }
 
 /// One crash.
@@ -96,22 +106,18 @@ impl Results {
     pub fn table(&self) -> String {
         let mut text = format!("\n{:<30}{:>12}{:>12}{:>12}{:>12}\n", self.nic, "send", "receive", "rtt p50", "rtt p99");
         for path in &self.paths {
-            let trips = &path.round_trips;
-            text.push_str(&format!(
-                "{:<30}{:>7.0} Mb/s{:>7.0} Mb/s{:>9} us{:>9} us\n",
-                path.name, path.send_mbit_s, path.receive_mbit_s, trips.p50_us, trips.p99_us
-            ));
+            let [send, receive, p50] = Kind::ALL.map(|kind| median(&path.figures(kind)));
+            let p99 = path.p99();
+            let name = &path.name;
+            text.push_str(&format!("{name:<30}{send:>7.0} Mb/s{receive:>7.0} Mb/s{p50:>9.0} us{p99:>9.0} us\n"));
         }
         if let Some((first, others)) = self.paths.split_first() {
             for other in others {
-                text.push_str(&format!(
-                    "  driver VM : {:<17}{:>11.2} {:>11.2} {:>11.2}\n",
-                    other.name,
-                    first.send_mbit_s / other.send_mbit_s,
-                    first.receive_mbit_s / other.receive_mbit_s,
-                    f64::from(u32::try_from(first.round_trips.p50_us).unwrap_or(u32::MAX))
-                        / f64::from(u32::try_from(other.round_trips.p50_us.max(1)).unwrap_or(u32::MAX)),
-                ));
+                for kind in Kind::ALL {
+                    let ratio = ratio(&other.figures(kind), &first.figures(kind));
+                    let what = format!("{} : {}", first.name, other.name);
+                    text.push_str(&format!("  {what:<40}{:<20}{ratio}\n", kind.title()));
+                }
             }
         }
         self.outages(&mut text);

@@ -12,6 +12,7 @@ pub mod parts;
 pub mod recent;
 pub mod schema;
 pub mod status;
+pub mod threads;
 pub mod timeline;
 mod words;
 pub mod writer;

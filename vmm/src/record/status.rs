@@ -5,11 +5,12 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use umbra_shadow::block::{CachePolicy, Counts, ModeName};
 
+use super::threads::{self, ThreadUsage};
 use super::words;
 use crate::base::untrusted_text;
 use crate::host::reset::{self, ResetMethod};
 use crate::lifecycle::{StandbyStage, StateName};
-use crate::wire::messages::{MaskedCounts, ShadowMode, SoundCounts};
+use crate::wire::messages::{MaskedCounts, NetWork, ShadowMode, SoundCounts, VcpuCounts};
 
 /// A running machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +46,19 @@ pub struct GuestStatus {
     /// Disks that driver VMs serve, in order.
     #[serde(default)]
     pub disks: Vec<BlockStatus>,
+    /// What its processors have done.
+    #[serde(default)]
+    pub usage: Usage,
+}
+
+/// What a VM has used of the host's processors: of its process, and so of its present life.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// What KVM has counted, once the process has said.
+    pub vcpus: Option<VcpuCounts>,
+    /// The threads of the process, by what they do; those that have ended do not count.
+    #[serde(default)]
+    pub threads: Vec<ThreadUsage>,
 }
 
 /// Where a guest's VM is, in one word.
@@ -211,6 +225,9 @@ pub struct NetStatus {
     pub logged_now: u32,
     /// Sums over all outages.
     pub masked: MaskedCounts,
+    /// What moving frames took, where a driver VM does.
+    #[serde(default)]
+    pub work: NetWork,
 }
 
 /// A driver VM.
@@ -250,6 +267,9 @@ pub struct DriverStatus {
     /// The next life; `None` with `standby = "cold"`.
     #[serde(default)]
     pub standby: Option<StandbyStatus>,
+    /// What the present life's processors have done.
+    #[serde(default)]
+    pub usage: Usage,
 }
 
 /// What is ready for the next life of a driver VM.
@@ -290,6 +310,14 @@ pub struct SecondStatus {
 }
 
 impl Status {
+    /// Adds what the host's kernel says of the threads of all processes.
+    pub fn add_threads(&mut self) {
+        let guests = self.guests.iter_mut().map(|guest| (guest.pid, &mut guest.usage));
+        for (pid, usage) in guests.chain(self.drivers.iter_mut().map(|driver| (driver.pid, &mut driver.usage))) {
+            usage.threads = pid.map(threads::of).unwrap_or_default();
+        }
+    }
+
     /// Leaves only the guest or driver VM of this name. Returns whether there is one.
     pub fn retain(&mut self, name: &str) -> bool {
         self.guests.retain(|guest| guest.name == name);
@@ -440,6 +468,7 @@ pub(crate) mod testing {
             foreign_source: 0,
             logged_now: 0,
             masked: MaskedCounts::default(),
+            work: NetWork::default(),
         };
         let guest = GuestStatus {
             name: "web".into(),
@@ -450,6 +479,7 @@ pub(crate) mod testing {
             nets: vec![net],
             sounds: Vec::new(),
             disks: Vec::new(),
+            usage: Usage::default(),
         };
         let driver = DriverStatus {
             name: "nic0".into(),
@@ -477,6 +507,7 @@ pub(crate) mod testing {
                 age_s: Some(3.5),
                 reason: None,
             }),
+            usage: Usage::default(),
         };
         Status { name: "m".into(), pid: 1, guests: vec![guest], drivers: vec![driver] }
     }

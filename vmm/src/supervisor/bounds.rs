@@ -120,6 +120,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::Released { .. }
         | FromVm::Panicked { .. }
         | FromVm::LinkUp { .. }
+        | FromVm::Vcpus(_)
         | FromVm::Status { .. }
         | FromVm::Live { .. }
         | FromVm::SameNetwork { .. }

@@ -11,6 +11,7 @@ use umbra_splitter::untrusted::Elsewhere;
 use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use super::power_button::PowerButton;
+use super::vcpu_answers::VcpuAnswers;
 use crate::base::time::Time;
 use crate::config::{Console, Guest, GuestRestart, Restart};
 use crate::lifecycle::Endpoint;
@@ -49,6 +50,8 @@ pub(super) struct GuestVm {
     pub(super) end: Option<VmEnd>,
     /// Why the process could not run the VM, once it has said so.
     pub(super) error: Option<String>,
+    /// What its process said of its vCPUs.
+    pub(super) vcpus: VcpuAnswers,
     /// Whether the control channel is still of use.
     pub(super) listening: bool,
     /// Bounds the warnings that its process brings about.
@@ -136,6 +139,7 @@ impl GuestVm {
             has_run: false,
             end: None,
             error: None,
+            vcpus: VcpuAnswers::default(),
             listening: false,
             warnings: LogLimit::default(),
             unsent: VecDeque::new(),
@@ -162,6 +166,7 @@ impl GuestVm {
     pub(super) fn forget(&mut self) {
         self.devices.values_mut().for_each(GuestDevice::forget);
         self.unsent.clear();
+        self.vcpus = VcpuAnswers::default();
     }
 
     /// The driver VM behind `device`, and as which of its ends.
@@ -183,11 +188,11 @@ impl GuestVm {
         }
     }
 
-    /// The answers of its devices to an earlier `QueryStatus` do not count any more. Whether there is anything to ask: a device that a
-    /// driver VM serves.
+    /// The answers of its devices to an earlier `QueryStatus` do not count any more. Whether there is anything to ask: vCPUs, or a
+    /// device that a driver VM serves.
     pub(super) fn expect_answers(&mut self) -> bool {
         self.devices.values_mut().for_each(|device| device.fresh = false);
-        self.devices.values().any(|device| device.driver.is_some())
+        self.vcpus.expect() || self.devices.values().any(|device| device.driver.is_some())
     }
 
     pub(super) fn has_terminal(&self) -> bool {
@@ -292,9 +297,10 @@ impl GuestVm {
         }
     }
 
-    /// Whether all devices that a driver VM serves have answered the last `QueryStatus`.
+    /// Whether its process, and all devices that a driver VM serves, have answered the last `QueryStatus`.
     pub(super) fn is_fresh(&self) -> bool {
-        self.process.is_none() || self.devices.values().all(|device| device.fresh || device.driver.is_none())
+        self.process.is_none()
+            || self.vcpus.is_fresh() && self.devices.values().all(|device| device.fresh || device.driver.is_none())
     }
 
     pub(super) fn status(&self, driver_name: impl Fn(DriverId) -> String) -> status::GuestStatus {
@@ -308,6 +314,7 @@ impl GuestVm {
             nets,
             sounds,
             disks,
+            usage: status::Usage { vcpus: self.vcpus.last(), threads: Vec::new() },
         }
     }
 }

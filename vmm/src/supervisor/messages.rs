@@ -124,6 +124,7 @@ impl Supervisor {
                 self.warn_of_guest(n, &what);
             }
             FromVm::Offloads { device, offloads } => self.on_offloads(n, device, offloads),
+            FromVm::Vcpus(counts) => self.guests[n].vcpus.keep(counts),
             FromVm::Status { device, status } => self.guests[n].keep_status(device, status),
         }
     }

@@ -19,6 +19,7 @@ mod resize;
 mod rest;
 pub mod run;
 pub mod start;
+mod vcpu_answers;
 
 pub use driver::device::Open;
 pub use prepare::Until;

@@ -501,7 +501,7 @@ impl Supervisor {
         if let Some(metrics) = self.events.metrics().filter(|_| self.metrics_due <= now) {
             // Each guest's last answer, and a question for the next time.
             metrics.show(self.status());
-            self.ask_guests();
+            self.ask_vms();
             self.metrics_due = now + METRICS_PERIOD;
         }
     }

@@ -201,6 +201,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let folder = snapshot.as_ref().map(|place| place.folder().to_owned());
     let vcpus = vm.start(vcpus, || Ok::<_, Error>(confine::lock_down(folder.as_deref())?))?;
     host.tell(&FromVm::Running { at: Time::now().0 });
+    host.tell(&FromVm::Vcpus(vm.vcpu_counts()));
     let terminal = if spec.console == Console::Terminal {
         let input = TerminalInput::new(Arc::clone(&vm.serial), Arc::clone(&vm.end));
         let input = input.map_err(Error::system("put the terminal into raw mode"))?;
@@ -345,7 +346,12 @@ impl Control {
                 Ok(()) => FromVm::Plugged { at: Time::now().0 },
                 Err(error) => FromVm::Failed { what: chain(&error) },
             }),
-            other => self.devices.handle(&other, fds, &self.host),
+            other => {
+                if matches!(other, ToVm::QueryStatus) {
+                    self.host.tell(&FromVm::Vcpus(self.vm.vcpu_counts()));
+                }
+                self.devices.handle(&other, fds, &self.host);
+            }
         }
     }
 }

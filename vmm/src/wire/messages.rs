@@ -11,6 +11,7 @@ use umbra_shadow::block;
 pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 
+pub use super::counts::{NetWork, PaceSteps, PathWork, SoundCounts, VcpuCounts};
 pub use super::link_end::LinkEnd;
 pub use super::vm_spec::{DiskBackend, NetBackend, PortBackend, PortEnd, SnapshotOf, SoundBackend, VmSpec};
 
@@ -123,7 +124,7 @@ pub enum ToVm {
         /// Its new size.
         bytes: Option<u64>,
     },
-    /// Answered by [`FromVm::Status`] for each device of a driver VM.
+    /// Answered by [`FromVm::Vcpus`], then by [`FromVm::Status`] for each device of a driver VM.
     QueryStatus,
     /// Guest: the answer to [`FromVm::WantTap`], where there is an interface of that name again. Descriptor attached: the interface, open;
     /// else it cannot be used.
@@ -309,6 +310,8 @@ pub enum FromVm {
         /// The offloads.
         offloads: Offloads,
     },
+    /// What KVM has counted; said when the vCPUs run, and as answer to [`ToVm::QueryStatus`].
+    Vcpus(VcpuCounts),
     /// Answer to [`ToVm::QueryStatus`], for each device of a driver VM.
     Status {
         /// The device.
@@ -379,6 +382,9 @@ pub enum DeviceStatus {
         logged_now: u32,
         /// Sums over all outages.
         masked: MaskedCounts,
+        /// What moving frames took.
+        #[serde(default)]
+        work: NetWork,
     },
     /// A sound device.
     Sound {
@@ -402,34 +408,6 @@ pub enum DeviceStatus {
         /// Sums since the start.
         sums: block::Counts,
     },
-}
-
-/// How much a device moved around an outage.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PaceSteps {
-    /// Length of each step, ms.
-    pub step_ms: u64,
-    /// From the begin of the first step to the loss of the driver VM, ms.
-    pub before_ms: u64,
-    /// Frames from the guest to the driver VM in each step; of a sound device, frames that the card played.
-    pub out: Vec<u64>,
-    /// Frames to the guest in each step.
-    pub into: Vec<u64>,
-}
-
-/// What happened to samples, in frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SoundCounts {
-    /// Playback that was due while there was no card and was skipped.
-    pub frames_skipped: u64,
-    /// Silence given to capture.
-    pub frames_silent: u64,
-    /// Capture lost because the guest gave no room.
-    pub frames_overrun: u64,
-    /// Periods given back early, to keep the guest's player alive.
-    pub kept_alive: u64,
-    /// Underruns and overruns that the card reported.
-    pub xruns: u64,
 }
 
 /// What a new driver VM gets of what the shadow recorded.

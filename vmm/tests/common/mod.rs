@@ -144,7 +144,7 @@ impl Process {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.channel.as_ref().unwrap().try_receive().unwrap() {
-                Incoming::Message(FromVm::Running { .. }, _) => {}
+                Incoming::Message(FromVm::Running { .. } | FromVm::Vcpus(_), _) => {}
                 Incoming::Message(message, _) => return Some(message),
                 Incoming::Closed => return None,
                 Incoming::Empty => {

@@ -20,7 +20,8 @@ use umbra_vmm::config::Console;
 use umbra_vmm::vm::snapshot::key::OfVm;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
-    DeviceStatus, FromVm, LinkEnd, MaskedCounts, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd, VmSpec,
+    DeviceStatus, FromVm, LinkEnd, MaskedCounts, NetWork, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm, VmEnd,
+    VmSpec,
 };
 use umbra_vmm::wire::spawn::CONFINED;
 
@@ -165,10 +166,17 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 }
             }
             ToVm::QueryStatus => {
-                let masked = MaskedCounts::default();
+                let (masked, work) = (MaskedCounts::default(), NetWork::default());
                 let mode = if links.is_empty() { ShadowMode::Masking } else { ShadowMode::Passive };
-                let status =
-                    DeviceStatus::Net { mode, frames_out: 7, frames_in: 0, foreign_source: 0, logged_now: 0, masked };
+                let status = DeviceStatus::Net {
+                    mode,
+                    frames_out: 7,
+                    frames_in: 0,
+                    foreign_source: 0,
+                    logged_now: 0,
+                    masked,
+                    work,
+                };
                 channel.send(&FromVm::Status { device: NET, status }, &[]).unwrap();
             }
             // Only in its first life.

@@ -8,6 +8,8 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLabelValue, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
+use serde::Serialize;
+use serde_json::Value;
 
 use umbra_shadow::block::SECTOR_BYTES;
 
@@ -21,7 +23,8 @@ pub(super) struct Now(pub(super) Arc<Mutex<Option<Status>>>);
 impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), Error> {
         // A copy, so that the supervisor never waits for an encoder.
-        let Some(status) = lock(&self.0).clone() else { return Ok(()) };
+        let Some(mut status) = lock(&self.0).clone() else { return Ok(()) };
+        status.add_threads();
         let encoder = &mut encoder;
         let drivers = status.drivers.iter();
         let state = drivers.clone().map(|d| ([("driver", d.name.clone()), ("state", d.state.to_string())], 1_u64));
@@ -92,6 +95,7 @@ impl Collector for Now {
         });
         let help = "What became of acknowledged data of a disk that were not stable at an outage";
         counter(encoder, "guest_disk", help, Some(&Unit::Bytes), bytes)?;
+        used(encoder, &status)?;
         let vms = guests.map(|g| ("guest", &g.name, g.pid)).chain(drivers.map(|d| ("driver", &d.name, d.pid)));
         let all = vms.chain([("supervisor", &status.name, Some(status.pid))]);
         let resident =
@@ -104,6 +108,51 @@ impl Collector for Now {
             resident,
         )
     }
+}
+
+/// What VMs have used of the host's processors, and what moving frames took. The names behind `counter` are those of the status.
+fn used(encoder: &mut DescriptorEncoder, status: &Status) -> Result<(), Error> {
+    let guests = status.guests.iter().map(|guest| ("guest", &guest.name, &guest.usage));
+    let vms = || guests.clone().chain(status.drivers.iter().map(|driver| ("driver", &driver.name, &driver.usage)));
+    let of_vm = |kind: &str, name: &str| [("kind", kind.to_owned()), ("name", name.to_owned())];
+    let vcpus = vms().flat_map(|(kind, name, usage)| {
+        let counts = usage.vcpus.iter().flat_map(|vcpus| named(vcpus));
+        counts.map(move |(counter, count)| {
+            let [kind, name] = of_vm(kind, name);
+            ([kind, name, ("counter", counter)], count)
+        })
+    });
+    counter(encoder, "vcpu_events", "What KVM has counted of the vCPUs of a VM (exits and so on)", None, vcpus)?;
+    let threads = vms().flat_map(|(kind, name, usage)| {
+        usage.threads.iter().flat_map(move |thread| {
+            named(thread).into_iter().map(move |(counter, count)| {
+                let [kind, name] = of_vm(kind, name);
+                ([kind, name, ("role", thread.role.clone()), ("counter", counter)], count)
+            })
+        })
+    });
+    let help = "Time on a processor and without one (ns), sleeps and preemptions of the threads of a VM's process";
+    counter(encoder, "thread_events", help, None, threads)?;
+    let nets = status.guests.iter().flat_map(|guest| guest.nets.iter().map(move |net| (guest, net)));
+    let paths = nets.filter(|(_, net)| net.driver.is_some()).flat_map(|(guest, net)| {
+        [("out", net.work.out), ("into", net.work.into)].into_iter().flat_map(move |(direction, work)| {
+            let counts = named(&work).into_iter();
+            counts.map(move |(counter, count)| {
+                let device = ("device", format!("net{}", net.index));
+                ([("guest", guest.name.clone()), device, ("direction", direction.into()), ("counter", counter)], count)
+            })
+        })
+    });
+    counter(encoder, "guest_net_events", "What moving frames took: kicks, signals and so on", None, paths)
+}
+
+/// The numbers of a record, each with the name of its field.
+fn named(record: &impl Serialize) -> Vec<(String, u64)> {
+    let fields = match serde_json::to_value(record) {
+        Ok(Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    fields.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
 }
 
 fn labels(guest: &GuestStatus, disk: &BlockStatus) -> [(&'static str, String); 2] {

@@ -5,7 +5,7 @@ use umbra_shadow::block::Counts;
 
 use super::*;
 use crate::lifecycle::NoticedBy;
-use crate::wire::messages::{MaskedCounts, SoundCounts};
+use crate::wire::messages::{MaskedCounts, NetWork, PathWork, SoundCounts};
 
 fn failed(source: NoticedBy) -> Event {
     Event::DriverFailed { driver: "nic0".into(), generation: 1, source, reason: "x".into(), detect_ms: 0.1 }
@@ -50,14 +50,17 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
     let metrics = Metrics::new("m");
     let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[
         {"index":0,"mac":"02:00:00:00:00:01","tap":null,"driver":"nic0","mode":"passive","frames_out":9,"frames_in":8,"foreign_source":3,
-        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0}}],"disks":[{"index":1,"driver":"disk0","serial":"S",
+        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0},"work":WORK}],"disks":[{"index":1,"driver":"disk0","serial":"S",
         "bytes":512,"volatile_cache":true,"cache":"auto","mode":"replaying","kept_bytes":8192,"owed_bytes":4096,"pending":2,"sums":SUMS}]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
         "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42,
-        "standby":{"state":"armed","device":"0000:04:00.0","network":"same","generation":2,"pid":null,"age_s":7.5}}]}"#;
+        "standby":{"state":"armed","device":"0000:04:00.0","network":"same","generation":2,"pid":null,"age_s":7.5},
+        "usage":{"vcpus":{"exits":7}}}]}"#;
     let sums = Counts { kept_in_flight: 3, rewritten_sectors: 8, failed_requests: 1, ..Counts::default() };
     let sums = serde_json::to_string(&sums).unwrap();
-    let status = status.replace("PID", &std::process::id().to_string()).replace("SUMS", &sums);
+    let into = PathWork { suppressed: 6, ..PathWork::default() };
+    let work = serde_json::to_string(&NetWork { into, ..NetWork::default() }).unwrap();
+    let status = status.replace("PID", &std::process::id().to_string()).replace("SUMS", &sums).replace("WORK", &work);
     metrics.show(serde_json::from_str(&status).unwrap());
     let text = metrics.text();
     for line in [
@@ -69,6 +72,8 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
         "umbra_guest_disk_owed_bytes{guest=\"web\",device=\"block1\"} 4096",
         "umbra_guest_disk_requests_total{guest=\"web\",device=\"block1\",fate=\"kept\"} 3",
         "umbra_guest_disk_requests_total{guest=\"web\",device=\"block1\",fate=\"failed\"} 1",
+        "umbra_vcpu_events_total{kind=\"driver\",name=\"nic0\",counter=\"exits\"} 7",
+        "umbra_guest_net_events_total{guest=\"web\",device=\"net0\",direction=\"into\",counter=\"suppressed\"} 6",
         "umbra_guest_disk_bytes_total{guest=\"web\",device=\"block1\",fate=\"rewritten\"} 4096",
         "umbra_guest_disk_bytes_total{guest=\"web\",device=\"block1\",fate=\"lost\"} 0",
         "umbra_guest_disk_kept_bytes{guest=\"web\",device=\"block1\"} 8192",

@@ -26,6 +26,7 @@ use crate::supervisor::class::carrier::Flaps;
 use crate::supervisor::class::settings::Settings;
 use crate::supervisor::ids::{DriverId, Table};
 use crate::supervisor::run::Supervisor;
+use crate::supervisor::vcpu_answers::VcpuAnswers;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::FromVm;
 use crate::wire::spawn::VmProcess;
@@ -128,6 +129,7 @@ pub(in crate::supervisor) struct Life {
     /// pvpanic: its kernel has said what it had to say.
     pub(in crate::supervisor) panicked: bool,
     pub(in crate::supervisor) registers: String,
+    pub(in crate::supervisor) vcpus: VcpuAnswers,
     pub(in crate::supervisor) purpose: Purpose,
     /// Whether its agent knows which life it is.
     pub(in crate::supervisor) begin: Begin,
@@ -156,6 +158,7 @@ impl Life {
             links: (0..ends).map(|_| EndLink::default()).collect(),
             panicked: false,
             registers: String::new(),
+            vcpus: VcpuAnswers::default(),
             purpose,
             begin,
             settings: Settings::default(),
@@ -188,8 +191,12 @@ impl Life {
 
     fn hear_control(&mut self) -> Vec<Heard> {
         let mut heard = Vec::new();
-        while self.listening && heard.len() < AT_ONCE {
+        for _ in 0..AT_ONCE {
+            if !self.listening {
+                break;
+            }
             match bounds::hear(self.process.channel()) {
+                Ok(Incoming::Message(FromVm::Vcpus(counts), _)) => self.vcpus.keep(counts),
                 Ok(Incoming::Message(message, _)) => heard.push(Heard::Process(message)),
                 Ok(Incoming::Empty) => break,
                 Ok(Incoming::Closed) => {

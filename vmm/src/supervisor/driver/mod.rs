@@ -369,6 +369,7 @@ impl DriverVm {
             report: self.report_path.clone(),
             available_memory: self.available_memory,
             standby: self.standby_status(),
+            usage: status::Usage { vcpus: self.life.as_ref().and_then(|life| life.vcpus.last()), threads: Vec::new() },
         }
     }
 }

@@ -305,25 +305,34 @@ impl Supervisor {
         if let Some(client) = self.clients.clients.get_mut(&id) {
             client.status_due = Some(Time::now() + STATUS_PATIENCE);
         }
-        self.ask_guests();
+        self.ask_vms();
     }
 
-    /// Asks the guests' processes how their devices are.
-    pub(in crate::supervisor) fn ask_guests(&mut self) {
+    /// Asks the processes of VMs how their vCPUs and devices are.
+    pub(in crate::supervisor) fn ask_vms(&mut self) {
         for n in self.guests.ids() {
             if self.guests[n].expect_answers() {
                 self.tell_guest(n, &ToVm::QueryStatus);
+            }
+        }
+        for life in self.drivers.iter_mut().filter_map(|driver| driver.life.as_mut()) {
+            if life.vcpus.expect() {
+                // One that does not take it does not answer in time.
+                let _ = life.process.channel().send_now(&ToVm::QueryStatus, &[]);
             }
         }
     }
 
     /// Answers the clients that asked for the status, once the guests have answered or their time is over.
     pub(in crate::supervisor) fn answer_status(&mut self, now: Time) {
-        let complete = self.guests.iter().all(GuestVm::is_fresh);
+        let mut lives = self.drivers.iter().filter_map(|driver| driver.life.as_ref());
+        let complete = self.guests.iter().all(GuestVm::is_fresh) && lives.all(|life| life.vcpus.is_fresh());
         let due = |client: &Client| client.status_due.is_some_and(|due| complete || due <= now);
         let ids: Vec<_> = self.clients.clients.iter().filter(|(_, c)| due(c)).map(|(id, _)| *id).collect();
         for id in ids {
-            let response = self.status().into();
+            let mut status = self.status();
+            status.add_threads();
+            let response = status.into();
             if let Some(client) = self.clients.clients.get_mut(&id) {
                 client.status_due = None;
             }

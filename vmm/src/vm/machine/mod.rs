@@ -16,5 +16,6 @@ pub mod state;
 pub mod terminal;
 pub mod unused;
 pub mod vcpu;
+mod vcpu_stats;
 pub mod viewers;
 pub mod vm;

@@ -2,7 +2,7 @@
 //! other. Devices come from [`crate::vm::devices`].
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -17,10 +17,11 @@ use super::legacy::{Backlog, Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
 use super::unused::Unused;
 use super::vcpu::{self, Shared, Vcpus};
+use super::vcpu_stats::VcpuStats;
 use super::{boot, cpuid, generation_id, kvm, layout, state};
 use crate::vm::interrupt::{self, Interrupts};
 use crate::vm::pci::bus::{PciBus, Windows};
-use crate::wire::messages::VmSpec;
+use crate::wire::messages::{VcpuCounts, VmSpec};
 
 /// Errors of building a VM.
 #[derive(Debug, Error)]
@@ -84,6 +85,8 @@ pub struct Vm {
     pub panicked: EventFd,
     kvm: Kvm,
     platform: Platform,
+    /// What KVM counts, once vCPUs run.
+    stats: OnceLock<VcpuStats>,
     /// Bytes to the serial line are handed over together.
     coalesces: bool,
     _ram: Vec<MemorySlot>,
@@ -131,6 +134,7 @@ impl Vm {
             panicked,
             kvm,
             platform,
+            stats: OnceLock::new(),
             coalesces,
             _ram: ram,
         })
@@ -172,6 +176,7 @@ impl Vm {
         vcpus: Vec<VcpuFd>,
         first: impl FnOnce() -> Result<(), E>,
     ) -> Result<Vcpus, E> {
+        let _ = self.stats.set(VcpuStats::of(&vcpus));
         let shared = self.shared(&vcpus)?;
         Vcpus::start(vcpus, &shared, first)
     }
@@ -182,6 +187,11 @@ impl Vm {
         let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
         vcpu::expect_kicks()?;
         Ok(shared.with_coalesced(coalesced))
+    }
+
+    /// What KVM has counted of its vCPUs.
+    pub fn vcpu_counts(&self) -> VcpuCounts {
+        self.stats.get().map(VcpuStats::counts).unwrap_or_default()
     }
 }
 

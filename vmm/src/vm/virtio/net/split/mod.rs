@@ -18,6 +18,7 @@ use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::header::Offloads as FrameOffloads;
 use umbra_splitter::link::Cause;
 use umbra_splitter::net::{GuestQueue, Kicker, Log, NetSplitter, Notice, features, stall};
+use umbra_splitter::pump::{Counts, Work};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::error::chain;
@@ -29,7 +30,7 @@ use crate::vm::virtio::device::{Error, QueueResources, QueueState, VirtioDevice}
 use crate::vm::virtio::pace::{Moved, OutageTrace};
 use crate::vm::virtio::queue;
 use crate::vm::virtio::shadowed::Shadowed;
-use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, OutageCounts, Replay, ToVm};
+use crate::wire::messages::{DeviceStatus, FromVm, LinkEnd, NetWork, OutageCounts, PathWork, Replay, ToVm};
 
 /// Device ID of a network device.
 const DEVICE_ID: u16 = 1;
@@ -218,6 +219,11 @@ impl SplitNet {
     }
 }
 
+fn path_work(counts: &Counts, kicks: u64) -> PathWork {
+    let Work { pumps, full, signals, suppressed } = counts.work;
+    PathWork { bytes: counts.bytes, kicks, pumps, full, signals, suppressed }
+}
+
 fn listener(device: DeviceId, config_call: ConfigCall, outbox: Outbox) -> impl FnMut(Notice) + Send {
     move |notice| {
         let at = now();
@@ -303,11 +309,15 @@ impl Shadowed for SplitNet {
         let status = self.splitter.status();
         let status = DeviceStatus::Net {
             mode: status.mode,
-            frames_out: status.frames_out,
-            frames_in: status.frames_in,
-            foreign_source: status.foreign_source,
+            frames_out: status.out.frames,
+            frames_in: status.into.frames,
+            foreign_source: status.out.foreign_source,
             logged_now: u32::try_from(status.logged_now).unwrap_or(u32::MAX),
             masked: status.masked,
+            work: NetWork {
+                out: path_work(&status.out, status.kicks.out),
+                into: path_work(&status.into, status.kicks.into),
+            },
         };
         FromVm::Status { device: self.device, status }
     }
@@ -352,6 +362,17 @@ impl VirtioDevice for SplitNet {
 
     fn reset(&mut self) {
         self.splitter.reset();
+    }
+
+    /// What the guest sends is on its way to the driver VM without a turn of the event loop, which would have to be woken for it.
+    fn serves_kicks(&self, index: u16) -> bool {
+        index == GuestQueue::Tx as u16
+    }
+
+    fn kicked(&mut self, _: u16) {
+        self.splitter.sent();
+        self.note_pace();
+        self.look_if_needed();
     }
 
     fn needs_reset(&self) -> bool {

@@ -1,0 +1,212 @@
+//! Builds of Umbra in one boot of the test host, each with a NIC, a driver VM and a guest of its own, measured in turns.
+//!
+//! All machines run all the time, so that a round has no boot in it, and what a machine takes while nothing is asked of it burdens all
+//! alike. Every other round is in reversed order. Figures are compared round by round: what the host does in a minute moves all of them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::slice::{Kind, Slice};
+use crate::assets::{Assets, Say};
+use crate::bench::{Bench, BenchSpec, Model};
+use crate::demo::DemoError;
+use crate::demo::machine::{Machine, MachineSpec};
+use crate::demo::place::Place;
+use crate::peer::{guest_address, peer_address};
+
+/// What is to be compared.
+#[derive(Clone, Debug)]
+pub struct CompareSpec {
+    /// The builds; the first is what the others are compared with.
+    pub builds: Vec<Build>,
+    /// The NIC model.
+    pub nic: Model,
+    /// Rounds.
+    pub rounds: u32,
+    /// Length of each transfer.
+    pub seconds: u32,
+}
+
+/// A build, and how it is used.
+#[derive(Clone, Debug)]
+pub struct Build {
+    /// The folder with its programs.
+    pub folder: PathBuf,
+    /// A line for its driver VM in the machine file.
+    pub line: String,
+}
+
+/// Names of the builds: of their machines, guests and files.
+const LABELS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+
+/// All slices, by build.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// QEMU's model.
+    nic: String,
+    /// By build, in the order of the rounds.
+    builds: Vec<Vec<Slice>>,
+}
+
+/// Takes all measurements.
+///
+/// # Errors
+/// One could not be made.
+pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
+    let assets = Assets::prepare(say)?;
+    let mut bench = BenchSpec::new("compare");
+    bench.nics = vec![spec.nic.clone(); spec.builds.len()];
+    // Captures cost time on the machine that is measured.
+    bench.capture = None;
+    let mut images = Vec::new();
+    for (build, label) in spec.builds.iter().zip(LABELS) {
+        let (programs, image) = assets.other_build(&build.folder, label, &spec.nic)?;
+        images.push(image.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        bench.files.extend([programs, image]);
+    }
+    say(&format!("booting the test host with {} {}", spec.builds.len(), spec.nic));
+    let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets)?));
+    let mut machines = Vec::new();
+    for (nic, (build, image)) in spec.builds.iter().zip(&images).enumerate() {
+        say(&format!("starting the machine of build {}", LABELS[nic]));
+        machines.push(start(&mut place, (nic, LABELS[nic], image), &build.line)?);
+    }
+    let mut builds = vec![Vec::new(); machines.len()];
+    for round in 0..spec.rounds {
+        say(&format!("round {} of {}", round + 1, spec.rounds));
+        for kind in Kind::ALL {
+            for turn in 0..machines.len() {
+                let n = if round % 2 == 0 { turn } else { machines.len() - 1 - turn };
+                let slice = Slice::take((Some(&mut machines[n]), &mut place), (LABELS[n], n), kind, spec.seconds)?;
+                builds[n].push(slice);
+            }
+        }
+    }
+    for (machine, label) in machines.iter_mut().zip(LABELS) {
+        machine.drain();
+        if let Some(failed) = machine.seen.iter().find(|event| event.event == "driver-failed") {
+            let what = format!("the driver VM of build {label} failed meanwhile: {}", failed.text("reason"));
+            return Err(DemoError::Umbra { what, said: machine.said() });
+        }
+    }
+    machines.into_iter().try_for_each(|machine| machine.stop(&mut place))?;
+    Ok(Comparison { nic: spec.nic.to_string(), builds })
+}
+
+fn start(place: &mut Place, (nic, label, image): (usize, &str, &str), setting: &str) -> Result<Machine, DemoError> {
+    let device = place.expect(&format!("vfio $NIC{nic} && printf %s $NIC{nic}"), Duration::from_secs(30))?;
+    let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
+    let fetch = format!("mkdir -p {work} && {copy} {share}/{label}/umbra {work}/umbra-{label}");
+    place.expect(&fetch, Duration::from_secs(60))?;
+    let address = format!("{}/24", guest_address(nic, 0));
+    let machine = MachineSpec {
+        name: label.into(),
+        program: format!("{work}/umbra-{label}"),
+        guests: vec![(label.into(), address.clone())],
+        standby: "cold".into(),
+        snapshots: false,
+        driver_options: setting.into(),
+        ..MachineSpec::one_guest(&device, image, &address)
+    };
+    let running = Machine::start(place, &machine)?;
+    let reach = format!("umbra-probe first-answer {} 30", peer_address(nic));
+    place.in_guest(label, &reach, Duration::from_secs(60))?;
+    Ok(running)
+}
+
+/// A row of the table: what for people, and the counters whose sum it is.
+const ROWS: [(&str, &[&str]); 21] = [
+    ("driver VM: exits", &["driver.exits"]),
+    ("driver VM: halts", &["driver.halt_exits"]),
+    ("driver VM: interrupts injected", &["driver.irq_injections"]),
+    ("driver VM: instructions emulated", &["driver.insn_emulation"]),
+    ("driver VM: sleeps of its vCPU", &["driver.vcpu0.sleeps"]),
+    ("driver VM: CPU, us", &["driver.vcpu0.cpu_ns"]),
+    ("guest: exits", &["guest.exits"]),
+    ("guest: halts", &["guest.halt_exits"]),
+    ("guest: interrupts injected", &["guest.irq_injections"]),
+    ("guest: instructions emulated", &["guest.insn_emulation"]),
+    ("guest: CPU, us", &["guest.vcpu0.cpu_ns"]),
+    ("splitter: sleeps of its loop", &["guest.loop.sleeps"]),
+    ("splitter: preemptions", &["guest.loop.preempted"]),
+    ("splitter: CPU, us", &["guest.loop.cpu_ns"]),
+    ("splitter: without a CPU, us", &["guest.loop.waited_ns"]),
+    ("splitter: kicks", &["out.kicks", "into.kicks"]),
+    ("splitter: looks", &["out.pumps", "into.pumps"]),
+    ("splitter: no room", &["out.full", "into.full"]),
+    ("splitter: signals", &["out.signals", "into.signals"]),
+    ("splitter: signals left out", &["out.suppressed", "into.suppressed"]),
+    ("frames", &["net.frames_out", "net.frames_in"]),
+];
+
+impl Comparison {
+    /// For people: medians, and the ratios of the rounds.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let Some((first, others)) = self.builds.split_first() else { return text };
+        for (other, label) in others.iter().zip(&LABELS[1..]) {
+            let ratio = format!("{label} : {}", LABELS[0]);
+            text.push_str(&format!("\n{:<44}{:>10}{label:>10}{ratio:>8}   range\n", self.nic, LABELS[0]));
+            Self::pair(first, other, &mut text);
+        }
+        text
+    }
+
+    fn pair(first: &[Slice], other: &[Slice], text: &mut String) {
+        for kind in Kind::ALL {
+            let of = |slices: &[Slice], figure: &dyn Fn(&Slice) -> f64| -> Vec<f64> {
+                slices.iter().filter(|slice| slice.kind == kind).map(figure).collect()
+            };
+            let mut line = |name: &str, figure: &dyn Fn(&Slice) -> f64| {
+                text.push_str(&row(name, &of(first, figure), &of(other, figure)));
+            };
+            let per = if kind == Kind::RoundTrip { "round trip" } else { "MiB" };
+            line(&format!("{}; per {per}:", kind.title()), &|slice| slice.figure);
+            for (name, counters) in ROWS {
+                let scale = if name.ends_with("us") { 1e-3 } else { 1.0 };
+                let sum =
+                    |slice: &Slice| counters.iter().filter_map(|counter| slice.each.get(*counter)).sum::<f64>() * scale;
+                line(&format!("  {name}"), &sum);
+            }
+        }
+    }
+}
+
+/// Medians of both, and [`ratio`].
+fn row(name: &str, a: &[f64], b: &[f64]) -> String {
+    format!("{name:<44}{:>10.2}{:>10.2}{}\n", median(a), median(b), ratio(a, b))
+}
+
+/// The median of the ratios b : a in pairs, and its range; a range that spans 1 is no difference.
+pub(super) fn ratio(a: &[f64], b: &[f64]) -> String {
+    let ratios: Vec<_> = a.iter().zip(b).filter(|(a, _)| **a > 0.0).map(|(a, b)| b / a).collect();
+    let least = ratios.iter().copied().reduce(f64::min);
+    let (Some(least), Some(most)) = (least, ratios.iter().copied().reduce(f64::max)) else { return String::new() };
+    let verdict = if least <= 1.0 && most >= 1.0 { "  no difference" } else { "" };
+    format!("{:>8.2}   {least:.2} to {most:.2}{verdict}", median(&ratios))
+}
+
+/// The median; between the two in the middle where their number is even. 0 of none.
+pub(super) fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = |at: usize| sorted.get(at).copied().unwrap_or(0.0);
+    middle(sorted.len().saturating_sub(1) / 2).midpoint(middle(sorted.len() / 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_those_of_pairs() {
+        // The medians are alike, and in each round B is a fifth slower.
+        let line = row("speed", &[100.0, 200.0, 300.0], &[80.0, 160.0, 240.0]);
+        assert!(line.ends_with("200.00    160.00    0.80   0.80 to 0.80\n"), "{line}");
+        let line = row("speed", &[100.0, 100.0], &[90.0, 120.0]);
+        assert!(line.ends_with("100.00    105.00    1.05   0.90 to 1.20  no difference\n"), "{line}");
+        assert!(row("none", &[0.0], &[0.0]).ends_with("0.00      0.00\n"));
+    }
+}
