@@ -379,4 +379,9 @@ mod tests {
         clients.follow(last, follower);
         assert!(clients.clients[&last].events.is_some_and(|owed| owed.follow));
     }
+
+    #[test]
+    fn the_end_of_events_is_said_as_any_other_answer() {
+        assert_eq!(EVENTS_END, serde_json::to_string(&Versioned::new(&Response::EventsEnd)).unwrap());
+    }
 }

@@ -40,8 +40,11 @@ pub fn sections(machine: &Machine, host: &Host, root: &Root) -> Vec<Section> {
         let mut findings = vec![image(driver)];
         let spare = driver.spare.iter().map(|spare| (spare, Use::Spare(name.clone())));
         for (address, of) in [(&driver.device, Use::Device(name.clone()))].into_iter().chain(spare) {
-            findings.extend(unserved(address, host));
-            findings.extend(function(address, (host, root), (&mut groups, of)));
+            let unserved = unserved(address, host);
+            let mut function = function(address, (host, root), (&mut groups, of));
+            // What it is has been said then.
+            function.retain(|finding| unserved.is_none() || finding.check != "device");
+            findings.extend(unserved.into_iter().chain(function));
         }
         findings.extend(locked_memory(name, driver.memory_or_default()));
         sections.push(Section { of: format!("[driver.{name}]"), findings });
@@ -208,6 +211,20 @@ mod tests {
         assert!(
             sections.iter().flat_map(|it| &it.findings).all(|it| it.grade != Grade::Missing || it.remedy.is_some())
         );
+    }
+
+    #[test]
+    fn what_no_driver_vm_can_serve_is_said_once() {
+        let bus = FakeBus::new();
+        let card = bus.add("0000:01:00.0", Some(1), Some("vfio-pci"));
+        std::fs::write(card.directory().join("class"), "0x028000").unwrap();
+        let host = Host { pci: bus.0.path().into(), ..Host::default() };
+        let text = "[guest.web]\nkernel = \"k\"\nnet = [{ driver = \"nic0\" }]\n\
+                    [driver.nic0]\ndevice = \"0000:01:00.0\"\nimage = \"i\"\n";
+        let sections = sections(&machine(text), &host, &Root::at(bus.0.path().into()));
+        let all = sections.iter().flat_map(|section| &section.findings);
+        let said: Vec<_> = all.filter(|finding| finding.what.contains("is a Wi-Fi card")).collect();
+        assert!(said.len() == 1 && said[0].grade == Grade::Missing, "{said:#?}");
     }
 
     #[test]
