@@ -20,9 +20,6 @@ pub const BUDGET: usize = 8192;
 /// Bytes of a frame that cost as much as a descriptor: copying 2 KiB takes longer than reading one.
 const BYTES_PER_WORK: usize = 2048;
 
-/// What notifying both ends costs beside it: two system calls.
-const NOTIFYING: usize = 64;
-
 /// Whose end a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
@@ -194,7 +191,7 @@ impl HandoverLog for Off {
     fn handed(&mut self, _used: u16, _heads: impl Iterator<Item = u16>) {}
 }
 
-/// Moves frames from `source` to `target` until one of them is at its end or the [`BUDGET`] is spent.
+/// Moves frames from `source` to `target` until one of them is at its end or the budget is spent.
 pub fn pump<T: HandoverLog>(
     source: &mut Virtqueue,
     target: &mut Virtqueue,
@@ -202,48 +199,14 @@ pub fn pump<T: HandoverLog>(
     tap: &mut T,
     counts: &mut Counts,
 ) -> Result<Stop, PumpError> {
-    pump_within(BUDGET, (source, target), flow, tap, counts)
-}
-
-/// As [`pump`], with another budget.
-pub fn pump_within<T: HandoverLog>(
-    budget: usize,
-    (source, target): (&mut Virtqueue, &mut Virtqueue),
-    flow: &Flow,
-    tap: &mut T,
-    counts: &mut Counts,
-) -> Result<Stop, PumpError> {
+    let moved = move_frames(source, target, flow, tap, counts);
+    // Each side is notified of what was done for it, whatever the other did.
+    let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
+    let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
     counts.work.pumps += 1;
-    let mut left = budget;
-    loop {
-        let moved = move_frames(source, target, flow, tap, counts, &mut left);
-        // Each side is notified of what was done for it, whatever the other did; and before either is asked for a kick: what comes
-        // meanwhile needs none.
-        let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
-        let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
-        left = left.saturating_sub(NOTIFYING);
-        let pause = moved?;
-        told_source.and(told_target)?;
-        let (queue, owner, known, stop) = match pause {
-            Pause::Budget => return Ok(Stop::Budget),
-            Pause::Empty => (&mut *source, flow.source, 0, Stop::SourceEmpty),
-            Pause::Full(known) => (&mut *target, flow.target(), known, Stop::TargetFull),
-        };
-        if !queue.open().and_then(|mut ring| more_than(&mut ring, known)).map_err(blame(owner))? {
-            counts.work.full += u64::from(stop == Stop::TargetFull);
-            return Ok(stop);
-        }
-    }
-}
-
-/// Why frames are not moved for the moment. Nobody has been asked for a kick yet.
-enum Pause {
-    /// No more frames.
-    Empty,
-    /// No buffers beyond this many, which are too few.
-    Full(u16),
-    /// The budget is spent.
-    Budget,
+    counts.work.full += u64::from(matches!(moved, Ok(Stop::TargetFull)));
+    let stop = moved?;
+    told_source.and(told_target).map(|()| stop)
 }
 
 fn blame<F: Into<Fault>>(owner: Owner) -> impl Fn(F) -> PumpError {
@@ -256,25 +219,24 @@ fn move_frames<T: HandoverLog>(
     flow: &Flow,
     tap: &mut T,
     counts: &mut Counts,
-    left: &mut usize,
-) -> Result<Pause, PumpError> {
+) -> Result<Stop, PumpError> {
     let (at_source, at_target) = (blame(flow.source), blame(flow.target()));
     let mut from = source.open().map_err(&at_source)?;
     let mut to = target.open().map_err(&at_target)?;
     let (mut chain, mut space) = (Chain::default(), Space::default());
     from.mute().map_err(&at_source)?;
     to.mute().map_err(&at_target)?;
-    let mut waiting = 0;
-    while *left > 0 {
+    let (mut work, mut waiting) = (0, 0);
+    while work < BUDGET {
         if waiting == 0 {
-            waiting = from.available().map_err(&at_source)?;
+            waiting = more(&mut from).map_err(&at_source)?;
             if waiting == 0 {
-                return Ok(Pause::Empty);
+                return Ok(Stop::SourceEmpty);
             }
         }
         let head = from.head(0).map_err(&at_source)?;
         let read = read_frame(&from, head, flow.negotiated, &mut chain);
-        let mut work = 1 + chain.cost;
+        work += 1 + chain.cost;
         let put = match read {
             Ok((header, len)) if flow.accepted.contains(header.needs()) => {
                 let addresses = T::LOOKS.then(|| Addresses::of(&chain));
@@ -302,37 +264,32 @@ fn move_frames<T: HandoverLog>(
                 work += len / BYTES_PER_WORK;
             }
             Put::Full(known) => {
-                *left = left.saturating_sub(work);
-                return Ok(Pause::Full(known));
+                if to.listen(known).map_err(blame(flow.target()))? {
+                    to.mute().map_err(blame(flow.target()))?;
+                    continue;
+                }
+                return Ok(Stop::TargetFull);
             }
             Put::NotAccepted => counts.not_accepted += 1,
             Put::NoRoom => counts.no_room += 1,
             Put::Malformed => counts.malformed += 1,
             Put::Foreign => counts.foreign_source += 1,
         }
-        *left = left.saturating_sub(work);
         from.take(1);
         from.complete(head, 0).map_err(blame(flow.source))?;
         waiting -= 1;
     }
-    Ok(Pause::Budget)
+    Ok(Stop::Budget)
 }
 
 /// Chains that wait; if none, asks for a kick and looks again.
 pub(crate) fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
-    if more_than(ring, 0)? { ring.available() } else { Ok(0) }
-}
-
-/// Whether more than `known` chains wait; if not, asks for a kick and looks again.
-fn more_than(ring: &mut Ring<'_>, known: u16) -> Result<bool, RingFault> {
-    if ring.available()? > known {
-        return Ok(true);
+    let waiting = ring.available()?;
+    if waiting > 0 || !ring.listen(0)? {
+        return Ok(waiting);
     }
-    let more = ring.listen(known)?;
-    if more {
-        ring.mute()?;
-    }
-    Ok(more)
+    ring.mute()?;
+    ring.available()
 }
 
 /// A checked frame where its owner has put it. Its bytes may change at any time.

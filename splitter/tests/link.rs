@@ -58,38 +58,6 @@ fn frames_flow_both_ways() {
 }
 
 #[test]
-fn a_kick_that_is_served_where_it_is_made_moves_a_bounded_part_and_the_loop_does_the_rest() {
-    let mut guest = Guest::new();
-    let mut vm = attached(&mut guest, 1);
-    live(&mut guest, &mut vm, 1);
-    guest.turn();
-    guest.tx.send(&frame(0, 100));
-    guest.splitter.sent();
-    assert_eq!(vm.rx.receive_all(), [frame(0, 100)]);
-    assert!(guest.splitter.wake().read().is_err(), "nothing is left for the loop");
-    vm.rx.offer_all();
-    for n in 1..=60 {
-        guest.tx.send(&frame(n, 100));
-    }
-    guest.splitter.sent();
-    let mut got = vm.rx.receive_all();
-    assert!((10..60).contains(&got.len()), "{}", got.len());
-    assert!(guest.splitter.wake().read().is_ok());
-    guest.turn();
-    got.extend(vm.rx.receive_all());
-    assert_eq!(got, (1..=60).map(|n| frame(n, 100)).collect::<Vec<_>>());
-    drop(vm);
-    lost(&mut guest, 1);
-    guest.turn();
-    guest.tx.send(&frame(51, 100));
-    guest.splitter.sent();
-    assert_eq!(guest.splitter.status().logged_now, 0, "an outage is the loop's");
-    assert!(guest.splitter.wake().read().is_ok());
-    guest.turn();
-    assert_eq!(guest.splitter.status().logged_now, 1);
-}
-
-#[test]
 fn frames_sent_during_an_outage_arrive_in_order_once_and_before_live_ones() {
     let mut guest = Guest::new();
     let mut vm = attached(&mut guest, 1);

@@ -42,9 +42,6 @@ use source::Sources;
 use status::Kicks;
 pub use status::Status;
 
-/// What is moved at most while a vCPU waits for it, in units of [`pump::BUDGET`]: a frame of 64 KiB and the look behind it.
-const AT_ONCE: usize = 128;
-
 /// The guest's queues, with their indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestQueue {
@@ -401,16 +398,6 @@ impl NetSplitter {
                 self.replay();
                 self.inward();
             }
-        }
-    }
-
-    /// A kick of the guest's transmit queue, on the thread that makes it: [`AT_ONCE`] is done here, the rest at the next turn of the
-    /// loop.
-    pub fn sent(&mut self) {
-        self.kicks.note(Kicker::Guest(GuestQueue::Tx));
-        match self.shadow.verdict() {
-            FrameVerdict::Pass => self.outward_within(AT_ONCE),
-            FrameVerdict::Log | FrameVerdict::Discard | FrameVerdict::Hold => self.wake_up(),
         }
     }
 

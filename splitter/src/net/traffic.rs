@@ -11,11 +11,6 @@ use crate::queue::RingFault;
 impl NetSplitter {
     /// Frames of the guest: to the driver VM, into the log, or nowhere.
     pub(super) fn outward(&mut self) {
-        self.outward_within(pump::BUDGET);
-    }
-
-    /// The same, to the driver VM within `budget`.
-    pub(super) fn outward_within(&mut self, budget: usize) {
         let Some(queue) = &mut self.guest[GuestQueue::Tx as usize] else { return };
         let negotiated = features::transmit(self.shadow.features());
         let (shadow, counts, sources) = (&mut self.shadow, &mut self.outward, &mut self.sources);
@@ -26,11 +21,11 @@ impl NetSplitter {
         let outcome = match (shadow.verdict(), &mut self.link) {
             (FrameVerdict::Pass, LinkState::Up { link, in_flight, .. }) => {
                 let flow = outward_flow(negotiated, link.features);
-                let (before, queues) = (counts.frames, (queue, &mut link.rx));
+                let before = counts.frames;
                 let outcome = if guarded {
-                    pump::pump_within(budget, queues, &flow, &mut Outward { sources, in_flight }, counts)
+                    pump::pump(queue, &mut link.rx, &flow, &mut Outward { sources, in_flight }, counts)
                 } else {
-                    pump::pump_within(budget, queues, &flow, in_flight, counts)
+                    pump::pump(queue, &mut link.rx, &flow, in_flight, counts)
                 };
                 shadow.handed(counts.frames - before);
                 outcome

@@ -68,7 +68,9 @@ impl Commits {
     pub fn start(place: &mut Place, guest: &str, disk: &str, journal: &str) -> Result<Self, DemoError> {
         let begin =
             format!("JOURNAL={journal}; DISK={disk}; OVER={OVER}; LAST={LAST}; rm -f {OVER} {STATUS}; echo 0 >{LAST}");
-        let script = format!("{begin}; ( ( {COMMIT} ) </dev/null >{PRINTED} 2>{SAID}; echo $? >{STATUS} ) </dev/null >/dev/null 2>&1 & echo");
+        let script = format!(
+            "{begin}; ( ( {COMMIT} ) </dev/null >{PRINTED} 2>{SAID}; echo $? >{STATUS} ) </dev/null >/dev/null 2>&1 & echo"
+        );
         place.in_guest(guest, &script, STEP)?;
         Ok(Self { guest: guest.into() })
     }

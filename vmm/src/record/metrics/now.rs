@@ -116,7 +116,7 @@ fn used(encoder: &mut DescriptorEncoder, status: &Status) -> Result<(), Error> {
     let vms = || guests.clone().chain(status.drivers.iter().map(|driver| ("driver", &driver.name, &driver.usage)));
     let of_vm = |kind: &str, name: &str| [("kind", kind.to_owned()), ("name", name.to_owned())];
     let vcpus = vms().flat_map(|(kind, name, usage)| {
-        let counts = usage.vcpus.iter().flat_map(|vcpus| named(vcpus));
+        let counts = usage.vcpus.iter().flat_map(named);
         counts.map(move |(counter, count)| {
             let [kind, name] = of_vm(kind, name);
             ([kind, name, ("counter", counter)], count)

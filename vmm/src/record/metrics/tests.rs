@@ -50,7 +50,8 @@ fn the_present_state_is_shown_with_the_memory_of_each_process() {
     let metrics = Metrics::new("m");
     let status = r#"{"name":"web","pid":PID,"guests":[{"name":"web","state":"running","reason":null,"pid":PID,"uptime_s":2.5,"nets":[
         {"index":0,"mac":"02:00:00:00:00:01","tap":null,"driver":"nic0","mode":"passive","frames_out":9,"frames_in":8,"foreign_source":3,
-        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0},"work":WORK}],"disks":[{"index":1,"driver":"disk0","serial":"S",
+        "logged_now":0,"masked":{"logged":0,"replayed":0,"dropped":0,"unknown":0},"work":WORK}],
+        "disks":[{"index":1,"driver":"disk0","serial":"S",
         "bytes":512,"volatile_cache":true,"cache":"auto","mode":"replaying","kept_bytes":8192,"owed_bytes":4096,"pending":2,"sums":SUMS}]}],
         "drivers":[{"name":"nic0","device":"","driver":null,"kernel":null,"generation":1,"state":"live","pid":null,"carrier":true,
         "reset_method":"flr","reset_meaning":"","failures":0,"reason":null,"last_outage_ms":null,"report":null,"available_memory":42,

@@ -17,10 +17,6 @@ use crate::supervisor::ids::{DriverId, GuestId};
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{DeviceStatus, MaskedCounts, NetBackend, NetWork, Replay, ToVm};
 
-/// A driver VM of a NIC forwards frames and does nothing else: its end needs no interrupt for each frame that the guest's process has
-/// taken (`napi_tx`; the space is looked for at the next one), and pages need not be cleared before frames are written to them.
-const CMDLINE: &str = " virtio_net.napi_tx=0 init_on_alloc=0";
-
 pub(super) const TRAITS: Traits = Traits {
     begins_with_device: false,
     greets: false,
@@ -29,7 +25,7 @@ pub(super) const TRAITS: Traits = Traits {
     rests: false,
     starts_over: true,
     noun: "NIC",
-    cmdline: CMDLINE,
+    cmdline: "",
 };
 
 /// What a guest's network device alone has.

@@ -123,17 +123,18 @@ mod tests {
     }
 
     #[test]
-    fn a_vcpu_that_has_run_has_exits() {
+    fn the_kernel_has_each_counter() {
         let Ok(kvm) = kvm_ioctls::Kvm::new() else { return };
         let vm = kvm.create_vm().unwrap();
-        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
         let stats = VcpuStats::of(std::slice::from_ref(&vcpu));
-        if stats.0.is_empty() {
-            return;
-        }
-        assert_eq!(stats.counts(), VcpuCounts::default());
-        // Real mode at the reset vector, without memory: it leaves at once, in whichever way.
-        let _ = vcpu.run();
-        assert!(stats.counts().exits > 0, "{stats:?}");
+        let Some(first) = stats.0.first() else { return };
+        let mut found: Vec<_> = first.places.iter().map(|(name, _)| name.as_str()).collect();
+        found.sort_unstable();
+        let known = serde_json::to_value(VcpuCounts::default()).unwrap();
+        let mut wanted: Vec<_> = known.as_object().unwrap().keys().map(String::as_str).collect();
+        wanted.sort_unstable();
+        assert_eq!(found, wanted);
+        assert_eq!(stats.counts(), VcpuCounts::default(), "it has not run");
     }
 }

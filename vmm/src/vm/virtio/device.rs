@@ -91,17 +91,6 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The driver has reset the device; its queues are stopped already. Idempotent.
     fn reset(&mut self) {}
 
-    /// Whether kicks of queue `index` come to [`Self::kicked`] where they come by a port. Constant.
-    fn serves_kicks(&self, index: u16) -> bool {
-        let _ = index;
-        false
-    }
-
-    /// A kick of queue `index`, which runs, on the vCPU's thread that has made it: the vCPU waits, so that little may be done here.
-    fn kicked(&mut self, index: u16) {
-        let _ = index;
-    }
-
     /// Its state, but for its queues and features, for a snapshot of the VM. No vCPU runs, and no queue.
     ///
     /// # Errors

@@ -364,17 +364,6 @@ impl VirtioDevice for SplitNet {
         self.splitter.reset();
     }
 
-    /// What the guest sends is on its way to the driver VM without a turn of the event loop, which would have to be woken for it.
-    fn serves_kicks(&self, index: u16) -> bool {
-        index == GuestQueue::Tx as u16
-    }
-
-    fn kicked(&mut self, _: u16) {
-        self.splitter.sent();
-        self.note_pace();
-        self.look_if_needed();
-    }
-
     fn needs_reset(&self) -> bool {
         self.splitter.is_broken()
     }

@@ -204,7 +204,6 @@ impl TapNet {
 
     fn take_interface(&mut self, ops: &mut EventOps) {
         match self.answer.take().filter(|_| self.gone) {
-            None => {}
             Some(Ok(file)) => {
                 self.watch(false, ops);
                 (self.tap, self.gone) = (Tap::from_file(self.tap.interface(), file), false);
@@ -213,12 +212,11 @@ impl TapNet {
                 self.set_offloads(self.accepted);
                 self.tell_link("is there again".into());
             }
-            Some(Err(why)) => {
-                if self.refused != why {
-                    self.refused.clone_from(&why);
-                    self.tell_link(format!("is there again, but cannot be used: {why}"));
-                }
+            Some(Err(why)) if self.refused != why => {
+                self.refused.clone_from(&why);
+                self.tell_link(format!("is there again, but cannot be used: {why}"));
             }
+            Some(Err(_)) | None => {}
         }
     }
 
