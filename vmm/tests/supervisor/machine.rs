@@ -393,9 +393,9 @@ impl TestMachine {
         self.log_of("web")
     }
 
-    /// What the process of this guest was told.
+    /// What the process of this guest was told; nothing before it has begun.
     pub fn log_of(&self, guest: &str) -> String {
-        fs::read_to_string(self.dir.path().join(format!("{guest}.log"))).unwrap()
+        fs::read_to_string(self.dir.path().join(format!("{guest}.log"))).unwrap_or_default()
     }
 
     pub fn events_text(&self) -> String {
