@@ -27,6 +27,7 @@ fn demonstrate() {
         pause: None,
         bytes: 16 << 20,
         sound: Some("hda".into()),
+        disk: None,
         hardware: None,
     };
     let dir = umbra_tests::assets::target_dir().join("bench/braked-demo");

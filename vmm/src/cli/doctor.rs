@@ -12,7 +12,7 @@ use crate::config::Machine;
 use crate::host::HostDevice;
 use crate::host::doctor::list::{self, Card};
 use crate::host::doctor::{Finding, Root, Text, device, host, missing};
-use crate::record::status::{Column, or_dash, table};
+use crate::record::status_text::{Column, or_dash, table};
 use crate::supervisor;
 use crate::supervisor::start::host_check::{self, Section};
 

@@ -6,7 +6,8 @@ use super::connection::Connection;
 use crate::base::untrusted_text;
 use crate::lifecycle::StateName;
 use crate::record::health::Health;
-use crate::record::status::{Column, GuestStateName, Status, or_dash, table};
+use crate::record::status::{GuestStateName, Status};
+use crate::record::status_text::{Column, or_dash, table};
 use crate::supervisor::start::rundir;
 
 /// Arguments of `umbra list`.

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::image::size;
-use crate::record::status::{Column, or_dash, table};
+use crate::record::status_text::{Column, or_dash, table};
 use crate::vm::snapshot::cache::{Cache, FOLDER, MAX_BYTES};
 use crate::vm::snapshot::description::Description;
 use crate::vm::snapshot::key::HostFacts;

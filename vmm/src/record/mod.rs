@@ -12,6 +12,7 @@ pub mod parts;
 pub mod recent;
 pub mod schema;
 pub mod status;
+pub(crate) mod status_text;
 pub mod threads;
 pub mod timeline;
 mod words;

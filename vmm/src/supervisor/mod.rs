@@ -18,11 +18,13 @@ mod prepare;
 mod resize;
 mod rest;
 pub mod run;
+mod run_error;
 pub mod start;
 mod vcpu_answers;
 
 pub use driver::device::Open;
 pub use prepare::Until;
-pub use run::{Options, RunError, run};
+pub use run::{Options, run};
+pub use run_error::RunError;
 pub use start::leftover::LeftoverError;
 pub use start::preflight::{Host, PreflightError};

@@ -12,7 +12,6 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
-use thiserror::Error;
 
 use super::class;
 use super::driver::device::Open;
@@ -26,9 +25,10 @@ use super::guest::{GuestState, GuestVm};
 use super::ids::{DriverId, GuestId, Table};
 use super::inbox::Inbox;
 use super::prepare::{self, Until};
+use super::run_error::RunError;
 use super::start::leftover::{self, LeftoverError};
-use super::start::preflight::{Checked, Host, PreflightError};
-use super::start::rundir::{self, RunDir, RunDirError};
+use super::start::preflight::{Checked, Host};
+use super::start::rundir::{self, RunDir};
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
@@ -36,8 +36,8 @@ use crate::lifecycle::{Input, Rank, State};
 use crate::record::crash_report::PendingReports;
 use crate::record::events::{Event, Events, Verbosity};
 use crate::record::log::EventLog;
-use crate::record::metrics::{Metrics, Server, ServerError};
-use crate::wire::spawn::{Program, SpawnError};
+use crate::record::metrics::{Metrics, Server};
+use crate::wire::spawn::Program;
 
 /// Interval at which crash reports that wait for room are tried again.
 const RETRY_PERIOD: Duration = Duration::from_secs(1);
@@ -67,57 +67,6 @@ pub struct Options {
     pub notify: Notify,
     /// Until when the machine runs.
     pub until: Until,
-}
-
-/// Why a machine did not run to a good end.
-#[derive(Debug, Error)]
-pub enum RunError {
-    /// Something that it needs is not there.
-    #[error(transparent)]
-    Preflight(#[from] PreflightError),
-    /// No run directory.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// No signals.
-    #[error("watch signals (signalfd)")]
-    Signals(#[source] Errno),
-    /// A run that only makes snapshots has none to make.
-    #[error(
-        "there is nothing to prepare: no driver VM of this machine is restored from a snapshot (that takes `snapshots = true`, the \
-         default, and no `spare`)"
-    )]
-    NothingToPrepare,
-    /// Metrics cannot be served.
-    #[error(transparent)]
-    Metrics(#[from] ServerError),
-    /// The run before was killed and is not gone.
-    #[error(transparent)]
-    Leftover(#[from] LeftoverError),
-    /// A guest's process cannot be started.
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
-    /// `poll` failed.
-    #[error("wait for events (poll)")]
-    Poll(#[source] Errno),
-    /// A VM could not be started or a guest ended badly; the sentence names it.
-    #[error("{what}")]
-    Vm {
-        /// The sentence.
-        what: String,
-        /// It was printed as an event already, word for word.
-        reported: bool,
-    },
-}
-
-impl RunError {
-    /// Whether what the machine is made of is wrong, so that another start would come to the same end.
-    pub fn is_configuration(&self) -> bool {
-        match self {
-            Self::Preflight(why) => why.is_configuration(),
-            Self::RunDir(RunDirError::BadName(_)) | Self::NothingToPrepare => true,
-            _ => false,
-        }
-    }
 }
 
 /// What can be ready to be handled, in the order of handling.
