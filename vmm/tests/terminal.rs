@@ -38,7 +38,7 @@ impl OnTerminal {
         let pty = openpty(None, None).unwrap();
         let before = tcgetattr(&pty.slave).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
-        command.args(["vm", "--spec"]).arg(path).stdin(Stdio::from(pty.slave.try_clone().unwrap()));
+        command.args(["vm", "--confine", "on", "--spec"]).arg(path).stdin(Stdio::from(pty.slave.try_clone().unwrap()));
         command.stdout(Stdio::from(pty.slave.try_clone().unwrap())).stderr(Stdio::null());
         let child = command.spawn().unwrap();
         Self { child, ours: File::from(pty.master), theirs: pty.slave, before, _files: files }

@@ -46,7 +46,7 @@ mod tests {
     fn a_line_says_what_was_lost_and_what_is_wrong() {
         let crash = |shows, outage_ms| Crashed { kind: Kind::Panic, lost: 7, shows, outage_ms, reset: "flr".into() };
         let found = Found { writes: 9, ..Found::default() };
-        let crashes = vec![crash(true, Some(500.0)), crash(false, Some(900.0)), crash(true, None)];
+        let crashes = vec![crash(true, Some(500.0)), crash(false, Some(900.0)), crash(true, Some(700.0))];
         let (model, guest_log) = ("nvme".to_owned(), Vec::new());
         let mut result = ModelResult { model, crashes, found: Some(found), guest_log, error: None };
         let fields: Vec<_> = ModelResult::head().split_whitespace().map(str::to_owned).collect();

@@ -44,23 +44,23 @@ fn landlock() -> Option<u32> {
 fn confinement(root: &Root, caller: Caller) -> Finding {
     let actions = root.read("proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
     if !actions.split_whitespace().any(|action| action == "trap") {
-        return Finding::missing(
+        return Finding::note(
             "confinement",
-            "the kernel filters no system calls (seccomp), and VMs are not started",
-            "a kernel with CONFIG_SECCOMP_FILTER, or `confine = \"off\"` in the machine file",
-        );
+            "the kernel filters no system calls (seccomp), which `confine = \"on\"` needs",
+        )
+        .with_remedy("a kernel with CONFIG_SECCOMP_FILTER, or no `confine` in the machine file");
     }
     match caller.landlock {
         Some(version) => Finding::good(
             "confinement",
             format!(
-                "processes of VMs lose their system calls (seccomp) and the file system (Landlock, version {version})"
+                "with `confine = \"on\"` VMs' processes lose system calls (seccomp) and files (Landlock, version {version})"
             ),
         ),
         None => Finding::note(
             "confinement",
-            "processes of VMs lose their system calls (seccomp); the kernel has no Landlock, which would take the file \
-             system from them a second time",
+            "with `confine = \"on\"` VMs' processes lose system calls (seccomp); the kernel has no Landlock, which would take \
+             the file system from them a second time",
         )
         .with_remedy("a kernel from 5.13 on with `landlock` in `lsm=`"),
     }

@@ -70,9 +70,7 @@ pub enum Error {
     #[error("make a filter of system calls")]
     Program(#[from] BackendError),
     /// The kernel does not take it.
-    #[error(
-        "have system calls filtered (seccomp); this kernel lacks it, or `confine = \"off\"` is needed for another reason"
-    )]
+    #[error("have system calls filtered (seccomp); this kernel lacks it: `confine = \"off\"` does without")]
     Filter(#[source] io::Error),
 }
 

@@ -221,7 +221,8 @@ const DISK: &[Row] = rows![
     SYS_fdatasync: "flushes"
     SYS_fsync: "flushes"
     SYS_fallocate: "discards and zeroes in a file"
-    SYS_lseek: "files"
+    SYS_ftruncate: "umbra resize"
+    SYS_lseek: "files, and how large they are"
     SYS_ioctl [Request(0x1277, "BLKDISCARD")]: "discards of a block device"
     SYS_ioctl [Request(0x127F, "BLKZEROOUT")]: "zeroes of a block device"
 ];
