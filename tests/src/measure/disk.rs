@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::outages::Spread;
-use super::{GUEST, STANDBY, answer, qemu_guest};
+use super::{GUEST, STANDBY, answer, processor_ticks, qemu_guest};
 use crate::assets::{Assets, Say};
 use crate::bench::{Bench, BenchSpec, Model, Storage};
 use crate::demo::DemoError;
@@ -180,45 +180,35 @@ impl Rig {
         reinits_ms: &mut Vec<f64>,
         say: Say<'_>,
     ) -> Result<RouteFigures, DemoError> {
-        let jobs = match route {
-            Route::DriverVm => {
-                self.bind_vfio()?;
-                let mut running = Machine::start(&mut self.place, &self.machine)?;
-                // Its boot, or what makes its snapshot, would be measured too.
-                running.await_standby(DISK_DRIVER, STANDBY)?;
-                let jobs = self.jobs(spec, say)?;
-                running.stop(&mut self.place)?;
-                jobs
-            }
-            Route::Passthrough => {
-                self.bind_vfio()?;
-                let straight = MachineSpec { attach: Attach::Passthrough, controller: None, ..self.machine.clone() };
-                let running = Machine::start(&mut self.place, &straight)?;
-                let jobs = self.jobs(spec, say)?;
-                if round == 0 {
-                    for _ in 0..REINITS {
-                        reinits_ms.push(answer(&mut self.place, "umbra-probe reinit-disk", LIMIT)?);
-                    }
-                }
-                running.stop(&mut self.place)?;
-                jobs
-            }
-            Route::HostDriver => {
-                let disks = vec![self.node()?];
-                let file = MachineSpec { disks, controller: None, ..self.machine.clone() };
-                let running = Machine::start(&mut self.place, &file)?;
-                let jobs = self.jobs(spec, say)?;
-                running.stop(&mut self.place)?;
-                jobs
-            }
-            Route::Qemu => {
-                let node = self.node()?;
-                let guest = qemu_guest::start_with_disk(&mut self.place, GUEST, &node)?;
-                let jobs = self.jobs(spec, say)?;
-                guest.stop(&mut self.place)?;
-                jobs
-            }
+        let through = self.machine.clone();
+        let machine = match route {
+            Route::DriverVm => Some(through),
+            Route::Passthrough => Some(MachineSpec { attach: Attach::Passthrough, controller: None, ..through }),
+            Route::HostDriver => Some(MachineSpec { disks: vec![self.node()?], controller: None, ..through }),
+            Route::Qemu => None,
         };
+        let Some(machine) = machine else {
+            let node = self.node()?;
+            let guest = qemu_guest::start_with_disk(&mut self.place, GUEST, &node)?;
+            let jobs = self.jobs(spec, say)?;
+            guest.stop(&mut self.place)?;
+            return Ok(RouteFigures { route, round, jobs });
+        };
+        if machine.disks.is_empty() {
+            self.bind_vfio()?;
+        }
+        let mut running = Machine::start(&mut self.place, &machine)?;
+        if machine.controller.is_some() {
+            // Its boot, or what makes its snapshot, would be measured too.
+            running.await_standby(DISK_DRIVER, STANDBY)?;
+        }
+        let jobs = self.jobs(spec, say)?;
+        if route == Route::Passthrough && round == 0 {
+            for _ in 0..REINITS {
+                reinits_ms.push(answer(&mut self.place, "umbra-probe reinit-disk", LIMIT)?);
+            }
+        }
+        running.stop(&mut self.place)?;
         Ok(RouteFigures { route, round, jobs })
     }
 
@@ -248,9 +238,10 @@ impl Rig {
         for (job, Load { writes, bytes, depth }) in JOBS {
             let access = if writes { "write" } else { "read" };
             let script = format!("umbra-probe io {node} {access} {bytes} {depth} {}", spec.seconds);
-            let before = self.busy_ms()?;
+            let (before, _) = processor_ticks(&mut self.place)?;
             let speed: Speed = answer(&mut self.place, &script, limit)?;
-            let busy_ms_mib = (self.busy_ms()? - before) / speed.mib().max(f64::MIN_POSITIVE);
+            let (after, _) = processor_ticks(&mut self.place)?;
+            let busy_ms_mib = (after - before) * 10.0 / speed.mib().max(f64::MIN_POSITIVE);
             say(&format!(
                 "    {job}: {:.0} a second, {:.1} MiB/s, {:.0} us (median)",
                 speed.per_second(),
@@ -260,14 +251,6 @@ impl Rig {
             figures.push(JobFigures { job, speed, busy_ms_mib });
         }
         Ok(figures)
-    }
-
-    /// How long the test host's processors were busy so far, ms: all of `/proc/stat` but idle and waiting.
-    fn busy_ms(&mut self) -> Result<f64, DemoError> {
-        let text = self.place.expect("head -n 1 /proc/stat", LIMIT)?;
-        let ticks: Vec<f64> = text.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
-        // user nice system idle iowait irq softirq steal; the time of guests is part of user. A tick is 10 ms.
-        Ok(ticks.iter().enumerate().filter(|(n, _)| matches!(n, 0..=2 | 5 | 6)).map(|(_, ticks)| ticks * 10.0).sum())
     }
 
     /// Outages of a guest that reads and writes without end.

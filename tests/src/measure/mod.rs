@@ -80,6 +80,15 @@ pub fn run(spec: &MeasureSpec, say: Say<'_>) -> Result<Results, DemoError> {
     Ok(results)
 }
 
+/// Ticks of the place's processors, 10 ms each: those used, and all.
+fn processor_ticks(place: &mut Place) -> Result<(f64, f64), DemoError> {
+    let text = place.expect("head -n 1 /proc/stat", Duration::from_secs(60))?;
+    // The first eight; the time of guests, behind them, is part of these.
+    let ticks: Vec<f64> = text.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
+    let (all, idle) = (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>());
+    Ok((all - idle, all))
+}
+
 /// Runs a script in the guest and reads the JSON that it prints.
 fn answer<T: for<'a> serde::Deserialize<'a>>(place: &mut Place, script: &str, limit: Duration) -> Result<T, DemoError> {
     answer_of(place, GUEST, script, limit)

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::outages::Spread;
+use super::processor_ticks;
 use crate::assets::{Assets, Say};
 use crate::bench::patience::whole_factor;
 use crate::bench::{Bench, BenchSpec, Model};
@@ -238,9 +239,9 @@ impl Stage<'_> {
         }
         let start = Instant::now();
         let _player = Player::start(&mut self.place, GUEST, &patient())?;
-        let before = self.busy_and_all()?;
+        let before = processor_ticks(&mut self.place)?;
         std::thread::sleep(WATCH);
-        let after = self.busy_and_all()?;
+        let after = processor_ticks(&mut self.place)?;
         let mut readings = Vec::new();
         for _ in 0..READINGS {
             readings.extend(self.reading()?);
@@ -266,14 +267,6 @@ impl Stage<'_> {
         let status = self.place.in_guest(GUEST, "cat /proc/asound/card0/pcm0p/sub0/status", STEP)?;
         let after = self.frames()?;
         Ok(Reading::of(before.midpoint(after), &status))
-    }
-
-    /// Ticks of the test host's processors: those used, and all.
-    fn busy_and_all(&mut self) -> Result<(f64, f64), DemoError> {
-        let text = self.place.expect("head -n 1 /proc/stat", STEP)?;
-        let ticks: Vec<f64> = text.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
-        let (all, idle) = (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>());
-        Ok((all - idle, all))
     }
 
     /// The card's driver in the test host: taken off and on while it plays, the player started again at once.

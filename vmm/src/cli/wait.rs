@@ -147,11 +147,9 @@ fn lacking(condition: Condition, vm: Option<&str>, status: &Status) -> anyhow::R
 }
 
 fn lacks_standby(driver: &DriverStatus) -> Option<String> {
-    use crate::lifecycle::StandbyStage::{Armed, Ready, Snapshot};
     let standby = driver.standby.as_ref()?;
     let reason = standby.reason.as_ref().map_or_else(String::new, |why| format!(": {why}"));
-    let ready = matches!(standby.state, Armed | Ready | Snapshot);
-    (!ready).then(|| format!("the standby of {} is {}{reason}", driver.name, standby.state))
+    (!standby.state.is_ready()).then(|| format!("the standby of {} is {}{reason}", driver.name, standby.state))
 }
 
 /// The one named `vm` of `all`, or all.

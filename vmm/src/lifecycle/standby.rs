@@ -151,6 +151,13 @@ pub enum StandbyStage {
     Unknown,
 }
 
+impl StandbyStage {
+    /// Whether a failure now would find what is to wait for it.
+    pub fn is_ready(self) -> bool {
+        matches!(self, Self::Ready | Self::Snapshot | Self::Armed)
+    }
+}
+
 impl fmt::Display for StandbyStage {
     /// The word of status and events.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

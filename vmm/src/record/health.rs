@@ -92,7 +92,7 @@ fn of_driver(driver: &DriverStatus) -> Vec<(Level, String)> {
     if let Some(standby) = &driver.standby {
         let what = standby.device.as_ref().map_or("standby".into(), |device| format!("spare {device}"));
         let lacks = match standby.state {
-            StandbyStage::Ready | StandbyStage::Snapshot | StandbyStage::Armed => None,
+            stage if stage.is_ready() => None,
             StandbyStage::NoCarrier => Some(format!("the {what} of {name} has no carrier")),
             state => Some(format!("{name} has no {what} ready ({state}){}", why(&standby.reason))),
         };
