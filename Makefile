@@ -12,6 +12,8 @@ DEBUG    = /usr/lib/debug$(PREFIX)/bin
 SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
+# All of tests/tests but `braked`, which runs beside the others.
+SCENARIOS = $(basename $(notdir $(wildcard tests/tests/*.rs)))
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
 .PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install fuzz
@@ -63,8 +65,9 @@ test: build browser
 	@$(CARGO) test --release --workspace --no-run
 	@$(CARGO) test --release --workspace --no-run --test braked
 	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
-	@$(BENCH) suite --first '--workspace --exclude umbra-vmm' --beside '-p umbra-vmm' --beside '--workspace --test braked' \
-	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
+	@$(BENCH) suite --run '--workspace --exclude umbra-vmm --exclude umbra-tests' --run '-p umbra-tests --lib --bins' \
+	  $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
+	  --beside '-p umbra-vmm' --beside '--workspace --test braked' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

@@ -1,15 +1,15 @@
 //! `make test`: runs the test runner, shows all that it says, and closes with what its many targets do not say together: how many
 //! attempts scenarios needed, which took longest, which tests failed, and one line of counts.
 //!
-//! Two runners share the work: one has the scenarios at full speed, one beside it what needs little of the machine. What the second
-//! one says is shown line by line, each with a mark.
+//! Several runners share the work: as many as the machine has room for take turns at the runs of one list, and one more has, beside them,
+//! what needs little of the machine. What all but the first say is shown line by line, each with a mark.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -30,8 +30,14 @@ pub struct Needed {
     pub seconds: f64,
 }
 
-/// What marks the lines of the runner beside the first.
-const BESIDE: &[u8] = b"beside | ";
+/// What marks the lines of the runner at `place`, from 0; the first one's have no mark.
+fn mark(place: usize) -> String {
+    match place {
+        0 => String::new(),
+        1 => "beside | ".into(),
+        place => format!("beside {place} | "),
+    }
+}
 
 /// Longest scenarios that the closing lines name.
 const LONGEST: usize = 5;
@@ -139,50 +145,63 @@ fn read(path: &Path) -> Vec<Needed> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Runs the test runner `command` and, one after the other, those `beside` it; shows what they print, and prints the closing lines.
-/// The status of the first that failed.
+/// Runs the test runner with each of `runs`, `lanes` of them side by side, and one after the other those `beside` them; shows what they
+/// print, and prints the closing lines. The status of one that failed.
 ///
 /// # Errors
 /// A runner cannot be started, or its output not be read or shown.
-pub fn run(command: &[String], beside: &[Vec<String>], attempts: &Path) -> io::Result<ExitStatus> {
+pub fn run(
+    runs: &[Vec<String>],
+    lanes: usize,
+    beside: &[Vec<String>],
+    attempts: &Path,
+) -> io::Result<Option<ExitStatus>> {
     let _ = fs::remove_file(attempts);
     if let Some(dir) = attempts.parent() {
         fs::create_dir_all(dir)?;
     }
     let start = Instant::now();
     let shown = Mutex::new(Shown::on(io::stdout()));
-    let (counts, status) = thread::scope(|scope| {
-        let second = scope.spawn(|| run_beside(beside, attempts, &shown));
-        let mut counts = Counts::default();
-        let first = runner(command, attempts, &mut |output| {
-            counts.take(output);
-            lock(&shown).first(output)
-        })?;
-        let (beside, failed) = joined(second)?;
-        counts.add(beside);
-        Ok::<_, io::Error>((counts, failed.filter(|_| first.success()).unwrap_or(first)))
+    let (runs, beside) = (Mutex::new(runs.iter()), Mutex::new(beside.iter()));
+    let (shown, attempts, lanes) = (&shown, attempts, lanes.max(1));
+    let lists = std::iter::repeat_n(&runs, lanes).chain([&beside]);
+    let (counts, failed) = thread::scope(|scope| {
+        let lane = |(place, list)| scope.spawn(move || work_off(list, attempts, place, shown));
+        let lanes: Vec<_> = lists.enumerate().map(lane).collect();
+        let (mut counts, mut failed) = (Counts::default(), None);
+        for lane in lanes {
+            let (more, status) = lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            counts.add(more);
+            failed = failed.or(status);
+        }
+        Ok::<_, io::Error>((counts, failed))
     })?;
     println!();
     for line in counts.closing_lines(&read(attempts), start.elapsed()) {
         println!("{line}");
     }
-    Ok(status)
+    Ok(failed)
 }
 
-/// Runs the runners `beside` the first: what they counted, and the status of the first of them that failed.
-fn run_beside<W: Write>(
-    beside: &[Vec<String>],
+/// Runs what is left of a list, one after the other: what these counted, and the status of the first of them that failed.
+fn work_off<W: Write>(
+    list: &Mutex<std::slice::Iter<'_, Vec<String>>>,
     attempts: &Path,
+    place: usize,
     shown: &Mutex<Shown<W>>,
 ) -> io::Result<(Counts, Option<ExitStatus>)> {
     let (mut counts, mut line, mut failed) = (Counts::default(), Vec::new(), None);
-    for command in beside {
+    loop {
+        let Some(command) = lock(list).next() else { return Ok((counts, failed)) };
         let status = runner(command, attempts, &mut |more| {
             counts.take(more);
+            if place == 0 {
+                return lock(shown).first(more);
+            }
             for part in more.split_inclusive(|&byte| byte == b'\n') {
                 line.extend_from_slice(part);
                 if line.ends_with(b"\n") {
-                    lock(shown).second(&line)?;
+                    lock(shown).another(place, &line)?;
                     line.clear();
                 }
             }
@@ -190,18 +209,13 @@ fn run_beside<W: Write>(
         })?;
         failed = failed.or(Some(status).filter(|status| !status.success()));
     }
-    Ok((counts, failed))
-}
-
-fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where both runners' output is shown.
+/// Where the runners' output is shown.
 struct Shown<W> {
     out: W,
     /// The first runner has begun a line.
@@ -220,10 +234,10 @@ impl<W: Write> Shown<W> {
         self.out.flush()
     }
 
-    /// A line of the second one, on a line of its own.
-    fn second(&mut self, line: &[u8]) -> io::Result<()> {
+    /// A line of the one at `place`, on a line of its own.
+    fn another(&mut self, place: usize, line: &[u8]) -> io::Result<()> {
         let begin: &[u8] = if std::mem::take(&mut self.is_within_line) { b"\n" } else { b"" };
-        self.out.write_all(&[begin, BESIDE, line].concat())?;
+        self.out.write_all(&[begin, mark(place).as_bytes(), line].concat())?;
         self.out.flush()
     }
 }
@@ -282,19 +296,19 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_the_second_runner_is_a_line_of_its_own() {
+    fn a_line_of_another_runner_is_a_line_of_its_own() {
         let mut shown = Shown::on(Vec::new());
         shown.first(b"test a ... ").unwrap();
-        shown.second(b"test b ... ok\n").unwrap();
-        shown.second(b"\n").unwrap();
+        shown.another(1, b"test b ... ok\n").unwrap();
+        shown.another(2, b"\n").unwrap();
         shown.first(b"ok\n").unwrap();
-        shown.second(b"running 1 test\n").unwrap();
+        shown.another(1, b"running 1 test\n").unwrap();
         let text = String::from_utf8(shown.out).unwrap();
-        assert_eq!(text, "test a ... \nbeside | test b ... ok\nbeside | \nok\nbeside | running 1 test\n");
+        assert_eq!(text, "test a ... \nbeside | test b ... ok\nbeside 2 | \nok\nbeside | running 1 test\n");
     }
 
-    fn shell(script: &str) -> [String; 3] {
-        ["sh".into(), "-c".into(), script.into()]
+    fn shell(script: &str) -> Vec<String> {
+        ["sh", "-c", script].map(str::to_owned).to_vec()
     }
 
     #[test]
@@ -304,28 +318,39 @@ mod tests {
         let line = serde_json::to_string(&needed).unwrap();
         let script = format!("echo '{line}' >>${ATTEMPTS_VARIABLE}; exit 7");
         let attempts = dir.path().join("sub/attempts.jsonl");
-        let status = run(&shell(&script), &[], &attempts).unwrap();
-        assert_eq!(status.code(), Some(7));
+        let failed = run(&[shell(&script)], 1, &[], &attempts).unwrap();
+        assert_eq!(failed.and_then(|status| status.code()), Some(7));
         assert_eq!(read(&attempts), [needed]);
     }
 
     #[test]
-    fn two_runners_run_side_by_side_and_each_may_fail_the_suite() {
+    fn runners_run_side_by_side_and_each_may_fail_the_suite() {
         let dir = tempfile::tempdir().unwrap();
         let attempts = dir.path().join("attempts.jsonl");
-        let both = |first: u8, second: u8| {
-            let await_file = |name: &str| format!("until [ -e {0}/{name} ]; do sleep 0.01; done", dir.path().display());
-            // Each ends only when it has seen the other.
-            let touch = |name: &str| format!("touch {}/{name}", dir.path().display());
-            let beside = shell(&format!("{}; {}; exit {second}", touch("beside"), await_file("first")));
-            let main = shell(&format!("{}; {}; exit {first}", touch("first"), await_file("beside")));
-            let third = shell(&format!("{}; [ -e {}/first ]", await_file("beside"), dir.path().display()));
-            run(&main, &[beside.to_vec(), third.to_vec()], &attempts).unwrap().code()
+        // Each ends only when it has seen the others.
+        let meet = |name: &str, status: u8| {
+            let dir = dir.path().display();
+            let all = format!("[ -e {dir}/one -a -e {dir}/two -a -e {dir}/beside ]");
+            shell(&format!("touch {dir}/{name}; until {all}; do sleep 0.01; done; exit {status}"))
         };
-        assert_eq!(both(0, 0), Some(0));
-        assert_eq!(both(3, 0), Some(3));
-        assert_eq!(both(0, 4), Some(4));
-        assert_eq!(both(3, 4), Some(3));
-        assert!(run(&shell("true"), &[vec!["/no/such/runner".into()]], &attempts).is_err());
+        let all = |one, two, beside| {
+            let runs = [meet("one", one), meet("two", two), shell("exit 0")];
+            let beside = [meet("beside", beside), shell(&format!("[ -e {}/one ]", dir.path().display()))];
+            run(&runs, 2, &beside, &attempts).unwrap().and_then(|status| status.code())
+        };
+        assert_eq!(all(0, 0, 0), None);
+        assert_eq!(all(3, 0, 0), Some(3));
+        assert_eq!(all(0, 4, 0), Some(4));
+        assert_eq!(all(0, 0, 5), Some(5));
+        assert!(run(&[shell("true")], 1, &[vec!["/no/such/runner".into()]], &attempts).is_err());
+    }
+
+    #[test]
+    fn one_runner_takes_all_runs_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = dir.path().join("said");
+        let runs = ["a", "b", "c"].map(|name| shell(&format!("echo {name} >>{}", said.display())));
+        assert_eq!(run(&runs, 1, &[], &dir.path().join("attempts.jsonl")).unwrap(), None);
+        assert_eq!(fs::read_to_string(said).unwrap(), "a\nb\nc\n");
     }
 }

@@ -53,8 +53,16 @@ pub fn is_asked_for() -> bool {
 /// The variable holds something else than a number in its range.
 pub fn speed() -> Result<f64, SpeedError> {
     let asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(1.0);
+    Ok(named_speed()?.min(asked))
+}
+
+/// The speed that `UMBRA_BENCH_SPEED` names, or 1.
+///
+/// # Errors
+/// As [`speed`].
+pub fn named_speed() -> Result<f64, SpeedError> {
     let named = std::env::var_os(SPEED_VARIABLE).map(|text| parse(&text.to_string_lossy())).transpose()?;
-    Ok(named.unwrap_or(1.0).min(asked))
+    Ok(named.unwrap_or(1.0))
 }
 
 fn parse(text: &str) -> Result<f64, SpeedError> {

@@ -2,8 +2,8 @@
 //!
 //! [`Bench::boot`] sets up the peer's network, starts QEMU and waits for the exec server; [`Bench::run`] runs scripts,
 //! [`Bench::guest`] reaches into guests of `umbra` that run there. Dropping a [`Bench`] ends its QEMU and nothing else:
-//! processes are known by their handle. One bench at a time: a lock keeps a second one waiting,
-//! but in a suite a braked one runs beside another.
+//! processes are known by their handle. One bench at a time: a second one waits, but in a suite as many run as the machine has
+//! processors for.
 
 pub mod brake;
 mod error;
@@ -35,6 +35,7 @@ use crate::probe::client::{Client, ClientError, Run};
 pub use error::BenchError;
 pub use guest::Guest;
 use lock::Lock;
+pub use lock::places;
 use patience::Stall;
 use process::Companion;
 pub use qemu::real_kvm as has_nested_kvm;

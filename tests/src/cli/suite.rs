@@ -5,15 +5,16 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use crate::assets::target_dir;
-use crate::suite;
+use crate::{bench, suite};
 
 /// Arguments of `umbra-bench suite`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// Arguments of the first run of the runner, as `--first "--workspace"`.
-    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
-    first: String,
-    /// Arguments of a second run at the same time, as `--beside "--test braked"`; of several, one follows the other.
+    /// Arguments of a run of the runner, as `--run "--workspace --test disk"`; of several, as many run side by side as the machine has
+    /// places for test hosts.
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
+    run: Vec<String>,
+    /// Arguments of a run beside these, as `--beside "--test braked"`; of several, one follows the other.
     #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
     beside: Vec<String>,
     /// The test runner and its arguments, as `-- cargo test`.
@@ -21,17 +22,18 @@ pub struct Args {
     command: Vec<String>,
 }
 
-/// Runs the suite; ends with the runner's status.
+/// Runs the suite; ends with the status of a runner that failed.
 ///
 /// # Errors
 /// The runner cannot be started.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let attempts = target_dir().join("bench/attempts.jsonl");
-    let beside: Vec<_> = args.beside.iter().map(|more| with(&args.command, more)).collect();
-    let status = suite::run(&with(&args.command, &args.first), &beside, &attempts)
+    let commands = |list: &[String]| list.iter().map(|more| with(&args.command, more)).collect::<Vec<_>>();
+    let failed = suite::run(&commands(&args.run), bench::places(), &commands(&args.beside), &attempts)
         .with_context(|| format!("cannot run {}", args.command.join(" ")))?;
+    let Some(failed) = failed else { return Ok(ExitCode::SUCCESS) };
     // A runner that a signal ended has no status.
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(failed.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// The runner with `more` arguments before those of the tests themselves.
