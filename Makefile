@@ -90,6 +90,7 @@ install: packaging
 	  objcopy --add-gnu-debuglink=$(DESTDIR)$(DEBUG)/$$program.debug $(DESTDIR)$(PREFIX)/bin/$$program; \
 	done
 	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
+	@install -D -m 755 packaging/umbra.sleep $(DESTDIR)/usr/lib/systemd/system-sleep/umbra
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/umbra packaging/umbra.rules.yml packaging/umbra-dashboard.json docs/examples/*.py
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/packaging/man/*.1
 	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra

@@ -18,6 +18,7 @@ mod logging;
 pub mod report;
 pub mod run;
 pub mod show_confine;
+pub mod sleep;
 pub mod snapshots;
 pub mod vm;
 pub mod wait;
@@ -63,6 +64,10 @@ enum Command {
     Restart(client::RestartArgs),
     /// Try a quarantined driver VM again.
     Resume(client::ResumeArgs),
+    /// Have the driver VMs give their devices up before the host sleeps; guests are masked.
+    Sleep(sleep::Args),
+    /// Have the driver VMs be reborn when the host is awake.
+    Wake(sleep::Args),
     /// End a running machine, or one of its guests.
     Stop(client::StopArgs),
     /// Start a guest that is off or has failed.
@@ -138,6 +143,8 @@ pub fn main() -> ExitCode {
         Command::Crash(args) => client::crash(&args),
         Command::Restart(args) => client::restart(&args),
         Command::Resume(args) => client::resume(&args),
+        Command::Sleep(args) => sleep::sleep(&args),
+        Command::Wake(args) => sleep::wake(&args),
         Command::Stop(args) => client::stop(&args),
         Command::Start(args) => guest::start(&args),
         Command::Reboot(args) => guest::reboot(&args),

@@ -34,6 +34,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => Just(Input::AtRest),
         1 => Just(Input::StandbyUseless),
         1 => Just(Input::Resume),
+        1 => Just(Input::Sleep),
+        1 => Just(Input::Wake),
         2 => any_rank().prop_map(Input::StandbyHello),
         2 => any_rank().prop_map(Input::StandbyLoaded),
         1 => any_rank().prop_map(Input::StandbyHeartbeat),
@@ -59,13 +61,14 @@ proptest! {
         let two = two && policy == StandbyPolicy::Warm;
         life = life.with_standbys(1 + u8::from(two)).with_starts_ahead(starts_ahead);
         let mut second = None;
-        let mut resting = false;
+        let (mut resting, mut sleeps) = (false, false);
         let (mut standby, mut asked, mut taker, mut missing) = (None, false, None, false);
         let (mut now, mut alive, mut resetting, mut last, mut over) = (0, false, false, 0, false);
         for (n, (input, gap)) in inputs.into_iter().enumerate() {
             now += gap;
             let input = if n == stop_at { Input::Stop } else { input };
             asked |= matches!(input, Input::Restart { .. });
+            sleeps = matches!(input, Input::Sleep) || (sleeps && !matches!(input, Input::Wake));
             missing |= matches!(input, Input::SnapshotMissing);
             // A process can only be gone, and a reset only return, if there is one.
             match input {
@@ -79,6 +82,8 @@ proptest! {
             let served = matches!(life.state(), State::Live { .. });
             let actions = life.handle(at(now), input.clone());
             let given_up = actions.contains(&Action::BeginLastWords);
+            let begins = |action: &Action| matches!(action, Action::Spawn(_) | Action::Adopt(_) | Action::SpawnAhead(_));
+            prop_assert!(!sleeps || !actions.iter().any(begins), "a life in its sleep at {input:?}");
             for action in actions {
                 match action {
                     Action::Spawn(generation) => {
@@ -152,7 +157,7 @@ proptest! {
                     Action::GoOn => prop_assert!(std::mem::take(&mut resting), "goes on at {input:?}"),
                     Action::Failed(failure) => {
                         let planned = failure.source == NoticedBy::Planned;
-                        prop_assert!(!planned || std::mem::take(&mut resting) == rests, "replaced at {input:?}");
+                        prop_assert!(!planned || std::mem::take(&mut resting) == rests || sleeps, "replaced at {input:?}");
                         resting = false;
                     }
                     Action::Live | Action::Report | Action::RestartOff(_) | Action::Warn(_) => {}
@@ -160,6 +165,7 @@ proptest! {
                 }
             }
             over |= matches!(input, Input::Stop);
+            prop_assert!(!life.has_let_go() || !alive || life.process_hangs(), "has not let go at {input:?}");
             if let Some(deadline) = life.deadline() {
                 prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
             }

@@ -295,6 +295,7 @@ proptest! {
             bench.now += gap;
             bench.life.handle(at(bench.now), input);
         }
+        bench.life.handle(at(bench.now), Input::Wake);
         bench.switches.clear();
         // The longest back-off, hold, settling and wait for a carrier together are less than that, and what was under way (a sign
         // of failure, a restart that was asked for) is over.

@@ -11,6 +11,7 @@
 //!                     |        (of any state with a life)                        failure :  live
 //!                     v restart limit reached
 //!                quarantined --resume--> resetting        any state --stop--> stopping --gone--> stopped
+//!                     asleep --wake----> resetting        any state --sleep--> ... resetting --> asleep
 //! ```
 //!
 //! The names are those of [`State::name`]; `docs/recovery.md` has the same picture (held by `vmm/tests/docs.rs`).
@@ -31,6 +32,7 @@
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod asleep;
 mod carrier;
 mod ends;
 mod fencing;
@@ -114,6 +116,8 @@ pub struct Lifecycle {
     resting: Option<Time>,
     /// That restart asked for a fresh standby, which is given up together with the restart.
     fresh: bool,
+    /// No life begins: the host is to sleep.
+    sleeps: bool,
     /// The device's reset did not return within [`RESET_PATIENCE`], and has not returned since.
     reset_hangs: bool,
     /// The kill of the failed process, which has not ended yet.
@@ -137,6 +141,7 @@ impl Lifecycle {
             second: Standbys::new(StandbyPolicy::Nothing, boot, heartbeat),
             starts_ahead: false,
             newest: None,
+            sleeps: false,
             reset_hangs: false,
             killed: None,
             process_hangs: false,
@@ -271,6 +276,8 @@ impl Lifecycle {
             Input::AtRest => self.on_at_rest(now),
             Input::StandbyUseless => self.on_standby_useless(now),
             Input::Resume => self.on_resume(now),
+            Input::Sleep => self.on_sleep(now),
+            Input::Wake => self.on_wake(now),
             Input::StandbyHello(_)
             | Input::StandbyLoaded(_)
             | Input::StandbyHeartbeat(_)
@@ -312,6 +319,10 @@ impl Lifecycle {
     fn on_reset_done(&mut self, now: Time) -> Vec<Action> {
         self.reset_hangs = false;
         match self.state {
+            State::Resetting { next: Some(_), .. } if self.sleeps => {
+                self.state = State::Asleep;
+                Vec::new()
+            }
             State::Resetting { next: Some(next), .. } if next <= now => self.begin_life(now),
             State::Resetting { next: Some(until), .. } => {
                 self.state = State::BackOff { until };
@@ -547,6 +558,8 @@ impl Lifecycle {
 
 #[cfg(test)]
 mod any_order_tests;
+#[cfg(test)]
+mod asleep_tests;
 #[cfg(test)]
 mod rest_tests;
 #[cfg(test)]

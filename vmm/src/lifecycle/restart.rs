@@ -14,6 +14,9 @@ impl Lifecycle {
         if !matches!(self.state, State::Live { .. }) {
             return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
         }
+        if let Some(why) = self.restart_must_wait() {
+            return vec![Action::RestartOff(why)];
+        }
         if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
             return vec![Action::RestartOff("its spare has no carrier".into())];
         }
@@ -69,6 +72,7 @@ impl Lifecycle {
     pub(super) fn on_at_rest(&mut self, now: Time) -> Vec<Action> {
         match self.resting.take() {
             None => Vec::new(),
+            Some(_) if self.sleeps => self.fall_asleep(now),
             Some(_) if self.may_switch_over() => self.replace(now),
             // The standby has become useless meanwhile; the next one will find them at rest again.
             Some(_) => vec![Action::GoOn],

@@ -256,6 +256,8 @@ pub(super) fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::Tick),
         1 => any::<bool>().prop_map(|fresh| Input::Restart { fresh }),
         1 => Just(Input::StandbyUseless),
+        1 => Just(Input::Sleep),
+        1 => Just(Input::Wake),
         4 => Just(Input::StandbyHello(Rank::First)),
         1 => Just(Input::StandbyHeartbeat(Rank::First)),
         1 => Just(Input::StandbyFailed(Rank::First, "gone".into())),
@@ -373,6 +375,8 @@ proptest! {
                 world.act(&action)?;
             }
             world.over |= matches!(input, Input::Stop);
+            let held = world.devices.iter().any(|device| matches!(device, Holder::Process(_)));
+            prop_assert!(!life.has_let_go() || !held || life.process_hangs(), "{:?} are held at {:?}", world.devices, input);
             if let Some(deadline) = life.deadline() {
                 prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
             }

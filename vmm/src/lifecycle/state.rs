@@ -160,6 +160,10 @@ pub enum Input {
     StandbyUseless,
     /// A quarantine is to end: the driver VM is started again, as if it had never failed.
     Resume,
+    /// The host is to sleep: give the device up, and begin no life.
+    Sleep,
+    /// The host is awake.
+    Wake,
     /// A standby's agent said hello.
     StandbyHello(Rank),
     /// A standby has loaded its modules.
@@ -320,6 +324,8 @@ pub enum State {
     },
     /// Given up.
     Quarantined,
+    /// No process, until the host is awake.
+    Asleep,
     /// The end of `umbra run`: the process is about to be gone.
     Stopping,
     /// Ended for good.
@@ -340,6 +346,7 @@ impl State {
             Self::Live { .. } => StateName::Live,
             Self::Fencing { .. } => StateName::Fencing,
             Self::Quarantined => StateName::Quarantined,
+            Self::Asleep => StateName::Asleep,
             Self::Stopping => StateName::Stopping,
             Self::Stopped => StateName::Stopped,
         }
@@ -370,6 +377,8 @@ pub enum StateName {
     Fencing,
     /// [`State::Quarantined`].
     Quarantined,
+    /// [`State::Asleep`].
+    Asleep,
     /// [`State::Stopping`].
     Stopping,
     /// [`State::Stopped`].

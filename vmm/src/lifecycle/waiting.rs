@@ -102,7 +102,8 @@ impl Lifecycle {
     pub(super) fn start_ahead(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Option<Action> {
         let nothing_waits = matches!(self.reserve.state(), Standby::Absent | Standby::Due(_) | Standby::Saved);
         let is_last = source == NoticedBy::Identity || self.history.is_exhausted(now, lived);
-        if !self.starts_ahead || self.reserve.is_spare() || !nothing_waits || is_last || lived.is_none() {
+        if !self.starts_ahead || self.sleeps || self.reserve.is_spare() || !nothing_waits || is_last || lived.is_none()
+        {
             return None;
         }
         let generation = self.next_generation();

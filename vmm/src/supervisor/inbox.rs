@@ -45,7 +45,7 @@ impl Supervisor {
             self.act(n, action, now);
         }
         let driver = &mut self.drivers[n];
-        if matches!(driver.lifecycle.state(), State::Quarantined | State::Stopped) {
+        if matches!(driver.lifecycle.state(), State::Quarantined | State::Asleep | State::Stopped) {
             driver.close_files();
         }
     }

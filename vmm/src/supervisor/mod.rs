@@ -4,6 +4,7 @@
 //! supervises. `docs/recovery.md` describes states and timeouts, `docs/events.md` events and reports.
 
 mod actions;
+mod asleep;
 mod bounds;
 mod class;
 mod driver;

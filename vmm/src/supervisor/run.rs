@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use super::asleep::Sleep;
 use super::class;
 use super::driver::device::Open;
 use super::driver::life::{LifeRole, Part};
@@ -107,6 +108,8 @@ pub(super) struct Supervisor {
     pub(super) in_service: bool,
     /// Until when the machine runs.
     pub(super) until: Until,
+    /// The host is to sleep, or sleeps.
+    pub(super) sleep: Option<Sleep>,
     /// Inputs of the life cycles that wait.
     pub(super) inbox: Inbox,
 }
@@ -229,6 +232,7 @@ impl Supervisor {
             failure: None,
             in_service: false,
             until: Until::default(),
+            sleep: None,
             inbox: Inbox::default(),
         }
     }
@@ -410,6 +414,7 @@ impl Supervisor {
         self.press_buttons_again(now);
         self.kill_overdue(now);
         self.answer_status(now);
+        self.look_at_sleep();
         self.clients.tell_events(self.events.past());
         self.show(now);
         self.retry_reports(now);

@@ -398,8 +398,25 @@ impl TestMachine {
         fs::read_to_string(self.dir.path().join(format!("{guest}.log"))).unwrap_or_default()
     }
 
+    /// All events so far, a line each. Of a machine that runs, what it says itself: files are written beside, a moment later.
     pub fn events_text(&self) -> String {
-        fs::read_to_string(self.dir.path().join("events")).unwrap_or_default()
+        self.told().unwrap_or_else(|| fs::read_to_string(self.dir.path().join("events")).unwrap_or_default())
+    }
+
+    fn told(&self) -> Option<String> {
+        let (_, mut stream) = rundir::connect(&self.dir.path().join("run"), Some("m")).ok()?;
+        let request = serde_json::to_string(&Request::Events { after: 0, follow: false }).unwrap();
+        stream.write_all((request + "\n").as_bytes()).ok()?;
+        let mut told = String::new();
+        for line in BufReader::new(stream).lines() {
+            let line = line.ok()?;
+            if line.starts_with("{\"response\"") {
+                let whole = matches!(serde_json::from_str(&line), Ok(Response::EventsEnd));
+                return whole.then_some(told);
+            }
+            told += &(line + "\n");
+        }
+        None
     }
 
     /// What was written to the device's `reset`.

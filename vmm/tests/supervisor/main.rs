@@ -4,6 +4,7 @@
 //! contains NAME.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod asleep;
 mod carriers;
 mod cases;
 mod clients;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     let (mut run, mut failed) = (0, Vec::new());
     for (name, case) in cases::ALL
         .iter()
+        .chain(asleep::ALL)
         .chain(carriers::ALL)
         .chain(clients::ALL)
         .chain(daily::ALL)

@@ -1,7 +1,5 @@
 //! Standbys that are saved before they begin, and restored.
 
-use std::fs;
-
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StandbyStage;
 
@@ -31,10 +29,6 @@ fn wait_ready(machine: &TestMachine, generation: u32) {
     });
 }
 
-fn events(machine: &TestMachine) -> String {
-    fs::read_to_string(machine.run_dir().join("reports/events.jsonl")).unwrap_or_default()
-}
-
 /// A fake VM checks that it has been told nothing before it is saved, and which life it is afterwards.
 fn a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored() {
     let machine = with_snapshots("");
@@ -45,7 +39,7 @@ fn a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored() {
         machine.crash(CrashKind::Panic);
         machine.wait_live(generation);
     }
-    let said = events(&machine);
+    let said = machine.events_text();
     for (generation, restored) in [(2, false), (3, false), (4, true)] {
         let ready = said
             .lines()
@@ -76,6 +70,6 @@ fn without_a_standby_the_next_life_is_restored_too() {
         machine.crash(CrashKind::Panic);
     }
     machine.wait_live(4);
-    assert!(!events(&machine).contains("standby-starting"));
+    assert!(!machine.events_text().contains("standby-starting"));
     machine.stop();
 }

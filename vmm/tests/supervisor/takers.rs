@@ -51,10 +51,6 @@ const ALARMS: [&str; 6] =
     ["driver-failed", "masked", "standby-failed", "standby-starting", "quarantined", "\"warning\""];
 
 /// Events of the machine so far, from its log, which has them as soon as they have happened.
-fn events(machine: &TestMachine) -> String {
-    fs::read_to_string(machine.run_dir().join("reports/events.jsonl")).unwrap_or_default()
-}
-
 fn start(guest: &str, driver: &str) -> TestMachine {
     let more = "standby = \"snapshot\"\nsnapshots = true\nrestart = { backoff_ms = 10, limit = 9 }";
     let mut machine = make(guest, &format!("kept {driver}"), more);
@@ -97,7 +93,7 @@ fn a_taker_runs_once_and_a_failure_is_restored_from_what_it_left() {
     assert_eq!((saved.generation, saved.failures, saved.standby.unwrap().pid), (Some(1), 0, None));
     wait_gone(taker);
     assert_eq!(snapshots(&machine), ["nic0.2"]);
-    let said = events(&machine);
+    let said = machine.events_text();
     assert!(ALARMS.iter().all(|alarm| !said.contains(alarm)), "{said}");
     assert!(said.contains("\"snapshot-ready\"") && said.contains("\"bytes\":1048576"), "{said}");
     // It stays so.
@@ -112,7 +108,7 @@ fn a_taker_runs_once_and_a_failure_is_restored_from_what_it_left() {
         machine.wait_saved();
     }
     assert_eq!(snapshots(&machine), ["nic0.2"], "a life that serves finds what a taker has left: it has the same key");
-    assert!(!events(&machine).contains("standby-"), "nothing ever waits");
+    assert!(!machine.events_text().contains("standby-"), "nothing ever waits");
     machine.stop();
 }
 
@@ -148,7 +144,7 @@ fn a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure() {
     kill(wait_taker(&machine, 3));
     machine.wait_saved();
     assert_eq!(snapshots(&machine), ["nic0.4"]);
-    let said = events(&machine);
+    let said = machine.events_text();
     assert!(ALARMS.iter().all(|alarm| !said.contains(alarm)), "{said}");
     let driver = machine.wait_live(1);
     assert_eq!((driver.failures, driver.standby.unwrap().reason), (0, None));
@@ -163,7 +159,7 @@ fn a_disk_that_stays_full_is_told_once_and_shown() {
         reason.is_some_and(|reason| reason.contains("would boot") && reason.contains("No space left"))
     });
     machine.wait_for_event("No space left", 1);
-    assert!(events(&machine).matches("\"warning\"").count() == 1, "{}", events(&machine));
+    assert!(machine.events_text().matches("\"warning\"").count() == 1, "{}", machine.events_text());
     assert!(wait_taker(&machine, 5) > 0, "it is tried again");
     machine.stop();
 }
@@ -243,7 +239,7 @@ fn a_machine_that_cannot_be_prepared_says_why() {
     let ends = |driver: &str, more: &str| {
         let mut machine = to_be_prepared(driver, more);
         machine.start_again();
-        (machine.wait().unwrap_err().to_string(), events(&machine))
+        (machine.wait().unwrap_err().to_string(), machine.events_text())
     };
     let (error, said) = ends("kept full-disk ", "snapshots = true");
     assert_eq!(error, "nic0: no snapshot is taken: write the snapshot: No space left on device");
@@ -278,5 +274,5 @@ fn a_driver_vm_without_snapshots_has_no_part_in_a_preparation() {
     machine.start_again();
     machine.wait().unwrap();
     assert_eq!(snapshots(&machine), ["nic0.2"]);
-    assert!(!events(&machine).contains("nic1"), "{}", events(&machine));
+    assert!(!machine.events_text().contains("nic1"), "{}", machine.events_text());
 }

@@ -286,6 +286,16 @@ pub enum Event {
         /// Its size.
         bytes: u64,
     },
+    /// The host is to sleep, and no process has a device of it any more.
+    Asleep {
+        /// How long it took, ms.
+        ms: f64,
+    },
+    /// The host is awake: the driver VMs begin their next lives.
+    Awake {
+        /// How long they were without their devices, ms; time in which the host was suspended does not count.
+        ms: f64,
+    },
     /// Someone asked for the end of a quarantine.
     Resumed {
         /// Name of the driver VM.
@@ -423,6 +433,10 @@ impl Event {
             }
             Self::DiskResized { guest, device, bytes } => {
                 format!("{guest}.{device}: has {bytes} bytes now, as was asked for")
+            }
+            Self::Asleep { ms } => format!("asleep: no device of the host is in use, after {ms:.0} ms"),
+            Self::Awake { ms } => {
+                format!("awake after {ms:.0} ms (and the sleep): the driver VMs begin their next lives")
             }
             Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
             Self::CleanedUp { pid, done } => format!(

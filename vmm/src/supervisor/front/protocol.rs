@@ -43,6 +43,11 @@ pub enum Request {
         /// Name of the driver VM.
         name: String,
     },
+    /// The host is to sleep: have all driver VMs give their devices up, until [`Request::Wake`]. Answered by [`Response::Asleep`] when
+    /// no process has a device.
+    Sleep,
+    /// The host is awake: begin the next lives. Answered by [`Response::Awake`].
+    Wake,
     /// Start a guest that is off or has failed. Answered by [`Response::Done`].
     StartGuest {
         /// Name of the guest.
@@ -136,6 +141,16 @@ pub enum Response {
         disk: u16,
         /// Its size.
         bytes: u64,
+    },
+    /// No process has a device of the host.
+    Asleep {
+        /// How long that took, ms.
+        ms: f64,
+    },
+    /// The driver VMs begin their next lives.
+    Awake {
+        /// They slept.
+        slept: bool,
     },
     /// The machine is ending.
     Stopping {

@@ -230,6 +230,14 @@ impl Supervisor {
                     self.clients.answer(id, &Response::Error { what });
                 }
             }
+            Request::Sleep => {
+                self.clients.wait(id);
+                self.sleep(id);
+            }
+            Request::Wake => {
+                let slept = self.wake();
+                self.clients.answer(id, &Response::Awake { slept });
+            }
             Request::StartGuest { name } => {
                 let done = self.start_guest(&name);
                 self.answer_done(id, name, done);
