@@ -29,7 +29,7 @@ for word in $(cat /proc/cmdline); do
   esac
 done
 cat /etc/umbra/places.sh
-[ -e /dev/kvm ] || echo "test host: no /dev/kvm"
+if [ -e /dev/kvm ]; then umbra-probe hold-vcpu & else echo "test host: no /dev/kvm"; fi
 if [ -n "$shell" ]; then
   umbra-probe serve & 
   export ENV=/etc/umbra/bench.sh; cd /share

@@ -14,13 +14,13 @@ use std::time::Duration;
 
 use umbra_tests::probe::patience::scaled;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, disk, flush, io, kill, mute, net, port, reinit, serve, storm};
+use umbra_tests::probe::{client::Client, disk, flush, idle_vcpu, io, kill, mute, net, port, reinit, serve, storm};
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
-       | mute FUNCTION SECONDS | flush DISK SECONDS
+       | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
        | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS";
 
 /// Longest time until a port appears.
@@ -73,6 +73,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             let load = io::Load { writes: access == "write", bytes: bytes.parse()?, depth: depth.parse()? };
             print(&io::run(Path::new(disk), load, seconds(length)?)?)?;
         }
+        ["hold-vcpu"] => match idle_vcpu::hold()? {},
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {
             eprintln!("{USAGE}");
