@@ -14,8 +14,8 @@ pub struct Args {
     /// Seconds for each measurement.
     #[arg(long, default_value_t = 5)]
     seconds: u32,
-    /// How often each path is measured; the order is reversed each time.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    /// How often each path is measured; the order is reversed each time. 0: outages alone.
+    #[arg(long, default_value_t = 2)]
     rounds: u32,
     /// Crashes for the outage figures.
     #[arg(long, default_value_t = 5)]

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::outages::Spread;
 use super::{GUEST, STANDBY, answer, processor_ticks, qemu_guest};
@@ -22,7 +23,7 @@ pub struct DiskSpec {
     pub disk: Model,
     /// Length of each measurement.
     pub seconds: u32,
-    /// How often each path is measured; the order is reversed each time.
+    /// How often each path is measured; the order is reversed each time. 0: outages alone.
     pub rounds: u32,
     /// Crashes for the outage figures.
     pub crashes: u32,
@@ -105,7 +106,7 @@ pub struct RouteFigures {
 }
 
 /// All figures of one controller.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct DiskFigures {
     /// QEMU's model.
     pub disk: String,
@@ -113,6 +114,8 @@ pub struct DiskFigures {
     pub routes: Vec<RouteFigures>,
     /// Outages with a ready standby, as Umbra counts them, ms.
     pub outages_ms: Vec<f64>,
+    /// Their parts, as Umbra told them.
+    pub parts: Vec<Value>,
     /// Bare re-initialisations, unbind to the first block read, ms.
     pub reinits_ms: Vec<f64>,
 }
@@ -131,8 +134,7 @@ struct Rig {
 /// One could not be made.
 pub fn run(spec: &DiskSpec, say: Say<'_>) -> Result<DiskFigures, DemoError> {
     let mut rig = Rig::boot(spec, say)?;
-    let mut figures =
-        DiskFigures { disk: spec.disk.to_string(), routes: Vec::new(), outages_ms: Vec::new(), reinits_ms: Vec::new() };
+    let mut figures = DiskFigures { disk: spec.disk.to_string(), ..DiskFigures::default() };
     for round in 0..spec.rounds {
         let mut routes = Route::ALL;
         if round % 2 == 1 {
@@ -140,11 +142,13 @@ pub fn run(spec: &DiskSpec, say: Say<'_>) -> Result<DiskFigures, DemoError> {
         }
         for route in routes {
             say(&format!("round {}: {}", round + 1, route.name()));
-            figures.routes.push(rig.measure(route, round, spec, &mut figures.reinits_ms, say)?);
+            figures.routes.push(rig.measure(route, round, spec, say)?);
         }
     }
+    say(&format!("{REINITS} bare re-initialisations, the controller passed straight to the guest"));
+    rig.reinits(&mut figures)?;
     say(&format!("{} crashes", spec.crashes));
-    figures.outages_ms = rig.outages(spec.crashes)?;
+    rig.outages(spec.crashes, &mut figures)?;
     Ok(figures)
 }
 
@@ -172,14 +176,7 @@ impl Rig {
         Ok(Self { place: Place::Bench(Box::new(bench)), machine, device })
     }
 
-    fn measure(
-        &mut self,
-        route: Route,
-        round: u32,
-        spec: &DiskSpec,
-        reinits_ms: &mut Vec<f64>,
-        say: Say<'_>,
-    ) -> Result<RouteFigures, DemoError> {
+    fn measure(&mut self, route: Route, round: u32, spec: &DiskSpec, say: Say<'_>) -> Result<RouteFigures, DemoError> {
         let through = self.machine.clone();
         let machine = match route {
             Route::DriverVm => Some(through),
@@ -203,11 +200,6 @@ impl Rig {
             running.await_standby(DISK_DRIVER, STANDBY)?;
         }
         let jobs = self.jobs(spec, say)?;
-        if route == Route::Passthrough && round == 0 {
-            for _ in 0..REINITS {
-                reinits_ms.push(answer(&mut self.place, "umbra-probe reinit-disk", LIMIT)?);
-            }
-        }
         running.stop(&mut self.place)?;
         Ok(RouteFigures { route, round, jobs })
     }
@@ -253,21 +245,31 @@ impl Rig {
         Ok(figures)
     }
 
-    /// Outages of a guest that reads and writes without end.
-    fn outages(&mut self, crashes: u32) -> Result<Vec<f64>, DemoError> {
+    fn reinits(&mut self, figures: &mut DiskFigures) -> Result<(), DemoError> {
+        self.bind_vfio()?;
+        let machine = MachineSpec { attach: Attach::Passthrough, controller: None, ..self.machine.clone() };
+        let running = Machine::start(&mut self.place, &machine)?;
+        for _ in 0..REINITS {
+            figures.reinits_ms.push(answer(&mut self.place, "umbra-probe reinit-disk", LIMIT)?);
+        }
+        running.stop(&mut self.place)
+    }
+
+    /// Outages of a guest that writes without end.
+    fn outages(&mut self, crashes: u32, figures: &mut DiskFigures) -> Result<(), DemoError> {
         self.bind_vfio()?;
         let mut running = Machine::start(&mut self.place, &self.machine)?;
         let load = format!("umbra-probe io /dev/vda write {} 4 100000 </dev/null >/dev/null 2>&1 & echo", 4 * KIB);
         self.place.in_guest(GUEST, &load, LIMIT)?;
-        let mut all = Vec::new();
         for _ in 0..crashes {
             running.await_standby(DISK_DRIVER, STANDBY)?;
             std::thread::sleep(Duration::from_secs(1));
             self.place.expect(&format!("umbra crash {DISK_DRIVER}"), LIMIT)?;
-            all.extend(running.await_live(DISK_DRIVER, LIMIT)?.number("outage_ms"));
+            let live = running.await_live(DISK_DRIVER, LIMIT)?;
+            figures.outages_ms.extend(live.number("outage_ms"));
+            figures.parts.extend(live.fields.get("parts").cloned());
         }
-        running.stop(&mut self.place)?;
-        Ok(all)
+        running.stop(&mut self.place)
     }
 }
 
@@ -287,9 +289,12 @@ impl DiskFigures {
 
     /// For people.
     pub fn table(&self) -> String {
-        let mut text = format!("\n{:<26}", self.disk);
-        text.extend(Route::ALL.map(|route| format!("{:>22}", route.name())));
-        for (job, load) in JOBS {
+        let mut text = String::new();
+        if !self.routes.is_empty() {
+            text.push_str(&format!("\n{:<26}", self.disk));
+            text.extend(Route::ALL.map(|route| format!("{:>22}", route.name())));
+        }
+        for (job, load) in JOBS.iter().filter(|_| !self.routes.is_empty()) {
             text.push_str(&format!("\n{job:<26}"));
             text.extend(Route::ALL.map(|route| {
                 if load.bytes < 128 * KIB {
@@ -305,13 +310,13 @@ impl DiskFigures {
             text.extend(Route::ALL.map(|route| format!("{:>22}", self.ratio(route, job))));
         }
         text.push('\n');
-        let mut line = |name: &str, figures: &[f64]| {
-            if let Some(Spread { runs, p50, max, .. }) = Spread::of(name, figures.to_vec()) {
-                text.push_str(&format!("{name:<26}{p50:>8.0} ms median{max:>8.0} ms longest of {runs}\n"));
-            }
-        };
-        line("outage, standby ready", &self.outages_ms);
-        line("bare re-initialisation", &self.reinits_ms);
+        text.push_str(&Spread::heading(&format!("{}, crashes under writes", self.disk)));
+        let outage = Spread::of("outage, standby ready", self.outages_ms.clone());
+        let bare = Spread::of("bare re-initialisation", self.reinits_ms.clone());
+        let ratio = outage.as_ref().zip(bare.as_ref()).map(|(outage, bare)| outage.p50 / bare.p50);
+        let lines = outage.into_iter().chain(Spread::of_parts(&self.parts)).chain(bare);
+        text.extend(lines.map(|spread| spread.line()));
+        text.extend(ratio.map(|ratio| format!("{:<30}{ratio:>16.2}\n", "outage : re-initialisation")));
         text
     }
 
@@ -348,9 +353,14 @@ mod tests {
             figures(Route::Qemu, 1, 200),
             figures(Route::DriverVm, 1, 160),
         ];
-        let all = DiskFigures { disk: "nvme".into(), routes, outages_ms: vec![700.0], reinits_ms: vec![500.0] };
+        let parts = vec![serde_json::json!({"reset_ms": 110.0, "reset_method": "flr"})];
+        let (outages_ms, reinits_ms) = (vec![700.0], vec![500.0]);
+        let all = DiskFigures { disk: "nvme".into(), routes, outages_ms, parts, reinits_ms };
         assert_eq!(all.ratio(Route::Qemu, JOBS[0].0), "0.50 to 0.80");
         let table = all.table();
-        assert!(table.contains("0.50 to 0.80") && table.contains("700 ms median"), "{table}");
+        assert!(table.contains("0.50 to 0.80"), "{table}");
+        let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert!(lines.contains(&vec!["reset", "1", "110.0", "110.0", "110.0"]), "{table}");
+        assert!(lines.contains(&vec!["outage", ":", "re-initialisation", "1.40"]), "{table}");
     }
 }
