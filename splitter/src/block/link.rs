@@ -61,39 +61,43 @@ impl LinkError {
 
 /// A link that is up.
 #[derive(Debug)]
-pub(super) struct Port(Box<Link>);
+pub(super) struct Port {
+    link: Box<Link>,
+    /// Buffers of the driver VM that were given back since it was last interrupted for that.
+    given_back: u16,
+}
 
 impl Port {
     pub(super) fn new(link: Box<Link>) -> Self {
-        Self(link)
+        Self { link, given_back: 0 }
     }
 
     pub(super) fn id(&self) -> LinkId {
-        self.0.id
+        self.link.id
     }
 
     pub(super) fn memory(&self) -> &vm_memory::GuestMemoryMmap {
-        self.0.rx.memory()
+        self.link.rx.memory()
     }
 
     pub(super) fn kicks(&self) -> [(LinkQueue, &EventFd); 2] {
-        [(LinkQueue::Rx, self.0.rx.kick()), (LinkQueue::Tx, self.0.tx.kick())]
+        [(LinkQueue::Rx, self.link.rx.kick()), (LinkQueue::Tx, self.link.tx.kick())]
     }
 
     /// Gives the driver VM's memory up, keeping the kicks alone.
     pub(super) fn into_kicks(self) -> [EventFd; 2] {
-        let Link { rx, tx, .. } = *self.0;
+        let Link { rx, tx, .. } = *self.link;
         [rx.into_kick(), tx.into_kick()]
     }
 
     pub(super) fn take_calls(&mut self) {
-        self.0.take_calls();
+        self.link.take_calls();
     }
 
     /// Puts as many whole records of `records` into the next receive buffer as it holds; how many bytes. 0: there is no buffer, and the
     /// driver VM will kick when there is one.
     pub(super) fn send(&mut self, records: &[u8]) -> Result<usize, LinkError> {
-        let mut ring = self.0.rx.open()?;
+        let mut ring = self.link.rx.open()?;
         ring.mute()?;
         if more(&mut ring)? == 0 {
             return Ok(0);
@@ -119,7 +123,7 @@ impl Port {
     /// Takes the next buffer that the driver VM has sent into `buffer`; its length. None: there is none, and the driver VM will kick
     /// when there is one.
     pub(super) fn receive(&mut self, buffer: &mut [u8; MAX_HELLO]) -> Result<Option<usize>, LinkError> {
-        let mut ring = self.0.tx.open()?;
+        let mut ring = self.link.tx.open()?;
         ring.mute()?;
         if more(&mut ring)? == 0 {
             return Ok(None);
@@ -135,12 +139,19 @@ impl Port {
         gather(chain.readable(), 0, bytes);
         ring.take(1);
         ring.complete(head, 0)?;
+        self.given_back = self.given_back.saturating_add(1);
         Ok(Some(length))
     }
 
-    /// Tells the driver VM of what was sent and received since the last time.
+    /// Tells the driver VM of what was sent since the last time, and now and then of its own buffers that were given back: Linux's
+    /// console driver (`virtio_console.c`) asks for an interrupt at each of them, which would wake the driver VM once more for each answer,
+    /// takes them back at its next write in any case, and waits for one only where its queue is full. A full queue is more than half a one.
     pub(super) fn notify(&mut self) -> Result<(), LinkError> {
-        self.0.rx.notify()?;
-        Ok(self.0.tx.notify()?)
+        self.link.rx.notify()?;
+        if self.given_back >= self.link.tx.size() / 2 {
+            self.given_back = 0;
+            self.link.tx.notify()?;
+        }
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use vhost::VhostBackend;
 
 use crate::guest::{Guest, attached_again, link, live, serve, serve_and_flush, serve_until_live};
 use crate::medium::Medium;
-use crate::vm::Vm;
+use crate::vm::{QUEUE, Vm};
 
 #[test]
 fn the_next_session_of_a_life_skips_what_is_left_of_the_one_before() {
@@ -100,4 +100,22 @@ fn kicks_are_watched_while_the_link_is_up_and_handed_back_when_it_ends() {
     assert_eq!(guest.splitter.kicks().count(), 2);
     guest.splitter.mask(link(1).generation);
     assert_eq!((guest.splitter.kicks().count(), guest.splitter.take_retired().len()), (0, 2));
+}
+
+#[test]
+fn the_driver_vm_is_not_interrupted_for_each_answer_and_is_before_its_queue_is_used_up() {
+    let (mut guest, mut medium) = (Guest::new(), Medium::new());
+    let mut vm = live(&mut guest, 1, &mut medium);
+    // Whatever came before; the count is from the last interrupt on.
+    let half = u64::from(QUEUE / 2);
+    let mut served = |answers: u64| {
+        for n in 0..answers {
+            guest.write(8 * n, 8);
+            serve(&mut guest, &mut vm, &mut medium);
+        }
+        vm.tx.interrupts()
+    };
+    while served(1) == 0 {}
+    assert_eq!((served(half - 1), served(1)), (0, 1));
+    assert_eq!(served(10 * half), 10);
 }
