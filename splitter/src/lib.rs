@@ -16,5 +16,6 @@ pub mod net;
 pub mod pump;
 pub mod queue;
 pub mod sound;
+pub mod spares;
 pub mod threads;
 pub mod untrusted;

@@ -4,7 +4,6 @@
 //! have a partition of it only.
 
 use std::hash::{DefaultHasher, Hasher};
-use std::sync::Arc;
 
 use super::errors::ErrorClass;
 use super::range::{SECTOR_BYTES, SectorRange};
@@ -84,13 +83,6 @@ pub trait Payload: Clone {
     fn fingerprint(&self, skip: u64, sectors: u64) -> Fingerprint;
 }
 
-impl Payload for Arc<[u8]> {
-    fn fingerprint(&self, skip: u64, sectors: u64) -> Fingerprint {
-        let byte = |sector: u64| usize::try_from(sector.saturating_mul(SECTOR_BYTES)).unwrap_or(usize::MAX);
-        Fingerprint::of(self.get(byte(skip)..byte(skip.saturating_add(sectors))).unwrap_or_default())
-    }
-}
-
 /// A hash of a block, by which a disk is recognised. It is compared within one process only, so that it need not stay the same over
 /// versions of the standard library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +94,12 @@ impl Fingerprint {
         let mut hasher = DefaultHasher::new();
         hasher.write(bytes);
         Self(hasher.finish())
+    }
+
+    /// Of `sectors` sectors from sector `skip` of `copy`; of none, if they are not all in it.
+    pub fn of_sectors(copy: &[u8], skip: u64, sectors: u64) -> Self {
+        let byte = |sector: u64| usize::try_from(sector.saturating_mul(SECTOR_BYTES)).unwrap_or(usize::MAX);
+        Self::of(copy.get(byte(skip)..byte(skip.saturating_add(sectors))).unwrap_or_default())
     }
 }
 

@@ -232,10 +232,19 @@ mod tests {
         SectorRange::new(start, count).unwrap()
     }
 
+    #[derive(Clone)]
+    struct Copied(Arc<[u8]>);
+
+    impl Payload for Copied {
+        fn fingerprint(&self, skip: u64, sectors: u64) -> Fingerprint {
+            Fingerprint::of_sectors(&self.0, skip, sectors)
+        }
+    }
+
     /// 64 sectors, each block of which is filled with its number.
-    fn data() -> Slice<Arc<[u8]>> {
+    fn data() -> Slice<Copied> {
         let bytes: Vec<u8> = (0..8u8).flat_map(|block| vec![block; 4096]).collect();
-        Slice { payload: bytes.into(), skip: 0, sectors: 64 }
+        Slice { payload: Copied(bytes.into()), skip: 0, sectors: 64 }
     }
 
     fn block(n: u8) -> Fingerprint {

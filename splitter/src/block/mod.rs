@@ -39,7 +39,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::call::CallWatch;
 use crate::link::{Cause, Link, LinkEvent, LinkQueue, LinkServer, Outlet, What};
 use crate::untrusted::Elsewhere;
-pub use data::GuestData;
+use data::Copies;
+pub use data::{GuestData, PrivateCopy};
 use link::{LinkError, Port};
 pub use notice::{Listener, Notice};
 use pool::LARGEST_PIECE;
@@ -84,7 +85,8 @@ impl LinkState {
 
 /// The splitter of one disk.
 pub struct BlockSplitter {
-    shadow: BlockShadow<Arc<[u8]>>,
+    shadow: BlockShadow<PrivateCopy>,
+    copies: Copies,
     link: LinkState,
     /// The newest link that has ended or was given up: no older one is taken.
     barred: Option<LinkId>,
@@ -126,6 +128,7 @@ impl BlockSplitter {
         let (sender, events) = channel();
         Ok(Self {
             shadow: BlockShadow::new(disk.identity.clone(), policy, limits),
+            copies: Copies::default(),
             link: LinkState::None,
             barred: None,
             driver_memory,
@@ -144,7 +147,7 @@ impl BlockSplitter {
     }
 
     /// The shadow: mode, counters, what is owed.
-    pub fn shadow(&self) -> &BlockShadow<Arc<[u8]>> {
+    pub fn shadow(&self) -> &BlockShadow<PrivateCopy> {
         &self.shadow
     }
 
@@ -271,7 +274,7 @@ impl BlockSplitter {
     }
 
     /// Runs `act` and keeps the requests that it finishes.
-    fn with_shadow<R>(&mut self, act: impl FnOnce(&mut BlockShadow<Arc<[u8]>>, &mut Out) -> R) -> R {
+    fn with_shadow<R>(&mut self, act: impl FnOnce(&mut BlockShadow<PrivateCopy>, &mut Out) -> R) -> R {
         let mut out = Out::default();
         let result = act(&mut self.shadow, &mut out);
         self.done.append(&mut out.done);

@@ -5,7 +5,7 @@ use umbra_shadow::block::{
     Answer, ErrorClass, Failure, Fingerprint, ModeName, NotTaken, Out, SECTOR_BYTES, Tag, Violation,
 };
 
-use super::data::{GuestData, private_copy};
+use super::data::GuestData;
 use super::link::LinkError;
 use super::notice::{Notice, since};
 use super::session::{Brings, Flight, Heard};
@@ -169,7 +169,7 @@ impl BlockSplitter {
         let (mut out, mut copied) = (Out::default(), 0);
         let mut put = || {
             while session.has_room() && copied < COPY_BUDGET {
-                let copy = |span| private_copy(data, span);
+                let copy = |span| self.copies.copy(data, span);
                 let Some(order) = self.shadow.next_order(now, copy, &mut out) else { break };
                 copied += order.command.bytes();
                 session.put(&order, data)?;
