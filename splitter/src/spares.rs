@@ -58,8 +58,8 @@ impl Spares {
     }
 }
 
-/// Bytes that are reserved for `length` bytes: the next eighth of a power of two, so that few sizes serve all lengths, and a quarter more than
-/// asked for at most.
+/// Bytes that are reserved for `length` bytes: the next eighth of a power of two, so that few sizes serve all lengths, and a quarter more
+/// than asked for at most.
 fn size_for(length: usize) -> usize {
     length.next_multiple_of((length.next_power_of_two() / 8).max(LEAST))
 }
