@@ -6,7 +6,6 @@ mod common;
 
 use std::ffi::CString;
 use std::fs;
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
@@ -209,14 +208,17 @@ fn no_table_has_what_leads_out_of_a_process() {
         "mq_open",
         "clone3",
         "socket",
+        "open",
+        "openat",
+        "rename",
+        "unlink",
+        "mkdir",
     ];
     for category in Category::ALL {
         for row in category.rows() {
             let name = row.call.1.strip_prefix("SYS_").unwrap();
             assert!(!never.contains(&name), "{category:?} may {name}");
             assert!(!row.why.is_empty() && system_calls::name(row.call.0) == Some(name), "{category:?}: {name}");
-            let by_name = ["open", "openat", "rename", "unlink", "mkdir"].contains(&name);
-            assert!(!by_name || category == Category::Taker, "{category:?} may {name}");
         }
     }
 }
@@ -227,8 +229,6 @@ fn what_starts_later_may_do_all_of_its_table() {
     for (starter, started) in [
         (Category::EventLoop, Category::Link),
         (Category::EventLoop, Category::Helper),
-        (Category::Taker, Category::Link),
-        (Category::Taker, Category::Helper),
         (Category::Vcpu, Category::Helper),
     ] {
         for row in started.rows() {
@@ -248,12 +248,12 @@ enum Ends {
 }
 
 /// Attempts by name, each a call with its arguments, and how they end.
-fn attempts(category: Category) -> Vec<(&'static str, [i64; 7], Ends)> {
+fn attempts() -> Vec<(&'static str, [i64; 7], Ends)> {
     let parent = i64::from(nix::unistd::getppid().as_raw());
     let text = |text: &str| CString::new(text).unwrap().into_raw() as i64;
     let path = text("/etc/passwd");
     let room = Box::leak(Box::new([0_u64; 64])).as_mut_ptr() as i64;
-    let open = if category != Category::Taker { Ends::With(libc::ENOSYS) } else { Ends::With(libc::EACCES) };
+    let open = Ends::With(libc::ENOSYS);
     let end = Ends::TheProcess;
     vec![
         ("execve", [libc::SYS_execve, text("/bin/true"), 0, 0, 0, 0, 0], end),
@@ -307,7 +307,7 @@ const ATTEMPT: &str = "UMBRA_TEST_ATTEMPT";
 fn as_a_hostile_thread() {
     let (Ok(category), Ok(attempt)) = (std::env::var(CATEGORY), std::env::var(ATTEMPT)) else { return };
     let category = *Category::ALL.iter().find(|known| format!("{known:?}") == category).unwrap();
-    let (_, call, _) = attempts(category).into_iter().find(|(name, ..)| *name == attempt).unwrap();
+    let (_, call, _) = attempts().into_iter().find(|(name, ..)| *name == attempt).unwrap();
     confine::begin(Mode::On).unwrap();
     trap::tell(&3);
     let act = move || {
@@ -320,10 +320,9 @@ fn as_a_hostile_thread() {
             libc::_exit(status_of(error))
         }
     };
-    let folder = tempfile::tempdir().unwrap();
     let purpose = match category {
-        Category::EventLoop | Category::Taker => {
-            confine::lock_down((category == Category::Taker).then(|| folder.path())).unwrap();
+        Category::EventLoop => {
+            confine::lock_down().unwrap();
             return act();
         }
         Category::Vcpu => Purpose::Vcpu,
@@ -350,20 +349,10 @@ fn attempt(category: Category, name: &str) -> (Output, Channel) {
     (command.output().unwrap(), ours)
 }
 
-/// Whether the kernel has Landlock: without it the file system is closed by the filters alone.
-fn landlock() -> bool {
-    // SAFETY: with this flag the call takes no structure and makes nothing.
-    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, 1) > 0 }
-}
-
 #[test]
 fn a_hostile_thread_of_each_kind_finds_no_way_out() {
     for category in Category::ALL {
-        for (name, call, ends) in attempts(category) {
-            if ends == Ends::With(libc::EACCES) && !landlock() {
-                let _ = writeln!(std::io::stderr(), "{category:?}: {name}: left out, this kernel has no Landlock");
-                continue;
-            }
+        for (name, call, ends) in attempts() {
             let (output, channel) = attempt(category, name);
             let printed = String::from_utf8_lossy(&output.stderr);
             let status = match ends {
@@ -381,8 +370,7 @@ fn a_hostile_thread_of_each_kind_finds_no_way_out() {
                 panic!("{category:?}: {name}: the supervisor was not told");
             };
             assert_eq!(told, call[0], "{category:?}: {name}");
-            let main = matches!(category, Category::EventLoop | Category::Taker);
-            assert!(main || thread == "hostile", "{category:?}: {name}: {thread}");
+            assert!(category == Category::EventLoop || thread == "hostile", "{category:?}: {name}: {thread}");
         }
     }
 }

@@ -5,6 +5,8 @@
 //!   a VM that waits ---pause, save---> file (format, cache) ---read, check---> memory, KVM's state, devices ---> a VM that waits
 //!                       (take)                                   (restore)
 //! ```
+//! The file is opened before the VM runs, because its process can open none afterwards, and is given up unused once the VM meets somebody.
+//!
 //! Invariants: a snapshot that is missing, damaged, of something else or refused by KVM costs a cold boot, never more;
 //! no vCPU runs between the first and the last byte that is saved, nor before all is restored; a restored VM finds a generation ID
 //! that no VM has had, and an event that says so. What the VM has been told by its host, or has of a guest, makes a device refuse to
@@ -20,7 +22,7 @@ pub mod memory;
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -125,6 +127,13 @@ pub struct Place {
     description: Box<Description>,
 }
 
+/// The file that a snapshot is taken to, open.
+#[derive(Debug)]
+pub struct Begun {
+    place: Place,
+    file: File,
+}
+
 /// A snapshot that was found: its file, and what was read of it.
 pub struct Found {
     file: File,
@@ -153,9 +162,13 @@ impl Place {
         self.cache.prepare()
     }
 
-    /// The folder.
-    pub fn folder(&self) -> &Path {
-        self.cache.folder()
+    /// Opens the file that the snapshot is taken to.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`], or the file cannot be made: no snapshot can be taken then.
+    pub fn begin(self) -> Result<Begun, Error> {
+        let file = self.cache.begin(&self.key)?;
+        Ok(Begun { place: self, file })
     }
 
     /// Looks for the snapshot; `None`: there is none.
@@ -169,13 +182,24 @@ impl Place {
         let state = serde_json::from_slice(&contents.state).map_err(Error::State)?;
         Ok(Some(Found { file, runs: contents.runs, state }))
     }
+}
 
+impl Begun {
     /// Takes a snapshot of `vm`, whose `vcpus` run before and after. Between two pieces of its memory `go_on` is asked
-    /// whether to. Returns the bytes of the file.
+    /// whether to. Returns the bytes of the file. Opens nothing.
     ///
     /// # Errors
     /// Nothing is kept of it then; the VM goes on.
-    pub fn take(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
+    pub fn take(self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
+        let taken = self.write(vm, vcpus, go_on);
+        if taken.is_err() {
+            // It takes no room until it is removed.
+            let _ = self.file.set_len(0);
+        }
+        taken
+    }
+
+    fn write(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
         let mut paused = vcpus.pause()?;
         let machine = MachineState { vcpus: std::mem::take(&mut paused.vcpus), chips: ChipsState::take(&vm.fd)? };
         let (legacy, pci, unused) = (vm.bus.legacy.save()?, vm.bus.pci.save()?, vm.unused.ranges());
@@ -184,15 +208,10 @@ impl Place {
         if state.len() as u64 > MAX_STATE {
             return Err(Error::TooLarge(state.len()));
         }
-        let mut length = 0;
-        self.cache.create(&self.key, |file| {
-            let mut writer = Writer::new(file);
-            memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
-            let (size, description) = (memory::size(&vm.memory), self.description.encode());
-            length = writer.finish(&self.key, size, (&state, &description)).map_err(Error::Write)?;
-            Ok(())
-        })?;
-        Ok(length)
+        let mut writer = Writer::new(&self.file);
+        memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
+        let (size, description) = (memory::size(&vm.memory), self.place.description.encode());
+        writer.finish(&self.place.key, size, (&state, &description)).map_err(Error::Write)
     }
 }
 
