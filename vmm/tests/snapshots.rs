@@ -400,6 +400,14 @@ fn a_snapshot_needs_no_path_once_the_vm_runs_and_is_taken_of_none_that_has_met_s
     let mut vm = start(&cache, &kernel, |_| {});
     assert_eq!(news(&vm), SnapshotNews::Missing);
     vm.wait_for("up");
+    fs::remove_file(only_file(&cache)).unwrap();
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
+    assert!(matches!(news(&vm), SnapshotNews::NotTaken(why) if why.contains("removed")));
+    vm.kill();
+
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
     assert_eq!(open(&vm), 1);
     vm.send(&ToVm::Plug { device: "0000:00:00.0".into() });
     assert!(matches!(vm.next(), Some(FromVm::Failed { .. })), "there is no such function");

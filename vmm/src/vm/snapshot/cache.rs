@@ -11,12 +11,13 @@ use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::unistd::geteuid;
 
 use super::Error;
 use super::format::{FormatError, Key, Summary};
+use crate::base::random::random;
 
 /// Environment variable: the folder.
 pub const FOLDER: &str = "UMBRA_SNAPSHOT_DIR";
@@ -25,6 +26,9 @@ const MAX_FILES: usize = 8;
 /// What they take on the disk at most, in bytes of allocated blocks: some 30 snapshots of small driver VMs, four of large ones. The one
 /// that was used last stays, however large it is.
 pub const MAX_BYTES: u64 = 2 << 30;
+/// Time after its last change at which an unfinished file of another host, or of another boot, was left behind: a snapshot takes
+/// seconds, and one that waits longer for its VM to be ready is begun anew.
+const WRITING: Duration = Duration::from_secs(3600);
 /// Bytes of a block as `stat(2)` counts them.
 const BLOCK: u64 = 512;
 /// Ends of file names: of a snapshot, and of one that is being written.
@@ -109,7 +113,7 @@ impl Cache {
     pub fn begin(&self, key: &Key) -> Result<File, Error> {
         self.prepare()?;
         self.tidy();
-        let path = self.folder.join(format!("{key}.{}.{UNFINISHED}", std::process::id()));
+        let path = unfinished(&self.folder, key)?;
         let failed = |source| Error::Folder { path: path.clone(), source };
         loop {
             let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
@@ -139,7 +143,7 @@ impl Cache {
         files.filter(|(path, _)| path.extension().is_some_and(|extension| extension == end)).collect()
     }
 
-    /// What nobody writes any more gets its name if it is whole; the rest is returned.
+    /// What nobody writes any more, as far as this host knows, gets its name if it is whole; the rest is returned.
     pub(super) fn name_finished(&self) -> Vec<PathBuf> {
         let mut left = Vec::new();
         for (path, _) in self.files(UNFINISHED) {
@@ -171,7 +175,8 @@ impl Cache {
 
     /// Gives names to what is finished; removes what was left unfinished, and what is too much. What cannot be removed stays.
     fn tidy(&self) {
-        for left in self.name_finished() {
+        let boot = boot();
+        for left in self.name_finished().iter().filter(|left| is_of(left, &boot) || is_old(left)) {
             let _ = fs::remove_file(left);
         }
         let used = |metadata: &Metadata| metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
@@ -185,6 +190,29 @@ impl Cache {
             }
         }
     }
+}
+
+/// The name of a file in `folder` for the snapshot with `key`, until it has its own: it says on which boot of which host it is written.
+fn unfinished(folder: &Path, key: &Key) -> Result<PathBuf, Error> {
+    let number = random::<4>().map_err(|source| Error::Folder { path: folder.into(), source })?;
+    Ok(folder.join(format!("{key}.{}.{:08x}.{UNFINISHED}", boot(), u32::from_ne_bytes(number))))
+}
+
+/// What the kernel calls its boot.
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
+}
+
+/// Whether the unfinished file at `path` was begun on `boot`. Of others the locks may not be seen: a folder can be on a network.
+fn is_of(path: &Path, boot: &str) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.split('.').nth(1) == Some(boot)
+}
+
+/// Whether nobody writes to the file at `path` any more, whatever its lock says.
+fn is_old(path: &Path) -> bool {
+    let modified = fs::symlink_metadata(path).and_then(|metadata| metadata.modified());
+    modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > WRITING))
 }
 
 /// Notes that the snapshot in `file` has been found and read: it is not the next one to go. A file that cannot be changed goes earlier.
@@ -222,7 +250,6 @@ pub(super) fn check(path: &Path, metadata: &Metadata) -> Result<(), Error> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::os::unix::fs::{FileExt, PermissionsExt};
-    use std::time::Duration;
 
     use super::super::format::Writer;
 
@@ -368,18 +395,26 @@ mod tests {
         let cache = Cache::at(&dir.path().join("cache"));
         create(&cache, &KEY);
         let written = cache.begin(&Key([1; 32])).unwrap();
-        // Left behind by a process that had the number of this one, which has to write a file of this name.
-        let left = cache.folder.join(format!("{}.{}.{UNFINISHED}", Key([2; 32]), std::process::id()));
+        let left = unfinished(&cache.folder, &Key([2; 32])).unwrap();
         fs::write(&left, "half").unwrap();
-        assert!(!is_being_written(&left) && cache.files(UNFINISHED).len() == 2);
+        // Of another host, whose locks are not seen.
+        let others = [1, 3700].map(|age| {
+            let path = cache.folder.join(format!("{}.another.{age}.{UNFINISHED}", Key([2; 32])));
+            fs::write(&path, "half").unwrap();
+            let then = SystemTime::now() - Duration::from_secs(age);
+            File::options().write(true).open(&path).unwrap().set_modified(then).unwrap();
+            path
+        });
+        assert!(!is_being_written(&left) && cache.files(UNFINISHED).len() == 4);
         // Somebody else finishes meanwhile.
         create(&cache, &Key([2; 32]));
         assert!(cache.open(&Key([2; 32])).unwrap().is_some());
-        assert_eq!((cache.files(SNAPSHOT).len(), cache.files(UNFINISHED).len()), (2, 1));
+        assert_eq!((cache.files(SNAPSHOT).len(), cache.files(UNFINISHED).len()), (2, 2));
+        assert!(others[0].exists() && !others[1].exists() && !left.exists());
         finish(&written, &Key([1; 32]), 10);
         drop(written);
         assert!(cache.open(&Key([1; 32])).unwrap().is_some());
-        assert_eq!((cache.files(SNAPSHOT).len(), cache.files(UNFINISHED).len()), (3, 0));
+        assert_eq!((cache.files(SNAPSHOT).len(), cache.files(UNFINISHED).len()), (3, 1));
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod memory;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use kvm_ioctls::VcpuFd;
@@ -103,6 +104,9 @@ pub enum Error {
     /// Lives from it do not live.
     #[error("lives that were restored from it have ended before they said hello")]
     Useless,
+    /// Somebody has removed the file meanwhile.
+    #[error("its file was removed while it was written")]
+    Removed,
     /// Something more urgent came.
     #[error("something more urgent came")]
     Interrupted,
@@ -211,7 +215,10 @@ impl Begun {
         let mut writer = Writer::new(&self.file);
         memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
         let (size, description) = (memory::size(&vm.memory), self.place.description.encode());
-        writer.finish(&self.place.key, size, (&state, &description)).map_err(Error::Write)
+        let length = writer.finish(&self.place.key, size, (&state, &description)).map_err(Error::Write)?;
+        // Another host that uses the folder has taken it for something that was left behind.
+        let is_gone = self.file.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
+        if is_gone { Err(Error::Removed) } else { Ok(length) }
     }
 }
 
