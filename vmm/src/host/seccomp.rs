@@ -2,11 +2,11 @@
 
 /// The kernel runs filters, and can have a call that one refuses raise a signal.
 pub fn filters_system_calls() -> bool {
-    /// `SECCOMP_GET_ACTION_AVAIL`.
-    const ASK: libc::c_ulong = 2;
+    /// `SECCOMP_GET_ACTION_AVAIL`, and its flags.
+    const ASK: [libc::c_ulong; 2] = [2, 0];
     let trap = libc::SECCOMP_RET_TRAP;
     // SAFETY: the kernel reads a number of 32 bits, which lives through the call.
-    unsafe { libc::syscall(libc::SYS_seccomp, ASK, 0 as libc::c_ulong, &raw const trap) == 0 }
+    unsafe { libc::syscall(libc::SYS_seccomp, ASK[0], ASK[1], &raw const trap) == 0 }
 }
 
 #[cfg(test)]
