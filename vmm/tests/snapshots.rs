@@ -267,6 +267,8 @@ fn a_snapshot_that_cannot_be_used_costs_a_boot_and_says_why() {
     }
     let (dir, kernel, _) = taken();
     let cache = dir.path().join("cache");
+    // It gets its name from who looks next.
+    umbra_snapshots(&cache, &[]);
     let file = only_file(&cache);
     let whole = fs::read(&file).unwrap();
     let half = whole.len() / 2;
@@ -349,7 +351,7 @@ fn what_is_more_urgent_ends_a_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = dir.path().join("kernel");
     fs::write(&kernel, common::elf(&counter())).unwrap();
-    let mut vm = start(dir.path(), &kernel, |_| {});
+    let mut vm = start(&dir.path().join("cache"), &kernel, |_| {});
     assert_eq!(news(&vm), SnapshotNews::Missing);
     vm.wait_for("up");
     // While the process stands still, both arrive.
@@ -360,8 +362,58 @@ fn what_is_more_urgent_ends_a_snapshot() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
     let SnapshotNews::NotTaken(said) = news(&vm) else { panic!("taken") };
     assert!(said.contains("more urgent"), "{said}");
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left of it");
+    let cache = dir.path().join("cache");
+    assert_eq!(fs::metadata(only_file(&cache)).unwrap().len(), 0, "nothing is left of it");
     wait_for_bytes(&vm, 16);
+    vm.kill();
+    let list = umbra_snapshots(&cache, &["--prune"]);
+    assert_eq!((&list["removed"][0]["state"], fs::read_dir(&cache).unwrap().count()), (&"leftover".into(), 0));
+}
+
+/// The file is open before the VM runs, and no path leads to it by then; what meets somebody before it is saved is not saved any more.
+#[test]
+fn a_snapshot_needs_no_path_once_the_vm_runs_and_is_taken_of_none_that_has_met_somebody() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, cache) = (dir.path().join("kernel"), dir.path().join("cache"));
+    fs::write(&kernel, common::elf(&counter())).unwrap();
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
+    let elsewhere = dir.path().join("elsewhere");
+    fs::rename(&cache, &elsewhere).unwrap();
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
+    assert!(matches!(news(&vm), SnapshotNews::Taken(_)));
+    let open = |vm: &Process| {
+        let open = fs::read_dir(format!("/proc/{}/fd", vm.child.id())).unwrap().flatten();
+        open.filter_map(|entry| fs::read_link(entry.path()).ok()).filter(|to| to.starts_with(dir.path())).count()
+    };
+    // Its console's files are in a folder of their own.
+    assert_eq!(open(&vm), 0, "it could change what the next lives are restored from");
+    vm.kill();
+    let mut vm = start(&elsewhere, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Restored);
+    vm.kill();
+
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
+    fs::remove_file(only_file(&cache)).unwrap();
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
+    assert!(matches!(news(&vm), SnapshotNews::NotTaken(why) if why.contains("removed")));
+    vm.kill();
+
+    let mut vm = start(&cache, &kernel, |_| {});
+    assert_eq!(news(&vm), SnapshotNews::Missing);
+    vm.wait_for("up");
+    assert_eq!(open(&vm), 1);
+    vm.send(&ToVm::Plug { device: "0000:00:00.0".into() });
+    assert!(matches!(vm.next(), Some(FromVm::Failed { .. })), "there is no such function");
+    vm.send(&ToVm::Snapshot { unused: Vec::new() });
+    assert!(matches!(news(&vm), SnapshotNews::NotTaken(_)));
+    assert_eq!(open(&vm), 0);
     vm.kill();
 }
 

@@ -38,7 +38,7 @@ impl OnTerminal {
         let pty = openpty(None, None).unwrap();
         let before = tcgetattr(&pty.slave).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
-        command.args(["vm", "--confine", "on", "--spec"]).arg(path).stdin(Stdio::from(pty.slave.try_clone().unwrap()));
+        command.args(["vm", "--spec"]).arg(path).stdin(Stdio::from(pty.slave.try_clone().unwrap()));
         command.stdout(Stdio::from(pty.slave.try_clone().unwrap())).stderr(Stdio::null());
         let child = command.spawn().unwrap();
         Self { child, ours: File::from(pty.master), theirs: pty.slave, before, _files: files }
@@ -161,12 +161,7 @@ fn a_pipe_that_nobody_reads_holds_up_nobody() {
     let path = files.dir.path().join("spec.json");
     std::fs::write(&path, serde_json::to_vec(&spec).unwrap()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
-    command
-        .args(["vm", "--confine", "on", "--spec"])
-        .arg(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
+    command.args(["vm", "--spec"]).arg(path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
     let deadline = Instant::now() + 2 * PATIENCE;
     while child.try_wait().unwrap().is_none() {

@@ -47,11 +47,11 @@ pub struct Machine {
 #[serde(rename_all = "kebab-case")]
 pub enum Confine {
     /// They are; what they must not do ends them.
+    #[default]
     On,
     /// System calls that they must not make are logged by the kernel, and done.
     Log,
     /// They are not.
-    #[default]
     Off,
 }
 

@@ -177,14 +177,14 @@ fn a_spare_is_a_second_nic_of_nobody_else() {
 }
 
 #[test]
-fn processes_are_confined_as_the_machine_says() {
+fn processes_are_confined_unless_the_machine_says_otherwise() {
     let parse = |line: &str| Machine::parse(&format!("{line}\n[guest.web]\nkernel = \"k\"\n"), "m.toml".as_ref());
     let confine = |line| parse(line).unwrap().confine;
-    assert_eq!(confine(""), Confine::Off);
-    assert_eq!((confine("confine = \"log\""), confine("confine = \"on\"")), (Confine::Log, Confine::On));
+    assert_eq!((confine(""), confine("confine = \"on\"")), (Confine::On, Confine::On));
+    assert_eq!((confine("confine = \"log\""), confine("confine = \"off\"")), (Confine::Log, Confine::Off));
     assert_eq!(
-        Machine::parse(&parse("confine = \"on\"").unwrap().to_string(), "m.toml".as_ref()).unwrap().confine,
-        Confine::On
+        Machine::parse(&parse("confine = \"off\"").unwrap().to_string(), "m.toml".as_ref()).unwrap().confine,
+        Confine::Off
     );
     let error = parse("confine = \"maybe\"").unwrap_err().to_string();
     assert!(error.starts_with("m.toml:1: ") && error.contains("maybe"), "{error}");

@@ -1,5 +1,6 @@
 //! What the host knows of a PCI function: in sysfs, bound or not ([`sysfs`], [`bind`], [`reset`]), and through its open VFIO
-//! files, which may outlive the VM that has it ([`files`], [`region`]). [`doctor`] tells people what is missing.
+//! files, which may outlive the VM that has it ([`files`], [`region`]); and whether it can confine processes ([`seccomp`]). [`doctor`]
+//! tells people what is missing.
 //!
 //! No device model is known here, and nothing of a VM.
 
@@ -15,6 +16,7 @@ pub mod irq;
 pub mod persist;
 pub mod region;
 pub mod reset;
+pub mod seccomp;
 pub mod snapshot;
 pub mod sysfs;
 pub mod tap;

@@ -25,7 +25,7 @@ use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::{self, Vcpus};
 use super::machine::viewers::Viewers;
 use super::machine::vm::{self, Vm};
-use super::snapshot::{self, Place};
+use super::snapshot::{self, Begun, Place};
 use crate::base::error::chain;
 use crate::base::high_duplicate::high_duplicate;
 use crate::base::lock::lock;
@@ -181,7 +181,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         host.finish();
         return Ok((VmEnd::Killed, String::new()));
     };
-    let Assembled { vm, devices, mut events, vcpus, mut snapshot } = assembled;
+    let Assembled { vm, devices, mut events, vcpus, snapshot } = assembled;
     let vm = Arc::new(vm);
     let orders = Orders::default();
     let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders };
@@ -193,13 +193,11 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     }
 
     // Nothing that a guest has made is read before.
-    let prepared = snapshot.as_ref().map(Place::prepare).transpose();
-    let lacks_place = prepared.err().map(|why| {
-        snapshot = None;
-        chain(&why)
-    });
-    let folder = snapshot.as_ref().map(|place| place.folder().to_owned());
-    let vcpus = vm.start(vcpus, || Ok::<_, Error>(confine::lock_down(folder.as_deref())?))?;
+    let (mut snapshot, lacks_place) = match snapshot.map(Place::begin).transpose() {
+        Ok(begun) => (begun, None),
+        Err(why) => (None, Some(chain(&why))),
+    };
+    let vcpus = vm.start(vcpus, || Ok::<_, Error>(confine::lock_down()?))?;
     host.tell(&FromVm::Running { at: Time::now().0 });
     host.tell(&FromVm::Vcpus(vm.vcpu_counts()));
     let terminal = if spec.console == Console::Terminal {
@@ -223,6 +221,10 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if let Some(unused) = orders.snapshot {
             give_up(&vm, unused);
             take_snapshot((&vm, &vcpus), (snapshot.take(), lacks_place.as_deref()), host);
+        }
+        if orders.meets {
+            // What it meets could take the process over, and is to find no snapshot open.
+            snapshot = None;
         }
         for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
@@ -266,10 +268,10 @@ fn give_up(vm: &Vm, unused: Vec<MemoryRange>) {
 }
 
 /// Takes the snapshot of a VM, once, or says why there is no place for it.
-fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), (place, lacks_place): (Option<Place>, Option<&str>), host: &Host) {
+fn take_snapshot((vm, vcpus): (&Vm, &Vcpus), (begun, lacks_place): (Option<Begun>, Option<&str>), host: &Host) {
     let start = Time::now();
     let mut go_on = || !host.has_orders() && !vm.end.is_set();
-    let taken = place.map(|place| place.take(vm, vcpus, &mut go_on));
+    let taken = begun.map(|begun| begun.take(vm, vcpus, &mut go_on));
     let news = match taken {
         None => SnapshotNews::NotTaken(lacks_place.unwrap_or("there is one, or this VM has none").into()),
         Some(Ok(bytes)) => SnapshotNews::Taken(bytes),
@@ -307,6 +309,8 @@ struct Orders {
     nmi: bool,
     /// A snapshot is to be taken, of a VM that gives this memory up first.
     snapshot: Option<Vec<MemoryRange>>,
+    /// The VM meets its device, or a guest.
+    meets: bool,
 }
 
 /// What the descriptors are registered as.
@@ -331,6 +335,7 @@ impl Control {
     }
 
     fn handle(&mut self, message: ToVm, fds: Vec<OwnedFd>) {
+        self.orders.meets |= matches!(message, ToVm::Plug { .. } | ToVm::Connect { .. });
         match message {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),

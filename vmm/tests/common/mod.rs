@@ -121,7 +121,7 @@ impl Process {
         let (channel, theirs) = Channel::pair().unwrap();
         let number = theirs.as_raw_fd();
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
-        command.args(["vm", "--control", "3", "--confine", "on"]);
+        command.args(["vm", "--control", "3"]);
         command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));
         // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
         unsafe {

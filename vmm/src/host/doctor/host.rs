@@ -8,6 +8,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::{Finding, Root};
 use crate::config::MemorySize;
+use crate::host::seccomp::filters_system_calls;
 
 /// Locked memory that a driver VM needs, in bytes: its own by default (128 MiB), and what VFIO locks besides.
 const LOCKED: u64 = (128 + 16) << 20;
@@ -19,6 +20,8 @@ pub struct Caller {
     pub root: bool,
     /// Locked memory, bytes.
     pub locked: u64,
+    /// The kernel filters system calls.
+    pub seccomp: bool,
     /// Version of Landlock that the kernel has; `None`: it has none, or was started without it.
     pub landlock: Option<u32>,
 }
@@ -27,7 +30,7 @@ impl Caller {
     /// This process.
     pub fn this() -> Self {
         let (locked, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
-        Self { root: nix::unistd::geteuid().is_root(), locked, landlock: landlock() }
+        Self { root: nix::unistd::geteuid().is_root(), locked, seccomp: filters_system_calls(), landlock: landlock() }
     }
 }
 
@@ -41,26 +44,25 @@ fn landlock() -> Option<u32> {
 }
 
 /// What the kernel has to confine the processes of VMs with.
-fn confinement(root: &Root, caller: Caller) -> Finding {
-    let actions = root.read("proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
-    if !actions.split_whitespace().any(|action| action == "trap") {
-        return Finding::note(
+fn confinement(caller: Caller) -> Finding {
+    if !caller.seccomp {
+        return Finding::missing(
             "confinement",
-            "the kernel filters no system calls (seccomp), which `confine = \"on\"` needs",
-        )
-        .with_remedy("a kernel with CONFIG_SECCOMP_FILTER, or no `confine` in the machine file");
+            "the kernel filters no system calls (seccomp), and no machine is started without",
+            "a kernel with CONFIG_SECCOMP_FILTER, or `confine = \"off\"` in the machine file",
+        );
     }
     match caller.landlock {
         Some(version) => Finding::good(
             "confinement",
             format!(
-                "with `confine = \"on\"` VMs' processes lose system calls (seccomp) and files (Landlock, version {version})"
+                "processes of VMs lose their system calls (seccomp) and the file system (Landlock, version {version})"
             ),
         ),
         None => Finding::note(
             "confinement",
-            "with `confine = \"on\"` VMs' processes lose system calls (seccomp); the kernel has no Landlock, which would take \
-             the file system from them a second time",
+            "processes of VMs lose their system calls (seccomp); the kernel has no Landlock, which would take the file \
+             system from them a second time",
         )
         .with_remedy("a kernel from 5.13 on with `landlock` in `lsm=`"),
     }
@@ -76,7 +78,7 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
         tun(root),
         locked_memory(caller),
         huge_pages(root),
-        confinement(root, caller),
+        confinement(caller),
     ]
 }
 

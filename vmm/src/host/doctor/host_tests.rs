@@ -13,7 +13,6 @@ impl Tree {
         let tree = Self(tempfile::tempdir().unwrap());
         tree.file("proc/sys/kernel/osrelease", "6.12.1-test\n")
             .file("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu vmx\n")
-            .file("proc/sys/kernel/seccomp/actions_avail", "kill_process kill_thread trap errno trace log allow\n")
     }
 
     fn file(self, path: &str, text: &str) -> Self {
@@ -41,7 +40,7 @@ fn a_host_with_everything_misses_nothing() {
         .file("sys/class/iommu/dmar0/x", "")
         .file("sys/bus/pci/drivers/vfio-pci/x", "")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
-    let findings = findings(&tree.root(), Caller { root: true, locked: 0, landlock: Some(6) });
+    let findings = findings(&tree.root(), Caller { root: true, locked: 0, seccomp: true, landlock: Some(6) });
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
     assert_eq!(iommu(&tree.root()).what, "on (Intel VT-d, 1 group)");
 }
@@ -49,7 +48,7 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20, landlock: None });
+    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20, seccomp: true, landlock: None });
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
     assert!(text(of("IOMMU")).contains("`intel_iommu=on iommu=pt`"));
@@ -61,13 +60,10 @@ fn a_bare_host_is_told_each_command() {
 
 #[test]
 fn what_the_kernel_has_to_confine_processes_with_is_said() {
-    let caller = |landlock| Caller { root: true, locked: 0, landlock };
-    let grade = |tree: &Tree, landlock| confinement(&tree.root(), caller(landlock)).grade;
-    let tree = Tree::new();
-    assert_eq!((grade(&tree, Some(4)), grade(&tree, None)), (Grade::Good, Grade::Note));
-    let without = Tree::new().file("proc/sys/kernel/seccomp/actions_avail", "");
-    let finding = confinement(&without.root(), caller(Some(4)));
-    assert!(finding.grade == Grade::Note && text(&finding).contains("`confine = \"on\"` needs"), "{finding:?}");
+    let found = |seccomp, landlock| confinement(Caller { root: true, locked: 0, seccomp, landlock });
+    assert_eq!((found(true, Some(4)).grade, found(true, None).grade), (Grade::Good, Grade::Note));
+    let finding = found(false, Some(4));
+    assert!(finding.grade == Grade::Missing && text(&finding).contains("`confine = \"off\"`"), "{finding:?}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use umbra_guest_images::image::{Image, ImageError};
 
 use super::groups::{Claim, Groups, Use};
 use crate::base::pci_address::{Bdf, ParseBdfError};
-use crate::config::{Guest, GuestDisk, Machine, MemorySize};
+use crate::config::{Confine, Guest, GuestDisk, Machine, MemorySize};
 use crate::host;
 use crate::host::DeviceFiles;
 use crate::host::sysfs::HostDevice;
@@ -27,11 +27,14 @@ pub struct Host {
     pub pci: PathBuf,
     /// How a function is opened.
     pub open: Open,
+    /// Whether the kernel filters system calls.
+    pub filters_system_calls: fn() -> bool,
 }
 
 impl Default for Host {
     fn default() -> Self {
-        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into(), open: DeviceFiles::open }
+        let filters_system_calls = host::seccomp::filters_system_calls;
+        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into(), open: DeviceFiles::open, filters_system_calls }
     }
 }
 
@@ -47,6 +50,12 @@ pub enum PreflightError {
     /// No permission for KVM.
     #[error("/dev/kvm cannot be opened ({0}): run as root, or join the group that owns it (mostly `kvm`)")]
     KvmDenied(io::Error),
+    /// No seccomp.
+    #[error(
+        "this kernel filters no system calls (seccomp), so that the processes of VMs cannot be confined: boot a kernel with \
+         CONFIG_SECCOMP_FILTER, or do without by `confine = \"off\"` in the machine file"
+    )]
+    NoFilters,
     /// A file of a guest.
     #[error("{guest}: {what} {}", path.display())]
     File {
@@ -105,7 +114,7 @@ impl PreflightError {
     /// boot, a file system that is mounted then.
     pub fn is_configuration(&self) -> bool {
         match self {
-            Self::Image { .. } | Self::Address(_) | Self::SharedGroup(_) => true,
+            Self::Image { .. } | Self::Address(_) | Self::SharedGroup(_) | Self::NoFilters => true,
             Self::Device { source: host::Error::Unserved { .. }, .. } => true,
             Self::NoKvm | Self::KvmDenied(_) | Self::File { .. } | Self::Device { .. } | Self::LockedMemory { .. } => {
                 false
@@ -127,6 +136,9 @@ impl Checked {
     /// Checks what `machine` needs.
     pub(in crate::supervisor) fn new(machine: &Machine, host: &Host) -> Result<Self, PreflightError> {
         check_kvm(&host.kvm)?;
+        if machine.confine != Confine::Off && !(host.filters_system_calls)() {
+            return Err(PreflightError::NoFilters);
+        }
         let mut groups = Groups::default();
         for (name, guest) in &machine.guest {
             check_guest(name, guest, host, &mut groups)?;
@@ -211,4 +223,27 @@ pub(super) fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), 
     }
     let limit = MemorySize(limit).to_string();
     Err(PreflightError::LockedMemory { user: user.into(), needed, limit })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_filters_a_machine_starts_only_if_it_says_that_it_does_without() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let checked = |confine, filters_system_calls| {
+            let text = format!("{confine}\n[guest.web]\nkernel = {:?}\n", file.path());
+            let machine = Machine::parse(&text, "m.toml".as_ref()).unwrap();
+            Checked::new(&machine, &Host { kvm: file.path().into(), filters_system_calls, ..Host::default() })
+        };
+        for confine in ["", "confine = \"log\""] {
+            let error = checked(confine, || false).unwrap_err();
+            assert!(matches!(error, PreflightError::NoFilters) && error.is_configuration(), "{error}");
+            assert!(error.to_string().contains("`confine = \"off\"` in the machine file"), "{error}");
+            checked(confine, || true).unwrap();
+        }
+        checked("confine = \"off\"", || false).unwrap();
+    }
 }

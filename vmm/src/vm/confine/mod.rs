@@ -17,7 +17,6 @@ pub mod tables;
 pub mod trap;
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::sync::OnceLock;
 
 use landlock::RulesetError;
@@ -34,8 +33,6 @@ pub use crate::config::Confine as Mode;
 pub enum Category {
     /// The main thread: messages of the supervisor, devices.
     EventLoop,
-    /// The main thread of a driver VM of which a snapshot may be taken.
-    Taker,
     /// A vCPU, and the devices that it touches.
     Vcpu,
     /// Reads and writes a disk's file.
@@ -48,7 +45,7 @@ pub enum Category {
 
 impl Category {
     /// All.
-    pub const ALL: [Self; 6] = [Self::EventLoop, Self::Taker, Self::Vcpu, Self::Disk, Self::Link, Self::Helper];
+    pub const ALL: [Self; 5] = [Self::EventLoop, Self::Vcpu, Self::Disk, Self::Link, Self::Helper];
 }
 
 /// Errors of confining.
@@ -99,7 +96,7 @@ pub fn begin(mode: Mode) -> Result<(), Error> {
             (Purpose::Helper, _) => Category::Helper,
             (Purpose::Brief, Inherits::Everything) => Category::EventLoop,
         };
-        if let Err(error) = enter(category, inherits, None) {
+        if let Err(error) = enter(category, inherits) {
             // It must not run without, and nobody waits for what it could say.
             let _ = writeln!(io::stderr(), "umbra: confine a thread: {}", chain(&error));
             std::process::exit(1);
@@ -115,17 +112,16 @@ pub fn expect_function() {
     }
 }
 
-/// Confines the main thread, whose guest is to run next. `snapshots`: the folder that a snapshot may be written to.
+/// Confines the main thread, whose guest is to run next.
 ///
 /// # Errors
 /// It cannot be confined; the guest must not run.
-pub fn lock_down(snapshots: Option<&Path>) -> Result<(), Error> {
-    let category = if snapshots.is_some() { Category::Taker } else { Category::EventLoop };
-    enter(category, Inherits::Everything, snapshots)
+pub fn lock_down() -> Result<(), Error> {
+    enter(Category::EventLoop, Inherits::Everything)
 }
 
 /// Takes from this thread all but what its `category` needs.
-fn enter(category: Category, inherits: Inherits, folder: Option<&Path>) -> Result<(), Error> {
+fn enter(category: Category, inherits: Inherits) -> Result<(), Error> {
     let mode = mode();
     if mode == Mode::Off {
         return Ok(());
@@ -133,7 +129,7 @@ fn enter(category: Category, inherits: Inherits, folder: Option<&Path>) -> Resul
     if inherits == Inherits::Everything {
         privileges::drop_capabilities().map_err(Error::Capabilities)?;
         if mode == Mode::On {
-            privileges::close_files(folder)?;
+            privileges::close_files()?;
         }
     }
     for program in &filter::programs(category, mode)? {

@@ -2,12 +2,8 @@
 //! program could gain.
 
 use std::io;
-use std::path::Path;
 
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, Scope,
-};
+use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope};
 use nix::sys::prctl;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
@@ -60,25 +56,59 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// From here on this thread, and those that it starts, can open no file by name but below `folder`, and connect to nothing. Descriptors
-/// that are open stay so. Does nothing on a kernel without Landlock.
-pub(super) fn close_files(folder: Option<&Path>) -> Result<(), RulesetError> {
-    let mut rules = Ruleset::default()
+/// From here on this thread, and those that it starts, can open no file by name, and connect to nothing. Descriptors that are open stay
+/// so. Does nothing on a kernel without Landlock.
+pub(super) fn close_files() -> Result<(), RulesetError> {
+    Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(KNOWN))?
         .handle_access(AccessNet::from_all(KNOWN))?
         // Not signals: before Linux 6.15 threads of one process could then be out of each other's reach.
         .scope(Scope::AbstractUnixSocket)?
-        .create()?;
-    if let Some(folder) = folder.and_then(|folder| PathFd::new(folder).ok()) {
-        let rights = AccessFs::ReadFile
-            | AccessFs::ReadDir
-            | AccessFs::WriteFile
-            | AccessFs::MakeReg
-            | AccessFs::RemoveFile
-            | AccessFs::Truncate;
-        rules = rules.add_rule(PathBeneath::new(folder, rights))?;
-    }
-    rules.restrict_self()?;
+        .create()?
+        .restrict_self()?;
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs::File;
+    use std::io::{ErrorKind, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// The version of Landlock that the kernel has; 0: none.
+    fn landlock() -> libc::c_long {
+        // SAFETY: with this flag the call takes no structure and makes nothing.
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, 1) }.max(0)
+    }
+
+    #[test]
+    fn a_thread_without_files_can_name_none_and_uses_what_it_has_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut open = File::create(dir.path().join("open")).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (path, address) = (dir.path().to_owned(), listener.local_addr().unwrap());
+        let refused = std::thread::spawn(move || {
+            close_files().unwrap();
+            open.write_all(b"x").unwrap();
+            let named = [File::open(path.join("open")).err(), File::create(path.join("new")).err()];
+            let moved = std::fs::rename(path.join("open"), path.join("moved")).err();
+            let removed = std::fs::remove_file(path.join("open")).err();
+            (named, moved, removed, TcpStream::connect(address).err())
+        });
+        let ([read, made], moved, removed, connected) = refused.join().unwrap();
+        let denied = ErrorKind::PermissionDenied;
+        let kind = |error: Option<std::io::Error>| error.map(|error| error.kind());
+        match landlock() {
+            0 => assert!(read.is_none(), "nothing is taken away where there is no Landlock"),
+            version => {
+                let all = [read, made, removed, moved].map(kind);
+                assert_eq!(all, [Some(denied); 4]);
+                assert_eq!(kind(connected), (version >= 4).then_some(denied));
+            }
+        }
+    }
 }

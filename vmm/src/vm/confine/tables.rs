@@ -72,6 +72,8 @@ const COMMON: &[Row] = rows![
     SYS_madvise: "the allocator gives memory back, also when a thread ends"
     SYS_rt_sigprocmask: "threads and their ends"
     SYS_rt_sigreturn: "the end of a signal's handler"
+    SYS_rt_sigaction [Is(0, 11, "SIGSEGV")]: "Rust's runtime, when a fault is to end the process"
+    SYS_rt_sigaction [Is(0, 7, "SIGBUS")]: "as SIGSEGV"
     SYS_sigaltstack: "Rust's runtime, at each thread's start and end"
     SYS_getrandom: "hash tables, the allocator"
     SYS_getpid: "signals to this process's threads"
@@ -176,6 +178,9 @@ const EVENT_LOOP: &[Row] = rows![
     SYS_epoll_wait: "waits for events"
     SYS_epoll_pwait: "waits for events"
     SYS_accept4: "ports of the guest's console device"
+    SYS_ioctl [Request(0xAE62, "KVM_GET_IRQCHIP")]: "snapshots"
+    SYS_ioctl [Request(0xAE9F, "KVM_GET_PIT2")]: "snapshots"
+    SYS_ioctl [Request(0xAE7C, "KVM_GET_CLOCK")]: "snapshots"
     SYS_ioctl [Request(0x5401, "TCGETS")]: "a console on the terminal"
     SYS_ioctl [Request(0x5402, "TCSETS")]: "a console on the terminal"
     SYS_ioctl [Request(0x5403, "TCSETSW")]: "a console on the terminal"
@@ -184,33 +189,6 @@ const EVENT_LOOP: &[Row] = rows![
     SYS_ioctl [Request(0x542B, "TCSETS2")]: "a console on the terminal"
     SYS_ioctl [Request(0x542C, "TCSETSW2")]: "a console on the terminal"
     SYS_ioctl [Request(0x542D, "TCSETSF2")]: "a console on the terminal"
-];
-
-/// The event loop of a VM of which a snapshot may be taken. Its folder is all that Landlock leaves it.
-const TAKER: &[Row] = rows![
-    SYS_ioctl [Request(0xAE62, "KVM_GET_IRQCHIP")]: "snapshots"
-    SYS_ioctl [Request(0xAE9F, "KVM_GET_PIT2")]: "snapshots"
-    SYS_ioctl [Request(0xAE7C, "KVM_GET_CLOCK")]: "snapshots"
-    SYS_open: "the snapshot's file"
-    SYS_openat: "the snapshot's file"
-    SYS_mkdir: "the snapshots' folder"
-    SYS_mkdirat: "the snapshots' folder"
-    SYS_flock: "the snapshot's file"
-    SYS_rename: "the snapshot's file"
-    SYS_renameat: "the snapshot's file"
-    SYS_renameat2: "the snapshot's file"
-    SYS_unlink: "older snapshots"
-    SYS_unlinkat: "older snapshots"
-    SYS_getdents64: "the snapshots' folder"
-    SYS_stat: "the snapshots' folder"
-    SYS_lstat: "the snapshots' folder"
-    SYS_statx: "the snapshots' folder"
-    SYS_newfstatat: "the snapshots' folder"
-    SYS_utimensat: "which snapshots are used"
-    SYS_geteuid: "whose the folder is"
-    SYS_fchmod: "the snapshot's file"
-    SYS_copy_file_range: "the snapshot's file"
-    SYS_sendfile: "the snapshot's file"
 ];
 
 const DISK: &[Row] = rows![
@@ -261,6 +239,7 @@ const REFUSED: &[Row] = rows![
     SYS_readlinkat: "as open"
     SYS_getcwd: "a backtrace of a panic"
     SYS_socket: "the C library's look-ups"
+    SYS_prctl [Is(0, 0x5356_4d41, "PR_SET_VMA")]: "the C library, which can name its memory"
     SYS_uname: "the C library"
     SYS_sysinfo: "the allocator"
     SYS_getuid: "the C library"
@@ -277,7 +256,6 @@ impl Category {
             // What is asked for most comes first.
             Self::Vcpu => &[VCPU, DEVICES],
             Self::EventLoop => &[EVENT_LOOP, DEVICES],
-            Self::Taker => &[TAKER, EVENT_LOOP, DEVICES],
             Self::Disk => &[DISK],
             Self::Link => &[LINK],
             Self::Helper => &[HELPER],

@@ -3,14 +3,13 @@
 //!
 //! Invariant: a file is judged by its first page and by who may write to it; that the rest is whole is found out when it is restored.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::Error;
-use super::cache::{Cache, SNAPSHOT, UNFINISHED, check, is_being_written, on_disk};
+use super::cache::{Cache, SNAPSHOT, UNFINISHED, check, is_being_written, on_disk, open_to_read};
 use super::description::Description;
 use super::format::Summary;
 use super::key::HostFacts;
@@ -54,6 +53,7 @@ impl Cache {
             Err(Error::Folder { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             result => result?,
         }
+        self.name_finished();
         let snapshots = self.files(SNAPSHOT).into_iter().map(|(path, metadata)| {
             let (description, state) = judge(&path, &metadata, host);
             listed(path, &metadata, (description, state))
@@ -103,7 +103,8 @@ fn judge(path: &Path, metadata: &Metadata, host: &HostFacts) -> (Option<Descript
     if let Err(error) = check(path, metadata) {
         return (None, unusable(chain(&error)));
     }
-    let summary = match open(path).and_then(|file| Ok(Summary::read(&file)?)) {
+    let opened = open_to_read(path).map_err(|source| Error::Folder { path: path.into(), source });
+    let summary = match opened.and_then(|file| Ok(Summary::read(&file)?)) {
         Ok(summary) => summary,
         Err(error) => return (None, unusable(chain(&error))),
     };
@@ -118,14 +119,10 @@ fn judge(path: &Path, metadata: &Metadata, host: &HostFacts) -> (Option<Descript
     }
 }
 
-fn open(path: &Path) -> Result<File, Error> {
-    let open = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    open.map_err(|source| Error::Folder { path: path.into(), source })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::fs::{FileExt, PermissionsExt};
 
     use super::super::format::{Key, Writer};
@@ -139,10 +136,10 @@ mod tests {
     fn write(cache: &Cache, n: u8, by: HostFacts) -> PathBuf {
         let (key, image) = (Key([n; 32]), format!("image{n}"));
         let description = Description { image, by, ..Description::default() }.encode();
-        let content = |file: &File| {
-            Writer::new(file).finish(&key, 1 << 20, (b"{}", &description)).map(drop).map_err(Error::Write)
-        };
-        cache.create(&key, content).unwrap();
+        let file = cache.begin(&key).unwrap();
+        Writer::new(&file).finish(&key, 1 << 20, (b"{}", &description)).unwrap();
+        drop(file);
+        cache.open(&key).unwrap().unwrap();
         cache.folder().join(format!("{key}.{SNAPSHOT}"))
     }
 
@@ -202,12 +199,11 @@ mod tests {
         assert_eq!(left.iter().map(|left| left.state.clone()).collect::<Vec<_>>(), [FileState::Usable]);
         assert!(cache.prune(&host, false).unwrap().is_empty());
         // What is being written stays in any case.
-        let gone = |file: &File| {
-            assert_eq!(cache.prune(&host, true).unwrap().len(), 1);
-            assert_eq!(cache.list(&host).unwrap()[0].state, FileState::BeingWritten);
-            Writer::new(file).finish(&Key([1; 32]), 1 << 20, (b"{}", b"{}")).map(drop).map_err(Error::Write)
-        };
-        cache.create(&Key([1; 32]), gone).unwrap();
+        let file = cache.begin(&Key([1; 32])).unwrap();
+        assert_eq!(cache.prune(&host, true).unwrap().len(), 1);
+        assert_eq!(cache.list(&host).unwrap()[0].state, FileState::BeingWritten);
+        Writer::new(&file).finish(&Key([1; 32]), 1 << 20, (b"{}", b"{}")).unwrap();
+        drop(file);
         assert!(cache.folder().join("a file of somebody else").exists());
         assert_eq!(cache.list(&host).unwrap().len(), 1);
     }

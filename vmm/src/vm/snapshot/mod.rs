@@ -5,6 +5,8 @@
 //!   a VM that waits ---pause, save---> file (format, cache) ---read, check---> memory, KVM's state, devices ---> a VM that waits
 //!                       (take)                                   (restore)
 //! ```
+//! The file is opened before the VM runs, because its process can open none afterwards, and is given up unused once the VM meets somebody.
+//!
 //! Invariants: a snapshot that is missing, damaged, of something else or refused by KVM costs a cold boot, never more;
 //! no vCPU runs between the first and the last byte that is saved, nor before all is restored; a restored VM finds a generation ID
 //! that no VM has had, and an event that says so. What the VM has been told by its host, or has of a guest, makes a device refuse to
@@ -20,7 +22,8 @@ pub mod memory;
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -101,6 +104,9 @@ pub enum Error {
     /// Lives from it do not live.
     #[error("lives that were restored from it have ended before they said hello")]
     Useless,
+    /// Somebody has removed the file meanwhile.
+    #[error("its file was removed while it was written")]
+    Removed,
     /// Something more urgent came.
     #[error("something more urgent came")]
     Interrupted,
@@ -123,6 +129,13 @@ pub struct Place {
     key: Key,
     memory: u64,
     description: Box<Description>,
+}
+
+/// The file that a snapshot is taken to, open.
+#[derive(Debug)]
+pub struct Begun {
+    place: Place,
+    file: File,
 }
 
 /// A snapshot that was found: its file, and what was read of it.
@@ -153,9 +166,13 @@ impl Place {
         self.cache.prepare()
     }
 
-    /// The folder.
-    pub fn folder(&self) -> &Path {
-        self.cache.folder()
+    /// Opens the file that the snapshot is taken to.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`], or the file cannot be made: no snapshot can be taken then.
+    pub fn begin(self) -> Result<Begun, Error> {
+        let file = self.cache.begin(&self.key)?;
+        Ok(Begun { place: self, file })
     }
 
     /// Looks for the snapshot; `None`: there is none.
@@ -169,13 +186,24 @@ impl Place {
         let state = serde_json::from_slice(&contents.state).map_err(Error::State)?;
         Ok(Some(Found { file, runs: contents.runs, state }))
     }
+}
 
+impl Begun {
     /// Takes a snapshot of `vm`, whose `vcpus` run before and after. Between two pieces of its memory `go_on` is asked
-    /// whether to. Returns the bytes of the file.
+    /// whether to. Returns the bytes of the file. Opens nothing.
     ///
     /// # Errors
     /// Nothing is kept of it then; the VM goes on.
-    pub fn take(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
+    pub fn take(self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
+        let taken = self.write(vm, vcpus, go_on);
+        if taken.is_err() {
+            // It takes no room until it is removed.
+            let _ = self.file.set_len(0);
+        }
+        taken
+    }
+
+    fn write(&self, vm: &Vm, vcpus: &Vcpus, go_on: &mut dyn FnMut() -> bool) -> Result<u64, Error> {
         let mut paused = vcpus.pause()?;
         let machine = MachineState { vcpus: std::mem::take(&mut paused.vcpus), chips: ChipsState::take(&vm.fd)? };
         let (legacy, pci, unused) = (vm.bus.legacy.save()?, vm.bus.pci.save()?, vm.unused.ranges());
@@ -184,15 +212,13 @@ impl Place {
         if state.len() as u64 > MAX_STATE {
             return Err(Error::TooLarge(state.len()));
         }
-        let mut length = 0;
-        self.cache.create(&self.key, |file| {
-            let mut writer = Writer::new(file);
-            memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
-            let (size, description) = (memory::size(&vm.memory), self.description.encode());
-            length = writer.finish(&self.key, size, (&state, &description)).map_err(Error::Write)?;
-            Ok(())
-        })?;
-        Ok(length)
+        let mut writer = Writer::new(&self.file);
+        memory::save((&vm.memory, &vm.unused), &mut writer, go_on)?;
+        let (size, description) = (memory::size(&vm.memory), self.place.description.encode());
+        let length = writer.finish(&self.place.key, size, (&state, &description)).map_err(Error::Write)?;
+        // Another host that uses the folder has taken it for something that was left behind.
+        let is_gone = self.file.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
+        if is_gone { Err(Error::Removed) } else { Ok(length) }
     }
 }
 
