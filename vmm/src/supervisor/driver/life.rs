@@ -133,6 +133,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) purpose: Purpose,
     /// Whether its agent knows which life it is.
     pub(in crate::supervisor) begin: Begin,
+    /// It leaves its snapshot before it begins, if it boots, and gets its device then.
+    pub(in crate::supervisor) leaves_snapshot: bool,
     /// What guests ask for and its agent was not sent yet.
     pub(in crate::supervisor) settings: Settings,
     /// Recent changes of its carrier: too many are a failure.
@@ -161,6 +163,7 @@ impl Life {
             vcpus: VcpuAnswers::default(),
             purpose,
             begin,
+            leaves_snapshot: false,
             settings: Settings::default(),
             flaps: Flaps::default(),
         }

@@ -318,7 +318,10 @@ impl DriverVm {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
-        Ok(Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len()))
+        let mut life = Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len());
+        // With a cold standby nothing is made ahead.
+        life.leaves_snapshot = purpose == Purpose::ServeSoon && self.spec.standby != config::Standby::Cold;
+        Ok(life)
     }
 
     /// Whether the process of `generation` is there and wanted.
