@@ -1,7 +1,8 @@
 //! Standbys that are saved before they begin, and restored.
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::lifecycle::StandbyStage;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
+use umbra_vmm::supervisor::front::protocol::StopHow;
 
 use crate::cases::Case;
 use crate::machine::{TestMachine, make};
@@ -16,6 +17,10 @@ pub const ALL: &[Case] = &[
     ("a_first_life_leaves_the_snapshot_of_the_next", a_first_life_leaves_the_snapshot_of_the_next),
     ("a_life_that_is_saved_is_not_asked_how_it_is", a_life_that_is_saved_is_not_asked_how_it_is),
     ("a_life_that_fails_while_it_is_saved_gets_no_device", a_life_that_fails_while_it_is_saved_gets_no_device),
+    (
+        "a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing",
+        a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing,
+    ),
     ("without_a_standby_the_next_life_is_restored_too", without_a_standby_the_next_life_is_restored_too),
 ];
 
@@ -104,6 +109,15 @@ fn a_life_that_fails_while_it_is_saved_gets_no_device() {
     assert!(events(&machine).contains("urgent"), "{}", events(&machine));
     assert!(!machine.dir.path().join("has-device").exists());
     machine.stop();
+}
+
+fn a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing() {
+    let more = "snapshots = true\nrestart = { backoff_ms = 10, limit = 9, boot_timeout_s = 1 }";
+    let mut machine = make("", "kept saved-slowly=1 slow-to-be-saved=2 ", more);
+    machine.start_again();
+    let live = machine.wait_for("a life", |driver| driver.state == StateName::Live);
+    assert_eq!((live.generation, live.failures), (Some(2), 1), "the second is not saved");
+    machine.press(StopHow::Kill);
 }
 
 /// The life that is to serve is started without its device, restored, and gets the device then.

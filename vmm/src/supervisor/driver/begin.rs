@@ -135,6 +135,7 @@ impl Supervisor {
             SnapshotNews::Taken(bytes) => {
                 tracing::info!(driver = name, bytes, "a snapshot is taken");
                 self.drivers[n].trust.taken();
+                self.drivers[n].too_slow_to_save = false;
             }
             SnapshotNews::NotTaken(why) => {
                 self.drivers[n].restart_lacks_snapshot(why);

@@ -277,6 +277,11 @@ impl Life {
         self.agent.as_ref().is_some_and(|agent| !agent.has_unsent())
     }
 
+    /// Whether its agent waits for what becomes of its snapshot.
+    pub(in crate::supervisor) fn is_to_be_saved(&self) -> bool {
+        self.begin == Begin::Asked
+    }
+
     /// The agent is of no use any more.
     pub(in crate::supervisor) fn drop_agent(&mut self) {
         self.agent = None;

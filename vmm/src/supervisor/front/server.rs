@@ -20,7 +20,6 @@ use crate::record::events::Event;
 use crate::record::recent::RecentEvents;
 use crate::record::schema::Versioned;
 use crate::record::status::Status;
-use crate::supervisor::driver::begin::Begin;
 use crate::supervisor::guest::GuestVm;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -326,7 +325,7 @@ impl Supervisor {
         }
         // A life that may be saved at the moment would be disturbed.
         let lives = self.drivers.iter_mut().filter_map(|driver| driver.life.as_mut());
-        for life in lives.filter(|life| life.begin != Begin::Asked) {
+        for life in lives.filter(|life| !life.is_to_be_saved()) {
             if life.vcpus.expect() {
                 // One that does not take it does not answer in time.
                 let _ = life.process.channel().send_now(&ToVm::QueryStatus, &[]);
