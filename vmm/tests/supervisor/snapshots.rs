@@ -1,5 +1,7 @@
 //! Standbys that are saved before they begin, and restored.
 
+use std::fs;
+
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::supervisor::front::protocol::StopHow;
@@ -86,7 +88,7 @@ fn a_first_life_leaves_the_snapshot_of_the_next() {
     wait_ready(&machine, 3);
     let boots = |n: u32| machine.dir.path().join(format!("nic0.{n}.boots")).exists();
     assert!((2..=3).all(|n| !boots(n)), "what follows the first life is restored");
-    assert!(!events(&machine).contains("\"warning\""));
+    assert!(!machine.events_text().contains("\"warning\""));
     machine.stop();
 }
 
@@ -99,14 +101,14 @@ fn a_life_that_is_saved_is_not_asked_how_it_is() {
     }
     fs::write(machine.dir.path().join("is-saved"), "").unwrap();
     machine.wait_live(1);
-    assert!(!events(&machine).contains("urgent"), "{}", events(&machine));
+    assert!(!machine.events_text().contains("urgent"), "{}", machine.events_text());
     machine.stop();
 }
 
 fn a_life_that_fails_while_it_is_saved_gets_no_device() {
     let machine = with_files("fails-when-saved=1 ");
     machine.wait_live(2);
-    assert!(events(&machine).contains("urgent"), "{}", events(&machine));
+    assert!(machine.events_text().contains("urgent"), "{}", machine.events_text());
     assert!(!machine.dir.path().join("has-device").exists());
     machine.stop();
 }
