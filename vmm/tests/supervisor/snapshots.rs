@@ -43,7 +43,8 @@ fn wait_ready(machine: &TestMachine, generation: u32) {
 fn a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored() {
     let machine = with_snapshots("");
     machine.wait_live(1);
-    // The first life cannot be saved. The first standby finds none and is saved, the second finds a damaged one and cannot be saved, the third is restored.
+    // The first life cannot be saved. The first standby finds none and is saved, the second finds a damaged one and cannot be saved, the
+    // third is restored.
     for generation in 2..=4 {
         wait_ready(&machine, generation);
         machine.crash(CrashKind::Panic);
