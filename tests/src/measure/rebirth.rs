@@ -1,4 +1,4 @@
-//! `umbra-bench rebirth`: how long driver VMs take to be there, booted and restored, how long guests are away where the next life is
+//! `umbra-bench rebirth`: how long driver VMs take to be there, booted, saved and restored, how long guests are away where the next life is
 //! ready, where it is not, where two wait and where none does, and what memory the processes hold. All of it from one boot of the test
 //! host.
 
@@ -10,12 +10,14 @@ use super::outages::{Spread, place};
 use super::results::{Memory, mib};
 use super::{GUEST, STANDBY, memory};
 use crate::assets::{Assets, Say};
-use crate::bench::Model;
+use crate::bench::{Bench, BenchSpec, Model};
 use crate::demo::DemoError;
 use crate::demo::events::Event;
-use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER};
+use crate::demo::machine::{Machine, MachineSpec, NIC_DRIVER, SOUND_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::peer_address;
+use crate::sound::player::{Player, patient, patient_kernel};
+use crate::sound::{Length, Sound};
 
 /// Longest time for one recovery, or until the guest reaches its peer.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -25,12 +27,25 @@ const SOON: Duration = Duration::from_millis(100);
 const CALM: Duration = Duration::from_millis(700);
 /// Where the test host has the snapshots of this measurement: there are none at its beginning.
 const FOLDER: &str = "/tmp/rebirth";
+/// Most starts of a machine of each kind.
+const STARTS: u32 = 3;
+/// A round of the song that is played on a card, seconds.
+const ROUND_SECONDS: u32 = 24;
+
+/// The device of the driver VM that is measured.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// A NIC.
+    Nic(Model),
+    /// A sound card, on which the guest plays all the time.
+    Card(Model),
+}
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct RebirthSpec {
-    /// The NIC model.
-    pub nic: Model,
+    /// Of which device's driver VM.
+    pub device: Device,
     /// Failures of each kind.
     pub crashes: u32,
 }
@@ -39,7 +54,7 @@ pub struct RebirthSpec {
 #[derive(Clone, Debug, Serialize)]
 pub struct Rebirth {
     /// QEMU's model.
-    pub nic: String,
+    pub device: String,
     /// Times, ms.
     pub figures: Vec<Spread>,
     /// Ratios of two figures, by name.
@@ -51,12 +66,14 @@ pub struct Rebirth {
 }
 
 /// Names of figures that ratios are made of.
-const FIRST_START: &str = "first start to network";
-const SECOND_START: &str = "second start to network";
+const COLD_START: &str = "first start, nothing is saved";
+const FIRST_START: &str = "first start, saved as well";
+const SECOND_START: &str = "second start";
 const BOOTED: &str = "first life to hello, booted";
 const RESTORED: &str = "life to hello, restored";
 const BOOTED_AND_SAVED: &str = "standby ready, saved as well";
 const READY_RESTORED: &str = "standby ready, restored";
+const AT_ONCE: &str = "outage, after a first start";
 const READY: &str = "outage, standby ready";
 const AGAIN: &str = "outage, 0.1 s after another";
 const FIRST_OF_TWO: &str = "outage, standbys = 2";
@@ -66,13 +83,17 @@ const NONE_WAITS: &str = "outage, standby = snapshot";
 /// Ratios: what it is of, the figure, the one it is divided by.
 const RATIOS: [(&str, &str, &str); 3] = [
     ("restored : booted", RESTORED, BOOTED),
-    ("second start : first", SECOND_START, FIRST_START),
+    ("after a first start : ready", AT_ONCE, READY),
     ("standby = snapshot : ready", NONE_WAITS, READY),
 ];
 
 /// Ratios of figures that were taken in turn: the median of those of each two, which had the same load beside them.
-const PAIRS: [(&str, &str, &str); 2] =
-    [("0.1 s after another : ready", AGAIN, READY), ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO)];
+const PAIRS: [(&str, &str, &str); 4] = [
+    ("saved : nothing is saved", FIRST_START, COLD_START),
+    ("second start : first", SECOND_START, FIRST_START),
+    ("0.1 s after another : ready", AGAIN, READY),
+    ("the same, standbys = 2", SECOND_OF_TWO, FIRST_OF_TWO),
+];
 
 /// Figures by name, ms.
 #[derive(Default)]
@@ -109,39 +130,48 @@ impl Taken {
     }
 }
 
+/// A test host with the device.
+struct Stage {
+    place: Place,
+    driver: &'static str,
+    /// The guest plays, on a card.
+    plays: bool,
+}
+
 /// Takes the measurements.
 ///
 /// # Errors
 /// One could not be made.
 pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
     let assets = Assets::prepare(say)?;
-    say(&format!("booting the test host with a {}", spec.nic));
-    let (mut place, machine) = place(&assets, ("rebirth", None), &spec.nic, None)?;
-    let (place, mut taken) = (&mut place, Taken::default());
+    say(&format!("booting the test host with {}", spec.device.model()));
+    let (mut stage, machine) = Stage::new(&spec.device, &assets)?;
+    let mut taken = Taken::default();
     let warm = MachineSpec { restart_limit: 3 * spec.crashes + 3, snapshot_folder: Some(FOLDER.into()), ..machine };
-    say("a first start; the standby boots and is saved");
-    let (mut running, ms) = start(place, &warm)?;
-    taken.add(FIRST_START, Some(ms));
-    taken.add_life(BOOTED, first_life(&running)?);
+    for n in 0..spec.crashes.min(STARTS) {
+        stage.starts(&warm, &mut taken)?;
+        say(&format!(
+            "  {}: first starts, nothing saved and saved: {}",
+            n + 1,
+            last_two(&taken, [COLD_START, FIRST_START])
+        ));
+    }
+
+    say("a machine where one standby waits");
+    let (mut running, _) = stage.start(&warm)?;
     for n in 0..spec.crashes {
         let ready = running.await_event(STANDBY, |event| event.event == "standby-ready")?;
         taken.add_ready(&ready);
         std::thread::sleep(CALM);
-        taken.add(READY, crash(&mut running, place)?.number("outage_ms"));
+        taken.add(READY, stage.crash(&mut running)?.number("outage_ms"));
         std::thread::sleep(SOON);
-        taken.add(AGAIN, crash(&mut running, place)?.number("outage_ms"));
+        taken.add(AGAIN, stage.crash(&mut running)?.number("outage_ms"));
         say(&format!("  {}: {}", n + 1, last_two(&taken, [READY, AGAIN])));
     }
-    running.stop(place)?;
-
-    say("a second start; its first life is restored");
-    let (running, ms) = start(place, &warm)?;
-    taken.add(SECOND_START, Some(ms));
-    taken.add_life(RESTORED, first_life(&running)?);
-    running.stop(place)?;
+    running.stop(&mut stage.place)?;
 
     say("a machine where two standbys wait");
-    let (mut running, _) = start(place, &MachineSpec { standbys: 2, ..warm.clone() })?;
+    let (mut running, _) = stage.start(&MachineSpec { standbys: 2, ..warm.clone() })?;
     let (mut memory, mut available) = (Vec::new(), None);
     for n in 0..spec.crashes {
         for _ in 0..2 {
@@ -149,41 +179,95 @@ pub fn run(spec: &RebirthSpec, say: Say<'_>) -> Result<Rebirth, DemoError> {
         }
         std::thread::sleep(CALM);
         if n == 1 {
-            memory = memory::resident(&mut running, place)?;
-            available = running.status(place)?["drivers"][0]["available_memory"].as_u64();
+            memory = memory::resident(&mut running, &mut stage.place)?;
+            available = running.status(&mut stage.place)?["drivers"][0]["available_memory"].as_u64();
         }
-        taken.add(FIRST_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        taken.add(FIRST_OF_TWO, stage.crash(&mut running)?.number("outage_ms"));
         std::thread::sleep(SOON);
-        taken.add(SECOND_OF_TWO, crash(&mut running, place)?.number("outage_ms"));
+        taken.add(SECOND_OF_TWO, stage.crash(&mut running)?.number("outage_ms"));
         say(&format!("  {}: {}", n + 1, last_two(&taken, [FIRST_OF_TWO, SECOND_OF_TWO])));
     }
-    running.stop(place)?;
+    running.stop(&mut stage.place)?;
 
     say("a machine where no standby waits");
-    let (mut running, _) = start(place, &MachineSpec { standby: "snapshot".into(), ..warm })?;
+    let (mut running, _) = stage.start(&MachineSpec { standby: "snapshot".into(), ..warm })?;
     for _ in 0..spec.crashes {
         running.await_event(STANDBY, |event| event.event == "snapshot-ready")?;
         std::thread::sleep(CALM);
-        let live = crash(&mut running, place)?;
+        let live = stage.crash(&mut running)?;
         taken.add(NONE_WAITS, live.number("outage_ms"));
         taken.add_life(RESTORED, &live);
     }
-    running.stop(place)?;
-    Ok(Rebirth { available, ..Rebirth::new(&spec.nic, taken, memory) })
+    running.stop(&mut stage.place)?;
+    Ok(Rebirth { available, ..Rebirth::new(spec.device.model(), taken, memory) })
 }
 
-/// Starts the machine: it, and how long it was until its guest reached the peer, ms.
-fn start(place: &mut Place, spec: &MachineSpec) -> Result<(Machine, f64), DemoError> {
-    let begin = Instant::now();
-    let machine = Machine::start(place, spec)?;
-    place.in_guest(GUEST, &format!("umbra-probe first-answer {} 30", peer_address(0)), LIMIT)?;
-    Ok((machine, begin.elapsed().as_secs_f64() * 1e3))
+impl Device {
+    fn model(&self) -> &Model {
+        match self {
+            Self::Nic(model) | Self::Card(model) => model,
+        }
+    }
 }
 
-/// A panic: the event of the life that serves then, with the outage as Umbra counts it.
-fn crash(running: &mut Machine, place: &mut Place) -> Result<Event, DemoError> {
-    place.expect(&format!("umbra crash {NIC_DRIVER}"), Duration::from_secs(20))?;
-    running.await_live(NIC_DRIVER, LIMIT)
+impl Stage {
+    /// Boots it; it, and a machine in it.
+    fn new(device: &Device, assets: &Assets) -> Result<(Self, MachineSpec), DemoError> {
+        match device {
+            Device::Nic(model) => {
+                let (place, machine) = place(assets, ("rebirth", None), model, None)?;
+                Ok((Self { place, driver: NIC_DRIVER, plays: false }, machine))
+            }
+            Device::Card(model) => {
+                let sound = Sound::new(std::slice::from_ref(model), Length::Fed(ROUND_SECONDS), assets)?;
+                let mut bench = BenchSpec::new("rebirth").nics(&[]);
+                sound.add_to(&mut bench);
+                let mut place = Place::Bench(Box::new(Bench::boot(bench, assets)?));
+                sound.prepare(&mut place)?;
+                let machine = sound.machine(0, &mut place, "hold")?;
+                let machine = MachineSpec { guest_options: patient_kernel(), ..machine };
+                Ok((Self { place, driver: SOUND_DRIVER, plays: true }, machine))
+            }
+        }
+    }
+
+    /// A first start of a machine that boots and saves nothing, one of `warm`, which boots and is saved, with a failure at once, and
+    /// another start of `warm`, which is restored.
+    fn starts(&mut self, warm: &MachineSpec, taken: &mut Taken) -> Result<(), DemoError> {
+        self.place.expect(&format!("rm -rf {FOLDER}"), LIMIT)?;
+        let (running, ms) = self.start(&MachineSpec { standby: "cold".into(), ..warm.clone() })?;
+        taken.add(COLD_START, Some(ms));
+        running.stop(&mut self.place)?;
+        let (mut running, ms) = self.start(warm)?;
+        taken.add(FIRST_START, Some(ms));
+        taken.add_life(BOOTED, first_life(&running)?);
+        taken.add(AT_ONCE, self.crash(&mut running)?.number("outage_ms"));
+        running.stop(&mut self.place)?;
+        let (running, ms) = self.start(warm)?;
+        taken.add(SECOND_START, Some(ms));
+        taken.add_life(RESTORED, first_life(&running)?);
+        running.stop(&mut self.place)
+    }
+
+    /// Starts the machine: it, and how long it was until its guest reached the peer, or played, ms.
+    fn start(&mut self, spec: &MachineSpec) -> Result<(Machine, f64), DemoError> {
+        let begin = Instant::now();
+        let machine = Machine::start(&mut self.place, spec)?;
+        if self.plays {
+            // It plays until its guest is switched off.
+            Player::start_fed(&mut self.place, GUEST, &patient())?;
+        } else {
+            let script = format!("umbra-probe first-answer {} 30", peer_address(0));
+            self.place.in_guest(GUEST, &script, LIMIT)?;
+        }
+        Ok((machine, begin.elapsed().as_secs_f64() * 1e3))
+    }
+
+    /// A panic: the event of the life that serves then, with the outage as Umbra counts it.
+    fn crash(&mut self, running: &mut Machine) -> Result<Event, DemoError> {
+        self.place.expect(&format!("umbra crash {}", self.driver), Duration::from_secs(20))?;
+        running.await_live(self.driver, LIMIT)
+    }
 }
 
 /// The event of the first life that served.
@@ -201,7 +285,7 @@ fn last_two(taken: &Taken, of: [&str; 2]) -> String {
 }
 
 impl Rebirth {
-    fn new(nic: &Model, taken: Taken, memory: Vec<Memory>) -> Self {
+    fn new(device: &Model, taken: Taken, memory: Vec<Memory>) -> Self {
         let pairs = PAIRS.iter().filter_map(|(what, of, by)| Some(((*what).into(), taken.ratio(of, by)?)));
         let pairs: Vec<_> = pairs.collect();
         let figures: Vec<_> = taken.0.into_iter().filter_map(|(name, figures)| Spread::of(name, figures)).collect();
@@ -211,12 +295,12 @@ impl Rebirth {
             .filter_map(|(what, of, by)| Some(((*what).into(), p50(of)? / p50(by)?)))
             .chain(pairs)
             .collect();
-        Self { nic: nic.to_string(), figures, ratios, memory, available: None }
+        Self { device: device.to_string(), figures, ratios, memory, available: None }
     }
 
     /// For people.
     pub fn table(&self) -> String {
-        let mut text = Spread::heading(&self.nic);
+        let mut text = Spread::heading(&self.device);
         text.extend(self.figures.iter().map(Spread::line));
         text.extend(self.ratios.iter().map(|(what, ratio)| format!("{what:<30}{ratio:>16.3}\n")));
         text.extend(self.memory.iter().map(Memory::line));

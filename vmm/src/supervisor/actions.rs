@@ -3,10 +3,10 @@
 use umbra_shadow::Generation;
 
 use super::class::traits;
-use super::driver::EndRef;
 use super::driver::dying::LAST;
 use super::driver::life::{LifeRole, Purpose};
 use super::driver::standby::renice_vcpus;
+use super::driver::{EndRef, Life};
 use super::guest::GuestState;
 use super::ids::DriverId;
 use super::run::Supervisor;
@@ -184,6 +184,8 @@ impl Supervisor {
         }
         let driver = &mut self.drivers[n];
         driver.collect_masks(now);
+        driver.too_slow_to_save |=
+            failure.source == NoticedBy::BootTimeout && driver.life.as_ref().is_some_and(Life::is_to_be_saved);
         let generation = driver.present;
         let masked = driver.outage_start(now);
         // Nobody has been served since the failure before: what follows is the rest of its recovery.

@@ -1,7 +1,10 @@
 //! Standbys that are saved before they begin, and restored.
 
+use std::fs;
+
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::lifecycle::StandbyStage;
+use umbra_vmm::lifecycle::{StandbyStage, StateName};
+use umbra_vmm::supervisor::front::protocol::StopHow;
 
 use crate::cases::Case;
 use crate::machine::{TestMachine, make};
@@ -13,6 +16,13 @@ pub const ALL: &[Case] = &[
         a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored,
     ),
     ("a_failure_while_the_standby_is_saved_is_survived", a_failure_while_the_standby_is_saved_is_survived),
+    ("a_first_life_leaves_the_snapshot_of_the_next", a_first_life_leaves_the_snapshot_of_the_next),
+    ("a_life_that_is_saved_is_not_asked_how_it_is", a_life_that_is_saved_is_not_asked_how_it_is),
+    ("a_life_that_fails_while_it_is_saved_gets_no_device", a_life_that_fails_while_it_is_saved_gets_no_device),
+    (
+        "a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing",
+        a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing,
+    ),
     ("without_a_standby_the_next_life_is_restored_too", without_a_standby_the_next_life_is_restored_too),
 ];
 
@@ -33,7 +43,8 @@ fn wait_ready(machine: &TestMachine, generation: u32) {
 fn a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored() {
     let machine = with_snapshots("");
     machine.wait_live(1);
-    // The first finds none and is saved, the second finds a damaged one and cannot be saved, the third is restored.
+    // The first life cannot be saved. The first standby finds none and is saved, the second finds a damaged one and cannot be saved, the
+    // third is restored.
     for generation in 2..=4 {
         wait_ready(&machine, generation);
         machine.crash(CrashKind::Panic);
@@ -58,6 +69,58 @@ fn a_failure_while_the_standby_is_saved_is_survived() {
     // It is told which life it is all the same, and serves.
     machine.wait_live(2);
     machine.stop();
+}
+
+/// A machine whose snapshots are files.
+fn with_files(driver: &str) -> TestMachine {
+    let more = "snapshots = true\nrestart = { backoff_ms = 10, limit = 9 }";
+    let mut machine = make("", &format!("kept {driver}"), more);
+    machine.start_again();
+    machine
+}
+
+fn a_first_life_leaves_the_snapshot_of_the_next() {
+    let machine = with_files("");
+    machine.wait_live(1);
+    assert!(machine.dir.path().join("nic0.1.boots").exists());
+    // Before any standby could boot.
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    wait_ready(&machine, 3);
+    let boots = |n: u32| machine.dir.path().join(format!("nic0.{n}.boots")).exists();
+    assert!((2..=3).all(|n| !boots(n)), "what follows the first life is restored");
+    assert!(!machine.events_text().contains("\"warning\""));
+    machine.stop();
+}
+
+fn a_life_that_is_saved_is_not_asked_how_it_is() {
+    let machine = with_files("saved-slowly=1 ");
+    machine.wait_for("the life to be saved", |_| machine.dir.path().join("is-being-saved").exists());
+    // Each of them asks all processes.
+    for _ in 0..2 {
+        assert!(machine.status().is_some());
+    }
+    fs::write(machine.dir.path().join("is-saved"), "").unwrap();
+    machine.wait_live(1);
+    assert!(!machine.events_text().contains("urgent"), "{}", machine.events_text());
+    machine.stop();
+}
+
+fn a_life_that_fails_while_it_is_saved_gets_no_device() {
+    let machine = with_files("fails-when-saved=1 ");
+    machine.wait_live(2);
+    assert!(machine.events_text().contains("urgent"), "{}", machine.events_text());
+    assert!(!machine.dir.path().join("has-device").exists());
+    machine.stop();
+}
+
+fn a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing() {
+    let more = "snapshots = true\nrestart = { backoff_ms = 10, limit = 9, boot_timeout_s = 1 }";
+    let mut machine = make("", "kept saved-slowly=1 slow-to-be-saved=2 ", more);
+    machine.start_again();
+    let live = machine.wait_for("a life", |driver| driver.state == StateName::Live);
+    assert_eq!((live.generation, live.failures), (Some(2), 1), "the second is not saved");
+    machine.press(StopHow::Kill);
 }
 
 /// The life that is to serve is started without its device, restored, and gets the device then.

@@ -5,10 +5,13 @@
 //!            asks (Ready)                     begin
 //!   Boots -----------------------------------------> Begun
 //!   Unmet --asks, modules loaded--> snapshot --done--^
-//!     +-----restored, or to serve (asks)-----------+
+//!     +-----restored, or adopted (asks)------------+
 //! ```
+//! A life that is started to serve and has to boot leaves its snapshot too: the life behind it may be wanted before a standby has booted.
+//! One that was to wait, and is adopted while it boots, leaves none.
+//!
 //! Invariant: until a life has begun it gets no word from here, and one that is `Unmet` no connection with a guest: what it has met would
-//! be in the snapshot, and in each life that is restored from it.
+//! be in the snapshot, and in each life that is restored from it. One that leaves its snapshot gets no device before.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +23,7 @@ use umbra_guest_images::image::{Image, Manifest};
 
 use crate::base::random::random;
 use crate::base::time::Time;
-use crate::lifecycle::{Input, NoticedBy, Rank};
+use crate::lifecycle::{Input, NoticedBy, Rank, State};
 use crate::supervisor::driver::life::LifeRole;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
@@ -67,7 +70,7 @@ impl Supervisor {
         match life.begin {
             Begin::Boots => self.begin(n, role),
             // There is no time for a snapshot.
-            Begin::Unmet | Begin::Asked if role == LifeRole::Present => self.begin(n, role),
+            Begin::Unmet | Begin::Asked if role == LifeRole::Present && !life.leaves_snapshot => self.begin(n, role),
             Begin::Unmet | Begin::Asked => {
                 life.begin = Begin::Asked;
                 if !loaded {
@@ -86,12 +89,18 @@ impl Supervisor {
         }
     }
 
-    /// The life of driver VM `n` is to serve from now on: it begins as soon as its agent hears it.
-    pub(super) fn begin_at_once(&mut self, n: DriverId) {
-        if self.drivers[n].life.as_ref().is_some_and(|life| life.begin == Begin::Asked) {
+    /// The present life of driver VM `n`, which was started without the device, is to serve: it gets the device, and is connected with its
+    /// guests. One that may still leave its snapshot gets it when it begins.
+    pub(in crate::supervisor) fn give_device(&mut self, n: DriverId) {
+        let Some(life) = &self.drivers[n].life else { return };
+        match life.begin {
+            Begin::Unmet | Begin::Asked if life.leaves_snapshot => return,
             // There is no time for a snapshot.
-            self.begin(n, LifeRole::Present);
+            Begin::Asked => self.begin(n, LifeRole::Present),
+            Begin::Boots | Begin::Unmet | Begin::Begun => {}
         }
+        self.plug(n);
+        self.connect_ends(n);
     }
 
     /// What became of the snapshot of a life.
@@ -126,6 +135,7 @@ impl Supervisor {
             SnapshotNews::Taken(bytes) => {
                 tracing::info!(driver = name, bytes, "a snapshot is taken");
                 self.drivers[n].trust.taken();
+                self.drivers[n].too_slow_to_save = false;
             }
             SnapshotNews::NotTaken(why) => {
                 self.drivers[n].restart_lacks_snapshot(why);
@@ -139,6 +149,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn begin(&mut self, n: DriverId, role: LifeRole) {
         let Some(life) = self.drivers[n].life_of_mut(role).filter(|life| life.begin != Begin::Begun) else { return };
         life.begin = Begin::Begun;
+        let left_snapshot = role == LifeRole::Present && life.leaves_snapshot;
         let generation = life.generation.get();
         let entropy = match entropy() {
             Ok(entropy) => entropy,
@@ -155,6 +166,10 @@ impl Supervisor {
         let unix_ns = u64::try_from(now.as_nanos()).unwrap_or(0);
         let sent = self.drivers[n].send(role, &ToAgent::Begin { generation, entropy, unix_ns });
         self.after_sending(n, role, sent);
+        // One that has failed meanwhile has been told to give its device up, and gets none any more.
+        if left_snapshot && matches!(self.drivers[n].lifecycle.state(), State::Booting { .. }) {
+            return self.give_device(n);
+        }
         self.connect_ends(n);
     }
 }

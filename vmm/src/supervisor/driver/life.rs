@@ -133,6 +133,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) purpose: Purpose,
     /// Whether its agent knows which life it is.
     pub(in crate::supervisor) begin: Begin,
+    /// It leaves its snapshot before it begins, if it boots, and gets its device then.
+    pub(in crate::supervisor) leaves_snapshot: bool,
     /// What guests ask for and its agent was not sent yet.
     pub(in crate::supervisor) settings: Settings,
     /// Recent changes of its carrier: too many are a failure.
@@ -161,6 +163,7 @@ impl Life {
             vcpus: VcpuAnswers::default(),
             purpose,
             begin,
+            leaves_snapshot: false,
             settings: Settings::default(),
             flaps: Flaps::default(),
         }
@@ -272,6 +275,11 @@ impl Life {
     /// Whether there is an agent, and it has read all that it was sent.
     pub(in crate::supervisor) fn agent_reads(&self) -> bool {
         self.agent.as_ref().is_some_and(|agent| !agent.has_unsent())
+    }
+
+    /// Whether its agent waits for what becomes of its snapshot.
+    pub(in crate::supervisor) fn is_to_be_saved(&self) -> bool {
+        self.begin == Begin::Asked
     }
 
     /// The agent is of no use any more.

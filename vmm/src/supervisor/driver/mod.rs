@@ -114,6 +114,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) trust: Trust,
     /// The image of the snapshot that was there when it was looked for last, where snapshots are made ahead.
     pub(in crate::supervisor) saved: Option<Arc<Image>>,
+    /// The time of a life's boot was over while it was saved, and none has been saved since.
+    pub(in crate::supervisor) too_slow_to_save: bool,
     /// Why the last process that was to leave a snapshot has left none.
     pub(in crate::supervisor) not_saved: Option<String>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
@@ -210,6 +212,7 @@ impl DriverVm {
             second: None,
             trust: Trust::default(),
             saved: None,
+            too_slow_to_save: false,
             not_saved: None,
             resetting: None,
             console: Console::new(run_dir.console_log(name)),
@@ -318,7 +321,11 @@ impl DriverVm {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
         }
-        Ok(Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len()))
+        let mut life = Life::new((generation, Arc::clone(image), purpose, begin), process, agent, self.ends.len());
+        // With a cold standby nothing is made ahead. On a disk that is too slow for one life the next one serves all the same.
+        let saves = self.spec.standby != config::Standby::Cold && !self.too_slow_to_save;
+        life.leaves_snapshot = purpose == Purpose::ServeSoon && saves;
+        Ok(life)
     }
 
     /// Whether the process of `generation` is there and wanted.

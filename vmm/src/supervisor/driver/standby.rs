@@ -138,14 +138,7 @@ impl Supervisor {
         });
     }
 
-    /// The present life, which was started without the device, gets it, and is connected with its guests.
-    pub(in crate::supervisor) fn give_device(&mut self, n: DriverId) {
-        self.begin_at_once(n);
-        self.plug(n);
-        self.connect_ends(n);
-    }
-
-    fn plug(&mut self, n: DriverId) {
+    pub(super) fn plug(&mut self, n: DriverId) {
         let driver = &self.drivers[n];
         let Some(life) = &driver.life else { return };
         let message = ToVm::Plug { device: driver.device.bdf().to_string() };

@@ -323,7 +323,9 @@ impl Supervisor {
                 self.tell_guest(n, &ToVm::QueryStatus);
             }
         }
-        for life in self.drivers.iter_mut().filter_map(|driver| driver.life.as_mut()) {
+        // A life that may be saved at the moment would be disturbed.
+        let lives = self.drivers.iter_mut().filter_map(|driver| driver.life.as_mut());
+        for life in lives.filter(|life| !life.is_to_be_saved()) {
             if life.vcpus.expect() {
                 // One that does not take it does not answer in time.
                 let _ = life.process.channel().send_now(&ToVm::QueryStatus, &[]);
