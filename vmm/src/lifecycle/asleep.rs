@@ -19,7 +19,9 @@ impl Lifecycle {
     /// Whether no process has the device, nor that of the spare, and none will get it by itself.
     pub fn has_let_go(&self) -> bool {
         let spare_is_held = matches!(self.reserve.state(), Standby::Fencing { .. } | Standby::Resetting { .. });
-        matches!(self.state, State::Asleep | State::Quarantined | State::Stopped) && !spare_is_held
+        // One that is idle takes no part in this run, or is about to begin, and then falls asleep.
+        let holds_nothing = matches!(self.state, State::Idle | State::Asleep | State::Quarantined | State::Stopped);
+        holds_nothing && !spare_is_held
     }
 
     pub(super) fn on_sleep(&mut self, now: Time) -> Vec<Action> {
@@ -62,10 +64,5 @@ impl Lifecycle {
         }
         // What is still on its way there goes on to its next life; what has not begun goes on serving.
         self.call_rest_off().into_iter().collect()
-    }
-
-    /// Why no restart begins.
-    pub(super) fn restart_must_wait(&self) -> Option<String> {
-        self.sleeps.then(|| WHY.into())
     }
 }

@@ -14,8 +14,8 @@ impl Lifecycle {
         if !matches!(self.state, State::Live { .. }) {
             return vec![Action::RestartOff(format!("it is {}", self.state.name()))];
         }
-        if let Some(why) = self.restart_must_wait() {
-            return vec![Action::RestartOff(why)];
+        if self.sleeps {
+            return vec![Action::RestartOff(super::asleep::WHY.into())];
         }
         if !fresh && matches!(self.reserve.state(), Standby::Hot { armed: false, .. }) {
             return vec![Action::RestartOff("its spare has no carrier".into())];

@@ -5,10 +5,9 @@
 //! longer than a process that was killed.
 
 use super::front::protocol::Response;
-use super::ids::DriverId;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::{Input, State};
+use crate::lifecycle::Input;
 use crate::record::events::Event;
 
 /// The sleep that was asked for last, until the host is awake.
@@ -34,8 +33,10 @@ impl Supervisor {
 
     /// Answers those who wait for the sleep, when all devices are free.
     pub(super) fn look_at_sleep(&mut self) {
-        let awake: Vec<_> = self.drivers.ids().filter(|n| !self.has_let_go(*n)).collect();
-        let Some(sleep) = self.sleep.as_mut().filter(|_| awake.is_empty()) else { return };
+        let Some(sleep) = &mut self.sleep else { return };
+        if !self.drivers.iter().all(|driver| driver.lifecycle.has_let_go()) {
+            return;
+        }
         let clients = std::mem::take(&mut sleep.clients);
         let ms = match sleep.took {
             Some(ms) => ms,
@@ -49,12 +50,6 @@ impl Supervisor {
         for client in clients {
             self.clients.answer(client, &Response::Asleep { ms });
         }
-    }
-
-    fn has_let_go(&self, n: DriverId) -> bool {
-        let lifecycle = &self.drivers[n].lifecycle;
-        // One that takes no part in this run has never had it.
-        lifecycle.has_let_go() || *lifecycle.state() == State::Idle
     }
 
     /// The host is awake: driver VMs begin their next lives. Whether they slept.
