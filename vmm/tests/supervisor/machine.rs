@@ -29,7 +29,7 @@ pub const DEVICE: &str = "0000:03:00.0";
 pub const SPARE: &str = "0000:04:00.0";
 
 /// How long anything may take to come about.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running machine with one guest `web` and one driver VM `nic0`.
 pub struct TestMachine {

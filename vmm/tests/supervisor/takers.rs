@@ -10,7 +10,7 @@ use umbra_vmm::lifecycle::StandbyStage;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
 use crate::cases::{Case, kill};
-use crate::machine::{SPARE, TestMachine, make};
+use crate::machine::{PATIENCE, SPARE, TestMachine, make};
 
 /// All of them.
 pub const ALL: &[Case] = &[
@@ -71,7 +71,7 @@ fn snapshots(machine: &TestMachine) -> Vec<String> {
 
 /// Processes of driver VMs of this machine: their supervisor is this process.
 fn wait_gone(pid: u32) {
-    let until = Instant::now() + Duration::from_secs(15);
+    let until = Instant::now() + PATIENCE;
     while Path::new(&format!("/proc/{pid}")).exists() {
         assert!(Instant::now() < until, "the taker {pid} is left");
         thread::sleep(Duration::from_millis(20));

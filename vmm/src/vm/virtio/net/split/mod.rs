@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
@@ -67,7 +68,9 @@ impl SplitNet {
         let config_call = ConfigCall::default();
         let device = DeviceId::net(index);
         let listener = listener(device, Arc::clone(&config_call), Arc::clone(&outbox));
-        let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener)).map_err(|source| Error::Backend {
+        let started = Instant::now();
+        let clock = Box::new(move || started.elapsed());
+        let splitter = NetSplitter::new(mac.0, mtu, Box::new(listener), clock).map_err(|source| Error::Backend {
             operation: "cannot make the network splitter".into(),
             source: source.into(),
         })?;
