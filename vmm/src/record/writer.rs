@@ -136,9 +136,8 @@ mod tests {
             Ok(())
         };
         let mut writer = Writer::start("the test", mpsc::channel().0, write).unwrap();
-        let start = Instant::now();
         let lost = (0..2 * MAX_WAITING).filter(|_| writer.write("x".into()) == Queued::LeftOut).count();
-        assert!(lost >= MAX_WAITING - 1 && start.elapsed() < Duration::from_secs(5));
+        assert!(lost >= MAX_WAITING - 1);
         drop(go);
         let told = loop {
             match writer.write("x".into()) {
@@ -160,7 +159,7 @@ mod tests {
         writer.write("x".into());
         let start = Instant::now();
         writer.finish(Duration::from_millis(50));
-        assert!((50..5000).contains(&start.elapsed().as_millis()));
+        assert!(start.elapsed() >= Duration::from_millis(50));
     }
 
     #[test]

@@ -147,8 +147,8 @@ mod tests {
         for at in 0..900 {
             host.tell(&FromVm::Running { at });
         }
-        // A single wait for the socket would be 2 s.
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        // The socket holds a part of them: to wait 2 s for each of the others would take many minutes.
+        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
         let theirs = Channel::from_fd(theirs);
         for wanted in 0..900 {
             let Incoming::Message(FromVm::Running { at }, _) = theirs.receive::<FromVm>().unwrap() else {

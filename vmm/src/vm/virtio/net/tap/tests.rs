@@ -290,8 +290,10 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
         };
         for there_is_traffic in [false, true] {
             if !there_is_traffic {
-                // Room for frames: the interface is watched.
-                queues[0].add(&[], &[2048]);
+                // Room for more frames than the kernel sends by itself (IPv6): the interface is watched.
+                for _ in 0..64 {
+                    queues[0].add(&[], &[2048]);
+                }
                 queues[0].kick();
             }
             events.run();
