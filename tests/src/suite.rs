@@ -22,9 +22,9 @@ pub const ATTEMPTS_VARIABLE: &str = "UMBRA_ATTEMPTS_FILE";
 pub struct Needed {
     /// Target and test.
     pub scenario: String,
-    /// Attempts until it passed, or was given up.
-    pub attempts: u32,
-    /// It passed.
+    /// Why each attempt that failed did, and after how long.
+    pub failures: Vec<String>,
+    /// It passed at the next one.
     pub ok: bool,
     /// All attempts together, seconds.
     pub seconds: f64,
@@ -112,7 +112,7 @@ impl Counts {
 
     /// The suite's last lines; the very last one is a line of counts that a CI reads.
     pub fn closing_lines(&self, needed: &[Needed], took: Duration) -> Vec<String> {
-        let first = needed.iter().filter(|needed| needed.ok && needed.attempts == 1).count();
+        let first = needed.iter().filter(|needed| needed.ok && needed.failures.is_empty()).count();
         let mut lines = vec![format!("==> {} targets in {:.1} min", self.targets, took.as_secs_f64() / 60.0)];
         if !needed.is_empty() {
             lines.push(format!(
@@ -121,9 +121,10 @@ impl Counts {
             ));
             lines.push(format!("the longest: {}", longest(needed)));
         }
-        for Needed { scenario, attempts, ok, .. } in needed.iter().filter(|needed| !needed.ok || needed.attempts > 1) {
-            let how = if *ok { "passed at attempt" } else { "failed at attempt" };
-            lines.push(format!("  {scenario}: {how} {attempts}"));
+        for Needed { scenario, failures, ok, .. } in needed.iter().filter(|needed| !needed.failures.is_empty()) {
+            let (how, attempt) = if *ok { ("passed", failures.len() + 1) } else { ("failed", failures.len()) };
+            lines.push(format!("  {scenario}: {how} at attempt {attempt}"));
+            lines.extend((1..).zip(failures).map(|(attempt, why)| format!("    attempt {attempt} failed {why}")));
         }
         lines.extend(self.failures.iter().map(|name| format!("failed: {name}")));
         lines.push(format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped));
@@ -279,8 +280,13 @@ mod tests {
             counts.take(piece);
         }
         let needed =
-            |scenario: &str, attempts, ok, seconds| Needed { scenario: scenario.into(), attempts, ok, seconds };
-        let needed = [needed("x: a", 1, true, 7.0), needed("x: b", 2, true, 60.6), needed("y: c", 3, false, 30.0)];
+            |scenario: &str, failures, ok, seconds| Needed { scenario: scenario.into(), failures, ok, seconds };
+        let (why, once_more) = ("after 9 s (no link)".to_owned(), "after 8 s (no song)".to_owned());
+        let needed = [
+            needed("x: a", vec![], true, 7.0),
+            needed("x: b", vec![why.clone()], true, 60.6),
+            needed("y: c", vec![why, once_more], false, 30.0),
+        ];
         assert_eq!(
             counts.closing_lines(&needed, Duration::from_secs(90)),
             [
@@ -288,7 +294,10 @@ mod tests {
                 "attempts: 1 of 3 scenarios in a test host passed at the first one",
                 "the longest: x: b 61 s, y: c 30 s, x: a 7 s",
                 "  x: b: passed at attempt 2",
-                "  y: c: failed at attempt 3",
+                "    attempt 1 failed after 9 s (no link)",
+                "  y: c: failed at attempt 2",
+                "    attempt 1 failed after 9 s (no link)",
+                "    attempt 2 failed after 8 s (no song)",
                 "failed: b::c",
                 "41 passed, 1 failed, 3 skipped",
             ]
@@ -314,7 +323,8 @@ mod tests {
     #[test]
     fn the_runner_s_status_is_the_suite_s_and_its_scenarios_are_read() {
         let dir = tempfile::tempdir().unwrap();
-        let needed = Needed { scenario: "x".into(), attempts: 2, ok: true, seconds: 1.5 };
+        let needed =
+            Needed { scenario: "x".into(), failures: vec!["after 1 s (no link)".into()], ok: true, seconds: 1.5 };
         let line = serde_json::to_string(&needed).unwrap();
         let script = format!("echo '{line}' >>${ATTEMPTS_VARIABLE}; exit 7");
         let attempts = dir.path().join("sub/attempts.jsonl");

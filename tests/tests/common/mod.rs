@@ -32,33 +32,31 @@ pub fn skipped() -> bool {
 }
 
 /// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown at once and the
-/// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts. How many attempts were needed
-/// is in the suite's closing lines.
+/// scenario run again, [`attempts::ATTEMPTS`] times in all; on real KVM the first failure counts. How many attempts were needed,
+/// and why, is in the suite's closing lines.
 pub fn scenario(run: impl Fn() + std::panic::RefUnwindSafe) {
     if skipped() {
         return;
     }
     let attempts = attempts::allowed();
     let start = Instant::now();
-    let note = |attempts, ok| {
+    let note = |failures, ok| {
         let seconds = start.elapsed().as_secs_f64();
-        Needed { scenario: this_scenario(), attempts, ok, seconds }.note();
+        Needed { scenario: this_scenario(), failures, ok, seconds }.note();
     };
+    let mut failures = Vec::new();
     limit::at_most(LONGEST);
     for attempt in 1..=attempts {
         let begin = Instant::now();
-        let Err(panic) = std::panic::catch_unwind(&run) else { return note(attempt, true) };
+        let Err(panic) = std::panic::catch_unwind(&run) else { return note(failures, true) };
         // What goes on without end would do so again.
         let is_last = attempt == attempts || limit::was_exceeded();
         let again = if is_last { "given up" } else { "once more" };
-        tell_at_once(&format!(
-            "{}: attempt {attempt} of {attempts} failed after {:.0} s ({}); {again}",
-            this_scenario(),
-            begin.elapsed().as_secs_f64(),
-            first_line(panic.as_ref())
-        ));
+        let why = format!("after {:.0} s ({})", begin.elapsed().as_secs_f64(), first_line(panic.as_ref()));
+        tell_at_once(&format!("{}: attempt {attempt} of {attempts} failed {why}; {again}", this_scenario()));
+        failures.push(why);
         if is_last {
-            note(attempt, false);
+            note(failures, false);
             std::panic::resume_unwind(panic);
         }
     }
