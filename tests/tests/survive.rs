@@ -20,7 +20,7 @@ fn a_download_survives_crashes(nic: &str, crashes: u32) {
         };
         let dir = umbra_tests::assets::target_dir().join("bench").join(format!("survive-{nic}"));
         let result = demo::run(&spec, &dir, 1, &say).or_tell();
-        assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());
+        assert!(result.ok, "{}\n{}", result.failures().join("; "), serde_json::to_string_pretty(&result).unwrap());
         let outage = result.nic.outage_ms.unwrap();
         assert!(outage.max < most_ms(60_000.0), "an outage of {} ms", outage.max);
     });

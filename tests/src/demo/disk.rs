@@ -108,6 +108,16 @@ impl DiskResult {
         sound && self.io_errors == 0 && self.crashes > 0 && self.per_crash.iter().any(|crash| crash.sectors_lost > 0)
     }
 
+    /// What is not as it should be where it is not.
+    pub(super) fn failure(&self) -> String {
+        let unflushed: u64 = self.per_crash.iter().map(|crash| crash.sectors_lost).sum();
+        format!(
+            "the database was not as it should be: {} of {} rows lost, integrity check {:?}, {} I/O errors in the guest, {} crashes that \
+             cost the disk {unflushed} unflushed sectors",
+            self.lost, self.commits, self.check, self.io_errors, self.crashes
+        )
+    }
+
     pub(super) fn closing_lines(&self) -> Vec<String> {
         let sectors: u64 = self.per_crash.iter().map(|crash| crash.sectors_lost).sum();
         let mut lines = vec![

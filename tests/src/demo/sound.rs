@@ -113,6 +113,19 @@ impl SoundResult {
         !noticed && self.silences >= self.crashes && song_alone
     }
 
+    /// What is not as it should be where it is not.
+    pub(super) fn failure(&self) -> String {
+        format!(
+            "the song was not played as it should be: mpg123 ended with status {} and {} bytes of messages, {} silences in {} crashes, \
+             {} samples of unknown sound",
+            self.player_status,
+            self.player_said.len(),
+            self.silences,
+            self.crashes,
+            self.samples_unknown
+        )
+    }
+
     pub(super) fn closing_lines(&self) -> Vec<String> {
         let said = if self.player_said.is_empty() { "no message" } else { self.player_said.trim() };
         let mut lines = vec![

@@ -32,6 +32,6 @@ fn demonstrate() {
     };
     let dir = umbra_tests::assets::target_dir().join("bench/braked-demo");
     let result = demo::run(&spec, &dir, 1, &say).or_tell();
-    assert!(result.ok, "{}", serde_json::to_string_pretty(&result).unwrap());
+    assert!(result.ok, "{}\n{}", result.failures().join("; "), serde_json::to_string_pretty(&result).unwrap());
     assert!(result.speed <= SPEED, "the emulator is braked");
 }
