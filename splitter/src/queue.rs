@@ -476,6 +476,20 @@ impl<'m> Ring<'m> {
         Ok(self.available()? > known)
     }
 
+    /// Whether the owner has taken every element that was used, as far as it shows: one without event index does not.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn all_taken(&self) -> Result<bool, RingFault> {
+        Ok(!self.state.event_idx || self.used_event()? == self.state.next_used)
+    }
+
+    /// The used index behind which the owner wants to be notified, with event index.
+    fn used_event(&self) -> Result<u16, RingFault> {
+        let at = RING_HEADER + AVAIL_ENTRY * usize::from(self.state.size);
+        Ok(u16::from_le(self.avail.load(at, Ordering::Relaxed).map_err(RingFault::Access)?))
+    }
+
     /// Whether the owner is to be notified; it is taken to be.
     fn owner_wants_notification(&mut self) -> Result<Notified, RingFault> {
         let new = self.state.next_used;
@@ -486,8 +500,7 @@ impl<'m> Ring<'m> {
         // The used index must be visible before we read the wish.
         fence(Ordering::SeqCst);
         if self.state.event_idx {
-            let at = RING_HEADER + AVAIL_ENTRY * usize::from(self.state.size);
-            let event = u16::from_le(self.avail.load(at, Ordering::Relaxed).map_err(RingFault::Access)?);
+            let event = self.used_event()?;
             return Ok(Notified::if_wanted(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)));
         }
         let flags = u16::from_le(self.avail.load(0, Ordering::Relaxed).map_err(RingFault::Access)?);

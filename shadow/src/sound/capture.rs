@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 
 use super::exchange::{Done, Epoch, Out, Outcome, StreamId, Token, Violation};
 use super::params::Params;
+use super::unseen::Unseen;
 use super::{Counts, STALL_LIMIT_NS, START_LIMIT_NS, keep_alive_ns};
 
 #[derive(Debug)]
@@ -13,6 +14,13 @@ struct Room {
     token: Token,
     bytes: usize,
     samples: Vec<u8>,
+}
+
+impl Room {
+    /// Bytes that are still to come.
+    fn missing(&self) -> usize {
+        self.bytes - self.samples.len()
+    }
 }
 
 /// Where a running stream's samples come from.
@@ -37,6 +45,7 @@ pub(super) struct Capture {
     /// The card has sent something in this epoch.
     heard_of: bool,
     done_at: u64,
+    unseen: Unseen,
     moved_at: u64,
     pub(super) counts: Counts,
     /// Frames that cards have recorded, ever.
@@ -53,6 +62,7 @@ impl Capture {
             epoch: None,
             heard_of: false,
             done_at: 0,
+            unseen: Unseen::default(),
             moved_at: 0,
             counts: Counts::default(),
             recorded: 0,
@@ -69,6 +79,7 @@ impl Capture {
             out.done.push(Done { token: room.token, outcome, latency_bytes: 0, samples: Vec::new() });
         }
         self.backlog.clear();
+        self.unseen = Unseen::default();
         self.source = Source::Halted;
         self.epoch = None;
     }
@@ -85,6 +96,9 @@ impl Capture {
     pub(super) fn stop(&mut self, params: &Params, now: u64, out: &mut Out) {
         self.advance(params, now, out);
         self.source = Source::Halted;
+        // A stream that is stopped is looked at no more.
+        self.unseen = Unseen::default();
+        self.fill(&[], params, now, out);
     }
 
     pub(super) fn mask(&mut self, now: u64) {
@@ -97,6 +111,7 @@ impl Capture {
     /// Takes room, checked by the stream: whole frames, within the buffer.
     pub(super) fn push(&mut self, token: Token, bytes: usize, params: &Params, now: u64, out: &mut Out) {
         self.advance(params, now, out);
+        self.unseen.hand(bytes, params);
         self.rooms.push_back(Room { token, bytes, samples: Vec::new() });
         let kept: Vec<u8> = std::mem::take(&mut self.backlog).into();
         self.fill(&kept, params, now, out);
@@ -133,7 +148,7 @@ impl Capture {
         let Source::Silence { since, made } = self.source else { return };
         let due = params.frames_in(now.saturating_sub(since)).max(made);
         self.source = Source::Silence { since, made: due };
-        let room: usize = self.rooms.iter().map(|r| r.bytes - r.samples.len()).sum();
+        let room: usize = self.rooms.iter().map(Room::missing).sum();
         let bytes = params.bytes(due - made).min(room);
         self.counts.frames_silent += params.frames(bytes);
         self.fill(&params.silence(bytes), params, now, out);
@@ -141,10 +156,12 @@ impl Capture {
 
     pub(super) fn tick(&mut self, params: &Params, now: u64, out: &mut Out) -> Result<(), Violation> {
         self.advance(params, now, out);
+        self.unseen.not_asked(now);
+        self.fill(&[], params, now, out);
         if self.keep_alive_at(params).is_some_and(|at| now >= at)
             && let Some(first) = self.rooms.front()
         {
-            let bytes = first.bytes - first.samples.len();
+            let bytes = first.missing();
             self.counts.kept_alive += 1;
             self.fill(&params.silence(bytes), params, now, out);
         }
@@ -158,18 +175,29 @@ impl Capture {
 
     pub(super) fn deadline(&self, params: &Params) -> Option<u64> {
         let silence = match (self.source, self.rooms.front()) {
-            (Source::Silence { since, made }, Some(first)) => {
-                let missing = params.frames(first.bytes - first.samples.len());
+            (Source::Silence { since, made }, Some(first)) if first.missing() > 0 => {
+                let missing = params.frames(first.missing());
                 Some(since.saturating_add(params.nanos(made + missing)))
             }
             _ => None,
         };
-        [silence, self.keep_alive_at(params), self.stalled_at()].into_iter().flatten().min()
+        let again = self.is_unseen().then(|| self.unseen.again_at());
+        [silence, self.keep_alive_at(params), self.stalled_at(), again].into_iter().flatten().min()
     }
 
     fn keep_alive_at(&self, params: &Params) -> Option<u64> {
-        (self.source == Source::Card && !self.rooms.is_empty())
+        (self.source == Source::Card && self.rooms.front().is_some_and(|first| first.missing() > 0))
             .then(|| self.done_at.max(self.moved_at).saturating_add(keep_alive_ns(params)))
+    }
+
+    /// Room that is full stays until the guest has looked.
+    fn is_unseen(&self) -> bool {
+        self.rooms.front().is_some_and(|first| first.missing() == 0)
+    }
+
+    /// As [`Unseen::taken`].
+    pub(super) fn taken(&mut self, all: bool, now: u64) {
+        self.unseen.taken(all, now);
     }
 
     fn stalled_at(&self) -> Option<u64> {
@@ -178,14 +206,16 @@ impl Capture {
     }
 
     fn fill(&mut self, mut samples: &[u8], params: &Params, now: u64, out: &mut Out) {
-        while !samples.is_empty() {
+        while !samples.is_empty() || self.is_unseen() {
+            let is_last = self.rooms.len() == 1;
             let Some(first) = self.rooms.front_mut() else { break };
-            let (now_in, rest) = samples.split_at(samples.len().min(first.bytes - first.samples.len()));
+            let (now_in, rest) = samples.split_at(samples.len().min(first.missing()));
             first.samples.extend_from_slice(now_in);
             samples = rest;
-            if first.samples.len() == first.bytes
-                && let Some(full) = self.rooms.pop_front()
-            {
+            if first.missing() > 0 || !self.unseen.give(first.bytes, is_last, params, now) {
+                break;
+            }
+            if let Some(full) = self.rooms.pop_front() {
                 self.done_at = now;
                 let done = Done { token: full.token, outcome: Outcome::Ok, latency_bytes: 0, samples: full.samples };
                 out.done.push(done);

@@ -19,6 +19,7 @@ pub mod lifecycle;
 pub mod params;
 mod playback;
 mod stream;
+mod unseen;
 
 pub use exchange::{Done, Epoch, FromCard, Out, Outcome, StreamId, ToCard, Token, Violation};
 pub use lifecycle::{State, Step};
@@ -346,6 +347,12 @@ impl SoundShadow {
             }
         }
         self.finish_replay();
+    }
+
+    /// The guest has taken from its queues `all` that it got back, as far as it shows, or not: what it has not taken it cannot have
+    /// seen. To be told before anything else that happens at `now`.
+    pub fn taken(&mut self, all: bool, now: u64) {
+        self.streams.iter_mut().for_each(|stream| stream.taken(all, now));
     }
 
     /// Does what is due at `now`.

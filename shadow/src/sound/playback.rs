@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 
 use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
 use super::params::Params;
+use super::unseen::Unseen;
 use super::{Counts, Policy, STALL_LIMIT_NS, START_LIMIT_NS, at_most, keep_alive_ns, standstill_ns};
 
 /// Most samples, in bytes, that are kept for the card although the guest has their messages back: 20 s of CD sound. Beyond that a
@@ -69,6 +70,8 @@ pub(super) struct Playback {
     kept: usize,
     queued: u64,
     given_back: u64,
+    /// Where the keep-alive lets the guest's position go, whatever was heard.
+    let_go: u64,
     heard: u64,
     /// Where the guest's count begins: what lies before was left behind by a player that prepared again.
     origin: u64,
@@ -76,6 +79,7 @@ pub(super) struct Playback {
     /// When the guest last got a message back, and last handed one over.
     done_at: u64,
     pushed_at: u64,
+    unseen: Unseen,
     /// When the card last moved, or was last given a reason to.
     moved_at: u64,
     pub(super) counts: Counts,
@@ -94,11 +98,13 @@ impl Playback {
             kept: 0,
             queued: 0,
             given_back: 0,
+            let_go: 0,
             heard: 0,
             origin: 0,
             handed: None,
             done_at: 0,
             pushed_at: 0,
+            unseen: Unseen::default(),
             moved_at: 0,
             counts: Counts::default(),
             played: 0,
@@ -138,7 +144,8 @@ impl Playback {
         (self.returned, self.kept) = (0, 0);
         self.drive = Drive::Halted;
         self.handed = None;
-        (self.queued, self.given_back, self.heard, self.origin) = (0, 0, 0, 0);
+        (self.queued, self.given_back, self.let_go, self.heard, self.origin) = (0, 0, 0, 0, 0);
+        self.unseen = Unseen::default();
     }
 
     /// The guest prepares again and counts from 0; what it left behind ([`Self::has_tail`]) comes first.
@@ -167,6 +174,9 @@ impl Playback {
     pub(super) fn stop(&mut self, params: &Params, now: u64, out: &mut Out) {
         self.advance(params, now, out);
         self.drive = Drive::Halted;
+        // A stream that is stopped is looked at no more.
+        self.unseen = Unseen::default();
+        self.settle(params, now, out);
     }
 
     pub(super) fn mask(&mut self, params: &Params, now: u64, out: &mut Out) {
@@ -212,7 +222,12 @@ impl Playback {
             out.to_card.push(ToCard::Play { stream: self.id, epoch: handed.epoch, samples: samples.clone() });
         }
         self.kept += samples.len();
+        let was_unseen = self.is_unseen();
+        self.unseen.hand(samples.len(), params);
         self.periods.push_back(Period { token: Some(token), end: self.queued, samples });
+        if was_unseen {
+            self.settle(params, now, out);
+        }
     }
 
     /// What the next driver VM needs to go on where this stream is: every sample not yet heard.
@@ -303,7 +318,10 @@ impl Playback {
     /// As [`Self::advance`], and keeps the guest's player alive while nothing moves.
     pub(super) fn tick(&mut self, params: &Params, now: u64, out: &mut Out) -> Result<(), Violation> {
         self.advance(params, now, out);
-        if self.drained_at(params).is_some_and(|at| now >= at) {
+        if self.is_unseen() {
+            self.unseen.not_asked(now);
+            self.settle(params, now, out);
+        } else if self.drained_at(params).is_some_and(|at| now >= at) {
             while self.give_back_one(params, now, out) {}
         } else if self.keep_alive_at(params).is_some_and(|at| now >= at) {
             self.give_back_one(params, now, out);
@@ -319,12 +337,13 @@ impl Playback {
     /// When [`Self::tick`] has something to do next.
     pub(super) fn deadline(&self, params: &Params) -> Option<u64> {
         let clock = match self.drive {
-            Drive::Clock { from, at } => {
+            Drive::Clock { from, at } if !self.is_unseen() => {
                 self.oldest().map(|p| at.saturating_add(params.nanos(p.end.saturating_sub(from))))
             }
             _ => None,
         };
-        let others = [self.keep_alive_at(params), self.drained_at(params), self.stalled_at()];
+        let again = self.is_unseen().then(|| self.unseen.again_at());
+        let others = [self.keep_alive_at(params), self.drained_at(params), self.stalled_at(), again];
         others.into_iter().chain([clock]).flatten().min()
     }
 
@@ -354,7 +373,17 @@ impl Playback {
 
     fn may_give_back(&self, params: &Params) -> bool {
         let held = self.kept <= params.buffer_bytes as usize + HELD_MAX_BYTES && self.returned < HELD_MAX_MESSAGES;
-        self.oldest().is_some() && held
+        self.oldest().is_some() && held && !self.is_unseen()
+    }
+
+    /// A message that is due stays until the guest has looked.
+    fn is_unseen(&self) -> bool {
+        self.oldest().is_some_and(|period| period.end <= self.heard.max(self.let_go))
+    }
+
+    /// As [`Unseen::taken`].
+    pub(super) fn taken(&mut self, all: bool, now: u64) {
+        self.unseen.taken(all, now);
     }
 
     fn stalled_at(&self) -> Option<u64> {
@@ -368,7 +397,7 @@ impl Playback {
             return false;
         }
         let Some(period) = self.oldest() else { return false };
-        self.given_back = self.given_back.max(period.end);
+        self.let_go = self.let_go.max(period.end);
         self.counts.kept_alive += 1;
         self.settle(params, now, out);
         true
@@ -382,8 +411,12 @@ impl Playback {
 
     /// Gives back what is heard and forgets its samples.
     fn settle(&mut self, params: &Params, now: u64, out: &mut Out) {
-        let reached = self.heard.max(self.given_back);
+        let reached = self.heard.max(self.let_go);
+        let all = self.periods.len();
         for period in self.periods.iter_mut().skip(self.returned).take_while(|p| p.end <= reached) {
+            if !self.unseen.give(period.samples.len(), self.returned + 1 == all, params, now) {
+                break;
+            }
             self.returned += 1;
             let Some(token) = period.token.take() else { continue };
             self.given_back = self.given_back.max(period.end);
@@ -396,7 +429,7 @@ impl Playback {
                 samples: Vec::new(),
             });
         }
-        while let Some(period) = self.periods.front().filter(|p| p.end <= self.heard) {
+        while let Some(period) = self.periods.front().filter(|p| p.end <= self.heard && p.token.is_none()) {
             self.returned -= 1;
             self.kept -= period.samples.len();
             self.periods.pop_front();

@@ -329,6 +329,13 @@ impl Stream {
         }
     }
 
+    pub(super) fn taken(&mut self, all: bool, now: u64) {
+        match &mut self.side {
+            Side::Playback(side) => side.taken(all, now),
+            Side::Capture(side) => side.taken(all, now),
+        }
+    }
+
     pub(super) fn deadline(&self) -> Option<u64> {
         match (&self.side, &self.params) {
             (Side::Playback(side), Some(params)) => side.deadline(params),

@@ -143,6 +143,12 @@ impl SoundSplitter {
         self.deliver(now, |this, out| this.shadow.record(stream, token, bytes, now, out));
     }
 
+    /// The guest has taken from its queues `all` that it got back, as far as it shows, or not: what it has not taken it cannot have
+    /// seen. To be told before anything else that happens at `now`.
+    pub fn taken(&mut self, all: bool, now: u64) {
+        self.shadow.taken(all, now);
+    }
+
     /// Does what is due.
     pub fn tick(&mut self, now: u64) {
         let mut result = Ok(());

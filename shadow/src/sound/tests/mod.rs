@@ -234,6 +234,7 @@ impl Rig {
     fn pass(&mut self, ms: u64) {
         for _ in 0..ms {
             self.now += MS;
+            self.shadow.taken(true, self.now);
             let generation = Generation::new(self.generation);
             let due = (self.now / MS).is_multiple_of(self.every.into());
             let model = self.model.as_mut().filter(|_| due);
@@ -293,3 +294,4 @@ fn play_for(rig: &mut Rig, source: &mut Source, ms: u64) {
 mod outages;
 mod properties;
 mod refusals;
+mod unseen;

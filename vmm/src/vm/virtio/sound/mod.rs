@@ -166,6 +166,9 @@ impl Sound {
     }
 
     fn event(&mut self, wake: Wake) -> Result<(), RingFault> {
+        if !self.broken {
+            self.splitter.taken(self.queues.all_taken()?, now());
+        }
         match wake {
             // The queues of a broken device wait for its reset.
             Wake::Started(_) | Wake::Kicked(_) if self.broken => {}

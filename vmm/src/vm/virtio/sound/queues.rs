@@ -154,6 +154,11 @@ impl Queues {
         ring.complete(head, u32::try_from(written).unwrap_or(0))
     }
 
+    /// Whether the guest has taken all that it got back, as far as it shows.
+    pub(super) fn all_taken(&mut self) -> Result<bool, RingFault> {
+        self.active.iter_mut().flatten().try_fold(true, |all, queue| Ok(all && queue.open()?.all_taken()?))
+    }
+
     /// Interrupts the guest where it waits.
     pub(super) fn notify(&mut self) -> Result<(), RingFault> {
         self.active.iter_mut().flatten().try_for_each(Virtqueue::notify)
