@@ -258,3 +258,26 @@ fn the_driver_vms_receive_buffers_are_checked_too() {
     // The guest's frame is still its own: nothing was completed.
     assert_eq!(pair.tx.completed(), 0);
 }
+
+#[test]
+fn what_a_driver_has_taken_from_its_queue_shows_with_event_index() {
+    for event_idx in [true, false] {
+        let memory = memory(1 << 20);
+        let mut driver = Driver::new(&memory, 0x1000, SIZE, event_idx);
+        let mut device = driver.device();
+        for round in 0..3 {
+            let heads = [driver.offer(&[(0x8000, 64, 0)]), driver.offer(&[(0x8000, 64, 0)])];
+            assert!(device.open().unwrap().all_taken().unwrap(), "round {round}: nothing was given back");
+            for head in heads {
+                let mut ring = device.open().unwrap();
+                ring.take(1);
+                ring.complete(head, 0).unwrap();
+            }
+            assert_eq!(device.open().unwrap().all_taken().unwrap(), !event_idx);
+            driver.take_used().unwrap();
+            assert_eq!(device.open().unwrap().all_taken().unwrap(), !event_idx, "one is left");
+            driver.take_used().unwrap();
+            assert!(device.open().unwrap().all_taken().unwrap());
+        }
+    }
+}

@@ -177,6 +177,11 @@ impl Loop {
         Self(manager)
     }
 
+    /// Does what is there, once.
+    pub fn turn(&mut self) {
+        self.0.run_with_timeout(1).unwrap();
+    }
+
     /// Runs until there is nothing to do; fails if that never comes.
     pub fn run(&mut self) {
         for _ in 0..10_000 {

@@ -122,6 +122,21 @@ fn it_plays_in_real_time_without_a_driver_vm() {
     assert_eq!(rig.status(2, heads[0] + 2), OK);
 }
 
+/// Without event index nothing shows what the guest takes: it is taken to have looked a moment later.
+#[test]
+fn a_burst_of_a_whole_buffer_comes_back_in_two_parts() {
+    let mut rig = Rig::new();
+    rig.set_up(0);
+    let heads: Vec<u16> = (0..4).map(|_| rig.play(0)).collect();
+    assert_eq!(rig.control(&[0x104, 0], &[]), OK);
+    // The loop was late: all four are over.
+    std::thread::sleep(Duration::from_millis(60));
+    rig.events.turn();
+    let back = |done: Vec<(u16, u32)>| done.into_iter().map(|(head, _)| head).collect::<Vec<_>>();
+    assert_eq!(back(rig.queues[2].used()), heads[..3]);
+    assert_eq!(back(rig.wait_for(2, 1)), heads[3..]);
+}
+
 #[test]
 fn it_records_silence_without_a_driver_vm() {
     let mut rig = Rig::new();
