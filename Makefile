@@ -65,8 +65,8 @@ test: build browser
 	@$(CARGO) test --release --workspace --no-run
 	@$(CARGO) test --release --workspace --no-run --test braked
 	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
-	@$(BENCH) suite --run '--workspace --exclude umbra-vmm --exclude umbra-tests' --run '-p umbra-tests --lib --bins' \
-	  $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
+	@$(BENCH) suite $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
+	  --beside '--workspace --exclude umbra-vmm --exclude umbra-tests' --beside '-p umbra-tests --lib --bins' \
 	  --beside '-p umbra-vmm' --beside '--workspace --test braked' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
