@@ -12,7 +12,10 @@ use umbra_splitter::net::{Log, Notice};
 
 /// A guest that is served by generation 1, and generation 2 that waits, with receive buffers, unarmed.
 fn served_with_another_waiting() -> (Guest, DriverVm, DriverVm) {
-    let mut guest = Guest::new();
+    served_with_another_waiting_by(Guest::new())
+}
+
+fn served_with_another_waiting_by(mut guest: Guest) -> (Guest, DriverVm, DriverVm) {
     let mut first = attached(&mut guest, 1);
     first.rx.offer_all();
     guest.splitter.go_live(generation(1), Log::Replay);
@@ -309,5 +312,35 @@ proptest! {
         prop_assert_eq!(spare.rx.receive_all().len(), 0);
         let MaskedCounts { logged, dropped, .. } = guest.splitter.status().masked;
         prop_assert_eq!((logged, dropped), (0, 0));
+    }
+}
+
+#[test]
+fn hosts_behind_the_guest_are_announced_at_a_take_over() {
+    const HOST: [u8; 6] = [2, 0, 0, 0, 0x77, 0x66];
+    const GONE: [u8; 6] = [2, 0, 0, 0, 0x77, 0x67];
+    let from = |source: [u8; 6], n| {
+        let mut frame = frame(n, 100);
+        frame[6..12].copy_from_slice(&source);
+        frame
+    };
+    for keeps in [true, false] {
+        let mut guest = Guest::new();
+        if keeps {
+            guest.splitter.keep_behind();
+        }
+        let (mut guest, mut first, mut second) = served_with_another_waiting_by(guest);
+        guest.splitter.arm(generation(2), true);
+        (0..).zip([MAC, HOST, GONE]).for_each(|(n, source)| guest.tx.send(&from(source, n)));
+        guest.turn();
+        // One of them answers from the wire after the time in which an echo may come.
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        first.tx.send(&from(GONE, 9));
+        guest.turn();
+        drop(first);
+        while !matches!(guest.notice(), Notice::Live(..)) {}
+        let announced: Vec<_> = second.rx.receive_all().iter().map(|frame| frame[6..12].to_vec()).collect();
+        let expected: &[[u8; 6]] = if keeps { &[MAC, HOST] } else { &[MAC] };
+        assert_eq!(announced, expected, "the guest's own first");
     }
 }

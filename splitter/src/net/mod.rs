@@ -209,6 +209,11 @@ impl NetSplitter {
         self.sources.share(neighbours, any);
     }
 
+    /// The NIC has a spare: when that takes over, hosts behind the guest are announced as well.
+    pub fn keep_behind(&mut self) {
+        self.sources.keep_behind();
+    }
+
     /// Readable when [`Self::service`] is to be called, or when the set of kicks changed.
     pub fn wake(&self) -> &EventFd {
         &self.wake

@@ -76,7 +76,7 @@ impl NetSplitter {
         }
     }
 
-    /// Sends the announcement of each of the guest's addresses through the link, if it has room.
+    /// Sends the announcement of each of the guest's addresses, and of those behind it, through the link, if it has room.
     pub(super) fn announce_here(&mut self) {
         let LinkState::Up { link, in_flight, .. } = &mut self.link else { return };
         let flow = outward_flow(Offloads::all(), link.features);
@@ -84,7 +84,7 @@ impl NetSplitter {
         let mut outcome = Ok(Handed::Yes);
         self.sources.set_time((self.clock)());
         self.sources.announced();
-        for mac in self.sources.own_of(self.shadow.filter()) {
+        for mac in self.sources.to_announce(self.shadow.filter()) {
             // Of the splitter's own: no frame of the guest's is missing if it is lost.
             outcome = pump::hand(&mut link.rx, &flow, &announcement(mac), &mut in_flight.uncounted());
             if !matches!(outcome, Ok(Handed::Yes)) {

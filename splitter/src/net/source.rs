@@ -6,6 +6,10 @@
 //! driver VM's bridge. Frames with such a source, or with a group address, would make the bridge and the network's switches send the
 //! other's frames here, so they are dropped. The configured address passes always, whoever else uses it.
 //!
+//! Where the NIC has a spare, the addresses that the guest sends with are kept as well: hosts behind a bridge in it. A take-over moves
+//! them to another port of the network's switches, which is announced, so that one that does not speak by itself can be reached. One that
+//! is heard on the wire meanwhile has moved there, and is kept no more.
+//!
 //! Not covered: an address that has not been heard of (its owner has sent nothing that came here), and an attacker on the wire who fills
 //! the table with addresses until another's is forgotten.
 
@@ -26,6 +30,10 @@ pub const WARN_EVERY: Duration = Duration::from_secs(300);
 /// Time after an announcement in which nothing is learned: the splitter's own broadcasts, and the guest's last ones through the link
 /// before, may come back through the link that serves now.
 const ECHO: Duration = Duration::from_secs(1);
+
+/// Most addresses behind the guest that are announced: those used last. An announcement is a frame in the link's ring, in front of the
+/// guest's own.
+const MOST_ANNOUNCED: usize = 64;
 
 /// Buckets of the table and addresses in each: 1024 in all, more than one network segment has, in 12 KiB. The one not heard of for the
 /// longest time gives way.
@@ -62,6 +70,19 @@ impl Table {
         self.0[Self::place(mac)].iter().any(|entry| entry.mac == mac && entry.is_fresh(now_s))
     }
 
+    fn forget(&mut self, mac: Mac) {
+        for entry in self.0[Self::place(mac)].iter_mut().filter(|entry| entry.mac == mac) {
+            *entry = Entry::default();
+        }
+    }
+
+    /// The addresses heard of that have not aged, the newest first.
+    fn fresh(&self, now_s: u32) -> Vec<Mac> {
+        let mut fresh: Vec<_> = self.0.iter().flatten().filter(|entry| entry.is_fresh(now_s)).collect();
+        fresh.sort_by_key(|entry| std::cmp::Reverse((entry.heard_s, entry.mac)));
+        fresh.into_iter().map(|entry| entry.mac).collect()
+    }
+
     fn hear(&mut self, mac: Mac, now_s: u32) {
         let bucket = &mut self.0[Self::place(mac)];
         let known = bucket.iter().position(|entry| entry.mac == mac);
@@ -84,9 +105,13 @@ pub struct Sources {
     neighbours: Vec<Mac>,
     /// `None`: the guest may use any address.
     table: Option<Table>,
+    /// Addresses other than its own that the guest sends with; `None`: they never have to be announced.
+    behind: Option<Table>,
     now: Duration,
     /// The source heard last in this second, which needs no second look.
     last: Entry,
+    /// The same of the guest's frames.
+    last_sent: Entry,
     deaf_until: Duration,
     warned: Option<Duration>,
     warning: Option<Mac>,
@@ -99,8 +124,10 @@ impl Sources {
             own,
             neighbours: Vec::new(),
             table: None,
+            behind: None,
             now: Duration::ZERO,
             last: Entry::default(),
+            last_sent: Entry::default(),
             deaf_until: Duration::ZERO,
             warned: None,
             warning: None,
@@ -113,9 +140,19 @@ impl Sources {
         self.neighbours = neighbours;
     }
 
-    /// Whether sources are looked at.
+    /// The NIC has a spare: what the guest sends with is to be announced after a take-over.
+    pub fn keep_behind(&mut self) {
+        self.behind = Some(Table::default());
+    }
+
+    /// Whether the guest must not use all sources.
     pub fn is_guarded(&self) -> bool {
         self.table.is_some()
+    }
+
+    /// Whether sources are looked at.
+    pub fn looks(&self) -> bool {
+        self.table.is_some() || self.behind.is_some()
     }
 
     /// What follows happens at `now` (any clock that does not go back).
@@ -131,14 +168,31 @@ impl Sources {
     /// Whether the guest may send with this source. If not, a warning may be due ([`Self::take_warning`]).
     #[inline]
     pub fn admits(&mut self, source: Mac) -> bool {
-        if source == self.own || self.table.is_none() {
+        if source == self.own || !self.looks() {
             return true;
         }
         let admitted = !self.is_foreign(source);
-        if !admitted {
+        if admitted {
+            self.sent(source);
+        } else {
             self.warn(source);
         }
         admitted
+    }
+
+    /// The guest sends with this source, which is not its own.
+    #[inline]
+    fn sent(&mut self, source: Mac) {
+        let now_s = self.now_s();
+        if let Some(behind) = &mut self.behind
+            && (self.last_sent.mac, self.last_sent.heard_s) != (source, now_s)
+            && !is_group(source)
+        {
+            behind.hear(source, now_s);
+            self.last_sent = Entry { mac: source, heard_s: now_s };
+            // One that is heard on the wire in this second is looked at again.
+            self.last = Entry::default();
+        }
     }
 
     fn is_foreign(&self, source: Mac) -> bool {
@@ -154,12 +208,15 @@ impl Sources {
             return;
         }
         self.last = Entry { mac: source, heard_s: now_s };
-        if let Some(table) = &mut self.table
-            && source != self.own
-            && !is_group(source)
-            && self.now >= self.deaf_until
-        {
+        if source == self.own || is_group(source) || self.now < self.deaf_until {
+            return;
+        }
+        if let Some(table) = &mut self.table {
             table.hear(source, now_s);
+        }
+        if let Some(behind) = &mut self.behind {
+            behind.forget(source);
+            self.last_sent = Entry::default();
         }
     }
 
@@ -179,6 +236,16 @@ impl Sources {
     /// The addresses of `filter` that the guest may use, its own first if it has that.
     pub fn own_of(&self, filter: &RxFilter) -> Vec<Mac> {
         filter.unicast().into_iter().filter(|mac| !self.is_foreign(*mac)).collect()
+    }
+
+    /// The addresses that are announced: those of [`Self::own_of`], and those behind the guest.
+    pub fn to_announce(&self, filter: &RxFilter) -> Vec<Mac> {
+        let mut all = self.own_of(filter);
+        let behind = self.behind.as_ref().map(|behind| behind.fresh(self.now_s())).unwrap_or_default();
+        let behind = behind.into_iter().filter(|mac| !all.contains(mac) && !self.is_foreign(*mac));
+        let behind: Vec<_> = behind.take(MOST_ANNOUNCED).collect();
+        all.extend(behind);
+        all
     }
 
     /// The part of `filter` that is sent to the driver VM. A bridge sends every frame for a unicast address in it to this guest,
@@ -339,6 +406,35 @@ mod tests {
         sources.set_time(ECHO);
         sources.hear(mac(7));
         assert!(!sources.admits(mac(7)));
+    }
+
+    #[test]
+    fn what_a_guest_has_sent_with_of_late_is_announced_unless_it_has_moved() {
+        let (mut alone, mut sharing) = (Sources::new(OWN), shared());
+        for sources in [&mut alone, &mut sharing] {
+            let filter = RxFilter::new(OWN);
+            assert!(sources.admits(mac(7)));
+            assert_eq!(sources.to_announce(&filter), [OWN], "there is no spare");
+            sources.keep_behind();
+            for second in 0..70 {
+                sources.set_time(Duration::from_secs(second));
+                assert!(sources.admits(mac(0x100 + u16::try_from(second).unwrap())) && sources.admits(OWN));
+            }
+            sources.admits([1, 0, 0, 0, 0, 1]);
+            let told = sources.to_announce(&filter);
+            assert_eq!((told.len(), told[0], told[1]), (1 + MOST_ANNOUNCED, OWN, mac(0x100 + 69)), "the newest first");
+            // One speaks on the wire, and again behind the guest.
+            sources.hear(mac(0x100 + 69));
+            assert!(!sources.to_announce(&filter).contains(&mac(0x100 + 69)));
+            assert_eq!(sources.admits(mac(0x100 + 69)), !sources.is_guarded(), "another's now, where that counts");
+            assert_eq!(sources.to_announce(&filter).contains(&mac(0x100 + 69)), !sources.is_guarded());
+            // What comes back of the announcement itself has not moved.
+            sources.announced();
+            sources.hear(mac(0x100 + 68));
+            assert!(sources.to_announce(&filter).contains(&mac(0x100 + 68)));
+            sources.set_time(Duration::from_secs(69) + AGEING);
+            assert_eq!(sources.to_announce(&filter), [OWN], "switches have forgotten them as well");
+        }
     }
 
     #[test]

@@ -14,15 +14,15 @@ impl NetSplitter {
         let Some(queue) = &mut self.guest[GuestQueue::Tx as usize] else { return };
         let negotiated = features::transmit(self.shadow.features());
         let (shadow, counts, sources) = (&mut self.shadow, &mut self.outward, &mut self.sources);
-        let guarded = sources.is_guarded();
-        if guarded {
+        let looks = sources.looks();
+        if looks {
             sources.set_time((self.clock)());
         }
         let outcome = match (shadow.verdict(), &mut self.link) {
             (FrameVerdict::Pass, LinkState::Up { link, in_flight, .. }) => {
                 let flow = outward_flow(negotiated, link.features);
                 let before = counts.frames;
-                let outcome = if guarded {
+                let outcome = if looks {
                     pump::pump(queue, &mut link.rx, &flow, &mut Outward { sources, in_flight }, counts)
                 } else {
                     pump::pump(queue, &mut link.rx, &flow, in_flight, counts)
@@ -64,7 +64,7 @@ impl NetSplitter {
             accepted: features::receive(self.shadow.features()),
             mergeable: features::mergeable(self.shadow.features()),
         };
-        let outcome = if self.sources.is_guarded() || self.shadow.verdict() != FrameVerdict::Pass {
+        let outcome = if self.sources.looks() || self.shadow.verdict() != FrameVerdict::Pass {
             self.sources.set_time((self.clock)());
             let mut tap = Inward { sources: &mut self.sources, heard: false };
             let outcome = pump::pump(&mut link.tx, queue, &flow, &mut tap, &mut self.inward);

@@ -144,11 +144,14 @@ impl Adder<'_> {
         let name = format!("virtio-net{index}");
         let failed = |source| Error::Virtio { name: name.clone(), source };
         match backend {
-            NetBackend::Split { mac, mtu, driver_memory, neighbours, allow_any_source } => {
+            NetBackend::Split { mac, mtu, driver_memory, neighbours, allow_any_source, has_spare } => {
                 let host = Arc::clone(self.host);
                 let outbox = Arc::new(move |message| host.tell(&message));
                 let mut net = SplitNet::new(index, *mac, *mtu, outbox).map_err(failed)?;
                 net.share(neighbours, *allow_any_source);
+                if *has_spare {
+                    net.keep_behind();
+                }
                 net.limit_memory(*driver_memory);
                 let net = Arc::new(Mutex::new(net));
                 self.devices.shadowed.insert(DeviceId::net(index), Arc::clone(&net) as _);

@@ -110,6 +110,9 @@ pub enum NetBackend {
         /// It may send with any source address, although there are neighbours.
         #[serde(default)]
         allow_any_source: bool,
+        /// The NIC has a spare, to which hosts behind a bridge in the guest move as well.
+        #[serde(default)]
+        has_spare: bool,
     },
     /// Driver VM side: a vhost-user front-end. Its connections come, and come again, by [`ToVm::Connect`].
     VhostUser {

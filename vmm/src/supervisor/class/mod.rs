@@ -24,7 +24,7 @@ use super::guest::GuestState;
 use super::ids::{DriverId, GuestId, Table};
 use super::run::Supervisor;
 use crate::base::time::Time;
-use crate::config::{Driver, Guest, Machine};
+use crate::config::{Guest, Machine};
 use crate::lifecycle::{Carrier, Endpoint, Input};
 use crate::record::status;
 use crate::record::timeline::LifeStage;
@@ -134,8 +134,7 @@ pub(in crate::supervisor) fn devices(machine: &Machine, name: &str, guest: &Gues
     let nets = (0..).zip(&guest.net).map(|(n, spec)| {
         let index = usize::from(n);
         let driver = spec.driver.as_deref().and_then(|driver| machine.driver.get(driver));
-        let memory = driver.map(Driver::memory_or_default).unwrap_or_default();
-        let net = GuestNet::new(spec.mac_or_default(name, index), machine.neighbours_of(name, index), memory);
+        let net = GuestNet::new(spec.mac_or_default(name, index), machine.neighbours_of(name, index), driver);
         (DeviceId::net(n), OfClass::Net(net))
     });
     let sounds = (0..).zip(&guest.sound).map(|(n, _)| (DeviceId::sound(n), OfClass::Sound(GuestSound::default())));

@@ -8,7 +8,7 @@ use umbra_shadow::{DeviceId, Generation};
 use super::settings::Setting;
 use super::{OfClass, Traits};
 use crate::base::time::Time;
-use crate::config::{MemorySize, Net};
+use crate::config::{Driver, MemorySize, Net};
 use crate::lifecycle::{Carrier, Endpoint, Input};
 use crate::record::status;
 use crate::supervisor::driver::EndRef;
@@ -36,14 +36,18 @@ pub(in crate::supervisor) struct GuestNet {
     neighbours: Vec<Mac>,
     /// Memory of its driver VM.
     driver_memory: MemorySize,
+    /// Its NIC has a spare.
+    has_spare: bool,
     /// What the guest's driver asked for last.
     pub(in crate::supervisor) mode: RxMode,
     pub(in crate::supervisor) offloads: Offloads,
 }
 
 impl GuestNet {
-    pub(super) fn new(mac: Mac, neighbours: Vec<Mac>, driver_memory: MemorySize) -> Self {
-        Self { mac, neighbours, driver_memory, mode: first_mode(mac), offloads: Offloads::default() }
+    pub(super) fn new(mac: Mac, neighbours: Vec<Mac>, driver: Option<&Driver>) -> Self {
+        let driver_memory = driver.map(Driver::memory_or_default).unwrap_or_default();
+        let has_spare = driver.is_some_and(|driver| driver.spare.is_some());
+        Self { mac, neighbours, driver_memory, has_spare, mode: first_mode(mac), offloads: Offloads::default() }
     }
 
     pub(super) fn forget(&mut self) {
@@ -60,6 +64,7 @@ impl GuestNet {
                 driver_memory: self.driver_memory,
                 neighbours: self.neighbours.clone(),
                 allow_any_source: spec.allow_any_source,
+                has_spare: self.has_spare,
             },
         }
     }

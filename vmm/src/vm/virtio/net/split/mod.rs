@@ -90,6 +90,11 @@ impl SplitNet {
         self.splitter.share(neighbours.iter().map(|mac| mac.0).collect(), any_source);
     }
 
+    /// Its NIC has a spare: what the guest sends with is announced when that takes over.
+    pub fn keep_behind(&mut self) {
+        self.splitter.keep_behind();
+    }
+
     /// Its driver VM has this much memory; a link with more is refused.
     pub fn limit_memory(&mut self, memory: MemorySize) {
         self.splitter.limit_memory(memory.0);
