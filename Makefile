@@ -9,6 +9,8 @@ CRASHES ?= 3
 PREFIX  ?= /usr
 # Where debuggers look for what is stripped from programs in PREFIX/bin.
 DEBUG    = /usr/lib/debug$(PREFIX)/bin
+# Where Debian packages go.
+DEBS    ?= target/deb
 SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
@@ -16,7 +18,7 @@ BENCH   := $(TARGET)/umbra-bench
 SCENARIOS = $(basename $(notdir $(wildcard tests/tests/*.rs)))
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
-.PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install fuzz
+.PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install place deb packages fuzz
 
 help:
 	@echo 'make demo     a download and a song survive the crashes of their drivers'
@@ -27,6 +29,7 @@ help:
 	@echo 'make setup    fetch and build what the bench needs, no more'
 	@echo 'make build    the programs, in $(TARGET)'
 	@echo 'make install  programs, systemd unit, completions and man pages, below PREFIX ($(PREFIX)) in DESTDIR'
+	@echo 'make deb      Debian packages, in $(DEBS)'
 	@echo 'make fuzz     fuzz targets, SECONDS each ($(SECONDS)); TARGETS="rings messages"'
 	@echo 'make lint     formatting and clippy'
 
@@ -77,11 +80,16 @@ bench: build
 shell: build
 	@$(BENCH) shell --nic $(NIC)
 
-packaging: build
-	@$(TARGET)/umbra generate target/packaging
-	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|' packaging/umbra@.service > target/packaging/umbra@.service
+install: build
+	@$(MAKE) --no-print-directory place
 
-install: packaging
+# Of the programs as they are; what `install` places is what packages hold.
+packaging:
+	@rm -rf target/packaging
+	@$(TARGET)/umbra generate target/packaging
+	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|g' packaging/umbra@.service > target/packaging/umbra@.service
+
+place: packaging
 	@mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DEBUG)
 	@set -e; for program in umbra umbra-agent umbra-sound; do \
 	  objcopy --only-keep-debug $(TARGET)/$$program $(DESTDIR)$(DEBUG)/$$program.debug; \
@@ -91,11 +99,24 @@ install: packaging
 	done
 	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
 	@install -D -m 755 packaging/umbra.sleep $(DESTDIR)/usr/lib/systemd/system-sleep/umbra
+	@install -D -m 755 packaging/umbra.kernel $(DESTDIR)/etc/kernel/postinst.d/zz-umbra
+	@mkdir -p $(DESTDIR)/etc/umbra
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/umbra packaging/umbra.rules.yml packaging/umbra-dashboard.json docs/examples/*.py
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/packaging/man/*.1
 	@install -D -m 644 target/packaging/completions/umbra.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/umbra
 	@install -D -m 644 target/packaging/completions/_umbra $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_umbra
 	@install -D -m 644 target/packaging/completions/umbra.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/umbra.fish
+
+deb: build
+	@$(MAKE) --no-print-directory packages
+
+packages:
+	@{ command -v dpkg-deb && command -v objdump; } >/dev/null || \
+	  { echo 'packages are made with dpkg-deb and objdump: install the packages dpkg and binutils' >&2; exit 1; }
+	@rm -rf $(DEBS)/tree
+	@umask 022 && $(MAKE) --no-print-directory place PREFIX=/usr DESTDIR=$(DEBS)/tree
+	@umask 022 && packaging/deb $(DEBS)/tree $(DEBS)
+	@rm -rf $(DEBS)/tree $(DEBS)/tree.dbgsym
 
 fuzz: toolchain
 	@CARGO=$(CARGO) fuzz/run $(SECONDS) $(TARGETS)

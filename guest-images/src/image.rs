@@ -107,6 +107,9 @@ pub struct Manifest {
     pub drivers: Vec<String>,
     /// Devices that the drivers were looked up for.
     pub devices: Vec<Device>,
+    /// What was asked for besides them, where the kernel was the system's own: the image is built again when that changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub follows: Option<Follows>,
     /// Modules in the image: the drivers' in load order, then those of the link.
     pub modules: Vec<ModuleEntry>,
     /// Firmware files in the image.
@@ -117,6 +120,15 @@ pub struct Manifest {
     pub vmlinux: FileEntry,
     /// The initramfs.
     pub initramfs: FileEntry,
+}
+
+/// What an image that follows the system's kernel was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Follows {
+    /// Driver modules by name.
+    pub drivers: Vec<String>,
+    /// Firmware folders, searched in order.
+    pub firmware: Vec<PathBuf>,
 }
 
 /// A module in an image.
@@ -313,6 +325,10 @@ impl Recipe {
             kernel: tree.release().into(),
             drivers,
             devices: self.devices.clone(),
+            follows: self
+                .kernel
+                .installed
+                .then(|| Follows { drivers: self.drivers.clone(), firmware: self.firmware.clone() }),
             modules,
             firmware,
             firmware_missing,

@@ -19,6 +19,8 @@ pub struct Kernel {
     pub modules: ModuleTree,
     /// Folders as `/lib/firmware`, searched in order.
     pub firmware: Vec<PathBuf>,
+    /// It is installed in this system: an image of it follows the system's kernel.
+    pub installed: bool,
 }
 
 /// Why there is no kernel.
@@ -69,14 +71,13 @@ pub enum KernelError {
         /// Their releases.
         releases: Vec<String>,
     },
-    /// The running kernel's files are not installed.
-    #[error(
-        "the running kernel ({release}) has no modules in /lib/modules; install its package, or name another \
-         kernel package (--kernel-deb)"
-    )]
-    RunningWithoutModules {
-        /// `uname -r`.
+    /// A kernel's files are not installed.
+    #[error("kernel {release} has no modules in {place}; install its package, or name a kernel package (--kernel-deb)")]
+    NotInstalled {
+        /// As `uname -r` says it.
         release: String,
+        /// Where they were looked for.
+        place: String,
     },
 }
 
@@ -113,18 +114,23 @@ impl Kernel {
         Self::in_root(root, &root.display().to_string(), cache)
     }
 
-    /// The running system's own kernel.
+    /// The kernel of `release` that is installed below `root`; the running one if none is named.
     ///
     /// # Errors
     /// When its image or modules are not installed.
-    pub fn running(cache: &Cache) -> Result<Self, KernelError> {
-        let place = Path::new("/proc/sys/kernel/osrelease");
-        let release = files::read_text(place)?.trim().to_owned();
-        let modules = Path::new("/lib/modules").join(&release);
-        if !modules.is_dir() {
-            return Err(KernelError::RunningWithoutModules { release });
+    pub fn installed(root: &Path, release: Option<&str>, cache: &Cache) -> Result<Self, KernelError> {
+        let release = match release {
+            Some(release) => release.to_owned(),
+            None => files::read_text(Path::new("/proc/sys/kernel/osrelease"))?.trim().to_owned(),
+        };
+        let place = root.join(MODULE_ROOTS[0]);
+        let modules = place.join(&release);
+        let is_name = !release.contains('/') && !release.starts_with('.') && !release.is_empty();
+        if !is_name || !modules.is_dir() {
+            return Err(KernelError::NotInstalled { release, place: place.display().to_string() });
         }
-        Self::of_release(Path::new("/"), &modules, "/", cache)
+        let kernel = Self::of_release(root, &modules, &root.display().to_string(), cache)?;
+        Ok(Self { installed: true, ..kernel })
     }
 
     fn in_root(root: &Path, place: &str, cache: &Cache) -> Result<Self, KernelError> {
@@ -155,7 +161,7 @@ impl Kernel {
             return Err(KernelError::NoImage { place: place.into(), release, modules });
         };
         let firmware = FIRMWARE_ROOTS.map(|dir| root.join(dir)).into_iter().filter(|d| d.is_dir()).collect();
-        Ok(Self { image, modules: ModuleTree::open(modules, cache)?, firmware })
+        Ok(Self { image, modules: ModuleTree::open(modules, cache)?, firmware, installed: false })
     }
 
     /// The unpacked kernel, in the cache.
@@ -218,6 +224,24 @@ mod tests {
         let kernel = Kernel::from_debs(&[image, modules], &cache).unwrap();
         assert_eq!(kernel.modules.load_order(&["a"]).unwrap(), ["a"]);
         assert_eq!(fs::read(kernel.vmlinux(&cache).unwrap()).unwrap(), elf::tests::kernel(b"1"));
+    }
+
+    #[test]
+    fn an_installed_kernel_is_found_by_its_release() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().join("cache"));
+        for release in ["6.1", "6.2"] {
+            let modules = dir.path().join("lib/modules").join(release);
+            fs::create_dir_all(modules.join("kernel")).unwrap();
+            fs::write(modules.join("modules.order"), "").unwrap();
+            fs::write(modules.join("vmlinuz"), elf::tests::kernel(b"1")).unwrap();
+        }
+        let kernel = Kernel::installed(dir.path(), Some("6.2"), &cache).unwrap();
+        assert_eq!((kernel.modules.release(), kernel.installed), ("6.2", true));
+        for release in ["6.3", "", "..", "6.2/kernel"] {
+            let error = Kernel::installed(dir.path(), Some(release), &cache).unwrap_err();
+            assert!(matches!(error, KernelError::NotInstalled { .. }), "{release}: {error}");
+        }
     }
 
     #[test]

@@ -174,3 +174,17 @@ fn a_virtio_disk_gets_the_driver_behind_its_transport() {
     assert_eq!(image.manifest.drivers, ["virtio_pci", "virtio_blk"]);
     assert_eq!(image.manifest.modules[0].name, "virtio_blk");
 }
+
+#[test]
+fn an_image_of_the_system_s_kernel_says_what_it_was_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, cache) = recipe(dir.path());
+    let out = dir.path().join("out");
+    assert_eq!(recipe.build(&out, &cache).unwrap().manifest.follows, None, "the kernel is of a folder");
+    recipe.kernel = Kernel::installed(&dir.path().join("root"), Some("6.1.0"), &cache).unwrap();
+    recipe.drivers = vec!["lib".into()];
+    recipe.firmware = vec!["/lib/firmware".into()];
+    recipe.build(&out, &cache).unwrap();
+    let follows = Follows { drivers: vec!["lib".into()], firmware: vec!["/lib/firmware".into()] };
+    assert_eq!(Image::open(&out).unwrap().manifest.follows, Some(follows), "not the drivers that were looked up");
+}

@@ -1,5 +1,7 @@
 //! `umbra image`: builds a driver VM image from a kernel package or the running system's kernel, or just unpacks a
-//! kernel. Says what it took and how large the result is.
+//! kernel. Says what it took and how large the result is. With `--renew`, builds the images of machines again ([`renew`]).
+
+mod renew;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -26,7 +28,8 @@ const SYSTEM_FIRMWARE: &str = "/lib/firmware";
   umbra image --pci 0000:01:00.0 -o nic0.image            the running kernel, the driver of that device
   umbra image --driver e1000e --kernel-deb linux-image-6.12.deb -o nic0.image
   umbra image --pci 0000:02:00.0 -o disk0.image           a controller of disks, and the drivers of the disks behind it
-  umbra image --vmlinux /boot/vmlinuz-6.12.0 -o vmlinux   only unpack a kernel")]
+  umbra image --vmlinux /boot/vmlinuz-6.12.0 -o vmlinux   only unpack a kernel
+  umbra image --renew /etc/umbra/web.toml                 build its images again, of the kernel that runs now")]
 pub struct Args {
     /// PCI function whose driver is taken, as 0000:01:00.0; may be repeated
     #[arg(long, value_name = "ADDRESS")]
@@ -41,6 +44,9 @@ pub struct Args {
     /// Unpacked folder with the kernel (boot/vmlinuz-*, lib/modules/*)
     #[arg(long, value_name = "DIR", conflicts_with = "kernel_deb")]
     pub kernel_dir: Option<PathBuf>,
+    /// Release of an installed kernel, as 6.12.0-1-amd64 [default: the running one]
+    #[arg(long, value_name = "RELEASE", conflicts_with_all = ["kernel_deb", "kernel_dir", "vmlinux"])]
+    pub release: Option<String>,
     /// The agent's binary [default: umbra-agent beside this program]
     #[arg(long, value_name = "FILE")]
     pub agent: Option<PathBuf>,
@@ -54,9 +60,13 @@ pub struct Args {
     #[arg(long, value_name = "BZIMAGE",
           conflicts_with_all = ["pci", "driver", "kernel_deb", "kernel_dir", "agent", "firmware"])]
     pub vmlinux: Option<PathBuf>,
+    /// Build the images of this machine's driver VMs again, those of the system's kernel; may be repeated
+    #[arg(long, value_name = "MACHINE.toml",
+          conflicts_with_all = ["pci", "driver", "kernel_deb", "kernel_dir", "firmware", "vmlinux", "json", "output"])]
+    pub renew: Vec<PathBuf>,
     /// Where the result goes: a folder, or a file with --vmlinux
-    #[arg(short, long, value_name = "PATH")]
-    pub output: PathBuf,
+    #[arg(short, long, value_name = "PATH", required_unless_present = "renew")]
+    pub output: Option<PathBuf>,
     /// Print what is in the image as JSON
     #[arg(long)]
     pub json: bool,
@@ -68,8 +78,12 @@ pub struct Args {
 /// One chain that says what is missing or wrong and what to do.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let cache = Cache::of_user();
+    if !args.renew.is_empty() {
+        return renew::machines(args, &cache);
+    }
+    let Some(output) = &args.output else { bail!("say where the result goes: --output PATH") };
     if let Some(image) = &args.vmlinux {
-        return unpack(image, &args.output, &cache);
+        return unpack(image, output, &cache);
     }
     if args.pci.is_empty() && args.driver.is_empty() {
         bail!("say for what: --pci ADDRESS (as 0000:01:00.0) or --driver MODULE (as e1000e)");
@@ -78,7 +92,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let agent = agent(args.agent.as_deref())?;
     let source = source_of(&args.kernel_deb, args.kernel_dir.as_deref());
     let kernel = match (&args.kernel_deb[..], &args.kernel_dir) {
-        ([], None) => Kernel::running(&cache)?,
+        ([], None) => Kernel::installed(Path::new("/"), args.release.as_deref(), &cache)?,
         ([], Some(dir)) => Kernel::from_dir(dir, &cache)?,
         (packages, _) => Kernel::from_debs(packages, &cache)?,
     };
@@ -86,12 +100,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     firmware.push(SYSTEM_FIRMWARE.into());
     let sound = sound_service(args.sound_service.as_deref())?;
     let recipe = Recipe { kernel, drivers: args.driver.clone(), devices, agent, sound, firmware };
-    let image = recipe.build(&args.output, &cache)?;
+    let image = recipe.build(output, &cache)?;
     if args.json {
         print(&json(&serde_json::to_string_pretty(&image.manifest)?))
     } else {
         // Names in it are the package's.
-        print(&block(&report(&image, &source, &recipe.agent, &args.output)?))
+        print(&block(&report(&image, &source, &recipe.agent, output)?))
     }
 }
 
@@ -228,7 +242,7 @@ mod tests {
 
     #[test]
     fn nothing_asked_for_says_what_can_be() {
-        let error = run(&Args { output: "x".into(), ..Args::default() }).unwrap_err();
+        let error = run(&Args { output: Some("x".into()), ..Args::default() }).unwrap_err();
         assert!(error.to_string().contains("--pci"));
     }
 }

@@ -29,6 +29,10 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
+        if std::env::args().nth(1).as_deref() == Some("--version") {
+            println!("umbra-agent {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
         eprintln!(
             "umbra-agent is the first process of a driver VM; `umbra image` puts it there, `umbra run` starts it"
         );
