@@ -25,7 +25,8 @@ const DIAGRAMS: [(&str, &str); 7] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 10] = [
+const FIELDS: [(&str, &[&str], &str); 11] = [
+    ("vmm/src/config/changes.rs", &["Change"], "docs/programs.md"),
     ("vmm/src/cli/list.rs", &["Listing", "Answer"], "docs/programs.md"),
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
@@ -53,7 +54,8 @@ const FIELDS: [(&str, &[&str], &str); 10] = [
 ];
 
 /// A file, an enum in it that is written in kebab case, and the document that names each variant.
-const WORDS: [(&str, &str, &str); 8] = [
+const WORDS: [(&str, &str, &str); 9] = [
+    ("vmm/src/config/changes.rs", "Effect", "docs/programs.md"),
     ("vmm/src/supervisor/front/protocol.rs", "Request", "docs/programs.md"),
     ("vmm/src/record/health.rs", "Level", "docs/programs.md"),
     ("vmm/src/record/timeline.rs", "Milestone", "docs/events.md"),

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, echo_plus_one, elf, kvm};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
@@ -175,4 +176,54 @@ fn a_pipe_that_nobody_reads_holds_up_nobody() {
     let mut pipe = Vec::new();
     child.stdout.take().unwrap().read_to_end(&mut pipe).unwrap();
     assert!((4096..PRINTED as usize).contains(&pipe.len()), "{} bytes in the pipe", pipe.len());
+}
+
+/// Ends with the test, whatever that comes to.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// As a lost ssh session does it: the terminal goes, and its session is told so.
+#[test]
+fn a_terminal_that_is_gone_ends_no_guest() {
+    if !kvm() {
+        return;
+    }
+    let files = Files::new(&elf(&Code::new().print(">").spin().0));
+    let dir = files.dir.path();
+    let umbra = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
+        let output = command.args(words).env("UMBRA_RUN_DIR", dir.join("run")).output().unwrap();
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    let pty = openpty(None, None).unwrap();
+    // It is gone when we close it.
+    fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    let theirs = || Stdio::from(pty.slave.try_clone().unwrap());
+    // The terminal is that of a session of its own, as at a login.
+    let mut command = Command::new("setsid");
+    command.arg("--ctty").arg(env!("CARGO_BIN_EXE_umbra")).args(["run", "--memory", "16M", "--kernel"]);
+    command.arg(files.spec().kernel).env("UMBRA_RUN_DIR", dir.join("run"));
+    let mut child = Killed(command.stdin(theirs()).stdout(theirs()).stderr(theirs()).spawn().unwrap());
+    let wait_for = |what: &str, look: &dyn Fn() -> String| {
+        let deadline = Instant::now() + PATIENCE;
+        let mut said = look();
+        while !said.contains(what) {
+            assert!(Instant::now() < deadline, "waited in vain for {what}: {said}");
+            std::thread::sleep(Duration::from_millis(10));
+            said = look();
+        }
+    };
+    wait_for("guest-running", &|| umbra(&["events"]));
+    drop(pty);
+    wait_for("this machine was started from flags", &|| umbra(&["events"]));
+    wait_for("\"state\": \"running\"", &|| umbra(&["status", "--json"]));
+    assert!(child.0.try_wait().unwrap().is_none());
+    umbra(&["stop", "--force"]);
+    child.0.wait().unwrap();
 }

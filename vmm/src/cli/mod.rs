@@ -15,6 +15,7 @@ mod guest;
 pub mod image;
 pub mod list;
 mod logging;
+pub mod reload;
 pub mod report;
 pub mod run;
 pub mod show_confine;
@@ -64,6 +65,8 @@ enum Command {
     Restart(client::RestartArgs),
     /// Try a quarantined driver VM again.
     Resume(client::ResumeArgs),
+    /// Read the machine file again: take over what can change as the machine runs, say what cannot.
+    Reload(reload::Args),
     /// Have the driver VMs give their devices up before the host sleeps; guests are masked.
     Sleep(sleep::Args),
     /// Have the driver VMs be reborn when the host is awake.
@@ -143,6 +146,7 @@ pub fn main() -> ExitCode {
         Command::Crash(args) => client::crash(&args),
         Command::Restart(args) => client::restart(&args),
         Command::Resume(args) => client::resume(&args),
+        Command::Reload(args) => reload::run(&args),
         Command::Sleep(args) => sleep::sleep(&args),
         Command::Wake(args) => sleep::wake(&args),
         Command::Stop(args) => client::stop(&args),

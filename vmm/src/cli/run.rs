@@ -10,7 +10,7 @@ use crate::record::events::Verbosity;
 use crate::record::file;
 use crate::supervisor::front::notify::Notify;
 use crate::supervisor::start::rundir;
-use crate::supervisor::{self, Options, Until};
+use crate::supervisor::{self, MachineFile, Options, Until};
 
 /// Arguments of `umbra run`.
 #[derive(Debug, clap::Args)]
@@ -110,12 +110,12 @@ const GUEST: &str = "guest";
 ///
 /// It could not be started, or a guest ended badly.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (mut machine, stem) = match args.machine {
+    let (mut machine, stem, file) = match args.machine {
         Some(path) => {
             let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-            (Machine::read(&path)?, stem)
+            (Machine::read(&path)?, stem, Some(MachineFile { path, metrics: args.metrics.clone() }))
         }
-        None => (args.guest.machine()?, GUEST.into()),
+        None => (args.guest.machine()?, GUEST.into(), None),
     };
     machine.metrics = args.metrics.or(machine.metrics);
     if args.host {
@@ -145,6 +145,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 (false, true) => Until::Stopped,
                 (false, false) => Until::GuestsEnd,
             },
+            file,
         },
     )?;
     if args.prepare && !args.quiet {

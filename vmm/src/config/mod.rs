@@ -4,6 +4,7 @@
 //! mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is checked before anything starts
 //! (`supervisor::preflight`). `docs/configuration.md` describes each key.
 
+pub mod changes;
 mod check;
 mod guest_disk;
 mod memory;
@@ -155,6 +156,13 @@ impl Default for GuestRestart {
     fn default() -> Self {
         let Restart { limit, interval_s, .. } = Restart::default();
         Self { limit, interval_s }
+    }
+}
+
+impl GuestRestart {
+    /// As a policy of restarts.
+    pub fn policy(self) -> Restart {
+        Restart { limit: self.limit, interval_s: self.interval_s, ..Restart::default() }
     }
 }
 

@@ -104,8 +104,13 @@ impl Lifecycle {
     /// the spare.
     #[must_use]
     pub fn with_spare_after(mut self, ms: u32) -> Self {
-        self.carrier.set_patience(ms);
+        self.set_spare_after(ms);
         self
+    }
+
+    /// The same, from now on.
+    pub fn set_spare_after(&mut self, ms: u32) {
+        self.carrier.set_patience(ms);
     }
 
     /// The NIC's carrier, as far as the present life has said.

@@ -52,6 +52,7 @@ use std::time::Duration;
 use umbra_shadow::Generation;
 
 use crate::base::time::Time;
+use crate::config::Restart;
 use crate::lifecycle::policy::RestartHistory;
 use carrier::CarrierWatch;
 use fencing::Killed;
@@ -134,11 +135,9 @@ impl Lifecycle {
     /// A driver VM that serves `ends` guests from the start (others are added by [`Input::EndHere`]), restarts by the policy in
     /// `history`, and keeps the standby that `ahead` asks for.
     pub fn new(history: RestartHistory, ends: usize, ahead: StandbyPolicy) -> Self {
-        let boot = Duration::from_secs(history.policy().boot_timeout_s.into());
-        let heartbeat = Duration::from_millis(history.policy().heartbeat_timeout_ms.into());
         Self {
-            reserve: Standbys::new(ahead, boot, heartbeat),
-            second: Standbys::new(StandbyPolicy::Nothing, boot, heartbeat),
+            reserve: Standbys::new(ahead, history.policy()),
+            second: Standbys::new(StandbyPolicy::Nothing, history.policy()),
             starts_ahead: false,
             newest: None,
             sleeps: false,
@@ -161,6 +160,13 @@ impl Lifecycle {
             carrier: CarrierWatch::new(),
             applying: false,
         }
+    }
+
+    /// Another policy from now on: that of restarts and its time limits, which hold for what begins after this.
+    pub fn set_restart(&mut self, policy: Restart) {
+        self.reserve.set_patience(&policy);
+        self.second.set_patience(&policy);
+        self.history.set_policy(policy);
     }
 
     /// With devices that come to rest before a deliberate reset.

@@ -49,6 +49,11 @@ impl RestartHistory {
         &self.policy
     }
 
+    /// Another policy from now on; what has failed so far counts.
+    pub fn set_policy(&mut self, policy: Restart) {
+        self.policy = policy;
+    }
+
     /// Takes note of a failure at `now` of a life that was live for `lived` (`None`: it never was).
     pub fn failed(&mut self, now: Time, lived: Option<Duration>) -> RestartVerdict {
         self.total = self.total.saturating_add(1);

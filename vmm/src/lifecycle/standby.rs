@@ -20,6 +20,7 @@ use umbra_shadow::Generation;
 
 use super::fencing::ALARM;
 use crate::base::time::Time;
+use crate::config::Restart;
 
 /// Pause between a recovery and the boot of the next standby, which leaves the machine in peace at first.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -205,13 +206,21 @@ pub(super) struct Standbys {
 }
 
 impl Standbys {
-    pub(super) fn new(ahead: StandbyPolicy, boot_timeout: Duration, heartbeat_timeout: Duration) -> Self {
-        // A spare may have to serve at any moment.
-        let heartbeat_patience = heartbeat_timeout * if ahead == StandbyPolicy::Spare { 1 } else { PATIENCE };
-        let boot_patience = boot_timeout * PATIENCE;
+    pub(super) fn new(ahead: StandbyPolicy, policy: &Restart) -> Self {
         let (state, deaths, waits_since) = (Standby::Absent, 0, None);
         let (held_since, warned) = (None, false);
-        Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned }
+        let (boot_patience, heartbeat_patience) = (Duration::ZERO, Duration::ZERO);
+        let mut new = Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned };
+        new.set_patience(policy);
+        new
+    }
+
+    /// Waits as long as `policy` has it, from now on.
+    pub(super) fn set_patience(&mut self, policy: &Restart) {
+        // A spare may have to serve at any moment.
+        let patience = if self.ahead == StandbyPolicy::Spare { 1 } else { PATIENCE };
+        self.heartbeat_patience = Duration::from_millis(policy.heartbeat_timeout_ms.into()) * patience;
+        self.boot_patience = Duration::from_secs(policy.boot_timeout_s.into()) * PATIENCE;
     }
 
     /// From now on `ahead` is kept ready.

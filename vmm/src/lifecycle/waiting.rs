@@ -22,10 +22,19 @@ impl Lifecycle {
     /// With so many standbys, of which a second is of use only behind a first that waits booted.
     #[must_use]
     pub fn with_standbys(mut self, standbys: u8) -> Self {
-        if standbys > 1 {
-            self.second.keep(StandbyPolicy::Warm);
-        }
+        self.set_standbys(standbys);
         self
+    }
+
+    fn set_standbys(&mut self, standbys: u8) {
+        self.second.keep(if standbys > 1 { StandbyPolicy::Warm } else { StandbyPolicy::Nothing });
+    }
+
+    /// Keeps `ahead` ready from now on, and so many standbys; what waits already goes by [`Input::StandbyUseless`].
+    pub fn keep(&mut self, ahead: StandbyPolicy, standbys: u8, starts_ahead: bool) {
+        self.reserve.keep(ahead);
+        self.set_standbys(standbys);
+        self.starts_ahead = starts_ahead;
     }
 
     /// State of the second standby.

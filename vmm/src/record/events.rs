@@ -111,6 +111,11 @@ impl Events {
         self
     }
 
+    /// Counts them there from now on, or nowhere.
+    pub fn set_metrics(&mut self, metrics: Option<Metrics>) {
+        self.metrics = metrics;
+    }
+
     /// Where events are counted, if they are.
     pub fn metrics(&self) -> Option<&Metrics> {
         self.metrics.as_ref()

@@ -13,7 +13,7 @@ use super::ids::DriverId;
 use super::power_button::PowerButton;
 use super::vcpu_answers::VcpuAnswers;
 use crate::base::time::Time;
-use crate::config::{Console, Guest, GuestRestart, Restart};
+use crate::config::{Console, Guest};
 use crate::lifecycle::Endpoint;
 use crate::lifecycle::policy::RestartHistory;
 use crate::record::status;
@@ -123,10 +123,9 @@ impl GuestVm {
 
     /// A guest that does not run yet.
     pub(super) fn new(name: &str, spec: Guest, devices: Devices, console_socket: PathBuf) -> Self {
-        let GuestRestart { limit, interval_s } = spec.restart;
         Self {
             name: name.into(),
-            crashes: RestartHistory::new(Restart { limit, interval_s, ..Restart::default() }),
+            crashes: RestartHistory::new(spec.restart.policy()),
             button: None,
             spec,
             console_socket,

@@ -1,7 +1,7 @@
 //! The numbers of a machine's guests and driver VMs, and of a driver VM's ends, and the tables that they lead into.
 //!
-//! Invariant: a number is a place in the machine file, and so in its table, for the whole run. The kinds cannot be mixed up,
-//! and there is none for "nobody".
+//! Invariant: a number is a place in its table for the whole run: rows are added, none is removed. The kinds cannot be mixed up, and
+//! there is none for "nobody".
 
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
@@ -53,7 +53,8 @@ impl Id for DriverId {
     }
 }
 
-/// The guests or the driver VMs of a machine, or the ends of a driver VM, in the order of the machine file.
+/// The guests or the driver VMs of a machine, or the ends of a driver VM, in the order of the machine file; what was added later comes
+/// behind.
 #[derive(Clone, Debug)]
 pub(super) struct Table<I, T> {
     rows: Vec<T>,
@@ -63,6 +64,12 @@ pub(super) struct Table<I, T> {
 impl<I: Id, T> Table<I, T> {
     pub(super) fn len(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Adds a row; its number.
+    pub(super) fn push(&mut self, row: T) -> I {
+        self.rows.push(row);
+        I::at(self.rows.len() - 1)
     }
 
     /// All numbers, without a hold on the table.
@@ -102,6 +109,12 @@ impl<I: Id, T> Table<I, T> {
 
     pub(super) fn position(&self, wanted: impl Fn(&T) -> bool) -> Option<I> {
         self.rows.iter().position(wanted).map(I::at)
+    }
+}
+
+impl<I, T> Default for Table<I, T> {
+    fn default() -> Self {
+        Self { rows: Vec::new(), id: PhantomData }
     }
 }
 

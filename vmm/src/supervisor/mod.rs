@@ -4,6 +4,7 @@
 //! supervises. `docs/recovery.md` describes states and timeouts, `docs/events.md` events and reports.
 
 mod actions;
+mod add;
 mod asleep;
 mod bounds;
 mod class;
@@ -16,6 +17,7 @@ mod inbox;
 mod messages;
 mod power_button;
 mod prepare;
+mod reload;
 mod resize;
 mod rest;
 pub mod run;
@@ -25,6 +27,7 @@ mod vcpu_answers;
 
 pub use driver::device::Open;
 pub use prepare::Until;
+pub use reload::MachineFile;
 pub use run::{Options, run};
 pub use run_error::RunError;
 pub use start::leftover::LeftoverError;

@@ -14,10 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use super::asleep::Sleep;
-use super::class;
-use super::driver::device::Open;
+use super::driver::DriverVm;
 use super::driver::life::{LifeRole, Part};
-use super::driver::{DriverVm, EndRef};
 use super::front::notify::Notify;
 use super::front::protocol::StopHow;
 use super::front::server::Clients;
@@ -26,10 +24,11 @@ use super::guest::{GuestState, GuestVm};
 use super::ids::{DriverId, GuestId, Table};
 use super::inbox::Inbox;
 use super::prepare::{self, Until};
+use super::reload::{MachineFile, Reload};
 use super::run_error::RunError;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host};
-use super::start::rundir::{self, RunDir};
+use super::start::rundir::RunDir;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
@@ -68,6 +67,8 @@ pub struct Options {
     pub notify: Notify,
     /// Until when the machine runs.
     pub until: Until,
+    /// Where the machine can be read from again.
+    pub file: Option<MachineFile>,
 }
 
 /// What can be ready to be handled, in the order of handling.
@@ -81,6 +82,7 @@ enum Ready {
     Ending(DriverId),
     ResetDone(DriverId),
     SpareResetDone(DriverId),
+    Reloaded,
     Listener,
     Client(u64),
 }
@@ -89,6 +91,14 @@ enum Ready {
 #[derive(Debug)]
 pub(super) struct Supervisor {
     pub(super) program: Program,
+    /// The machine as it runs.
+    pub(super) machine: Machine,
+    /// Where it can be read from again.
+    pub(super) file: Option<MachineFile>,
+    pub(super) reloading: Option<Reload>,
+    pub(super) host: Host,
+    /// Answers who asks for the metrics.
+    pub(super) served: Option<Server>,
     pub(super) run_dir: RunDir,
     pub(super) listener: UnixListener,
     pub(super) signals: SignalFd,
@@ -97,7 +107,7 @@ pub(super) struct Supervisor {
     pub(super) drivers: Table<DriverId, DriverVm>,
     pub(super) clients: Clients,
     notify: Notify,
-    metrics_due: Time,
+    pub(super) metrics_due: Time,
     /// Crash reports that wait for room on the disk, and when they are tried again.
     pub(super) shelf: PendingReports,
     shelf_due: Time,
@@ -130,7 +140,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let log = EventLog::new(run_dir.event_log());
     let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
     // After the signals: its thread must not take them.
-    let _served = match (&machine.metrics, &metrics) {
+    let served = match (&machine.metrics, &metrics) {
         (Some(address), Some(metrics)) => Some(Server::start(address, metrics.clone())?),
         _ => None,
     };
@@ -143,7 +153,9 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     if let Some((pid, done)) = left {
         events.tell(&Event::CleanedUp { pid, done });
     }
-    let mut supervisor = Supervisor::new(machine, checked, options.host.open, (run_dir, listener), signals, events);
+    let mut supervisor = Supervisor::new(machine, checked, options.host, (run_dir, listener), signals, events);
+    supervisor.served = served;
+    supervisor.file = options.file;
     supervisor.program = Program { path: options.program, confine: machine.confine };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
@@ -185,40 +197,21 @@ pub(crate) fn span(name: &str, generation: Option<u32>) -> tracing::Span {
 impl Supervisor {
     fn new(
         machine: &Machine,
-        mut checked: Checked,
-        open: Open,
+        checked: Checked,
+        host: Host,
         (run_dir, listener): (RunDir, UnixListener),
         signals: SignalFd,
         events: Events,
     ) -> Self {
-        let guests = machine.guest.iter();
-        let guests = guests.map(|(name, spec)| {
-            let console_socket = rundir::console_socket(run_dir.path(), name);
-            GuestVm::new(name, spec.clone(), class::devices(machine, name, spec), console_socket)
-        });
-        let mut guests: Table<GuestId, GuestVm> = guests.collect();
-        let drivers = machine.driver.iter().filter_map(|(name, spec)| {
-            let guest = |name: &str| guests.position(|guest| guest.name == name);
-            let ends =
-                class::ends(machine, name).filter_map(|(name, device)| Some(EndRef { guest: guest(name)?, device }));
-            let mtu = machine.ends_of(name).next().and_then(|(_, _, spec)| spec.mtu);
-            let ends = (ends.collect(), mtu);
-            let (device, image) = checked.drivers.remove(name)?;
-            let spare = checked.spares.remove(name);
-            Some(DriverVm::new((name, spec.clone()), (device, spare, open, image), ends, &run_dir))
-        });
-        let drivers: Table<DriverId, DriverVm> = drivers.collect();
-        for (driver, vm) in drivers.numbered() {
-            for (end, &EndRef { guest, device }) in vm.ends.numbered() {
-                if let Some(device) = guests[guest].devices.get_mut(&device) {
-                    device.driver = Some((driver, end));
-                }
-            }
-        }
-        Self {
+        let mut new = Self {
             program: Program::default(),
-            guests,
-            drivers,
+            machine: machine.clone(),
+            file: None,
+            reloading: None,
+            host,
+            served: None,
+            guests: Table::default(),
+            drivers: Table::default(),
             run_dir,
             listener,
             signals,
@@ -234,7 +227,9 @@ impl Supervisor {
             until: Until::default(),
             sleep: None,
             inbox: Inbox::default(),
-        }
+        };
+        new.add(machine, checked);
+        new
     }
 
     fn start(&mut self) -> Result<(), RunError> {
@@ -333,6 +328,7 @@ impl Supervisor {
             (Ready::Signals, self.signals.as_fd(), PollFlags::POLLIN),
             (Ready::Listener, self.listener.as_fd(), PollFlags::POLLIN),
         ];
+        watched.extend(self.reloading.iter().map(|reload| (Ready::Reloaded, reload.done.as_fd(), PollFlags::POLLIN)));
         for (n, guest) in self.guests.numbered() {
             let Some(process) = &guest.process else { continue };
             watched.push((Ready::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
@@ -367,7 +363,7 @@ impl Supervisor {
             | Ready::Ending(n)
             | Ready::ResetDone(n)
             | Ready::SpareResetDone(n) => self.drivers[n].span(),
-            Ready::Signals | Ready::Listener | Ready::Client(_) => tracing::Span::none(),
+            Ready::Signals | Ready::Reloaded | Ready::Listener | Ready::Client(_) => tracing::Span::none(),
         }
     }
 
@@ -382,6 +378,7 @@ impl Supervisor {
             Ready::Ending(n) => self.on_ending(n),
             Ready::ResetDone(n) => self.on_reset_done(n),
             Ready::SpareResetDone(n) => self.on_spare_reset_done(n),
+            Ready::Reloaded => self.on_reloaded(),
             Ready::Listener => self.clients.accept(&self.listener, Time::now()),
             Ready::Client(id) => self.read_client(id),
         }
@@ -462,9 +459,15 @@ impl Supervisor {
 
     fn on_signal(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
-            let hang_up = info.ssi_signo == libc::SIGHUP.unsigned_abs();
+            // As of any service; and a terminal that is gone is nothing that a machine ends of.
+            if info.ssi_signo == libc::SIGHUP.unsigned_abs() {
+                if let Err(why) = self.reload(None, false) {
+                    self.answer_reload(None, false, Err(why));
+                }
+                continue;
+            }
             // The second signal of any kind means it.
-            let how = if hang_up || self.stopping.is_some() { StopHow::Kill } else { StopHow::PowerButton };
+            let how = if self.stopping.is_some() { StopHow::Kill } else { StopHow::PowerButton };
             self.stop(how, "a signal");
         }
     }

@@ -20,7 +20,7 @@ use umbra_vmm::record::status::{DriverStatus, GuestStatus, Status};
 use umbra_vmm::supervisor::front::notify::Notify;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 use umbra_vmm::supervisor::start::rundir;
-use umbra_vmm::supervisor::{self, Host, Options, RunError, Until};
+use umbra_vmm::supervisor::{self, Host, MachineFile, Options, RunError, Until};
 
 /// The device of the driver VM.
 pub const DEVICE: &str = "0000:03:00.0";
@@ -150,6 +150,7 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open, ..Host::default() },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
         until: until(dir),
+        file: Some(MachineFile { path: dir.join("m.toml"), metrics: None }),
     };
     supervisor::run(&machine, options)
 }

@@ -17,6 +17,7 @@ mod lives;
 mod machine;
 mod observers;
 mod refused;
+mod reload;
 mod settings;
 mod snapshots;
 mod takers;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         .chain(disks::ALL)
         .chain(hostile::ALL)
         .chain(refused::ALL)
+        .chain(reload::ALL)
         .chain(settings::ALL)
         .chain(snapshots::ALL)
         .chain(takers::ALL)

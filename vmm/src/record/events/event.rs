@@ -301,6 +301,18 @@ pub enum Event {
         /// Name of the driver VM.
         driver: String,
     },
+    /// The machine file was read again.
+    Reloaded {
+        /// Places in it whose new values are taken over.
+        taken: Vec<String>,
+        /// Those that differ and are left until the machine is started again.
+        left: Vec<String>,
+    },
+    /// The machine file could not be read again, or asks for what this host does not have: nothing was changed.
+    ReloadFailed {
+        /// Why not.
+        reason: String,
+    },
     /// The run before was killed; this one has cleaned up after it.
     CleanedUp {
         /// The number of the supervisor that was killed.
@@ -439,6 +451,10 @@ impl Event {
                 format!("awake after {ms:.0} ms (and the sleep): the driver VMs begin their next lives")
             }
             Self::Resumed { driver } => format!("{driver}: is tried again, as was asked for"),
+            Self::Reloaded { taken, left } => reloaded(taken, left),
+            Self::ReloadFailed { reason } => {
+                format!("the machine file was not taken over, nothing is changed: {reason}")
+            }
             Self::CleanedUp { pid, done } => format!(
                 "the run before (process {pid}) was killed: {done}; its reports are kept (`umbra report --previous`)"
             ),
@@ -448,6 +464,18 @@ impl Event {
             Self::Stopping { how } => format!("stopping: {how}"),
             Self::Warning { what } => format!("warning: {what}"),
         })
+    }
+}
+
+/// What became of the machine file.
+fn reloaded(taken: &[String], left: &[String]) -> String {
+    let list = |what: &str, keys: &[String]| match keys {
+        [] => String::new(),
+        keys => format!("; {what} {}", keys.join(", ")),
+    };
+    match (taken, left) {
+        ([], []) => "the machine file was read again: nothing in it differs".into(),
+        _ => format!("the machine file was read again{}{}", list("taken over:", taken), list("left as it runs:", left)),
     }
 }
 

@@ -173,6 +173,16 @@ pub(in crate::supervisor) struct StandbyVm {
     pub(in crate::supervisor) suspicion: Option<(Time, String)>,
 }
 
+/// What stands ready for the failure of a driver VM.
+fn ahead(spec: &Driver) -> StandbyPolicy {
+    match (&spec.spare, spec.standby) {
+        (Some(_), _) => StandbyPolicy::Spare,
+        (None, config::Standby::Warm) => StandbyPolicy::Warm,
+        (None, config::Standby::Snapshot) => StandbyPolicy::Snapshot,
+        (None, config::Standby::Cold) => StandbyPolicy::Nothing,
+    }
+}
+
 impl DriverVm {
     pub(in crate::supervisor) fn new(
         (name, spec): (&str, Driver),
@@ -180,12 +190,7 @@ impl DriverVm {
         (ends, mtu): (Table<Endpoint, EndRef>, Option<u16>),
         run_dir: &RunDir,
     ) -> Self {
-        let ahead = match (&spare, spec.standby) {
-            (Some(_), _) => StandbyPolicy::Spare,
-            (None, config::Standby::Warm) => StandbyPolicy::Warm,
-            (None, config::Standby::Snapshot) => StandbyPolicy::Snapshot,
-            (None, config::Standby::Cold) => StandbyPolicy::Nothing,
-        };
+        let ahead = ahead(&spec);
         let rests = traits(class_of(&ends)).rests;
         Self {
             name: name.into(),
@@ -234,6 +239,14 @@ impl DriverVm {
             rest: None,
             was_live: false,
         }
+    }
+
+    /// Goes by its spec, which is another one, from now on.
+    pub(in crate::supervisor) fn adapt(&mut self) {
+        let Driver { restart, spare_after_ms, standbys, snapshots, .. } = &self.spec;
+        self.lifecycle.set_restart(restart.clone());
+        self.lifecycle.set_spare_after(*spare_after_ms);
+        self.lifecycle.keep(ahead(&self.spec), *standbys, *snapshots);
     }
 
     /// It has ended for good, or is about to.

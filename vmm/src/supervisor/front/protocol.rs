@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use umbra_driver_vm::protocol::CrashKind;
 
+use crate::config::changes::Change;
 use crate::record::status::Status;
 
 /// Longest request, in bytes.
@@ -82,6 +83,11 @@ pub enum Request {
         /// Name of the guest.
         name: String,
     },
+    /// Read the machine file again and take over what can change as the machine runs. Answered by [`Response::Reloaded`].
+    Reload {
+        /// Only say what differs.
+        check: bool,
+    },
     /// End the machine. Answered by [`Response::Stopping`]; the connection is closed when it has ended.
     Stop {
         /// By the power button or by a kill.
@@ -151,6 +157,11 @@ pub enum Response {
     Awake {
         /// They slept.
         slept: bool,
+    },
+    /// The machine file was read again.
+    Reloaded {
+        /// What differs from the machine that ran, and what becomes of it.
+        changes: Vec<Change>,
     },
     /// The machine is ending.
     Stopping {

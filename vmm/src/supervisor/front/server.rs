@@ -260,6 +260,12 @@ impl Supervisor {
                 let done = self.inject_nmi(&name);
                 self.answer_done(id, name, done);
             }
+            Request::Reload { check } => {
+                self.clients.wait(id);
+                if let Err(why) = self.reload(Some(id), check) {
+                    self.answer_reload(Some(id), check, Err(why));
+                }
+            }
             Request::Stop { how } => {
                 self.clients.answer(id, &Response::Stopping { how });
                 let how = if self.stopping == Some(StopHow::Kill) { StopHow::Kill } else { how };
