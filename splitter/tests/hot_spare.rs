@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::vm::{DriverVm, Guest, MAC, attached, attached_as, generation, link};
 use common::{frame, number};
 use proptest::prelude::*;
@@ -333,8 +335,8 @@ fn hosts_behind_the_guest_are_announced_at_a_take_over() {
         guest.splitter.arm(generation(2), true);
         (0..).zip([MAC, HOST, GONE]).for_each(|(n, source)| guest.tx.send(&from(source, n)));
         guest.turn();
-        // One of them answers from the wire after the time in which an echo may come.
-        std::thread::sleep(std::time::Duration::from_millis(1100));
+        // One of them answers from the wire, after the time in which an echo may come.
+        guest.pass(Duration::from_secs(2));
         first.tx.send(&from(GONE, 9));
         guest.turn();
         drop(first);
