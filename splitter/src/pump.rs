@@ -20,6 +20,9 @@ pub const BUDGET: usize = 8192;
 /// Bytes of a frame that cost as much as a descriptor: copying 2 KiB takes longer than reading one.
 const BYTES_PER_WORK: usize = 2048;
 
+/// What notifying both ends costs beside it: two system calls.
+const NOTIFYING: usize = 64;
+
 /// Whose end a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
@@ -199,14 +202,37 @@ pub fn pump<T: HandoverLog>(
     tap: &mut T,
     counts: &mut Counts,
 ) -> Result<Stop, PumpError> {
-    let moved = move_frames(source, target, flow, tap, counts);
-    // Each side is notified of what was done for it, whatever the other did.
-    let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
-    let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
     counts.work.pumps += 1;
-    counts.work.full += u64::from(matches!(moved, Ok(Stop::TargetFull)));
-    let stop = moved?;
-    told_source.and(told_target).map(|()| stop)
+    let mut work = 0;
+    loop {
+        let moved = move_frames(source, target, flow, tap, counts, &mut work);
+        // Each side is notified of what was done for it, whatever the other did; and before either is asked for a kick: what comes
+        // meanwhile needs none.
+        let told_source = source.tell().map(|told| counts.work.note(told)).map_err(blame(flow.source));
+        let told_target = target.tell().map(|told| counts.work.note(told)).map_err(blame(flow.target()));
+        work += NOTIFYING;
+        let pause = moved?;
+        told_source.and(told_target)?;
+        let (queue, owner, known, stop) = match pause {
+            Pause::Budget => return Ok(Stop::Budget),
+            Pause::Empty => (&mut *source, flow.source, 0, Stop::SourceEmpty),
+            Pause::Full(known) => (&mut *target, flow.target(), known, Stop::TargetFull),
+        };
+        if !queue.open().and_then(|mut ring| more_than(&mut ring, known)).map_err(blame(owner))? {
+            counts.work.full += u64::from(stop == Stop::TargetFull);
+            return Ok(stop);
+        }
+    }
+}
+
+/// Why frames are not moved for the moment. Nobody has been asked for a kick yet.
+enum Pause {
+    /// No more frames.
+    Empty,
+    /// No buffers beyond this many, which are too few.
+    Full(u16),
+    /// The budget is spent.
+    Budget,
 }
 
 fn blame<F: Into<Fault>>(owner: Owner) -> impl Fn(F) -> PumpError {
@@ -219,24 +245,25 @@ fn move_frames<T: HandoverLog>(
     flow: &Flow,
     tap: &mut T,
     counts: &mut Counts,
-) -> Result<Stop, PumpError> {
+    work: &mut usize,
+) -> Result<Pause, PumpError> {
     let (at_source, at_target) = (blame(flow.source), blame(flow.target()));
     let mut from = source.open().map_err(&at_source)?;
     let mut to = target.open().map_err(&at_target)?;
     let (mut chain, mut space) = (Chain::default(), Space::default());
     from.mute().map_err(&at_source)?;
     to.mute().map_err(&at_target)?;
-    let (mut work, mut waiting) = (0, 0);
-    while work < BUDGET {
+    let mut waiting = 0;
+    while *work < BUDGET {
         if waiting == 0 {
-            waiting = more(&mut from).map_err(&at_source)?;
+            waiting = from.available().map_err(&at_source)?;
             if waiting == 0 {
-                return Ok(Stop::SourceEmpty);
+                return Ok(Pause::Empty);
             }
         }
         let head = from.head(0).map_err(&at_source)?;
         let read = read_frame(&from, head, flow.negotiated, &mut chain);
-        work += 1 + chain.cost;
+        *work += 1 + chain.cost;
         let put = match read {
             Ok((header, len)) if flow.accepted.contains(header.needs()) => {
                 let addresses = T::LOOKS.then(|| Addresses::of(&chain));
@@ -246,7 +273,7 @@ fn move_frames<T: HandoverLog>(
                     // What a driver VM writes there meanwhile decides nothing.
                     let payload = Payload::Chain(&chain, len, addresses.filter(|_| flow.source == Owner::Guest));
                     let put = put_frame(&mut to, flow, &header, &payload, &mut space, tap);
-                    work += space.chain.cost;
+                    *work += space.chain.cost;
                     put?
                 }
             }
@@ -261,15 +288,9 @@ fn move_frames<T: HandoverLog>(
             Put::Done(len) => {
                 counts.frames += 1;
                 counts.bytes += len as u64;
-                work += len / BYTES_PER_WORK;
+                *work += len / BYTES_PER_WORK;
             }
-            Put::Full(known) => {
-                if to.listen(known).map_err(blame(flow.target()))? {
-                    to.mute().map_err(blame(flow.target()))?;
-                    continue;
-                }
-                return Ok(Stop::TargetFull);
-            }
+            Put::Full(known) => return Ok(Pause::Full(known)),
             Put::NotAccepted => counts.not_accepted += 1,
             Put::NoRoom => counts.no_room += 1,
             Put::Malformed => counts.malformed += 1,
@@ -279,17 +300,24 @@ fn move_frames<T: HandoverLog>(
         from.complete(head, 0).map_err(blame(flow.source))?;
         waiting -= 1;
     }
-    Ok(Stop::Budget)
+    Ok(Pause::Budget)
 }
 
 /// Chains that wait; if none, asks for a kick and looks again.
 pub(crate) fn more(ring: &mut Ring<'_>) -> Result<u16, RingFault> {
-    let waiting = ring.available()?;
-    if waiting > 0 || !ring.listen(0)? {
-        return Ok(waiting);
+    if more_than(ring, 0)? { ring.available() } else { Ok(0) }
+}
+
+/// Whether more than `known` chains wait; if not, asks for a kick and looks again.
+fn more_than(ring: &mut Ring<'_>, known: u16) -> Result<bool, RingFault> {
+    if ring.available()? > known {
+        return Ok(true);
     }
-    ring.mute()?;
-    ring.available()
+    let more = ring.listen(known)?;
+    if more {
+        ring.mute()?;
+    }
+    Ok(more)
 }
 
 /// A checked frame where its owner has put it. Its bytes may change at any time.

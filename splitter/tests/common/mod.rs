@@ -11,7 +11,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -146,6 +146,26 @@ impl Driver {
     pub fn set_avail_idx(&mut self, idx: u16) {
         self.avail_idx = idx;
         self.memory.store(idx, GuestAddress(self.avail() + 2), Ordering::Release).unwrap();
+    }
+
+    /// Whether the device wants to hear of what was offered since the available index was `old`: as a driver asks, after it has shown
+    /// its index (virtio 1.2, section 2.7.10).
+    pub fn wants_kick(&self, old: u16) -> bool {
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let at = GuestAddress(self.used_ring() + 4 + 8 * u64::from(self.size));
+            let event: u16 = self.memory.load(at, Ordering::Relaxed).unwrap();
+            let new = self.avail_idx;
+            return new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old);
+        }
+        let flags: u16 = self.memory.load(GuestAddress(self.used_ring()), Ordering::Relaxed).unwrap();
+        flags & 1 == 0
+    }
+
+    /// Whether there is a used element to take.
+    pub fn has_used(&self) -> bool {
+        let idx: u16 = self.memory.load(GuestAddress(self.used_ring() + 2), Ordering::Acquire).unwrap();
+        idx != self.last_used
     }
 
     /// Takes one used element: head and length.
