@@ -50,14 +50,42 @@ pub enum Error {
         source: kvm_ioctls::Error,
     },
     /// KVM refused an ioeventfd.
-    #[error("bind an eventfd to guest address {address:#x} (KVM_IOEVENTFD)")]
+    #[error("bind an eventfd to the guest's {doorbell} (KVM_IOEVENTFD)")]
     Ioeventfd {
-        /// The guest physical address.
-        address: u64,
+        /// Where the guest writes.
+        doorbell: Doorbell,
         /// The cause.
         #[source]
         source: kvm_ioctls::Error,
     },
+}
+
+/// Where a guest's write is a signal. On AMD, KVM passes a write to a port on with less work than one to memory: the processor says
+/// what was written to a port, while the instruction that writes to memory is decoded and run by KVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doorbell {
+    /// At this guest physical address.
+    Memory(u64),
+    /// At this port.
+    Port(u64),
+}
+
+impl Doorbell {
+    fn for_kvm(self) -> IoEventAddress {
+        match self {
+            Self::Memory(address) => IoEventAddress::Mmio(address),
+            Self::Port(port) => IoEventAddress::Pio(port),
+        }
+    }
+}
+
+impl std::fmt::Display for Doorbell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Memory(address) => write!(f, "address {address:#x}"),
+            Self::Port(port) => write!(f, "port {port:#x}"),
+        }
+    }
 }
 
 /// The interrupt router of one VM.
@@ -137,16 +165,16 @@ impl Interrupts {
         self.vm.register_irqfd(trigger, gsi).map_err(|source| Error::Irqfd { gsi, source })
     }
 
-    /// Signals `event` at each write of the guest to `address`, in place of an exit (`KVM_IOEVENTFD`).
-    pub fn bind_kick(&self, event: &EventFd, address: u64) -> Result<(), Error> {
-        let bound = self.vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
-        bound.map_err(|source| Error::Ioeventfd { address, source })
+    /// Signals `event` at each write of the guest to `doorbell`, in place of an exit (`KVM_IOEVENTFD`).
+    pub fn bind_kick(&self, event: &EventFd, doorbell: Doorbell) -> Result<(), Error> {
+        let bound = self.vm.register_ioevent(event, &doorbell.for_kvm(), NoDatamatch);
+        bound.map_err(|source| Error::Ioeventfd { doorbell, source })
     }
 
     /// Undoes [`Self::bind_kick`].
-    pub fn unbind_kick(&self, event: &EventFd, address: u64) -> Result<(), Error> {
-        let unbound = self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
-        unbound.map_err(|source| Error::Ioeventfd { address, source })
+    pub fn unbind_kick(&self, event: &EventFd, doorbell: Doorbell) -> Result<(), Error> {
+        let unbound = self.vm.unregister_ioevent(event, &doorbell.for_kvm(), NoDatamatch);
+        unbound.map_err(|source| Error::Ioeventfd { doorbell, source })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Option<kvm_irq_routing_entry>>> {

@@ -1,4 +1,4 @@
-//! The PCI transport of virtio devices (virtio 1.2, section 4.1): modern only, one ioeventfd a queue; MSI-X, or
+//! The PCI transport of virtio devices (virtio 1.2, section 4.1): modern only, two ioeventfds a queue; MSI-X, or
 //! `INTA#` for a driver without (`line`). Invariant: a queue runs between `DRIVER_OK` and reset, with addresses that were checked
 //! against the VM's memory; the device behind sees registers never, only [`VirtioDevice`]'s calls. No legacy interface, no
 //! packed rings, no queue reset.
@@ -22,9 +22,9 @@ use super::device::{QueueResources, QueueState, VirtioDevice};
 use crate::base::error::chain;
 use crate::base::lock::lock;
 use crate::base::pci_address::Slot;
-use crate::vm::interrupt::{self, Interrupts};
+use crate::vm::interrupt::{self, Doorbell, Interrupts};
 use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, memory_bar};
-use crate::vm::pci::device::{Bar, BarChange, BarIndex, PciDevice};
+use crate::vm::pci::device::{Bar, BarChange, BarIndex, BarKind, PciDevice};
 use crate::vm::pci::msix::{self, Msix};
 use crate::vm::snapshot::device::StateError;
 
@@ -36,7 +36,13 @@ const REVISION: u8 = 1;
 /// Subsystem ID of modern devices: 0x40 or more (section 4.1.2.1).
 const SUBSYSTEM: u16 = 0x1100;
 
-/// The only BAR and its parts, a page or more each.
+/// The BAR of ports: notifications alone, at the same distances as in memory. A driver takes the first capability of a kind that it can
+/// use, so that Linux kicks by a port.
+const PORTS: u8 = 1;
+/// Least size of it, as of any BAR of ports.
+const LEAST_PORTS: u64 = 4;
+
+/// The BAR of memory and its parts, a page or more each.
 const BAR: u8 = 0;
 const BAR_SIZE: u64 = 0x8000;
 const COMMON: u32 = 0x0000;
@@ -102,17 +108,17 @@ enum StartError {
 
 /// Where the guest's writes to notification addresses are turned into eventfd signals without an exit.
 trait Kicks: Send {
-    fn bind(&self, kick: &EventFd, address: u64) -> Result<(), interrupt::Error>;
-    fn unbind(&self, kick: &EventFd, address: u64) -> Result<(), interrupt::Error>;
+    fn bind(&self, kick: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error>;
+    fn unbind(&self, kick: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error>;
 }
 
 impl Kicks for Arc<Interrupts> {
-    fn bind(&self, kick: &EventFd, address: u64) -> Result<(), interrupt::Error> {
-        self.bind_kick(kick, address)
+    fn bind(&self, kick: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error> {
+        self.bind_kick(kick, doorbell)
     }
 
-    fn unbind(&self, kick: &EventFd, address: u64) -> Result<(), interrupt::Error> {
-        self.unbind_kick(kick, address)
+    fn unbind(&self, kick: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error> {
+        self.unbind_kick(kick, doorbell)
     }
 }
 
@@ -143,8 +149,8 @@ pub struct VirtioPci {
 /// A queue's kick.
 struct Kick {
     event: EventFd,
-    /// The address that KVM watches for it.
-    bound: Option<u64>,
+    /// Where KVM watches for it: in memory, and at a port.
+    bound: [Option<Doorbell>; 2],
     running: bool,
 }
 
@@ -180,10 +186,10 @@ impl VirtioPci {
         };
         let kick = |_: &u16| {
             let event = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
-            Ok(Kick { event, bound: None, running: false })
+            Ok(Kick { event, bound: [None; 2], running: false })
         };
         let queues = sizes.iter().map(kick).collect::<Result<_, Error>>()?;
-        let (config, msix_capability, pci_capability) = config_space(device_id, &msix)?;
+        let (config, msix_capability, pci_capability) = config_space(device_id, &msix, sizes.len())?;
         Ok(Self {
             name,
             device,
@@ -368,15 +374,19 @@ impl VirtioPci {
         }
     }
 
-    /// The BAR access that the PCI configuration capability asks for (section 4.1.4.9): offset and length.
-    fn pci_access(&self) -> Option<(u32, usize)> {
+    /// The BAR access that the PCI configuration capability asks for (section 4.1.4.9): BAR, offset and length.
+    fn pci_access(&self) -> Option<(BarIndex, u64, usize)> {
         let mut fields = [0; 12];
         self.config.read(self.pci_capability + PCI_CFG_BAR, &mut fields);
         let word = |at: usize| u32::from_le_bytes([fields[at], fields[at + 1], fields[at + 2], fields[at + 3]]);
         let (offset, length) = (word(4), word(8));
-        let inside = u64::from(offset) + u64::from(length) <= BAR_SIZE;
-        (fields[0] == BAR && matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && inside)
-            .then_some((offset, length as usize))
+        let bar = self.config.bars().bars().iter().find(|bar| bar.index.0 == fields[0])?;
+        let inside = u64::from(offset) + u64::from(length) <= bar.size;
+        (matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && inside).then_some((
+            bar.index,
+            offset.into(),
+            length as usize,
+        ))
     }
 
     fn is_pci_data(&self, offset: u16) -> bool {
@@ -395,10 +405,10 @@ impl PciDevice for VirtioPci {
 
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         if self.is_pci_data(offset)
-            && let Some((at, length)) = self.pci_access()
+            && let Some((bar, at, length)) = self.pci_access()
         {
             let mut value = [0; 4];
-            self.region_read(at, &mut value[..length]);
+            self.bar_read(bar, at, &mut value[..length]);
             data.copy_from_slice(&value[..data.len().min(4)]);
             return;
         }
@@ -415,32 +425,44 @@ impl PciDevice for VirtioPci {
             self.leave_line();
         }
         if self.is_pci_data(offset)
-            && let Some((at, length)) = self.pci_access()
+            && let Some((bar, at, length)) = self.pci_access()
         {
-            self.region_write(at, &data[..length.min(data.len())]);
+            self.bar_write(bar, at, &data[..length.min(data.len())]);
         }
         changes
     }
 
-    fn bar_read(&mut self, _: BarIndex, offset: u64, data: &mut [u8]) {
-        self.region_read(u32::try_from(offset).unwrap_or(u32::MAX), data);
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        match bar {
+            BarIndex(PORTS) => data.fill(0),
+            _ => self.region_read(u32::try_from(offset).unwrap_or(u32::MAX), data),
+        }
     }
 
-    fn bar_write(&mut self, _: BarIndex, offset: u64, data: &[u8]) {
-        self.region_write(u32::try_from(offset).unwrap_or(u32::MAX), data);
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        match bar {
+            BarIndex(PORTS) => self.notify(offset),
+            _ => self.region_write(offset, data),
+        }
     }
 
-    fn bar_moved(&mut self, _: BarIndex, base: Option<u64>) {
+    fn bar_moved(&mut self, bar: BarIndex, base: Option<u64>) {
         for (queue, index) in self.queues.iter_mut().zip(0u64..) {
-            if let Some(address) = queue.bound.take()
-                && let Err(error) = self.kicks.unbind(&queue.event, address)
+            let bound = &mut queue.bound[usize::from(bar.0 == PORTS)];
+            if let Some(doorbell) = bound.take()
+                && let Err(error) = self.kicks.unbind(&queue.event, doorbell)
             {
                 self.log.warn(format_args!("{}: {error}", self.name));
             }
             let Some(base) = base else { continue };
-            let address = base + u64::from(NOTIFY) + index * u64::from(NOTIFY_MULTIPLIER);
-            match self.kicks.bind(&queue.event, address) {
-                Ok(()) => queue.bound = Some(address),
+            let offset = index * u64::from(NOTIFY_MULTIPLIER);
+            let doorbell = match bar {
+                BarIndex(PORTS) => Doorbell::Port(base + offset),
+                _ => Doorbell::Memory(base + u64::from(NOTIFY) + offset),
+            };
+            match self.kicks.bind(&queue.event, doorbell) {
+                Ok(()) => *bound = Some(doorbell),
                 // Slower, not wrong: the write exits to `notify`.
                 Err(error) => self.log.warn(format_args!("{}: {error}", self.name)),
             }
@@ -468,7 +490,9 @@ impl PciDevice for VirtioPci {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
-        self.bar_moved(BarIndex(BAR), None);
+        for bar in [BAR, PORTS] {
+            self.bar_moved(BarIndex(bar), None);
+        }
     }
 }
 
@@ -504,8 +528,8 @@ fn class(device_id: u16) -> (u8, u8, u8) {
     }
 }
 
-/// Configuration space, and where the MSI-X and PCI access capabilities are.
-fn config_space(device_id: u16, msix: &Msix) -> Result<(ConfigSpace, u16, u16), CapabilityError> {
+/// Configuration space of a device with so many queues, and where the MSI-X and PCI access capabilities are.
+fn config_space(device_id: u16, msix: &Msix, queues: usize) -> Result<(ConfigSpace, u16, u16), CapabilityError> {
     let identity = Identity {
         id: (VENDOR, DEVICE_BASE + device_id),
         subsystem: (VENDOR, SUBSYSTEM),
@@ -513,16 +537,20 @@ fn config_space(device_id: u16, msix: &Msix) -> Result<(ConfigSpace, u16, u16), 
         revision: REVISION,
         interrupt_pin: INTA,
     };
-    let mut config = ConfigSpace::new(identity, &[memory_bar(BAR, BAR_SIZE)]);
+    let size = (queues as u64 * u64::from(NOTIFY_MULTIPLIER)).next_power_of_two().max(LEAST_PORTS);
+    let ports = Bar { index: BarIndex(PORTS), kind: BarKind::Io, size };
+    let mut config = ConfigSpace::new(identity, &[memory_bar(BAR, BAR_SIZE), ports]);
     let body = msix.capability((BAR, MSIX_TABLE), (BAR, MSIX_PBA));
     let msix_at = config.add_capability(msix::CAPABILITY_ID, &body, &msix::CAPABILITY_WRITABLE)?;
     for (kind, offset) in [(TYPE_COMMON, COMMON), (TYPE_ISR, ISR), (TYPE_DEVICE, DEVICE)] {
-        config.add_capability(CAPABILITY_VENDOR, &capability(kind, 16, offset, PART_SIZE), &[])?;
+        config.add_capability(CAPABILITY_VENDOR, &capability(kind, 16, (BAR, offset), PART_SIZE), &[])?;
     }
-    let mut notify = capability(TYPE_NOTIFY, 20, NOTIFY, PART_SIZE).to_vec();
-    notify.extend(NOTIFY_MULTIPLIER.to_le_bytes());
-    config.add_capability(CAPABILITY_VENDOR, &notify, &[])?;
-    let mut access = capability(TYPE_PCI, 20, 0, 0).to_vec();
+    let by_port = capability(TYPE_NOTIFY, 20, (PORTS, 0), u32::try_from(size).unwrap_or(u32::MAX));
+    for notify in [by_port, capability(TYPE_NOTIFY, 20, (BAR, NOTIFY), PART_SIZE)] {
+        let body = [&notify[..], &NOTIFY_MULTIPLIER.to_le_bytes()].concat();
+        config.add_capability(CAPABILITY_VENDOR, &body, &[])?;
+    }
+    let mut access = capability(TYPE_PCI, 20, (BAR, 0), 0).to_vec();
     access.extend([0; 4]);
     // BAR, offset and length are the driver's to write; the data window is handled above.
     let writable = [0, 0, 0xFF, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF];
@@ -531,9 +559,9 @@ fn config_space(device_id: u16, msix: &Msix) -> Result<(ConfigSpace, u16, u16), 
 }
 
 /// `struct virtio_pci_cap` behind ID and next pointer (section 4.1.4).
-fn capability(kind: u8, length: u8, offset: u32, size: u32) -> [u8; 14] {
+fn capability(kind: u8, length: u8, (bar, offset): (u8, u32), size: u32) -> [u8; 14] {
     let mut body = [0; 14];
-    body[..3].copy_from_slice(&[length, kind, BAR]);
+    body[..3].copy_from_slice(&[length, kind, bar]);
     body[6..10].copy_from_slice(&offset.to_le_bytes());
     body[10..].copy_from_slice(&size.to_le_bytes());
     body

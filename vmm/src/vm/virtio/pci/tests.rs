@@ -77,18 +77,18 @@ impl VirtioDevice for Device {
     }
 }
 
-type Bound = Arc<Mutex<Vec<u64>>>;
+type Bound = Arc<Mutex<Vec<Doorbell>>>;
 
 struct FakeKicks(Bound);
 
 impl Kicks for FakeKicks {
-    fn bind(&self, _: &EventFd, address: u64) -> Result<(), interrupt::Error> {
-        self.0.lock().unwrap().push(address);
+    fn bind(&self, _: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error> {
+        self.0.lock().unwrap().push(doorbell);
         Ok(())
     }
 
-    fn unbind(&self, _: &EventFd, address: u64) -> Result<(), interrupt::Error> {
-        self.0.lock().unwrap().retain(|&bound| bound != address);
+    fn unbind(&self, _: &EventFd, doorbell: Doorbell) -> Result<(), interrupt::Error> {
+        self.0.lock().unwrap().retain(|&bound| bound != doorbell);
         Ok(())
     }
 }
@@ -304,7 +304,12 @@ fn notification_addresses_follow_the_bar() {
     let mut driver = Driver::new();
     driver.pci.bar_moved(BarIndex(0), Some(0xC000_0000));
     driver.pci.bar_moved(BarIndex(0), Some(0xD000_0000));
-    assert_eq!(*driver.bound.lock().unwrap(), [0xD000_3000, 0xD000_3004]);
+    driver.pci.bar_moved(BarIndex(1), Some(0x1000));
+    driver.pci.bar_moved(BarIndex(1), Some(0x2000));
+    let memory = [0xD000_3000, 0xD000_3004].map(Doorbell::Memory);
+    assert_eq!(*driver.bound.lock().unwrap(), [&memory[..], &[0x2000, 0x2004].map(Doorbell::Port)].concat());
+    driver.pci.bar_moved(BarIndex(1), None);
+    assert_eq!(*driver.bound.lock().unwrap(), memory, "each BAR has its own");
     let Driver { pci, bound, .. } = driver;
     drop(pci);
     assert!(bound.lock().unwrap().is_empty());
@@ -323,6 +328,36 @@ fn pci_configuration_access_reaches_the_bar() {
     driver.pci.config_write(at + 8, &0xFFFF_FFFEu32.to_le_bytes());
     driver.pci.config_read(at + 16, &mut data);
     assert_eq!(data, [0, 0], "outside of the BAR");
+}
+
+#[test]
+fn the_first_way_to_kick_is_a_port_and_each_way_kicks_its_queue() {
+    let mut driver = Driver::new();
+    let mut byte = |at: u8| {
+        let mut data = [0];
+        driver.pci.config_read(at.into(), &mut data);
+        data[0]
+    };
+    let (mut at, mut bars) = (byte(0x34), Vec::new());
+    while at != 0 {
+        if byte(at) == CAPABILITY_VENDOR && byte(at + 3) == TYPE_NOTIFY {
+            bars.push(byte(at + 4));
+        }
+        at = byte(at + 1);
+    }
+    assert_eq!(bars, [PORTS, BAR]);
+    let ports = driver.pci.bars()[1];
+    assert_eq!((ports.index, ports.kind, ports.size), (BarIndex(PORTS), BarKind::Io, 8), "two queues");
+    driver.pci.bar_write(BarIndex(PORTS), 4, &1u16.to_le_bytes());
+    assert_eq!(driver.pci.queues[1].event.read().unwrap(), 1);
+    // The same by the configuration space.
+    let access = driver.pci.pci_capability;
+    driver.pci.config_write(access + 4, &[PORTS]);
+    driver.pci.config_write(access + 8, &0u32.to_le_bytes());
+    driver.pci.config_write(access + 12, &2u32.to_le_bytes());
+    driver.pci.config_write(access + 16, &[0, 0]);
+    assert_eq!(driver.pci.queues[0].event.read().unwrap(), 1);
+    assert!(driver.pci.queues[1].event.read().is_err());
 }
 
 #[test]
@@ -353,7 +388,10 @@ fn kvm_takes_kicks_and_vectors_and_their_moves() {
     let mut pci = VirtioPci::new("test".into(), device, memory, (&interrupts, Slot::new(3).unwrap())).unwrap();
     pci.bar_moved(BarIndex(0), Some(0xC000_0000));
     pci.bar_moved(BarIndex(0), Some(0xC000_8000));
-    assert!(pci.queues.iter().all(|queue| queue.bound.is_some()), "KVM watches each queue's address");
+    pci.bar_moved(BarIndex(1), Some(0x1000));
+    pci.bar_moved(BarIndex(1), Some(0x1008));
+    let all = pci.queues.iter().flat_map(|queue| queue.bound);
+    assert!(all.into_iter().all(|bound| bound.is_some()), "KVM watches each queue's address and port");
     for vector in 0..3u32 {
         let entry = u64::from(MSIX_TABLE + vector * 16);
         pci.bar_write(BarIndex(0), entry, &0xFEE0_0000u64.to_le_bytes());
