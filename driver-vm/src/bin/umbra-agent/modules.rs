@@ -17,6 +17,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 const LISTS: [&str; 2] = ["/etc/umbra/drivers", "/etc/umbra/modules"];
 /// Parameters of some of them: a line for each module, as `usb_storage delay_use=0`.
 const PARAMETERS: &str = "/etc/umbra/parameters";
+/// More of them, among the words of the kernel's command line, as `virtio_net.napi_tx=0`. The kernel itself leaves them to who loads
+/// the module, as modprobe(8) does.
+const COMMAND_LINE: &str = "/proc/cmdline";
 
 /// The loading of modules, under way or done.
 #[derive(Debug)]
@@ -77,8 +80,8 @@ impl Loading {
 }
 
 fn load_list(list: &str, sender: &Sender<Vec<String>>, wake: &EventFd) {
-    let parameters = fs::read_to_string(PARAMETERS).unwrap_or_default();
-    let load = |path: &str| load(path, parameters_of(&parameters, path)).err().map(|e| format!("{e:#}"));
+    let [lines, words] = [PARAMETERS, COMMAND_LINE].map(|path| fs::read_to_string(path).unwrap_or_default());
+    let load = |path: &str| load(path, parameters_of(&lines, &words, path)).err().map(|e| format!("{e:#}"));
     let failures = match fs::read_to_string(list) {
         Ok(text) => text.lines().filter_map(load).collect(),
         Err(error) => vec![format!("cannot read {list}: {error}")],
@@ -87,14 +90,19 @@ fn load_list(list: &str, sender: &Sender<Vec<String>>, wake: &EventFd) {
     let _ = wake.write(1);
 }
 
-/// The parameters of the module at `path` among all of them.
-fn parameters_of<'a>(parameters: &'a str, path: &str) -> &'a str {
-    let name = Path::new(path).file_stem().and_then(|name| name.to_str());
-    let mut lines = parameters.lines().filter_map(|line| line.split_once(' '));
-    lines.find(|(module, _)| Some(*module) == name).map_or("", |(_, parameters)| parameters)
+/// The parameters of the module at `path` among those of the image and the words of the command line, which come last: of two values
+/// the kernel takes the last one.
+fn parameters_of(lines: &str, words: &str, path: &str) -> String {
+    // Names of modules have one sign for both.
+    let name = |text: &str| text.replace('-', "_");
+    let own = Path::new(path).file_stem().map(|stem| name(&stem.to_string_lossy())).unwrap_or_default();
+    let lines = lines.lines().filter_map(|line| line.split_once(' '));
+    let words = words.split_whitespace().filter_map(|word| word.split_once('.'));
+    let all = lines.chain(words).filter(|(module, _)| name(module) == own);
+    all.map(|(_, parameters)| parameters).collect::<Vec<_>>().join(" ")
 }
 
-fn load(path: &str, parameters: &str) -> anyhow::Result<()> {
+fn load(path: &str, parameters: String) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| format!("cannot open the module {path}"))?;
     match finit_module(&file, &CString::new(parameters)?, ModuleInitFlags::empty()) {
         // Both lists may name it; the kernel says this only once the other thread's load has ended.
@@ -109,9 +117,12 @@ mod tests {
 
     #[test]
     fn a_module_gets_its_own_parameters() {
-        let parameters = "usb_storage delay_use=0\nnvme_core multipath=N x=1\n";
-        assert_eq!(parameters_of(parameters, "/lib/modules/6.1.0/nvme_core.ko"), "multipath=N x=1");
-        assert_eq!(parameters_of(parameters, "/lib/modules/6.1.0/nvme.ko"), "");
-        assert_eq!(parameters_of("", "/lib/modules/6.1.0/nvme.ko"), "");
+        let lines = "usb_storage delay_use=0\nnvme_core multipath=N x=1\n";
+        let words = "quiet root=a.b virtio_net.napi_tx=0 nvme-core.x=2 nvme-core.y=3 virtio_net.csum=1\n";
+        let of = |name: &str| parameters_of(lines, words, &format!("/lib/modules/6.1.0/{name}.ko"));
+        assert_eq!(of("nvme_core"), "multipath=N x=1 x=2 y=3");
+        assert_eq!(of("nvme-core"), of("nvme_core"));
+        assert_eq!(of("virtio_net"), "napi_tx=0 csum=1");
+        assert_eq!((of("nvme"), of("usb_storage")), (String::new(), "delay_use=0".into()));
     }
 }
