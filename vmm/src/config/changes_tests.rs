@@ -59,11 +59,8 @@ fn every_key_has_its_effect_and_what_is_taken_is_in_the_machine() {
         let Plan { machine, changes } = changed(from, &to);
         let [change] = &changes[..] else { panic!("{key}: {changes:?}") };
         assert_eq!((&*change.key, change.effect), (key, effect));
-        assert_eq!(
-            change.before.is_none() || change.after.is_none() || change.before == change.after,
-            false,
-            "{change:?}"
-        );
+        let differs = change.before.is_some() && change.after.is_some() && change.before != change.after;
+        assert!(differs, "{change:?}");
         assert_eq!(machine == parse(&MACHINE.replace(from, &to)), change.is_taken(), "{key}");
         assert_eq!(machine == parse(MACHINE), !change.is_taken(), "{key}");
     }
