@@ -3,20 +3,17 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
-use umbra_tests::bench::patience::whole_factor;
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Attach, DISK_DRIVER, Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
 use umbra_tests::disks::database::{self, Commits};
-use umbra_tests::disks::{BYTES, Checker, Crash, Crashed, GUEST, Kind, Medium, Rig, crash};
+use umbra_tests::disks::{BETWEEN, BYTES, Checker, Crash, Crashed, GUEST, Kind, Medium, Rig, crash};
 use umbra_tests::lossy_disk::Access;
 
-/// Between two crashes, as on the reference machine: some hundred writes.
-const BETWEEN: Duration = Duration::from_secs(3);
+/// Rows between two crashes.
+const ROWS: u64 = 20;
 /// Ways to fail, and the share of what was not flushed that the controller loses.
 const CRASHES: [(Kind, f64); 6] = [
     (Kind::Panic, 1.0),
@@ -31,10 +28,6 @@ fn rig(name: &str, model: &str) -> Rig {
     Rig::boot(name, vec![Medium::new(model).or_tell()], &assets()).or_tell()
 }
 
-fn between() {
-    std::thread::sleep(BETWEEN * whole_factor());
-}
-
 fn crash_one(rig: &mut Rig, machine: &mut Machine, (kind, loses): (Kind, f64)) -> Crashed {
     let crashed = crash(&mut rig.place, machine, &rig.media[0].disk, Crash { kind, loses }).or_tell();
     say(&format!("{}: {} sectors lost, {:?} ms", kind.describe(), crashed.lost, crashed.outage_ms));
@@ -46,10 +39,10 @@ fn outlive_crashes(name: &str, model: &str) {
     let spec = rig.machine(0, 6);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
     let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
-    let checker = Checker::start(&mut rig.place, GUEST).or_tell();
+    let mut checker = Checker::start(&mut rig.place, GUEST).or_tell();
     let mut shown = 0;
     for with in CRASHES {
-        between();
+        checker.await_more(&mut rig.place, BETWEEN).or_tell();
         let crashed = crash_one(&mut rig, &mut machine, with);
         assert!(with.0 != Kind::Restart || crashed.lost == 0, "it came to rest before, and everything is stable");
         shown += usize::from(crashed.shows);
@@ -71,8 +64,8 @@ fn lose_what_was_not_kept() {
     let mut rig = rig("disk-card", "sdhci-pci");
     let spec = rig.machine(0, 1);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let checker = Checker::start(&mut rig.place, GUEST).or_tell();
-    between();
+    let mut checker = Checker::start(&mut rig.place, GUEST).or_tell();
+    checker.await_more(&mut rig.place, BETWEEN).or_tell();
     crash_one(&mut rig, &mut machine, (Kind::Panic, 1.0));
     let found = checker.finish(&mut rig.place, GUEST).or_tell();
     assert!(found.wrong > 0, "the loss is not noticed: {found:?}");
@@ -88,8 +81,7 @@ fn commit_through_crashes(journal: &str, model: &str) {
     let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", journal).or_tell();
     let mut rows = 0;
     for with in [(Kind::Panic, 1.0), (Kind::Kill, 1.0), (Kind::Panic, 0.5)] {
-        rows = commits.await_more(&mut rig.place, rows).or_tell();
-        between();
+        rows = commits.await_more(&mut rig.place, rows + ROWS).or_tell();
         crash_one(&mut rig, &mut machine, with);
     }
     commits.await_more(&mut rig.place, rows).or_tell();
@@ -154,9 +146,11 @@ fn two_guests_outlive_crashes() {
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
     let guests = [GUEST, "db"];
     let logs = guests.map(|guest| GuestLog::read(&mut rig.place, guest).or_tell());
-    let checkers = guests.map(|guest| Checker::start(&mut rig.place, guest).or_tell());
+    let mut checkers = guests.map(|guest| Checker::start(&mut rig.place, guest).or_tell());
     for with in [(Kind::Panic, 1.0), (Kind::Unbind, 1.0), (Kind::Kill, 0.5)] {
-        between();
+        for checker in &mut checkers {
+            checker.await_more(&mut rig.place, BETWEEN).or_tell();
+        }
         crash_one(&mut rig, &mut machine, with);
     }
     for ((guest, checker), before) in guests.into_iter().zip(checkers).zip(logs) {

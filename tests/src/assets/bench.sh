@@ -25,6 +25,10 @@ unvfio() {
   modprobe "$(cat $d/modalias)"
   [ -e $d/driver ] || echo $1 > /sys/bus/pci/drivers_probe
 }
+# disk_node BDF: the block device of the controller's disk
+disk_node() {
+  for b in /sys/block/*; do case $(readlink -f $b) in */$1/*) echo /dev/${b##*/};; esac; done
+}
 # netof BDF: the function's network interface
 netof() { ls /sys/bus/pci/devices/$1/net 2>/dev/null | head -n 1; }
 # fetch FROM TO: copies a file, or a folder with what is in it, out of the shared folder in large pieces (busybox cp asks

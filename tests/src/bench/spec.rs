@@ -73,9 +73,16 @@ pub struct Storage {
     pub bytes: u64,
     /// The socket of the NBD server that has its content instead: [`crate::lossy_disk::LossyDisk::socket`].
     pub nbd: Option<PathBuf>,
+    /// It says that it has no volatile cache, so that no driver sends a flush; not every model can (`nvme` cannot).
+    pub hides_cache: bool,
 }
 
 impl Storage {
+    /// An empty disk of the bench's folder behind this model.
+    pub fn empty(model: &str, bytes: u64) -> Self {
+        Self { model: model.into(), bytes, nbd: None, hides_cache: false }
+    }
+
     /// The model of the disk behind a controller that has none of its own: its name, and the bus of controller `id` that it goes on.
     pub fn disk_model(&self, id: &str) -> Option<(&'static str, String)> {
         let (disk, bus) = match self.model.name() {

@@ -49,7 +49,7 @@ impl MachineArgs {
             spec.nics = self.nics.iter().map(|name| Model::from(name.as_str())).collect();
         }
         spec.sound = self.sound.iter().map(|name| Model::from(name.as_str())).collect();
-        let disk = |name: &String| Storage { model: name.as_str().into(), bytes: 256 << 20, nbd: None };
+        let disk = |name: &String| Storage::empty(name, 256 << 20);
         spec.storage = self.storage.iter().map(disk).collect();
         spec.cpus = self.cpus;
         spec.memory_mib = self.memory;

@@ -15,6 +15,7 @@ use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::assets::Assets;
+use crate::bench::patience::Stall;
 use crate::bench::{Bench, BenchSpec, Storage};
 use crate::demo::DemoError;
 pub use crate::demo::Kind;
@@ -33,6 +34,10 @@ pub const BYTES: u64 = 128 << 20;
 const STEP: Duration = Duration::from_secs(60);
 /// The same during a recovery.
 const RECOVERY: Duration = Duration::from_secs(120);
+/// Interval of looks at the checker.
+const LOOK: Duration = Duration::from_millis(100);
+/// Requests between a recovery and the next crash: of both kinds, with some flushes and many writes that none has made stable.
+pub const BETWEEN: u64 = 200;
 
 /// What a controller has behind it. It outlives test hosts.
 #[derive(Debug)]
@@ -42,6 +47,7 @@ pub struct Medium {
     /// The disk.
     pub disk: LossyDisk,
     base: NamedTempFile,
+    hides_cache: bool,
 }
 
 impl Medium {
@@ -50,15 +56,24 @@ impl Medium {
     /// # Errors
     /// There is no room for it.
     pub fn new(model: &str) -> Result<Self, DemoError> {
+        Self::with(model, false)
+    }
+
+    /// One that, if `hides_cache`, says that it has no volatile cache, and loses it all the same.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(model: &str, hides_cache: bool) -> Result<Self, DemoError> {
         let base = NamedTempFile::new().map_err(|e| DemoError::file("make a file in", &std::env::temp_dir(), e))?;
         base.as_file().set_len(BYTES).map_err(|e| DemoError::file("extend", base.path(), e))?;
-        let disk = LossyDisk::start(base.path(), &Settings::default())?;
-        Ok(Self { model: model.into(), disk, base })
+        let disk = LossyDisk::start(base.path(), &Settings { ignores_fua: hides_cache, ..Settings::default() })?;
+        Ok(Self { model: model.into(), disk, base, hides_cache })
     }
 
     /// For QEMU.
     pub fn storage(&self) -> Storage {
-        Storage { model: self.model.as_str().into(), bytes: BYTES, nbd: Some(self.disk.socket()) }
+        let (nbd, hides_cache) = (Some(self.disk.socket()), self.hides_cache);
+        Storage { nbd, hides_cache, ..Storage::empty(&self.model, BYTES) }
     }
 
     /// The file that a flush writes to.
@@ -199,12 +214,29 @@ impl Checker {
         place.start_in_guest(guest, &format!("rm -f {OVER}; umbra-probe disk /dev/vda 86400 1")).map(Self)
     }
 
-    /// Whether it still runs.
+    /// Waits until it has done so many requests more; whether it still runs.
     ///
     /// # Errors
-    /// The place is gone.
-    pub fn runs(&mut self) -> Result<bool, DemoError> {
-        self.0.poll(Duration::from_millis(1)).map(|ended| !ended).map_err(DemoError::Exec)
+    /// It gets nowhere, or the place is gone.
+    pub fn await_more(&mut self, place: &mut Place, requests: u64) -> Result<bool, DemoError> {
+        let wanted = self.requests() + requests;
+        let mut stall = Stall::new(RECOVERY);
+        while self.requests() < wanted {
+            if self.0.poll(LOOK).map_err(DemoError::Exec)? {
+                return Ok(false);
+            }
+            if stall.is_over(self.requests()) {
+                let what = "the checker gets nowhere".into();
+                return Err(DemoError::Still { what, limit: stall.limit(), said: place.tail() });
+            }
+        }
+        Ok(true)
+    }
+
+    /// How many it has done, as it says each second.
+    fn requests(&self) -> u64 {
+        let last = self.0.output().stderr.lines().rev().find_map(|line| line.split_once(" requests after "));
+        last.and_then(|(count, _)| count.parse().ok()).unwrap_or(0)
     }
 
     /// Has it read everything once more; what it found.

@@ -1,15 +1,15 @@
-//! `umbra-bench disks`: many crashes of all kinds under the checker, with loss of cache, on one model of controller after the other, in
-//! one test host.
-
-use std::time::Duration;
+//! `umbra-bench disks`: many crashes of all kinds under the checker or a database, with loss of cache, on one model of controller after
+//! the other, in one test host. The counter-check: the same with disks that hide their cache, of which nothing can be kept, has to find a
+//! loss.
 
 use serde::Serialize;
 
-use super::{Checker, Crash, Crashed, GUEST, Medium, Rig, crash};
+use super::database::{Commits, Committed};
+use super::{BETWEEN, Checker, Crash, Crashed, GUEST, Medium, Rig, crash};
 use crate::assets::{Assets, Say};
-use crate::bench::patience::whole_factor;
 use crate::demo::guest_log::GuestLog;
 use crate::demo::machine::Machine;
+use crate::demo::place::Place;
 use crate::demo::{DemoError, Kind};
 use crate::probe::disk::Found;
 
@@ -43,8 +43,8 @@ pub const KINDS: [Kind; 10] = [
 /// Shares of what was not flushed that are lost, in turns: no multiple of the kinds, so that each kind meets each share.
 const LOSES: [f64; 3] = [1.0, 0.5, 0.0];
 
-/// The pause between a recovery and the next crash, as on the reference machine: some hundred writes.
-const BETWEEN: Duration = Duration::from_secs(3);
+/// Rows of a database between a recovery and the next crash.
+const ROWS: u64 = 20;
 
 /// What is to be tried.
 #[derive(Clone, Debug)]
@@ -53,6 +53,54 @@ pub struct TrialSpec {
     pub models: Vec<String>,
     /// Crashes of each.
     pub crashes: u32,
+    /// The journal of a database (`wal`, `delete`) that commits in place of the checker.
+    pub database: Option<String>,
+    /// The disks say that they have no volatile cache, and lose it all the same.
+    pub hides_cache: bool,
+}
+
+/// What writes to the disk.
+enum Writer {
+    Checker(Checker),
+    Database(Commits, u64),
+}
+
+impl Writer {
+    fn start(place: &mut Place, journal: Option<&str>) -> Result<Self, DemoError> {
+        match journal {
+            None => Checker::start(place, GUEST).map(Self::Checker),
+            Some(journal) => {
+                Commits::start(place, GUEST, "/dev/vda", journal).map(|commits| Self::Database(commits, 0))
+            }
+        }
+    }
+
+    /// Waits for some work; whether it goes on.
+    fn await_more(&mut self, place: &mut Place) -> Result<bool, DemoError> {
+        match self {
+            Self::Checker(checker) => checker.await_more(place, BETWEEN),
+            Self::Database(commits, rows) => {
+                *rows = commits.await_more(place, *rows + ROWS)?;
+                Ok(true)
+            }
+        }
+    }
+
+    fn finish(self, place: &mut Place) -> Result<Found, DemoError> {
+        match self {
+            Self::Checker(checker) => checker.finish(place, GUEST),
+            Self::Database(commits, _) => commits.finish(place).map(Found::from),
+        }
+    }
+}
+
+impl From<Committed> for Found {
+    /// Rows in place of blocks; a database that is not whole has met an error.
+    fn from(Committed { commits, lost, check }: Committed) -> Self {
+        let is_whole = check == "ok";
+        let what = if is_whole { Vec::new() } else { vec![check] };
+        Self { writes: commits, wrong: lost, io_errors: (!is_whole).into(), what, ..Self::default() }
+    }
 }
 
 /// What became of one model.
@@ -76,6 +124,11 @@ impl ModelResult {
         let found = self.found.as_ref().is_some_and(|found| found.is_sound() && found.writes > 0);
         found && self.error.is_none() && self.guest_log.is_empty()
     }
+
+    /// Something that was acknowledged is not there.
+    pub fn has_a_loss(&self) -> bool {
+        self.found.as_ref().is_some_and(|found| !found.is_sound())
+    }
 }
 
 /// Tries all models.
@@ -84,7 +137,7 @@ impl ModelResult {
 /// The test host does not boot. What goes wrong with one model is in its result.
 pub fn run(spec: &TrialSpec, say: Say<'_>) -> Result<Vec<ModelResult>, DemoError> {
     let assets = Assets::prepare(say)?;
-    let media = spec.models.iter().map(|model| Medium::new(model)).collect::<Result<_, _>>()?;
+    let media = spec.models.iter().map(|model| Medium::with(model, spec.hides_cache)).collect::<Result<_, _>>()?;
     let mut rig = Rig::boot("disks", media, &assets)?;
     let mut results = Vec::new();
     for n in 0..rig.media.len() {
@@ -95,7 +148,7 @@ pub fn run(spec: &TrialSpec, say: Say<'_>) -> Result<Vec<ModelResult>, DemoError
             guest_log: Vec::new(),
             error: None,
         };
-        if let Err(error) = try_one(&mut rig, n, spec.crashes, &mut result, say) {
+        if let Err(error) = try_one(&mut rig, n, spec, &mut result, say) {
             result.error = Some(error.headline());
             say(&format!("{}: {}", result.model, error.in_full()));
             // Whatever is left of it.
@@ -106,15 +159,14 @@ pub fn run(spec: &TrialSpec, say: Say<'_>) -> Result<Vec<ModelResult>, DemoError
     Ok(results)
 }
 
-fn try_one(rig: &mut Rig, n: usize, crashes: u32, result: &mut ModelResult, say: Say<'_>) -> Result<(), DemoError> {
-    let spec = rig.machine(n, crashes);
-    let mut machine = Machine::start(&mut rig.place, &spec)?;
+fn try_one(rig: &mut Rig, n: usize, spec: &TrialSpec, result: &mut ModelResult, say: Say<'_>) -> Result<(), DemoError> {
+    let machine = rig.machine(n, spec.crashes);
+    let mut machine = Machine::start(&mut rig.place, &machine)?;
     let before = GuestLog::read(&mut rig.place, GUEST)?;
-    let mut checker = Checker::start(&mut rig.place, GUEST)?;
-    let turns = KINDS.into_iter().cycle().zip(LOSES.into_iter().cycle()).take(crashes as usize);
+    let mut writer = Writer::start(&mut rig.place, spec.database.as_deref())?;
+    let turns = KINDS.into_iter().cycle().zip(LOSES.into_iter().cycle()).take(spec.crashes as usize);
     for (kind, loses) in turns {
-        std::thread::sleep(BETWEEN * whole_factor());
-        if !checker.runs()? {
+        if !writer.await_more(&mut rig.place)? {
             break;
         }
         let crashed = crash(&mut rig.place, &mut machine, &rig.media[n].disk, Crash { kind, loses })?;
@@ -123,7 +175,7 @@ fn try_one(rig: &mut Rig, n: usize, crashes: u32, result: &mut ModelResult, say:
         say(&format!("{} {number}: {}, {} sectors lost{outage}", result.model, kind.describe(), crashed.lost));
         result.crashes.push(crashed);
     }
-    result.found = Some(checker.finish(&mut rig.place, GUEST)?);
+    result.found = Some(writer.finish(&mut rig.place)?);
     let log = GuestLog::read(&mut rig.place, GUEST)?.since(&before);
     if !log.is_clean() {
         result.guest_log = log.lines;

@@ -120,7 +120,7 @@ impl Drive {
     }
 
     fn run(&mut self, request: &Request, sectors: Range<u64>) -> io::Result<Result<Vec<u8>, u32>> {
-        let is_durable = request.header.flags & NBD_CMD_FLAG_FUA != 0;
+        let is_durable = request.header.flags & NBD_CMD_FLAG_FUA != 0 && !self.medium.ignores_fua();
         match (request.header.command, is_durable) {
             (NBD_CMD_READ, _) => return self.medium.read(sectors).map(Ok),
             (NBD_CMD_WRITE, false) => self.medium.write(sectors.start, &request.payload)?,

@@ -159,6 +159,11 @@ impl Medium {
         self.write_back(contents.len() as u64)
     }
 
+    /// Writes that are to be durable are as others.
+    pub(super) fn ignores_fua(&self) -> bool {
+        self.settings.ignores_fua
+    }
+
     /// Writes whole sectors from `first` on, to the base (FUA).
     pub(super) fn write_through(&mut self, first: u64, data: &[u8]) -> io::Result<()> {
         self.base.write_all_at(data, offset(first))?;

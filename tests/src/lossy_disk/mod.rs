@@ -61,11 +61,13 @@ pub struct Settings {
     /// Most sectors in the cache; beyond, random ones are written back. The default, 128 MiB, is twice what a guest's log of
     /// unflushed writes holds, so the disk never hides that something is missing there. With 0 nothing is volatile.
     pub cache_sectors: usize,
+    /// Writes that are to be durable are kept in the cache as all others: a disk that lies.
+    pub ignores_fua: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { seed: 0, write_back: 0.125, cache_sectors: 256 << 10 }
+        Self { seed: 0, write_back: 0.125, cache_sectors: 256 << 10, ignores_fua: false }
     }
 }
 

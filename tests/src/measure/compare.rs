@@ -1,4 +1,4 @@
-//! Builds of Umbra in one boot of the test host, each with a NIC, a driver VM and a guest of its own, measured in turns.
+//! Builds of Umbra in one boot of the test host, each with a NIC or a disk controller, a driver VM and a guest of its own, measured in turns.
 //!
 //! All machines run all the time, so that a round has no boot in it, and what a machine takes while nothing is asked of it burdens all
 //! alike. Every other round is in reversed order. Figures are compared round by round: what the host does in a minute moves all of them.
@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use super::slice::{Kind, Slice};
 use crate::assets::{Assets, Say};
-use crate::bench::{Bench, BenchSpec, Model};
+use crate::bench::{Bench, BenchSpec, Model, Storage};
 use crate::demo::DemoError;
-use crate::demo::machine::{Machine, MachineSpec};
+use crate::demo::machine::{Attach, DiskController, Machine, MachineSpec};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
 
@@ -21,12 +21,46 @@ use crate::peer::{guest_address, peer_address};
 pub struct CompareSpec {
     /// The builds; the first is what the others are compared with.
     pub builds: Vec<Build>,
-    /// The NIC model.
-    pub nic: Model,
+    /// What each has.
+    pub device: Device,
+    /// Disks say that they have no volatile cache.
+    pub hides_cache: bool,
     /// Rounds.
     pub rounds: u32,
     /// Length of each transfer.
     pub seconds: u32,
+}
+
+/// A device of the test host, and how its machine has it.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// A NIC behind a driver VM.
+    Nic(Model),
+    /// A disk controller behind a driver VM.
+    Disk(Model),
+    /// The block device of the test host's own driver, for a disk with `path`.
+    HostDisk(Model),
+}
+
+/// Size of a disk, bytes.
+const BYTES: u64 = 256 << 20;
+
+impl Device {
+    fn model(&self) -> &Model {
+        let (Self::Nic(model) | Self::Disk(model) | Self::HostDisk(model)) = self;
+        model
+    }
+
+    fn kinds(&self) -> &'static [Kind] {
+        if matches!(self, Self::Nic(_)) { &Kind::ALL } else { &Kind::OF_DISK }
+    }
+
+    /// So many of them in a test host; disks that say that they have no volatile cache, if `hides_cache`.
+    fn put_into(&self, bench: &mut BenchSpec, count: usize, hides_cache: bool) {
+        let (nics, disks) = if matches!(self, Self::Nic(_)) { (count, 0) } else { (0, count) };
+        bench.nics = vec![self.model().clone(); nics];
+        bench.storage = vec![Storage { hides_cache, ..Storage::empty(self.model().name(), BYTES) }; disks];
+    }
 }
 
 /// A build, and how it is used.
@@ -35,7 +69,9 @@ pub struct Build {
     /// The folder with its programs.
     pub folder: PathBuf,
     /// A line for its driver VM in the machine file.
-    pub line: String,
+    pub driver_line: String,
+    /// A line for its guest's disk.
+    pub disk_line: String,
 }
 
 /// Names of the builds: of their machines, guests and files.
@@ -45,7 +81,10 @@ const LABELS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     /// QEMU's model.
-    nic: String,
+    device: String,
+    /// What was measured.
+    #[serde(skip)]
+    kinds: &'static [Kind],
     /// By build, in the order of the rounds.
     builds: Vec<Vec<Slice>>,
 }
@@ -57,26 +96,26 @@ pub struct Comparison {
 pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
     let assets = Assets::prepare(say)?;
     let mut bench = BenchSpec::new("compare");
-    bench.nics = vec![spec.nic.clone(); spec.builds.len()];
+    spec.device.put_into(&mut bench, spec.builds.len(), spec.hides_cache);
     // Captures cost time on the machine that is measured.
     bench.capture = None;
     let mut images = Vec::new();
     for (build, label) in spec.builds.iter().zip(LABELS) {
-        let (programs, image) = assets.other_build(&build.folder, label, &spec.nic)?;
+        let (programs, image) = assets.other_build(&build.folder, label, spec.device.model())?;
         images.push(image.file_name().unwrap_or_default().to_string_lossy().into_owned());
         bench.files.extend([programs, image]);
     }
-    say(&format!("booting the test host with {} {}", spec.builds.len(), spec.nic));
+    say(&format!("booting the test host with {} {}", spec.builds.len(), spec.device.model()));
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets)?));
     let mut machines = Vec::new();
-    for (nic, (build, image)) in spec.builds.iter().zip(&images).enumerate() {
-        say(&format!("starting the machine of build {}", LABELS[nic]));
-        machines.push(start(&mut place, (nic, LABELS[nic], image), &build.line)?);
+    for (n, (build, image)) in spec.builds.iter().zip(&images).enumerate() {
+        say(&format!("starting the machine of build {}", LABELS[n]));
+        machines.push(start(&mut place, &spec.device, (n, image), build)?);
     }
     let mut builds = vec![Vec::new(); machines.len()];
     for round in 0..spec.rounds {
         say(&format!("round {} of {}", round + 1, spec.rounds));
-        for kind in Kind::ALL {
+        for &kind in spec.device.kinds() {
             for turn in 0..machines.len() {
                 let n = if round % 2 == 0 { turn } else { machines.len() - 1 - turn };
                 let slice = Slice::take((Some(&mut machines[n]), &mut place), (LABELS[n], n), kind, spec.seconds)?;
@@ -92,27 +131,49 @@ pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
         }
     }
     machines.into_iter().try_for_each(|machine| machine.stop(&mut place))?;
-    Ok(Comparison { nic: spec.nic.to_string(), builds })
+    Ok(Comparison { device: spec.device.model().to_string(), kinds: spec.device.kinds(), builds })
 }
 
-fn start(place: &mut Place, (nic, label, image): (usize, &str, &str), setting: &str) -> Result<Machine, DemoError> {
-    let device = place.expect(&format!("vfio $NIC{nic} && printf %s $NIC{nic}"), Duration::from_secs(30))?;
+/// Starts machine `n`, with the image of its driver VM.
+fn start(place: &mut Place, on: &Device, (n, image): (usize, &str), build: &Build) -> Result<Machine, DemoError> {
+    let label = LABELS[n];
     let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
     let fetch = format!("mkdir -p {work} && {copy} {share}/{label}/umbra {work}/umbra-{label}");
     place.expect(&fetch, Duration::from_secs(60))?;
-    let address = format!("{}/24", guest_address(nic, 0));
-    let machine = MachineSpec {
+    let mut take = |script: &str| place.expect(script, Duration::from_secs(30));
+    let machine = |device: &str, address: &str| MachineSpec {
         name: label.into(),
         program: format!("{work}/umbra-{label}"),
-        guests: vec![(label.into(), address.clone())],
+        guests: vec![(label.into(), address.into())],
         standby: "cold".into(),
         snapshots: false,
-        driver_options: setting.into(),
-        ..MachineSpec::one_guest(&device, image, &address)
+        attach: Attach::Without,
+        driver_options: build.driver_line.clone(),
+        ..MachineSpec::one_guest(device, image, address)
+    };
+    let machine = match on {
+        Device::Nic(_) => {
+            let device = take(&format!("vfio $NIC{n} && printf %s $NIC{n}"))?;
+            let spec = machine(&device, &format!("{}/24", guest_address(n, 0)));
+            MachineSpec { attach: Attach::DriverVm, ..spec }
+        }
+        Device::Disk(_) => {
+            let device = take(&format!("vfio $DISK{n} && printf %s $DISK{n}"))?;
+            let (image, options) = (image.into(), vec![format!("{}\n", build.disk_line)]);
+            MachineSpec { controller: Some(DiskController { device, image, options }), ..machine("", "") }
+        }
+        Device::HostDisk(_) => {
+            let node = format!("disk_node $DISK{n}");
+            let find = format!("unvfio $DISK{n}; has_node() {{ [ -b \"$({node})\" ]; }}; await 20 has_node; {node}");
+            let disks = vec![take(&find)?.trim().to_owned()];
+            MachineSpec { disks, ..machine("", "") }
+        }
     };
     let running = Machine::start(place, &machine)?;
-    let reach = format!("umbra-probe first-answer {} 30", peer_address(nic));
-    place.in_guest(label, &reach, Duration::from_secs(60))?;
+    if matches!(on, Device::Nic(_)) {
+        let reach = format!("umbra-probe first-answer {} 30", peer_address(n));
+        place.in_guest(label, &reach, Duration::from_secs(60))?;
+    }
     Ok(running)
 }
 
@@ -148,23 +209,25 @@ impl Comparison {
         let Some((first, others)) = self.builds.split_first() else { return text };
         for (other, label) in others.iter().zip(&LABELS[1..]) {
             let ratio = format!("{label} : {}", LABELS[0]);
-            text.push_str(&format!("\n{:<44}{:>10}{label:>10}{ratio:>8}   range\n", self.nic, LABELS[0]));
-            Self::pair(first, other, &mut text);
+            text.push_str(&format!("\n{:<44}{:>10}{label:>10}{ratio:>8}   range\n", self.device, LABELS[0]));
+            self.pair(first, other, &mut text);
         }
         text
     }
 
-    fn pair(first: &[Slice], other: &[Slice], text: &mut String) {
-        for kind in Kind::ALL {
+    fn pair(&self, first: &[Slice], other: &[Slice], text: &mut String) {
+        for &kind in self.kinds {
             let of = |slices: &[Slice], figure: &dyn Fn(&Slice) -> f64| -> Vec<f64> {
                 slices.iter().filter(|slice| slice.kind == kind).map(figure).collect()
             };
             let mut line = |name: &str, figure: &dyn Fn(&Slice) -> f64| {
                 text.push_str(&row(name, &of(first, figure), &of(other, figure)));
             };
-            let per = if kind == Kind::RoundTrip { "round trip" } else { "MiB" };
-            line(&format!("{}; per {per}:", kind.title()), &|slice| slice.figure);
-            for (name, counters) in ROWS {
+            line(&format!("{}; per {}:", kind.title(), kind.unit()), &|slice| slice.figure);
+            let has =
+                |slice: &Slice, counters: &[&str]| counters.iter().any(|counter| slice.each.contains_key(*counter));
+            let is_counted = |counters: &[&str]| first.iter().chain(other).any(|slice| has(slice, counters));
+            for (name, counters) in ROWS.into_iter().filter(|(_, counters)| is_counted(counters)) {
                 let scale = if name.ends_with("us") { 1e-3 } else { 1.0 };
                 let sum =
                     |slice: &Slice| counters.iter().filter_map(|counter| slice.each.get(*counter)).sum::<f64>() * scale;

@@ -40,7 +40,7 @@ const REINITS: u32 = 3;
 
 const KIB: u32 = 1 << 10;
 /// What each path is measured with.
-const JOBS: [(&str, Load); 8] = [
+pub(super) const JOBS: [(&str, Load); 8] = [
     ("4 KiB reads, one by one", load(false, 4 * KIB, 1)),
     ("4 KiB writes, one by one", load(true, 4 * KIB, 1)),
     ("4 KiB reads, 32 at once", load(false, 4 * KIB, 32)),
@@ -157,7 +157,7 @@ impl Rig {
         let assets = Assets::prepare(say)?;
         let image = assets.driver_image(&spec.disk)?;
         let mut bench = BenchSpec::new("measure-disk").nics(&[]);
-        bench.storage = vec![Storage { model: spec.disk.clone(), bytes: BYTES, nbd: None }];
+        bench.storage = vec![Storage::empty(spec.disk.name(), BYTES)];
         bench.files = vec![image.clone()];
         bench.cmdline = ONE_NODE.into();
         say(&format!("booting the test host with a {}", spec.disk));
@@ -211,8 +211,7 @@ impl Rig {
     /// The disk's node in the test host, with the host's own driver.
     fn node(&mut self) -> Result<String, DemoError> {
         let find = format!(
-            "node() {{ ls -d /sys/block/* | while read b; do case $(readlink -f $b) in */{}/*) echo /dev/${{b##*/}};; esac; done; }}
-             unvfio $DISK0; has_node() {{ [ -b \"$(node)\" ]; }}; await 20 has_node; printf %s $(node)",
+            "unvfio {0}; has_node() {{ [ -b \"$(disk_node {0})\" ]; }}; await 20 has_node; printf %s $(disk_node {0})",
             self.device
         );
         self.place.expect(&find, LIMIT)

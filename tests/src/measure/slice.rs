@@ -6,11 +6,12 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::answer_of;
+use super::{answer_of, disk};
 use crate::demo::DemoError;
 use crate::demo::machine::Machine;
 use crate::demo::place::Place;
 use crate::peer::peer_address;
+use crate::probe::io::{Load, Speed};
 use crate::probe::net::{Bulk, RoundTrips};
 
 /// Round trips of a slice.
@@ -26,11 +27,23 @@ pub enum Kind {
     Receive,
     /// UDP round trips, one after the other: median, us.
     RoundTrip,
+    /// Requests to the guest's first disk, a second.
+    Disk(Load),
 }
 
 impl Kind {
-    /// All, in the order in which they are measured.
+    /// All of a NIC, in the order in which they are measured.
     pub const ALL: [Self; 3] = [Self::Send, Self::Receive, Self::RoundTrip];
+
+    /// All of a disk.
+    pub const OF_DISK: [Self; disk::JOBS.len()] = {
+        let (mut all, mut n) = ([Self::RoundTrip; disk::JOBS.len()], 0);
+        while n < all.len() {
+            all[n] = Self::Disk(disk::JOBS[n].1);
+            n += 1;
+        }
+        all
+    };
 
     /// For people.
     pub fn title(self) -> &'static str {
@@ -38,6 +51,16 @@ impl Kind {
             Self::Send => "send, Mb/s",
             Self::Receive => "receive, Mb/s",
             Self::RoundTrip => "round trip p50, us",
+            Self::Disk(load) => disk::JOBS.iter().find(|(_, job)| *job == load).map_or("requests", |(name, _)| *name),
+        }
+    }
+
+    /// What its counters are for each of.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Send | Self::Receive => "MiB",
+            Self::RoundTrip => "round trip",
+            Self::Disk(_) => "request",
         }
     }
 }
@@ -49,17 +72,17 @@ pub struct Slice {
     pub kind: Kind,
     /// How much.
     pub figure: f64,
-    /// MiB moved, or round trips made.
+    /// MiB moved, or round trips or requests made.
     pub amount: f64,
     /// The round trips, where these were made.
     pub round_trips: Option<RoundTrips>,
-    /// By how much counters went up meanwhile, per MiB or round trip; of a path of Umbra's.
+    /// By how much counters went up meanwhile, for each [`Kind::unit`]; of a path of Umbra's.
     pub each: BTreeMap<String, f64>,
 }
 
 impl Slice {
-    /// Measures `kind` between guest `guest`, which is on the network of NIC `nic`, and the peer; with the counters of its machine,
-    /// where Umbra runs it.
+    /// Measures `kind` in guest `guest`; of the network between it, which is on that of NIC `nic`, and the peer. With the counters of its
+    /// machine, where Umbra runs it.
     ///
     /// # Errors
     /// The guest does not do it.
@@ -87,6 +110,12 @@ impl Slice {
                 let trips: RoundTrips = answer_of(place, guest, &script, limit)?;
                 round_trips = Some(trips);
                 (float(trips.p50_us), f64::from(trips.sent - trips.lost))
+            }
+            Kind::Disk(Load { writes, bytes, depth }) => {
+                let access = if writes { "write" } else { "read" };
+                let script = format!("umbra-probe io /dev/vda {access} {bytes} {depth} {seconds}");
+                let speed: Speed = answer_of(place, guest, &script, limit)?;
+                (speed.per_second(), float(speed.requests))
             }
         };
         let after = look(place)?;

@@ -17,7 +17,7 @@ use crate::random::Random;
 const ALIGNED: usize = 4096;
 
 /// Requests of one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Load {
     /// They write; otherwise they read.
     pub writes: bool,

@@ -12,7 +12,7 @@ fn scripts_run_devices_are_where_they_should_be_and_a_nic_reaches_the_peer() {
 
 fn scripts_run() {
     let mut spec = BenchSpec::new("bench-itself").nics(&["e1000e", "rtl8139", "igb"]).sound(&["hda", "es1370"]);
-    spec.storage = vec![Storage { model: "nvme".into(), bytes: 64 << 20, nbd: None }];
+    spec.storage = vec![Storage::empty("nvme", 64 << 20)];
     let mut bench = Bench::boot(spec, &assets()).or_tell();
 
     let output = bench.run("echo out; echo err >&2; exit 7").or_tell();

@@ -329,7 +329,7 @@ fn the_first_request_after_a_loss_is_noted() {
 #[test]
 fn the_cache_is_as_large_as_said() {
     for (cache_sectors, unflushed) in [(0, 0), (5, 5), (100, 20)] {
-        let rig = Rig::with(&Settings { cache_sectors, write_back: 0.0, seed: 1 });
+        let rig = Rig::with(&Settings { cache_sectors, write_back: 0.0, seed: 1, ..Settings::default() });
         rig.client().write(0, &sectors(20, 1)).unwrap();
         let state = rig.disk.state();
         assert_eq!((state.unflushed, state.written_back), (unflushed, 20 - unflushed));

@@ -199,6 +199,6 @@ proptest! {
         seed: u64,
         cache_sectors in 1usize..80,
     ) {
-        check(&steps, &Settings { seed, write_back: 0.5, cache_sectors });
+        check(&steps, &Settings { seed, write_back: 0.5, cache_sectors, ignores_fua: false });
     }
 }
