@@ -40,6 +40,15 @@ fn what_is_written_durably_survives_a_total_loss() {
 }
 
 #[test]
+fn what_a_disk_that_lies_calls_durable_is_lost() {
+    let rig = Rig::with(&Settings { ignores_fua: true, ..Settings::default() });
+    let mut client = rig.client();
+    client.ask(NBD_CMD_WRITE, NBD_CMD_FLAG_FUA, 0, 512, &sectors(1, 2)).unwrap();
+    assert_eq!(rig.disk.lose(1.0).lost, 1);
+    assert_eq!(firsts(&client.read(0, 512).unwrap()), [0]);
+}
+
+#[test]
 fn the_same_seed_loses_the_same_sectors() {
     let left = |seed| {
         let rig = Rig::with(&Settings { seed, ..Settings::default() });
