@@ -33,6 +33,9 @@ pub struct Args {
     /// Seconds for each transfer.
     #[arg(long, default_value_t = 5)]
     seconds: u32,
+    /// Crashes of each driver VM after the rounds, for outages with a ready standby.
+    #[arg(long, default_value_t = 0, conflicts_with = "host_driver")]
+    crashes: u32,
 }
 
 impl Args {
@@ -63,6 +66,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         hides_cache: args.hide_cache,
         rounds: args.rounds,
         seconds: args.seconds,
+        crashes: args.crashes,
     };
     let results = attempts::in_test_host(&say, |_| true, |_| compare::run(&spec, &say))?;
     print!("{}", results.table());

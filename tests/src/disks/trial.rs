@@ -154,6 +154,7 @@ pub fn run(spec: &TrialSpec, say: Say<'_>) -> Result<Vec<ModelResult>, DemoError
             // Whatever is left of it.
             let _ = rig.place.run("umbra stop --force; umbra stop --force", super::STEP);
         }
+        say(&result.line());
         results.push(result);
     }
     Ok(results)

@@ -3,16 +3,19 @@
 //! All machines run all the time, so that a round has no boot in it, and what a machine takes while nothing is asked of it burdens all
 //! alike. Every other round is in reversed order. Figures are compared round by round: what the host does in a minute moves all of them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 
+use super::outages::PARTS;
 use super::slice::{Kind, Slice};
 use crate::assets::{Assets, Say};
 use crate::bench::{Bench, BenchSpec, Model, Storage};
 use crate::demo::DemoError;
-use crate::demo::machine::{Attach, DiskController, Machine, MachineSpec};
+use crate::demo::machine::{Attach, DISK_DRIVER, DiskController, Machine, MachineSpec, NIC_DRIVER};
 use crate::demo::place::Place;
 use crate::peer::{guest_address, peer_address};
 
@@ -29,6 +32,8 @@ pub struct CompareSpec {
     pub rounds: u32,
     /// Length of each transfer.
     pub seconds: u32,
+    /// Crashes of each driver VM after that, under writes where it is one of disks.
+    pub crashes: u32,
 }
 
 /// A device of the test host, and how its machine has it.
@@ -87,6 +92,8 @@ pub struct Comparison {
     kinds: &'static [Kind],
     /// By build, in the order of the rounds.
     builds: Vec<Vec<Slice>>,
+    /// By build, in the order of the crashes: [`OUTAGE`] and its parts, ms.
+    outages: Vec<Vec<BTreeMap<String, f64>>>,
 }
 
 /// Takes all measurements.
@@ -110,7 +117,7 @@ pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
     let mut machines = Vec::new();
     for (n, (build, image)) in spec.builds.iter().zip(&images).enumerate() {
         say(&format!("starting the machine of build {}", LABELS[n]));
-        machines.push(start(&mut place, &spec.device, (n, image), build)?);
+        machines.push(start(&mut place, spec, (n, image), build)?);
     }
     let mut builds = vec![Vec::new(); machines.len()];
     for round in 0..spec.rounds {
@@ -130,13 +137,58 @@ pub fn run(spec: &CompareSpec, say: Say<'_>) -> Result<Comparison, DemoError> {
             return Err(DemoError::Umbra { what, said: machine.said() });
         }
     }
+    let outages = outages(&mut place, &mut machines, spec, say)?;
     machines.into_iter().try_for_each(|machine| machine.stop(&mut place))?;
-    Ok(Comparison { device: spec.device.model().to_string(), kinds: spec.device.kinds(), builds })
+    Ok(Comparison { outages, device: spec.device.model().to_string(), kinds: spec.device.kinds(), builds })
+}
+
+/// Name of a whole outage beside those of its parts.
+const OUTAGE: &str = "outage_ms";
+/// Longest time for a standby or a recovery.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Has the driver VMs crash in turns, each with a standby ready.
+fn outages(
+    place: &mut Place,
+    machines: &mut [Machine],
+    spec: &CompareSpec,
+    say: Say<'_>,
+) -> Result<Vec<Vec<BTreeMap<String, f64>>>, DemoError> {
+    let mut all = vec![Vec::new(); machines.len()];
+    let is_nic = matches!(spec.device, Device::Nic(_));
+    if spec.crashes > 0 && !is_nic {
+        for label in &LABELS[..machines.len()] {
+            let load = "umbra-probe io /dev/vda write 4096 4 100000 </dev/null >/dev/null 2>&1 & echo";
+            place.in_guest(label, load, LIMIT)?;
+        }
+    }
+    let (driver, work) = (if is_nic { NIC_DRIVER } else { DISK_DRIVER }, place.work());
+    for round in 0..spec.crashes {
+        say(&format!("crash {} of {}", round + 1, spec.crashes));
+        for turn in 0..machines.len() {
+            let n = if round % 2 == 0 { turn } else { machines.len() - 1 - turn };
+            // All of them: a boot beside it would be measured too.
+            machines.iter_mut().try_for_each(|machine| machine.await_standby(driver, LIMIT))?;
+            let label = LABELS[n];
+            place.expect(&format!("{work}/umbra-{label} crash {driver} --name {label}"), LIMIT)?;
+            let live = machines[n].await_live(driver, LIMIT)?;
+            let parts = live.fields.get("parts").and_then(Value::as_object).into_iter().flatten();
+            let part = |(name, value): (&String, &Value)| Some((name.clone(), value.as_f64()?));
+            let whole = live.number(OUTAGE).map(|ms| (OUTAGE.to_owned(), ms));
+            all[n].push(parts.filter_map(part).chain(whole).collect());
+        }
+    }
+    Ok(all)
 }
 
 /// Starts machine `n`, with the image of its driver VM.
-fn start(place: &mut Place, on: &Device, (n, image): (usize, &str), build: &Build) -> Result<Machine, DemoError> {
-    let label = LABELS[n];
+fn start(
+    place: &mut Place,
+    spec: &CompareSpec,
+    (n, image): (usize, &str),
+    build: &Build,
+) -> Result<Machine, DemoError> {
+    let (on, label) = (&spec.device, LABELS[n]);
     let (work, share, copy) = (place.work(), place.share_inside(), place.copy());
     let fetch = format!("mkdir -p {work} && {copy} {share}/{label}/umbra {work}/umbra-{label}");
     place.expect(&fetch, Duration::from_secs(60))?;
@@ -145,8 +197,10 @@ fn start(place: &mut Place, on: &Device, (n, image): (usize, &str), build: &Buil
         name: label.into(),
         program: format!("{work}/umbra-{label}"),
         guests: vec![(label.into(), address.into())],
-        standby: "cold".into(),
+        // Its boot would be measured too.
+        standby: if spec.crashes > 0 { "warm" } else { "cold" }.into(),
         snapshots: false,
+        restart_limit: spec.crashes + 1,
         attach: Attach::Without,
         driver_options: build.driver_line.clone(),
         ..MachineSpec::one_guest(device, image, address)
@@ -207,12 +261,26 @@ impl Comparison {
     pub fn table(&self) -> String {
         let mut text = String::new();
         let Some((first, others)) = self.builds.split_first() else { return text };
-        for (other, label) in others.iter().zip(&LABELS[1..]) {
+        for (n, (other, label)) in (1..).zip(others.iter().zip(&LABELS[1..])) {
             let ratio = format!("{label} : {}", LABELS[0]);
             text.push_str(&format!("\n{:<44}{:>10}{label:>10}{ratio:>8}   range\n", self.device, LABELS[0]));
             self.pair(first, other, &mut text);
+            self.crashes(n, &mut text);
         }
         text
+    }
+
+    /// Outages of the first build and of build `n`.
+    fn crashes(&self, n: usize, text: &mut String) {
+        for part in [OUTAGE].into_iter().chain(PARTS) {
+            let of = |build: usize| -> Vec<f64> {
+                self.outages.get(build).into_iter().flatten().filter_map(|outage| outage.get(part).copied()).collect()
+            };
+            let (ours, its) = (of(0), of(n));
+            if !ours.is_empty() && ours.len() == its.len() {
+                text.push_str(&row(&format!("a crash: {}, ms", part.trim_end_matches("_ms")), &ours, &its));
+            }
+        }
     }
 
     fn pair(&self, first: &[Slice], other: &[Slice], text: &mut String) {

@@ -52,7 +52,7 @@ impl OutagesSpec {
 }
 
 /// The parts of a recovery in Umbra's events, in order.
-const PARTS: [&str; 10] = [
+pub(super) const PARTS: [&str; 10] = [
     "detect_ms",
     "fence_ms",
     "reset_ms",
