@@ -1,6 +1,5 @@
 //! `umbra-bench compare`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::{say, write_json};
@@ -53,15 +52,8 @@ impl Args {
 /// # Errors
 /// One could not be made.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let build = |text: &String| {
-        let (folder, line) = text.split_once(':').unwrap_or((text, ""));
-        let disk_line = line.strip_prefix("disk:");
-        let driver_line = if disk_line.is_some() { "" } else { line };
-        let (driver_line, disk_line) = (driver_line.into(), disk_line.unwrap_or_default().into());
-        Build { folder: PathBuf::from(folder), driver_line, disk_line }
-    };
     let spec = CompareSpec {
-        builds: args.builds.iter().map(build).collect(),
+        builds: args.builds.iter().map(|text| build(text)).collect(),
         device: args.device(),
         hides_cache: args.hide_cache,
         rounds: args.rounds,
@@ -72,4 +64,26 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     print!("{}", results.table());
     write_json("compare.json", &results)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A build, and the line for its driver VM or its guest's disk.
+fn build(text: &str) -> Build {
+    let (folder, line) = text.split_once(':').unwrap_or((text, ""));
+    let (driver_line, disk_line) = line.strip_prefix("disk:").map_or((line, ""), |line| ("", line));
+    Build { folder: folder.into(), driver_line: driver_line.into(), disk_line: disk_line.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_the_driver_vm_s_unless_it_says_otherwise() {
+        let lines = |text| (build(text).driver_line, build(text).disk_line);
+        let of = |driver: &str, disk: &str| (driver.to_owned(), disk.to_owned());
+        assert_eq!(lines("new"), of("", ""));
+        assert_eq!(lines("new:cmdline = \"a:b\""), of("cmdline = \"a:b\"", ""));
+        assert_eq!(lines("new:disk:cache = \"through\""), of("", "cache = \"through\""));
+        assert_eq!(build("new:disk:x").folder, std::path::Path::new("new"));
+    }
 }

@@ -183,3 +183,23 @@ fn try_one(rig: &mut Rig, n: usize, spec: &TrialSpec, result: &mut ModelResult, 
     }
     machine.stop(&mut rig.place)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_that_is_lost_and_a_database_that_is_not_whole_are_losses() {
+        let result = |lost, check: &str| ModelResult {
+            model: "nvme".into(),
+            crashes: Vec::new(),
+            found: Some(Committed { commits: 9, lost, check: check.into() }.into()),
+            guest_log: Vec::new(),
+            error: None,
+        };
+        assert!(result(0, "ok").is_sound() && !result(0, "ok").has_a_loss());
+        assert!(result(1, "ok").has_a_loss() && result(0, "row 3 missing").has_a_loss());
+        assert_eq!(result(0, "row 3 missing").found.unwrap().what, ["row 3 missing"]);
+        assert!(!ModelResult { found: None, ..result(0, "ok") }.has_a_loss(), "nothing was looked at");
+    }
+}

@@ -1,4 +1,5 @@
-//! Builds of Umbra in one boot of the test host, each with a NIC or a disk controller, a driver VM and a guest of its own, measured in turns.
+//! Builds of Umbra in one boot of the test host, each with a NIC or a disk controller, a driver VM and a guest of its own, measured in
+//! turns.
 //!
 //! All machines run all the time, so that a round has no boot in it, and what a machine takes while nothing is asked of it burdens all
 //! alike. Every other round is in reversed order. Figures are compared round by round: what the host does in a minute moves all of them.
@@ -339,5 +340,17 @@ mod tests {
         let line = row("speed", &[100.0, 100.0], &[90.0, 120.0]);
         assert!(line.ends_with("100.00    105.00    1.05   0.90 to 1.20  no difference\n"), "{line}");
         assert!(row("none", &[0.0], &[0.0]).ends_with("0.00      0.00\n"));
+    }
+
+    #[test]
+    fn crashes_are_compared_by_their_parts() {
+        let outage = |whole: f64| BTreeMap::from([(OUTAGE.to_owned(), whole), ("link_ms".to_owned(), 2.0)]);
+        let outages = vec![vec![outage(100.0), outage(200.0)], vec![outage(50.0), outage(100.0)]];
+        let builds = vec![Vec::new(), Vec::new()];
+        let table = Comparison { device: "nvme".into(), kinds: &[], builds, outages }.table();
+        assert!(table.contains("a crash: outage, ms"), "{table}");
+        assert!(table.lines().any(|line| line.ends_with("0.50   0.50 to 0.50")), "{table}");
+        assert!(table.lines().any(|line| line.starts_with("a crash: link, ms") && line.ends_with("no difference")));
+        assert!(!table.contains("replay"), "{table}");
     }
 }
