@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 /// Longest line of a file, in characters.
 const LONGEST_LINE: usize = 140;
 /// What programs make, or fetch.
-const MADE: [&str; 7] = [".git", "target", "Cargo.lock", "corpus", "artifacts", "coverage", "seeds"];
+const MADE: [&str; 8] =
+    [".git", "target", "Cargo.lock", "corpus", "artifacts", "coverage", "seeds", "proptest-regressions"];
 /// Longest `README.md`, in lines.
 const LONGEST_README: usize = 90;
 
