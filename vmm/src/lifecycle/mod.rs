@@ -206,7 +206,19 @@ impl Lifecycle {
         boots(&self.reserve) || boots(&self.second)
     }
 
-    /// Another driver's standby boots: a standby that is due waits for its turn, unless a restart or guests without a link wait for
+    /// Whether a life is on its way into service: guests wait for it, and it wants the processors.
+    pub fn is_on_its_way(&self) -> bool {
+        matches!(
+            self.state,
+            State::Fencing { .. }
+                | State::Resetting { .. }
+                | State::Booting { .. }
+                | State::Configuring { .. }
+                | State::GoingLive { .. }
+        )
+    }
+
+    /// Another driver's standby boots, or its next life is on its way: a standby that is due waits for its turn, unless a restart or guests without a link wait for
     /// it.
     pub fn wait_turn(&mut self, now: Time) {
         if self.restarting.is_none() && !self.awaits_spare() {

@@ -26,7 +26,7 @@ use crate::config::Restart;
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// Interval at which a standby that is due checks whether it is its turn. Standbys of several drivers boot one after the other, so
-/// that a common failure does not cost the machine two boots at once.
+/// that a common failure does not cost the machine two boots at once, and none beside a recovery.
 const TURN: Duration = Duration::from_millis(250);
 /// Longest time that a due standby waits for its turn.
 const TURN_MAX: Duration = Duration::from_secs(15);
@@ -294,7 +294,7 @@ impl Standbys {
         self.state = Standby::Resetting { wanted: true };
     }
 
-    /// Another standby of the machine boots: a standby that is due waits for its turn, for [`TURN_MAX`] at most.
+    /// Another standby of the machine boots, or a life is on its way into service: a standby that is due waits for its turn, for [`TURN_MAX`] at most.
     pub(super) fn wait_turn(&mut self, now: Time) {
         if let Standby::Due(at) = &mut self.state
             && *at <= now

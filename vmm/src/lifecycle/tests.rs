@@ -433,6 +433,26 @@ fn standbys_boot_one_after_the_other_but_wait_no_longer_than_that() {
 }
 
 #[test]
+fn a_life_is_on_its_way_until_it_serves_and_others_wait_for_it() {
+    let mut life = with_standby();
+    assert!(!life.is_on_its_way(), "it serves, and its standby boots");
+    life.handle(at(1500), Input::Failed(failure(NoticedBy::Panic, 1500)));
+    assert!(life.is_on_its_way(), "{:?}", life.state());
+    for input in
+        [Input::ProcessGone("signal 9".into()), Input::ResetDone, Input::StandbyHello(Rank::First), Input::Hello]
+    {
+        life.handle(at(1600), input);
+        assert!(life.is_on_its_way(), "{:?}", life.state());
+    }
+    life.handle(at(1600), Input::Forwarding);
+    assert!(!life.is_on_its_way(), "a carrier may never come");
+    life.handle(at(1600), Input::Carrier(Carrier::Up));
+    assert!(life.is_on_its_way(), "{:?}", life.state());
+    life.handle(at(1700), Input::EndLive(end(0)));
+    assert_eq!((life.state().name(), life.is_on_its_way()), (StateName::Live, false));
+}
+
+#[test]
 fn a_ready_standby_takes_over_and_the_next_one_follows() {
     let mut life = with_standby();
     assert_eq!(

@@ -388,7 +388,11 @@ impl Supervisor {
         let now = Time::now();
         self.events.tell_troubles();
         for n in self.drivers.ids() {
-            if self.drivers.iter().any(|driver| driver.lifecycle.standby_boots()) {
+            if self
+                .drivers
+                .iter()
+                .any(|DriverVm { lifecycle, .. }| lifecycle.standby_boots() || lifecycle.is_on_its_way())
+            {
                 self.drivers[n].lifecycle.wait_turn(now);
             }
             if let Some(why) = self.drivers[n].take_suspicion(now) {
