@@ -14,8 +14,8 @@ DEBS    ?= target/deb
 SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
-# All of tests/tests but `braked`, which runs beside the others.
-SCENARIOS = $(basename $(notdir $(wildcard tests/tests/*.rs)))
+# All of tests/tests but `braked` and `package`, which run beside the others.
+SCENARIOS = $(filter-out package,$(basename $(notdir $(wildcard tests/tests/*.rs))))
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
 .PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install place deb packages fuzz
@@ -70,7 +70,7 @@ test: build browser
 	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
 	@$(BENCH) suite $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
 	  --beside '--workspace --exclude umbra-vmm --exclude umbra-tests' --beside '-p umbra-tests --lib --bins' \
-	  --beside '-p umbra-vmm' --beside '--workspace --test braked' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
+	  --beside '-p umbra-vmm' --beside '--workspace --test package' --beside '--workspace --test braked' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'
