@@ -70,7 +70,8 @@ test: build browser
 	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
 	@$(BENCH) suite $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
 	  --beside '--workspace --exclude umbra-vmm --exclude umbra-tests' --beside '-p umbra-tests --lib --bins' \
-	  --beside '-p umbra-vmm' --beside '--workspace --test package' --beside '--workspace --test braked' -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
+	  --beside '-p umbra-vmm' --beside '--workspace --test package' --beside '--workspace --test braked' \
+	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

@@ -218,8 +218,8 @@ impl Lifecycle {
         )
     }
 
-    /// Another driver's standby boots, or its next life is on its way: a standby that is due waits for its turn, unless a restart or guests without a link wait for
-    /// it.
+    /// Another driver's standby boots, or its next life is on its way: a standby that is due waits for its turn, unless a restart or
+    /// guests without a link wait for it.
     pub fn wait_turn(&mut self, now: Time) {
         if self.restarting.is_none() && !self.awaits_spare() {
             self.reserve.wait_turn(now);

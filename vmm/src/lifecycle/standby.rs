@@ -294,7 +294,8 @@ impl Standbys {
         self.state = Standby::Resetting { wanted: true };
     }
 
-    /// Another standby of the machine boots, or a life is on its way into service: a standby that is due waits for its turn, for [`TURN_MAX`] at most.
+    /// Another standby of the machine boots, or a life is on its way into service: a standby that is due waits for its turn, for
+    /// [`TURN_MAX`] at most.
     pub(super) fn wait_turn(&mut self, now: Time) {
         if let Standby::Due(at) = &mut self.state
             && *at <= now
