@@ -12,7 +12,8 @@ use umbra_tests::sound::player::{Player, patient};
 use umbra_tests::sound::{Length, Sound};
 
 const GUEST: &str = "web";
-const SECONDS: u32 = 60;
+/// Of a round of the song, which is fed for as long as it takes to give the card up.
+const SECONDS: u32 = 12;
 
 #[test]
 fn a_card_that_is_gone_is_a_dead_card_until_it_is_back() {
@@ -21,14 +22,14 @@ fn a_card_that_is_gone_is_a_dead_card_until_it_is_back() {
 
 fn lose_the_card() {
     let assets = assets();
-    let sound = Sound::new(&["hda".into()], Length::Seconds(SECONDS), &assets).or_tell();
+    let sound = Sound::new(&["hda".into()], Length::Fed(SECONDS), &assets).or_tell();
     let mut bench = BenchSpec::new("given-up").nics(&[]);
     sound.add_to(&mut bench);
     let mut place = Place::Bench(Box::new(Bench::boot(bench, &assets).or_tell()));
     sound.prepare(&mut place).or_tell();
     let spec = sound.machine(0, &mut place, "skip").or_tell();
     let mut machine = Machine::start(&mut place, &spec).or_tell();
-    let player = Player::start(&mut place, GUEST, &patient()).or_tell();
+    let player = Player::start_fed(&mut place, GUEST, &patient()).or_tell();
 
     say("the host's kernel takes the card off the bus");
     place.expect("echo 1 > /sys/bus/pci/devices/$SND0/remove", STEP).or_tell();

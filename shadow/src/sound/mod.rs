@@ -178,13 +178,15 @@ pub struct SoundShadow {
     card: Card,
     mode: Mode,
     streams: Vec<Stream>,
+    /// Messages that came for a dead card.
+    stuck: Vec<(StreamId, Token)>,
 }
 
 impl SoundShadow {
     /// For `card` as its first driver VM reported it; the guest sees this card for its life. Masking at first.
     pub fn new(card: Card, policy: Policy) -> Self {
         let streams = (0u16..).zip(&card.streams).map(|(id, info)| Stream::new(StreamId(id), *info, policy)).collect();
-        Self { card, mode: Mode::Masking, streams }
+        Self { card, mode: Mode::Masking, streams, stuck: Vec::new() }
     }
 
     /// The card that the guest sees.
@@ -243,6 +245,7 @@ impl SoundShadow {
     /// Why the guest is refused.
     pub fn command(&mut self, id: StreamId, command: Command, now: u64, out: &mut Out) -> Result<(), Refusal> {
         if self.mode == Mode::Dead {
+            self.free(|of| of == id, out);
             return Err(Refusal::Dead);
         }
         let live = self.is_live();
@@ -257,7 +260,7 @@ impl SoundShadow {
         let live = self.is_live();
         match self.alive(id) {
             Ok(stream) => stream.play(token, samples, (now, live), out),
-            Err(outcome) => refuse(token, outcome, out),
+            Err(outcome) => self.refuse(id, token, outcome, out),
         }
         self.finish_replay();
     }
@@ -266,7 +269,7 @@ impl SoundShadow {
     pub fn record(&mut self, id: StreamId, token: Token, bytes: usize, now: u64, out: &mut Out) {
         match self.alive(id) {
             Ok(stream) => stream.record(token, bytes, now, out),
-            Err(outcome) => refuse(token, outcome, out),
+            Err(outcome) => self.refuse(id, token, outcome, out),
         }
     }
 
@@ -319,6 +322,7 @@ impl SoundShadow {
         self.mask(now, out);
         if self.mode == Mode::Dead {
             // The guest has got everything back; it starts over.
+            self.free(|_| true, out);
             self.streams.iter_mut().for_each(|stream| stream.reset(out));
         }
         self.mode = Mode::Replaying(generation);
@@ -329,7 +333,9 @@ impl SoundShadow {
         Ok(())
     }
 
-    /// There will be no card until further notice ([`Self::replay`]): give everything back and refuse what comes.
+    /// There will be no card until further notice ([`Self::replay`]): give everything back and refuse what comes. Messages of a stream that
+    /// runs are kept until its guest asks for something: one that got them back at once would take that for a card that plays as fast as
+    /// it likes, for Linux does not look at what became of a message. So its player sees a card that stands still (`EIO`).
     pub fn die(&mut self, out: &mut Out) {
         self.mode = Mode::Dead;
         for stream in &mut self.streams {
@@ -340,6 +346,7 @@ impl SoundShadow {
     /// A guest that resets its device starts over: streams as new, nothing given back (its queues are gone).
     pub fn reset(&mut self, out: &mut Out) {
         let live = self.is_live();
+        self.stuck.clear();
         for (id, stream) in (0u16..).zip(&mut self.streams) {
             stream.reset(&mut Out::default());
             if live {
@@ -368,6 +375,23 @@ impl SoundShadow {
     /// When [`Self::tick`] is to be called at the latest.
     pub fn deadline(&self) -> Option<u64> {
         self.streams.iter().filter_map(Stream::deadline).min()
+    }
+
+    /// Gives back, or keeps, a message that no stream takes.
+    fn refuse(&mut self, id: StreamId, token: Token, outcome: Outcome, out: &mut Out) {
+        let runs = self.stream(id).is_some_and(|stream| stream.state() == State::Running);
+        if self.mode == Mode::Dead && runs {
+            self.stuck.push((id, token));
+        } else {
+            refuse(token, outcome, out);
+        }
+    }
+
+    /// Gives back what is kept of the streams that are `wanted`.
+    fn free(&mut self, wanted: impl Fn(StreamId) -> bool, out: &mut Out) {
+        for (_, token) in self.stuck.extract_if(.., |(id, _)| wanted(*id)) {
+            refuse(token, Outcome::IoError, out);
+        }
     }
 
     fn finish_replay(&mut self) {

@@ -161,9 +161,19 @@ fn a_dead_card_gives_everything_back_and_refuses() {
     rig.crash();
     rig.with(|s, _, out| s.die(out));
     assert!(rig.waiting[&OUT.0].is_empty());
-    assert_eq!(rig.command(OUT, Command::Prepare), Err(Refusal::Dead));
-    assert!(!rig.play(vec![0; 960]));
+    // A message of a stream that runs stays, or its player would go on as fast as it can.
+    assert!(rig.play(vec![0; 960]) && rig.play(vec![0; 960]));
+    rig.pass(5_000);
+    assert_eq!(rig.waiting[&OUT.0].len(), 2);
+    assert_eq!(rig.command(IN, Command::Stop), Err(Refusal::Dead));
+    assert_eq!(rig.waiting[&OUT.0].len(), 2, "another stream's");
+    assert_eq!(rig.command(OUT, Command::Stop), Err(Refusal::Dead));
+    assert!(rig.waiting[&OUT.0].is_empty());
     assert_eq!(rig.shadow.deadline(), None);
+    // Nor does one that waits keep what comes when the card is back.
+    assert!(rig.play(vec![0; 960]));
+    rig.boot();
+    assert!(rig.waiting[&OUT.0].is_empty());
 }
 
 #[test]
