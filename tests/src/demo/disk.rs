@@ -2,6 +2,7 @@
 //! controller loses all that was not flushed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -16,6 +17,7 @@ use crate::assets::Assets;
 use crate::bench::BenchSpec;
 use crate::disks::database::{Commits, Committed};
 use crate::disks::{Crash, Medium, crash};
+use crate::lossy_disk::Class;
 
 /// Name of the guest's disk: it has no other.
 const DISK: &str = "/dev/vda";
@@ -137,10 +139,14 @@ impl DiskResult {
     }
 }
 
+/// How long a flush of the disk takes: most of the time of a commit, so that a crash finds something unflushed, as a rule.
+const FLUSH: Duration = Duration::from_millis(100);
+
 impl Demo<'_> {
     /// Has the guest commit, if it has a disk.
     pub(super) fn start_database(&mut self) -> Result<(), DemoError> {
         let Some(disk) = &mut self.disk else { return Ok(()) };
+        disk.medium.disk.delay(Class::Flush, FLUSH);
         let commits = Commits::start(&mut self.place, GUEST, DISK, "wal")?;
         commits.await_more(&mut self.place, 0)?;
         disk.commits = Some(commits);
