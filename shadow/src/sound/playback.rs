@@ -222,12 +222,10 @@ impl Playback {
             out.to_card.push(ToCard::Play { stream: self.id, epoch: handed.epoch, samples: samples.clone() });
         }
         self.kept += samples.len();
-        let was_unseen = self.is_unseen();
         self.unseen.hand(samples.len(), params);
         self.periods.push_back(Period { token: Some(token), end: self.queued, samples });
-        if was_unseen {
-            self.settle(params, now, out);
-        }
+        // One that stayed as the last is it no more.
+        self.settle(params, now, out);
     }
 
     /// What the next driver VM needs to go on where this stream is: every sample not yet heard.
@@ -378,7 +376,12 @@ impl Playback {
 
     /// A message that is due stays until the guest has looked.
     fn is_unseen(&self) -> bool {
-        self.oldest().is_some_and(|period| period.end <= self.heard.max(self.let_go))
+        self.oldest().is_some_and(|period| period.end <= self.due())
+    }
+
+    /// Position up to which the guest is to have its messages back.
+    fn due(&self) -> u64 {
+        self.heard.max(self.let_go)
     }
 
     /// As [`Unseen::taken`].
@@ -411,9 +414,9 @@ impl Playback {
 
     /// Gives back what is heard and forgets its samples.
     fn settle(&mut self, params: &Params, now: u64, out: &mut Out) {
-        let reached = self.heard.max(self.let_go);
+        let due = self.due();
         let all = self.periods.len();
-        for period in self.periods.iter_mut().skip(self.returned).take_while(|p| p.end <= reached) {
+        for period in self.periods.iter_mut().skip(self.returned).take_while(|p| p.end <= due) {
             if !self.unseen.give(period.samples.len(), self.returned + 1 == all, params, now) {
                 break;
             }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::disk;
 use super::outages::PARTS;
 use super::slice::{Kind, Slice};
 use crate::assets::{Assets, Say};
@@ -218,9 +219,7 @@ fn start(
             MachineSpec { controller: Some(DiskController { device, image, options }), ..machine("", "") }
         }
         Device::HostDisk(_) => {
-            let node = format!("disk_node $DISK{n}");
-            let find = format!("unvfio $DISK{n}; has_node() {{ [ -b \"$({node})\" ]; }}; await 20 has_node; {node}");
-            let disks = vec![take(&find)?.trim().to_owned()];
+            let disks = vec![disk::node(place, &format!("$DISK{n}"))?];
             MachineSpec { disks, ..machine("", "") }
         }
     };

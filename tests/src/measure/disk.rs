@@ -152,6 +152,15 @@ pub fn run(spec: &DiskSpec, say: Say<'_>) -> Result<DiskFigures, DemoError> {
     Ok(figures)
 }
 
+/// The node of the disk in the test host whose controller, an address or the variable with one, is given to the host's own driver.
+pub(super) fn node(place: &mut Place, controller: &str) -> Result<String, DemoError> {
+    let find = format!(
+        "unvfio {controller}; has_node() {{ [ -b \"$(disk_node {controller})\" ]; }}; await 20 has_node; \
+         printf %s $(disk_node {controller})"
+    );
+    place.expect(&find, LIMIT)
+}
+
 impl Rig {
     fn boot(spec: &DiskSpec, say: Say<'_>) -> Result<Self, DemoError> {
         let assets = Assets::prepare(say)?;
@@ -208,13 +217,8 @@ impl Rig {
         self.place.expect(&format!("vfio {}", self.device), LIMIT).map(drop)
     }
 
-    /// The disk's node in the test host, with the host's own driver.
     fn node(&mut self) -> Result<String, DemoError> {
-        let find = format!(
-            "unvfio {0}; has_node() {{ [ -b \"$(disk_node {0})\" ]; }}; await 20 has_node; printf %s $(disk_node {0})",
-            self.device
-        );
-        self.place.expect(&find, LIMIT)
+        node(&mut self.place, &self.device)
     }
 
     fn jobs(&mut self, spec: &DiskSpec, say: Say<'_>) -> Result<Vec<JobFigures>, DemoError> {
