@@ -16,6 +16,8 @@ TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
 # All of tests/tests but `braked` and `package`, which run beside the others.
 SCENARIOS = $(filter-out package,$(basename $(notdir $(wildcard tests/tests/*.rs))))
+# The other members' tests, by name: a run of one member alone would build its crates anew, with the features that it alone asks for.
+QUICK     = $(filter-out common,$(basename $(notdir $(wildcard $(addsuffix /tests/*,driver-vm guest-images shadow splitter vmm)))))
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 
 .PHONY: help sound build setup demo test bench shell lint toolchain browser packaging install place deb packages fuzz
@@ -69,8 +71,8 @@ test: build browser
 	@$(CARGO) test --release --workspace --no-run --test braked
 	@echo '==> running them: the scenarios, and beside these what needs little of the machine'
 	@$(BENCH) suite $(foreach scenario,$(SCENARIOS),--run '--workspace --test $(scenario)') \
-	  --beside '--workspace --exclude umbra-vmm --exclude umbra-tests' --beside '-p umbra-tests --lib --bins' \
-	  --beside '-p umbra-vmm' --beside '--workspace --test package' --beside '--workspace --test braked' \
+	  --beside '--workspace --lib --bins $(foreach quick,$(QUICK),--test $(quick))' --beside '--workspace --doc' \
+	  --beside '--workspace --test package' --beside '--workspace --test braked' \
 	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
 bench: build

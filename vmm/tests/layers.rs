@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// Each wing and those that it may name beside itself; who knows least comes first.
 const MAY_NAME: &[(&str, &[&str])] = &[
@@ -57,4 +59,23 @@ fn every_folder_of_the_source_is_a_wing() {
         let wing = !entry.path().is_dir() || name == "bin" || MAY_NAME.iter().any(|(wing, _)| *wing == name);
         assert!(wing, "{name} has no place in the table of this test");
     }
+}
+
+/// Crates of the programs, or with `edges` of the tests as well, with their features: `NAME VERSION|FEATURES`.
+fn crates(edges: &str) -> BTreeSet<String> {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let tree = ["tree", "--locked", "--offline", "--workspace", "--prefix", "none", "--format", "{p}|{f}"];
+    let output =
+        Command::new(env!("CARGO")).args(tree).args(["--edges", edges]).current_dir(workspace).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
+}
+
+/// What is shipped is what is tested; and a fresh clone builds it once.
+#[test]
+fn the_tests_ask_no_crate_of_the_programs_for_more() {
+    let tested = crates("normal,build,dev");
+    let changed: Vec<_> = crates("normal,build").into_iter().filter(|one| !tested.contains(one)).collect();
+    assert!(changed.is_empty(), "with other features in tests, so that they go into Cargo.toml: {changed:?}");
 }
