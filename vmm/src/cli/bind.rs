@@ -2,6 +2,7 @@
 //! a machine.
 
 use std::path::Path;
+use std::{fs, io};
 
 use anyhow::{Context, bail};
 
@@ -28,6 +29,9 @@ pub struct BindArgs {
     /// Bind them at each boot too, by a udev rule for each; `umbra unbind` removes it.
     #[arg(long)]
     persist: bool,
+    /// Give them to this user, by name or number, who then runs machines with them without root.
+    #[arg(long = "for", value_name = "USER")]
+    owner: Option<String>,
 }
 
 /// Arguments of `umbra unbind`.
@@ -43,6 +47,10 @@ pub struct UnbindArgs {
 ///
 /// One is not there, is in use, or the host cannot do it: nothing has changed.
 pub fn bind(args: &BindArgs) -> anyhow::Result<()> {
+    bind_all(args).map_err(say_who_may)
+}
+
+fn bind_all(args: &BindArgs) -> anyhow::Result<()> {
     let devices = args.devices.iter().map(|device| HostDevice::find(*device)).collect::<Result<Vec<_>, _>>()?;
     for device in &devices {
         if let Some(why) = device.unserved().filter(|why| !(args.passthrough && why.may_be_passed_through())) {
@@ -50,14 +58,51 @@ pub fn bind(args: &BindArgs) -> anyhow::Result<()> {
             bail!("{}{hint}", Error::Unserved { bdf: device.bdf(), why });
         }
     }
+    let owner = args.owner.as_deref().map(|name| user_number(Path::new(USERS), name)).transpose()?;
     take(&devices, args.force)?;
+    if let Some(owner) = owner {
+        for device in &devices {
+            let file = device.give_to(owner).with_context(|| format!("{} is bound, and still root's", device.bdf()))?;
+            let name = args.owner.as_deref().unwrap_or_default();
+            super::print(&format!(
+                "{}: {} is {name}'s, until the function is given back",
+                device.bdf(),
+                file.display()
+            ))?;
+        }
+    }
     for device in devices.iter().filter(|_| args.persist) {
         let bdf = device.bdf();
-        let rule = persist::keep(Path::new(persist::RULES), device)
+        let rule = persist::keep(Path::new(persist::RULES), device, owner)
             .with_context(|| format!("{bdf} is bound now, and will not be after the next boot"))?;
         super::print(&format!("{bdf}: bound at each boot, by {}", rule.display()))?;
     }
     Ok(())
+}
+
+/// With a word on who may, where this user may not.
+fn say_who_may(error: anyhow::Error) -> anyhow::Error {
+    let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    let denied = io_errors.into_iter().any(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    if denied { error.context("only root binds functions and gives them back: use `sudo`") } else { error }
+}
+
+/// Where the users of the host are (passwd(5)).
+const USERS: &str = "/etc/passwd";
+
+/// The number of a user, by its name in the file `users` or by itself. The C library's own search would load libraries, which a static
+/// program has not.
+fn user_number(users: &Path, name: &str) -> anyhow::Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let text = fs::read_to_string(users).with_context(|| format!("read {}", users.display()))?;
+    let number = text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    let hint = "one of a directory service is named by its number (`id -u NAME`)";
+    number.with_context(|| format!("no user {name:?} in {}; {hint}", users.display()))
 }
 
 /// Binds all devices that `machine` names and that are not bound.
@@ -113,6 +158,10 @@ fn take(devices: &[HostDevice], force: bool) -> anyhow::Result<()> {
 ///
 /// It is not there, or the host cannot do it.
 pub fn unbind(args: &UnbindArgs) -> anyhow::Result<()> {
+    give_back(args).map_err(say_who_may)
+}
+
+fn give_back(args: &UnbindArgs) -> anyhow::Result<()> {
     // A function that is not there any more may have a rule.
     if let Some(rule) = persist::forget(Path::new(persist::RULES), args.device)? {
         super::print(&format!("{}: not bound at boot any more ({} is removed)", args.device, rule.display()))?;
@@ -122,4 +171,30 @@ pub fn unbind(args: &UnbindArgs) -> anyhow::Result<()> {
         Some(driver) => format!("{}: bound to {driver}", args.device),
         None => format!("{}: given back; the host has no driver loaded for it", args.device),
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_named_or_numbered() {
+        let users = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&users, "root:x:0:0:root:/root:/bin/sh\nann:x:1001:1002::/home/ann:/bin/sh\nodd:x\n").unwrap();
+        let number = |name| user_number(users.path(), name);
+        assert_eq!(number("ann").unwrap(), 1001);
+        assert_eq!(number("4711").unwrap(), 4711);
+        for name in ["an", "odd", "", "-1"] {
+            let error = number(name).unwrap_err().to_string();
+            assert!(error.contains(&format!("no user {name:?}")) && error.contains("id -u"), "{error}");
+        }
+        assert!(user_number(Path::new("/no/such/file"), "ann").unwrap_err().to_string().contains("/no/such/file"));
+    }
+    #[test]
+    fn who_may_not_is_told_who_may() {
+        let denied = say_who_may(io::Error::from(io::ErrorKind::PermissionDenied).into());
+        assert!(denied.to_string().contains("`sudo`"), "{denied}");
+        assert_eq!(say_who_may(anyhow::anyhow!("no such device")).to_string(), "no such device");
+    }
 }

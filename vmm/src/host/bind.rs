@@ -5,10 +5,11 @@
 //! before the first change, and what fails later undoes what was done.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::error::Error;
+use super::files::VFIO;
 use super::sysfs::HostDevice;
 
 /// The driver that a passed-through function is bound to.
@@ -91,6 +92,20 @@ impl Before {
 }
 
 impl HostDevice {
+    /// Gives a bound function, with its group, to the user of the number `owner`, who may not order its resets: they are ordered now. The
+    /// file of the group that is the user's. It goes with the group, as soon as `vfio-pci` has none of its functions any more.
+    ///
+    /// # Errors
+    ///
+    /// Only root may do so; or the function has no group.
+    pub fn give_to(&self, owner: u32) -> Result<PathBuf, Error> {
+        self.order_resets()?;
+        let path = Path::new(VFIO).join(self.required_group()?.to_string());
+        let failed = |source| Error::Sysfs { operation: "change the owner of", path: path.clone(), source };
+        std::os::unix::fs::chown(&path, Some(owner), None).map_err(failed)?;
+        Ok(path)
+    }
+
     /// Gives the function back to the driver that the host would choose. Returns that driver, if there is one.
     pub fn unbind_from_vfio(&self) -> Result<Option<String>, Error> {
         // An empty line clears the override.

@@ -107,10 +107,18 @@ pub enum Error {
         /// Its group.
         group: u32,
     },
-    /// No permission for `/dev/vfio`.
-    #[error("no permission to open {}: run as root, or give this user access to it (chown, or a udev rule)", path.display())]
+    /// No permission for `/dev/vfio/vfio`.
+    #[error("no permission to open {}: anybody may, by udev's own rules (`chmod 666`); or run as root", path.display())]
     Permission {
         /// The file.
+        path: PathBuf,
+    },
+    /// No permission for the function's IOMMU group.
+    #[error("{bdf}: no permission to open {}: `sudo umbra bind --for USER {bdf}` gives it to a user; or run as root", path.display())]
+    NotOurs {
+        /// The function.
+        bdf: Bdf,
+        /// The group's file.
         path: PathBuf,
     },
     /// The IOMMU does not remap interrupts.

@@ -42,10 +42,12 @@ const VFIO_SET_IOMMU: libc::c_ulong = request!(2);
 const VFIO_GROUP_GET_STATUS: libc::c_ulong = request!(3);
 const VFIO_GROUP_SET_CONTAINER: libc::c_ulong = request!(4);
 const VFIO_GROUP_GET_DEVICE_FD: libc::c_ulong = request!(6);
+const VFIO_DEVICE_RESET: libc::c_ulong = request!(11);
 const VFIO_IOMMU_MAP_DMA: libc::c_ulong = request!(13);
 const VFIO_IOMMU_UNMAP_DMA: libc::c_ulong = request!(14);
 
-const VFIO: &str = "/dev/vfio";
+/// Where the files of IOMMU groups are, by number.
+pub(crate) const VFIO: &str = "/dev/vfio";
 
 /// An open function. Fields are closed in this order, as the kernel wants it.
 #[derive(Debug)]
@@ -125,7 +127,14 @@ impl DeviceFiles {
         mapped.is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST))
     }
 
-    fn stop_dma(&self) -> io::Result<()> {
+    /// Resets the function, by the first method in the kernel's order that succeeds.
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        // SAFETY: the request takes no argument.
+        done(unsafe { ioctl(&self.device, VFIO_DEVICE_RESET) })
+    }
+
+    /// Clears the bus master bit.
+    pub(crate) fn stop_dma(&self) -> io::Result<()> {
         let at = info::region(&self.device, VFIO_PCI_CONFIG_REGION_INDEX)?.offset + u64::from(COMMAND);
         let mut command = [0; 2];
         self.device.read_exact_at(&mut command, at)?;
@@ -243,7 +252,7 @@ fn open_group(host: &HostDevice, number: u32) -> Result<OwnedFd, Error> {
     let path: PathBuf = Path::new(VFIO).join(number.to_string());
     let group = open_file(&path).map_err(|source| match source.kind() {
         _ if source.raw_os_error() == Some(libc::EBUSY) => Error::GroupBusy { bdf, group: number },
-        ErrorKind::PermissionDenied => Error::Permission { path: path.clone() },
+        ErrorKind::PermissionDenied => Error::NotOurs { bdf, path: path.clone() },
         _ => Error::Vfio { operation: "open the IOMMU group", bdf, source },
     })?;
     let mut status = vfio_group_status { argsz: argsz::<vfio_group_status>(), flags: 0 };

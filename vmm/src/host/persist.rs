@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::bind::VFIO_PCI;
 use super::error::Error;
+use super::files::VFIO;
 use super::sysfs::HostDevice;
 use crate::base::pci_address::Bdf;
 
@@ -21,20 +22,33 @@ fn path(rules: &Path, bdf: Bdf) -> PathBuf {
     rules.join(format!("10-umbra-{bdf}.rules"))
 }
 
-/// Writes the rule that gives `device` to `vfio-pci` at each boot; where it is.
+/// Writes the rule that gives `device` to `vfio-pci` at each boot, and to the user of the number `owner`; where it is.
 ///
 /// # Errors
 ///
 /// Its model is not known, or the rule cannot be written.
-pub fn keep(rules: &Path, device: &HostDevice) -> Result<PathBuf, Error> {
+pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>) -> Result<PathBuf, Error> {
     let (bdf, vendor, model) = (device.bdf(), device.vendor()?, device.device()?);
     let path = path(rules, bdf);
-    let rule = format!(
+    let of_it = |action: &str| {
+        format!(
+            "ACTION==\"{action}\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", \
+             ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{model:04x}\", \\\n  "
+        )
+    };
+    let mut rule = format!(
         "# Written by `umbra bind --persist`; `umbra unbind {bdf}` removes it.\n\
-         ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", \
-         ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{model:04x}\", \\\n  \
-         ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n"
+         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n",
+        of_it("add")
     );
+    if let Some(owner) = owner {
+        let order =
+            device.reset_order().map_or_else(String::new, |order| format!("ATTR{{reset_method}}=\"{order}\", "));
+        // A group has its number anew at each boot. In a rule `$$` is a `$`.
+        let give = format!("chown {owner} {VFIO}/$$(basename $$(readlink /sys$devpath/iommu_group))");
+        let of_it = of_it("bind");
+        rule.push_str(&format!("{of_it}DRIVER==\"{VFIO_PCI}\", {order}RUN+=\"/bin/sh -c '{give}'\"\n"));
+    }
     let fail = |source| Error::Sysfs { operation: "write the rule", path: path.clone(), source };
     fs::create_dir_all(rules).and_then(|()| fs::write(&path, rule)).map_err(fail)?;
     Ok(path)
@@ -66,14 +80,24 @@ mod tests {
         let nic = bus.add("0000:03:00.0", Some(1), Some("e1000e"));
         let rules = bus.0.path().join("etc/rules.d");
         assert_eq!(forget(&rules, nic.bdf()).unwrap(), None);
-        let written = keep(&rules, &nic).unwrap();
-        assert_eq!(keep(&rules, &nic).unwrap(), written, "again");
+        let written = keep(&rules, &nic, None).unwrap();
+        assert_eq!(keep(&rules, &nic, None).unwrap(), written, "again");
         let expected = "\
 # Written by `umbra bind --persist`; `umbra unbind 0000:03:00.0` removes it.
 ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
   ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\"
 ";
         assert_eq!(fs::read_to_string(&written).unwrap(), expected);
+        fs::write(nic.directory().join("reset_method"), "pm bus\n").unwrap();
+        keep(&rules, &nic, Some(1000)).unwrap();
+        let of_a_user = format!(
+            "{expected}\
+ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
+  DRIVER==\"vfio-pci\", ATTR{{reset_method}}=\"bus pm\", \
+RUN+=\"/bin/sh -c 'chown 1000 /dev/vfio/$$(basename $$(readlink /sys$devpath/iommu_group))'\"
+"
+        );
+        assert_eq!(fs::read_to_string(&written).unwrap(), of_a_user);
         assert_eq!(forget(&rules, nic.bdf()).unwrap(), Some(written));
         assert_eq!(fs::read_dir(&rules).unwrap().count(), 0);
     }

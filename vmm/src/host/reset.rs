@@ -8,11 +8,14 @@
 //! into its next driver VM at addresses of its last life. The kernel does `bus` only where nothing else is on that bus; where other
 //! functions are and all are in hand, the whole slot is reset (`hot`). The kernel's own order is put back afterwards, so that
 //! `vfio-pci`'s resets at open and close stay quick.
+//!
+//! A user that may not write to sysfs has VFIO do both, and the kernel's order as it stands: `umbra bind --for` leaves a good one.
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -207,16 +210,22 @@ impl HostDevice {
     /// leaves a thread behind that waits on.
     pub fn perform_reset(&self, files: &Arc<DeviceFiles>, limit: Duration) -> Result<ResetDone, Error> {
         let start = Instant::now();
-        self.clear_bus_master()?;
+        self.clear_bus_master(files)?;
         let method = self.reset_in_order(files, start + limit)?;
         Ok(ResetDone { method, took: start.elapsed() })
     }
 
     /// Clears the bus master bit in the configuration space.
-    pub fn clear_bus_master(&self) -> Result<(), Error> {
+    fn clear_bus_master(&self, files: &DeviceFiles) -> Result<(), Error> {
         let path = self.directory().join("config");
         let failed = |operation, source| Error::Sysfs { operation, path: path.clone(), source };
-        let config = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| failed("open", e))?;
+        let config = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let failed = |source| Error::Vfio { operation: "clear bus mastering", bdf: self.bdf(), source };
+                return files.stop_dma().map_err(failed);
+            }
+            opened => opened.map_err(|e| failed("open", e))?,
+        };
         let mut command = [0; 2];
         config.read_exact_at(&mut command, COMMAND).map_err(|e| failed("read the command register in", e))?;
         let value = u16::from_le_bytes(command);
@@ -241,6 +250,27 @@ impl HostDevice {
         reset
     }
 
+    /// The words that have the kernel try the function's reset methods in the order of [`Reset::methods`]; `None` where there is nothing
+    /// to order.
+    pub(crate) fn reset_order(&self) -> Option<String> {
+        let reset = self.reset();
+        let named: Vec<_> = reset.methods().iter().filter(|method| **method != ResetMethod::Hot).collect();
+        // A method whose word is not known here cannot be named to the kernel.
+        let ordered = named.len() > 1 && !named.contains(&&ResetMethod::Other);
+        ordered.then(|| named.iter().map(|method| method.word()).collect::<Vec<_>>().join(" "))
+    }
+
+    /// Gives the kernel that order, for whoever may not change it later.
+    ///
+    /// # Errors
+    ///
+    /// It does not take it.
+    pub fn order_resets(&self) -> Result<(), Error> {
+        let path = self.directory().join("reset_method");
+        let failed = |source| Error::Sysfs { operation: ORDER, path: path.clone(), source };
+        self.reset_order().map_or(Ok(()), |order| fs::write(&path, order).map_err(failed))
+    }
+
     /// Resets by the first of [`Reset::methods`] that succeeds. Where the kernel has another order, that is put aside meanwhile.
     fn reset_in_order(&self, files: &Arc<DeviceFiles>, deadline: Instant) -> Result<Option<ResetMethod>, Error> {
         let path = self.directory().join("reset_method");
@@ -250,12 +280,11 @@ impl HostDevice {
         let own = reset.acceptable_order(&kernels);
         let in_order = words.join(" ") == own;
         // A method whose word is not known here cannot be named to the kernel.
-        if in_order || reset.methods().contains(&ResetMethod::Other) {
-            let best = reset.best();
-            return if best.is_some() { self.write_reset(deadline).map(|()| best) } else { Ok(None) };
+        if in_order || reset.methods().contains(&ResetMethod::Other) || !is_writable(&path) {
+            return self.reset_as_it_stands(files, &reset, &own, deadline);
         }
         let order = |words: &str| {
-            let failed = |source| Error::Sysfs { operation: "order the reset methods in", path: path.clone(), source };
+            let failed = |source| Error::Sysfs { operation: ORDER, path: path.clone(), source };
             fs::write(&path, words).map_err(failed)
         };
         let (mut outcome, mut put_aside) = (Ok(None), false);
@@ -264,7 +293,7 @@ impl HostDevice {
                 self.hot_reset(files, deadline)
             } else {
                 put_aside = true;
-                order(method.word()).and_then(|()| self.write_reset(deadline))
+                order(method.word()).and_then(|()| self.write_reset(files, deadline))
             };
             outcome = done.map(|()| Some(*method));
             match &outcome {
@@ -278,11 +307,35 @@ impl HostDevice {
         outcome
     }
 
-    fn write_reset(&self, deadline: Instant) -> Result<(), Error> {
+    /// Resets by the first of the methods in the kernel's `order`; but with the whole slot, if that is best: VFIO needs no order for it.
+    fn reset_as_it_stands(
+        &self,
+        files: &Arc<DeviceFiles>,
+        reset: &Reset,
+        order: &str,
+        deadline: Instant,
+    ) -> Result<Option<ResetMethod>, Error> {
+        if reset.best() == Some(ResetMethod::Hot) {
+            match self.hot_reset(files, deadline) {
+                Ok(()) => return Ok(Some(ResetMethod::Hot)),
+                Err(error) => tracing::debug!(%error, "the hot reset failed"),
+            }
+        }
+        let first = order.split_whitespace().next().map(ResetMethod::from_word);
+        match first.or(reset.best()) {
+            Some(method) if method != ResetMethod::Hot => self.write_reset(files, deadline).map(|()| Some(method)),
+            _ => Ok(None),
+        }
+    }
+
+    fn write_reset(&self, files: &Arc<DeviceFiles>, deadline: Instant) -> Result<(), Error> {
         let path = self.directory().join("reset");
-        let file = path.clone();
+        let (file, files) = (path.clone(), Arc::clone(files));
         let failed = |source| Error::Sysfs { operation: "reset the device by writing to", path, source };
-        self.within(deadline, failed, move || fs::write(file, "1"))
+        self.within(deadline, failed, move || match fs::write(file, "1") {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => files.reset(),
+            done => done,
+        })
     }
 
     fn hot_reset(&self, files: &Arc<DeviceFiles>, deadline: Instant) -> Result<(), Error> {
@@ -309,6 +362,13 @@ impl HostDevice {
             Err(_) => Err(Error::ResetTimeout { bdf: self.bdf(), limit_s: deadline.duration_since(start).as_secs() }),
         }
     }
+}
+
+/// What an order is given for.
+const ORDER: &str = "order the reset methods in";
+
+fn is_writable(path: &Path) -> bool {
+    OpenOptions::new().write(true).open(path).is_ok()
 }
 
 #[cfg(test)]
@@ -405,6 +465,39 @@ mod tests {
         fs::write(device.directory().join("reset"), "").unwrap();
         assert_eq!(perform(&device).method, Some(ResetMethod::Bus));
         assert_eq!(fs::read_to_string(device.directory().join("reset_method")).unwrap(), "pm bus");
+    }
+
+    #[test]
+    fn an_order_is_given_where_there_is_one_and_all_words_are_known() {
+        let bus = FakeBus::new();
+        let device = device_with_command(&bus, 0);
+        let path = device.directory().join("reset_method");
+        for (before, after) in [("pm bus\n", "bus pm"), ("flr\n", "flr\n"), ("\n", "\n"), ("new pm\n", "new pm\n")] {
+            fs::write(&path, before).unwrap();
+            device.order_resets().unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), after);
+        }
+        fs::remove_file(&path).unwrap();
+        device.order_resets().unwrap();
+        assert!(!path.exists(), "a kernel that has no order");
+    }
+
+    #[test]
+    fn where_the_order_cannot_be_changed_the_kernel_s_first_method_is_what_was_used() {
+        let bus = FakeBus::new();
+        let device = device_with_command(&bus, 0);
+        fs::write(device.directory().join("reset"), "").unwrap();
+        let used = |methods: &str| {
+            let (files, reset) = (files(&device), Reset::new(Some(methods), true, Siblings::Nobody));
+            device.reset_as_it_stands(&files, &reset, methods, Instant::now() + Duration::from_secs(60)).unwrap()
+        };
+        assert_eq!(used("pm bus"), Some(ResetMethod::Pm));
+        assert_eq!(used("bus pm"), Some(ResetMethod::Bus));
+        assert_eq!(used(""), None);
+        let (files, reset) = (files(&device), Reset::new(Some("pm"), true, Siblings::InHand));
+        assert_eq!(reset.best(), Some(ResetMethod::Hot));
+        let used = device.reset_as_it_stands(&files, &reset, "pm", Instant::now() + Duration::from_secs(60)).unwrap();
+        assert_eq!(used, Some(ResetMethod::Pm), "these files know no hot reset");
     }
 
     #[test]

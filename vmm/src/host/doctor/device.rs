@@ -1,13 +1,17 @@
 //! One PCI function: whether a driver VM can have it, and what a crash of its driver means for it.
 
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access};
+
 use super::{Finding, Root, host, list, storage};
 use crate::base::pci_address::Bdf;
+use crate::host::files::VFIO;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 
 /// Looks at `device`.
 pub fn findings(root: &Root, device: &HostDevice) -> Vec<Finding> {
-    let mut findings = vec![identity(root, device), group(root, device), binding(device)];
+    let mut findings = vec![identity(root, device), group(root, device), binding(root, device)];
     findings.extend(in_use(device));
     findings.extend(disks_in_use(root, device));
     findings.push(reset(device));
@@ -82,14 +86,28 @@ fn bind_all(device: &HostDevice) -> String {
     format!("`umbra bind {}`", all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
 }
 
-fn binding(device: &HostDevice) -> Finding {
+fn binding(root: &Root, device: &HostDevice) -> Finding {
     let check = "binding";
     let remedy = bind_all(device);
     match device.driver() {
-        Some(driver) if device.is_bound_to_vfio() => Finding::good(check, format!("held by {driver}, ready for a VM")),
+        Some(driver) if device.is_bound_to_vfio() => match not_ours(root, device) {
+            Some(file) => Finding::missing(
+                check,
+                format!("held by {driver}, and {file} is not this user's"),
+                format!("`sudo umbra bind --for $USER {}`, or run as root", device.bdf()),
+            ),
+            None => Finding::good(check, format!("held by {driver}, ready for a VM")),
+        },
         Some(driver) => Finding::missing(check, format!("held by the host's driver {driver}"), remedy),
         None => Finding::missing(check, "no driver holds it", remedy),
     }
+}
+
+/// The file of its group, if this user may not open it.
+fn not_ours(root: &Root, device: &HostDevice) -> Option<String> {
+    let file = format!("{VFIO}/{}", device.group()?);
+    let wanted = AccessFlags::R_OK | AccessFlags::W_OK;
+    (access(&root.join(file.trim_start_matches('/')), wanted) == Err(Errno::EACCES)).then_some(file)
 }
 
 /// What the host would lose.
