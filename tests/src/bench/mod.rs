@@ -16,6 +16,7 @@ pub mod pcap;
 mod process;
 mod qemu;
 pub mod spec;
+mod stuck;
 
 use std::fs;
 use std::io::{self, Write};
@@ -62,6 +63,7 @@ pub struct Bench {
     /// Declared before the process that they are about, so that it is let go first.
     brake: Companion,
     limit: Companion,
+    stuck: Companion,
     qemu: Child,
     exec: Client,
     peer: Peer,
@@ -102,12 +104,14 @@ impl Bench {
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
         let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
-        let mut bench =
-            Self { spec, dir, brake: Companion::default(), limit: Companion::default(), qemu, exec, peer, _lock: lock };
+        let [brake, limit, stuck] = std::array::from_fn(|_| Companion::default());
+        let mut bench = Self { spec, dir, brake, limit, stuck, qemu, exec, peer, _lock: lock };
         let brake = brake::on(bench.qemu.id(), speed);
         bench.brake = brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?;
         let limit = limit::on(bench.qemu.id(), &bench.spec.name);
         bench.limit = limit.map_err(|e| BenchError::file("watch QEMU in", &bench.dir, e))?;
+        let stuck = stuck::on(bench.qemu.id(), &bench.spec.name, &bench.console());
+        bench.stuck = stuck.map_err(|e| BenchError::file("watch the console in", &bench.dir, e))?;
         let start = Instant::now();
         bench.await_boot()?;
         patience::note_boot(start.elapsed());
