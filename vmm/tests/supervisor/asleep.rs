@@ -99,12 +99,12 @@ fn a_host_that_wakes_early_finds_disks_that_go_on() {
     let machine = with_disks("never-rests");
     thread::scope(|scope| {
         let answer = scope.spawn(|| machine.ask(&Request::Sleep).unwrap());
-        machine.wait_for("the question", |_| machine.guest_log().contains("Quiesce"));
+        machine.wait_for_log("web", "Quiesce");
         assert!(wake(&machine));
         let answer = answer.join().unwrap();
         assert!(matches!(&answer, Response::Error { what } if what.contains("woke before")), "{answer:?}");
     });
-    machine.wait_for("the disk", |_| machine.guest_log().contains("GoOn"));
+    machine.wait_for_log("web", "GoOn");
     assert_eq!(machine.wait_live(1).failures, 0);
     machine.stop();
 }

@@ -436,7 +436,7 @@ fn past_the_limit_the_driver_is_quarantined_and_the_guest_lives_on() {
     assert!(driver.reason.unwrap().starts_with("more than 2 failures in 60 s"));
     assert_eq!((driver.generation, driver.failures, driver.pid), (Some(3), 3, None));
     assert_eq!(machine.report(3)["verdict"], "quarantine");
-    assert!(machine.guest_log().contains("Quarantine"));
+    machine.wait_for_log("web", "Quarantine");
     assert_eq!(machine.status().unwrap().guests[0].state, GuestStateName::Running);
     machine.stop();
 }

@@ -183,7 +183,7 @@ fn an_nmi_reaches_a_guest_that_runs() {
     machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
     assert_eq!(umbra(&machine, &["nmi", "web"]), (0, "web: a non-maskable interrupt was injected\n".into()));
     machine.wait_for_event("a non-maskable interrupt was injected", 1);
-    assert!(machine.guest_log().contains("Nmi"), "{}", machine.guest_log());
+    machine.wait_for_log("web", "Nmi");
     machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
     machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
     let (status, said) = umbra(&machine, &["nmi", "web"]);

@@ -147,7 +147,7 @@ fn quarantined(guest: &str, driver: &str, why: &str) -> TestMachine {
     assert!(report["source"] == "identity" && report["verdict"] == "quarantine" && reason.contains(why), "{report}");
     machine.wait_for_guest("web", "it", |guest| guest.pid == before && guest.state == GuestStateName::Running);
     assert!(!machine.events_text().contains("as in a power cut"));
-    assert!(machine.guest_log().contains("Quarantine"), "{}", machine.guest_log());
+    machine.wait_for_log("web", "Quarantine");
     machine
 }
 
@@ -178,7 +178,8 @@ fn of_two_guests_the_one_whose_disk_is_another_goes_without() {
     // The ends are in the order of the guests' names.
     machine.wait_for_event("db.block1 is not served, its disk is not the one it was", 1);
     machine.wait_for_event("\"block-live\"", 1);
-    assert!(machine.log_of("db").contains("Quarantine") && !machine.guest_log().contains("Quarantine"));
+    machine.wait_for_log("db", "Quarantine");
+    assert!(!machine.guest_log().contains("Quarantine"));
     // And is again, when it is the one it was.
     machine.crash(CrashKind::Panic);
     machine.wait_live(3);
@@ -238,7 +239,7 @@ fn restart_and(machine: &TestMachine, then: impl FnOnce(&DriverStatus)) -> Respo
     });
     thread::scope(|scope| {
         let answer = scope.spawn(|| machine.restart(None));
-        machine.wait_for("the question", |_| machine.guest_log().contains("Quiesce"));
+        machine.wait_for_log("web", "Quiesce");
         then(&ready);
         answer.join().unwrap()
     })
@@ -248,7 +249,7 @@ fn a_restart_that_does_not_come_about_lets_the_disks_go_on() {
     let machine = start("never-rests", "");
     let answer = restart_and(&machine, |ready| kill(ready.standby.clone().unwrap().pid.unwrap()));
     assert!(matches!(&answer, Response::Error { what } if what.contains("did not come up")), "{answer:?}");
-    machine.wait_for("the disk", |_| machine.guest_log().contains("GoOn"));
+    machine.wait_for_log("web", "GoOn");
     let driver = machine.wait_live(1);
     assert_eq!((driver.failures, machine.guest_log().contains("Mask")), (0, false), "it serves on");
     machine.stop();
@@ -291,7 +292,7 @@ fn an_error_that_the_agent_bears_out_fails_the_life() {
 fn an_error_that_one_guest_alone_claims_costs_its_connection() {
     // The agent speaks of another guest's disk.
     let machine = suspecting("errs-at-0=1");
-    machine.wait_for("the next connection", |_| machine.guest_log().contains("attempt: 2"));
+    machine.wait_for_log("web", "attempt: 2");
     machine.wait_for_guest("web", "its disk", |guest| guest.disks[0].mode == DeviceMode::Passive);
     assert_eq!(machine.wait_live(1).failures, 0);
     machine.stop();
@@ -320,7 +321,7 @@ fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
     let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
     thread::scope(|scope| {
         let answer = scope.spawn(|| machine.ask(&resize(0, Some(8192))).unwrap());
-        machine.wait_for("the question", |_| machine.guest_log().contains("Resize"));
+        machine.wait_for_log("web", "Resize");
         kill(before.unwrap());
         let answer = answer.join().unwrap();
         assert!(matches!(&answer, Response::Error { what } if what.contains("the guest has ended")), "{answer:?}");

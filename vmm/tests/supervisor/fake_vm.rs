@@ -383,10 +383,10 @@ fn nic_says(say: &dyn Fn(FromAgent), told: impl Fn(&str) -> bool, has_link: bool
     let mac = Mac([2, 0, 0, 0, 0, 1]);
     say(FromAgent::Nic { driver: "fake".into(), interface: "eth0".into(), mac, mtu: 1500, uptime_ms: 2 });
     say(FromAgent::Forwarding { uptime_ms: 3 });
-    say(FromAgent::Carrier { up: has_link && !told("no-carrier"), uptime_ms: 4 });
+    say(FromAgent::Carrier { up: has_link && !told("no-carrier"), mode: None, uptime_ms: 4 });
     if told("carrier-lost") {
         thread::sleep(Duration::from_millis(200));
-        say(FromAgent::Carrier { up: false, uptime_ms: 5 });
+        say(FromAgent::Carrier { up: false, mode: None, uptime_ms: 5 });
     }
 }
 

@@ -172,7 +172,8 @@ fn a_guest_that_accuses_a_shared_driver_vm_loses_its_own_end() {
     let heard = machine.log_of("db");
     // Connected again after each accusation, later and later, and at last left alone.
     machine.wait_for_event("is left alone until", 1);
-    assert!(machine.guest_log().contains("attempt: 3") && machine.guest_log().contains("Quarantine"));
+    machine.wait_for_log("web", "attempt: 3");
+    machine.wait_for_log("web", "Quarantine");
     assert_undisturbed(&machine, &before, &heard);
     machine.stop();
 }

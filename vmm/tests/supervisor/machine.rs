@@ -399,6 +399,15 @@ impl TestMachine {
         fs::read_to_string(self.dir.path().join(format!("{guest}.log"))).unwrap_or_default()
     }
 
+    /// Waits until the process of this guest was told so: it reads what it is told a moment after it was sent.
+    pub fn wait_for_log(&self, guest: &str, text: &str) {
+        let until = Instant::now() + PATIENCE;
+        while !self.log_of(guest).contains(text) {
+            assert!(Instant::now() < until, "{guest} was not told {text:?}: {}", self.log_of(guest));
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// All events so far, a line each. Of a machine that runs, what it says itself: files are written beside, a moment later.
     pub fn events_text(&self) -> String {
         self.told().unwrap_or_else(|| fs::read_to_string(self.dir.path().join("events")).unwrap_or_default())
