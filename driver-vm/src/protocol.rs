@@ -320,6 +320,16 @@ pub struct MemoryRange {
     pub length: u64,
 }
 
+/// Speed and duplex of a link (virtio 1.2, section 5.1.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkMode {
+    /// Mb/s, below 2^31.
+    pub speed: u32,
+    /// Both ways at once.
+    pub full_duplex: bool,
+}
+
 /// Agent to host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
@@ -407,6 +417,9 @@ pub enum FromAgent {
     Carrier {
         /// Link up.
         up: bool,
+        /// What the link has come up as, where the NIC's driver knows.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<LinkMode>,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
     },

@@ -71,6 +71,9 @@ fn boot_and_take_over(place: &mut Place, spec: &MachineSpec) {
     let mut machine = Machine::start(place, spec).or_tell();
     guest_reaches_peer(place);
     let before = carrier_changes(place);
+    // Whichever was up first, guest or driver VM.
+    let mode = place.in_guest("web", "cat /sys/class/net/eth0/speed /sys/class/net/eth0/duplex", STEP).or_tell();
+    assert_eq!(mode, "100\nfull\n", "the rtl8139's, in the guest");
 
     say("a standby that is killed is replaced");
     assert_eq!(ready(&mut machine), 2);

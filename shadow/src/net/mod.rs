@@ -165,14 +165,15 @@ pub struct NetShadow {
 }
 
 impl NetShadow {
-    /// A device with this address and MTU; masking, link up.
+    /// A device with this address and MTU; masking, and link down until its first NIC has a carrier: a driver asks for speed and
+    /// duplex when it sees the link come up.
     pub fn new(mac: Mac, mtu: u16) -> Self {
         Self {
             mode: Mode::Masking,
             log: TransmitLog::default(),
             barred: None,
             unserved: None,
-            link_up: true,
+            link_up: false,
             next_carrier: None,
             heard: None,
             pacing: Pacing::default(),

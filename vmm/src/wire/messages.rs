@@ -6,7 +6,7 @@
 //! Times are `CLOCK_MONOTONIC` in nanoseconds, which all processes of a host share.
 
 use serde::{Deserialize, Serialize};
-use umbra_driver_vm::protocol::{Mac, MemoryRange, Offloads, RxMode};
+use umbra_driver_vm::protocol::{LinkMode, Mac, MemoryRange, Offloads, RxMode};
 use umbra_shadow::block;
 pub use umbra_shadow::net::{MaskedCounts, ModeName as ShadowMode};
 use umbra_shadow::{DeviceId, Generation, LinkId};
@@ -100,6 +100,8 @@ pub enum ToVm {
         generation: Generation,
         /// Link up.
         up: bool,
+        /// As what the NIC's link has come up, where it is known.
+        mode: Option<LinkMode>,
     },
     /// Guest: there will be no further driver VM for now; show link down, or be a dead card.
     Quarantine {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use nix::errno::Errno;
-use umbra_driver_vm::protocol::Mac;
+use umbra_driver_vm::protocol::{LinkMode, Mac};
 
 use crate::netlink::{Message, Netlink, NetlinkError, Request, attributes};
 
@@ -155,6 +155,25 @@ pub fn pci_driver(name: &str) -> Option<String> {
     target("driver").filter(|_| target("subsystem").as_deref() == Some("pci"))
 }
 
+/// As what the link of an interface has come up, if its driver says.
+pub fn link_mode(name: &str) -> Option<LinkMode> {
+    let folder = Path::new("/sys/class/net").join(name);
+    let read = |file: &str| fs::read_to_string(folder.join(file)).ok();
+    link_mode_of(&read("speed")?, &read("duplex")?)
+}
+
+/// Of the texts of `speed` and `duplex` (sysfs-class-net).
+fn link_mode_of(speed: &str, duplex: &str) -> Option<LinkMode> {
+    // -1: unknown.
+    let speed = speed.trim().parse::<i32>().ok().and_then(|speed| u32::try_from(speed).ok())?;
+    let full_duplex = match duplex.trim() {
+        "full" => true,
+        "half" => false,
+        _ => return None,
+    };
+    (speed > 0).then_some(LinkMode { speed, full_duplex })
+}
+
 /// `struct ifinfomsg`.
 fn ifinfo(index: Index, flags: u32, mask: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
@@ -198,5 +217,16 @@ mod tests {
         let loopback = found.iter().find(|interface| interface.name == "lo").unwrap();
         assert_eq!(by_index(&mut netlink, loopback.index).unwrap().name, "lo");
         assert_eq!(pci_driver("lo"), None);
+        assert_eq!(link_mode("lo"), None);
+    }
+
+    #[test]
+    fn speed_and_duplex_are_what_the_driver_says_or_nothing() {
+        assert_eq!(link_mode_of("1000\n", "full\n"), Some(LinkMode { speed: 1000, full_duplex: true }));
+        assert_eq!(link_mode_of("10\n", "half\n"), Some(LinkMode { speed: 10, full_duplex: false }));
+        for (speed, duplex) in [("-1", "full"), ("0", "full"), ("100", "unknown"), ("", "full"), ("9999999999", "full")]
+        {
+            assert_eq!(link_mode_of(speed, duplex), None, "{speed} {duplex}");
+        }
     }
 }

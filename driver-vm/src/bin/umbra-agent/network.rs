@@ -14,7 +14,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use umbra_driver_vm::protocol::{Mac, NetEnd, NetPlan, Offloads, RxMode};
+use umbra_driver_vm::protocol::{LinkMode, Mac, NetEnd, NetPlan, Offloads, RxMode};
 
 use crate::calls::Calls;
 use crate::ethtool::Features;
@@ -216,6 +216,11 @@ impl Network {
     pub fn carrier(&self, netlink: &mut Netlink) -> anyhow::Result<bool> {
         let nic = interface::by_index(netlink, self.nic.index);
         Ok(nic.with_context(|| format!("the NIC {} is gone", self.nic.name))?.carrier)
+    }
+
+    /// As what that link has come up. To be asked as [`Self::check_queues`] is: it waits for the lock of the network stack.
+    pub fn link_mode(&self) -> Option<LinkMode> {
+        interface::link_mode(&self.nic.name)
     }
 
     /// Has the kernel act at once on an end that has lost its link: it waits for up to a second otherwise, and keeps what comes for

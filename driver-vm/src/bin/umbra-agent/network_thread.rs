@@ -310,11 +310,8 @@ impl<'a> Worker<'a> {
 
     fn forwarding(&mut self, network: Network) -> anyhow::Result<()> {
         let carrier = network.carrier(&mut self.requests)?;
-        let uptime_ms = system::uptime_ms();
-        self.reporter.report(Report::Say(vec![
-            FromAgent::Forwarding { uptime_ms },
-            FromAgent::Carrier { up: carrier, uptime_ms },
-        ]));
+        let news = carrier_news(&self.calls, &network, carrier);
+        self.reporter.report(Report::Say(vec![FromAgent::Forwarding { uptime_ms: system::uptime_ms() }, news]));
         self.state = State::Forwarding { network, carrier };
         kernel_log::info("forwarding");
         Ok(())
@@ -325,7 +322,7 @@ impl<'a> Worker<'a> {
             let up = network.carrier(&mut self.requests)?;
             if up != *carrier {
                 *carrier = up;
-                self.reporter.say(FromAgent::Carrier { up, uptime_ms: system::uptime_ms() });
+                self.reporter.say(carrier_news(&self.calls, network, up));
             }
         }
         Ok(())
@@ -350,4 +347,9 @@ impl<'a> Worker<'a> {
         }
         Ok(())
     }
+}
+/// What is said of a carrier that has come or gone.
+fn carrier_news(calls: &Calls, network: &Network, up: bool) -> FromAgent {
+    let mode = if up { calls.make(|| network.link_mode()) } else { None };
+    FromAgent::Carrier { up, mode, uptime_ms: system::uptime_ms() }
 }

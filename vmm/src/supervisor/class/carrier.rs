@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+use umbra_driver_vm::protocol::LinkMode;
+use umbra_shadow::Generation;
+
 use super::traits;
 use crate::base::time::Time;
 use crate::lifecycle::{Carrier, Input, NoticedBy, State};
@@ -41,13 +44,14 @@ impl Flaps {
 }
 
 impl Supervisor {
-    pub(in crate::supervisor) fn on_carrier(&mut self, n: DriverId, carrier: Carrier) {
+    pub(in crate::supervisor) fn on_carrier(&mut self, n: DriverId, carrier: Carrier, mode: Option<LinkMode>) {
         let (up, now) = (carrier == Carrier::Up, Time::now());
         let driver = &mut self.drivers[n];
         if driver.lifecycle.carrier() == carrier {
             return;
         }
         let Some(life) = &mut driver.life else { return };
+        life.link_mode = mode;
         if life.flaps.count(now) {
             return self.fail_driver(n, NoticedBy::ControlStream, FLOOD.into(), now);
         }
@@ -59,21 +63,28 @@ impl Supervisor {
             self.stage(n, LifeStage::Carrier, now, String::new());
         }
         if live || going {
-            self.tell_carrier(n, carrier);
+            self.tell_carriers(n);
         }
         if live {
             self.events.tell(&Event::Carrier { driver: self.drivers[n].name.clone(), up });
         }
     }
 
-    fn tell_carrier(&mut self, n: DriverId, carrier: Carrier) {
+    fn tell_carriers(&mut self, n: DriverId) {
         let Some(generation) = self.drivers[n].lifecycle.generation() else { return };
-        let up = carrier == Carrier::Up;
-        for EndRef { guest, device } in self.drivers[n].ends.rows() {
-            if traits(device.class).has_carrier {
-                self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
+        for end in self.drivers[n].ends.rows() {
+            if traits(end.device.class).has_carrier {
+                self.tell_carrier(n, end, generation);
             }
         }
+    }
+
+    /// Tells the guest at `end` of the carrier, and of its mode.
+    pub(super) fn tell_carrier(&mut self, n: DriverId, EndRef { guest, device }: EndRef, generation: Generation) {
+        let driver = &self.drivers[n];
+        let up = driver.lifecycle.carrier() == Carrier::Up;
+        let mode = driver.life.as_ref().and_then(|life| life.link_mode);
+        self.tell_guest(guest, &ToVm::Carrier { device, generation, up, mode });
     }
 }
 

@@ -9,7 +9,7 @@ use super::settings::Setting;
 use super::{OfClass, Traits};
 use crate::base::time::Time;
 use crate::config::{Driver, MemorySize, Net};
-use crate::lifecycle::{Carrier, Endpoint, Input};
+use crate::lifecycle::{Endpoint, Input};
 use crate::record::status;
 use crate::supervisor::driver::EndRef;
 use crate::supervisor::guest::GuestVm;
@@ -138,9 +138,9 @@ impl Supervisor {
     pub(super) fn net_goes_live(&mut self, n: DriverId, end: Endpoint, (generation, replay): (Generation, Replay)) {
         let driver = &self.drivers[n];
         let EndRef { guest, device } = driver.ends[end];
-        let (announce, up) = (driver.has_moved(), driver.lifecycle.carrier() == Carrier::Up);
+        let announce = driver.has_moved();
         // First, so that the guest sees no link that comes and goes.
-        self.tell_guest(guest, &ToVm::Carrier { device, generation, up });
+        self.tell_carrier(n, EndRef { guest, device }, generation);
         self.tell_guest(guest, &ToVm::GoLive { device, generation, replay, announce });
     }
 

@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 
 use nix::poll::PollFlags;
-use umbra_driver_vm::protocol::{DevicePlace, FromAgent, MAX_LINE, ToAgent};
+use umbra_driver_vm::protocol::{DevicePlace, FromAgent, LinkMode, MAX_LINE, ToAgent};
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 use umbra_splitter::untrusted;
@@ -139,6 +139,8 @@ pub(in crate::supervisor) struct Life {
     pub(in crate::supervisor) settings: Settings,
     /// Recent changes of its carrier: too many are a failure.
     pub(in crate::supervisor) flaps: Flaps,
+    /// As what its NIC's link has come up.
+    pub(in crate::supervisor) link_mode: Option<LinkMode>,
 }
 
 impl Life {
@@ -166,6 +168,7 @@ impl Life {
             leaves_snapshot: false,
             settings: Settings::default(),
             flaps: Flaps::default(),
+            link_mode: None,
         }
     }
 

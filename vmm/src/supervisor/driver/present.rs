@@ -151,7 +151,9 @@ impl Supervisor {
                 self.stage(n, LifeStage::Forwarding, now, String::new());
                 self.drive(n, Input::Forwarding);
             }
-            FromAgent::Carrier { up, .. } => self.on_carrier(n, if up { Carrier::Up } else { Carrier::Down }),
+            FromAgent::Carrier { up, mode, .. } => {
+                self.on_carrier(n, if up { Carrier::Up } else { Carrier::Down }, mode)
+            }
             FromAgent::Heartbeat { available_memory, .. } => {
                 self.drivers[n].available_memory = Some(available_memory);
                 self.drive(n, Input::Heartbeat);

@@ -237,7 +237,8 @@ impl Supervisor {
                 standby.kernel_driver = Some(bounds::text(&name));
             }
             FromAgent::Forwarding { .. } => self.drive(n, Input::SpareForwarding),
-            FromAgent::Carrier { up, .. } => {
+            FromAgent::Carrier { up, mode, .. } => {
+                standby.life.link_mode = mode;
                 if standby.life.flaps.count(Time::now()) {
                     return Some(crate::supervisor::class::carrier::FLOOD.into());
                 }

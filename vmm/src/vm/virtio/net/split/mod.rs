@@ -12,7 +12,7 @@ use std::time::Instant;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
-use umbra_driver_vm::protocol::{Mac, Offloads, RxMode};
+use umbra_driver_vm::protocol::{LinkMode, Mac, Offloads, RxMode};
 use umbra_shadow::net::pacing;
 use umbra_shadow::net::rx_mode::RxFilter;
 use umbra_shadow::{DeviceId, Generation, LinkId};
@@ -42,6 +42,11 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
 
+/// `speed` and `duplex` in the configuration (virtio 1.2, section 5.1.4): half is 0, full 1.
+const SPEED_UNKNOWN: u32 = u32::MAX;
+const SPEED_MAX: u32 = i32::MAX.cast_unsigned();
+const DUPLEX_UNKNOWN: u8 = 0xFF;
+
 /// The eventfd of configuration changes, shared with the splitter's listener.
 type ConfigCall = Arc<Mutex<Option<EventFd>>>;
 
@@ -50,6 +55,8 @@ pub struct SplitNet {
     device: DeviceId,
     splitter: NetSplitter,
     config_call: ConfigCall,
+    /// As what the NIC's link has come up.
+    mode: Option<LinkMode>,
     /// Kicks that the event loop watches.
     watched: Vec<(RawFd, Kicker)>,
     /// Runs while frames wait for the driver VM.
@@ -82,7 +89,8 @@ impl SplitNet {
         let (looks, steps) = (timer()?, timer()?);
         let pace = OutageTrace::new().map_err(failed)?;
         let (looking, stepping) = (false, false);
-        Ok(Self { device, splitter, config_call, watched: Vec::new(), looks, looking, steps, stepping, pace, outbox })
+        let (mode, watched) = (None, Vec::new());
+        Ok(Self { device, splitter, config_call, mode, watched, looks, looking, steps, stepping, pace, outbox })
     }
 
     /// The device shares its NIC with those that have these addresses; it may use no such address, unless it may use any.
@@ -121,21 +129,27 @@ impl SplitNet {
     }
 
     /// [`ToVm::Carrier`].
-    fn carrier(&mut self, generation: Generation, up: bool) {
+    fn carrier(&mut self, generation: Generation, up: bool, mode: Option<LinkMode>) {
+        // First: Linux reads it when it sees a link come up. What it was stays where the next NIC does not know.
+        self.mode = mode.or(self.mode);
         self.splitter.carrier(generation, up);
         self.note_pace();
         self.look_if_needed();
     }
 
-    fn config(&self) -> [u8; 12] {
+    fn config(&self) -> [u8; 17] {
         let shadow = self.splitter.shadow();
-        let mut config = [0; 12];
+        let mut config = [0; 17];
         config[..6].copy_from_slice(&shadow.filter().mac());
         let status = if shadow.link_up() { LINK_UP } else { 0 };
         config[6..8].copy_from_slice(&status.to_le_bytes());
         // max_virtqueue_pairs, meaningful only with VIRTIO_NET_F_MQ.
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
-        config[10..].copy_from_slice(&shadow.mtu().to_le_bytes());
+        config[10..12].copy_from_slice(&shadow.mtu().to_le_bytes());
+        let unknown = (SPEED_UNKNOWN, DUPLEX_UNKNOWN);
+        let (speed, duplex) = self.mode.map_or(unknown, |mode| (mode.speed.min(SPEED_MAX), u8::from(mode.full_duplex)));
+        config[12..16].copy_from_slice(&speed.to_le_bytes());
+        config[16] = duplex;
         config
     }
 
@@ -308,7 +322,7 @@ impl Shadowed for SplitNet {
         match *message {
             ToVm::GoLive { generation, replay, announce, .. } => self.go_live(generation, replay, announce),
             ToVm::Arm { generation, armed, .. } => self.arm(generation, armed),
-            ToVm::Carrier { generation, up, .. } => self.carrier(generation, up),
+            ToVm::Carrier { generation, up, mode, .. } => self.carrier(generation, up, mode),
             _ => tracing::error!(?message, "an order that a network device does not know"),
         }
     }

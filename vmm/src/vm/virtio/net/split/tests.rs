@@ -133,10 +133,14 @@ impl DriverVm {
 
 fn go_live(guest: &mut Guest, generation: Generation) -> MaskedCounts {
     guest.device().go_live(generation, Replay::Everything, false);
-    guest.wait(|message| match message {
+    let masked = guest.wait(|message| match message {
         FromVm::Live { generation: g, outage: OutageCounts::Net(masked), .. } => (g == generation).then_some(masked),
         _ => None,
-    })
+    });
+    if generation == Generation::FIRST {
+        assert_eq!(guest.config_call.read().ok(), Some(1), "the guest saw no link come up");
+    }
+    masked
 }
 
 #[test]
@@ -183,6 +187,25 @@ fn frames_reach_the_guest_with_an_interrupt() {
     vm.queues[1].kick();
     guest.events.run();
     assert_eq!(guest.queues[0].used(), [(1, 72)]);
+}
+
+#[test]
+fn speed_and_duplex_are_there_before_the_link_is_up_and_stay_where_the_next_nic_does_not_know() {
+    let mut guest = Guest::new();
+    let read = |guest: &Guest| {
+        let mut bytes = [0; 5];
+        guest.device().config_read(12, &mut bytes);
+        bytes
+    };
+    assert_eq!(read(&guest), [0xFF; 5], "unknown");
+    let _vm = DriverVm::attach(&mut guest, Generation::FIRST);
+    let gigabit = LinkMode { speed: 1000, full_duplex: true };
+    guest.device().carrier(Generation::FIRST, true, Some(gigabit));
+    assert_eq!(read(&guest), [0xE8, 3, 0, 0, 1]);
+    guest.device().carrier(Generation::FIRST, false, None);
+    assert_eq!(read(&guest), [0xE8, 3, 0, 0, 1]);
+    guest.device().carrier(Generation::FIRST, true, Some(LinkMode { speed: u32::MAX, full_duplex: false }));
+    assert_eq!(read(&guest), [0xFF, 0xFF, 0xFF, 0x7F, 0], "as large as may be");
 }
 
 #[test]
@@ -324,10 +347,10 @@ fn the_log_waits_for_the_carrier_and_the_guest_is_told_that_there_is_none() {
     let mut guest = Guest::new();
     (0..20).for_each(|n| guest.send(&[n; 100]));
     let mut vm = DriverVm::attach(&mut guest, Generation::FIRST);
-    guest.device().carrier(Generation::FIRST, false);
+    guest.device().carrier(Generation::FIRST, false, None);
     guest.device().go_live(Generation::FIRST, Replay::Everything, false);
     guest.send(&[20; 100]);
-    assert_eq!((guest.status(), guest.config_call.read().ok()), ([0, 0], Some(1)));
+    assert_eq!((guest.status(), guest.config_call.read().ok()), ([0, 0], None), "down, as it was");
     let FromVm::Status { status: DeviceStatus::Net { mode, logged_now, masked, .. }, .. } = guest.device().status()
     else {
         panic!("no status")
@@ -335,7 +358,7 @@ fn the_log_waits_for_the_carrier_and_the_guest_is_told_that_there_is_none() {
     assert_eq!((mode, logged_now, masked.replayed), (ShadowMode::WaitingCarrier, 21, 0));
     assert!(vm.received().is_empty() && !guest.device().stepping);
 
-    guest.device().carrier(Generation::FIRST, true);
+    guest.device().carrier(Generation::FIRST, true, None);
     assert_eq!((guest.status(), guest.config_call.read().ok()), ([1, 0], Some(1)));
     assert_eq!(vm.received().len(), 4);
     // Nothing comes in: the timer goes on with the rest, and is stopped.
