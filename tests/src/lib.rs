@@ -10,6 +10,7 @@ pub mod bench;
 pub mod cli;
 pub mod demo;
 pub mod disks;
+pub mod hostile;
 pub mod lossy_disk;
 pub mod measure;
 pub mod peer;

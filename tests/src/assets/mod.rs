@@ -4,10 +4,10 @@
 //! Says what it installs before it does so.
 
 mod apt;
+mod changed;
 mod emulator;
 mod initramfs;
 mod programs;
-mod slow;
 mod song;
 mod sound;
 
@@ -302,7 +302,17 @@ impl Assets {
     pub fn slow_image(&self, image: &Path, seconds: u32) -> Result<PathBuf, AssetError> {
         let name = image.file_name().unwrap_or_default().to_string_lossy();
         let dir = self.out.join("images").join(format!("{name}-after-{seconds}-s"));
-        slow::make(image, &self.programs.join("umbra-agent"), &dir, seconds)
+        changed::slow(image, &self.programs.join("umbra-agent"), &dir, seconds)
+    }
+
+    /// A copy of the driver VM image `image` that attacks as the campaign `seed` has it ([`crate::hostile`]).
+    ///
+    /// # Errors
+    /// As [`Self::slow_image`].
+    pub fn hostile_image(&self, image: &Path, seed: u64) -> Result<PathBuf, AssetError> {
+        let name = image.file_name().unwrap_or_default().to_string_lossy();
+        let dir = self.out.join("images").join(format!("{name}-hostile"));
+        changed::hostile(image, (&self.programs.join("umbra-agent"), &self.probe()), &dir, seed)
     }
 
     /// QEMU 7's emulation now and then trips over code that the test host's kernel patches while two CPUs run.

@@ -21,7 +21,7 @@ const USAGE: &str =
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
        | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
-       | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS";
+       | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED";
 
 /// Longest time until a port appears.
 const PORT: Duration = Duration::from_secs(10);
@@ -73,6 +73,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             let load = io::Load { writes: access == "write", bytes: bytes.parse()?, depth: depth.parse()? };
             print(&io::run(Path::new(disk), load, seconds(length)?)?)?;
         }
+        ["hostile", seed] => umbra_tests::hostile::vm::main(seed.parse()?)?,
         ["hold-vcpu"] => match idle_vcpu::hold()? {},
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {

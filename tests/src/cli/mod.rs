@@ -6,6 +6,7 @@
 mod compare;
 mod demo;
 mod disks;
+mod hostile;
 mod measure;
 mod measure_disk;
 mod outages;
@@ -56,6 +57,8 @@ enum Command {
     Sound(sound::Args),
     /// Load network and sound fully with nothing failing; every failure that Umbra sees is a false alarm.
     Soak(soak::Args),
+    /// Have a driver VM attack, life after life, beside a guest that must not notice; a table of what stopped it and JSON.
+    Hostile(hostile::Args),
     /// Run the test suite and close with the attempts that scenarios needed.
     Suite(suite::Args),
     /// Judge what a sound card played: pieces of the source, silences, samples lost and doubled, clicks.
@@ -83,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Rebirth(args) => rebirth::run(&args),
         Command::Sound(args) => sound::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Hostile(args) => hostile::run(&args),
         Command::Suite(args) => suite::run(&args),
         Command::Wav(args) => wav::run(&args),
         Command::Shell(args) => run::shell(args),

@@ -30,6 +30,8 @@ const MACHINE: &str = "machine";
 
 /// Names of the driver VMs.
 pub const NIC_DRIVER: &str = "nic0";
+/// That of a second NIC ([`SecondNic`]).
+pub const SECOND_DRIVER: &str = "nic1";
 /// That of the sound card.
 pub const SOUND_DRIVER: &str = "snd0";
 /// That of the disk controller.
@@ -61,6 +63,17 @@ pub struct SoundCard {
     pub policy: String,
 }
 
+/// A second NIC behind a driver VM of its own, `nic1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecondNic {
+    /// Its PCI address in the place.
+    pub device: String,
+    /// Folder name of the driver VM image in the share.
+    pub image: String,
+    /// The guest that has this NIC in place of the first.
+    pub guest: String,
+}
+
 /// A disk controller behind a driver VM `disk0`; every guest has its disk, behind those that are files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskController {
@@ -83,6 +96,8 @@ pub struct MachineSpec {
     pub device: String,
     /// A second NIC on the same network, the spare.
     pub spare: Option<String>,
+    /// Another NIC, of one of the guests.
+    pub second: Option<SecondNic>,
     /// Folder name of the driver VM image in the share.
     pub image: String,
     /// Guests: name and address with prefix length; `dhcp` asks for one.
@@ -129,6 +144,7 @@ impl MachineSpec {
             program: "umbra".into(),
             device: device.into(),
             spare: None,
+            second: None,
             image: image.into(),
             guests: vec![("web".into(), address.into())],
             attach: Attach::DriverVm,
@@ -156,7 +172,7 @@ impl MachineSpec {
         let mut text = String::new();
         for (n, (name, address)) in self.guests.iter().enumerate() {
             let nic = match self.attach {
-                Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"nic0\"\n"),
+                Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"{}\"\n", self.nic_driver_of(name)),
                 Attach::Passthrough => format!("passthrough = [\"{}\"]\n", self.device),
                 Attach::Without => String::new(),
             };
@@ -184,9 +200,10 @@ impl MachineSpec {
             ));
         }
         for driver in self.drivers() {
-            let (device, image, memory) = match (&self.sound, &self.controller, driver) {
-                (Some(card), _, SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
-                (_, Some(controller), DISK_DRIVER) => (&controller.device, &controller.image, DISK_MEMORY),
+            let (device, image, memory) = match (&self.sound, &self.controller, &self.second, driver) {
+                (Some(card), _, _, SOUND_DRIVER) => (&card.device, &card.image, SOUND_MEMORY),
+                (_, Some(controller), _, DISK_DRIVER) => (&controller.device, &controller.image, DISK_MEMORY),
+                (_, _, Some(nic), SECOND_DRIVER) => (&nic.device, &nic.image, self.driver_memory.as_str()),
                 _ => (&self.device, &self.image, self.driver_memory.as_str()),
             };
             let spare = self.spare.as_ref().filter(|_| driver == NIC_DRIVER);
@@ -211,9 +228,15 @@ impl MachineSpec {
     /// Names of the driver VMs.
     pub fn drivers(&self) -> Vec<&'static str> {
         let nic = (self.attach == Attach::DriverVm).then_some(NIC_DRIVER);
+        let second = self.second.as_ref().map(|_| SECOND_DRIVER);
         let sound = self.sound.as_ref().map(|_| SOUND_DRIVER);
         let controller = self.controller.as_ref().map(|_| DISK_DRIVER);
-        nic.into_iter().chain(sound).chain(controller).collect()
+        nic.into_iter().chain(second).chain(sound).chain(controller).collect()
+    }
+
+    /// The driver VM of this guest's NIC.
+    fn nic_driver_of(&self, guest: &str) -> &'static str {
+        if self.second.as_ref().is_some_and(|nic| nic.guest == guest) { SECOND_DRIVER } else { NIC_DRIVER }
     }
 
     /// Files of the share that are read again and again.
@@ -221,6 +244,7 @@ impl MachineSpec {
         let nic = (self.attach == Attach::DriverVm).then_some(self.image.as_str());
         let sound = self.archives.iter().chain(self.sound.iter().map(|card| &card.image)).map(String::as_str);
         let controller = self.controller.iter().map(|controller| controller.image.as_str());
+        let nic = nic.into_iter().chain(self.second.iter().map(|nic| nic.image.as_str()));
         ["vmlinux", "guest.cpio"].into_iter().chain(nic).chain(sound).chain(controller).collect()
     }
 }
