@@ -74,7 +74,7 @@ impl HostileResult {
             format!("\n{:<20}{:>6}  {:<18}{}\n", "attack", "lives", "stopped by", "in the words of the first");
         for (attack, outcomes) in &self.attacks {
             for (by, outcome) in outcomes {
-                let reason: String = outcome.reason.chars().flat_map(char::escape_debug).take(SHOWN).collect();
+                let reason: String = outcome.reason.chars().map(shown).take(SHOWN).collect();
                 text.push_str(&format!("{:<20}{:>6}  {by:<18}{reason}\n", name(*attack), outcome.lives));
             }
         }
@@ -97,6 +97,11 @@ impl HostileResult {
         }
         text
     }
+}
+
+/// What stands for a character in the table: the words are an attacker's.
+fn shown(character: char) -> char {
+    if character.is_ascii_graphic() || character == ' ' { character } else { '?' }
 }
 
 fn name(attack: Attack) -> String {

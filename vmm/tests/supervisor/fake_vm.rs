@@ -287,7 +287,8 @@ fn driver(spec: &VmSpec, channel: Channel) {
             }
         });
         let control = Arc::clone(&channel);
-        thread::spawn(move || obey(&control));
+        let stays = told("stays");
+        thread::spawn(move || obey(&control, stays));
     };
     if spec.awaits_device {
         say(FromAgent::Loaded { uptime_ms: 2 });
@@ -509,11 +510,12 @@ fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> b
     false
 }
 
-/// The supervisor's messages to the process.
-fn obey(control: &Channel) {
+/// The supervisor's messages to the process; one that `stays` says that it has given its device up, and does not end.
+fn obey(control: &Channel, stays: bool) {
     let mut connections = Vec::new();
     while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
+            ToVm::Kill if stays => {}
             ToVm::Kill => {
                 let registers = "rip 0000".into();
                 let _ = control.send(&FromVm::Ended { at: Time::now().0, how: VmEnd::Killed, registers }, &[]);

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
@@ -24,6 +25,10 @@ pub const ALL: &[Case] = &[
         a_guest_that_brings_warnings_about_without_end_fills_no_log,
     ),
     ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
+    (
+        "a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed",
+        a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed,
+    ),
     (
         "a_process_that_its_confinement_ends_is_a_failure_of_that_kind",
         a_process_that_its_confinement_ends_is_a_failure_of_that_kind,
@@ -67,6 +72,18 @@ fn a_guest_that_sends_descriptors_is_killed() {
     let mut machine = start("descriptors", "", "");
     let error = machine.wait().unwrap_err().to_string();
     assert!(error.starts_with("web: its process broke a rule") && error.contains("20 file descriptors"), "{error}");
+}
+
+fn a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed() {
+    let machine = start("", "stays=1", "");
+    let process = format!("/proc/{}", machine.wait_live(1).pid.unwrap());
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    // Its report is complete when its process has ended.
+    let report = machine.report(1);
+    assert!(report["exit"].as_str().unwrap().contains("signal 9"), "{report}");
+    assert!(!fs::exists(&process).unwrap(), "{report}");
+    machine.stop();
 }
 
 fn an_agent_that_talks_without_end_is_replaced() {

@@ -72,9 +72,10 @@ fn say(what: &str) {
     }
 }
 
-/// Resets this VM.
+/// Resets this VM at once: its kernel stops no device before, so that the host sees a reset and nothing else.
 fn restart() -> ! {
     thread::sleep(LAST_WORD);
+    let _ = fs::write("/proc/sysrq-trigger", "b");
     let Err(_) = reboot(RebootMode::RB_AUTOBOOT);
     std::process::abort()
 }
