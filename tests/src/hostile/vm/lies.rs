@@ -2,11 +2,12 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use umbra_driver_vm::protocol::MAX_LINE;
 
-use super::relay::Shared;
+use super::relay::{GIVES_UP, Shared};
 use crate::hostile::plan::{Attack, Plan, index};
 use crate::random::Random;
 
@@ -181,11 +182,13 @@ fn noise(random: &mut Random, length: usize) -> Vec<u8> {
 /// Panics that are none, escape sequences, noise, and lines without end.
 fn console(random: &mut Random) {
     let Ok(mut console) = OpenOptions::new().write(true).open("/dev/console") else { return };
-    for _ in 0..SOME {
+    // A serial line takes its time for each byte.
+    let begin = Instant::now();
+    while begin.elapsed() < GIVES_UP {
         let what = match random.below(5) {
-            0 => text(random, 4000).into_bytes(),
-            1 => noise(random, 4096),
-            2 => vec![b'#'; 1 << 15],
+            0 => text(random, 1000).into_bytes(),
+            1 => noise(random, 1024),
+            2 => vec![b'#'; 4096],
             3 => b"[    1.000000] Kernel panic - not syncin".to_vec(),
             _ => b"umbra: the guest has failed\nirq 16: nobody care\n".to_vec(),
         };
