@@ -149,7 +149,10 @@ impl TapNet {
         if wake == Wake::Device(TAG_AGAIN) {
             // Empty already is fine. Left full it would wake the loop without end.
             let _ = self.again.read();
-            self.take_interface(ops);
+            if self.take_interface(ops) && !self.broken {
+                // The guest's buffers are from before: it announces none for the new interface.
+                return self.serve(Wake::Started(RECEIVE), ops);
+            }
         }
         if wake == Wake::Device(TAG_LOOK) {
             let _ = self.look.wait();
@@ -202,7 +205,8 @@ impl TapNet {
         let _ = self.again.write(1);
     }
 
-    fn take_interface(&mut self, ops: &mut EventOps) {
+    /// Looks at the supervisor's answer; true if the interface is there again, and nothing has come from it yet.
+    fn take_interface(&mut self, ops: &mut EventOps) -> bool {
         match self.answer.take().filter(|_| self.gone) {
             Some(Ok(file)) => {
                 self.watch(false, ops);
@@ -211,6 +215,9 @@ impl TapNet {
                 let _ = self.look.unset();
                 self.set_offloads(self.accepted);
                 self.tell_link("is there again".into());
+                // What else was left for this turn is done in the next one.
+                let _ = self.again.write(1);
+                return true;
             }
             Some(Err(why)) if self.refused != why => {
                 self.refused.clone_from(&why);
@@ -218,6 +225,7 @@ impl TapNet {
             }
             Some(Err(_)) | None => {}
         }
+        false
     }
 
     /// Shows guest and supervisor what has become of the link.

@@ -253,6 +253,22 @@ fn bad_buffers_are_given_back_and_a_bad_ring_asks_for_a_reset() {
     assert!(!device.needs_reset());
 }
 
+/// The host sends a frame by this interface.
+fn send_from_host(interface: &str) {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    use std::os::fd::AsRawFd;
+
+    let name = std::ffi::CString::new(interface).unwrap();
+    let raw = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    // SAFETY: all-zero is a valid sockaddr_ll, a C struct of integers and an array; the name ends with a zero and lives through the call.
+    let (mut to, index): (libc::sockaddr_ll, _) = unsafe { (std::mem::zeroed(), libc::if_nametoindex(name.as_ptr())) };
+    (to.sll_family, to.sll_ifindex) = (u16::try_from(libc::AF_PACKET).unwrap(), i32::try_from(index).unwrap());
+    let (frame, size) = ([0xff_u8; 60], u32::try_from(size_of_val(&to)).unwrap());
+    // SAFETY: frame and address live through the call, with the lengths that it is given.
+    let sent = unsafe { libc::sendto(raw.as_raw_fd(), frame.as_ptr().cast(), 60, 0, (&raw const to).cast(), size) };
+    assert_eq!(sent, 60, "{}", std::io::Error::last_os_error());
+}
+
 #[test]
 fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
     const NAME: &str = "umbra-t5";
@@ -331,6 +347,11 @@ fn an_interface_that_is_removed_is_a_cable_pulled_until_it_is_there_again() {
             events.run();
             assert!(link_is_up(&device) && changed.read().is_ok());
             assert!(matches!(told(&news), FromVm::Tap { there: true, .. }));
+            // The guest has had its buffers ready all the time.
+            queues[0].used();
+            send_from_host(NAME);
+            events.run();
+            assert!(!queues[0].used().is_empty(), "what the host sends by the new interface does not reach the guest");
         }
     });
 }
