@@ -25,7 +25,7 @@ pub enum MemorySizeError {
     #[error("{0:?} is more memory than can be addressed")]
     TooLarge(String),
     /// Not a whole number of pages.
-    #[error("{0} bytes is no multiple of 4 KiB")]
+    #[error("{0} bytes is no multiple of 4 KiB; with a unit it is text, as \"512M\"")]
     NotWholePages(u64),
 }
 

@@ -122,9 +122,21 @@ fn line_of(text: &str, at: usize) -> usize {
     1 + text.bytes().take(at).filter(|b| *b == b'\n').count()
 }
 
-/// One sentence out of the parser's message, with a guess at what a misspelt key was meant to be.
+/// Ends of the parser's messages, and what a user has to write there.
+const HINTS: [(&str, &str); 5] = [
+    ("map, expected a sequence", "write it with two brackets, as [[guest.web.net]], once for each"),
+    ("expected a sequence", "write a list, as [\"one\", \"two\"]"),
+    ("expected a boolean", "write true or false, without quotes"),
+    ("expected one of `off`, `terminal`, `file`", "for a file write console = { file = \"web.log\" }"),
+    ("expected u", "write a whole number, without quotes"),
+];
+
+/// One sentence out of the parser's message, with what to write instead, or a guess at what a misspelt key was meant to be.
 fn in_words(message: &str) -> String {
     let line = message.lines().next().unwrap_or("no machine file").trim();
+    if let Some((_, hint)) = HINTS.iter().find(|(sign, _)| line.contains(sign)) {
+        return format!("{line}: {hint}");
+    }
     let mut quoted = line.split('`').skip(1).step_by(2);
     let guess = match quoted.next() {
         Some(word) if line.starts_with("unknown ") => closest(word, quoted),

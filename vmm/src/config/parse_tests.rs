@@ -46,6 +46,24 @@ fn mistake(old: &str, new: &str) -> String {
 }
 
 #[test]
+fn a_value_of_the_wrong_kind_is_told_with_what_to_write() {
+    for (wrong, hint) in [
+        ("initrd = \"i\"", "write a list, as [\"one\", \"two\"]"),
+        ("cpus = \"2\"", "a whole number, without quotes"),
+        ("memory = 512", "with a unit it is text, as \"512M\""),
+        ("console = \"web.log\"", "for a file write console = { file = \"web.log\" }"),
+        ("disk = [{ path = \"d\", read_only = \"yes\" }]", "true or false, without quotes"),
+        ("[guest.web.net]\ntap = \"t\"", "with two brackets, as [[guest.web.net]]"),
+    ] {
+        let told = parse(&format!("[guest.web]\nkernel = \"k\"\n{wrong}\n")).expect_err(wrong);
+        assert!(
+            told.contains(":3: ") && told.ends_with(hint) || told.contains(&format!("{hint}, once")),
+            "{wrong}: {told}"
+        );
+    }
+}
+
+#[test]
 fn a_good_file_is_read_with_its_defaults_and_paths() {
     let machine = parse(GOOD).unwrap();
     let web = &machine.guest["web"];
