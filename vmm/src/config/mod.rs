@@ -186,6 +186,13 @@ impl Guest {
             restart: GuestRestart::default(),
         }
     }
+
+    /// Whether its console is hvc0 of a virtio console: the last `console=` of its kernel's command line is what `/dev/console` is.
+    pub fn has_hvc_console(&self) -> bool {
+        let consoles = self.cmdline.split_whitespace().filter_map(|word| word.strip_prefix("console="));
+        let device = consoles.last().and_then(|console| console.split(',').next());
+        matches!(device, Some("hvc0" | "hvc"))
+    }
 }
 
 /// `[[guest.NAME.net]]`: exactly one of `tap` and `driver`.

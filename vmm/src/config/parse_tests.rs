@@ -64,6 +64,19 @@ fn a_value_of_the_wrong_kind_is_told_with_what_to_write() {
 }
 
 #[test]
+fn the_last_console_of_the_command_line_is_the_guest_s() {
+    let is_hvc = |cmdline: &str| Guest { cmdline: cmdline.into(), ..Guest::new("k".into()) }.has_hvc_console();
+    assert!(
+        ["console=hvc0", "quiet console=ttyS0,115200 console=hvc0", "console=hvc root=/dev/vda1"]
+            .iter()
+            .all(|c| is_hvc(c))
+    );
+    assert!(
+        !["", "console=ttyS0", "console=hvc0 console=ttyS0", "console=hvc1", "xconsole=hvc0"].iter().any(|c| is_hvc(c))
+    );
+}
+
+#[test]
 fn a_good_file_is_read_with_its_defaults_and_paths() {
     let machine = parse(GOOD).unwrap();
     let web = &machine.guest["web"];

@@ -281,6 +281,7 @@ impl GuestVm {
             console: self.spec.console.clone(),
             console_socket: Some(self.console_socket.clone()),
             polls_console: false,
+            hvc: self.spec.has_hvc_console(),
             disks,
             nets,
             sounds,

@@ -105,10 +105,11 @@ pub fn add(
     for (index, sound) in (0u16..).zip(&spec.sounds) {
         adder.sound(index, sound)?;
     }
-    if !spec.ports.is_empty() {
+    if !spec.ports.is_empty() || spec.hvc {
         let host = Arc::clone(host);
         let outbox: Outbox = Arc::new(move |message| host.tell(&message));
-        let console = Arc::new(Mutex::new(Console::new(&spec.ports, &outbox)?));
+        let console =
+            Arc::new(Mutex::new(Console::new(&spec.ports, spec.hvc.then(|| Arc::clone(&vm.serial)), &outbox)?));
         adder.devices.console = Some(Arc::clone(&console));
         adder.virtio("console", console)?;
     }

@@ -81,6 +81,7 @@ impl Files {
             console: Console::File(self.console()),
             console_socket: None,
             polls_console: false,
+            hvc: false,
             disks: vec![],
             nets: vec![],
             sounds: Vec::new(),

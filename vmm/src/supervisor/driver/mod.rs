@@ -317,6 +317,7 @@ impl DriverVm {
             console: config::Console::Terminal,
             console_socket: None,
             polls_console: true,
+            hvc: false,
             disks: Vec::new(),
             nets,
             sounds: Vec::new(),

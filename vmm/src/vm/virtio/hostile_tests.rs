@@ -102,7 +102,8 @@ proptest! {
         let port = PortBackend { name: "port".into(), end: PortEnd::Fd(end.into_raw_fd()) };
         let outbox: Outbox = Arc::new(|_| {});
         let elsewhere = PortBackend { name: "elsewhere".into(), end: PortEnd::VhostUser };
-        attack(Console::new(&[port, elsewhere], &outbox).unwrap(), &rings);
+        let line = super::console::tests::hvc::line().0;
+        attack(Console::new(&[port, elsewhere], Some(line), &outbox).unwrap(), &rings);
         drop(host);
     }
 

@@ -4,9 +4,13 @@
 //! To who polls, as a kernel that prints does, the transmitter is always ready. To who waits for its interrupt it is busy for as
 //! long as a FIFO takes at 115,200 baud: an interrupt handler that always finds it ready goes on sending, and Linux's sends
 //! 8,192 bytes in one interrupt, in which its processor does nothing else.
+//!
+//! The line is the VM's console for the host: where the guest's console is hvc0, that prints by [`SerialLine::print`], and what is
+//! typed goes there instead of into the FIFO.
 
 use std::cell::Cell;
-use std::io;
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,6 +63,8 @@ mod register {
 
 /// Bytes in a 16550's FIFO.
 const FIFO: u32 = 16;
+/// Most bytes that wait for hvc0: a pasted page; what is typed beyond stays where it is typed.
+const TYPED: usize = 4096;
 /// How long a FIFO takes at 115,200 baud, ten bits for each byte.
 const FIFO_TIME: Duration = Duration::from_micros(1389);
 
@@ -112,6 +118,15 @@ pub struct SerialLine {
     /// The transmitter's interrupt is held back until the timer expires.
     busy: bool,
     timer: TimerFd,
+    /// hvc0, if what is typed goes there.
+    hvc: Option<Typed>,
+}
+
+/// What is typed and hvc0 has not taken yet.
+struct Typed {
+    bytes: VecDeque<u8>,
+    /// Tells hvc0 that there is something.
+    news: EventFd,
 }
 
 impl SerialLine {
@@ -126,7 +141,7 @@ impl SerialLine {
         let timer = timer::monotonic();
         let interrupt = Interrupt { event: interrupt, held: Cell::new(false) };
         let uart = Serial::with_events(interrupt, drained, out);
-        Ok(Self { uart, sent: 0, busy: false, timer: timer.map_err(Error::Timer)? })
+        Ok(Self { uart, sent: 0, busy: false, timer: timer.map_err(Error::Timer)?, hvc: None })
     }
 
     /// Waits a bounded time until what the guest has printed is written.
@@ -146,17 +161,50 @@ impl SerialLine {
 
     /// How many bytes of input fit now.
     pub fn room(&self) -> usize {
-        self.uart.fifo_capacity()
+        self.hvc.as_ref().map_or_else(|| self.uart.fifo_capacity(), |typed| TYPED - typed.bytes.len())
     }
 
     /// Input for the guest; what does not fit is lost.
     pub fn input(&mut self, bytes: &[u8]) {
+        if let Some(typed) = &mut self.hvc {
+            let room = TYPED - typed.bytes.len();
+            typed.bytes.extend(&bytes[..bytes.len().min(room)]);
+            // A full counter means that it is heard of already.
+            let _ = typed.news.write(1);
+            return;
+        }
         if let Err(error) = self.uart.enqueue_raw_bytes(bytes) {
             tracing::debug!(%error, "input to the serial line");
         }
     }
 
-    pub(in crate::vm::machine) fn read(&mut self, offset: u16) -> u8 {
+    /// From now on what is typed is for hvc0 ([`Self::take_typed`]). An eventfd that is readable when there is something.
+    ///
+    /// # Errors
+    /// There is no eventfd.
+    pub fn type_at_hvc(&mut self) -> io::Result<EventFd> {
+        let news = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        self.hvc = Some(Typed { bytes: VecDeque::new(), news: news.try_clone()? });
+        Ok(news)
+    }
+
+    /// Fills `buffer` with what was typed for hvc0; how many bytes that were.
+    pub fn take_typed(&mut self, buffer: &mut [u8]) -> usize {
+        let Some(typed) = &mut self.hvc else { return 0 };
+        let length = typed.bytes.read(buffer).unwrap_or_default();
+        if length > 0 && typed.bytes.is_empty() {
+            self.uart.events().in_buffer_empty();
+        }
+        length
+    }
+
+    /// hvc0 prints `bytes`.
+    pub fn print(&mut self, bytes: &[u8]) {
+        // Writing to it never fails.
+        let _ = self.uart.writer_mut().write_all(bytes);
+    }
+
+    pub(in crate::vm) fn read(&mut self, offset: u16) -> u8 {
         let value = self.register(offset);
         if offset != register::INTERRUPT_IDENTIFICATION || !self.busy {
             return value;
@@ -165,7 +213,7 @@ impl SerialLine {
         if without & register::WHICH == 0 { without | register::NO_INTERRUPT } else { without }
     }
 
-    pub(in crate::vm::machine) fn write(&mut self, offset: u16, value: u8) {
+    pub(in crate::vm) fn write(&mut self, offset: u16, value: u8) {
         let divisor = self.register(register::LINE_CONTROL) & register::DIVISOR != 0;
         let waits = !divisor && self.register(register::INTERRUPT_ENABLE) & register::TRANSMITTER != 0;
         match offset {

@@ -6,6 +6,7 @@ pub const MESSAGE_SIZE: usize = 8;
 const DEVICE_READY: u16 = 0;
 const PORT_ADD: u16 = 1;
 const PORT_READY: u16 = 3;
+const CONSOLE_PORT: u16 = 4;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
@@ -52,6 +53,8 @@ impl FromDriver {
 pub enum ToDriver {
     /// There is a port.
     Add(u32),
+    /// The port is a console: hvc0 in Linux.
+    Console(u32),
     /// A port and its name.
     Name(u32, String),
     /// The host's end was connected or disconnected.
@@ -63,6 +66,7 @@ impl ToDriver {
     pub fn bytes(&self) -> Vec<u8> {
         let (port, event, value, name) = match self {
             Self::Add(port) => (*port, PORT_ADD, 1, ""),
+            Self::Console(port) => (*port, CONSOLE_PORT, 1, ""),
             Self::Name(port, name) => (*port, PORT_NAME, 1, name.as_str()),
             Self::Open(port, open) => (*port, PORT_OPEN, u16::from(*open), ""),
         };

@@ -1,6 +1,6 @@
-//! A console device with named ports (virtio 1.2, section 5.3). Port 0 is never announced: drivers may take it for a console; the
-//! ports of the VM are 1 and up. Invariant: the driver learns that a host's end is connected before data flows, and that it is gone
-//! after the last byte. No console, no resize, no emergency write.
+//! A console device with named ports (virtio 1.2, section 5.3), 1 and up. Port 0 is the VM's console (`hvc0`) where it has one here, and
+//! else not announced: drivers may take it for a console. Invariant: the driver learns that a host's end is connected before data flows,
+//! and that it is gone after the last byte. No resize, no emergency write.
 //!
 //! The queues of a port whose end is [`PortEnd::VhostUser`](crate::wire::messages::PortEnd::VhostUser) are served by another process:
 //! this one keeps the control queues, shows the driver the port open while there is a connection, and closed without one, and has a
@@ -15,6 +15,7 @@ mod state;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde_json::Value;
@@ -33,6 +34,7 @@ use super::device::{self, QueueResources, QueueState, VirtioDevice};
 use super::events::{self, FIRST_DEVICE_TAG, QueueEvents, Wake};
 use super::vhost_user::{FrontEnd, Tags};
 use super::{Outbox, queue, read_config};
+use crate::vm::machine::legacy::SerialLine;
 use crate::wire::messages::PortBackend;
 
 pub use self::port::Error as PortError;
@@ -46,7 +48,7 @@ const F_VERSION_1: u64 = 1 << 32;
 /// Requests may be indirect descriptors; event indices save exits.
 const F_RING: u64 = 1 << 28 | 1 << 29;
 const QUEUE_SIZE: u16 = 128;
-/// Control queues; port 0's are before, those of ports 1 and up behind.
+/// Control queues; those of port 0 are before, those of ports 1 and up behind.
 const CONTROL_RX: u16 = 2;
 const CONTROL_TX: u16 = 3;
 /// Most ports: each takes two queues and two interrupt vectors.
@@ -83,13 +85,23 @@ enum Role {
     Port(usize),
     /// Those of all ports.
     AllPorts,
-    /// Port 0's.
+    /// Those of port 0 where there is none.
     Unused,
+}
+
+/// How the ports are numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Numbers {
+    /// The first one is 0, a console.
+    FromConsole,
+    /// The first one is 1.
+    FromOne,
 }
 
 /// The device.
 pub struct Console {
     ports: Vec<Port>,
+    numbers: Numbers,
     /// What the event loop watches of each port.
     watched: Vec<Watched>,
     queues: Vec<Option<Virtqueue>>,
@@ -111,14 +123,21 @@ struct Watched(Option<(RawFd, EventSet)>);
 
 impl Console {
     /// A console with `ports`, which are joined to their host's ends at once; messages for the supervisor go to `outbox`.
-    pub fn new(ports: &[PortBackend], outbox: &Outbox) -> Result<Self, Error> {
+    ///
+    /// With a `line` the VM's console is here: port 0 prints and is typed at as that is.
+    pub fn new(ports: &[PortBackend], line: Option<Arc<Mutex<SerialLine>>>, outbox: &Outbox) -> Result<Self, Error> {
         if ports.len() > MAX_PORTS {
             return Err(Error::TooManyPorts(ports.len()));
         }
+        let numbers = if line.is_some() { Numbers::FromConsole } else { Numbers::FromOne };
+        let console = line.map(Port::console);
+        let first = usize::from(console.is_some());
         let make = |(index, port)| Port::new(port, tags(index), outbox);
-        let ports: Vec<_> = ports.iter().enumerate().map(make).collect::<Result<_, _>>()?;
-        let count = 2 * ports.len() + 4;
+        let ports = (first..).zip(ports).map(make);
+        let ports: Vec<_> = console.into_iter().chain(ports).collect::<Result<_, _>>()?;
+        let count = 2 * numbers.count(ports.len()) + 2;
         Ok(Self {
+            numbers,
             watched: vec![Watched::default(); ports.len()],
             ports,
             queues: (0..count).map(|_| None).collect(),
@@ -162,7 +181,7 @@ impl Console {
 
     /// The front-end that has queue `index`, and which of its two that is; `None`: the queue is served here.
     fn served_elsewhere(&mut self, index: u16) -> Option<(&mut FrontEnd, u16)> {
-        let Role::Port(port) = role(index) else { return None };
+        let Role::Port(port) = self.numbers.role(index) else { return None };
         Some((self.ports.get_mut(port)?.front()?, index % 2))
     }
 
@@ -199,7 +218,7 @@ impl Console {
 
     fn pump(&mut self, index: usize) -> Result<(), RingFault> {
         let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
-        let [rx, tx] = port_queues(index);
+        let [rx, tx] = self.numbers.queues(index);
         let mut settled = false;
         // Twice: the first round may end a peer, whose last bytes are dropped in the second.
         for _ in 0..2 {
@@ -238,18 +257,21 @@ impl Console {
         match message {
             FromDriver::DeviceReady(true) if !self.driver_ready => {
                 self.driver_ready = true;
-                self.pending.extend((1u32..).zip(&self.ports).map(|(id, _)| ToDriver::Add(id)));
+                self.pending.extend(self.numbers.ids().zip(&self.ports).map(|(id, _)| ToDriver::Add(id)));
             }
             FromDriver::PortReady { port: id, ready } => {
-                let Some(port) = port_index(id).and_then(|index| self.ports.get_mut(index)) else { return };
+                let index = self.numbers.index(id);
+                let Some(port) = index.and_then(|index| self.ports.get_mut(index)) else { return };
                 port.ready = ready;
                 port.announced = false;
                 if ready {
-                    self.pending.push_back(ToDriver::Name(id, port.name.clone()));
+                    let name = || ToDriver::Name(id, port.name.clone());
+                    self.pending.push_back(if port.is_console() { ToDriver::Console(id) } else { name() });
                 }
             }
             FromDriver::PortOpen { port: id, open } => {
-                if let Some(port) = port_index(id).and_then(|index| self.ports.get_mut(index)) {
+                let index = self.numbers.index(id);
+                if let Some(port) = index.and_then(|index| self.ports.get_mut(index)) {
                     tracing::debug!(
                         "console port {}: {} in the guest",
                         port.name,
@@ -268,7 +290,7 @@ impl Console {
 
     /// Informs the driver of host's ends that were connected or disconnected.
     fn announce(&mut self) {
-        for (id, port) in (1u32..).zip(&mut self.ports) {
+        for (id, port) in self.numbers.ids().zip(&mut self.ports) {
             let connected = port.is_connected();
             if port.ready && port.announced != connected && self.pending.len() < MAX_PENDING {
                 port.announced = connected;
@@ -301,7 +323,7 @@ impl Console {
 
     fn watch(&mut self, ops: &mut EventOps) {
         for (index, (port, watched)) in self.ports.iter_mut().zip(&mut self.watched).enumerate() {
-            let [rx, _] = port_queues(index);
+            let [rx, _] = self.numbers.queues(index);
             let room = self.queues[rx].as_mut().is_some_and(|queue| has_requests(queue).unwrap_or(false));
             let mut set = EventSet::empty();
             set.set(EventSet::IN, port.open && port.announced && room && !self.broken);
@@ -382,23 +404,43 @@ fn has_requests(queue: &mut Virtqueue) -> Result<bool, RingFault> {
     Ok(ring.available()? > 0 || ring.listen(0)?)
 }
 
-fn role(queue: u16) -> Role {
-    match queue {
-        0 | 1 => Role::Unused,
-        CONTROL_RX => Role::ControlRx,
-        CONTROL_TX => Role::ControlTx,
-        other => Role::Port(usize::from(other / 2 - 2)),
+impl Numbers {
+    /// What the driver calls the ports, one after the other.
+    fn ids(self) -> std::ops::RangeFrom<u32> {
+        match self {
+            Self::FromConsole => 0..,
+            Self::FromOne => 1..,
+        }
     }
-}
 
-/// Receive and transmit queue of `ports[index]`.
-fn port_queues(index: usize) -> [usize; 2] {
-    [2 * index + 4, 2 * index + 5]
-}
+    /// Number of ports for the driver, which counts a port 0 that is not there as well, if there are `ports`.
+    fn count(self, ports: usize) -> usize {
+        ports + usize::from(self == Self::FromOne)
+    }
 
-/// Index into `ports` of the port that the driver calls `id`.
-fn port_index(id: u32) -> Option<usize> {
-    usize::try_from(id.checked_sub(1)?).ok()
+    /// Index into `ports` of the port that the driver calls `id`.
+    fn index(self, id: u32) -> Option<usize> {
+        usize::try_from(id.checked_sub(self.ids().start)?).ok()
+    }
+
+    fn role(self, queue: u16) -> Role {
+        match queue {
+            0 | 1 if self == Self::FromConsole => Role::Port(0),
+            0 | 1 => Role::Unused,
+            CONTROL_RX => Role::ControlRx,
+            CONTROL_TX => Role::ControlTx,
+            other => self.index(u32::from(other / 2 - 1)).map_or(Role::Unused, Role::Port),
+        }
+    }
+
+    /// Receive and transmit queue of `ports[index]`.
+    fn queues(self, index: usize) -> [usize; 2] {
+        match (self, index) {
+            (Self::FromConsole, 0) => [0, 1],
+            (Self::FromConsole, _) => [2 * index + 2, 2 * index + 3],
+            (Self::FromOne, _) => [2 * index + 4, 2 * index + 5],
+        }
+    }
 }
 
 /// Tags of a port's descriptors in the event loop: even for the listener, odd for the stream.
@@ -426,6 +468,9 @@ impl MutEventSubscriber for Console {
                     events::add(ops, Events::with_data(listener, listener_tag(index), EventSet::IN));
                 }
                 End::VhostUser(front) => front.init(ops),
+                End::Console { typed, .. } => {
+                    events::add(ops, Events::with_data(typed, listener_tag(index), EventSet::IN));
+                }
                 End::Inherited | End::Attached { .. } => {}
             }
         }
@@ -434,7 +479,7 @@ impl MutEventSubscriber for Console {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         for wake in self.events.process(events, ops) {
             match wake {
-                Wake::Started(queue) | Wake::Kicked(queue) => self.serve(role(queue)),
+                Wake::Started(queue) | Wake::Kicked(queue) => self.serve(self.numbers.role(queue)),
                 Wake::Device(WAKE) => {
                     let _ = self.wake.read();
                     self.serve(Role::AllPorts);
@@ -442,10 +487,11 @@ impl MutEventSubscriber for Console {
                 Wake::Device(tag) => {
                     let index = (tag.saturating_sub(FIRST_PORT_TAG) / 2) as usize;
                     if let Some(port) = self.ports.get_mut(index) {
-                        if let Some(front) = port.front() {
-                            front.process(events, ops);
-                        } else if tag == listener_tag(index) {
-                            port.accept();
+                        match &mut port.end {
+                            End::VhostUser(front) => front.process(events, ops),
+                            End::Console { typed, .. } => drop(typed.read()),
+                            _ if tag == listener_tag(index) => port.accept(),
+                            _ => {}
                         }
                     }
                     self.serve(Role::Port(index));
@@ -470,6 +516,9 @@ impl VirtioDevice for Console {
     }
 
     fn set_features(&mut self, accepted: u64) {
+        if accepted & F_MULTIPORT == 0 {
+            self.ports.iter_mut().filter(|port| port.is_console()).for_each(Port::open_alone);
+        }
         for front in self.ports.iter_mut().filter_map(Port::front) {
             front.set_features(accepted & (F_RING | F_VERSION_1));
         }
@@ -478,7 +527,7 @@ impl VirtioDevice for Console {
     fn config_read(&self, offset: u32, data: &mut [u8]) {
         // Columns and rows (not offered), then the number of ports, port 0 among them (section 5.3.4).
         let mut config = [0; 12];
-        let ports = u32::try_from(self.ports.len() + 1).unwrap_or(1);
+        let ports = u32::try_from(self.numbers.count(self.ports.len())).unwrap_or(1);
         config[4..8].copy_from_slice(&ports.to_le_bytes());
         read_config(&config, offset, data);
     }
@@ -529,4 +578,4 @@ impl VirtioDevice for Console {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

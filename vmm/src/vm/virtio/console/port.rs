@@ -13,6 +13,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -21,8 +22,11 @@ use umbra_splitter::copy::{gather, scatter};
 use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::{Chain, RingFault, Virtqueue};
 use umbra_splitter::untrusted::Stream;
+use vmm_sys_util::eventfd::EventFd;
 
+use crate::base::lock::lock;
 use crate::base::unix_socket::{self, ListenError};
+use crate::vm::machine::legacy::SerialLine;
 use crate::vm::virtio::Outbox;
 use crate::vm::virtio::vhost_user::{FrontEnd, Tags};
 use crate::wire::messages::{Disconnect, PortBackend, PortEnd};
@@ -88,6 +92,12 @@ pub(super) enum End {
     },
     /// Another process serves the queues.
     VhostUser(Box<FrontEnd>),
+    /// The VM's console: it prints and is typed at with the serial line's means.
+    Console {
+        line: Arc<Mutex<SerialLine>>,
+        /// Readable when something was typed.
+        typed: EventFd,
+    },
 }
 
 /// A port.
@@ -134,10 +144,32 @@ impl Port {
                 (End::VhostUser(Box::new(front)), None)
             }
         };
+        Ok(Self::with(name, end, stream))
+    }
+
+    /// The console of a VM, as `line` is.
+    pub(super) fn console(line: Arc<Mutex<SerialLine>>) -> Result<Self, Error> {
+        let typed = lock(&line).type_at_hvc();
+        let name = "hvc0".to_owned();
+        let typed = typed.map_err(|source| Error::EventFd { name: name.clone(), source })?;
+        Ok(Self::with(name, End::Console { line, typed }, None))
+    }
+
+    fn with(name: String, end: End, stream: Option<Stream>) -> Self {
         let (ready, open, announced) = (false, false, false);
         let (gone, left) = (Vec::new(), VecDeque::new());
         let (to_host, log) = (Vec::new(), LogLimit::default());
-        Ok(Self { name, end, stream, gone, ready, open, announced, told: false, left, to_host, more: false, log })
+        Self { name, end, stream, gone, ready, open, announced, told: false, left, to_host, more: false, log }
+    }
+
+    /// Whether it is the VM's console.
+    pub(super) fn is_console(&self) -> bool {
+        matches!(self.end, End::Console { .. })
+    }
+
+    /// The driver knows no ports but the console, which is open at once.
+    pub(super) fn open_alone(&mut self) {
+        (self.ready, self.open, self.announced) = (true, true, true);
     }
 
     /// The guest's side starts again; the host's end stays connected, except a given peer that has lost bytes by it.
@@ -216,7 +248,7 @@ impl Port {
             End::Attached { hung_up, .. } => *hung_up = true,
             // The kernel has thrown away what was on its way to the program: whoever serves the port has to begin again.
             End::VhostUser(front) => front.end_session(Disconnect::Closed),
-            End::Listen { .. } | End::Inherited => {}
+            End::Listen { .. } | End::Inherited | End::Console { .. } => {}
         }
     }
 
@@ -231,6 +263,7 @@ impl Port {
             // As soon as there is a connection: the driver has to know before the first byte comes.
             End::VhostUser(front) => front.has_connection(),
             End::Listen { .. } | End::Inherited | End::Attached { .. } => self.stream.is_some(),
+            End::Console { .. } => true,
         }
     }
 
@@ -246,7 +279,7 @@ impl Port {
     /// To be called when the guest's queue was emptied: a guest that has hung up ends its peer, and the next peer is joined
     /// once nothing of the one before is left. False if the guest's queue has to be emptied once more before.
     pub(super) fn settle(&mut self) -> bool {
-        let End::Attached { next, touched, hung_up } = &mut self.end else { return true };
+        let End::Attached { next, touched, hung_up } = &mut self.end else { return !(self.is_console() && self.more) };
         if *hung_up && *touched && self.stream.is_some() {
             // What the peer has not taken by now is lost.
             self.disconnect();
@@ -294,7 +327,7 @@ impl Port {
         let mut chain = Chain::default();
         let mut buffer = [0; CHUNK];
         for _ in 0..BUDGET {
-            if !self.open || self.stream.is_none() {
+            if !self.open || !self.is_connected() {
                 break;
             }
             if ring.available()? == 0 && !ring.listen(0)? {
@@ -324,6 +357,9 @@ impl Port {
         let left = self.left.read(buffer).unwrap_or_default();
         if left > 0 {
             return Some(left);
+        }
+        if let End::Console { line, .. } = &self.end {
+            return Some(lock(line).take_typed(buffer)).filter(|length| *length > 0);
         }
         match self.stream.as_mut()?.read(buffer) {
             Ok(length) if length > 0 => Some(length),
@@ -383,6 +419,9 @@ impl Port {
 
     /// Writes what is left of the last request; true once all of it is gone.
     fn flush(&mut self) -> bool {
+        if let End::Console { line, .. } = &self.end {
+            lock(line).print(&self.to_host);
+        }
         while let Some(stream) = self.stream.as_mut().filter(|_| !self.to_host.is_empty()) {
             match stream.write(&self.to_host) {
                 Ok(length) if length > 0 => drop(self.to_host.drain(..length)),

@@ -24,7 +24,7 @@ struct Guest {
 /// A console that has nothing to say to the supervisor.
 fn console(ports: &[PortBackend]) -> Result<Console, Error> {
     let outbox: Outbox = Arc::new(|message| panic!("{message:?}"));
-    Console::new(ports, &outbox)
+    Console::new(ports, None, &outbox)
 }
 
 impl Guest {
@@ -517,4 +517,5 @@ fn connecting_a_port_that_takes_no_peers_changes_nothing() {
     assert_eq!(read_now(&mut host), b"still there");
 }
 
+pub(in crate::vm::virtio) mod hvc;
 mod vhost_user;

@@ -31,7 +31,7 @@ impl Bench {
         let (sender, said) = channel();
         let outbox: Outbox = Arc::new(move |message| sender.send(message).unwrap_or(()));
         let port = PortBackend { name: DISK.into(), end: PortEnd::VhostUser };
-        let mut console = Console::new(&[port], &outbox).unwrap();
+        let mut console = Console::new(&[port], None, &outbox).unwrap();
         console.set_features(F_MULTIPORT | F_RING | F_VERSION_1);
         let mut guest = Guest::with(console, memory, 6);
         guest.control(1, 3, 1);

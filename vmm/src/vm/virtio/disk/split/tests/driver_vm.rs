@@ -62,7 +62,7 @@ impl DriverVm {
         let name = name();
         let outbox: Outbox = Arc::new(|_| {});
         let mut console =
-            Console::new(&[PortBackend { name: name.clone(), end: PortEnd::VhostUser }], &outbox).unwrap();
+            Console::new(&[PortBackend { name: name.clone(), end: PortEnd::VhostUser }], None, &outbox).unwrap();
         console.set_features(FEATURES);
         let mut queues: Vec<_> = (0..QUEUES).map(|index| DriverQueue::new(&memory, index, 128)).collect();
         for (index, queue) in (0..).zip(&queues) {
