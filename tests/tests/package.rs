@@ -99,7 +99,11 @@ fn a_package_is_the_same_each_time_and_is_installed_and_removed_without_root() {
     }
 
     // What the program makes in use, and what is the user's own.
-    let made = ["var/cache/umbra/snapshots/a", "etc/udev/rules.d/10-umbra-0000:03:00.0.rules"];
+    let made = [
+        "var/cache/umbra/snapshots/a",
+        "var/lib/umbra/web/1/events.jsonl",
+        "etc/udev/rules.d/10-umbra-0000:03:00.0.rules",
+    ];
     let own = ["etc/umbra/web.toml", "etc/udev/rules.d/10-mine.rules"];
     for file in made.iter().chain(&own) {
         let path = root.join(file);

@@ -26,9 +26,10 @@ const DIAGRAMS: [(&str, &str); 7] = [
 ];
 
 /// A file, the structures in it, and the document that names each of their fields.
-const FIELDS: [(&str, &[&str], &str); 11] = [
+const FIELDS: [(&str, &[&str], &str); 12] = [
     ("vmm/src/config/changes.rs", &["Change"], "docs/programs.md"),
     ("vmm/src/cli/list.rs", &["Listing", "Answer"], "docs/programs.md"),
+    ("vmm/src/cli/report.rs", &["Listing", "Row"], "docs/observe.md"),
     ("vmm/src/record/crash_report.rs", &["CrashReport", "Mask"], "docs/events.md"),
     ("vmm/src/record/timeline.rs", &["Mark"], "docs/events.md"),
     ("vmm/src/record/parts.rs", &["RecoveryParts"], "docs/events.md"),

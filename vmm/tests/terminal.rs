@@ -198,7 +198,12 @@ fn a_terminal_that_is_gone_ends_no_guest() {
     let dir = files.dir.path();
     let umbra = |words: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
-        let output = command.args(words).env("UMBRA_RUN_DIR", dir.join("run")).output().unwrap();
+        let output = command
+            .args(words)
+            .env("UMBRA_RUN_DIR", dir.join("run"))
+            .env("UMBRA_STATE_DIR", dir.join("state"))
+            .output()
+            .unwrap();
         String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
     };
     let pty = openpty(None, None).unwrap();
@@ -208,7 +213,7 @@ fn a_terminal_that_is_gone_ends_no_guest() {
     // The terminal is that of a session of its own, as at a login.
     let mut command = Command::new("setsid");
     command.arg("--ctty").arg(env!("CARGO_BIN_EXE_umbra")).args(["run", "--memory", "16M", "--kernel"]);
-    command.arg(files.spec().kernel).env("UMBRA_RUN_DIR", dir.join("run"));
+    command.arg(files.spec().kernel).env("UMBRA_RUN_DIR", dir.join("run")).env("UMBRA_STATE_DIR", dir.join("state"));
     let mut child = Killed(command.stdin(theirs()).stdout(theirs()).stderr(theirs()).spawn().unwrap());
     let wait_for = |what: &str, look: &dyn Fn() -> String| {
         let deadline = Instant::now() + PATIENCE;

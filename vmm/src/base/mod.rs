@@ -17,4 +17,5 @@ pub mod time;
 pub mod timer;
 pub mod unix_socket;
 pub mod untrusted_text;
+pub mod user_folder;
 pub mod wall;

@@ -8,10 +8,10 @@ use anyhow::Context;
 use serde::Deserialize;
 
 use super::connection::Connection;
+use super::past::{self, Which};
 use crate::base::untrusted_text;
 use crate::record::log::EVENT_LOG;
 use crate::record::log::EventLog;
-use crate::supervisor::start::rundir;
 
 /// Arguments of `umbra events`.
 #[derive(Debug, clap::Args)]
@@ -23,6 +23,9 @@ pub struct Args {
     /// Go on with the events to come, until the machine ends.
     #[arg(long, short)]
     follow: bool,
+    /// Of the run with this number (`umbra report --list`), which may be long over.
+    #[arg(long, value_name = "NUMBER", conflicts_with = "follow")]
+    run: Option<u32>,
     /// The machine, where there are several.
     #[arg(long, value_name = "MACHINE")]
     name: Option<String>,
@@ -40,8 +43,8 @@ struct Numbered {
 ///
 /// There is no such machine, or its events cannot be read.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let machine = rundir::find(&rundir::base(), args.name.as_deref())?;
-    let log = machine.path.join("reports").join(EVENT_LOG);
+    let machine = past::find(args.name.as_deref(), args.run.map_or(Which::Last, Which::Number))?;
+    let log = machine.folder.join(EVENT_LOG);
     let mut after = 0;
     for path in [EventLog::older(&log), log] {
         after = after.max(print_file(&path)?);

@@ -15,6 +15,7 @@ mod guest;
 pub mod image;
 pub mod list;
 mod logging;
+mod past;
 pub mod reload;
 pub mod report;
 pub mod run;

@@ -6,6 +6,7 @@ use anyhow::{Context, bail, ensure};
 
 use crate::config::metrics_address::Address;
 use crate::config::{Console, Driver, Guest, GuestDisk, Machine, MemorySize, Net};
+use crate::record::archive;
 use crate::record::events::Verbosity;
 use crate::record::file;
 use crate::supervisor::front::notify::Notify;
@@ -134,6 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Options {
             name: args.name.unwrap_or(stem),
             base: rundir::base(),
+            state: archive::base(),
             verbosity: if args.quiet { Verbosity::Quiet } else { Verbosity::Sentences },
             events: events.transpose()?,
             // The very program that runs now, even if the file has been replaced since.

@@ -149,7 +149,7 @@ fn effect(table: &str, name: &str, key: &str) -> (Effect, Option<String>) {
 fn changes(now: &Machine, taken: &Machine, file: &Machine) -> Vec<Change> {
     let [now, taken, file] = [now, taken, file].map(|machine| serde_json::to_value(machine).unwrap_or_default());
     let mut changes = Vec::new();
-    for key in ["metrics", "confine"] {
+    for key in ["metrics", "confine", "history"] {
         compare(&mut changes, (key, "", ""), (&now[key], &taken[key], &file[key]));
     }
     for table in ["guest", "driver"] {

@@ -29,6 +29,7 @@ fn every_key_has_its_effect_and_what_is_taken_is_in_the_machine() {
     let cases = [
         (("\n[guest.web]", "metrics = \"127.0.0.1:9464\"\n[guest.web]".into()), "metrics", Now),
         (("\n[guest.web]", "confine = \"log\"\n[guest.web]".into()), "confine", NextProcess),
+        (("\n[guest.web]", "history = { runs = 1 }\n[guest.web]".into()), "history", NextRun),
         (("\"k\"", "\"other\"".into()), "guest.web.kernel", NextStart),
         (guest("initrd = [\"i\"]"), "guest.web.initrd", NextStart),
         (guest("cmdline = \"quiet\""), "guest.web.cmdline", NextStart),

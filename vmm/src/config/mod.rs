@@ -35,12 +35,40 @@ pub struct Machine {
     /// What the processes of VMs may still do once their VMs run.
     #[serde(default, skip_serializing_if = "Confine::is_default")]
     pub confine: Confine,
+    /// What is kept of past runs.
+    #[serde(default, skip_serializing_if = "Keep::is_default")]
+    pub history: Keep,
     /// Guests by name: `[guest.NAME]`.
     #[serde(default)]
     pub guest: BTreeMap<String, Guest>,
     /// Driver VMs by name: `[driver.NAME]`.
     #[serde(default)]
     pub driver: BTreeMap<String, Driver>,
+}
+
+/// `[history]`: what is kept of past runs, events and crash reports, in the state directory. A run that begins removes what is more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Keep {
+    /// Runs, the present one among them; 0: nothing is kept.
+    pub runs: u32,
+    /// Longest time since a run's last event, in days.
+    pub days: u32,
+    /// Most that all past runs take together, besides the present one.
+    pub size: MemorySize,
+}
+
+impl Default for Keep {
+    /// A run takes 4 MiB of events and some 6 MiB of reports for each driver VM at most, and much less mostly.
+    fn default() -> Self {
+        Self { runs: 20, days: 90, size: MemorySize(256 << 20) }
+    }
+}
+
+impl Keep {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Whether the processes of VMs are kept to what they have open.

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 pub use event::Event;
 
+use super::archive::Archive;
 use super::log::EventLog;
 use super::metrics::Metrics;
 use super::recent::RecentEvents;
@@ -98,6 +99,14 @@ impl Events {
                 Err(Trouble::Passing(format!("{path} cannot be written ({error}); events wait in memory until it can")))
             }
         });
+        self
+    }
+
+    /// Keeps them in `archive` as well, beyond the run.
+    pub fn with_archive(mut self, archive: Option<Archive>) -> Self {
+        if let Some(mut archive) = archive {
+            self.add("the past", move |line| archive.write(line).map_or(Ok(()), |what| Err(Trouble::Passing(what))));
+        }
         self
     }
 

@@ -6,10 +6,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// Size at which the file is put aside; the run directory is mostly in memory.
 /// The event log's name in the folder of the reports.
 pub const EVENT_LOG: &str = "events.jsonl";
 
+/// Size at which the file is put aside; the run directory is mostly in memory.
 const MAX_FILE: u64 = 2 << 20;
 
 /// Most lines that wait while the disk is full; the oldest are dropped first.
@@ -42,9 +42,14 @@ impl EventLog {
         path.with_extension("old.jsonl")
     }
 
+    /// Whether lines wait that could not be written.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Writes `line`, which ends in a newline, and what waits. Returns the error when writing begins to fail.
     pub(super) fn write(&mut self, line: &str) -> Option<io::Error> {
-        let failing = !self.waiting.is_empty();
+        let failing = self.is_waiting();
         self.waiting.push_back(line.to_owned());
         if self.waiting.len() > MAX_WAITING {
             self.waiting.pop_front();

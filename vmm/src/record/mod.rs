@@ -1,6 +1,7 @@
 //! What is kept and shown of a machine's run: events, the log that they go into, time lines, crash reports, status, metrics,
 //! and the page of a machine's past.
 
+pub mod archive;
 pub mod crash_report;
 pub mod events;
 pub mod file;

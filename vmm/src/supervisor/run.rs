@@ -33,6 +33,7 @@ use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::config::Machine;
 use crate::lifecycle::{Input, Rank, State};
+use crate::record::archive::Archive;
 use crate::record::crash_report::PendingReports;
 use crate::record::events::{Event, Events, Verbosity};
 use crate::record::log::EventLog;
@@ -55,6 +56,8 @@ pub struct Options {
     pub name: String,
     /// The folder that has the machines' run directories.
     pub base: PathBuf,
+    /// The folder that has the machines' past; `None`: nothing is kept.
+    pub state: Option<PathBuf>,
     /// Whether events are printed.
     pub verbosity: Verbosity,
     /// Where events go as JSON lines.
@@ -144,7 +147,10 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         (Some(address), Some(metrics)) => Some(Server::start(address, metrics.clone())?),
         _ => None,
     };
-    let mut events = Events::new(options.verbosity, options.events).with_log(log).with_metrics(metrics);
+    let kept = options.state.filter(|_| machine.history.runs > 0 && options.until != Until::Prepared);
+    let archive = kept.map(|base| Archive::new(&base, run_dir.name(), run_dir.reports(), machine.history));
+    let mut events =
+        Events::new(options.verbosity, options.events).with_log(log).with_archive(archive).with_metrics(metrics);
     let devices = checked.drivers.values().map(|(device, _)| device).chain(checked.spares.values());
     let resets = leftover::reset_orders(devices);
     if let Err(error) = run_dir.note_resets(&resets) {

@@ -142,6 +142,7 @@ pub fn make_with_disks(guest: &str, driver: &str, parts: &[&str]) -> TestMachine
 pub fn supervise(dir: &Path) -> Result<(), RunError> {
     let machine = Machine::read(&dir.join("m.toml")).unwrap();
     let options = Options {
+        state: Some(dir.join("state")),
         name: "m".into(),
         base: dir.join("run"),
         verbosity: Verbosity::Quiet,
@@ -313,6 +314,7 @@ impl TestMachine {
     pub fn command_line_with(&self, words: &[&str], input: Stdio) -> Child {
         let mut umbra = Command::new(env!("CARGO_BIN_EXE_umbra"));
         umbra.args(words).env("UMBRA_RUN_DIR", self.dir.path().join("run"));
+        umbra.env("UMBRA_STATE_DIR", self.dir.path().join("state"));
         umbra.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 

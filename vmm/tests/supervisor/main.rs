@@ -16,6 +16,7 @@ mod hostile;
 mod lives;
 mod machine;
 mod observers;
+mod past;
 mod refused;
 mod reload;
 mod settings;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         .chain(upgrade::ALL)
         .chain(lives::ALL)
         .chain(observers::ALL)
+        .chain(past::ALL)
     {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;

@@ -18,6 +18,7 @@ use nix::unistd::geteuid;
 use super::Error;
 use super::format::{FormatError, Key, Summary};
 use crate::base::random::random;
+use crate::base::user_folder;
 
 /// Environment variable: the folder.
 pub const FOLDER: &str = "UMBRA_SNAPSHOT_DIR";
@@ -49,15 +50,9 @@ impl Cache {
     /// # Errors
     /// It names none, and there is no home.
     pub fn of_environment() -> Result<Self, Error> {
-        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        if let Some(folder) = set(FOLDER) {
-            return Ok(Self::at(&folder));
-        }
-        if geteuid().is_root() {
-            return Ok(Self::at(Path::new("/var/cache/umbra/snapshots")));
-        }
-        let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-        base.map(|base| Self::at(&base.join("umbra/snapshots"))).ok_or(Error::NoFolder)
+        let folder =
+            user_folder::of(FOLDER, "/var/cache/umbra/snapshots", ("XDG_CACHE_HOME", ".cache"), "umbra/snapshots");
+        folder.map(|folder| Self::at(&folder)).ok_or(Error::NoFolder)
     }
 
     /// The folder at `path`.
