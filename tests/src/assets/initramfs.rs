@@ -42,7 +42,8 @@ const HOST_MODULES: &[&str] = &[
     "snd_hda_codec_generic",
 ];
 
-/// In guests: virtio, and NICs, sound cards and disk controllers for when one is passed straight through.
+/// In guests: virtio, NICs, sound cards and disk controllers for when one is passed straight through, the power button, and what a guest
+/// joins networks by.
 const GUEST_MODULES: &[&str] = &[
     "virtio_net",
     "virtio_blk",
@@ -58,6 +59,10 @@ const GUEST_MODULES: &[&str] = &[
     "sd_mod",
     "ext4",
     "crc32c_generic",
+    "button",
+    "evdev",
+    "bridge",
+    "veth",
     "snd_ens1370",
     "snd_intel8x0",
     "snd_hda_intel",

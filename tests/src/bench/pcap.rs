@@ -1,5 +1,5 @@
 //! Reads the captures of `filter-dump` (libpcap, little endian, Ethernet) as far as the bench asks: which TCP segments
-//! carry a reset. Captured frames may be cut; headers up to the TCP flags are within the first 64 bytes.
+//! carry a reset, and where frames of a kind went. Captured frames may be cut; headers up to the TCP flags are within the first 64 bytes.
 
 use std::fs;
 use std::io;
@@ -26,6 +26,22 @@ const MAGIC: [u8; 4] = 0xa1b2_c3d4_u32.to_le_bytes();
 /// # Errors
 /// The file cannot be read or is no capture.
 pub fn resets(path: &Path) -> io::Result<Vec<Reset>> {
+    let reset = |(at_s, frame): (u32, Vec<u8>)| reset_in(&frame).map(|(from, to)| Reset { from, to, at_s });
+    Ok(frames(path)?.into_iter().filter_map(reset).collect())
+}
+
+/// The destinations of all frames of this `EtherType`.
+///
+/// # Errors
+/// As [`resets`].
+pub fn destinations(path: &Path, ether_type: u16) -> io::Result<Vec<[u8; 6]>> {
+    let of_type = |frame: &Vec<u8>| frame.get(12..14) == Some(&ether_type.to_be_bytes()[..]);
+    let destination = |frame: Vec<u8>| frame.get(..6)?.try_into().ok();
+    Ok(frames(path)?.into_iter().map(|(_, frame)| frame).filter(of_type).filter_map(destination).collect())
+}
+
+/// All frames, with their seconds since the epoch.
+fn frames(path: &Path) -> io::Result<Vec<(u32, Vec<u8>)>> {
     let bytes = fs::read(path)?;
     if !bytes.starts_with(&MAGIC) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is no capture", path.display())));
@@ -33,12 +49,9 @@ pub fn resets(path: &Path) -> io::Result<Vec<Reset>> {
     let mut rest = bytes.get(GLOBAL_HEADER..).unwrap_or_default();
     let mut found = Vec::new();
     while let Some((header, tail)) = rest.split_at_checked(RECORD_HEADER) {
-        let at_s = word(header, 0);
         let Some((frame, next)) = tail.split_at_checked(word(header, 8) as usize) else { break };
         rest = next;
-        if let Some((from, to)) = reset_in(frame) {
-            found.push(Reset { from, to, at_s });
-        }
+        found.push((word(header, 0), frame.to_vec()));
     }
     Ok(found)
 }

@@ -14,14 +14,17 @@ use std::time::Duration;
 
 use umbra_tests::probe::patience::scaled;
 use umbra_tests::probe::wire::{PORT_NAME, Reply};
-use umbra_tests::probe::{client::Client, disk, flush, idle_vcpu, io, kill, mute, net, port, reinit, serve, storm};
+use umbra_tests::probe::{
+    client::Client, disk, flush, frames, idle_vcpu, io, kill, mute, net, port, reinit, serve, storm,
+};
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
        | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
-       | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED";
+       | frames INTERFACE ADDRESS...
+        | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED";
 
 /// Longest time until a port appears.
 const PORT: Duration = Duration::from_secs(10);
@@ -74,6 +77,10 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             print(&io::run(Path::new(disk), load, seconds(length)?)?)?;
         }
         ["hostile", seed] => umbra_tests::hostile::vm::main(seed.parse()?)?,
+        ["frames", interface, ref to @ ..] => {
+            let to = to.iter().map(|address| frames::address(address)).collect::<Result<Vec<_>, _>>()?;
+            frames::send(interface, &to)?;
+        }
         ["hold-vcpu"] => match idle_vcpu::hold()? {},
         ["kill-at", stage, events] => print(&kill::kill_at(stage, Path::new(events))?)?,
         _ => {

@@ -1,6 +1,7 @@
 //! The bench's side of the peer process.
 
 use std::io::{self, IoSliceMut, Read};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -171,6 +172,18 @@ impl Peer {
     pub fn progress(&mut self) -> Result<Progress, PeerError> {
         match self.ask(&Request::Progress)? {
             Reply::Progress(progress) => Ok(progress),
+            _ => Err(PeerError::Protocol),
+        }
+    }
+
+    /// Asks `host`, with this address on the wire, 20 times a second from now on; its answers are ticks.
+    ///
+    /// # Errors
+    /// The peer is gone, or cannot ask.
+    pub fn ping(&mut self, host: Ipv4Addr, mac: [u8; 6]) -> Result<(), PeerError> {
+        match self.ask(&Request::Ping { host, mac })? {
+            Reply::Done => Ok(()),
+            Reply::Failed { what } => Err(PeerError::Refused(what)),
             _ => Err(PeerError::Protocol),
         }
     }

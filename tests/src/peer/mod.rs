@@ -10,6 +10,7 @@ mod bulk;
 mod download;
 mod handle;
 mod netns;
+mod ping;
 mod server;
 mod ticks;
 
@@ -71,6 +72,13 @@ pub enum Request {
     MarkStall,
     /// How far are the downloads?
     Progress,
+    /// Ask this host 20 times a second whether it is there; each answer is a tick of it.
+    Ping {
+        /// Its address.
+        host: Ipv4Addr,
+        /// Its address on the wire, which is never asked for.
+        mac: [u8; 6],
+    },
     /// The ticks that arrived since the last such question, or as many of them as one answer has.
     TakeTicks,
 }

@@ -83,6 +83,25 @@ pub(super) fn address_of(nic: usize) -> Result<(), String> {
     address(&name, peer_address(nic)).map_err(|e| format!("cannot set up {name}: {e}"))
 }
 
+/// Fixes the address on the wire of `host`, on the network of NIC 0.
+pub(super) fn neighbour(host: Ipv4Addr, mac: [u8; 6]) -> io::Result<()> {
+    /// Flags (linux/if_arp.h): complete, permanent.
+    const ATF_COM: libc::c_int = 2;
+    const ATF_PERM: libc::c_int = 4;
+    // SAFETY: all-zero is a valid arpreq: a C struct of integers and arrays.
+    let mut entry: libc::arpreq = unsafe { std::mem::zeroed() };
+    entry.arp_pa = inet(host)?;
+    entry.arp_ha.sa_family = libc::ARPHRD_ETHER;
+    for (to, from) in entry.arp_ha.sa_data.iter_mut().zip(mac) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    entry.arp_flags = ATF_COM | ATF_PERM;
+    let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: SIOCSARP reads one arpreq, which outlives the call.
+    let done = unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCSARP, &raw const entry) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Joins the interfaces of `nics` NICs by a bridge, which has the peer's address on the network of the first.
 ///
 /// # Errors
@@ -134,15 +153,19 @@ fn up(name: &str) -> io::Result<()> {
 fn address(name: &str, address: Ipv4Addr) -> io::Result<()> {
     for (value, what) in [(address, libc::SIOCSIFADDR), (Ipv4Addr::new(255, 255, 255, 0), libc::SIOCSIFNETMASK)] {
         let mut request = request(name);
-        let inet = libc::sockaddr_in {
-            sin_family: libc::sa_family_t::try_from(libc::AF_INET).map_err(io::Error::other)?,
-            sin_port: 0,
-            sin_addr: libc::in_addr { s_addr: u32::from(value).to_be() },
-            sin_zero: [0; 8],
-        };
-        // SAFETY: sockaddr and sockaddr_in have the same size, and any bytes are a valid sockaddr.
-        request.ifr_ifru.ifru_addr = unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(inet) };
+        request.ifr_ifru.ifru_addr = inet(value)?;
         control(&mut request, what)?;
     }
     Ok(())
+}
+
+fn inet(address: Ipv4Addr) -> io::Result<libc::sockaddr> {
+    let inet = libc::sockaddr_in {
+        sin_family: libc::sa_family_t::try_from(libc::AF_INET).map_err(io::Error::other)?,
+        sin_port: 0,
+        sin_addr: libc::in_addr { s_addr: u32::from(address).to_be() },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: sockaddr and sockaddr_in have the same size, and any bytes are a valid sockaddr.
+    Ok(unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(inet) })
 }

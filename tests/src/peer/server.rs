@@ -10,7 +10,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::download::Download;
 use super::ticks::Ticks;
-use super::{Reply, Request, bulk, download, netns, ticks};
+use super::{Reply, Request, bulk, download, netns, ping, ticks};
 use crate::probe::wire::{Lines, write_line};
 
 /// Serves until the bench closes the socket.
@@ -73,6 +73,11 @@ fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
         Request::Offer { bytes, rate, allow } => state.offer(bytes, rate, allow),
         Request::Allow { bytes } => state.allow = bytes,
         Request::MarkStall => state.progress.longest_stall_ms = 0,
+        Request::Ping { host, mac } => {
+            if let Err(error) = ping::begin(host, mac, recorded) {
+                return Reply::Failed { what: format!("the bench's peer cannot ask {host}: {error}") };
+            }
+        }
         Request::Progress => return Reply::Progress(state.progress.clone()),
         Request::TakeTicks => {
             return ticks::take(&mut recorded.lock().unwrap_or_else(PoisonError::into_inner));

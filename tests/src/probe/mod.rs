@@ -7,6 +7,7 @@
 pub mod client;
 pub mod disk;
 pub mod flush;
+pub mod frames;
 pub mod idle_vcpu;
 pub mod io;
 pub mod kill;
