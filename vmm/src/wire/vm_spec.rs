@@ -37,7 +37,8 @@ pub struct VmSpec {
     /// Whoever prints there asks soon afterwards whether the transmitter is empty, as Linux does: bytes are handed over together.
     #[serde(default)]
     pub polls_console: bool,
-    /// Its console is hvc0 of a virtio console: what is printed there goes where the serial line's output goes, and what is typed goes there.
+    /// Its console is hvc0 of a virtio console: what is printed there goes where the serial line's output goes, and what is typed
+    /// goes there.
     #[serde(default)]
     pub hvc: bool,
     /// Disks, in the order of their slots.
