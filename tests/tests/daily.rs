@@ -81,13 +81,12 @@ g 'await 20 ping -c 1 -W 3 10.88.0.1' || fail "its network does not work"
 g "echo '<4>said by the kernel' > /dev/kmsg"
 await 20 grep -q 'said by the kernel' g.log || fail "what the kernel says does not come to the console's file"
 umbra-probe exec /run/umbra-bench/g.long.sock 'head -n 1 < /dev/hvc0 > /tmp/typed' 60 & typing=$!
-await 20 g 'pidof head'
 (echo 'typed at hvc0'; await 20 g 'grep -q typed /tmp/typed'; printf '\035') | umbra console g > seen || fail "no umbra console"
 wait $typing; g 'grep -q "typed at hvc0" /tmp/typed' || fail "what is typed does not come"
 grep -q 'said by the kernel' seen || fail "umbra console does not show what was printed before"
-g 'seq 20000 > /dev/hvc0; echo the last line > /dev/hvc0'
+g 'seq 2000 > /dev/hvc0; echo the last line > /dev/hvc0'
 await 20 grep -q 'the last line' g.log || fail "what is printed does not come"
-[ "$(tr -d '\r' < g.log | grep -xE '[0-9]+' | sort -un | wc -l)" = 20000 ] || fail "lines are missing"
+[ "$(tr -d '\r' < g.log | grep -xE '[0-9]+' | sort -un | wc -l)" = 2000 ] || fail "lines are missing"
 g 'poweroff -f' >/dev/null 2>&1
 wait $run || fail "it did not end well"
 grep -q 'Power down' g.log || fail "its last words are missing"; ip link del tap9"#,

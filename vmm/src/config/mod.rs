@@ -217,8 +217,8 @@ impl Guest {
 
     /// Whether its console is hvc0 of a virtio console: the last `console=` of its kernel's command line is what `/dev/console` is.
     pub fn has_hvc_console(&self) -> bool {
-        let consoles = self.cmdline.split_whitespace().filter_map(|word| word.strip_prefix("console="));
-        let device = consoles.last().and_then(|console| console.split(',').next());
+        let console = self.cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix("console="));
+        let device = console.and_then(|console| console.split(',').next());
         matches!(device, Some("hvc0" | "hvc"))
     }
 }
