@@ -20,10 +20,10 @@ use umbra_tests::probe::{
 
 const USAGE: &str =
     "usage: umbra-probe serve [PORT] | exec SOCKET SCRIPT [SECONDS] | tick ADDRESS [MS] | send ADDRESS SECONDS
-       | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
-       | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
-       | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
-       | frames INTERFACE ADDRESS...
+        | receive ADDRESS SECONDS | ping ADDRESS COUNT | first-answer ADDRESS SECONDS
+        | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
+        | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
+        | frames INTERFACE ADDRESS...
         | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED";
 
 /// Longest time until a port appears.
