@@ -79,3 +79,17 @@ fn the_tests_ask_no_crate_of_the_programs_for_more() {
     let changed: Vec<_> = crates("normal,build").into_iter().filter(|one| !tested.contains(one)).collect();
     assert!(changed.is_empty(), "with other features in tests, so that they go into Cargo.toml: {changed:?}");
 }
+
+/// `make test` runs the scenarios beside the other tests, both by their names.
+#[test]
+fn each_target_of_tests_has_a_name_of_its_own() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut names = BTreeSet::new();
+    for member in ["driver-vm", "guest-images", "shadow", "splitter", "tests", "vmm"] {
+        for entry in fs::read_dir(workspace.join(member).join("tests")).into_iter().flatten() {
+            let name = entry.unwrap().path().file_stem().unwrap().to_owned();
+            assert!(name == "common" || names.insert(name.clone()), "{} twice", name.display());
+        }
+    }
+    assert!(names.len() > 30, "{names:?}");
+}
