@@ -82,8 +82,8 @@ fn bind_all(args: &BindArgs) -> anyhow::Result<()> {
 
 /// With a word on who may, where this user may not.
 fn say_who_may(error: anyhow::Error) -> anyhow::Error {
-    let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    let denied = io_errors.into_iter().any(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    let mut io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    let denied = io_errors.any(|error| error.kind() == io::ErrorKind::PermissionDenied);
     if denied { error.context("only root binds functions and gives them back: use `sudo`") } else { error }
 }
 

@@ -266,9 +266,12 @@ impl HostDevice {
     ///
     /// It does not take it.
     pub fn order_resets(&self) -> Result<(), Error> {
+        self.reset_order().map_or(Ok(()), |order| self.write_order(&order))
+    }
+
+    fn write_order(&self, words: &str) -> Result<(), Error> {
         let path = self.directory().join("reset_method");
-        let failed = |source| Error::Sysfs { operation: ORDER, path: path.clone(), source };
-        self.reset_order().map_or(Ok(()), |order| fs::write(&path, order).map_err(failed))
+        fs::write(&path, words).map_err(|source| Error::Sysfs { operation: "order the reset methods in", path, source })
     }
 
     /// Resets by the first of [`Reset::methods`] that succeeds. Where the kernel has another order, that is put aside meanwhile.
@@ -283,17 +286,13 @@ impl HostDevice {
         if in_order || reset.methods().contains(&ResetMethod::Other) || !is_writable(&path) {
             return self.reset_as_it_stands(files, &reset, &own, deadline);
         }
-        let order = |words: &str| {
-            let failed = |source| Error::Sysfs { operation: ORDER, path: path.clone(), source };
-            fs::write(&path, words).map_err(failed)
-        };
         let (mut outcome, mut put_aside) = (Ok(None), false);
         for method in reset.methods() {
             let done = if *method == ResetMethod::Hot {
                 self.hot_reset(files, deadline)
             } else {
                 put_aside = true;
-                order(method.word()).and_then(|()| self.write_reset(files, deadline))
+                self.write_order(method.word()).and_then(|()| self.write_reset(files, deadline))
             };
             outcome = done.map(|()| Some(*method));
             match &outcome {
@@ -302,7 +301,7 @@ impl HostDevice {
             }
         }
         if put_aside {
-            order(&own)?;
+            self.write_order(&own)?;
         }
         outcome
     }
@@ -363,9 +362,6 @@ impl HostDevice {
         }
     }
 }
-
-/// What an order is given for.
-const ORDER: &str = "order the reset methods in";
 
 fn is_writable(path: &Path) -> bool {
     OpenOptions::new().write(true).open(path).is_ok()

@@ -122,10 +122,7 @@ fn a_machine_that_starts_sleeps_too() {
 fn sleep_and_wake_are_commands_for_one_machine_or_all() {
     let machine = start("", "", "");
     machine.wait_live(1);
-    let umbra = |words: &[&str]| {
-        let output = machine.command_line(words).wait_with_output().unwrap();
-        (output.status.code().unwrap(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
-    };
+    let umbra = |words: &[&str]| machine.umbra(words);
     let (status, said) = umbra(&["sleep", "--all"]);
     assert!(status == 0 && said.starts_with("m: asleep after "), "{said}");
     let (status, said) = umbra(&["status", "--check"]);

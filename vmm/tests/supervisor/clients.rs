@@ -23,8 +23,8 @@ fn connect(machine: &TestMachine) -> UnixStream {
 }
 
 fn umbra(machine: &TestMachine, words: &[&str]) -> (bool, String) {
-    let output = machine.command_line(words).wait_with_output().unwrap();
-    (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    let (status, said) = machine.umbra(words);
+    (status == 0, said)
 }
 
 fn idle_clients_keep_nobody_out_for_long() {

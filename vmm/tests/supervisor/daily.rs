@@ -1,7 +1,7 @@
 //! What scripts and people use every day: the list, the check, waiting, the console.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
@@ -10,7 +10,7 @@ use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
 use crate::cases::Case;
-use crate::machine::{TestMachine, start, start_shared, start_with_spare};
+use crate::machine::{ended, start, start_shared, start_with_spare};
 
 /// All of them.
 pub const ALL: &[Case] = &[
@@ -24,51 +24,40 @@ pub const ALL: &[Case] = &[
     ("an_nmi_reaches_a_guest_that_runs", an_nmi_reaches_a_guest_that_runs),
 ];
 
-/// Status, and all that was said.
-fn ended(child: Child) -> (i32, String) {
-    let output = child.wait_with_output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.code().unwrap(), String::from_utf8(said).unwrap())
-}
-
-fn umbra(machine: &TestMachine, words: &[&str]) -> (i32, String) {
-    ended(machine.command_line(words))
-}
-
 fn the_check_has_a_status_and_reasons() {
     let mut machine = start("", "", "limit = 1");
-    assert_eq!(umbra(&machine, &["wait", "ok"]), (0, String::new()));
-    assert_eq!(umbra(&machine, &["status", "--check"]), (0, "m: ok\n".into()));
+    assert_eq!(machine.umbra(&["wait", "ok"]), (0, String::new()));
+    assert_eq!(machine.umbra(&["status", "--check"]), (0, "m: ok\n".into()));
     machine.crash(CrashKind::Panic);
     machine.wait_live(2);
     machine.crash(CrashKind::Panic);
     machine.wait_for("its end", |driver| driver.state == StateName::Quarantined);
-    let (status, said) = umbra(&machine, &["status", "--check"]);
+    let (status, said) = machine.umbra(&["status", "--check"]);
     assert!(status == 2 && said.starts_with("m: failed\n  ") && said.contains("nic0 is quarantined: "), "{said}");
-    let (status, said) = umbra(&machine, &["status", "--check", "--json"]);
+    let (status, said) = machine.umbra(&["status", "--check", "--json"]);
     let answer: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((status, &answer["health"], &answer["name"]), (2, &"failed".into(), &"m".into()));
     machine.press(StopHow::Kill);
     let _ = machine.wait();
-    let (status, said) = umbra(&machine, &["status", "--check"]);
+    let (status, said) = machine.umbra(&["status", "--check"]);
     assert!(status == 2 && said.starts_with("umbra: no machine is running"), "{said}");
     // A spare whose NIC has no carrier.
     let machine = start_with_spare("no-carrier=2 ");
     machine.wait_for("it", |driver| {
         driver.standby.as_ref().is_some_and(|standby| standby.state == umbra_vmm::lifecycle::StandbyStage::NoCarrier)
     });
-    let (status, said) = umbra(&machine, &["status", "--check"]);
+    let (status, said) = machine.umbra(&["status", "--check"]);
     assert_eq!((status, said.as_str()), (1, "m: degraded\n  the spare 0000:04:00.0 of nic0 has no carrier\n"));
     machine.stop();
 }
 
 fn the_list_has_all_machines_and_their_health() {
     let machine = start("", "", "");
-    assert_eq!(umbra(&machine, &["wait", "ok"]).0, 0);
-    let (status, said) = umbra(&machine, &["list"]);
+    assert_eq!(machine.umbra(&["wait", "ok"]).0, 0);
+    let (status, said) = machine.umbra(&["list"]);
     assert!(status == 0 && said.lines().count() == 2, "{said}");
     assert!(said.contains("1 of 1 running  1 of 1 live  ok\n"), "{said}");
-    let (_, said) = umbra(&machine, &["list", "--json"]);
+    let (_, said) = machine.umbra(&["list", "--json"]);
     let answer: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(answer["machines"][0]["name"], "m");
     assert_eq!(answer["machines"][0]["drivers_live"], 1);
@@ -78,11 +67,11 @@ fn the_list_has_all_machines_and_their_health() {
 fn a_wait_ends_when_it_is_so_or_its_time_is_over() {
     let mut machine = start_shared("", "");
     for words in [&["wait", "live"][..], &["wait", "standby", "nic0"], &["wait", "running", "web"]] {
-        assert_eq!(umbra(&machine, words), (0, String::new()), "{words:?}");
+        assert_eq!(machine.umbra(words), (0, String::new()), "{words:?}");
     }
-    let (status, said) = umbra(&machine, &["wait", "off", "web", "--timeout", "0"]);
+    let (status, said) = machine.umbra(&["wait", "off", "web", "--timeout", "0"]);
     assert_eq!((status, said.as_str()), (124, "umbra: after 0 s: web is running\n"));
-    let (status, said) = umbra(&machine, &["wait", "live", "web"]);
+    let (status, said) = machine.umbra(&["wait", "live", "web"]);
     assert_eq!((status, said.as_str()), (1, "umbra: there is no driver VM named web; there is nic0\n"));
     let off = machine.command_line(&["wait", "off", "web"]);
     machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
@@ -91,8 +80,8 @@ fn a_wait_ends_when_it_is_so_or_its_time_is_over() {
     machine.press(StopHow::PowerButton);
     machine.wait().unwrap();
     assert_eq!(ended(all), (0, String::new()));
-    assert_eq!(umbra(&machine, &["wait", "off", "--name", "m"]), (0, String::new()), "it has run");
-    let (status, said) = umbra(&machine, &["wait", "live", "--timeout", "0"]);
+    assert_eq!(machine.umbra(&["wait", "off", "--name", "m"]), (0, String::new()), "it has run");
+    let (status, said) = machine.umbra(&["wait", "live", "--timeout", "0"]);
     assert!(status == 124 && said.contains("no machine is running"), "{said}");
 }
 
@@ -110,7 +99,7 @@ fn every_answer_has_its_schema() {
         &["doctor", "--json"],
     ];
     for words in words {
-        let (_, said) = umbra(&machine, words);
+        let (_, said) = machine.umbra(words);
         let mut objects = serde_json::Deserializer::from_str(&said).into_iter::<Value>();
         let first = objects.next().unwrap().unwrap();
         assert_eq!(first["schema"], 1, "{words:?}: {said}");
@@ -134,7 +123,7 @@ fn the_console_follows_a_guest_over_its_reboots() {
     assert!(machine.run_dir().join("web.console.sock").exists());
     machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
     assert_eq!(ended(console), (0, "\numbra: web: it is off\n".into()));
-    let (status, said) = umbra(&machine, &["console", "web"]);
+    let (status, said) = machine.umbra(&["console", "web"]);
     assert_eq!((status, said.as_str()), (1, "umbra: web has no console: it is off; `umbra start web` starts it\n"));
     machine.press(StopHow::PowerButton);
     machine.wait().unwrap();
@@ -144,7 +133,7 @@ fn the_console_follows_a_guest_over_its_reboots() {
 fn keys_reach_the_guest_until_the_escape() {
     let machine = start("speaks ", "", "");
     machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
-    let (status, said) = umbra(&machine, &["console", "www"]);
+    let (status, said) = machine.umbra(&["console", "www"]);
     assert_eq!((status, said.as_str()), (1, "umbra: m has no guest named www; it has web\n"));
     // The only guest need not be named.
     let mut console = machine.command_line_with(&["console"], Stdio::piped());
@@ -181,12 +170,12 @@ fn a_program_follows_events_and_waits_for_a_recovery() {
 fn an_nmi_reaches_a_guest_that_runs() {
     let machine = start_shared("", "");
     machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
-    assert_eq!(umbra(&machine, &["nmi", "web"]), (0, "web: a non-maskable interrupt was injected\n".into()));
+    assert_eq!(machine.umbra(&["nmi", "web"]), (0, "web: a non-maskable interrupt was injected\n".into()));
     machine.wait_for_event("a non-maskable interrupt was injected", 1);
     machine.wait_for_log("web", "Nmi");
     machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
     machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
-    let (status, said) = umbra(&machine, &["nmi", "web"]);
+    let (status, said) = machine.umbra(&["nmi", "web"]);
     assert_eq!((status, said.as_str()), (1, "umbra: web has no vCPU that runs: it is off\n"));
     machine.stop();
 }

@@ -318,6 +318,11 @@ impl TestMachine {
         umbra.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
+    /// Runs `umbra` with `words` beside the machine, to its end, as [`ended`].
+    pub fn umbra(&self, words: &[&str]) -> (i32, String) {
+        ended(self.command_line(words))
+    }
+
     /// Waits for the end of the run.
     pub fn wait(&mut self) -> Result<(), RunError> {
         self.run.take().unwrap().join().unwrap()
@@ -452,4 +457,11 @@ fn exchange(mut stream: &UnixStream, request: &Request) -> Option<Response> {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).ok()?;
     serde_json::from_str(&line).ok()
+}
+
+/// Waits for the end of a program: its status, and all that it said.
+pub fn ended(child: Child) -> (i32, String) {
+    let output = child.wait_with_output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8(said).unwrap())
 }

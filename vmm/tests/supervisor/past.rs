@@ -1,7 +1,6 @@
 //! What is kept of past runs, as the commands show it, and what a machine does where nothing can be kept.
 
 use std::fs;
-use std::process::Child;
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
@@ -19,13 +18,6 @@ pub const ALL: &[Case] = &[
     ),
     ("a_machine_that_keeps_nothing_has_no_past", a_machine_that_keeps_nothing_has_no_past),
 ];
-
-/// Status, and all that was said.
-fn umbra(machine: &TestMachine, words: &[&str]) -> (i32, String) {
-    let child: Child = machine.command_line(words);
-    let output = child.wait_with_output().unwrap();
-    (output.status.code().unwrap(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
-}
 
 fn end(machine: &mut TestMachine) {
     machine.press(StopHow::PowerButton);
@@ -45,7 +37,7 @@ fn past_runs_are_kept_over_a_boot_of_the_host() {
     // What is in /run does not outlive the host.
     fs::remove_dir_all(machine.run_dir()).unwrap();
 
-    let (status, said) = umbra(&machine, &["report", "--list", "--json"]);
+    let (status, said) = machine.umbra(&["report", "--list", "--json"]);
     let list: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{status} {said}"));
     assert_eq!((&list["machine"], list["runs"].as_array().unwrap().len()), (&"m".into(), 2), "{list}");
     let run = |n: usize, field: &str| list["runs"][n][field].clone();
@@ -54,21 +46,21 @@ fn past_runs_are_kept_over_a_boot_of_the_host() {
         (1.into(), 2.into(), 1.into(), 0.into())
     );
     assert!(run(0, "longest_outage_ms").as_f64().unwrap() > 0.0 && run(0, "bytes").as_u64().unwrap() > 1000, "{list}");
-    let (_, table) = umbra(&machine, &["report", "--list"]);
+    let (_, table) = machine.umbra(&["report", "--list"]);
     assert!(table.starts_with("RUN ") && table.lines().count() == 3, "{table}");
 
     // The report of the crash, with the end of the driver VM's console, is there after all.
     let page = machine.dir.path().join("page.html");
     let page = page.to_str().unwrap();
-    let (status, said) = umbra(&machine, &["report", "--run", "1", "-o", page]);
+    let (status, said) = machine.umbra(&["report", "--run", "1", "-o", page]);
     assert!(status == 0 && said.contains("1 failure of m"), "{said}");
     assert!(fs::read_to_string(page).unwrap().contains("Kernel panic"), "the evidence is in it");
-    let (_, events) = umbra(&machine, &["events", "--run", "1"]);
+    let (_, events) = machine.umbra(&["events", "--run", "1"]);
     assert!(events.contains("\"event\":\"driver-failed\"") && events.contains("\"event\":\"guest-ended\""), "{events}");
     // Without a number it is the last one, and the one before it.
-    let (_, events) = umbra(&machine, &["events"]);
+    let (_, events) = machine.umbra(&["events"]);
     assert!(events.contains("\"event\":\"driver-live\"") && !events.contains("driver-failed"), "{events}");
-    let (status, said) = umbra(&machine, &["report", "--previous", "-o", page]);
+    let (status, said) = machine.umbra(&["report", "--previous", "-o", page]);
     assert!(status == 0 && said.contains("1 failure of m"), "{said}");
 
     for (words, what) in [
@@ -78,7 +70,7 @@ fn past_runs_are_kept_over_a_boot_of_the_host() {
         ),
         (&["report", "--list", "--name", "../m"][..], "nothing is kept of a machine named ../m"),
     ] {
-        let (status, said) = umbra(&machine, words);
+        let (status, said) = machine.umbra(words);
         assert!(status == 1 && said.contains(what), "{said}");
     }
 }
@@ -93,9 +85,9 @@ fn a_state_directory_that_cannot_be_written_costs_a_warning() {
     machine.wait_live(2);
     machine.wait_for_event("UMBRA_STATE_DIR", 1);
     end(&mut machine);
-    let (status, said) = umbra(&machine, &["report", "--list"]);
+    let (status, said) = machine.umbra(&["report", "--list"]);
     assert!(status == 1 && said.contains("nothing is kept of any machine"), "{said}");
-    let (_, events) = umbra(&machine, &["events"]);
+    let (_, events) = machine.umbra(&["events"]);
     assert!(events.contains("driver-failed"), "the run directory has them");
 }
 

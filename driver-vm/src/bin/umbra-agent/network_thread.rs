@@ -348,6 +348,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 }
+
 /// What is said of a carrier that has come or gone.
 fn carrier_news(calls: &Calls, network: &Network, up: bool) -> FromAgent {
     let mode = if up { calls.make(|| network.link_mode()) } else { None };
