@@ -65,7 +65,7 @@ fn a_package_is_the_same_each_time_and_is_installed_and_removed_without_root() {
     let database = root.join("var/lib/dpkg");
     fs::create_dir_all(database.join("info")).unwrap();
     fs::create_dir_all(database.join("updates")).unwrap();
-    let libc = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 99\nMaintainer: nobody <n@localhost>\n\
+    let libc = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 99\nProvides: passwd\nMaintainer: nobody <n@localhost>\n\
                 Description: none\n";
     fs::write(database.join("status"), libc).unwrap();
     let dpkg = |words: &[&str]| {
@@ -131,6 +131,8 @@ mount --bind "$3" "$1/root/mnt/kernel"
 cp "$2" "$1/root/mnt/umbra.deb"
 chroot "$1/root" sh -e -s "$4" <<'IN'
 dpkg -i /mnt/umbra.deb
+grep '^umbra-vm:.*nologin$' /etc/passwd
+umbra doctor | grep 'go on as umbra-vm'
 for release in "$1" "$1-next"; do
   ln -s "/mnt/kernel/lib/modules/$1" "/lib/modules/$release" 2>/dev/null || ln -s "/mnt/kernel/usr/lib/modules/$1" "/lib/modules/$release"
   ln -s "/mnt/kernel/boot/vmlinuz-$1" "/boot/vmlinuz-$release"
@@ -147,6 +149,7 @@ run-parts --report --exit-on-error --arg="$1-next" --arg="/boot/vmlinuz-$1-next"
 dpkg -r umbra
 run-parts --report --exit-on-error --arg="$1" --arg="/boot/vmlinuz-$1" --regex '^zz-umbra$' /etc/kernel/postinst.d 2>&1
 dpkg -P umbra
+if grep '^umbra-vm:' /etc/passwd; then exit 1; fi
 rm -r /etc/umbra/web.toml /etc/umbra/wrong.toml /lib/modules/$1* /boot/vmlinuz-$1*
 IN
 umount "$1/root/mnt/kernel" "$1/root/dev" "$1/root/proc"

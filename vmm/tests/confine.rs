@@ -7,9 +7,10 @@ mod common;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,7 +19,7 @@ use umbra_vmm::base::system_calls;
 use umbra_vmm::vm::confine::tables::{Row, When};
 use umbra_vmm::vm::confine::{self, Category, Mode, filter, trap};
 use umbra_vmm::wire::channel::{Channel, Incoming};
-use umbra_vmm::wire::messages::FromVm;
+use umbra_vmm::wire::messages::{FromVm, ToVm};
 use umbra_vmm::wire::spawn::CONFINED;
 
 // Decisions of the kernel (linux/seccomp.h); the lowest is the strictest.
@@ -310,7 +311,7 @@ fn as_a_hostile_thread() {
     let (Ok(category), Ok(attempt)) = (std::env::var(CATEGORY), std::env::var(ATTEMPT)) else { return };
     let category = *Category::ALL.iter().find(|known| format!("{known:?}") == category).unwrap();
     let call = attempts().into_iter().find(|(name, ..)| *name == attempt).map(|(_, call, _)| call);
-    confine::begin(Mode::On).unwrap();
+    confine::begin(Mode::On, common::user()).unwrap();
     trap::tell(&3);
     let act = move || match call {
         Some([number, a, b, c, d, e, f]) => {
@@ -456,7 +457,15 @@ fn every_thread_of_a_running_vm_is_confined() {
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(of(set), "0000000000000000", "{set}: {status}");
         }
-        assert!(!nix::unistd::geteuid().is_root() || of("CapBnd") == "0000000000000000", "{status}");
+        if let Some(user) = common::user() {
+            assert_eq!(of("CapBnd"), "0000000000000000", "{status}");
+            let four = |id: u32| [id; 4].map(|id| id.to_string()).join("\t");
+            assert_eq!(
+                (of("Uid"), of("Gid"), of("Groups")),
+                (four(user.uid), four(user.gid), String::new()),
+                "{status}"
+            );
+        }
         assert_eq!((of("NoNewPrivs").as_str(), of("Seccomp").as_str()), ("1", "2"), "{status}");
         names.push(of("Name"));
     }
@@ -465,4 +474,45 @@ fn every_thread_of_a_running_vm_is_confined() {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+}
+
+#[test]
+fn a_vm_that_is_another_user_s_still_ends_with_who_started_it() {
+    if !common::kvm() {
+        return;
+    }
+    // Root's is handed over; another user's is not, and ends all the same.
+    let user = common::user().map(|user| format!("--user {user}")).unwrap_or_default();
+    let files = common::Files::new(&common::elf(&common::Code::new().out8(0x3F8, b'x').raw(&[0xEB, 0xFE]).0));
+    // Not closed below: the process is not to learn of the end by that.
+    let (channel, theirs) = Channel::pair().unwrap();
+    let number = theirs.as_raw_fd();
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("\"$0\" vm --control 3 {user} & echo $!; wait"), env!("CARGO_BIN_EXE_umbra")]);
+    command.stdout(Stdio::piped());
+    // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(number, 3) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let mut shell = command.spawn().unwrap();
+    let mut pid = String::new();
+    BufReader::new(shell.stdout.take().unwrap()).read_line(&mut pid).unwrap();
+    let state = format!("/proc/{}/stat", pid.trim());
+    channel.send(&ToVm::Start(Box::new(files.spec())), &[]).unwrap();
+    let deadline = Instant::now() + common::PATIENCE;
+    let until = |what, done: &dyn Fn() -> bool| {
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    until("the VM does not run", &|| files.printed().contains('x'));
+    shell.kill().unwrap();
+    shell.wait().unwrap();
+    // Who has ended and was not waited for is a zombie.
+    until("it lives on", &|| fs::read_to_string(&state).map_or(true, |text| text.contains(") Z ")));
+    drop(channel);
 }

@@ -18,6 +18,8 @@ mkdir -p /snapshots && mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144
 . /etc/umbra/bench.sh
 for program in umbra umbra-agent umbra-probe; do [ -f /share/$program ] && fetch /share/$program /bin/$program; done
 ip link set lo up; hostname testhost
+# Whom the processes of VMs are handed to.
+echo 'umbra-vm:x:987:987::/nonexistent:/bin/false' >>/etc/passwd
 : > /etc/umbra/places.sh
 i=0; j=0; k=0
 for word in $(cat /proc/cmdline); do

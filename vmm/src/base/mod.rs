@@ -18,4 +18,5 @@ pub mod timer;
 pub mod unix_socket;
 pub mod untrusted_text;
 pub mod user_folder;
+pub mod users;
 pub mod wall;

@@ -1,12 +1,13 @@
 //! `umbra bind` and `umbra unbind`: take PCI functions from their drivers for a VM, and give one back. `umbra run --bind` takes those of
 //! a machine.
 
+use std::io;
 use std::path::Path;
-use std::{fs, io};
 
 use anyhow::{Context, bail};
 
 use crate::base::pci_address::Bdf;
+use crate::base::users::{USERS, User};
 use crate::config::Machine;
 use crate::host::bind::bind_together;
 use crate::host::doctor::list::interface_up;
@@ -87,22 +88,14 @@ fn say_who_may(error: anyhow::Error) -> anyhow::Error {
     if denied { error.context("only root binds functions and gives them back: use `sudo`") } else { error }
 }
 
-/// Where the users of the host are (passwd(5)).
-const USERS: &str = "/etc/passwd";
-
-/// The number of a user, by its name in the file `users` or by itself. The C library's own search would load libraries, which a static
-/// program has not.
+/// The number of a user, by its name in the file `users` or by itself.
 fn user_number(users: &Path, name: &str) -> anyhow::Result<u32> {
     if let Ok(number) = name.parse() {
         return Ok(number);
     }
-    let text = fs::read_to_string(users).with_context(|| format!("read {}", users.display()))?;
-    let number = text.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
-    });
+    let user = User::find(users, name).with_context(|| format!("read {}", users.display()))?;
     let hint = "one of a directory service is named by its number (`id -u NAME`)";
-    number.with_context(|| format!("no user {name:?} in {}; {hint}", users.display()))
+    user.map(|user| user.uid).with_context(|| format!("no user {name:?} in {}; {hint}", users.display()))
 }
 
 /// Binds all devices that `machine` names and that are not bound.
@@ -176,6 +169,8 @@ fn give_back(args: &UnbindArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -127,7 +127,7 @@ impl Command {
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     if let Command::Vm(args) = &command
-        && let Err(error) = confine::begin(args.confine)
+        && let Err(error) = confine::begin(args.confine, args.user)
     {
         let _ = writeln!(std::io::stderr(), "umbra: {}", chain(&error));
         return ExitCode::FAILURE;

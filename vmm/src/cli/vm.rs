@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
+use crate::base::users::User;
 use crate::config::Confine;
 use crate::vm::process::{self, SpecFrom};
 
@@ -23,6 +24,9 @@ pub struct Args {
     /// How the process is confined once its VM runs.
     #[arg(long, value_enum, default_value_t)]
     pub confine: Confine,
+    /// Whom the process is handed to once its VM is built: `UID:GID`.
+    #[arg(long)]
+    pub user: Option<User>,
 }
 
 /// Runs one VM until it ends.

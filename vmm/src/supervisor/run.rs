@@ -31,6 +31,7 @@ use super::start::preflight::{Checked, Host};
 use super::start::rundir::RunDir;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
+use crate::base::users::User;
 use crate::config::Machine;
 use crate::lifecycle::{Input, Rank, State};
 use crate::record::archive::Archive;
@@ -162,7 +163,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let mut supervisor = Supervisor::new(machine, checked, options.host, (run_dir, listener), signals, events);
     supervisor.served = served;
     supervisor.file = options.file;
-    supervisor.program = Program { path: options.program, confine: machine.confine };
+    supervisor.program = Program { path: options.program, confine: machine.confine, user: User::of_vms() };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;

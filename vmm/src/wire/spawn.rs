@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
+use crate::base::users::User;
 use crate::config::Confine;
 
 /// Errors of starting a VM's process.
@@ -64,6 +65,8 @@ pub struct Program {
     pub path: PathBuf,
     /// How the processes are confined.
     pub confine: Confine,
+    /// Whom they are handed to once their VM is built.
+    pub user: Option<User>,
 }
 
 /// A running VM process; killed when dropped.
@@ -95,6 +98,7 @@ impl VmProcess {
         command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         command.args(["--confine", program.confine.name()]);
+        command.args(program.user.iter().flat_map(|user| ["--user".into(), user.to_string()]));
         let console =
             set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();

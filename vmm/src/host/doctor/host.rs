@@ -7,6 +7,7 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{Finding, Root};
+use crate::base::users::{OF_VMS, User};
 use crate::config::MemorySize;
 use crate::host::seccomp::filters_system_calls;
 
@@ -24,13 +25,21 @@ pub struct Caller {
     pub seccomp: bool,
     /// Version of Landlock that the kernel has; `None`: it has none, or was started without it.
     pub landlock: Option<u32>,
+    /// There is a user whom root's processes of VMs are handed to.
+    pub vm_user: bool,
 }
 
 impl Caller {
     /// This process.
     pub fn this() -> Self {
         let (locked, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
-        Self { root: nix::unistd::geteuid().is_root(), locked, seccomp: filters_system_calls(), landlock: landlock() }
+        Self {
+            root: nix::unistd::geteuid().is_root(),
+            locked,
+            seccomp: filters_system_calls(),
+            landlock: landlock(),
+            vm_user: User::of_vms().is_some(),
+        }
     }
 }
 
@@ -68,9 +77,22 @@ fn confinement(caller: Caller) -> Finding {
     }
 }
 
+/// Whose the processes of VMs are. Who is not root starts them as itself.
+fn user_of_vms(caller: Caller) -> Option<Finding> {
+    const CHECK: &str = "user of VMs";
+    caller.root.then(|| match caller.vm_user {
+        true => Finding::good(CHECK, format!("processes of VMs that root starts go on as {OF_VMS}")),
+        false => Finding::note(
+            CHECK,
+            format!("processes of VMs that root starts stay root's, without its capabilities: no user {OF_VMS}"),
+        )
+        .with_remedy(format!("`useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {OF_VMS}`")),
+    })
+}
+
 /// Looks at the host.
 pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         kernel(root),
         kvm(root),
         iommu(root),
@@ -79,7 +101,9 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
         locked_memory(caller),
         huge_pages(root),
         confinement(caller),
-    ]
+    ];
+    findings.extend(user_of_vms(caller));
+    findings
 }
 
 fn kernel(root: &Root) -> Finding {

@@ -40,7 +40,8 @@ fn a_host_with_everything_misses_nothing() {
         .file("sys/class/iommu/dmar0/x", "")
         .file("sys/bus/pci/drivers/vfio-pci/x", "")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
-    let findings = findings(&tree.root(), Caller { root: true, locked: 0, seccomp: true, landlock: Some(6) });
+    let findings =
+        findings(&tree.root(), Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), vm_user: true });
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
     assert_eq!(iommu(&tree.root()).what, "on (Intel VT-d, 1 group)");
 }
@@ -48,7 +49,8 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let findings = findings(&tree.root(), Caller { root: false, locked: 8 << 20, seccomp: true, landlock: None });
+    let findings =
+        findings(&tree.root(), Caller { root: false, locked: 8 << 20, seccomp: true, landlock: None, vm_user: false });
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
     assert!(text(of("IOMMU")).contains("`intel_iommu=on iommu=pt`"));
@@ -60,10 +62,18 @@ fn a_bare_host_is_told_each_command() {
 
 #[test]
 fn what_the_kernel_has_to_confine_processes_with_is_said() {
-    let found = |seccomp, landlock| confinement(Caller { root: true, locked: 0, seccomp, landlock });
+    let found = |seccomp, landlock| confinement(Caller { root: true, locked: 0, seccomp, landlock, vm_user: true });
     assert_eq!((found(true, Some(4)).grade, found(true, None).grade), (Grade::Good, Grade::Note));
     let finding = found(false, Some(4));
     assert!(finding.grade == Grade::Missing && text(&finding).contains("`confine = \"off\"`"), "{finding:?}");
+}
+
+#[test]
+fn whose_the_processes_of_root_s_vms_are_is_said() {
+    let found = |root, vm_user| user_of_vms(Caller { root, locked: 0, seccomp: true, landlock: Some(6), vm_user });
+    assert!(found(false, false).is_none() && found(true, true).unwrap().grade == Grade::Good);
+    let finding = found(true, false).unwrap();
+    assert!(finding.grade == Grade::Note && text(&finding).contains("`useradd --system "), "{finding:?}");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! ```text
 //!   the process starts     no new privileges, no core dumps
 //!   it opens and builds    as any program of the user: nothing of a guest's making is read yet
-//!   each thread starts     } no capabilities, no file by name (Landlock), its own system calls (seccomp)
+//!   each thread starts     } another user than root, no capabilities, no file by name (Landlock), its own system calls (seccomp)
 //!   the guest is to run    } the same for the main thread, the event loop
 //! ```
 //! Invariants: no vCPU runs before all threads are confined; a thread that a confined one starts can do no more than that one, so that
@@ -26,6 +26,7 @@ use thiserror::Error;
 use umbra_splitter::threads::{self, Inherits, Purpose};
 
 use crate::base::error::chain;
+use crate::base::users::{OF_VMS, User};
 pub use crate::config::Confine as Mode;
 
 /// Kinds of threads that differ in what they may do.
@@ -57,6 +58,17 @@ pub enum Error {
     /// The handler of the signal.
     #[error("have refused system calls reported (SIGSYS)")]
     Handler(#[source] io::Error),
+    /// The user that the process is handed to.
+    #[error(
+        "go on as the user {user} ({OF_VMS}); who starts it needs CAP_SETUID and CAP_SETGID, also in a unit's CapabilityBoundingSet"
+    )]
+    User {
+        /// Its numbers.
+        user: User,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// Capabilities.
     #[error("give up all capabilities")]
     Capabilities(#[source] io::Error),
@@ -71,18 +83,18 @@ pub enum Error {
     Filter(#[source] io::Error),
 }
 
-static MODE: OnceLock<Mode> = OnceLock::new();
+static BEGUN: OnceLock<(Mode, Option<User>)> = OnceLock::new();
 
 fn mode() -> Mode {
-    MODE.get().copied().unwrap_or(Mode::Off)
+    BEGUN.get().map_or(Mode::Off, |(mode, _)| *mode)
 }
 
-/// To be called first in a VM's process, before any thread is started.
+/// To be called first in a VM's process, before any thread is started. Its threads go on as `user` when they are confined, root's alone.
 ///
 /// # Errors
 /// The kernel refuses what every program may do.
-pub fn begin(mode: Mode) -> Result<(), Error> {
-    if *MODE.get_or_init(|| mode) == Mode::Off {
+pub fn begin(mode: Mode, user: Option<User>) -> Result<(), Error> {
+    if BEGUN.get_or_init(|| (mode, user)).0 == Mode::Off {
         return Ok(());
     }
     privileges::of_process().map_err(Error::Process)?;
@@ -127,6 +139,12 @@ fn enter(category: Category, inherits: Inherits) -> Result<(), Error> {
         return Ok(());
     }
     if inherits == Inherits::Everything {
+        privileges::bound_capabilities();
+        if mode == Mode::On
+            && let Some(user) = BEGUN.get().and_then(|(_, user)| *user)
+        {
+            privileges::become_user(user).map_err(|source| Error::User { user, source })?;
+        }
         privileges::drop_capabilities().map_err(Error::Capabilities)?;
         if mode == Mode::On {
             privileges::close_files()?;

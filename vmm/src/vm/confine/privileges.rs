@@ -6,6 +6,9 @@ use std::io;
 use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope};
 use nix::sys::prctl;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::unistd::getppid;
+
+use crate::base::users::User;
 
 /// Newest version of Landlock whose rights are known here. What an older kernel does not know is left out.
 const KNOWN: ABI = ABI::V6;
@@ -32,17 +35,8 @@ pub(super) fn raise_locked_memory() {
     }
 }
 
-/// `struct __user_cap_header_struct` (capset(2)).
-#[repr(C)]
-struct CapHeader {
-    version: u32,
-    pid: libc::c_int,
-}
-
-/// Takes all capabilities from this thread, and those that it could gain.
-pub(super) fn drop_capabilities() -> io::Result<()> {
-    /// `_LINUX_CAPABILITY_VERSION_3`: two words for each set.
-    const VERSION_3: u32 = 0x2008_0522;
+/// No program that is started from here on has a capability.
+pub(super) fn bound_capabilities() {
     for capability in 0..64 as libc::c_ulong {
         // Ends at the first that the kernel does not know. Without CAP_SETPCAP the set stays, and is of no use.
         // SAFETY: the call takes no pointers.
@@ -50,6 +44,43 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
             break;
         }
     }
+}
+
+/// Makes this thread `user`'s, without further groups. By system calls of its own: the C library's would have all threads of the process
+/// make them, and some may no more. The process still ends with its supervisor.
+pub(super) fn become_user(user: User) -> io::Result<()> {
+    let (signal, parent) = (prctl::get_pdeathsig()?, getppid());
+    let (uid, gid) = (user.uid, user.gid);
+    // SAFETY: the calls take no pointers but to a list of no groups.
+    let all = unsafe {
+        [
+            libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()),
+            libc::syscall(libc::SYS_setresgid, gid, gid, gid),
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid),
+        ]
+    };
+    if all.iter().any(|&done| done != 0) {
+        return Err(io::Error::last_os_error());
+    }
+    // Other credentials took it away (prctl(2)).
+    prctl::set_pdeathsig(signal)?;
+    if signal.is_some() && getppid() != parent {
+        return Err(io::Error::other("the supervisor has ended"));
+    }
+    Ok(())
+}
+
+/// `struct __user_cap_header_struct` (capset(2)).
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: libc::c_int,
+}
+
+/// Takes all capabilities from this thread.
+pub(super) fn drop_capabilities() -> io::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3`: two words for each set.
+    const VERSION_3: u32 = 0x2008_0522;
     let (header, none) = (CapHeader { version: VERSION_3, pid: 0 }, [0_u32; 6]);
     // SAFETY: the kernel reads a header, and two structures of three words each.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
