@@ -65,8 +65,8 @@ fn a_package_is_the_same_each_time_and_is_installed_and_removed_without_root() {
     let database = root.join("var/lib/dpkg");
     fs::create_dir_all(database.join("info")).unwrap();
     fs::create_dir_all(database.join("updates")).unwrap();
-    let libc = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 99\nProvides: passwd\nMaintainer: nobody <n@localhost>\n\
-                Description: none\n";
+    let libc = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 99\nProvides: passwd\n\
+                Maintainer: nobody <n@localhost>\nDescription: none\n";
     fs::write(database.join("status"), libc).unwrap();
     let dpkg = |words: &[&str]| {
         let root = format!("--root={}", root.display());
