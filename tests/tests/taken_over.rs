@@ -5,7 +5,7 @@
 mod common;
 
 use common::{OrTell, say, scenario};
-use umbra_tests::hostile::campaign::{self, HostileSpec};
+use umbra_tests::hostile::campaign::{self, Attacker, HostileSpec};
 
 /// The attacked NIC, for how many seconds at least, and the seed: it begins with DMA, a line without end and a wrong generation, and lives
 /// on honestly.
@@ -15,7 +15,8 @@ const SPEC: (&str, u32, u64) = ("rtl8139", 20, 2759);
 fn a_hostile_driver_vm_ends_itself_alone() {
     scenario(|| {
         let (nic, seconds, seed) = SPEC;
-        let result = campaign::run(&HostileSpec { nic: nic.into(), seconds, seed }, &say).or_tell();
+        let result =
+            campaign::run(&HostileSpec { by: Attacker::DriverVm, nic: nic.into(), seconds, seed }, &say).or_tell();
         say(&result.table());
         assert!(result.is_sound(), "{:#?}", result.breaches);
         assert!(result.served > 0 && !result.attacks.is_empty(), "nothing was tried: {result:#?}");

@@ -24,7 +24,7 @@ const USAGE: &str =
         | kill-at STAGE EVENTS | reinit ADDRESS/LENGTH PEER | reinit-disk | storm FUNCTION SECONDS
         | mute FUNCTION SECONDS | flush DISK SECONDS | hold-vcpu
         | frames INTERFACE ADDRESS...
-        | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED";
+        | disk DISK SECONDS SEED | io DISK read|write BYTES DEPTH SECONDS | hostile SEED |\n        hostile-guest SEED LIFE";
 
 /// Longest time until a port appears.
 const PORT: Duration = Duration::from_secs(10);
@@ -77,6 +77,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Box<dyn Error>> {
             print(&io::run(Path::new(disk), load, seconds(length)?)?)?;
         }
         ["hostile", seed] => umbra_tests::hostile::vm::main(seed.parse()?)?,
+        ["hostile-guest", seed, life] => umbra_tests::hostile::vm::in_guest(seed.parse()?, life.parse()?),
         ["frames", interface, ref to @ ..] => {
             let to = to.iter().map(|address| frames::address(address)).collect::<Result<Vec<_>, _>>()?;
             frames::send(interface, &to)?;

@@ -1,11 +1,12 @@
-//! The campaign: a machine with two NICs, each with a driver VM and a guest of its own. The second driver VM attacks, life after life; the
-//! first one and its guest go on meanwhile, and nothing else of the host may change.
+//! The campaign: a guest and its driver VM go on while another VM attacks, life after life, and nothing else of the host may change. The
+//! attacker is the driver VM of a second NIC, with a guest of its own, or another guest on the same NIC ([`guest`]).
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::bystander::Bystander;
+use super::guest;
 use super::host::HostState;
 use super::plan::{Attack, Plan};
 use super::report::HostileResult;
@@ -24,7 +25,7 @@ const VICTIM: &str = "victim";
 const HONEST_NIC: &str = "e1000e";
 
 /// Longest silence of a step.
-const STEP: Duration = Duration::from_secs(60);
+pub(super) const STEP: Duration = Duration::from_secs(60);
 /// Longest silence of the machine between two things that happen to lives of the attacker.
 const STILL: Duration = Duration::from_secs(120);
 /// More than there are lives in a day.
@@ -33,9 +34,21 @@ const RESTARTS: u32 = 100_000;
 /// Time that a driver VM may take for its boot beyond the usual, s: four VMs boot side by side.
 const MORE_BOOT_S: u32 = 120;
 
+/// Who attacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attacker {
+    /// A driver VM.
+    DriverVm,
+    /// A guest, which shares a NIC with the honest one.
+    Guest,
+}
+
 /// What is to be tried.
 #[derive(Clone, Debug)]
 pub struct HostileSpec {
+    /// Who attacks.
+    pub by: Attacker,
     /// The attacked NIC.
     pub nic: Model,
     /// Time for which lives attack; the last one is honest.
@@ -74,24 +87,20 @@ pub const NOTHING: &str = "nothing";
 /// It could not be run. What an attacker has achieved is in the result.
 pub fn run(spec: &HostileSpec, say: Say<'_>) -> Result<HostileResult, DemoError> {
     let assets = Assets::prepare(say)?;
-    let honest = assets.driver_image(&HONEST_NIC.into())?;
-    let hostile = assets.hostile_image(&assets.driver_image(&spec.nic)?, spec.seed)?;
-    let mut bench = BenchSpec::new("hostile").nics(&[HONEST_NIC, spec.nic.name()]);
-    bench.files = vec![honest.clone(), hostile.clone()];
-    say(&format!("booting the test host with {HONEST_NIC} and {}; seed {}", spec.nic, spec.seed));
-    let mut bench = Bench::boot(bench, &assets)?;
-    let bind = |nic: &str| format!("vfio {nic} && printf %s {nic}");
-    let device = bench.expect(&bind("$NIC0"), STEP)?;
-    let second = bench.expect(&bind("$NIC1"), STEP)?;
-    let mut place = Place::Bench(Box::new(bench));
-    let machine = machine_of((&device, &second), (&honest, &hostile));
+    let (mut place, machine) = match spec.by {
+        Attacker::DriverVm => stage(spec, &assets, say)?,
+        Attacker::Guest => guest::stage(spec, &assets, say)?,
+    };
     let mut machine = Machine::start(&mut place, &machine)?;
 
     let before = HostState::take(&mut place, &mut machine)?;
     let bystander = Bystander::start(&mut place)?;
     say(&format!("the attacker's lives begin, for {} s", spec.seconds));
     let mut tally = Tally::default();
-    attack(spec, (&mut place, &mut machine), &mut tally, say)?;
+    match spec.by {
+        Attacker::DriverVm => attack(spec, (&mut place, &mut machine), &mut tally, say)?,
+        Attacker::Guest => guest::attack(spec, (&mut place, &mut machine), &mut tally, say)?,
+    }
 
     let seen = bystander.finish(&mut place)?;
     let after = HostState::take(&mut place, &mut machine)?;
@@ -103,6 +112,20 @@ pub fn run(spec: &HostileSpec, say: Say<'_>) -> Result<HostileResult, DemoError>
         bench.shutdown()?;
     }
     Ok(HostileResult::new(spec, tally, seen, (&before, &after), iommu))
+}
+
+/// A test host with both NICs, bound, and the machine.
+fn stage(spec: &HostileSpec, assets: &Assets, say: Say<'_>) -> Result<(Place, MachineSpec), DemoError> {
+    let honest = assets.driver_image(&HONEST_NIC.into())?;
+    let hostile = assets.hostile_image(&assets.driver_image(&spec.nic)?, spec.seed)?;
+    let mut bench = BenchSpec::new("hostile").nics(&[HONEST_NIC, spec.nic.name()]);
+    bench.files = vec![honest.clone(), hostile.clone()];
+    say(&format!("booting the test host with {HONEST_NIC} and {}; seed {}", spec.nic, spec.seed));
+    let mut bench = Bench::boot(bench, assets)?;
+    let bind = |nic: &str| format!("vfio {nic} && printf %s {nic}");
+    let device = bench.expect(&bind("$NIC0"), STEP)?;
+    let second = bench.expect(&bind("$NIC1"), STEP)?;
+    Ok((Place::Bench(Box::new(bench)), machine_of((&device, &second), (&honest, &hostile))))
 }
 
 fn machine_of((device, second): (&str, &str), (honest, hostile): (&Path, &Path)) -> MachineSpec {
@@ -174,7 +197,7 @@ fn matters(event: &Event) -> bool {
     of_lives || of_attacker || event.event == "guest-ended" || event.event == "guest-rebooted"
 }
 
-fn words(event: &Event) -> String {
+pub(super) fn words(event: &Event) -> String {
     let (driver, guest) = (event.text("driver"), event.text("guest"));
     format!("{}: {driver}{guest}: {}{}", event.event, event.text("reason"), event.text("how"))
 }
@@ -190,7 +213,16 @@ fn end_honest_life(place: &mut Place) -> Result<(), DemoError> {
 }
 
 impl Tally {
-    /// Counts the end of a life; in a line.
+    /// Counts a life whose attack ended so.
+    pub(super) fn add(&mut self, attack: Attack, by: &str, reason: &str) {
+        let outcome = self.outcomes.entry(attack).or_default().entry(by.into()).or_default();
+        if outcome.lives == 0 {
+            reason.clone_into(&mut outcome.reason);
+        }
+        outcome.lives += 1;
+    }
+
+    /// Counts the end of a driver VM's life; in a line.
     fn count(&mut self, attack: Attack, by_iommu: bool, event: &Event) -> String {
         let reason = event.text("reason");
         let by = match (event.event.as_str(), event.text("source")) {
@@ -205,11 +237,7 @@ impl Tally {
             }
             return format!("honest, ended by {by}: {reason}");
         }
-        let outcome = self.outcomes.entry(attack).or_default().entry(by.into()).or_default();
-        if outcome.lives == 0 {
-            reason.clone_into(&mut outcome.reason);
-        }
-        outcome.lives += 1;
+        self.add(attack, by, reason);
         format!("{attack:?}, stopped by {by}: {reason}")
     }
 }

@@ -1,7 +1,7 @@
 //! What each life of the attacked driver VM does: a function of the campaign's seed and of the life's generation, so that the bench and the
-//! program in the driver VM, which never speak with each other, agree on it. Pure.
+//! program in the driver VM, which never speak with each other, agree on it. And what each life of a hostile guest does. Pure.
 //!
-//! Every fourth life is honest. The others work off rounds, in each of which every attack has its turn, in an order that the seed gives.
+//! Every fourth life of a driver VM is honest. The others work off rounds, in each of which every attack has its turn, in an order that the seed gives.
 
 use serde::Serialize;
 
@@ -82,6 +82,17 @@ pub const ATTACKS: [Attack; 20] = [
     Attack::Dma,
 ];
 
+/// What a guest can try of them: it has no control stream, and no device that does DMA.
+pub const OF_GUESTS: [Attack; 7] =
+    [Attack::Rings, Attack::Kicks, Attack::Headers, Attack::Vectors, Attack::Registers, Attack::Config, Attack::Bars];
+
+/// The attack of life `life` (from 0) of a hostile guest, and what chooses the rest.
+pub(super) fn of_guest(seed: u64, life: u32) -> (Attack, Random) {
+    let turn = life as usize;
+    let attack = order(OF_GUESTS, seed, turn / OF_GUESTS.len())[turn % OF_GUESTS.len()];
+    (attack, Random::new(seed ^ Random::from_nth(u64::from(life)).next()))
+}
+
 impl Attack {
     /// It is one on devices. Its agent is left behind: the program beats in its place.
     pub fn is_on_devices(self) -> bool {
@@ -140,7 +151,7 @@ impl Plan {
             Attack::Honest
         } else {
             let turn = (before - before / HONEST_EVERY - 1) as usize;
-            order(seed, turn / ATTACKS.len())[turn % ATTACKS.len()]
+            order(ATTACKS, seed, turn / ATTACKS.len())[turn % ATTACKS.len()]
         };
         // Devices are there later than the stream, and the NIC last.
         let first = if attack == Attack::Dma { 2 } else { usize::from(attack.is_on_devices()) };
@@ -150,9 +161,9 @@ impl Plan {
 }
 
 /// The attacks in the order of this round.
-fn order(seed: u64, round: usize) -> [Attack; ATTACKS.len()] {
+fn order<const N: usize>(attacks: [Attack; N], seed: u64, round: usize) -> [Attack; N] {
     let mut random = Random::new(seed ^ Random::from_nth(!(round as u64)).next());
-    let mut order = ATTACKS;
+    let mut order = attacks;
     for last in (1..order.len()).rev() {
         order.swap(last, index(&mut random, last + 1));
     }
@@ -185,6 +196,14 @@ mod tests {
         assert_ne!(lives, attacks(8, round.div_ceil(3) * 4));
         let moments = |seed| (1..100).map(|generation| Plan::of(seed, generation).moment).collect::<BTreeSet<_>>();
         assert_eq!(moments(7).len(), MOMENTS.len());
+    }
+
+    #[test]
+    fn a_guest_tries_all_that_it_can_before_it_repeats_itself() {
+        let lives = |seed| (0..7).map(|life| of_guest(seed, life).0).collect::<Vec<_>>();
+        assert_eq!(BTreeSet::from_iter(lives(7)), BTreeSet::from(OF_GUESTS));
+        assert!(lives(7) == lives(7) && lives(7) != lives(8));
+        assert!(OF_GUESTS.iter().all(|attack| attack.is_on_devices() && *attack != Attack::Dma));
     }
 
     #[test]

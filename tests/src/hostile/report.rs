@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::bystander::Seen;
-use super::campaign::{HostileSpec, NOTHING, Outcome, Tally};
+use super::campaign::{Attacker, HostileSpec, NOTHING, Outcome, Tally};
 use super::host::HostState;
 use super::plan::{ATTACKS, Attack};
 
@@ -15,7 +15,9 @@ const SHOWN: usize = 70;
 /// See the module.
 #[derive(Clone, Debug, Serialize)]
 pub struct HostileResult {
-    /// The attacked NIC's model.
+    /// Who attacked.
+    pub by: Attacker,
+    /// The model of the attacked NIC.
     pub nic: String,
     /// Determines what each life did.
     pub seed: u64,
@@ -23,7 +25,7 @@ pub struct HostileResult {
     pub seconds: u32,
     /// Lives that attacked, by attack and by what stopped them.
     pub attacks: BTreeMap<Attack, BTreeMap<String, Outcome>>,
-    /// Honest lives of the same driver between them.
+    /// Honest lives of the same driver between them, or lives of the guest that attacks, before it does.
     pub served: u32,
     /// The longest outage of the victim before one of these, ms.
     pub outage_ms: f64,
@@ -50,6 +52,7 @@ impl HostileResult {
         let outlived = ATTACKS.iter().filter(|attack| attack.has_to_be_stopped()).filter(outlived);
         breaches.extend(outlived.map(|attack| format!("nothing has stopped {attack:?}")));
         Self {
+            by: spec.by,
             nic: spec.nic.to_string(),
             seed: spec.seed,
             seconds: spec.seconds,
@@ -78,13 +81,19 @@ impl HostileResult {
                 text.push_str(&format!("{:<20}{:>6}  {by:<18}{reason}\n", name(*attack), outcome.lives));
             }
         }
-        let Self { nic, seed, seconds, served, outage_ms, bystander, iommu_faults, .. } = self;
+        let Self { by, nic, seed, seconds, served, outage_ms, bystander, iommu_faults, .. } = self;
         let [(descriptors, memory), (more_descriptors, more_memory)] = self.supervisor;
         text.push_str(&format!(
-            "\n{nic}, seed {seed}, {seconds} s of attacks: {served} honest lives between them served, after {outage_ms:.0} ms at most\n\
+            "\n{nic}, seed {seed}, {seconds} s of attacks: {}\n\
              honest guest: {} ticks, {} lost, longest gap {:.0} ms ({:.0} ms of its own); {} downloads whole, {} broken\n\
              supervisor: {descriptors} descriptors, {memory} KiB before; {more_descriptors}, {more_memory} KiB after; \
              accesses that the IOMMU refused: {iommu_faults}\n",
+            match by {
+                Attacker::DriverVm => {
+                    format!("{served} honest lives between them served, after {outage_ms:.0} ms at most")
+                }
+                Attacker::Guest => format!("the guest that attacks was served {served} times between them"),
+            },
             bystander.ticks,
             bystander.lost_ticks,
             bystander.gap_ms,
@@ -126,7 +135,7 @@ mod tests {
     }
 
     fn result(attack: Attack, by: &str) -> HostileResult {
-        let spec = HostileSpec { nic: "rtl8139".into(), seconds: 9, seed: 4 };
+        let spec = HostileSpec { by: Attacker::DriverVm, nic: "rtl8139".into(), seconds: 9, seed: 4 };
         let outcome = Outcome { lives: 3, reason: "it\u{1b} said".into() };
         let outcomes = [(attack, [(by.to_owned(), outcome)].into())].into();
         let tally = Tally { outcomes, ..Tally::default() };

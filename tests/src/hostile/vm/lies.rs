@@ -7,7 +7,8 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use umbra_driver_vm::protocol::MAX_LINE;
 
-use super::relay::{GIVES_UP, Shared};
+use super::GIVES_UP;
+use super::relay::Shared;
 use crate::hostile::plan::{Attack, Plan, index};
 use crate::random::Random;
 

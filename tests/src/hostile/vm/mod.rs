@@ -1,6 +1,6 @@
-//! The hostile program: the first process of a driver VM whose image has it in front of the agent.
+//! The hostile program: the first process of a driver VM whose image has it in front of the agent, or root's in a guest ([`in_guest`]).
 //!
-//! It runs the real agent as the first process of a PID namespace, with a terminal in the place of the control port, and passes on what
+//! In a driver VM it runs the real agent as the first process of a PID namespace, with a terminal in the place of the control port, and passes on what
 //! host and agent say ([`relay`]). So a life is as any other up to the moment at which its plan has it attack.
 
 mod function;
@@ -24,6 +24,11 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::reboot::{RebootMode, reboot};
 use umbra_driver_vm::protocol::CONTROL_PORT;
 
+use super::plan::{self, Attack};
+use crate::random::Random;
+
+/// Length of an attack that nothing stops.
+pub(super) const GIVES_UP: Duration = Duration::from_secs(3);
 /// Where the agent is in a hostile image.
 pub const AGENT: &str = "/agent";
 
@@ -63,6 +68,32 @@ pub fn main(seed: u64) -> io::Result<()> {
     }
     say(&format!("the agent has ended ({ended})"));
     restart()
+}
+
+/// Attacks from a guest, as its life `life` (from 0) in the campaign `seed`.
+pub fn in_guest(seed: u64, life: u32) {
+    let (attack, mut random) = plan::of_guest(seed, life);
+    say(&format!("life {life}: {attack:?}"));
+    on_devices(attack, &mut random);
+    say(&format!("nothing has stopped {attack:?}"));
+}
+
+/// Attacks by the devices of this VM, if `attack` is one on devices.
+fn on_devices(attack: Attack, random: &mut Random) {
+    let done = match attack {
+        Attack::Rings => rings::rings(random),
+        Attack::Headers => rings::headers(random),
+        Attack::Vectors => rings::vectors(random),
+        Attack::Dma => pci::dma(random),
+        Attack::Kicks => rings::kicks(random),
+        Attack::Registers => rings::registers(random),
+        Attack::Config => pci::config(random),
+        Attack::Bars => pci::bars(random),
+        _ => Ok(()),
+    };
+    if let Err(error) = done {
+        say(&format!("{attack:?} cannot be done: {error}"));
+    }
 }
 
 /// A line on the console, where the host keeps it.

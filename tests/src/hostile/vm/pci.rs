@@ -3,8 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use super::GIVES_UP;
 use super::function::{Function, PAGE, Page, Registers};
-use super::relay::GIVES_UP;
 use crate::hostile::plan::index;
 use crate::random::Random;
 

@@ -15,11 +15,9 @@ use serde_json::Value;
 use umbra_driver_vm::protocol::HEARTBEAT_MS;
 
 use super::lies::{self, Filter};
-use super::{pci, restart, rings, say};
+use super::{GIVES_UP, on_devices, restart, say};
 use crate::hostile::plan::{Attack, Moment, Plan};
 
-/// Length of an attack that nothing stops.
-pub(super) const GIVES_UP: Duration = Duration::from_secs(3);
 /// Between the end of an attack and the reset: the host may still be at it.
 const AFTERWARDS: Duration = Duration::from_secs(1);
 /// The same where the host has to find something out.
@@ -133,21 +131,7 @@ impl Shared {
         };
         let _ = thread::Builder::new().name("beats".into()).spawn(beats);
         let Plan { attack, mut random, .. } = plan;
-        let random = &mut random;
-        let done = match attack {
-            Attack::Rings => rings::rings(random),
-            Attack::Headers => rings::headers(random),
-            Attack::Vectors => rings::vectors(random),
-            Attack::Dma => pci::dma(random),
-            Attack::Kicks => rings::kicks(random),
-            Attack::Registers => rings::registers(random),
-            Attack::Config => pci::config(random),
-            Attack::Bars => pci::bars(random),
-            _ => Ok(()),
-        };
-        if let Err(error) = done {
-            say(&format!("{attack:?} cannot be done: {error}"));
-        }
+        on_devices(attack, &mut random);
     }
 
     fn reached(self: &Arc<Self>, moment: Moment) {

@@ -4,8 +4,8 @@
 use std::io;
 use std::time::Instant;
 
+use super::GIVES_UP;
 use super::function::{Function, PAGE, Page, Registers};
-use super::relay::GIVES_UP;
 use crate::hostile::plan::index;
 use crate::random::Random;
 
