@@ -1,6 +1,7 @@
 //! The campaign of a hostile guest: root in it attacks by the guest's own devices, life after life, and the guest is killed and started
 //! again after each attack. What it shares with the honest one, NIC and driver VM, has to stay as it is.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,10 @@ use crate::peer::{guest_address, peer_address};
 
 /// The guest that attacks.
 const HOSTILE: &str = "hostile";
+/// What the program says last.
+const UNSTOPPED: &str = "hostile: nothing has stopped";
+/// Between two looks at what it says.
+const LOOK: Duration = Duration::from_millis(100);
 /// Longest silence while it boots.
 const BOOT: Duration = Duration::from_secs(120);
 /// Lives of driver VMs that begin or end: none may.
@@ -57,22 +62,47 @@ pub(super) fn attack(
             break;
         }
         machine.drain();
-        let told = machine.seen.len();
+        let before = (machine.seen.len(), console(place).len());
         let program = format!("(umbra-probe hostile-guest {} {life} </dev/null >/dev/null 2>&1 &)", spec.seed);
         place.in_guest(HOSTILE, &program, STEP)?;
-        // As long as it takes there; one that is cut short on a slow machine does no harm.
-        thread::sleep(GIVES_UP * 2 * patience::whole_factor());
-        machine.drain();
         let (attack, _) = plan::of_guest(spec.seed, life);
-        let (by, reason) = machine.seen[told..].iter().find_map(stopped_by).unwrap_or((NOTHING, String::new()));
+        let said = await_end(place, machine, before);
+        let is_said = |what: &str| said.contains(&format!("hostile: {what}"));
+        if !is_said(&format!("life {life}: {attack:?}")) || is_said(&format!("{attack:?} cannot be done")) {
+            tally.breaches.push(format!("life {life}: {attack:?} was not tried"));
+        }
+        let usual = if said.contains(UNSTOPPED) { NOTHING } else { "its own kernel" };
+        let (by, reason) = machine.seen[before.0..].iter().find_map(stopped_by).unwrap_or((usual, String::new()));
         say(&format!("[{:5.0} s] life {life}: {attack:?}, stopped by {by}: {reason}", begin.elapsed().as_secs_f64()));
         tally.add(attack, by, &reason);
         place.expect(&format!("umbra reboot {HOSTILE} --force || umbra start {HOSTILE}"), BOOT)?;
         machine.await_event(BOOT, |event| event.event == "guest-running" && event.text("guest") == HOSTILE)?;
-        let of_drivers = machine.seen[told..].iter().filter(|event| OF_DRIVERS.contains(&event.event.as_str()));
+        let of_drivers = machine.seen[before.0..].iter().filter(|event| OF_DRIVERS.contains(&event.event.as_str()));
         tally.breaches.extend(of_drivers.map(|event| format!("{attack:?}: {}", words(event))));
     }
     Ok(())
+}
+
+/// Waits until the program has nothing more to do, its guest has ended, or nothing of it is heard any more; what the guest's console has
+/// had since. Events and the console's bytes are counted from `before` on. An attack that is cut short on a slow machine does no harm.
+fn await_end(place: &Place, machine: &mut Machine, before: (usize, usize)) -> String {
+    let (begin, limit) = (Instant::now(), GIVES_UP * 3 * patience::whole_factor());
+    loop {
+        machine.drain();
+        let console = console(place);
+        // A console that was full has begun anew.
+        let said = String::from_utf8_lossy(console.get(before.1..).unwrap_or(&console)).into_owned();
+        let ended = machine.seen[before.0..].iter().any(|event| stopped_by(event).is_some());
+        if ended || said.contains(UNSTOPPED) || begin.elapsed() >= limit {
+            return said;
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// All that the hostile guest's console has; nothing before it has said something.
+fn console(place: &Place) -> Vec<u8> {
+    fs::read(place.share().join(format!("{HOSTILE}.log"))).unwrap_or_default()
 }
 
 /// What an event says of the end of an attack, if it does.
