@@ -1,7 +1,7 @@
 //! The hostile program: the first process of a driver VM whose image has it in front of the agent, or root's in a guest ([`in_guest`]).
 //!
-//! In a driver VM it runs the real agent as the first process of a PID namespace, with a terminal in the place of the control port, and passes on what
-//! host and agent say ([`relay`]). So a life is as any other up to the moment at which its plan has it attack.
+//! In a driver VM it runs the real agent as the first process of a PID namespace, with a terminal in the place of the control port, and
+//! passes on what host and agent say ([`relay`]). So a life is as any other up to the moment at which its plan has it attack.
 
 mod function;
 mod lies;
