@@ -1,7 +1,8 @@
 //! What each life of the attacked driver VM does: a function of the campaign's seed and of the life's generation, so that the bench and the
 //! program in the driver VM, which never speak with each other, agree on it. And what each life of a hostile guest does. Pure.
 //!
-//! Every fourth life of a driver VM is honest. The others work off rounds, in each of which every attack has its turn, in an order that the seed gives.
+//! Every fourth life of a driver VM is honest. The others work off rounds, in each of which every attack has its turn, in an order that
+//! the seed gives.
 
 use serde::Serialize;
 
