@@ -354,7 +354,7 @@ fn neighbour() -> std::net::Ipv4Addr {
 const LATE_MS: f64 = 200.0;
 
 /// A machine that is as slow as this, by its [`whole_factor`], may be too slow to play a song in real time with nothing else to do. It is,
-/// if more of the undisturbed recording is silent than this.
+/// if more of the undisturbed recording is silent than this. In any case it is late where a guest boots.
 const TOO_SLOW: (u32, f64) = (4, 0.02);
 
 /// Frames that QEMU's HDA codec drops at most when its stream stops because the card has run dry: a quarter of its buffer.
@@ -362,7 +362,9 @@ const CODEC_BUFFER: i64 = 512;
 
 /// The neighbour's song is whole: every sample of it is heard, in order, and nothing else. An emulated machine is late where guests
 /// boot: the recording then has short silences in which the card waited, its buffer may be heard again, and what the codec had of it may
-/// be lost; that is told. One that cannot play at all says nothing about a disturbance.
+/// be lost; that is told. One that cannot play at all says nothing about a disturbance. On a slow one dmix, which mixes the guests in the
+/// driver VM, is as late as all the rest: what it mixes in behind the card's pointer is silent, or is heard when the buffer comes round
+/// again. There no silence is as long as a restart of the driver VM, which is all that can be judged.
 fn judge(judged: &Judged, disturbed: &Range<usize>) {
     let analysis = &judged.analysis;
     let (beside, quiet): (Vec<Fault>, Vec<Fault>) =
@@ -389,12 +391,16 @@ fn judge(judged: &Judged, disturbed: &Range<usize>) {
         say("this machine does not play in real time even without a disturbance: the samples are not judged");
         return;
     }
+    assert!(silences.longest_ms < most_ms(LATE_MS), "{beside:?}");
+    if whole_factor() >= slow {
+        say("this machine is late where guests boot: its samples are not judged one by one");
+        return;
+    }
     let dropped =
         judged.faults().into_iter().filter(|fault| fault.ms > 0.0 && (1..=CODEC_BUFFER).contains(&fault.skipped));
     let dropped: i64 = dropped.map(|fault| fault.skipped).sum();
     say(&format!("of the frames lost, {dropped} were in the codec when the card ran dry"));
     assert_eq!((analysis.lost as i64 - dropped, analysis.unknown), (0, 0), "{beside:?}");
-    assert!(silences.longest_ms < most_ms(LATE_MS), "{beside:?}");
 }
 
 fn seconds(frames: usize) -> f64 {
