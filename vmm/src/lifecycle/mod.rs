@@ -357,11 +357,7 @@ impl Lifecycle {
     /// Begins a life: adopts the standby, even one that still boots, because a new VM would take longer; without a standby, starts
     /// a process.
     fn begin_life(&mut self, now: Time) -> Vec<Action> {
-        self.suspicion = None;
-        self.silence = None;
-        self.carrier.begin();
-        self.applying = false;
-        self.late.clear();
+        self.forget_life();
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
         // A spare has another device: it has been taken at the failure, or there was none.
         let adopted = if self.reserve.is_spare() { None } else { self.reserve.adopt(now) };
@@ -384,6 +380,13 @@ impl Lifecycle {
                 self.end_saving(now).into_iter().chain([Action::Spawn(generation)]).collect()
             }
         }
+    }
+
+    /// Another life is the present one from here on: what was noted of the one before says nothing about it.
+    fn forget_life(&mut self) {
+        (self.suspicion, self.silence, self.applying) = (None, None, false);
+        self.carrier.begin();
+        self.late.clear();
     }
 
     fn on_hello(&mut self) -> Vec<Action> {

@@ -80,8 +80,7 @@ impl Lifecycle {
         }
         self.generation = Some(generation);
         let until = now + Duration::from_secs(self.history.policy().boot_timeout_s.into());
-        self.silence = None;
-        self.carrier.begin();
+        self.forget_life();
         self.applying = matches!(stage, Stage::Forwarding(..));
         let mut actions = vec![Action::Failed(failure.clone()), Action::TakeOver(generation)];
         match stage {
