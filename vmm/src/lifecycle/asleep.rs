@@ -19,7 +19,7 @@ impl Lifecycle {
     /// Whether no process has the device, nor that of the spare, and none will get it by itself.
     pub fn has_let_go(&self) -> bool {
         let spare_is_held = matches!(self.reserve.state(), Standby::Fencing { .. } | Standby::Resetting { .. });
-        // One that is idle takes no part in this run, or is about to begin, and then falls asleep.
+        // One that is idle takes no part in this run, or is about to begin, and sleeps then.
         let holds_nothing = matches!(self.state, State::Idle | State::Asleep | State::Quarantined | State::Stopped);
         holds_nothing && !spare_is_held
     }

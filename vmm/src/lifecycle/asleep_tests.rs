@@ -88,6 +88,14 @@ fn what_is_on_its_way_to_the_next_life_stays_without_one() {
 }
 
 #[test]
+fn one_that_is_added_meanwhile_touches_no_device_before_the_host_wakes() {
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Nothing);
+    life.handle(at(0), Input::Sleep);
+    assert_eq!((life.handle(at(1), Input::Start), life.state(), life.has_let_go()), (vec![], &State::Asleep, true));
+    assert_eq!(life.handle(at(2), Input::Wake), [Action::Reset]);
+}
+
+#[test]
 fn a_quarantine_outlasts_the_night() {
     let mut life = live(1);
     life.handle(at(2000), Input::Failed(failure(NoticedBy::Identity, 2000)));

@@ -319,6 +319,10 @@ impl Lifecycle {
         if self.state != State::Idle {
             return Vec::new();
         }
+        if self.sleeps {
+            self.state = State::Asleep;
+            return Vec::new();
+        }
         self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
         vec![Action::Reset]
     }

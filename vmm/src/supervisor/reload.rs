@@ -169,6 +169,9 @@ impl Supervisor {
             }
         }
         for n in self.drivers.ids().skip(drivers) {
+            if self.sleep.is_some() {
+                self.drive(n, Input::Sleep);
+            }
             self.drive(n, Input::Start);
         }
         Ok(())

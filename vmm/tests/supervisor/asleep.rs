@@ -1,13 +1,15 @@
 //! The host sleeps: driver VMs give their devices up before it, and are reborn after it; guests are masked meanwhile.
 
+use std::fs;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::{Request, Response};
 
 use crate::cases::{Case, wait_armed};
-use crate::machine::{SPARE, TestMachine, make_with_disks, start, start_with_spare};
+use crate::machine::{PATIENCE, SPARE, TestMachine, make_with_disks, start, start_with_spare};
 
 /// All of them.
 pub const ALL: &[Case] = &[
@@ -16,6 +18,7 @@ pub const ALL: &[Case] = &[
     ("disks_are_at_rest_before_the_host_sleeps", disks_are_at_rest_before_the_host_sleeps),
     ("a_host_that_wakes_early_finds_disks_that_go_on", a_host_that_wakes_early_finds_disks_that_go_on),
     ("a_machine_that_starts_sleeps_too", a_machine_that_starts_sleeps_too),
+    ("a_driver_vm_that_is_added_meanwhile_sleeps_too", a_driver_vm_that_is_added_meanwhile_sleeps_too),
     ("sleep_and_wake_are_commands_for_one_machine_or_all", sleep_and_wake_are_commands_for_one_machine_or_all),
 ];
 
@@ -116,6 +119,30 @@ fn a_machine_that_starts_sleeps_too() {
     assert_eq!(driver(&machine).state, StateName::Asleep);
     assert!(wake(&machine));
     machine.wait_for("its life", |driver| driver.state == StateName::Live && driver.failures == 0);
+    machine.stop();
+}
+
+fn a_driver_vm_that_is_added_meanwhile_sleeps_too() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    sleep(&machine);
+    let path = machine.dir.path().join("m.toml");
+    let guest = "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\nnet = [{ driver = \"nic1\" }]\n";
+    let driver = format!("[driver.nic1]\ndevice = \"{SPARE}\"\nimage = \"image\"\nsnapshots = false\n");
+    fs::write(&path, fs::read_to_string(&path).unwrap() + guest + &driver).unwrap();
+    let answer = machine.ask(&Request::Reload { check: false }).unwrap();
+    assert!(matches!(answer, Response::Reloaded { .. }), "{answer:?}");
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let added = machine.status().unwrap().drivers.remove(1);
+        match added.state {
+            StateName::Asleep => break assert_eq!(added.pid, None),
+            StateName::Resetting if Instant::now() < until => thread::sleep(Duration::from_millis(20)),
+            state => panic!("it is {state}: the host's device is in use"),
+        }
+    }
+    assert!(wake(&machine));
+    machine.wait_for_event("\"driver-live\"", 3);
     machine.stop();
 }
 
