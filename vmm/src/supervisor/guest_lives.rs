@@ -173,12 +173,10 @@ impl Supervisor {
     /// `umbra start GUEST`.
     pub(super) fn start_guest(&mut self, name: &str) -> Result<(), String> {
         let n = self.guest_named(name)?;
-        if self.stopping.is_some() {
-            return Err("the machine is being stopped".into());
-        }
         if self.until == Until::Prepared {
             return Err("this run only makes snapshots (`umbra run --prepare`), and ends by itself".into());
         }
+        self.goes_on()?;
         let guest = &mut self.guests[n];
         if !guest.is_over() {
             return Err(format!("{name} is not off: it is {}", guest.state.name()));

@@ -72,9 +72,7 @@ impl Supervisor {
         if self.until == Until::Prepared {
             return Err("this run only makes snapshots (`umbra run --prepare`), and ends by itself".into());
         }
-        if self.stopping.is_some() {
-            return Err("the machine is being stopped".into());
-        }
+        self.goes_on()?;
         if self.reloading.is_some() {
             return Err("the machine file is being read again already; try again".into());
         }
@@ -110,6 +108,8 @@ impl Supervisor {
         let read = result.recv().unwrap_or_else(|_| Err("the machine file could not be looked at".into()));
         let done = read.and_then(|(Plan { machine, changes }, checked)| {
             if !check {
+                // It may have been told to end while the file was read.
+                self.goes_on()?;
                 self.go_on_as(machine, checked)?;
                 let keys = |taken| {
                     changes

@@ -289,6 +289,17 @@ impl Supervisor {
         self.guests.iter().all(GuestVm::is_over) && (is_time || self.stopping.is_some())
     }
 
+    /// Whether the machine goes on: what is started while it ends would find driver VMs that are gone, and nobody would end it.
+    ///
+    /// # Errors
+    /// It does not; why, for people.
+    pub(super) fn goes_on(&self) -> Result<(), String> {
+        if self.stopping.is_some() {
+            return Err("the machine is being stopped".into());
+        }
+        if self.is_done() { Err("the machine ends: its last guest has ended".into()) } else { Ok(()) }
+    }
+
     /// The next point in time at which something is due.
     fn deadline(&self) -> Option<Time> {
         let drivers = self.drivers.iter().filter_map(|driver| driver.lifecycle.deadline());

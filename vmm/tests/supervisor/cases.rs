@@ -562,7 +562,7 @@ pub fn kill(pid: u32) {
 }
 
 fn a_supervisor_that_is_killed_takes_its_vms_along_and_the_next_cleans_up() {
-    let mut machine = start_elsewhere();
+    let mut machine = start_elsewhere("");
     machine.wait_live(1);
     let pids = machine.pids();
     assert_eq!(pids.len(), 2);

@@ -60,9 +60,9 @@ pub fn make_with_spare(driver: &str) -> TestMachine {
     make("", driver, &format!("spare = \"{SPARE}\"\n"))
 }
 
-/// Starts a machine whose supervisor is a process of its own.
-pub fn start_elsewhere() -> TestMachine {
-    let mut machine = make("", "", "");
+/// Starts a machine whose supervisor is a process of its own; `driver` is the kernel command line of its driver VM.
+pub fn start_elsewhere(driver: &str) -> TestMachine {
+    let mut machine = make("", driver, "");
     let mut command = Command::new("/proc/self/exe");
     let child = command.arg("supervise").arg(machine.dir.path()).stdin(Stdio::null()).spawn().unwrap();
     machine.child = Some(child);

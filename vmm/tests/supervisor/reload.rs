@@ -1,6 +1,7 @@
 //! The machine file is read again (`umbra reload`, SIGHUP).
 
 use std::fs;
+use std::io::Write;
 
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
@@ -24,6 +25,10 @@ pub const ALL: &[Case] = &[
     ("a_file_that_is_wrong_changes_nothing", a_file_that_is_wrong_changes_nothing),
     ("metrics_move_and_a_place_that_is_taken_is_refused", metrics_move_and_a_place_that_is_taken_is_refused),
     ("a_hang_up_reads_the_file_again_and_ends_nothing", a_hang_up_reads_the_file_again_and_ends_nothing),
+    (
+        "a_file_that_is_read_while_the_machine_ends_adds_nothing",
+        a_file_that_is_read_while_the_machine_ends_adds_nothing,
+    ),
 ];
 
 /// Puts `to` in the place of `from` in the machine file.
@@ -193,7 +198,7 @@ fn metrics_move_and_a_place_that_is_taken_is_refused() {
 }
 
 fn a_hang_up_reads_the_file_again_and_ends_nothing() {
-    let mut machine = start_elsewhere();
+    let mut machine = start_elsewhere("");
     machine.wait_live(1);
     let pids = machine.pids();
     let supervisor = machine.status().unwrap().pid;
@@ -217,4 +222,28 @@ fn a_hang_up_reads_the_file_again_and_ends_nothing() {
     let after = machine.pids();
     assert!(pids.iter().all(|pid| after.contains(pid)), "{pids:?} {after:?}");
     machine.kill_supervisor();
+}
+
+/// As with SIGHUP and SIGTERM at once: the file is read in a thread, and the machine is told to end meanwhile.
+fn a_file_that_is_read_while_the_machine_ends_adds_nothing() {
+    let mut machine = start("no-power-button", "", "");
+    machine.wait_live(1);
+    let path = machine.dir.path().join("m.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let why = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(&machine, false));
+        // Whoever opens it has a reader, who waits for the text.
+        let mut file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        machine.press(StopHow::PowerButton);
+        let guest = "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\n";
+        file.write_all((text + guest).as_bytes()).unwrap();
+        drop(file);
+        answer.join().unwrap().unwrap_err()
+    });
+    assert!(why.contains("being stopped"), "{why}");
+    assert_eq!(machine.status().unwrap().guests.len(), 1);
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
 }
