@@ -100,7 +100,7 @@ impl Supervisor {
         self.resizes_no_more(n);
         self.leave_ends(n);
         let guest = &mut self.guests[n];
-        if guest.state == GuestState::Rebooting && !stopping {
+        if guest.state == GuestState::Rebooting && !stopping && guest.at_end != AtEnd::Stay {
             return self.start_guest_process(n);
         }
         let at_end = std::mem::take(&mut guest.at_end);

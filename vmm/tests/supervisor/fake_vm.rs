@@ -20,8 +20,8 @@ use umbra_vmm::config::Console;
 use umbra_vmm::vm::snapshot::key::OfVm;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
-    DeviceStatus, FromVm, LinkEnd, MaskedCounts, NetWork, OutageCounts, PortEnd, ShadowMode, SnapshotNews, ToVm,
-    VcpuCounts, VmEnd, VmSpec,
+    DeviceStatus, Disconnect, FromVm, LinkEnd, MaskedCounts, NetWork, OutageCounts, PortEnd, ShadowMode, SnapshotNews,
+    ToVm, VcpuCounts, VmEnd, VmSpec,
 };
 use umbra_vmm::wire::spawn::CONFINED;
 
@@ -148,6 +148,11 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 }
                 if spec.cmdline.contains("flood ") {
                     flood(channel);
+                }
+                if spec.cmdline.contains("resets-slowly ") {
+                    send_end(channel, VmEnd::Reset);
+                    while !matches!(channel.receive().unwrap(), Incoming::Message(ToVm::PowerButton, _)) {}
+                    return;
                 }
                 if spec.cmdline.contains(&format!("reset-in={generation} ")) {
                     thread::sleep(Duration::from_millis(300));
@@ -287,8 +292,8 @@ fn driver(spec: &VmSpec, channel: Channel) {
             }
         });
         let control = Arc::clone(&channel);
-        let stays = told("stays");
-        thread::spawn(move || obey(&control, stays));
+        let (stays, unanswered) = (told("stays"), told("unanswered"));
+        thread::spawn(move || obey(&control, stays, unanswered));
     };
     if spec.awaits_device {
         say(FromAgent::Loaded { uptime_ms: 2 });
@@ -510,8 +515,9 @@ fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> b
     false
 }
 
-/// The supervisor's messages to the process; one that `stays` says that it has given its device up, and does not end.
-fn obey(control: &Channel, stays: bool) {
+/// The supervisor's messages to the process; one that `stays` says that it has given its device up, and does not end. Where connections
+/// are `unanswered`, their guests do not take part in setting them up.
+fn obey(control: &Channel, stays: bool, unanswered: bool) {
     let mut connections = Vec::new();
     while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
@@ -522,7 +528,13 @@ fn obey(control: &Channel, stays: bool) {
                 std::process::exit(0);
             }
             // They end with this process.
-            ToVm::Connect { .. } => connections.extend(files),
+            ToVm::Connect { end, link } => {
+                connections.extend(files);
+                if unanswered {
+                    let why = Disconnect::NoAnswer("no reply in 10 s".into());
+                    control.send(&FromVm::Disconnected { end, link, why }, &[]).unwrap();
+                }
+            }
             ToVm::Release => control.send(&FromVm::Released { at: Time::now().0 }, &[]).unwrap(),
             ToVm::Plug { .. } => {
                 assert_eq!(files.len(), 3, "container, group, device");
