@@ -345,7 +345,7 @@ impl Supervisor {
         self.fall_back(n, &format!("it is quarantined: {reason}"));
         for EndRef { guest, device } in self.drivers[n].ends.rows() {
             self.tell_guest(guest, &ToVm::Quarantine { device });
-            if !self.guests[guest].knows_its_devices() {
+            if !self.guests[guest].knows_its_devices() && !self.guests[guest].is_over() {
                 let noun = traits(device.class).noun;
                 let why = format!("{} never got its {noun} to work", self.drivers[n].name);
                 self.guest_failed(guest, why);
