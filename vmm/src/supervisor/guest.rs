@@ -116,6 +116,11 @@ impl GuestVm {
         })
     }
 
+    /// Whether its process takes a connection now. One that does not read its waiting messages would not read this one either.
+    pub(super) fn takes_connections(&self) -> bool {
+        self.process.is_some() && self.listening && self.unsent.is_empty()
+    }
+
     /// Whether its process has answered the last question about `device`.
     pub(super) fn has_answered(&self, device: DeviceId) -> bool {
         self.devices.get(&device).is_some_and(|device| device.fresh)

@@ -308,7 +308,7 @@ impl Supervisor {
         let drivers = drivers.chain(questions);
         let metrics = self.events.metrics().map(|_| self.metrics_due);
         let suspicions = self.drivers.iter().filter_map(DriverVm::suspicion_due);
-        let connections = self.drivers.iter().filter_map(DriverVm::connection_due);
+        let connections = self.drivers.ids().filter_map(|n| self.connection_due(n));
         drivers
             .chain(suspicions)
             .chain(connections)
@@ -416,7 +416,7 @@ impl Supervisor {
             if let Some(why) = self.drivers[n].take_suspicion(now) {
                 self.drive(n, Input::StandbyFailed(Rank::First, why));
             }
-            if self.drivers[n].connection_due().is_some_and(|due| due <= now) {
+            if self.connection_due(n).is_some_and(|due| due <= now) {
                 self.connect_ends(n);
             }
             self.look_at_silence(n, now);

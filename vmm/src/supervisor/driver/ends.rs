@@ -142,12 +142,6 @@ impl Life {
 }
 
 impl DriverVm {
-    /// When an end is to be connected.
-    pub(in crate::supervisor) fn connection_due(&self) -> Option<Time> {
-        let lives = self.life.iter().chain(self.standby.iter().filter(|vm| !vm.dropped).map(|vm| &vm.life));
-        lives.flat_map(|life| life.links.iter()).filter(|end| !end.given_up).filter_map(|end| end.due).min()
-    }
-
     /// The present life fails: what its guests have lost by now belongs to its outage.
     pub(in crate::supervisor) fn collect_masks(&mut self, now: Time) {
         let Some(life) = &mut self.life else { return };
@@ -187,6 +181,17 @@ impl Supervisor {
         }
     }
 
+    /// When an end of driver VM `n` is to be connected. One whose guest takes no connection is connected when that reads again.
+    pub(in crate::supervisor) fn connection_due(&self, n: DriverId) -> Option<Time> {
+        let driver = &self.drivers[n];
+        let lives =
+            [LifeRole::Present, LifeRole::Standby(Rank::First)].into_iter().filter_map(|role| driver.life_of(role));
+        let waits = |(end, link): &(Endpoint, &EndLink)| {
+            !link.given_up && self.guests[driver.ends[*end].guest].takes_connections()
+        };
+        lives.flat_map(|life| life.links.numbered()).filter(waits).filter_map(|(_, link)| link.due).min()
+    }
+
     /// Connects what guest `n` can be connected with.
     pub(in crate::supervisor) fn connect_guest(&mut self, n: GuestId) {
         for (driver, _) in self.guests[n].drivers() {
@@ -198,8 +203,7 @@ impl Supervisor {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let EndRef { guest, device } = driver.ends[end];
         let guest = &mut self.guests[guest];
-        // A guest that does not read its waiting messages would not read this one either.
-        if guest.process.is_none() || !guest.listening || !guest.unsent.is_empty() {
+        if !guest.takes_connections() {
             return;
         }
         let armed = driver.lifecycle.is_armed();
