@@ -77,11 +77,13 @@ impl Supervisor {
     /// A guest that came after the others, or came back, is live.
     fn on_late_end_live(&mut self, n: DriverId, end: Endpoint) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
+        let frames = std::mem::take(&mut self.drivers[n].late_frames);
         self.events.tell(&Event::EndLive {
             guest: self.guests[guest].name.clone(),
             device,
             driver: self.drivers[n].name.clone(),
             generation: self.drivers[n].lifecycle.generation().map_or(0, Generation::get),
+            frames,
         });
         self.send_settings(n, LifeRole::Present);
     }
@@ -145,7 +147,8 @@ impl Supervisor {
     fn on_live(&mut self, n: DriverId, now: Time) {
         let driver = &mut self.drivers[n];
         // A splitter that went over to a spare did so some time ago.
-        driver.timeline.mark(Milestone::Live, driver.live_at.take().unwrap_or(now));
+        let live_at = driver.live_at.take().filter(|(generation, _)| driver.is_current(*generation));
+        driver.timeline.mark(Milestone::Live, live_at.map_or(now, |(_, at)| at));
         driver.was_live = true;
         self.in_service |= driver.life.as_ref().is_some_and(|life| life.connected() > 0);
         let outage = driver.timeline.outage();

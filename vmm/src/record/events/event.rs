@@ -45,6 +45,9 @@ pub enum Event {
         driver: String,
         /// Generation of the life.
         generation: u32,
+        /// What became of its frames meanwhile, which are in no `driver-live`.
+        #[serde(default)]
+        frames: MaskedCounts,
     },
     /// A generation of a driver VM is started.
     DriverStarting {
@@ -354,7 +357,7 @@ impl Event {
             Self::DeviceReset { error: None, .. } => return None,
             Self::GuestRunning { guest } => format!("{guest}: running"),
             Self::GuestRebooted { guest } => format!("{guest}: reboots"),
-            Self::EndLive { guest, device, driver, generation } => {
+            Self::EndLive { guest, device, driver, generation, .. } => {
                 format!("{guest}.{device} is served by {driver}, generation {generation}")
             }
             Self::GuestEnded { guest, how } => format!("{guest}: {how}"),

@@ -22,6 +22,7 @@ use super::events::Event;
 use super::parts::RecoveryParts;
 use super::status::Status;
 use crate::base::lock::lock;
+use crate::wire::messages::MaskedCounts;
 
 /// Upper bounds of the outage histogram, in seconds: from a spare that takes over at once to a cold boot under emulation.
 const OUTAGE_BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0];
@@ -128,15 +129,9 @@ impl Metrics {
             Event::DriverLive { driver, outage_ms: Some(outage), parts, frames, .. } => {
                 self.outage.get_or_create(&Driver { driver: driver.clone() }).observe(outage / 1000.0);
                 self.add_parts(driver, parts);
-                for (fate, count) in [
-                    ("logged", frames.logged),
-                    ("replayed", frames.replayed),
-                    ("dropped", frames.dropped),
-                    ("unknown", frames.unknown),
-                ] {
-                    self.frames.get_or_create(&Fate { driver: driver.clone(), fate }).inc_by(count);
-                }
+                self.add_frames(driver, frames);
             }
+            Event::EndLive { driver, frames, .. } => self.add_frames(driver, frames),
             Event::SoundLive { driver, samples, .. } => {
                 for (fate, count) in [
                     ("skipped", samples.frames_skipped),
@@ -155,6 +150,13 @@ impl Metrics {
             Event::GuestRebooted { .. } => drop(self.reboots.inc()),
             Event::Warning { .. } => drop(self.warnings.inc()),
             _ => {}
+        }
+    }
+
+    fn add_frames(&self, driver: &str, frames: &MaskedCounts) {
+        let MaskedCounts { logged, replayed, dropped, unknown } = *frames;
+        for (fate, count) in [("logged", logged), ("replayed", replayed), ("dropped", dropped), ("unknown", unknown)] {
+            self.frames.get_or_create(&Fate { driver: driver.into(), fate }).inc_by(count);
         }
     }
 

@@ -20,6 +20,13 @@ fn events_are_counted() {
     let parts = RecoveryParts { boot_ms: Some(500.0), ..RecoveryParts::default() };
     let frames = MaskedCounts { logged: 5, replayed: 4, dropped: 0, unknown: 1 };
     metrics.observe(&Event::DriverLive { driver: "nic0".into(), generation: 3, outage_ms: Some(700.0), parts, frames });
+    metrics.observe(&Event::EndLive {
+        guest: "web".into(),
+        device: DeviceId::net(0),
+        driver: "nic0".into(),
+        generation: 3,
+        frames,
+    });
     let samples = SoundCounts { frames_skipped: 480, ..SoundCounts::default() };
     let live = Event::SoundLive {
         guest: "web".into(),
@@ -36,7 +43,7 @@ fn events_are_counted() {
         "umbra_driver_outage_seconds_bucket{le=\"0.5\",driver=\"nic0\"} 0",
         "umbra_driver_outage_seconds_bucket{le=\"1.0\",driver=\"nic0\"} 1",
         "umbra_driver_recovery_seconds_total{driver=\"nic0\",part=\"boot\"} 0.5",
-        "umbra_driver_frames_total{driver=\"nic0\",fate=\"unknown\"} 1",
+        "umbra_driver_frames_total{driver=\"nic0\",fate=\"unknown\"} 2",
         "umbra_driver_samples_total{driver=\"snd0\",fate=\"skipped\"} 480",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}:\n{text}");

@@ -9,7 +9,7 @@ use super::settings::Setting;
 use super::{OfClass, Traits};
 use crate::base::time::Time;
 use crate::config::{Driver, MemorySize, Net};
-use crate::lifecycle::{Endpoint, Input};
+use crate::lifecycle::{Endpoint, Input, State};
 use crate::record::status;
 use crate::supervisor::driver::EndRef;
 use crate::supervisor::guest::GuestVm;
@@ -157,11 +157,17 @@ impl Supervisor {
         if !by_itself && !driver.is_current(generation) {
             return;
         }
-        driver.live_at = driver.live_at.max(Some(at));
-        driver.frames.logged += masked.logged;
-        driver.frames.replayed += masked.replayed;
-        driver.frames.dropped += masked.dropped;
-        driver.frames.unknown += masked.unknown;
+        let before = driver.live_at.filter(|(of, _)| *of == generation).map_or(at, |(_, before)| before);
+        driver.live_at = Some((generation, before.max(at)));
+        if !by_itself && matches!(driver.lifecycle.state(), State::Live { .. }) {
+            // A guest that came late has an outage of its own, or none.
+            driver.late_frames = masked;
+        } else {
+            driver.frames.logged += masked.logged;
+            driver.frames.replayed += masked.replayed;
+            driver.frames.dropped += masked.dropped;
+            driver.frames.unknown += masked.unknown;
+        }
         tracing::debug!(end = end.place(), at = at.0, by_itself, "end live");
         self.drive(d, if by_itself { Input::SpareLive(end) } else { Input::EndLive(end) });
     }

@@ -127,12 +127,14 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) masks: Vec<Mask>,
     /// When the guests were first asked to mask in the present outage.
     pub(in crate::supervisor) asked_to_mask: Option<Time>,
-    /// When the last guest so far went live again in the present outage.
-    pub(in crate::supervisor) live_at: Option<Time>,
+    /// When the last guest so far went live, and with which generation.
+    pub(in crate::supervisor) live_at: Option<(Generation, Time)>,
     /// When the last present life had ended or given its device up.
     pub(in crate::supervisor) gone: Time,
     /// The frames of the present outage.
     pub(in crate::supervisor) frames: MaskedCounts,
+    /// Those of the guest that has just gone live with a life that served others already.
+    pub(in crate::supervisor) late_frames: MaskedCounts,
     /// The evidence of the last failure, for the report.
     pub(in crate::supervisor) report: Option<CrashReport>,
     pub(in crate::supervisor) report_path: Option<String>,
@@ -226,6 +228,7 @@ impl DriverVm {
             asked_to_mask: None,
             gone: Time(0),
             frames: MaskedCounts::default(),
+            late_frames: MaskedCounts::default(),
             report: None,
             report_path: None,
             registers: String::new(),
