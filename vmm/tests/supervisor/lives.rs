@@ -1,16 +1,19 @@
 //! Lives that end apart: what happens to a guest costs its own end of a driver VM, and nobody else's.
 
 use std::fs;
-use std::time::Duration;
+use std::io::Write;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
+use umbra_vmm::supervisor::start::rundir;
 
-use crate::machine::{TestMachine, make, start, start_shared, start_without_drivers};
+use crate::machine::{PATIENCE, SPARE, TestMachine, make, start, start_elsewhere, start_shared, start_without_drivers};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -40,6 +43,20 @@ pub const ALL: &[crate::cases::Case] = &[
     (
         "a_guest_that_boots_when_its_button_is_pressed_goes_down",
         a_guest_that_boots_when_its_button_is_pressed_goes_down,
+    ),
+    ("a_guest_that_is_stopped_as_it_resets_stays_off", a_guest_that_is_stopped_as_it_resets_stays_off),
+    (
+        "a_guest_that_was_stopped_before_its_card_came_has_not_failed",
+        a_guest_that_was_stopped_before_its_card_came_has_not_failed,
+    ),
+    (
+        "what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage",
+        what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage,
+    ),
+    ("no_guest_is_started_while_the_machine_ends", no_guest_is_started_while_the_machine_ends),
+    (
+        "a_guest_that_reads_nothing_does_not_keep_the_supervisor_busy",
+        a_guest_that_reads_nothing_does_not_keep_the_supervisor_busy,
     ),
 ];
 
@@ -261,4 +278,112 @@ fn a_guest_without_driver_vms_that_cannot_start_again_fails_alone() {
     machine.wait_for_guest("web", "its failure", |guest| guest.state == GuestStateName::Failed);
     assert_eq!(machine.wait_for_guest("db", "it", |guest| guest.state == GuestStateName::Running).pid, pid);
     machine.press(StopHow::Kill);
+}
+
+fn a_guest_that_is_stopped_as_it_resets_stays_off() {
+    let machine = start_guest_with("resets-slowly ", "");
+    // It has said so, and its process has not ended.
+    machine.wait_for_event("\"guest-rebooted\"", 1);
+    machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
+    machine.press(StopHow::Kill);
+}
+
+fn a_guest_that_was_stopped_before_its_card_came_has_not_failed() {
+    let mut machine = make("", "", "restart = { limit = 0, boot_timeout_s = 1 }");
+    let path = machine.dir.path().join("m.toml");
+    let text = fs::read_to_string(&path).unwrap().replace("net = [{", "sound = [{");
+    fs::write(&path, text).unwrap();
+    fs::write(machine.dir.path().join("keep"), "").unwrap();
+    machine.start_again();
+    machine.wait_for("its start", |driver| driver.pid.is_some());
+    machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
+    machine.wait_for("its end", |driver| driver.state == StateName::Quarantined);
+    let web = machine.wait_for_guest("web", "it", |_| true);
+    assert_eq!((web.state, web.reason), (GuestStateName::Off, None), "{}", machine.events_text());
+    machine.stop();
+}
+
+/// The event of this kind of that generation.
+fn event(machine: &TestMachine, kind: &str, generation: u32) -> Value {
+    let events = machine.events_text();
+    let mut events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    events.find(|event| event["event"] == kind && event["generation"] == generation).unwrap()
+}
+
+fn what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage() {
+    let machine = start("hold=2", "", "");
+    machine.wait_live(1);
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    machine.wait_for_event("\"end-live\"", 1);
+    let late = event(&machine, "end-live", 1);
+    assert_eq!(late["frames"]["logged"], 3, "{late}");
+    machine.crash(CrashKind::Panic);
+    // It does not answer.
+    machine.wait_for_event("\"driver-live\"", 2);
+    let live = event(&machine, "driver-live", 2);
+    assert_eq!(live["frames"]["logged"], 0, "those of its reboot: {live}");
+    assert!(live["outage_ms"].as_f64().unwrap() >= 5000.0, "over before it began: {live}");
+    machine.stop();
+}
+
+fn no_guest_is_started_while_the_machine_ends() {
+    let mut machine = make("", "", "");
+    let path = machine.dir.path().join("m.toml");
+    let db = "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\ndisk = [{ driver = \"disk0\" }]\n";
+    let disk0 = format!(
+        "[driver.disk0]\ndevice = \"{SPARE}\"\nimage = \"image\"\ncmdline = \"deaf-to-rest \"\nsnapshots = false\n"
+    );
+    fs::write(&path, fs::read_to_string(&path).unwrap() + db + &disk0).unwrap();
+    machine.start_again();
+    let wait_both = |wanted: [StateName; 2]| {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let drivers = machine.status().map(|status| status.drivers).unwrap_or_default();
+            let states: Vec<_> = drivers.iter().map(|driver| driver.state).collect();
+            if states == wanted {
+                return;
+            }
+            assert!(Instant::now() < until, "{states:?}\n{}", machine.events_text());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    wait_both([StateName::Live, StateName::Live]);
+    for guest in ["web", "db"] {
+        machine.ask_about(&Request::StopGuest { name: guest.into(), how: StopHow::PowerButton }).unwrap();
+    }
+    // The disks are being flushed, and the NIC's driver VM has ended.
+    wait_both([StateName::Live, StateName::Stopped]);
+    let why = machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap_err();
+    assert!(why.contains("its last guest has ended"), "{why}");
+    machine.press(StopHow::Kill);
+    machine.wait().unwrap();
+}
+
+fn a_guest_that_reads_nothing_does_not_keep_the_supervisor_busy() {
+    let mut machine = start_elsewhere("unanswered=1");
+    machine.wait_live(1);
+    let supervisor = machine.status().unwrap().pid;
+    let web = machine.wait_for_guest("web", "a process", |guest| guest.pid.is_some()).pid.unwrap();
+    signal(web, Signal::SIGSTOP);
+    // More than its channel takes.
+    let (_, mut stream) = rundir::connect(&machine.dir.path().join("run"), Some("m")).unwrap();
+    let question = serde_json::to_string(&Request::Status).unwrap() + "\n";
+    (0..2000).for_each(|_| stream.write_all(question.as_bytes()).unwrap());
+    // Its connection is to be made again 5 s after it was not answered.
+    std::thread::sleep(Duration::from_secs(7));
+    let before = processor_time(supervisor);
+    std::thread::sleep(Duration::from_secs(3));
+    let used = processor_time(supervisor) - before;
+    assert!(used < 100, "{used} hundredths of a second in 3 s");
+    signal(web, Signal::SIGCONT);
+    machine.wait_for_log("web", "attempt: 2");
+    machine.kill_supervisor();
+}
+
+/// Time for which this process has run, in hundredths of a second (proc(5)).
+fn processor_time(pid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, rest) = text.rsplit_once(')').unwrap();
+    rest.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
