@@ -240,7 +240,10 @@ impl BlockService {
             let result = end.judge(result);
             self.lost_disk |= result == LET_GO;
             if let Err(error) = end.sessions.result(name, result) {
-                kernel_log::error(&format!("the flush after the host had gone has failed: {error}"));
+                kernel_log::error(&format!("a flush has failed: {error}"));
+                let disk = Arc::clone(&end.disk);
+                let others = self.ends.iter_mut().filter(|end| Arc::ptr_eq(&end.disk, &disk));
+                others.for_each(|end| end.sessions.cache_lost());
             }
         }
     }

@@ -297,11 +297,11 @@ impl Sessions {
     /// The result of an action.
     ///
     /// # Errors
-    /// When the flush after a session has failed.
+    /// When a flush has failed, of a host or after a session: the device may have dropped what any end has written to this disk, and a
+    /// later flush proves nothing of that. A host that has its log writes it again.
     pub fn result(&mut self, name: Name, result: i32) -> Result<(), Errno> {
         if name == OWN_FLUSH {
             let flushed = outcome(result).map(drop);
-            // A host that still has its log writes again what the device may have dropped.
             self.cache_lost |= flushed.is_err();
             self.flushed();
             return flushed;
@@ -327,10 +327,14 @@ impl Sessions {
             self.answers.extend(FromService::Done { tag: Tag(name), errno, bytes }.encode(link));
         }
         self.settle();
+        if action == Action::Flush && errno != 0 {
+            self.cache_lost = true;
+            return Err(Errno::from_raw(errno));
+        }
         Ok(())
     }
 
-    /// The driver has reset the controller since the last results were looked at.
+    /// The driver has reset the controller since the last results were looked at, or another end's flush has failed.
     pub fn cache_lost(&mut self) {
         self.cache_lost = true;
     }

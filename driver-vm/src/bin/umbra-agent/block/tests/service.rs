@@ -245,6 +245,27 @@ fn a_disk_whose_driver_has_gone_has_no_error_of_its_own() {
     assert_eq!(host.order(write), failed(1, libc::ENODEV));
 }
 
+/// A disk of which nothing can be flushed: neither are reads and writes possible on a file that is only named, and its size is known.
+fn named_only(windows: &[Window]) -> Rig {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path).unwrap();
+    Rig::start_on(dir, file, windows)
+}
+
+#[test]
+fn a_flush_that_failed_proves_nothing_to_the_others_on_its_disk() {
+    let parts = [Window { start: 0, sectors: 4096 }, Window { start: 4096, sectors: 4096 }];
+    let rig = named_only(&parts);
+    let (mut first, mut second) = (rig.begin(0, 1), rig.begin(1, 1));
+    first.send(&[flush(0)]);
+    assert_eq!(second.answers(1), [FromService::CacheLost], "it may have dropped what the second has written");
+    // And so may that after the end of a session.
+    drop(first);
+    assert_eq!(second.answers(1), [FromService::CacheLost]);
+}
+
 #[test]
 fn disks_come_to_rest_when_nothing_is_ordered_any_more() {
     let rig = Rig::start(&[WHOLE, WHOLE]);

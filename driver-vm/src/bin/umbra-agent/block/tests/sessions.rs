@@ -101,7 +101,7 @@ fn errors_that_may_be_the_driver_s_are_known() {
         (3, flush(3), Errno::EIO, false),
     ] {
         sessions.hear(&encode(&[order], 1)).unwrap();
-        sessions.result(tag, errno(error)).unwrap();
+        assert_eq!(sessions.result(tag, errno(error)).is_err(), order == flush(tag));
         assert_eq!(sessions.take_error(), is_noted.then_some((1, error)), "{error}");
     }
 }
@@ -220,6 +220,16 @@ fn what_a_gone_host_wrote_is_flushed() {
     let buffers = sessions.take_buffers();
     assert!(parse_hello(&buffers[0], link(2)).unwrap().is_some());
     assert_eq!(decode(&buffers[1], 2), [FromService::CacheLost], "for a host that has its log");
+}
+
+#[test]
+fn a_flush_that_failed_when_its_host_had_gone_may_have_dropped_what_that_wrote() {
+    let mut sessions = begun();
+    sessions.hear(&encode(&[flush(1)], 1)).unwrap();
+    sessions.host_is_gone();
+    assert_eq!(sessions.result(1, errno(Errno::EIO)), Err(Errno::EIO));
+    sessions.result(256, 0).unwrap();
+    assert!(sessions.is_idle() && sessions.hides_a_loss(), "the next flush cannot know of it");
 }
 
 #[test]
