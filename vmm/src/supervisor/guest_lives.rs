@@ -27,7 +27,8 @@ impl Supervisor {
         let guest = &mut self.guests[n];
         guest.end = Some(how);
         let resets = matches!(how, VmEnd::Reset | VmEnd::TripleFault) && guest.spec.on_reset == OnReset::Reboot;
-        if !resets || self.stopping.is_some() || guest.at_end == AtEnd::Stay {
+        // One that has panicked and is about to be killed may reset itself first.
+        if !resets || self.stopping.is_some() || guest.at_end == AtEnd::Stay || guest.dies_of_panic() {
             return;
         }
         // A PC resets at a triple fault; a kernel may use it for that, or crash in this way again and again.
@@ -61,9 +62,7 @@ impl Supervisor {
             OnCrash::Reboot => "it is stopped",
         };
         self.warn_of_guest(n, &format!("{PANIC}: {then}"));
-        if let Some(process) = &mut self.guests[n].process {
-            process.kill();
-        }
+        self.kill_guest(n);
     }
 
     fn reboots(&mut self, n: GuestId) {

@@ -4,10 +4,11 @@
 //! ```text
 //!   umbra restart              guests' devices rest, as late as can be; the agent flushes ---> the next driver VM takes over
 //!   umbra stop/reboot --force  the guest's devices rest -----------------> its process is killed
+//!   a guest's panic, on_crash  the guest's devices rest -----------------> its process is killed
 //!   end of the machine         guests end ---> the agent flushes --------> the driver VM is ended
 //! ```
-//! A guest that powers off or resets by itself has nothing that could be asked any more: its process ends, the driver VM serves on, and
-//! the agent flushes when the port closes. Its next process is greeted after that.
+//! A guest that powers off or resets by itself is not asked: its process goes on until it owes the driver VM nothing (`vm::process`) and
+//! ends, the driver VM serves on, and the agent flushes when the port closes. Its next process is greeted after that.
 //!
 //! Invariants: nobody is waited for without a limit ([`REST_PATIENCE`]); a guest that is killed once more, or a machine, ends at once.
 

@@ -334,6 +334,11 @@ impl Devices {
         std::mem::take(&mut self.subscribers)
     }
 
+    /// Whether a guest's device owes its driver VM something that is nowhere else.
+    pub fn owe(&self) -> bool {
+        self.shadowed.values().any(|shadowed| lock(shadowed).owes())
+    }
+
     /// A message of the supervisor that concerns a device.
     pub fn handle(&self, message: &ToVm, fds: Vec<OwnedFd>, host: &Host) {
         let socket = |fds: Vec<OwnedFd>| fds.into_iter().next().map(UnixStream::from);

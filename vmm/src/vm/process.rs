@@ -7,8 +7,9 @@ use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -104,6 +105,11 @@ impl Error {
     }
 }
 
+/// Longest time that a VM which has ended goes on for what its disks owe: as long as the supervisor waits for one to come to rest.
+const LAST_WRITES: Duration = Duration::from_secs(30);
+/// No limit for a turn of the event loop.
+const FOREVER: i32 = -1;
+
 /// A subscriber of the event loop.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
@@ -184,7 +190,7 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let Assembled { vm, devices, mut events, vcpus, snapshot } = assembled;
     let vm = Arc::new(vm);
     let orders = Orders::default();
-    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders };
+    let control = Control { vm: Arc::clone(&vm), host: Arc::clone(host), devices, signals, orders, killed: false };
     let control = Arc::new(Mutex::new(control));
     events.add_subscriber(control.clone());
     events.add_subscriber(vm.serial.clone());
@@ -229,14 +235,15 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         for subscriber in lock(&control).devices.take_subscribers() {
             events.add_subscriber(subscriber);
         }
-        match events.run() {
-            Ok(_) => {}
-            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
-            Err(error) => return Err(Error::Events(error)),
-        }
+        turn(&mut events, FOREVER)?;
     };
     tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
+    let owes = || {
+        let control = lock(&control);
+        !control.killed && control.devices.owe()
+    };
+    write_what_is_owed(&mut events, owes, LAST_WRITES)?;
     // Last words come before the word that it has ended.
     lock(&vm.serial).finish_output();
     if let Some(id) = terminal {
@@ -246,6 +253,34 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
     host.finish();
     Ok((how, registers))
+}
+
+/// A turn of the event loop, of so many ms at most.
+fn turn(events: &mut EventManager<Subscriber>, ms: i32) -> Result<(), Error> {
+    match events.run_with_timeout(ms) {
+        Ok(_) => Ok(()),
+        Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => Ok(()),
+        Err(error) => Err(Error::Events(error)),
+    }
+}
+
+/// What a guest was told is written, and what no disk has, would end with this process. Goes on while that is so: the next driver VM writes
+/// it. Nobody is waited for longer than for `patience`.
+fn write_what_is_owed(
+    events: &mut EventManager<Subscriber>,
+    owes: impl Fn() -> bool,
+    patience: Duration,
+) -> Result<(), Error> {
+    let due = Time::now() + patience;
+    while owes() {
+        let left = due.since(Time::now());
+        if left.is_zero() {
+            tracing::warn!("the VM ends, and not all that it was told is written is on its disks");
+            break;
+        }
+        turn(events, i32::try_from(left.as_millis()).unwrap_or(i32::MAX).saturating_add(1))?;
+    }
+    Ok(())
 }
 
 /// The viewers of the VM's console, if it may be viewed. A guest whose console cannot be viewed runs all the same.
@@ -298,6 +333,8 @@ struct Control {
     devices: Devices,
     signals: SignalFd,
     orders: Orders,
+    /// It is to end at once, whatever it owes.
+    killed: bool,
 }
 
 /// What the loop is to do, because it has the vCPUs.
@@ -320,13 +357,18 @@ const SIGNAL: u32 = 2;
 const SUPERVISOR: u32 = 3;
 
 impl Control {
+    fn kill(&mut self) {
+        self.killed = true;
+        self.vm.end.set(VmEnd::Killed);
+    }
+
     fn receive(&mut self) {
         let host = Arc::clone(&self.host);
         let Host::Supervisor(supervisor) = &*host else { return };
         match supervisor.channel().try_receive::<ToVm>() {
             Ok(Incoming::Message(message, fds)) => self.handle(message, fds),
             Ok(Incoming::Empty) => {}
-            Ok(Incoming::Closed) => self.vm.end.set(VmEnd::Killed),
+            Ok(Incoming::Closed) => self.kill(),
             Err(error) => {
                 tracing::error!(%error, "a message from the supervisor");
                 self.vm.end.set(VmEnd::Error);
@@ -339,7 +381,7 @@ impl Control {
         match message {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
-            ToVm::Kill => self.vm.end.set(VmEnd::Killed),
+            ToVm::Kill => self.kill(),
             ToVm::LockUp => self.orders.lock_up = true,
             ToVm::Nmi => self.orders.nmi = true,
             ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
@@ -387,18 +429,50 @@ impl MutEventSubscriber for Control {
             }
             SIGNAL => {
                 let _ = self.signals.read_signal();
-                self.vm.end.set(VmEnd::Killed);
+                self.kill();
             }
             SUPERVISOR => self.receive(),
-            // The loop itself sees the end.
-            _ => {}
+            // The loop itself sees the end, and may go on behind it.
+            _ => drop(self.vm.end.event().read()),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::eventfd::EventFd;
+
     use super::*;
+
+    /// A driver VM that has `left` things to do, one at each turn.
+    struct DriverVm {
+        call: EventFd,
+        left: Arc<Mutex<u32>>,
+    }
+
+    impl MutEventSubscriber for DriverVm {
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.call, EventSet::IN)).unwrap();
+        }
+
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            let mut left = self.left.lock().unwrap();
+            *left = left.saturating_sub(1);
+        }
+    }
+
+    #[test]
+    fn a_vm_that_has_ended_goes_on_until_nothing_is_owed_and_not_for_ever() {
+        let call = EventFd::new(0).unwrap();
+        let mut events = EventManager::<Subscriber>::new().unwrap();
+        write_what_is_owed(&mut events, || false, LAST_WRITES).unwrap();
+        write_what_is_owed(&mut events, || true, Duration::from_millis(1)).unwrap();
+        call.write(1).unwrap();
+        let left = Arc::new(Mutex::new(3));
+        events.add_subscriber(Arc::new(Mutex::new(DriverVm { call, left: Arc::clone(&left) })));
+        write_what_is_owed(&mut events, || *left.lock().unwrap() > 0, Duration::MAX / 4).unwrap();
+        assert_eq!(*left.lock().unwrap(), 0);
+    }
 
     #[test]
     fn as_many_files_may_be_open_as_the_system_allows() {

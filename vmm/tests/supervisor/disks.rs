@@ -20,6 +20,10 @@ pub const ALL: &[crate::cases::Case] = &[
         "a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time",
         a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time,
     ),
+    (
+        "a_guest_that_has_panicked_is_killed_when_its_disks_are_at_rest",
+        a_guest_that_has_panicked_is_killed_when_its_disks_are_at_rest,
+    ),
     ("another_disk_is_quarantined_at_once", another_disk_is_quarantined_at_once),
     ("another_content_is_quarantined_at_once", another_content_is_quarantined_at_once),
     (
@@ -131,6 +135,21 @@ fn a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time() {
     assert_eq!(machine.wait_for_guest("web", "it", |_| true).pid, before);
     machine.ask_about(&reboot()).unwrap();
     machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    machine.stop();
+}
+
+fn a_guest_that_has_panicked_is_killed_when_its_disks_are_at_rest() {
+    let mut machine = make_with_disks("rests-slowly", "", &[]);
+    let path = machine.dir.path().join("m.toml");
+    let text = fs::read_to_string(&path).unwrap().replace("[guest.web]\n", "[guest.web]\non_crash = \"reboot\"\n");
+    fs::write(&path, text).unwrap();
+    machine.start_again();
+    machine.wait_live(1);
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    machine.ask_about(&Request::Nmi { name: "web".into() }).unwrap();
+    machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    assert!(machine.guest_log().contains("at rest\n"), "{}", machine.guest_log());
+    assert_eq!(machine.events_text().matches("\"guest-rebooted\"").count(), 1, "{}", machine.events_text());
     machine.stop();
 }
 

@@ -89,6 +89,7 @@ pub fn guest(spec: &VmSpec, channel: &Channel, disks: &[DeviceId]) {
                     channel.send(&FromVm::Status { device: *device, status }, &[]).unwrap();
                 }
             }
+            ToVm::Nmi => channel.send(&FromVm::Panicked { at: Time::now().0 }, &[]).unwrap(),
             ToVm::PowerButton => {
                 let (at, how) = (Time::now().0, VmEnd::PowerOff);
                 channel.send(&FromVm::Ended { at, how, registers: String::new() }, &[]).unwrap();

@@ -24,4 +24,9 @@ pub trait Shadowed: Send {
 
     /// The answer to [`ToVm::QueryStatus`].
     fn status(&self) -> FromVm;
+
+    /// Whether something that the guest was told is done is nowhere but in this process, and can still be brought to its driver VM.
+    fn owes(&self) -> bool {
+        false
+    }
 }

@@ -4,7 +4,8 @@
 //! Invariants: a job has its own buffer, so that no thread touches a VM's memory, however late the file system answers. After
 //! [`Worker::forget`] nothing of the earlier jobs is reported any more, and at most one of each thread is still under way; a write
 //! among them ends before any later write begins. A flush begins after the jobs that were done when it was handed over; flushes
-//! that wait together are one, and share its outcome (the kernel reports an error of write-back once).
+//! that wait together are one, and share its outcome (the kernel reports an error of write-back once). The error of one that is
+//! forgotten is the next one's.
 
 use std::collections::VecDeque;
 use std::io;
@@ -117,7 +118,9 @@ struct Shared {
 struct State {
     transfers: VecDeque<(Tag, Work)>,
     flushes: VecDeque<(Tag, Work)>,
-    done: VecDeque<Done>,
+    done: VecDeque<(Lane, Done)>,
+    /// Of a flush that was forgotten.
+    unheard: Option<io::Error>,
     news: VecDeque<News>,
     /// Number of calls of [`Worker::forget`]; a job that began before the last of them reports nothing.
     life: u64,
@@ -155,7 +158,7 @@ impl Worker {
 
     /// A job that is done, if there is one.
     pub fn take_done(&self) -> Option<Done> {
-        self.shared.lock().done.pop_front()
+        self.shared.lock().done.pop_front().map(|(_, done)| done)
     }
 
     /// Something new, if there is.
@@ -173,7 +176,9 @@ impl Worker {
         let mut state = self.shared.lock();
         state.transfers.retain(|(_, work)| matches!(work, Work::Resize(_)));
         state.flushes.clear();
-        state.done.clear();
+        let flushes = std::mem::take(&mut state.done).into_iter().filter(|(lane, _)| *lane == Lane::Flushes);
+        let unheard = flushes.filter_map(|(_, done)| done.result.err()).next();
+        state.unheard = unheard.or(state.unheard.take());
         state.life += 1;
         // Of a transfer that waits for room: nobody wants it any more.
         self.shared.wake[Lane::Transfers as usize].notify_one();
@@ -227,13 +232,18 @@ impl Shared {
     /// A thread's life.
     fn work(&self, lane: Lane) {
         while let Some((life, tags, work)) = self.next(lane) {
-            let result = self.when_there_is_room(life, &work);
+            let mut result = self.when_there_is_room(life, &work);
             let mut state = self.lock();
+            if lane == Lane::Flushes {
+                result = state.unheard.take().map_or(result, Err);
+            }
             if state.life == life {
-                state.done.extend(each(tags, result));
+                state.done.extend(each(tags, result).map(|done| (lane, done)));
                 drop(state);
                 // Fails only when 2^64 - 2 signals wait: then one waits anyway.
                 let _ = self.done.write(1);
+            } else if lane == Lane::Flushes {
+                state.unheard = result.err();
             }
         }
         self.lock().ended += 1;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use umbra_shadow::block::{CachePolicy, Disk, Limits, SECTOR_BYTES, Token};
+use umbra_shadow::block::{CachePolicy, Disk, Limits, ModeName, SECTOR_BYTES, Token};
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_splitter::block::{BlockSplitter, Notice};
 use umbra_splitter::log_limit::LogLimit;
@@ -317,6 +317,12 @@ impl Shadowed for SplitDisk {
             sums: shadow.counts(),
         };
         FromVm::Status { device: self.device, status }
+    }
+
+    /// What is with the disk the driver VM's agent flushes when this process ends.
+    fn owes(&self) -> bool {
+        let shadow = self.splitter.shadow();
+        shadow.mode() != ModeName::Quarantined && shadow.owed_bytes() > 0
     }
 }
 

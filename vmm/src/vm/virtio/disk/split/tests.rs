@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use umbra_shadow::block::{Identity, ModeName, Window, WriteCache};
+use umbra_shadow::block::{Identity, Window, WriteCache};
 
 use super::*;
 use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
@@ -308,6 +308,26 @@ fn requests_wait_for_a_driver_vm_and_what_was_acknowledged_outlives_its_cache() 
     bench.flush();
     let medium = bench.kill(false);
     assert_eq!((bytes_at(&medium, 0, 12), bytes_at(&medium, 100, 1)), (&wanted[..], &[3; 512][..]));
+}
+
+#[test]
+fn a_guest_that_ends_leaves_nothing_owed_where_a_driver_vm_comes() {
+    let mut bench = Bench::new();
+    bench.live(first(), empty());
+    bench.write(0, 1, 8);
+    assert!(!bench.lock().owes(), "the agent flushes what is with the disk");
+    let medium = bench.kill(false);
+    assert!(bench.lock().owes());
+    bench.attach(second(), medium);
+    bench.vm.as_mut().unwrap().hold(true);
+    bench.until("the replay", |bench| (bench.vm.as_ref().unwrap().held() > 0).then_some(()));
+    assert!(bench.lock().owes(), "the disk is live, and what was acknowledged is not on it yet");
+    bench.vm.as_mut().unwrap().hold(false);
+    bench.until("its end", |bench| (!bench.lock().owes()).then_some(()));
+    let medium = bench.kill(true);
+    assert_eq!(bytes_at(&medium, 0, 8), [1; 8 * 512]);
+    bench.lock().quarantine();
+    assert!(!bench.lock().owes(), "nobody comes");
 }
 
 #[test]

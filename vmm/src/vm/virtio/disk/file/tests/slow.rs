@@ -16,8 +16,8 @@ const SECTORS: u64 = 1 << 15;
 struct Told {
     /// Kinds of requests that hang.
     held: Vec<u32>,
-    /// What a flush comes to.
-    flush_fails: bool,
+    /// Number of the next flushes that fail.
+    failing_flushes: usize,
     /// There is no room for a write.
     is_full: bool,
     /// What a discard comes to.
@@ -82,7 +82,10 @@ impl Backing for SlowDisk {
 
     fn flush(&self) -> io::Result<()> {
         self.begin(FLUSH, 0);
-        if self.told.lock().unwrap().flush_fails { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        let failing = &mut self.told.lock().unwrap().failing_flushes;
+        let Some(left) = failing.checked_sub(1) else { return Ok(()) };
+        *failing = left;
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
@@ -149,7 +152,7 @@ fn a_flush_covers_what_was_done_before_it_and_those_that_wait_share_the_next() {
     assert_eq!(guest.request(&[&header(OUT, 3), &[7; 512]], &[1]).0, 0);
     let heads = [guest.add(FLUSH, 0), guest.add(FLUSH, 0), guest.add(FLUSH, 0)];
     guest.events.run();
-    disk.told.lock().unwrap().flush_fails = true;
+    disk.told.lock().unwrap().failing_flushes = 2;
     disk.hold(&[]);
     guest.answered(4);
     assert_eq!(disk.begun(3), [(FLUSH, 0), (OUT, 3 * 512), (FLUSH, 0)]);
@@ -208,6 +211,32 @@ fn a_write_that_a_reset_has_left_behind_ends_before_the_next_begins() {
     assert_eq!(disk.begun(2), [(OUT, 5 * 512), (FLUSH, 0)]);
     disk.hold(&[]);
     assert_eq!(guest.answered(1), [(write, 1)]);
+}
+
+#[test]
+fn a_flush_that_fails_and_is_forgotten_fails_the_next_one() {
+    for is_done in [false, true] {
+        let (disk, mut guest) = guest(&[FLUSH], 1);
+        assert_eq!(guest.request(&[&header(OUT, 3), &[7; 512]], &[1]).0, 0);
+        disk.told.lock().unwrap().failing_flushes = 1;
+        guest.add(FLUSH, 0);
+        guest.events.run();
+        disk.begun(2);
+        // The driver resets the device before the flush has failed, or behind that and before it hears of it.
+        if is_done {
+            let done = guest.device.lock().unwrap().worker.done_event().try_clone().unwrap();
+            disk.hold(&[]);
+            while done.read().is_err() {
+                std::thread::yield_now();
+            }
+        }
+        reset(&guest.device);
+        disk.hold(&[]);
+        guest.queue = guest.queue.another(0, 256);
+        guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), None).unwrap();
+        assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 1, "the kernel tells an error once");
+        assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
+    }
 }
 
 #[test]
