@@ -65,10 +65,14 @@ pub(in crate::block) enum Rule {
     NoBound,
     /// A block by which the disk is recognised stays one when it is overwritten.
     SamplesOutliveTheirBlock,
+    /// A driver VM does not say that another guest's flush has failed.
+    OthersFailInSilence,
+    /// A disk is taken whatever it says of itself.
+    AnyDiskIsTaken,
 }
 
 impl Rule {
-    pub(super) const ALL: [Self; 30] = [
+    pub(super) const ALL: [Self; 32] = [
         Self::ReadsPassChanges,
         Self::ChangesPassChanges,
         Self::ReadsPassTheOwed,
@@ -99,6 +103,8 @@ impl Rule {
         Self::OneDeathIsEnough,
         Self::NoBound,
         Self::SamplesOutliveTheirBlock,
+        Self::OthersFailInSilence,
+        Self::AnyDiskIsTaken,
     ];
 }
 

@@ -293,15 +293,40 @@ impl Disk {
         self.posted.push(Posted { tag: order.tag, deed: order.deed, answer, values });
     }
 
+    /// Another guest, which has another part of the disk, flushes; whether that fails.
+    pub(super) fn flush_by_another(&mut self, random: &mut Random) -> bool {
+        self.time += 1;
+        let fails = random.percent(50);
+        if fails {
+            self.fail_to_flush(random)
+        } else {
+            self.flush(self.time, random)
+        }
+        fails
+    }
+
+    /// What was answered before `came` becomes stable, and perhaps more.
+    fn flush(&mut self, came: u64, random: &mut Random) {
+        for sector in &mut self.sectors {
+            let covered = sector.cache.iter().rposition(|c| c.answered.is_some_and(|when| when < came));
+            let least = covered.map_or(0, |last| last + 1);
+            let extra = random.index(sector.cache.len() - least + 1);
+            sector.write_back(least + extra);
+        }
+    }
+
+    fn fail_to_flush(&mut self, random: &mut Random) {
+        for sector in self.sectors.iter_mut().filter(|sector| !sector.cache.is_empty()) {
+            if random.percent(60) {
+                sector.ghost = Some(sector.value());
+                sector.cache.clear();
+            }
+        }
+    }
+
     fn complete(&mut self, order: &UnderWay, random: &mut Random) {
         if let Deed::Flush = order.deed {
-            for sector in &mut self.sectors {
-                let covered = sector.cache.iter().rposition(|c| c.answered.is_some_and(|when| when < order.came));
-                let least = covered.map_or(0, |last| last + 1);
-                let extra = random.index(sector.cache.len() - least + 1);
-                sector.write_back(least + extra);
-            }
-            return;
+            return self.flush(order.came, random);
         }
         let Some(range) = order.deed.range().filter(|_| order.deed.changes()) else { return };
         for (n, sector) in (range.start()..range.end()).enumerate() {
@@ -321,12 +346,7 @@ impl Disk {
 
     fn fail(&mut self, order: &UnderWay, random: &mut Random) {
         if let Deed::Flush = order.deed {
-            for sector in self.sectors.iter_mut().filter(|sector| !sector.cache.is_empty()) {
-                if random.percent(60) {
-                    sector.ghost = Some(sector.value());
-                    sector.cache.clear();
-                }
-            }
+            self.fail_to_flush(random);
         } else {
             self.do_some(order, random);
         }

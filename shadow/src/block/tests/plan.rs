@@ -45,6 +45,8 @@ pub(super) struct Plan {
     pub(super) is_calm: bool,
     /// Of a hundred steps, in so many the driver resets its controller by itself.
     pub(super) own_reset_percent: u64,
+    /// Of a hundred steps, in so many another guest of the disk flushes, and of a hundred driver VMs so many bring another disk.
+    pub(super) others_percent: u64,
     /// Where a life ends, it may be its connection alone: the driver VM serves other guests.
     pub(super) connections_end: bool,
     /// Of a hundred steps, in so many the driver VM dies.
@@ -75,6 +77,7 @@ impl Plan {
             loss_percent: random.pick(&[0, 50, 100, 100]),
             is_calm: kind < 4,
             own_reset_percent: 1,
+            others_percent: 0,
             connections_end: random.percent(30),
             death_percent: 3,
             is_strict: super::broken::is_sound(),
@@ -83,6 +86,7 @@ impl Plan {
         match kind {
             OWN_RESETS => {
                 (plan.own_reset_percent, plan.death_percent, plan.loss_percent) = (12, 8, 100);
+                plan.others_percent = 8;
             }
             MANY_DEATHS => {
                 (plan.death_percent, plan.is_changeable, plan.policy) = (12, true, CachePolicy::Through);

@@ -28,6 +28,8 @@ pub(in crate::block::tests) enum Reached {
     FailedRequest,
     Lost,
     Orphan,
+    OtherGuest,
+    AnotherDisk,
 }
 
 impl Rig {

@@ -10,12 +10,16 @@ pub(super) use judge::Reached;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::broken::{Rule, is_broken};
 use super::disk::{Deed, Disk, Value, at, fingerprint};
 use super::history::{History, Id, Kind, value};
 use super::plan::{Plan, SECTORS, START};
 use super::random::Random;
 use crate::block::range::{RangeSet, SectorRange};
-use crate::block::{Access, Answer, BlockShadow, Done, Failure, GuestSpan, ModeName, Out, Status, Tag, Token};
+use crate::block::{
+    Access, Answer, BlockShadow, Done, Failure, GuestSpan, Identity, Mismatch, ModeName, NotTaken, Out, Status, Tag,
+    Token,
+};
 use crate::{Generation, LinkId};
 
 const MS: u64 = 1_000_000;
@@ -140,6 +144,9 @@ impl Rig {
         self.now += self.random.below(20) * MS;
         if self.random.percent(self.plan.own_reset_percent) {
             self.lose_cache();
+        }
+        if self.comes_from_others() {
+            self.flush_by_another();
         }
         if self.random.percent(self.plan.death_percent) {
             self.attach_or_die()?;
@@ -316,7 +323,8 @@ impl Rig {
         if self.link.is_some() {
             return Ok(());
         }
-        let link = match self.last.filter(|_| self.lives_on) {
+        let is_next_connection = self.lives_on;
+        let link = match self.last.filter(|_| is_next_connection) {
             Some(last) => last.next(),
             None => LinkId::first(self.last.map_or(Generation::FIRST, |last| last.generation.next())),
         };
@@ -325,8 +333,17 @@ impl Rig {
         self.disk.use_cache(self.plan.has_cache(), &mut self.random);
         let depth = self.plan.depth;
         self.note(|| format!("life {link}"));
-        let disk = self.plan.identity();
+        let is_another = !is_next_connection && self.comes_from_others();
+        let serial = if is_another { "another" } else { "model" };
+        let disk = Identity { serial: serial.into(), ..self.plan.identity() };
         let taken = self.shadow.attach(link, &disk, self.plan.cache, depth, self.now, &mut self.out);
+        if is_another {
+            self.reached.insert(Reached::AnotherDisk);
+            return match taken {
+                Err(NotTaken::OtherDisk(Mismatch::Serial)) => self.drain(),
+                other => Err(format!("another disk: {other:?}")),
+            };
+        }
         taken.map_err(|refusal| format!("its own disk: {refusal}"))?;
         self.link = Some(link);
         Ok(())
@@ -400,6 +417,20 @@ impl Rig {
         self.disk.lose_cache(self.plan.loss_percent, &mut self.random);
         self.reached.extend((self.shadow.in_flight() > 0).then_some(Reached::VoidAnswer));
         self.shadow.cache_lost(link);
+    }
+
+    /// Whether it is the turn of what others do.
+    fn comes_from_others(&mut self) -> bool {
+        self.plan.others_percent > 0 && self.random.percent(self.plan.others_percent)
+    }
+
+    fn flush_by_another(&mut self) {
+        let Some(link) = self.link.filter(|_| self.disk.flush_by_another(&mut self.random)) else { return };
+        self.note(|| "the flush of another guest fails".into());
+        if !is_broken(Rule::OthersFailInSilence) {
+            self.reached.insert(Reached::OtherGuest);
+            self.shadow.cache_lost(link);
+        }
     }
 
     fn quiesce(&mut self) -> Result<(), String> {
