@@ -61,6 +61,11 @@ impl Lifecycle {
         self.check_all_live(now)
     }
 
+    /// Whether the guest of `end` is there, and connected.
+    pub fn serves(&self, end: Endpoint) -> bool {
+        self.ends.contains(&end)
+    }
+
     /// The guest at `end` was started again: it is not the one whose recorded requests lives have died of.
     pub fn end_starts_over(&mut self, end: Endpoint) {
         self.suspects.clear(end);

@@ -13,7 +13,9 @@ use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 use umbra_vmm::supervisor::start::rundir;
 
-use crate::machine::{PATIENCE, SPARE, TestMachine, make, start, start_elsewhere, start_shared, start_without_drivers};
+use crate::machine::{
+    DEVICE, PATIENCE, SPARE, TestMachine, make, start, start_elsewhere, start_shared, start_without_drivers,
+};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -52,6 +54,14 @@ pub const ALL: &[crate::cases::Case] = &[
     (
         "what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage",
         what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage,
+    ),
+    (
+        "a_guest_that_reboots_while_its_driver_vm_recovers_is_served_by_the_standby",
+        a_guest_that_reboots_while_its_driver_vm_recovers_is_served_by_the_standby,
+    ),
+    (
+        "guests_that_share_a_killed_driver_vm_are_all_served_by_the_standby",
+        guests_that_share_a_killed_driver_vm_are_all_served_by_the_standby,
     ),
     ("no_guest_is_started_while_the_machine_ends", no_guest_is_started_while_the_machine_ends),
     (
@@ -324,6 +334,41 @@ fn what_a_late_guest_was_masked_for_is_no_part_of_the_next_outage() {
     let live = event(&machine, "driver-live", 2);
     assert_eq!(live["frames"]["logged"], 0, "those of its reboot: {live}");
     assert!(live["outage_ms"].as_f64().unwrap() >= 5000.0, "over before it began: {live}");
+    machine.stop();
+}
+
+fn a_guest_that_reboots_while_its_driver_vm_recovers_is_served_by_the_standby() {
+    let machine = start_shared("", "");
+    let before = wait_ready(&machine);
+    // The reset returns when somebody reads what is written there.
+    let reset = machine.dir.path().join("pci/devices").join(DEVICE).join("reset");
+    fs::remove_file(&reset).unwrap();
+    nix::unistd::mkfifo(&reset, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    machine.crash(CrashKind::Panic);
+    machine.wait_for("the reset", |driver| driver.state == StateName::Resetting);
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    let standby = before.standby.unwrap().generation.unwrap();
+    // The new process is connected with the standby.
+    machine.wait_for_log("web", &format!("Generation({standby}), attempt: 2"));
+    assert_eq!(fs::read_to_string(&reset).unwrap(), "1");
+    machine.wait_live(standby);
+    for guest in ["db", "web"] {
+        machine.wait_for_log(guest, &format!("generation: Generation({standby}), replay"));
+    }
+    machine.stop();
+}
+
+fn guests_that_share_a_killed_driver_vm_are_all_served_by_the_standby() {
+    let machine = start_shared("", "");
+    for _ in 0..3 {
+        let before = wait_ready(&machine);
+        signal(before.pid.unwrap(), Signal::SIGKILL);
+        let standby = before.standby.unwrap().generation.unwrap();
+        machine.wait_live(standby);
+        for guest in ["web", "db"] {
+            machine.wait_for_log(guest, &format!("generation: Generation({standby}), replay"));
+        }
+    }
     machine.stop();
 }
 

@@ -5,7 +5,8 @@
 //!             guest and life are there             lost, guest gone
 //!   unconnected ------------------------> connected ----------------> unconnected, for a delay that doubles
 //! ```
-//! Invariants: both processes get the two ends of one socket pair under one [`LinkId`]; a word about another link than the
+//! Invariants: the life cycle knows as its ends those that the present life is connected with, also those that it was connected with
+//! while it waited; both processes get the two ends of one socket pair under one [`LinkId`]; a word about another link than the
 //! present one changes nothing; a guest's word alone costs a life that serves others nothing but that guest's end.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -97,6 +98,11 @@ pub(in crate::supervisor) struct EndLink {
 impl EndLink {
     fn is_wanted(&self, now: Time) -> bool {
         !self.given_up && self.due.map_or(self.link.is_none(), |due| due <= now)
+    }
+
+    /// Whether it is connected, and not left alone.
+    fn is_up(&self) -> bool {
+        self.link.is_some() && !self.given_up
     }
 
     /// A session with a sound service has begun, and its greeting is awaited.
@@ -206,8 +212,12 @@ impl Supervisor {
         if !guest.takes_connections() {
             return;
         }
-        let armed = driver.lifecycle.is_armed();
+        let (armed, served) = (driver.lifecycle.is_armed(), driver.lifecycle.serves(end));
         let Some(life) = driver.life_of_mut(role) else { return };
+        // Connected while this life waited; the guest, or its connection with the life before, was lost meanwhile.
+        if role == LifeRole::Present && life.links[end].is_up() && !served {
+            return self.drive(n, Input::EndHere(end));
+        }
         let waits = life.purpose != Purpose::WaitWithSpare && role != LifeRole::Present;
         let early = waits && traits(device.class).begins_with_device;
         // A life that has asked which one it is may be about to be saved.
