@@ -8,8 +8,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -397,18 +396,10 @@ fn a_thread_of_each_kind_may_do_what_libraries_do_by_themselves_and_dies_of_its_
 }
 
 fn attempt(category: Category, name: &str) -> (Output, Channel) {
-    let (ours, theirs) = Channel::pair().unwrap();
-    let number = theirs.as_raw_fd();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "as_a_hostile_thread", "--nocapture", "--test-threads=1"]);
     command.env(CATEGORY, format!("{category:?}")).env(ATTEMPT, name).env("RUST_BACKTRACE", "full");
-    // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(number, 3) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
+    let ours = common::channel_of(&mut command);
     (command.output().unwrap(), ours)
 }
 
@@ -484,19 +475,11 @@ fn a_vm_that_is_another_user_s_still_ends_with_who_started_it() {
     // Root's is handed over; another user's is not, and ends all the same.
     let user = common::user().map(|user| format!("--user {user}")).unwrap_or_default();
     let files = common::Files::new(&common::elf(&common::Code::new().out8(0x3F8, b'x').raw(&[0xEB, 0xFE]).0));
-    // Not closed below: the process is not to learn of the end by that.
-    let (channel, theirs) = Channel::pair().unwrap();
-    let number = theirs.as_raw_fd();
     let mut command = Command::new("sh");
     command.args(["-c", &format!("\"$0\" vm --control 3 {user} & echo $!; wait"), env!("CARGO_BIN_EXE_umbra")]);
     command.stdout(Stdio::piped());
-    // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(number, 3) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
+    // Not closed below: the process is not to learn of the end by that.
+    let channel = common::channel_of(&mut command);
     let mut shell = command.spawn().unwrap();
     let mut pid = String::new();
     BufReader::new(shell.stdout.take().unwrap()).read_line(&mut pid).unwrap();

@@ -44,6 +44,19 @@ pub struct MaskedCounts {
     pub unknown: u64,
 }
 
+impl MaskedCounts {
+    /// Both together. Whoever has said them may have said anything: no count overflows.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            logged: self.logged.saturating_add(other.logged),
+            replayed: self.replayed.saturating_add(other.replayed),
+            dropped: self.dropped.saturating_add(other.dropped),
+            unknown: self.unknown.saturating_add(other.unknown),
+        }
+    }
+}
+
 /// The mode, with what exists only in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {

@@ -110,6 +110,19 @@ pub fn user() -> Option<User> {
     nix::unistd::geteuid().is_root().then_some(User { uid: 64_987, gid: 64_986 })
 }
 
+/// A channel whose other end `command` has as descriptor 3, for as long as it lives.
+pub fn channel_of(command: &mut Command) -> Channel {
+    let (ours, theirs) = Channel::pair().unwrap();
+    // SAFETY: dup2 is async-signal-safe; `theirs` is the closure's, and open.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(theirs.as_raw_fd(), 3) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    ours
+}
+
 impl Process {
     /// Starts a guest with `code`.
     pub fn start(code: &[u8]) -> Self {
@@ -125,19 +138,11 @@ impl Process {
 
     /// Starts a guest of `spec`, whose snapshots are in `folder`.
     pub fn with_snapshots(files: Files, spec: VmSpec, folder: Option<&Path>) -> Self {
-        let (channel, theirs) = Channel::pair().unwrap();
-        let number = theirs.as_raw_fd();
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
         command.args(["vm", "--control", "3"]);
         command.args(user().iter().flat_map(|user| ["--user".into(), user.to_string()]));
         command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));
-        // SAFETY: dup2 is async-signal-safe; `theirs` is open until after the spawn.
-        unsafe {
-            command.pre_exec(move || match libc::dup2(number, 3) {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            });
-        }
+        let channel = channel_of(&mut command);
         let child = command.spawn().unwrap();
         channel.send(&ToVm::Start(Box::new(spec)), &[]).unwrap();
         Self { child, channel: Some(channel), files }

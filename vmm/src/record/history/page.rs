@@ -77,12 +77,7 @@ fn tiles(out: &mut String, history: &History) {
     let outages = history.outages();
     let count =
         |wanted: fn(&Outcome) -> bool| history.failures.iter().filter(|failure| wanted(&failure.outcome)).count();
-    let frames = history.failures.iter().fold(MaskedCounts::default(), |sum, failure| MaskedCounts {
-        logged: sum.logged.saturating_add(failure.frames.logged),
-        replayed: sum.replayed.saturating_add(failure.frames.replayed),
-        dropped: sum.dropped.saturating_add(failure.frames.dropped),
-        unknown: sum.unknown.saturating_add(failure.frames.unknown),
-    });
+    let frames = history.failures.iter().fold(MaskedCounts::default(), |sum, failure| sum.plus(failure.frames));
     let time = |ms: Option<f64>| ms.map_or_else(|| "\u{2013}".into(), duration);
     let tiles = [
         (history.failures.len().to_string(), "failures of driver VMs"),

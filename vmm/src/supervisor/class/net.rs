@@ -163,10 +163,7 @@ impl Supervisor {
             // A guest that came late has an outage of its own, or none.
             driver.late_frames = masked;
         } else {
-            driver.frames.logged += masked.logged;
-            driver.frames.replayed += masked.replayed;
-            driver.frames.dropped += masked.dropped;
-            driver.frames.unknown += masked.unknown;
+            driver.frames = driver.frames.plus(masked);
         }
         tracing::debug!(end = end.place(), at = at.0, by_itself, "end live");
         self.drive(d, if by_itself { Input::SpareLive(end) } else { Input::EndLive(end) });

@@ -140,15 +140,13 @@ fn enter(category: Category, inherits: Inherits) -> Result<(), Error> {
     }
     if inherits == Inherits::Everything {
         privileges::bound_capabilities();
-        if mode == Mode::On
-            && let Some(user) = BEGUN.get().and_then(|(_, user)| *user)
-        {
-            privileges::become_user(user).map_err(|source| Error::User { user, source })?;
-        }
-        privileges::drop_capabilities().map_err(Error::Capabilities)?;
         if mode == Mode::On {
+            if let Some(user) = BEGUN.get().and_then(|(_, user)| *user) {
+                privileges::become_user(user).map_err(|source| Error::User { user, source })?;
+            }
             privileges::close_files()?;
         }
+        privileges::drop_capabilities().map_err(Error::Capabilities)?;
     }
     for program in &filter::programs(category, mode)? {
         filter::install(program).map_err(Error::Filter)?;
