@@ -7,6 +7,7 @@
 
 pub mod brake;
 mod error;
+mod evidence;
 mod files;
 pub mod guest;
 pub mod limit;
@@ -279,6 +280,10 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        if std::thread::panicking() && self.check_alive().is_ok() {
+            let evidence = evidence::of(self);
+            let _ = fs::write(self.dir.join(evidence::FILE), evidence);
+        }
         self.brake = Companion::default();
         self.limit = Companion::default();
         let _ = self.qemu.kill();

@@ -118,6 +118,8 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
         "-display",
         "none",
         "-no-reboot",
+        "-name",
+        "debug-threads=on",
     ]);
     if kvm {
         slots.add(&["-accel", "kvm", "-cpu", "host"]);
@@ -140,6 +142,11 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     // Owner and mode are kept beside: in the test host the files are root's, whoever runs this.
     let snapshots = parts.snapshots.display();
     slots.add(&["-virtfs", &format!("local,path={snapshots},mount_tag=snapshots,security_model=mapped-file")]);
+    if let Some(root) = &spec.root {
+        slots.add(&["-drive", &format!("if=none,id=root,format=raw,snapshot=on,file={}", root.display())]);
+        slots.add(&["-device", "virtio-blk-pci,drive=root,serial=umbra-root,bus=pcie.0,addr=0x4"]);
+        slots.cmdline.push_str(" umbra.root");
+    }
     nics(spec, parts, &mut slots);
     sound(spec, parts, &mut slots);
     storage(spec, parts, &mut slots);
