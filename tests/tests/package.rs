@@ -5,33 +5,10 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
-use common::{assets, skipped};
-
-/// Set to 1 to leave out what needs to be root.
-const SKIP_ROOT: &str = "UMBRA_SKIP_ROOT";
-
-fn repository() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
-}
-
-#[track_caller]
-fn done(command: &mut Command) -> String {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-    assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
-    stdout.into_owned()
-}
-
-/// Makes the packages in `folder`, of the programs that are built: the programs', and the one with debug symbols.
-fn packages(folder: &Path, mask: &str) -> [PathBuf; 2] {
-    let script = format!("umask {mask}; make -s packages DEBS={}", folder.display());
-    done(Command::new("sh").args(["-c", &script]).current_dir(repository()).env_remove("DESTDIR"));
-    let version = env!("CARGO_PKG_VERSION");
-    ["umbra", "umbra-dbgsym"].map(|name| folder.join(format!("{name}_{version}_amd64.deb")))
-}
+use common::{assets, done, packages, skipped, skipped_without_root};
 
 /// The files of a package, as paths from the root.
 fn files(package: &Path) -> Vec<String> {
@@ -161,14 +138,9 @@ umount "$1/root"
 
 #[test]
 fn a_kernel_that_is_installed_renews_the_images_of_machines() {
-    if skipped() {
+    if skipped() || skipped_without_root() {
         return;
     }
-    if std::env::var(SKIP_ROOT).is_ok_and(|value| value == "1") {
-        eprintln!("skipped: {SKIP_ROOT}=1");
-        return;
-    }
-    assert!(nix::unistd::geteuid().is_root(), "this test needs root; {SKIP_ROOT}=1 leaves it out");
     let assets = assets();
     let image = assets.kernel();
     let release = image.file_name().unwrap().to_str().unwrap().strip_prefix("vmlinuz-").unwrap();

@@ -97,6 +97,25 @@ pub(super) fn download_kernel(dir: &Path, say: Say<'_>) -> Result<PathBuf, Asset
     Ok(place)
 }
 
+/// Downloads the packages `names` and all that they need, as if this system had none of it; returns the folder with them, in `dir`.
+pub(super) fn download_all(names: &[&str], dir: &Path, say: Say<'_>) -> Result<PathBuf, AssetError> {
+    let (status, archives) = (dir.join("status"), dir.join("archives"));
+    let partial = archives.join("partial");
+    fs::create_dir_all(&partial).map_err(|e| AssetError::file("make", &partial, e))?;
+    fs::write(&status, "").map_err(|e| AssetError::file("write", &status, e))?;
+    say("downloading the packages of a small Debian system (about 40 MB)");
+    let options = [format!("Dir::State::status={}", status.display()), format!("Dir::Cache={}", dir.display())];
+    let mut arguments = vec!["install", "-y", "--download-only", "--no-install-recommends"];
+    arguments.extend(options.iter().flat_map(|option| ["-o", option]));
+    arguments.extend(names);
+    if apt_get(&arguments, Some(dir), say).is_err() {
+        // Of a system that has never looked, or whose index is of packages that are there no more.
+        refresh(say)?;
+        apt_get(&arguments, Some(dir), say)?;
+    }
+    Ok(archives)
+}
+
 /// Names of kernel packages: generic ones, not those for clouds, real time or debugging.
 fn kernel_packages() -> Vec<String> {
     let pattern = r"^linux-image-[0-9].*-amd64$";

@@ -27,11 +27,24 @@ for word in $(cat /proc/cmdline); do
     umbra.nic=*)  echo "export NIC$i=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; i=$((i+1));;
     umbra.snd=*)  echo "export SND$j=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; j=$((j+1));;
     umbra.disk=*) echo "export DISK$k=$(bdf_at ${word#*=})" >> /etc/umbra/places.sh; k=$((k+1));;
+    umbra.root)   root=1;;
     umbra.shell)  shell=1;;
   esac
 done
 cat /etc/umbra/places.sh
 if [ -e /dev/kvm ]; then umbra-probe hold-vcpu & else echo "test host: no /dev/kvm"; fi
+if [ -n "$root" ]; then
+  # The system on that disk takes over, with its own init; what the bench needs goes along.
+  modprobe -a virtio_blk ext4
+  disk=/dev/$(basename "$(dirname "$(grep -lx umbra-root /sys/block/*/serial)")")
+  mkdir /debian && mount -t ext4 "$disk" /debian || { echo "test host: no root file system"; poweroff -f; }
+  mkdir -p /debian/etc/umbra /debian/share /debian/snapshots
+  cp /etc/umbra/bench.sh /etc/umbra/places.sh /debian/etc/umbra/
+  cp /bin/umbra-probe /bin/busybox /debian/usr/local/bin/ && ln -s busybox /debian/usr/local/bin/usleep
+  cp -r /lib/modules /debian/lib/ && chroot /debian depmod 2>/dev/null
+  for folder in proc sys dev run share snapshots; do mount --move /$folder /debian/$folder; done
+  exec switch_root /debian /sbin/init
+fi
 if [ -n "$shell" ]; then
   umbra-probe serve & 
   export ENV=/etc/umbra/bench.sh; cd /share

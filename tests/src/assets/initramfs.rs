@@ -33,6 +33,8 @@ const HOST_MODULES: &[&str] = &[
     "nvme",
     "ahci",
     "sd_mod",
+    "ext4",
+    "crc32c_generic",
     "loop",
     "configfs",
     "null_blk",

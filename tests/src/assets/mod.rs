@@ -5,6 +5,7 @@
 
 mod apt;
 mod changed;
+mod debian;
 mod emulator;
 mod initramfs;
 mod programs;
@@ -221,6 +222,14 @@ impl Assets {
     /// It could not be made.
     pub fn database(&self) -> Result<PathBuf, AssetError> {
         programs::database(&self.cache)
+    }
+
+    /// A file system with Debian, systemd and dpkg, whose init takes a test host over ([`crate::bench::BenchSpec::root`]).
+    ///
+    /// # Errors
+    /// Its packages cannot be had, or who runs this is not root.
+    pub fn debian(&self, say: Say<'_>) -> Result<PathBuf, AssetError> {
+        debian::root(&self.cache, say)
     }
 
     /// `seconds` of a song at `rate` Hz.

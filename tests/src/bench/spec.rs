@@ -137,6 +137,9 @@ pub struct BenchSpec {
     pub accel: Accel,
     /// Keep a capture of each NIC's wire, `nicN.pcap`; the first so many bytes of each frame.
     pub capture: Option<u32>,
+    /// A file system whose init takes the test host over ([`crate::assets::Assets::debian`]); what is written to it is gone with the
+    /// test host.
+    pub root: Option<PathBuf>,
     /// Added to the test host's kernel command line.
     pub cmdline: String,
     /// Files copied into the shared folder, `/share` in the test host.
@@ -164,6 +167,7 @@ impl BenchSpec {
             memory_mib: 3072,
             accel: Accel::Auto,
             capture: Some(128),
+            root: None,
             cmdline: String::new(),
             files: Vec::new(),
             boot_silence: Duration::from_secs(15),

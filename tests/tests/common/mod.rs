@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each scenario uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use umbra_tests::assets::Assets;
@@ -21,14 +23,47 @@ const LONGEST: Duration = Duration::from_secs(8 * 60);
 
 /// Set to 1 to leave out what needs QEMU.
 const SKIP: &str = "UMBRA_SKIP_BENCH";
+/// Set to 1 to leave out what needs to be root.
+const SKIP_ROOT: &str = "UMBRA_SKIP_ROOT";
 
 /// The user asked for no scenarios.
 pub fn skipped() -> bool {
-    let skip = std::env::var(SKIP).is_ok_and(|value| value == "1");
-    if skip {
-        eprintln!("skipped: {SKIP}=1");
-    }
+    is_set(SKIP)
+}
+
+/// The user asked for nothing that needs root; fails where that is needed and not there.
+pub fn skipped_without_root() -> bool {
+    let skip = is_set(SKIP_ROOT);
+    assert!(skip || nix::unistd::geteuid().is_root(), "this test needs root; {SKIP_ROOT}=1 leaves it out");
     skip
+}
+
+fn is_set(variable: &str) -> bool {
+    let set = std::env::var(variable).is_ok_and(|value| value == "1");
+    if set {
+        eprintln!("skipped: {variable}=1");
+    }
+    set
+}
+
+/// What the command printed; it has to end with status 0.
+#[track_caller]
+pub fn done(command: &mut Command) -> String {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
+    stdout.into_owned()
+}
+
+/// Makes the packages in `folder`, of the programs that are built: the programs', and the one with debug symbols.
+pub fn packages(folder: &Path, mask: &str) -> [PathBuf; 2] {
+    // Two tests make them, in processes of their own.
+    let lock = "exec 9>target/packaging.lock; flock 9";
+    let script = format!("{lock}; umask {mask}; make -s packages DEBS={}", folder.display());
+    let repository = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    done(Command::new("sh").args(["-c", &script]).current_dir(repository).env_remove("DESTDIR"));
+    let version = env!("CARGO_PKG_VERSION");
+    ["umbra", "umbra-dbgsym"].map(|name| folder.join(format!("{name}_{version}_amd64.deb")))
 }
 
 /// Runs a scenario, unless the user leaves them out. Where the test host is emulated, a failure is shown at once and the

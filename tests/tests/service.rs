@@ -1,0 +1,138 @@
+//! A machine as a service of a Debian host: systemd, udev and logind, the package as dpkg installs it, a binding that lasts, a crash, a
+//! reload, a sleep of the host, a supervisor that is killed, a machine file that is wrong, the end, and the package's removal.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::fs;
+
+use common::{
+    OrTell, RECOVERY, STEP, assets, carrier_changes, guest_reaches_peer, packages, say, scenario, skipped_without_root,
+};
+use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::demo::machine::MachineSpec;
+use umbra_tests::demo::place::Place;
+use umbra_tests::peer::guest_address;
+
+/// The folder of what the machine needs.
+const WORK: &str = "/srv/web";
+
+/// The package and the machine's files, each where it belongs; `$IMAGE` is the driver VM's.
+const INSTALL: &str =
+    "mkdir -p /srv/web && for f in vmlinux guest.cpio $IMAGE; do fetch /share/$f /srv/web/$f || exit 1; done
+dpkg -i /share/umbra_*.deb && getent passwd umbra-vm && install -m 644 /share/web.toml /etc/umbra/web.toml";
+
+/// The NIC is the host's, as its driver found it; bound for good it is vfio-pci's, also when it comes back.
+const BIND: &str = "driver() { basename \"$(readlink /sys/bus/pci/devices/$NIC0/driver)\"; }
+udevadm settle; [ $(driver) = e1000e ] || { echo \"the host's driver is $(driver)\"; exit 1; }
+umbra bind --persist $NIC0 && [ $(driver) = vfio-pci ] || exit 1
+echo 1 > /sys/bus/pci/devices/$NIC0/remove; echo 1 > /sys/bus/pci/rescan; udevadm settle
+echo \"after it was away: $(driver)\"; [ $(driver) = vfio-pci ]";
+
+/// Users of the processes of VMs, one a line.
+const USERS: &str = "for p in /proc/[0-9]*; do
+  case \"$(tr '\\0' ' ' 2>/dev/null <$p/cmdline)\" in *'umbra vm '*) id -un $(sed -n 's/^Uid:.//p' $p/status | cut -f1);; esac
+done | sort | uniq -c";
+
+/// Sleeps by logind, and is woken by the clock. The shared folders, which no sleep leaves whole, are away meanwhile.
+const SLEEP: &str = "cd / && umount /snapshots /share || exit 1
+drivers=/sys/bus/virtio/drivers/9pnet_virtio
+folders=$(cd $drivers && echo virtio*)
+for folder in $folders; do echo $folder > $drivers/unbind; done
+slept() { grep -h . /sys/power/suspend_stats/success; }
+before=$(slept)
+echo +$((15 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm
+systemctl suspend
+until [ $(slept) -gt $before ] && ! systemctl -q is-active systemd-suspend.service; do
+  systemctl -q is-failed systemd-suspend.service && { journalctl -b -u systemd-suspend --no-pager; break; }; sleep 0.2
+done
+for folder in $folders; do echo $folder > $drivers/bind; done
+for name in share snapshots; do mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none $name /$name; done
+journalctl -b -u systemd-suspend --no-pager -o cat
+[ $(slept) -gt $before ]";
+
+#[test]
+fn a_machine_is_a_service_of_a_debian_host() {
+    if skipped_without_root() {
+        return;
+    }
+    scenario(|| {
+        let assets = assets();
+        let debs = tempfile::tempdir().unwrap();
+        let [package, _] = packages(debs.path(), "022");
+        let image = assets.driver_image(&"e1000e".into()).or_tell();
+        let mut spec = BenchSpec::new("service");
+        spec.root = Some(assets.debian(&say).or_tell());
+        spec.files = vec![package, image.clone()];
+        let mut bench = Bench::boot(spec, &assets).or_tell();
+        let device = bench.expect("printf %s $NIC0", STEP).or_tell();
+        let image = image.file_name().unwrap().to_str().unwrap();
+        let machine = MachineSpec::one_guest(&device, image, &format!("{}/24", guest_address(0, 0)));
+        fs::write(bench.share().join("web.toml"), machine.to_toml(WORK, WORK)).unwrap();
+        let mut place = Place::Bench(Box::new(bench));
+
+        place.expect(&format!("IMAGE={image}\n{INSTALL}"), RECOVERY).or_tell();
+        say(place.expect(BIND, STEP).or_tell().trim());
+        is_a_service(&mut place);
+        outlives_what_the_host_does(&mut place);
+        ends_cleanly(&mut place);
+    });
+}
+
+fn state(place: &mut Place, unit: &str) -> String {
+    let script = format!("systemctl show -p ActiveState -p NRestarts -p ExecMainStatus --value {unit} | tr '\\n' ' '");
+    place.expect(&script, STEP).or_tell().trim().to_owned()
+}
+
+fn await_standby(place: &mut Place) {
+    place.expect("umbra wait standby --timeout $((90 * UMBRA_PATIENCE))", RECOVERY).or_tell();
+}
+
+/// It starts with the host's means alone; its VMs belong to a user of their own.
+fn is_a_service(place: &mut Place) {
+    place
+        .expect("systemctl enable --now umbra@web || { journalctl -b -u umbra@web --no-pager; exit 1; }", RECOVERY)
+        .or_tell();
+    await_standby(place);
+    guest_reaches_peer(place);
+    assert_eq!(place.expect(USERS, STEP).or_tell().split_whitespace().collect::<Vec<_>>(), ["3", "umbra-vm"]);
+    place.expect("sed -i 's/^limit = 5/limit = 6/' /etc/umbra/web.toml && systemctl reload umbra@web", STEP).or_tell();
+    say(&place.expect("systemctl status --no-pager --lines=20 umbra@web", STEP).or_tell());
+}
+
+fn outlives_what_the_host_does(place: &mut Place) {
+    let before = carrier_changes(place);
+    place.expect("umbra crash nic0 --kind panic", STEP).or_tell();
+    await_standby(place);
+    guest_reaches_peer(place);
+    say(&place.expect(SLEEP, RECOVERY).or_tell());
+    await_standby(place);
+    guest_reaches_peer(place);
+    assert_eq!(carrier_changes(place), before, "the guest's link never went down");
+    say(&place.expect("umbra report --json | grep -h awake | head", STEP).or_tell());
+}
+
+fn ends_cleanly(place: &mut Place) {
+    // The supervisor is killed: systemd starts the machine again, on what is left.
+    place.expect("systemctl kill -s KILL --kill-who=main umbra@web", STEP).or_tell();
+    let again = "until [ \"$(systemctl show -p NRestarts --value umbra@web)\" = 1 ] && systemctl -q is-active umbra@web; do sleep 0.5; done";
+    place.expect(again, RECOVERY).or_tell();
+    guest_reaches_peer(place);
+
+    // A machine file that is wrong is not tried again.
+    let wrong = "echo 'guest = 1' > /etc/umbra/wrong.toml; systemctl start umbra@wrong && exit 1
+journalctl -b -u umbra@wrong --no-pager -o cat | grep wrong.toml:1:";
+    say(&place.expect(wrong, STEP).or_tell());
+    assert_eq!(state(place, "umbra@wrong"), "0 78 failed");
+
+    place.expect("systemctl stop umbra@web", RECOVERY).or_tell();
+    assert_eq!(state(place, "umbra@web"), "0 0 inactive");
+    assert_eq!(place.expect(USERS, STEP).or_tell(), "", "processes of VMs are left");
+
+    place
+        .expect("systemctl disable umbra@web; rm /etc/umbra/web.toml /etc/umbra/wrong.toml; dpkg -P umbra", STEP)
+        .or_tell();
+    let left = "find / -xdev -iname '*umbra*' -not -path '/proc/*' -not -path '/srv/*' -not -path '/tmp/*' | grep -v bench; \
+                getent passwd umbra-vm; true";
+    say(&place.expect(left, STEP).or_tell());
+}
