@@ -7,18 +7,21 @@ mod common;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use umbra_splitter::threads::{self, Purpose};
+use umbra_vmm::base::rotating_file::{MAX_FILE, RotatingFile};
 use umbra_vmm::base::system_calls;
+use umbra_vmm::config::Console;
 use umbra_vmm::vm::confine::tables::{Row, When};
 use umbra_vmm::vm::confine::{self, Category, Mode, filter, trap};
 use umbra_vmm::wire::channel::{Channel, Incoming};
-use umbra_vmm::wire::messages::{FromVm, ToVm};
+use umbra_vmm::wire::messages::{DiskBackend, FromVm, ToVm};
 use umbra_vmm::wire::spawn::CONFINED;
 
 // Decisions of the kernel (linux/seccomp.h); the lowest is the strictest.
@@ -287,6 +290,8 @@ fn attempts() -> Vec<(&'static str, [i64; 7], Ends)> {
         ("pidfd_open", [libc::SYS_pidfd_open, parent, 0, 0, 0, 0, 0], end),
         ("pidfd_getfd", [libc::SYS_pidfd_getfd, 0, 0, 0, 0, 0, 0], end),
         ("memfd_create", [libc::SYS_memfd_create, path, 0, 0, 0, 0, 0], end),
+        ("another limit of files", [libc::SYS_prlimit64, 0, i64::from(libc::RLIMIT_FSIZE), room, 0, 0, 0], end),
+        ("another process's limits", [libc::SYS_prlimit64, parent, 8, 0, room, 0, 0], end),
         ("rt_sigaction", [libc::SYS_rt_sigaction, 31, 0, 0, 8, 0, 0], end),
         ("setuid", [libc::SYS_setuid, 0, 0, 0, 0, 0, 0], end),
         ("capset", [libc::SYS_capset, room, room, 0, 0, 0, 0], end),
@@ -440,7 +445,8 @@ fn every_thread_of_a_running_vm_is_confined() {
     let pid = process.child.id();
     let mut names = Vec::new();
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
-        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let task = task.unwrap().path();
+        let status = fs::read_to_string(task.join("status")).unwrap();
         let of = |field: &str| {
             let line = status.lines().find(|line| line.split(':').next() == Some(field));
             line.map(|line| line.split(':').nth(1).unwrap().trim().to_owned()).unwrap_or_default()
@@ -462,9 +468,87 @@ fn every_thread_of_a_running_vm_is_confined() {
     }
     names.sort();
     assert!(["console", "log", "vcpu0"].iter().all(|name| names.iter().any(|known| known == name)), "{names:?}");
+    assert_eq!(limits(pid, "Max core file size"), ["0", "0"]);
+}
+
+/// A limit of the process `pid`, and how far it may be raised.
+fn limits(pid: u32, name: &str) -> [String; 2] {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    let mut words = line.split_whitespace().map(ToOwned::to_owned);
+    [words.next().unwrap(), words.next().unwrap()]
+}
+
+#[test]
+fn no_file_of_a_running_vm_can_be_larger_than_it_has_to_be() {
+    if !common::kvm() {
+        return;
+    }
+    let all = limits(std::process::id(), "Max file size")[1].clone();
+    let (console, disk) = (MAX_FILE.to_string(), (8 << 20).to_string());
+    let cases = [
+        (Console::Off, None, ["0".to_owned(), "0".to_owned()]),
+        (Console::Terminal, None, ["0".to_owned(), "0".to_owned()]),
+        (Console::Off, Some(true), ["0".to_owned(), "0".to_owned()]),
+        (Console::File("console".into()), None, [console.clone(), console]),
+        (Console::File("console".into()), Some(false), [if common::raises_limits() { disk } else { all.clone() }, all]),
+    ];
+    for (console, read_only, wanted) in cases {
+        let files = common::Files::new(&common::elf(&common::Code::new().spin().0));
+        let mut spec = files.spec();
+        if !matches!(console, Console::File(_)) {
+            spec.console = console.clone();
+        }
+        spec.disks.extend(read_only.map(|read_only| DiskBackend::File(files.disk(8 << 20, read_only))));
+        let process = common::Process::with(files, spec);
+        process.wait_running();
+        assert_eq!(limits(process.child.id(), "Max file size"), wanted, "{console:?}, disk only read: {read_only:?}");
+    }
+}
+
+const GROWS: &str = "UMBRA_TEST_GROWS";
+
+/// The child of the test below: what it may write to, the folder has.
+#[test]
+fn as_a_process_whose_files_are_limited() {
+    let Ok(dir) = std::env::var(GROWS) else { return };
+    let dir = std::path::Path::new(&dir);
+    confine::begin(Mode::On, common::user()).unwrap();
+    let mut console = RotatingFile::open(&dir.join("console")).unwrap();
+    let disk = fs::File::create(dir.join("disk")).unwrap();
+    let memory = fs::File::from(nix::sys::memfd::memfd_create("memory", nix::sys::memfd::MFdFlags::empty()).unwrap());
+    disk.set_len(MAX_FILE).unwrap();
+    memory.set_len(2 * MAX_FILE).unwrap();
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { nix::sys::signal::signal(nix::sys::signal::SIGXFSZ, nix::sys::signal::SigHandler::SigIgn) }.unwrap();
+    confine::limit_files(MAX_FILE, true).unwrap();
+    confine::lock_down().unwrap();
+    // The console's file is full three times.
+    for _ in 0..56 {
+        console.write_all(&[b'x'; 256 << 10]).unwrap();
+    }
+    disk.write_all_at(b"the end", MAX_FILE - 7).unwrap();
+    let too_large = |result: std::io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFBIG));
+    too_large(disk.write_all_at(b"beyond", MAX_FILE));
+    too_large(disk.set_len(MAX_FILE + 1));
+    let punch = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let discard = |file: &fs::File, at| nix::fcntl::fallocate(file, punch, at, 4096).map_err(std::io::Error::from);
+    discard(&disk, 0).unwrap();
+    // Memory that was there before is given back wherever it lies.
+    discard(&memory, i64::try_from(MAX_FILE + 4096).unwrap()).unwrap();
+    too_large(memory.set_len(3 * MAX_FILE));
+    std::process::exit(DONE);
+}
+
+#[test]
+fn a_limit_of_files_stops_what_would_make_one_larger_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "as_a_process_whose_files_are_limited", "--nocapture", "--test-threads=1"]);
+    let output = command.env(GROWS, dir.path()).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(DONE), "{:?} {printed}", output.status);
+    assert_eq!(fs::metadata(dir.path().join("disk")).unwrap().len(), MAX_FILE);
 }
 
 #[test]

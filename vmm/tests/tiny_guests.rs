@@ -9,8 +9,10 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
+use umbra_shadow::DeviceId;
 use umbra_vmm::config::Console;
-use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
+use umbra_vmm::wire::messages::{DiskBackend, FromVm, ToVm, VmEnd, VmSpec};
+use umbra_vmm::wire::spawn::let_files_grow;
 
 const RESET_CONTROL: u16 = 0xcf9;
 const PM1_ENABLE: u16 = 0x602;
@@ -280,4 +282,32 @@ fn what_is_no_kernel_is_told_to_the_supervisor() {
     let Some(FromVm::Failed { what }) = vm.next() else { panic!("expected a failure") };
     assert!(what.ends_with("is no Linux kernel (neither bzImage nor ELF vmlinux)"), "{what}");
     vm.wait();
+}
+
+#[test]
+fn the_file_of_a_disk_grows_as_far_as_the_supervisor_lets_it() {
+    if !kvm() {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let files = Files::new(&common::elf(&Code::new().print("x").spin().0));
+    let spec = VmSpec { disks: vec![DiskBackend::File(files.disk(8 * MIB, false))], ..files.spec() };
+    let disk = files.dir.path().join("disk");
+    // Its user is who may raise its limits, whatever else that one may not.
+    let mut vm = Process::of(None, files, spec, None);
+    vm.wait_for("x");
+    let resize = || {
+        vm.send(&ToVm::Resize { device: DeviceId::block(0), bytes: Some(16 * MIB) });
+        match vm.next() {
+            Some(FromVm::Resized { result, .. }) => result,
+            other => panic!("{other:?}"),
+        }
+    };
+    let size = || std::fs::metadata(&disk).unwrap().len();
+    let refused = resize().unwrap_err();
+    assert!(refused.contains("make its file larger: File too large"), "{refused}");
+    assert_eq!(size(), 8 * MIB);
+    let_files_grow(vm.child.id(), 16 * MIB).unwrap();
+    assert_eq!((resize(), size()), (Ok(16 * MIB), 16 * MIB));
+    vm.kill();
 }

@@ -4,10 +4,12 @@
 use umbra_shadow::DeviceId;
 
 use super::front::protocol::Response;
+use super::guest::GuestState;
 use super::ids::GuestId;
 use super::run::Supervisor;
 use crate::record::events::Event;
 use crate::wire::messages::ToVm;
+use crate::wire::spawn::let_files_grow;
 
 impl Supervisor {
     /// Client `client` asks for another size of disk `disk` of the guest `name`.
@@ -21,8 +23,21 @@ impl Supervisor {
         if !guest.has_disk_on_file(disk)? {
             return Err(format!("{name}.{device} is a driver VM's disk, whose size is that of its controller's"));
         }
-        if guest.process.is_none() {
+        let Some(process) = &guest.process else {
             return Err(format!("{name} is off; it sees the size of its file when it starts"));
+        };
+        if guest.state != GuestState::Running {
+            return Err(format!("{name} is just starting; try again when it runs"));
+        }
+        // Its process is kept from making files larger. Without a size the disk is as large as its file is.
+        let disk = guest.spec.disk[usize::from(disk)].file().filter(|disk| !disk.read_only);
+        let file = disk.and_then(|disk| std::fs::metadata(disk.path).ok()).filter(std::fs::Metadata::is_file);
+        let grows = file.map(|file| let_files_grow(process.pid(), bytes.unwrap_or(file.len())));
+        if let Some(Err(error)) = grows {
+            return Err(format!(
+                "{name}.{device}: its process cannot be let write so much (RLIMIT_FSIZE): {error}; the supervisor needs \
+                 CAP_SYS_RESOURCE, also in a unit's CapabilityBoundingSet"
+            ));
         }
         guest.resizing.push_back((client, device));
         self.tell_guest(n, &ToVm::Resize { device, bytes });

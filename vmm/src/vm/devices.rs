@@ -334,6 +334,11 @@ impl Devices {
         std::mem::take(&mut self.subscribers)
     }
 
+    /// Bytes of the largest file of a disk that may be written to; `None`: there is none.
+    pub fn largest_file(&self) -> Option<u64> {
+        self.files.values().map(|disk| lock(disk).written()).filter(|bytes| *bytes > 0).max()
+    }
+
     /// Whether a guest's device owes its driver VM something that is nowhere else.
     pub fn owe(&self) -> bool {
         self.shadowed.values().any(|shadowed| lock(shadowed).owes())

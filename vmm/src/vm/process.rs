@@ -4,7 +4,7 @@
 //! Every exit path leaves the terminal as it was; `SIGKILL` leaves it to the supervisor.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,8 +13,9 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::fstat;
 use thiserror::Error;
 use umbra_driver_vm::protocol::MemoryRange;
 
@@ -26,10 +27,12 @@ use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::{self, Vcpus};
 use super::machine::viewers::Viewers;
 use super::machine::vm::{self, Vm};
+use super::snapshot::format::most_bytes;
 use super::snapshot::{self, Begun, Place};
 use crate::base::error::chain;
 use crate::base::high_duplicate::high_duplicate;
 use crate::base::lock::lock;
+use crate::base::rotating_file::MAX_FILE;
 use crate::base::time::Time;
 use crate::config::Console;
 use crate::wire::channel::{self, Channel, Incoming};
@@ -155,6 +158,9 @@ fn raise_file_limit() {
 
 /// Signals that end the VM come to the event loop. With a supervisor the terminal's signals are its business.
 fn block_signals(source: &SpecFrom) -> Result<SignalFd, Error> {
+    // A write beyond the limit of files fails (`EFBIG`), and ends nothing.
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(Error::system("ignore a signal (SIGXFSZ)"))?;
     let (terminal, mut ours) = (SigSet::from_iter([Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]), SigSet::empty());
     ours.add(Signal::SIGTERM);
     let all: SigSet = terminal.iter().chain(ours.iter()).collect();
@@ -203,7 +209,14 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         Ok(begun) => (begun, None),
         Err(why) => (None, Some(chain(&why))),
     };
-    let vcpus = vm.start(vcpus, || Ok::<_, Error>(confine::lock_down()?))?;
+    let disks = lock(&control).devices.largest_file();
+    let vcpus = vm.start(vcpus, || {
+        if let Some(bytes) = largest_file(spec, disks, snapshot.is_some()) {
+            // A disk may be made larger later.
+            confine::limit_files(bytes, disks.is_none())?;
+        }
+        Ok::<_, Error>(confine::lock_down()?)
+    })?;
     host.tell(&FromVm::Running { at: Time::now().0 });
     host.tell(&FromVm::Vcpus(vm.vcpu_counts()));
     let terminal = if spec.console == Console::Terminal {
@@ -253,6 +266,20 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     host.tell(&FromVm::Ended { at: Time::now().0, how, registers: registers.clone() });
     host.finish();
     Ok((how, registers))
+}
+
+/// The bytes that no file may exceed which the process of `spec` writes to: the largest of its `disks` on files, its console's file, and
+/// the snapshot that it may take. `None`: the log, or the console, goes to a file that is not its own, which may have any length.
+///
+/// What else it writes to is no file that grows: pipes, sockets, devices, memory (whose size is sealed).
+fn largest_file(spec: &VmSpec, disks: Option<u64>, takes_snapshot: bool) -> Option<u64> {
+    let is_file = |stream: BorrowedFd<'_>| fstat(stream).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFREG);
+    if is_file(io::stdout().as_fd()) || is_file(io::stderr().as_fd()) {
+        return None;
+    }
+    let console = if matches!(spec.console, Console::File(_)) { MAX_FILE } else { 0 };
+    let snapshot = if takes_snapshot { most_bytes(spec.memory.0) } else { 0 };
+    Some(disks.unwrap_or(0).max(console).max(snapshot))
 }
 
 /// A turn of the event loop, of so many ms at most.

@@ -160,6 +160,29 @@ impl Drop for VmProcess {
     }
 }
 
+/// Lets the process `pid`, which this one has started and not waited for, make its files as large as `bytes`: its confinement may keep it
+/// from that.
+///
+/// # Errors
+/// This process may not allow it.
+pub fn let_files_grow(pid: u32, bytes: u64) -> io::Result<()> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one limit.
+    if unsafe { libc::prlimit(pid, libc::RLIMIT_FSIZE, std::ptr::null(), &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if limit.rlim_cur >= bytes {
+        return Ok(());
+    }
+    limit = libc::rlimit { rlim_cur: bytes, rlim_max: limit.rlim_max.max(bytes) };
+    // SAFETY: the kernel reads one limit.
+    match unsafe { libc::prlimit(pid, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Exit status of a VM's process that has made a system call which it may not make: as a shell has that of `SIGSYS`.
 pub const CONFINED: i32 = 128 + libc::SIGSYS;
 

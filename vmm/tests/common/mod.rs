@@ -6,11 +6,11 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use umbra_vmm::base::users::User;
-use umbra_vmm::config::{Console, MemorySize};
+use umbra_vmm::config::{Console, Disk, MemorySize, OnFull};
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
@@ -71,6 +71,13 @@ impl Files {
         String::from_utf8_lossy(&std::fs::read(self.console()).unwrap_or_default()).into_owned()
     }
 
+    /// A disk on a file of so many bytes.
+    pub fn disk(&self, bytes: u64, read_only: bool) -> Disk {
+        let path = self.dir.path().join("disk");
+        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        Disk { path, read_only, on_full: OnFull::default() }
+    }
+
     pub fn spec(&self) -> VmSpec {
         VmSpec {
             name: "tiny".into(),
@@ -110,6 +117,13 @@ pub fn user() -> Option<User> {
     nix::unistd::geteuid().is_root().then_some(User { uid: 64_987, gid: 64_986 })
 }
 
+/// Whether who runs these tests may raise limits of that user's processes.
+pub fn raises_limits() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    user().is_none() || u64::from_str_radix(effective.trim(), 16).unwrap() & 1 << 24 != 0
+}
+
 /// A channel whose other end `command` has as descriptor 3, for as long as it lives.
 pub fn channel_of(command: &mut Command) -> Channel {
     let (ours, theirs) = Channel::pair().unwrap();
@@ -138,12 +152,21 @@ impl Process {
 
     /// Starts a guest of `spec`, whose snapshots are in `folder`.
     pub fn with_snapshots(files: Files, spec: VmSpec, folder: Option<&Path>) -> Self {
+        Self::of(user(), files, spec, folder)
+    }
+
+    /// Starts a guest of `spec` that is handed to `user`.
+    pub fn of(user: Option<User>, files: Files, spec: VmSpec, folder: Option<&Path>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
         command.args(["vm", "--control", "3"]);
-        command.args(user().iter().flat_map(|user| ["--user".into(), user.to_string()]));
+        command.args(user.iter().flat_map(|user| ["--user".into(), user.to_string()]));
+        // As a guest's; the log is never a file, whatever the tests' own is.
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
         command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));
         let channel = channel_of(&mut command);
-        let child = command.spawn().unwrap();
+        let mut child = command.spawn().unwrap();
+        let mut log = child.stderr.take().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::stderr()));
         channel.send(&ToVm::Start(Box::new(spec)), &[]).unwrap();
         Self { child, channel: Some(channel), files }
     }
@@ -166,6 +189,19 @@ impl Process {
                     std::thread::sleep(Duration::from_millis(2));
                 }
             }
+        }
+    }
+
+    /// Waits until the guest runs.
+    pub fn wait_running(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.channel.as_ref().unwrap().try_receive().unwrap() {
+                Incoming::Message(FromVm::Running { .. }, _) => return,
+                Incoming::Empty => std::thread::sleep(Duration::from_millis(2)),
+                other => panic!("{other:?}"),
+            }
+            assert!(Instant::now() < deadline, "the VM does not run");
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::thread;
 
+use libc::{RLIM_INFINITY, RLIMIT_FSIZE, prlimit, rlimit};
 use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
@@ -319,12 +320,28 @@ fn an_error_that_one_guest_alone_claims_costs_its_connection() {
 
 fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
     let resize = |disk, bytes| Request::Resize { name: "web".into(), disk, bytes };
-    let machine = start("", "");
+    let mut machine = make_with_disks("", "", &[]);
+    let (file, disk) = (machine.dir.path().join("m.toml"), machine.dir.path().join("root.raw"));
+    let written = fs::read_to_string(&file).unwrap().replace("read_only = true", "read_only = false");
+    fs::write(&file, written).unwrap();
+    machine.start_again();
     machine.wait_live(1);
-    machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
+    let pid = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid.unwrap();
+    // As a real one does before it runs.
+    let limit = |new: Option<u64>| {
+        let (pid, new) = (pid.cast_signed(), new.map(|bytes| rlimit { rlim_cur: bytes, rlim_max: RLIM_INFINITY }));
+        let mut old = rlimit { rlim_cur: 0, rlim_max: 0 };
+        let new = new.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the kernel reads and writes one limit each.
+        assert_eq!(unsafe { prlimit(pid, RLIMIT_FSIZE, new, &raw mut old) }, 0);
+        old.rlim_cur
+    };
+    limit(Some(4096));
     let answer = machine.ask(&resize(0, Some(8192))).unwrap();
+    assert_eq!(limit(None), 8192, "its process may make the file as large as was asked for");
     assert!(matches!(answer, Response::Resized { disk: 0, bytes: 8192, .. }), "{answer:?}");
     assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 8192);
+    fs::File::options().write(true).open(disk).unwrap().set_len(16_384).unwrap();
     for (disk, bytes, why) in [
         (0, None, "web.block0: it cannot be measured"),
         (1, None, "web.block1 is a driver VM's disk"),
@@ -333,6 +350,7 @@ fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
         let answer = machine.ask(&resize(disk, bytes)).unwrap();
         assert!(matches!(&answer, Response::Error { what } if what.contains(why)), "{answer:?}");
     }
+    assert_eq!(limit(None), 16_384, "as large as the file is by now");
     machine.stop();
 
     let mut machine = start("never-resizes", "");

@@ -5,7 +5,7 @@
 //!   the process starts     no new privileges, no core dumps
 //!   it opens and builds    as any program of the user: nothing of a guest's making is read yet
 //!   each thread starts     } another user than root, no capabilities, no file by name (Landlock), its own system calls (seccomp)
-//!   the guest is to run    } the same for the main thread, the event loop
+//!   the guest is to run    } the same for the main thread, the event loop; no larger files for all
 //! ```
 //! Invariants: no vCPU runs before all threads are confined; a thread that a confined one starts can do no more than that one, so that
 //! vCPUs' threads start before the main thread is confined, and links' and helpers' tables are parts of those of who starts them; what is
@@ -53,7 +53,7 @@ impl Category {
 #[derive(Debug, Error)]
 pub enum Error {
     /// What a process is without.
-    #[error("give up rights at the process's start")]
+    #[error("give up what the process is to be without")]
     Process(#[source] Errno),
     /// The handler of the signal.
     #[error("have refused system calls reported (SIGSYS)")]
@@ -122,6 +122,19 @@ pub fn expect_function() {
     if mode() != Mode::Off {
         privileges::raise_locked_memory();
     }
+}
+
+/// From here on no file that the process has open grows beyond `bytes`: a write there fails with `EFBIG`. The supervisor raises that where
+/// a file is to grow, and there is no limit where it may not; `for_good`: none ever is to.
+///
+/// # Errors
+/// The kernel refuses what every program may do.
+pub fn limit_files(bytes: u64, for_good: bool) -> Result<(), Error> {
+    let Some((Mode::On, user)) = BEGUN.get() else { return Ok(()) };
+    if !for_good && user.is_some() && !privileges::may_raise_limits() {
+        return Ok(());
+    }
+    privileges::limit_files(bytes, for_good).map_err(Error::Process)
 }
 
 /// Confines the main thread, whose guest is to run next.

@@ -5,7 +5,7 @@ use std::io;
 
 use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope};
 use nix::sys::prctl;
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::unistd::getppid;
 
 use crate::base::users::User;
@@ -33,6 +33,13 @@ pub(super) fn raise_locked_memory() {
         // Without the right to: it stays as the user has it, and `umbra doctor` says what that comes to.
         tracing::debug!(%error, "raise the limit of locked memory");
     }
+}
+
+/// No file that is open can be made larger than `bytes`, which a limit that the process was started with may have below. `for_good`: also
+/// not by who may raise limits of this user's processes.
+pub(super) fn limit_files(bytes: u64, for_good: bool) -> nix::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    setrlimit(Resource::RLIMIT_FSIZE, soft.min(bytes), if for_good { hard.min(bytes) } else { hard })
 }
 
 /// No program that is started from here on has a capability.
@@ -77,10 +84,20 @@ struct CapHeader {
     pid: libc::c_int,
 }
 
+/// `_LINUX_CAPABILITY_VERSION_3`: two words for each set.
+const VERSION_3: u32 = 0x2008_0522;
+
+/// Whether who has this thread's capabilities may raise limits of another user's processes (`CAP_SYS_RESOURCE`).
+pub(super) fn may_raise_limits() -> bool {
+    const SYS_RESOURCE: u32 = 24;
+    let (header, mut sets) = (CapHeader { version: VERSION_3, pid: 0 }, [0_u32; 6]);
+    // SAFETY: the kernel reads a header, and writes two structures of three words each, of which the first is what is effective.
+    let done = unsafe { libc::syscall(libc::SYS_capget, &raw const header, sets.as_mut_ptr()) };
+    done == 0 && sets[0] & 1 << SYS_RESOURCE != 0
+}
+
 /// Takes all capabilities from this thread.
 pub(super) fn drop_capabilities() -> io::Result<()> {
-    /// `_LINUX_CAPABILITY_VERSION_3`: two words for each set.
-    const VERSION_3: u32 = 0x2008_0522;
     let (header, none) = (CapHeader { version: VERSION_3, pid: 0 }, [0_u32; 6]);
     // SAFETY: the kernel reads a header, and two structures of three words each.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };

@@ -50,6 +50,9 @@ const EMPTY_PATH: u64 = 0x1000;
 /// What glibc starts a thread with: `CLONE_VM | FS | FILES | SIGHAND | THREAD | SYSVSEM | SETTLS | PARENT_SETTID | CHILD_CLEARTID`.
 const THREAD: u32 = 0x003d_0f00;
 
+/// `RLIMIT_MEMLOCK`. That of files' sizes is not to be changed from inside.
+const LOCKED_MEMORY: u32 = 8;
+
 /// All threads.
 const COMMON: &[Row] = rows![
     SYS_read: "eventfds, timers, sockets"
@@ -81,6 +84,7 @@ const COMMON: &[Row] = rows![
     SYS_tgkill [ThisProcess(0)]: "kicks to vCPUs; the end after a panic"
     SYS_rseq: "glibc, at each thread's start"
     SYS_set_robust_list: "glibc, at each thread's start"
+    SYS_prlimit64 [Is(0, 0, "this process"), Lacks(2, u64::MAX, "a new limit")]: "the C library, for the main thread's stack"
     SYS_sched_getaffinity: "the runtime, at a thread's start; how many processors there are"
     SYS_prctl [Is(0, 15, "PR_SET_NAME")]: "a thread's name"
     SYS_prctl [Is(0, 16, "PR_GET_NAME")]: "the name in the message about a refused call"
@@ -130,7 +134,7 @@ const DEVICES: &[Row] = rows![
     SYS_ioctl [Request(0x3B71, "VFIO_IOMMU_MAP_DMA")]: "the guest's memory for a function"
     SYS_ioctl [Request(0x3B72, "VFIO_IOMMU_UNMAP_DMA")]: "the guest's memory for a function"
     SYS_ioctl [Request(0x54D0, "TUNSETOFFLOAD")]: "the guest's driver sets offloads"
-    SYS_prlimit64 [Is(0, 0, "this process")]: "how much memory may be locked for a function"
+    SYS_prlimit64 [Is(0, 0, "this process"), Is(1, LOCKED_MEMORY, "RLIMIT_MEMLOCK")]: "memory that is locked for a function"
     SYS_pread64: "registers of a function, sectors"
     SYS_pwrite64: "registers of a function, sectors"
     SYS_preadv: "sectors"
@@ -244,7 +248,6 @@ const REFUSED: &[Row] = rows![
     SYS_sysinfo: "the allocator"
     SYS_getuid: "the C library"
     SYS_geteuid: "the C library"
-    SYS_prlimit64: "the C library, for the main thread's stack"
     SYS_membarrier: "locks, which do without it"
     SYS_futex_waitv: "locks, which do without it"
 ];

@@ -277,6 +277,12 @@ fn read_header(source: &(impl Source + ?Sized), length: u64) -> Result<(Header, 
     Ok((header, description.to_vec()))
 }
 
+/// Most bytes of the snapshot of a VM with `memory` bytes.
+pub fn most_bytes(memory: u64) -> u64 {
+    let pages = memory.min(MAX_MEMORY) / PAGE as u64;
+    (pages + 1) * PAGE as u64 + pages * RUN + MAX_STATE
+}
+
 /// Where the parts are, each length bounded.
 struct Places {
     runs: u64,

@@ -159,6 +159,11 @@ impl Image {
         Ok(Self { file, is_device, seen: AtomicU64::new(size - rest), read_only, discards, blocks })
     }
 
+    /// Bytes of the file that may be written to; 0: it is a block device, or only read.
+    pub fn written(&self) -> u64 {
+        if self.is_device || self.read_only { 0 } else { self.seen.load(Ordering::Relaxed) }
+    }
+
     /// What the guest is offered, without an identifier.
     pub fn offer(&self) -> Offer {
         let Blocks { logical, physical, optimal } = self.blocks;

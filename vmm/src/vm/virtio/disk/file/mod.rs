@@ -62,6 +62,8 @@ pub enum Error {
 /// The device.
 pub struct FileDisk {
     offer: Offer,
+    /// Bytes of its file that may be written to.
+    written: u64,
     queue: Option<Virtqueue>,
     worker: Worker,
     /// What was taken off the queue and is not answered. A queue that is stopped and goes on later gets the answers then.
@@ -103,9 +105,17 @@ impl FileDisk {
     pub fn new(disk: &Disk, index: u16, outbox: Outbox) -> Result<Self, Error> {
         let image = Image::open(disk)?;
         let offer = Offer { id: offer::id(&format!("umbra-disk{index}")), ..image.offer() };
+        let written = image.written();
         let messenger =
             Messenger { device: DeviceId::block(index), path: disk.path.clone(), outbox, limit: LogLimit::default() };
-        Self::on(offer, (Arc::new(image), disk.on_full), messenger)
+        let mut new = Self::on(offer, (Arc::new(image), disk.on_full), messenger)?;
+        new.written = written;
+        Ok(new)
+    }
+
+    /// Bytes of its file, as it was opened, that may be written to; 0: it is a block device, or only read.
+    pub fn written(&self) -> u64 {
+        self.written
     }
 
     fn on(offer: Offer, (backing, on_full): (Arc<dyn Backing>, OnFull), messenger: Messenger) -> Result<Self, Error> {
@@ -116,6 +126,7 @@ impl FileDisk {
         let (in_flight, log) = (InFlight::default(), LogLimit::default());
         Ok(Self {
             offer,
+            written: 0,
             queue: None,
             worker,
             in_flight,
