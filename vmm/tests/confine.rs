@@ -292,6 +292,7 @@ fn attempts() -> Vec<(&'static str, [i64; 7], Ends)> {
         ("memfd_create", [libc::SYS_memfd_create, path, 0, 0, 0, 0, 0], end),
         ("another limit of files", [libc::SYS_prlimit64, 0, i64::from(libc::RLIMIT_FSIZE), room, 0, 0, 0], end),
         ("another process's limits", [libc::SYS_prlimit64, parent, 8, 0, room, 0, 0], end),
+        ("pivot_root", [libc::SYS_pivot_root, path, path, 0, 0, 0, 0], end),
         ("rt_sigaction", [libc::SYS_rt_sigaction, 31, 0, 0, 8, 0, 0], end),
         ("setuid", [libc::SYS_setuid, 0, 0, 0, 0, 0, 0], end),
         ("capset", [libc::SYS_capset, room, room, 0, 0, 0, 0], end),
@@ -315,7 +316,7 @@ fn as_a_hostile_thread() {
     let (Ok(category), Ok(attempt)) = (std::env::var(CATEGORY), std::env::var(ATTEMPT)) else { return };
     let category = *Category::ALL.iter().find(|known| format!("{known:?}") == category).unwrap();
     let call = attempts().into_iter().find(|(name, ..)| *name == attempt).map(|(_, call, _)| call);
-    confine::begin(Mode::On, common::user()).unwrap();
+    confine::begin(Mode::On, common::of_root()).unwrap();
     trap::tell(&3);
     let act = move || match call {
         Some([number, a, b, c, d, e, f]) => {
@@ -465,6 +466,18 @@ fn every_thread_of_a_running_vm_is_confined() {
         }
         assert_eq!((of("NoNewPrivs").as_str(), of("Seccomp").as_str()), ("1", "2"), "{status}");
         names.push(of("Name"));
+        if common::user().is_some() {
+            let link = |name: &str| fs::read_link(format!("{}/{name}", task.display())).unwrap();
+            for namespace in ["ns/mnt", "ns/net", "ns/ipc", "ns/uts"] {
+                let ours = fs::read_link(format!("/proc/thread-self/{namespace}")).unwrap();
+                assert_ne!(link(namespace), ours, "{}: {namespace}", of("Name"));
+            }
+            let root = fs::read_dir(task.join("root")).unwrap().map(|entry| entry.unwrap().file_name());
+            assert_eq!(root.collect::<Vec<_>>(), ["proc"], "{}", of("Name"));
+            let interfaces = fs::read_to_string(task.join("net/dev")).unwrap();
+            assert!(interfaces.lines().skip(2).all(|line| line.trim().starts_with("lo:")), "{interfaces}");
+            assert_eq!(link("cwd").to_str(), Some("/"), "{}", of("Name"));
+        }
     }
     names.sort();
     assert!(["console", "log", "vcpu0"].iter().all(|name| names.iter().any(|known| known == name)), "{names:?}");
@@ -513,7 +526,7 @@ const GROWS: &str = "UMBRA_TEST_GROWS";
 fn as_a_process_whose_files_are_limited() {
     let Ok(dir) = std::env::var(GROWS) else { return };
     let dir = std::path::Path::new(&dir);
-    confine::begin(Mode::On, common::user()).unwrap();
+    confine::begin(Mode::On, common::of_root()).unwrap();
     let mut console = RotatingFile::open(&dir.join("console")).unwrap();
     let disk = fs::File::create(dir.join("disk")).unwrap();
     let memory = fs::File::from(nix::sys::memfd::memfd_create("memory", nix::sys::memfd::MFdFlags::empty()).unwrap());

@@ -6,6 +6,7 @@ pub mod error;
 pub mod high_duplicate;
 pub mod lines;
 pub mod lock;
+pub mod namespaces;
 pub mod parallel;
 pub mod pci_address;
 pub mod pci_config;

@@ -35,7 +35,7 @@ use crate::base::error::chain;
 use crate::base::untrusted_text::{self, block};
 use crate::record::schema::Versioned;
 use crate::supervisor::RunError;
-use crate::vm::confine;
+use crate::vm::confine::{self, OfRoot};
 use exit::Exit;
 
 /// A virtual machine monitor whose guests survive the crash of their device drivers.
@@ -127,7 +127,7 @@ impl Command {
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     if let Command::Vm(args) = &command
-        && let Err(error) = confine::begin(args.confine, args.user)
+        && let Err(error) = confine::begin(args.confine, OfRoot { user: args.user, namespaces: args.namespaces })
     {
         let _ = writeln!(std::io::stderr(), "umbra: {}", chain(&error));
         return ExitCode::FAILURE;

@@ -27,6 +27,9 @@ pub struct Args {
     /// Whom the process is handed to once its VM is built: `UID:GID`.
     #[arg(long)]
     pub user: Option<User>,
+    /// It has namespaces of its own, and an empty root folder once its VM is built.
+    #[arg(long)]
+    pub namespaces: bool,
 }
 
 /// Runs one VM until it ends.

@@ -29,10 +29,12 @@ use super::run_error::RunError;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host};
 use super::start::rundir::RunDir;
+use crate::base::error::chain;
+use crate::base::namespaces;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::base::users::User;
-use crate::config::Machine;
+use crate::config::{Confine, Machine};
 use crate::lifecycle::{Input, Rank, State};
 use crate::record::archive::Archive;
 use crate::record::crash_report::PendingReports;
@@ -163,7 +165,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let mut supervisor = Supervisor::new(machine, checked, options.host, (run_dir, listener), signals, events);
     supervisor.served = served;
     supervisor.file = options.file;
-    supervisor.program = Program { path: options.program, confine: machine.confine, user: User::of_vms() };
+    let (path, confine) = (options.program, machine.confine);
+    supervisor.program = Program { path, confine, user: User::of_vms(), namespaces: have_namespaces(confine) };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;
@@ -179,6 +182,18 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         .failure
         .take()
         .map_or(Ok(()), |what| Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what }))
+}
+
+/// Whether the processes of VMs have namespaces of their own: where root starts them, and may.
+fn have_namespaces(confine: Confine) -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        return false;
+    }
+    let available = namespaces::available();
+    if let (Err(error), Confine::On) = (&available, confine) {
+        tracing::warn!("processes of VMs keep the host's namespaces and root folder: {}", chain(error));
+    }
+    available.is_ok()
 }
 
 /// Cleans up after a run before that was killed; its supervisor's number and what was done.

@@ -67,6 +67,8 @@ pub struct Program {
     pub confine: Confine,
     /// Whom they are handed to once their VM is built.
     pub user: Option<User>,
+    /// They have namespaces of their own.
+    pub namespaces: bool,
 }
 
 /// A running VM process; killed when dropped.
@@ -99,6 +101,7 @@ impl VmProcess {
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         command.args(["--confine", program.confine.name()]);
         command.args(program.user.iter().flat_map(|user| ["--user".into(), user.to_string()]));
+        command.args(program.namespaces.then_some("--namespaces"));
         let console =
             set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();

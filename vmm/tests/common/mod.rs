@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use umbra_vmm::base::users::User;
 use umbra_vmm::config::{Console, Disk, MemorySize, OnFull};
+use umbra_vmm::vm::confine::OfRoot;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{FromVm, ToVm, VmEnd, VmSpec};
 
@@ -124,6 +125,11 @@ pub fn raises_limits() -> bool {
     user().is_none() || u64::from_str_radix(effective.trim(), 16).unwrap() & 1 << 24 != 0
 }
 
+/// What the processes of VMs lose that root starts, as these tests do.
+pub fn of_root() -> OfRoot {
+    OfRoot { user: user(), namespaces: user().is_some() }
+}
+
 /// A channel whose other end `command` has as descriptor 3, for as long as it lives.
 pub fn channel_of(command: &mut Command) -> Channel {
     let (ours, theirs) = Channel::pair().unwrap();
@@ -159,7 +165,7 @@ impl Process {
     pub fn of(user: Option<User>, files: Files, spec: VmSpec, folder: Option<&Path>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_umbra"));
         command.args(["vm", "--control", "3"]);
-        command.args(user.iter().flat_map(|user| ["--user".into(), user.to_string()]));
+        command.args(user.iter().flat_map(|user| ["--user".into(), user.to_string(), "--namespaces".into()]));
         // As a guest's; the log is never a file, whatever the tests' own is.
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));

@@ -7,6 +7,8 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{Finding, Root};
+use crate::base::error::chain;
+use crate::base::namespaces;
 use crate::base::users::{OF_VMS, User};
 use crate::config::MemorySize;
 use crate::host::seccomp::filters_system_calls;
@@ -27,18 +29,22 @@ pub struct Caller {
     pub landlock: Option<u32>,
     /// There is a user whom root's processes of VMs are handed to.
     pub vm_user: bool,
+    /// Root's processes of VMs can have namespaces of their own; `None`: not asked, who asks is not root.
+    pub namespaces: Option<Result<(), namespaces::Error>>,
 }
 
 impl Caller {
     /// This process.
     pub fn this() -> Self {
         let (locked, _) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap_or((u64::MAX, u64::MAX));
+        let root = nix::unistd::geteuid().is_root();
         Self {
-            root: nix::unistd::geteuid().is_root(),
+            root,
             locked,
             seccomp: filters_system_calls(),
             landlock: landlock(),
             vm_user: User::of_vms().is_some(),
+            namespaces: root.then(namespaces::available),
         }
     }
 }
@@ -90,6 +96,19 @@ fn user_of_vms(caller: Caller) -> Option<Finding> {
     })
 }
 
+/// What processes of VMs find of the host by names. Who is not root starts them without namespaces.
+fn own_namespaces(caller: Caller) -> Option<Finding> {
+    const CHECK: &str = "namespaces";
+    caller.namespaces.map(|available| match available {
+        Ok(()) => Finding::good(CHECK, "processes of VMs that root starts have an empty root folder and no network"),
+        Err(error) => Finding::note(
+            CHECK,
+            format!("processes of VMs that root starts keep the host's root folder and network: {}", chain(&error)),
+        )
+        .with_remedy("CAP_SYS_ADMIN, and no filter of unshare(2), setns(2) and mount(2), for who starts the machine"),
+    })
+}
+
 /// Looks at the host.
 pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
     let mut findings = vec![
@@ -103,6 +122,7 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
         confinement(caller),
     ];
     findings.extend(user_of_vms(caller));
+    findings.extend(own_namespaces(caller));
     findings
 }
 

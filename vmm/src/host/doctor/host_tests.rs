@@ -31,6 +31,9 @@ fn text(finding: &Finding) -> String {
     format!("{} -> {}", finding.what, finding.remedy.as_deref().unwrap_or_default())
 }
 
+const ROOT: Caller =
+    Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), vm_user: true, namespaces: Some(Ok(())) };
+
 #[test]
 fn a_host_with_everything_misses_nothing() {
     let tree = Tree::new()
@@ -40,8 +43,7 @@ fn a_host_with_everything_misses_nothing() {
         .file("sys/class/iommu/dmar0/x", "")
         .file("sys/bus/pci/drivers/vfio-pci/x", "")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
-    let findings =
-        findings(&tree.root(), Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), vm_user: true });
+    let findings = findings(&tree.root(), ROOT);
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
     assert_eq!(iommu(&tree.root()).what, "on (Intel VT-d, 1 group)");
 }
@@ -49,8 +51,8 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let findings =
-        findings(&tree.root(), Caller { root: false, locked: 8 << 20, seccomp: true, landlock: None, vm_user: false });
+    let nobody = Caller { root: false, locked: 8 << 20, landlock: None, vm_user: false, namespaces: None, ..ROOT };
+    let findings = findings(&tree.root(), nobody);
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
     assert!(text(of("IOMMU")).contains("`intel_iommu=on iommu=pt`"));
@@ -62,7 +64,7 @@ fn a_bare_host_is_told_each_command() {
 
 #[test]
 fn what_the_kernel_has_to_confine_processes_with_is_said() {
-    let found = |seccomp, landlock| confinement(Caller { root: true, locked: 0, seccomp, landlock, vm_user: true });
+    let found = |seccomp, landlock| confinement(Caller { seccomp, landlock, ..ROOT });
     assert_eq!((found(true, Some(4)).grade, found(true, None).grade), (Grade::Good, Grade::Note));
     let finding = found(false, Some(4));
     assert!(finding.grade == Grade::Missing && text(&finding).contains("`confine = \"off\"`"), "{finding:?}");
@@ -70,10 +72,25 @@ fn what_the_kernel_has_to_confine_processes_with_is_said() {
 
 #[test]
 fn whose_the_processes_of_root_s_vms_are_is_said() {
-    let found = |root, vm_user| user_of_vms(Caller { root, locked: 0, seccomp: true, landlock: Some(6), vm_user });
+    let found = |root, vm_user| user_of_vms(Caller { root, vm_user, ..ROOT });
     assert!(found(false, false).is_none() && found(true, true).unwrap().grade == Grade::Good);
     let finding = found(true, false).unwrap();
     assert!(finding.grade == Grade::Note && text(&finding).contains("`useradd --system "), "{finding:?}");
+}
+
+#[test]
+fn whether_root_s_vms_have_namespaces_is_said() {
+    let found = |namespaces| own_namespaces(Caller { namespaces, ..ROOT });
+    assert!(found(None).is_none() && found(Some(Ok(()))).unwrap().grade == Grade::Good);
+    // A mount namespace cannot be made in a thread that has no rights.
+    let refused = std::thread::spawn(|| {
+        // SAFETY: the raw call changes the user of this thread alone.
+        let _ = unsafe { libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) };
+        namespaces::available()
+    });
+    let finding = found(Some(refused.join().unwrap())).unwrap();
+    assert!(finding.grade == Grade::Note && text(&finding).contains("(unshare): EPERM"), "{finding:?}");
+    assert!(text(&finding).contains("CAP_SYS_ADMIN"), "{finding:?}");
 }
 
 #[test]

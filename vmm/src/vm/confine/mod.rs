@@ -2,10 +2,10 @@
 //! guest or from a driver VM, is to find no way on to the host.
 //!
 //! ```text
-//!   the process starts     no new privileges, no core dumps
+//!   the process starts     no new privileges, no core dumps; namespaces of its own, if root started it
 //!   it opens and builds    as any program of the user: nothing of a guest's making is read yet
 //!   each thread starts     } another user than root, no capabilities, no file by name (Landlock), its own system calls (seccomp)
-//!   the guest is to run    } the same for the main thread, the event loop; no larger files for all
+//!   the guest is to run    } the same for the main thread, the event loop; an empty root folder and no larger files for all
 //! ```
 //! Invariants: no vCPU runs before all threads are confined; a thread that a confined one starts can do no more than that one, so that
 //! vCPUs' threads start before the main thread is confined, and links' and helpers' tables are parts of those of who starts them; what is
@@ -26,6 +26,7 @@ use thiserror::Error;
 use umbra_splitter::threads::{self, Inherits, Purpose};
 
 use crate::base::error::chain;
+use crate::base::namespaces::{self, Namespaces};
 use crate::base::users::{OF_VMS, User};
 pub use crate::config::Confine as Mode;
 
@@ -69,6 +70,11 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Namespaces of its own.
+    #[error(
+        "give the process namespaces of its own; who starts it needs CAP_SYS_ADMIN, also in a unit's CapabilityBoundingSet"
+    )]
+    Namespaces(#[from] namespaces::Error),
     /// Capabilities.
     #[error("give up all capabilities")]
     Capabilities(#[source] io::Error),
@@ -83,18 +89,38 @@ pub enum Error {
     Filter(#[source] io::Error),
 }
 
-static BEGUN: OnceLock<(Mode, Option<User>)> = OnceLock::new();
-
-fn mode() -> Mode {
-    BEGUN.get().map_or(Mode::Off, |(mode, _)| *mode)
+/// What the process of root loses besides: its name, and the host's namespaces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OfRoot {
+    /// Whose its threads are once they are confined.
+    pub user: Option<User>,
+    /// It has namespaces of its own, with an empty root folder.
+    pub namespaces: bool,
 }
 
-/// To be called first in a VM's process, before any thread is started. Its threads go on as `user` when they are confined, root's alone.
+struct Begun {
+    mode: Mode,
+    user: Option<User>,
+    namespaces: Option<Namespaces>,
+}
+
+static BEGUN: OnceLock<Begun> = OnceLock::new();
+
+fn mode() -> Mode {
+    BEGUN.get().map_or(Mode::Off, |begun| begun.mode)
+}
+
+fn namespaces() -> Option<&'static Namespaces> {
+    BEGUN.get().and_then(|begun| begun.namespaces.as_ref())
+}
+
+/// To be called first in a VM's process, before any thread is started. `of_root` is for one that root started.
 ///
 /// # Errors
-/// The kernel refuses what every program may do.
-pub fn begin(mode: Mode, user: Option<User>) -> Result<(), Error> {
-    if BEGUN.get_or_init(|| (mode, user)).0 == Mode::Off {
+/// The kernel refuses what every program may do, or namespaces.
+pub fn begin(mode: Mode, of_root: OfRoot) -> Result<(), Error> {
+    let namespaces = (of_root.namespaces && mode == Mode::On).then(Namespaces::split_off).transpose()?;
+    if BEGUN.get_or_init(|| Begun { mode, user: of_root.user, namespaces }).mode == Mode::Off {
         return Ok(());
     }
     privileges::of_process().map_err(Error::Process)?;
@@ -130,8 +156,8 @@ pub fn expect_function() {
 /// # Errors
 /// The kernel refuses what every program may do.
 pub fn limit_files(bytes: u64, for_good: bool) -> Result<(), Error> {
-    let Some((Mode::On, user)) = BEGUN.get() else { return Ok(()) };
-    if !for_good && user.is_some() && !privileges::may_raise_limits() {
+    let Some(begun) = BEGUN.get().filter(|begun| begun.mode == Mode::On) else { return Ok(()) };
+    if !for_good && begun.user.is_some() && !privileges::may_raise_limits() {
         return Ok(());
     }
     privileges::limit_files(bytes, for_good).map_err(Error::Process)
@@ -142,6 +168,9 @@ pub fn limit_files(bytes: u64, for_good: bool) -> Result<(), Error> {
 /// # Errors
 /// It cannot be confined; the guest must not run.
 pub fn lock_down() -> Result<(), Error> {
+    if let Some(namespaces) = namespaces() {
+        namespaces.empty_root()?;
+    }
     enter(Category::EventLoop, Inherits::Everything)
 }
 
@@ -154,7 +183,10 @@ fn enter(category: Category, inherits: Inherits) -> Result<(), Error> {
     if inherits == Inherits::Everything {
         privileges::bound_capabilities();
         if mode == Mode::On {
-            if let Some(user) = BEGUN.get().and_then(|(_, user)| *user) {
+            if let Some(namespaces) = namespaces() {
+                namespaces.enter_network()?;
+            }
+            if let Some(user) = BEGUN.get().and_then(|begun| begun.user) {
                 privileges::become_user(user).map_err(|source| Error::User { user, source })?;
             }
             privileges::close_files()?;
