@@ -14,6 +14,7 @@ use crate::host::doctor::list::interface_up;
 use crate::host::doctor::{Root, storage};
 use crate::host::persist;
 use crate::host::{Error, HostDevice};
+use crate::supervisor::{Host, PreflightError, RunError};
 
 /// Arguments of `umbra bind`.
 #[derive(Debug, clap::Args)]
@@ -104,16 +105,29 @@ fn user_number(users: &Path, name: &str) -> anyhow::Result<u32> {
 ///
 /// As of [`bind`].
 pub(super) fn bind_machine(machine: &Machine) -> anyhow::Result<()> {
-    let drivers = machine.driver.values().flat_map(|driver| [&driver.device].into_iter().chain(&driver.spare));
-    let all = drivers.chain(machine.guest.values().flat_map(|guest| &guest.passthrough));
+    let devices = unbound(machine, &Host::default().pci)?;
+    if devices.is_empty() { Ok(()) } else { take(&devices, false) }
+}
+
+/// The functions below `pci` that `machine` names and that are not bound; one that no driver VM can serve stays the host's.
+fn unbound(machine: &Machine, pci: &Path) -> anyhow::Result<Vec<HostDevice>> {
+    let find = |address: &String| anyhow::Ok(HostDevice::find_below(pci, address.parse()?)?);
     let mut devices = Vec::new();
-    for address in all {
-        let device = HostDevice::find(address.parse()?)?;
-        if !device.is_bound_to_vfio() {
+    for (name, driver) in &machine.driver {
+        for device in [&driver.device].into_iter().chain(&driver.spare) {
+            let device = find(device)?;
+            if let Some(why) = device.unserved() {
+                let source = Error::Unserved { bdf: device.bdf(), why };
+                bail!(RunError::from(PreflightError::Device { user: name.clone(), source }));
+            }
             devices.push(device);
         }
     }
-    if devices.is_empty() { Ok(()) } else { take(&devices, false) }
+    for device in machine.guest.values().flat_map(|guest| &guest.passthrough) {
+        devices.push(find(device)?);
+    }
+    devices.retain(|device| !device.is_bound_to_vfio());
+    Ok(devices)
 }
 
 /// Binds `devices`, unless the host uses one.
@@ -159,8 +173,13 @@ fn give_back(args: &UnbindArgs) -> anyhow::Result<()> {
     if let Some(rule) = persist::forget(Path::new(persist::RULES), args.device)? {
         super::print(&format!("{}: not bound at boot any more ({} is removed)", args.device, rule.display()))?;
     }
-    let driver = HostDevice::find(args.device)?.unbind_from_vfio()?;
+    let device = HostDevice::find(args.device)?;
+    let before = device.driver();
+    let driver = device.unbind_from_vfio()?;
     super::print(&match driver {
+        Some(driver) if before.as_ref() == Some(&driver) => {
+            format!("{}: bound to {driver}, as before: no VM was to have it", args.device)
+        }
         Some(driver) => format!("{}: bound to {driver}", args.device),
         None => format!("{}: given back; the host has no driver loaded for it", args.device),
     })
@@ -172,6 +191,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::host::sysfs::tests::FakeBus;
 
     #[test]
     fn a_user_is_named_or_numbered() {
@@ -186,6 +206,29 @@ mod tests {
         }
         assert!(user_number(Path::new("/no/such/file"), "ann").unwrap_err().to_string().contains("/no/such/file"));
     }
+
+    #[test]
+    fn a_machine_s_devices_are_bound_but_for_those_that_no_driver_vm_can_serve() {
+        let bus = FakeBus::new();
+        bus.add("0000:03:00.0", Some(1), Some("e1000e"));
+        bus.add("0000:04:00.0", Some(2), Some("vfio-pci"));
+        let usb = bus.add("0000:00:14.0", Some(3), Some("xhci_hcd"));
+        fs::write(usb.directory().join("class"), "0x0c0330\n").unwrap();
+        let named = |passthrough: &str, device: &str| {
+            let text = format!(
+                "[guest.web]\nkernel = \"k\"\nnet = [{{ driver = \"nic0\" }}]\npassthrough = [\"{passthrough}\"]\n\
+                 [driver.nic0]\nimage = \"i\"\ndevice = \"{device}\"\n"
+            );
+            let found = unbound(&Machine::parse(&text, "m.toml".as_ref()).unwrap(), bus.0.path());
+            found.map(|devices| devices.iter().map(|device| device.bdf().to_string()).collect::<Vec<_>>())
+        };
+        assert_eq!(named("0000:04:00.0", "0000:03:00.0").unwrap(), ["0000:03:00.0"], "the other is bound already");
+        assert_eq!(named("0000:00:14.0", "0000:04:00.0").unwrap(), ["0000:00:14.0"], "a guest may have it");
+        let refused = named("0000:04:00.0", "0000:00:14.0").unwrap_err();
+        assert!(refused.downcast_ref().is_some_and(RunError::is_configuration), "{refused}");
+        assert!(format!("{refused:#}").contains("nic0: 0000:00:14.0 is a USB controller"), "{refused:#}");
+    }
+
     #[test]
     fn who_may_not_is_told_who_may() {
         let denied = say_who_may(io::Error::from(io::ErrorKind::PermissionDenied).into());

@@ -75,7 +75,7 @@ impl Before {
 
     fn restore(&self, device: &HostDevice, write: Write<'_>) -> Result<(), Error> {
         let bdf = device.bdf().to_string();
-        write(&device.directory().join("driver_override"), &format!("{}\n", self.chosen))?;
+        device.choose(&self.chosen, write)?;
         if device.driver() == self.driver {
             return Ok(());
         }
@@ -106,11 +106,28 @@ impl HostDevice {
         Ok(path)
     }
 
-    /// Gives the function back to the driver that the host would choose. Returns that driver, if there is one.
+    /// Gives the function back to the driver that the host would choose. Returns that driver, if there is one. One that the host has is
+    /// not taken from it: a live network, or the disks that the host runs from.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be given back, or a VFIO driver takes it again.
     pub fn unbind_from_vfio(&self) -> Result<Option<String>, Error> {
-        // An empty line clears the override.
-        self.offer("", &write)?;
-        Ok(self.driver())
+        self.give_back(&write)
+    }
+
+    fn give_back(&self, write: Write<'_>) -> Result<Option<String>, Error> {
+        let before = Before::of(self);
+        if before.driver.is_none() || self.is_bound_to_vfio() {
+            self.offer("", write)?;
+        } else if before.chosen == VFIO_PCI {
+            // A binding that was not finished, or whose turn came behind that of the host's driver.
+            self.choose("", write)?;
+        }
+        match self.driver() {
+            Some(driver) if self.is_bound_to_vfio() => Err(Error::TakenAgain { bdf: self.bdf(), driver }),
+            driver => Ok(driver),
+        }
     }
 
     fn take(&self, write: Write<'_>) -> Result<(), Error> {
@@ -121,8 +138,13 @@ impl HostDevice {
         Err(Error::NotTaken { bdf: self.bdf(), wanted: VFIO_PCI, actual: self.driver() })
     }
 
+    /// Has no other driver than `driver` probe the function; with an empty name, any that knows it.
+    fn choose(&self, driver: &str, write: Write<'_>) -> Result<(), Error> {
+        write(&self.directory().join("driver_override"), &format!("{driver}\n"))
+    }
+
     fn offer(&self, driver: &str, write: Write<'_>) -> Result<(), Error> {
-        write(&self.directory().join("driver_override"), &format!("{driver}\n"))?;
+        self.choose(driver, write)?;
         self.release(write)?;
         write(&self.bus().join("drivers_probe"), &self.bdf().to_string())
     }

@@ -99,3 +99,37 @@ fn a_failure_midway_undoes_what_was_done() {
     assert_eq!((card.driver().as_deref(), chosen(&card).as_str()), (Some("snd_hda_intel"), ""));
     assert_eq!((idle.driver(), chosen(&idle).as_str()), (None, "pci-stub"));
 }
+
+#[test]
+fn a_function_that_the_host_has_is_not_taken_from_it_to_be_given_back() {
+    let bus = FakeBus::new();
+    let nic = bus.add("0000:05:00.0", Some(7), Some("e1000e"));
+    let kernel = Kernel::new(&bus, None);
+    let write = |path: &Path, text: &str| kernel.write(path, text);
+    for (chosen, writes) in [
+        ("(null)\n", &[][..]),
+        ("pci-stub\n", &[]),
+        // `umbra bind` was killed, or the rule of `--persist` was read when the host's driver had the function.
+        ("vfio-pci\n", &["devices/0000:05:00.0/driver_override: "]),
+    ] {
+        fs::write(nic.directory().join("driver_override"), chosen).unwrap();
+        kernel.writes.borrow_mut().clear();
+        assert_eq!(nic.give_back(&write).unwrap().as_deref(), Some("e1000e"));
+        assert_eq!(*kernel.writes.borrow(), writes, "{chosen}");
+    }
+    kernel.bind(&[&nic]).unwrap();
+    assert_eq!((nic.give_back(&write).unwrap().as_deref(), chosen(&nic).as_str()), (Some("e1000e"), ""));
+    // As with the kernel's parameter `vfio-pci.ids`.
+    kernel.bind(&[&nic]).unwrap();
+    let again = |path: &Path, text: &str| match path.file_name().unwrap().to_str() {
+        Some("drivers_probe") => kernel.write(&bus.0.path().join("drivers/vfio-pci/bind"), text),
+        _ => kernel.write(path, text),
+    };
+    let error = nic.give_back(&again).unwrap_err().to_string();
+    assert!(error.contains("vfio-pci has taken it again") && error.contains("vfio-pci.ids="), "{error}");
+    nic.give_back(&write).unwrap();
+    // As if `umbra bind` was killed when no driver had it.
+    nic.release(&write).unwrap();
+    nic.choose(VFIO_PCI, &write).unwrap();
+    assert_eq!((nic.give_back(&write).unwrap().as_deref(), chosen(&nic).as_str()), (Some("e1000e"), ""));
+}

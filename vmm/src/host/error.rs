@@ -67,6 +67,17 @@ pub enum Error {
         /// The driver that has it.
         actual: Option<String>,
     },
+    /// The function was given back, and `vfio-pci` has it again.
+    #[error(
+        "{bdf} was given back, and {driver} has taken it again: it is told to by `vfio-pci.ids=` on the kernel's command line, by \
+         `options vfio-pci ids=` in /etc/modprobe.d, or by a `new_id`"
+    )]
+    TakenAgain {
+        /// The function.
+        bdf: Bdf,
+        /// The VFIO driver.
+        driver: String,
+    },
     /// The vfio-pci module is not there.
     #[error(
         "the kernel has no vfio-pci driver: run `modprobe vfio-pci` (if that fails, the kernel lacks CONFIG_VFIO_PCI)"
