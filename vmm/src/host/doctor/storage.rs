@@ -1,9 +1,15 @@
-//! Which disks of a storage controller the host uses itself: mounted, swap, or below something that holds them (LVM, RAID, encryption).
+//! Which disks of a storage controller the host uses itself: mounted, swap, or below something that holds them (LVM, RAID, encryption);
+//! or somebody has them whom no list names: a guest, a ZFS pool, another mount namespace.
 //! Taking the controller from its driver would take them away from under the host.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 
 use super::Root;
 use crate::host::sysfs::HostDevice;
@@ -12,7 +18,33 @@ use crate::host::sysfs::HostDevice;
 pub fn in_use(root: &Root, device: &HostDevice) -> Vec<String> {
     let Ok(directory) = fs::canonicalize(device.directory()) else { return Vec::new() };
     let host = Host::look(root);
-    host.blocks.iter().filter(|block| block.is_below(&directory)).flat_map(|block| host.uses(block)).collect()
+    let below: Vec<_> = host.blocks.iter().filter(|block| block.is_below(&directory)).collect();
+    let uses: Vec<_> = below.iter().flat_map(|block| host.uses(block)).collect();
+    if !uses.is_empty() {
+        return uses;
+    }
+    // What no list of this process's namespace has.
+    let taken = below.iter().filter(|block| is_taken(&block.file(root)));
+    taken.map(|block| format!("{} (a guest, a pool or a container has it)", block.name)).collect()
+}
+
+/// Whether somebody has the block device `file` for himself: the kernel, as for ZFS and for what is mounted in another namespace, or a
+/// process by a lock, as the disk of a guest. Not known where this user may not read it.
+fn is_taken(file: &Path) -> bool {
+    let opened = File::options().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(file);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) => return error.kind() == ErrorKind::ResourceBusy,
+    };
+    let shared = lock(libc::F_RDLCK);
+    matches!(fcntl(&file, FcntlArg::F_OFD_SETLK(&shared)), Err(Errno::EAGAIN | Errno::EACCES))
+}
+
+/// A lock of a whole file.
+fn lock(kind: libc::c_int) -> libc::flock {
+    // The kernel's own definitions are shorts: the value fits.
+    let l_type = i16::try_from(kind).unwrap_or_default();
+    libc::flock { l_type, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 }
 }
 
 /// A block device: a disk, a partition, or what is made of some.
@@ -36,6 +68,11 @@ impl Block {
         let disk = self.folder.ancestors().find(|folder| folder.join("multipath").is_dir()).map(Path::to_owned);
         let links = disk.and_then(|disk| fs::read_dir(disk.join("multipath")).ok()).into_iter().flatten().flatten();
         links.filter_map(|link| fs::canonicalize(link.path()).ok())
+    }
+
+    /// Its file in `/dev`; sysfs has `!` for the slash of a name.
+    fn file(&self, root: &Root) -> PathBuf {
+        root.join(&format!("dev/{}", self.name.replace('!', "/")))
     }
 
     fn holders(&self) -> Vec<String> {
@@ -198,6 +235,16 @@ mod tests {
         symlink(host.path("dev/sdb"), host.path("dev/disk/by-id/x")).unwrap();
         host.write("proc/self/mountinfo", "22 1 0:40 / /srv rw - xfs /dev/disk/by-id/x rw\n");
         assert_eq!(host.in_use(HBA), ["sda (held by dm-0)", "sdb (mounted at /srv)"]);
+    }
+
+    #[test]
+    fn a_disk_that_a_guest_has_is_in_use() {
+        let host = FakeHost::new();
+        host.write("dev/sdc", "");
+        let file = File::options().write(true).open(host.path("dev/sdc")).unwrap();
+        assert!(host.in_use(SPARE).is_empty());
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&lock(libc::F_WRLCK))).unwrap();
+        assert_eq!(host.in_use(SPARE), ["sdc (a guest, a pool or a container has it)"]);
     }
 
     #[test]

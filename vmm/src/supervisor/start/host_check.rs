@@ -128,8 +128,12 @@ fn locked_memory(name: &str, needed: MemorySize) -> Option<Finding> {
 /// Memory that is taken at once and for good: of each VM with a device, and of what waits beside it.
 fn memory(root: &Root, machine: &Machine) -> Finding {
     let of_driver = |driver: &Driver| {
-        let waits = driver.spare.is_some() || driver.standby == Standby::Warm;
-        driver.memory_or_default().0 * if waits { 2 } else { 1 }
+        let waiting = match driver.standby {
+            _ if driver.spare.is_some() => 1,
+            Standby::Warm => driver.standbys,
+            Standby::Snapshot | Standby::Cold => 0,
+        };
+        driver.memory_or_default().0 * (1 + u64::from(waiting))
     };
     let passed = machine.guest.values().filter(|guest| !guest.passthrough.is_empty()).map(|guest| guest.memory.0);
     let pinned: u64 = machine.driver.values().map(of_driver).chain(passed).sum();
@@ -192,7 +196,7 @@ mod tests {
         let machine = machine(
             "[guest.web]\nkernel = \"no-kernel\"\ndisk = [{ path = \"no-disk\" }]\n\
              net = [{ tap = \"eth0\" }, { driver = \"nic0\" }, { driver = \"nic1\" }]\n\
-             [driver.nic0]\ndevice = \"0000:01:00.0\"\nimage = \"no-image\"\n\
+             [driver.nic0]\ndevice = \"0000:01:00.0\"\nstandbys = 2\nimage = \"no-image\"\n\
              [driver.nic1]\ndevice = \"0000:01:00.1\"\nspare = \"0000:09:00.0\"\nimage = \"no-image\"\n",
         );
         let sections = sections(&machine, &host, &root);
@@ -204,7 +208,7 @@ mod tests {
             "[driver.nic0]: image: there is no driver VM image /m/no-image",
             "[driver.nic1]: IOMMU group: the device 0000:01:00.0 of [driver.nic0] and the device 0000:01:00.1 of [driver.nic1] are both",
             "[driver.nic1]: device: no PCI device 0000:09:00.0",
-            "The machine: memory: 512M for driver VMs and guests with a device, up to 1G in all; 300M are available",
+            "The machine: memory: 640M for driver VMs and guests with a device, up to 1152M in all; 300M are available",
         ] {
             assert_eq!(missing.iter().filter(|what| what.starts_with(words)).count(), 1, "{words}: {missing:#?}");
         }
