@@ -151,13 +151,15 @@ impl Machine {
         check_cpus(place, guest.cpus)?;
         check_memory(place, guest.memory)?;
         check_path(&place.key("kernel"), &guest.kernel)?;
+        check_cmdline(place, &guest.cmdline)?;
+        check_window(&place.key("restart"), guest.restart.interval_s)?;
         for (n, path) in guest.initrd.iter().enumerate() {
             check_path(&place.index("initrd", n), path)?;
         }
         match &guest.console {
             Console::Off => {}
             Console::Terminal => uses.claim("the terminal".into(), &place.key("console"))?,
-            Console::File(path) => check_path(&place.key("console"), path)?,
+            Console::File(path) => self.check_console_file(&place.key("console"), path, uses)?,
         }
         self.check_disks(place, guest)?;
         for (n, net) in guest.net.iter().enumerate() {
@@ -173,6 +175,15 @@ impl Machine {
             check_device(&place.index("passthrough", n), device, uses)?;
         }
         Ok(())
+    }
+
+    /// It is cut when it is full: nobody else writes there. A device or a FIFO of /dev is left as it is.
+    fn check_console_file(&self, place: &Place, path: &Path, uses: &mut Uses) -> Result<(), Problem> {
+        check_path(place, path)?;
+        if self.guest.values().flat_map(|guest| &guest.disk).any(|disk| disk.path.as_deref() == Some(path)) {
+            return place.problem(format!("{path:?} is a disk, which the console would be written over"));
+        }
+        if path.starts_with("/dev") { Ok(()) } else { uses.claim(format!("the file {path:?}"), place) }
     }
 
     fn check_net(&self, place: &Place, net: &Net, uses: &mut Uses) -> Result<(), Problem> {
@@ -230,14 +241,13 @@ impl Machine {
         }
         check_path(&place.key("image"), &driver.image)?;
         check_cpus(place, driver.cpus)?;
+        check_cmdline(place, &driver.cmdline)?;
         check_memory(place, driver.memory_or_default())?;
         self.check_ends(place, name)?;
         check_standby(place, driver)?;
         let restart = &driver.restart;
         let place = place.key("restart");
-        if restart.interval_s == 0 {
-            return place.key("interval_s").problem("the window is at least 1 second");
-        }
+        check_window(&place, restart.interval_s)?;
         if restart.boot_timeout_s == 0 {
             return place.key("boot_timeout_s").problem("no driver VM boots in 0 seconds");
         }
@@ -404,6 +414,18 @@ fn check_cpus(place: &Place, cpus: u8) -> Result<(), Problem> {
         return place.key("cpus").problem(format!("a VM has 1 to {MAX_CPUS} vCPUs"));
     }
     Ok(())
+}
+
+/// A kernel's command line ends at the first zero byte.
+fn check_cmdline(place: &Place, cmdline: &str) -> Result<(), Problem> {
+    if cmdline.contains('\0') {
+        return place.key("cmdline").problem("holds a zero byte, behind which the kernel would read nothing");
+    }
+    Ok(())
+}
+
+fn check_window(place: &Place, interval_s: u32) -> Result<(), Problem> {
+    if interval_s == 0 { place.key("interval_s").problem("the window is at least 1 second") } else { Ok(()) }
 }
 
 fn check_memory(place: &Place, memory: MemorySize) -> Result<(), Problem> {

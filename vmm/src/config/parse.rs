@@ -1,6 +1,8 @@
 //! From the text of a machine file to a [`Machine`], and from each mistake to the line that has it.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -54,12 +56,13 @@ impl Machine {
     /// The file cannot be read, or its text has a mistake.
     pub fn read(path: &Path) -> Result<Self, SpecError> {
         let fail = |source| SpecError::Read { path: path.into(), source };
-        let size = std::fs::metadata(path).map_err(fail)?.len();
-        if size > MAX_FILE {
-            let what = format!("{size} bytes are too many for a machine file (at most {MAX_FILE})");
+        let mut bytes = Vec::new();
+        // A device says nothing of its size.
+        File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)).map_err(fail)?;
+        if bytes.len() as u64 > MAX_FILE {
+            let what = format!("is too long for a machine file, which has {MAX_FILE} bytes at most");
             return Err(SpecError::NotText { path: path.into(), what });
         }
-        let bytes = std::fs::read(path).map_err(fail)?;
         let text = String::from_utf8(bytes).map_err(|_| SpecError::NotText {
             path: path.into(),
             what: "is no UTF-8 text, so no machine file".into(),
@@ -123,13 +126,29 @@ fn line_of(text: &str, at: usize) -> usize {
 }
 
 /// Ends of the parser's messages, and what a user has to write there.
-const HINTS: [(&str, &str); 5] = [
+const HINTS: [(&str, &str); 19] = [
     ("map, expected a sequence", "write it with two brackets, as [[guest.web.net]], once for each"),
     ("expected a sequence", "write a list, as [\"one\", \"two\"]"),
     ("expected a boolean", "write true or false, without quotes"),
-    ("expected one of `off`, `terminal`, `file`", "for a file write console = { file = \"web.log\" }"),
-    ("expected u", "write a whole number, without quotes"),
+    ("expected one of `off`, `terminal`, `file`", CONSOLE_FILE),
+    ("expected newtype variant", CONSOLE_FILE),
+    ("wanted exactly 1 element", CONSOLE_FILE),
+    ("wanted string or table", "write one of its words, in quotes"),
+    ("expected u8", "write a whole number from 0 to 255, without quotes"),
+    ("expected u16", "write a whole number from 0 to 65535, without quotes"),
+    ("expected u32", "write a whole number from 0 to 4294967295, without quotes"),
+    ("expected a map", "name each in a table of its own, as [guest.web]"),
+    ("expected struct GuestDisk", "write a table, as { path = \"debian.raw\" }"),
+    ("expected struct GuestRestart", RESTART),
+    ("expected struct Guest", "name each guest in a table of its own, as [guest.web]"),
+    ("expected struct Restart", RESTART),
+    ("expected struct Driver", "name each driver VM in a table of its own, as [driver.nic0]"),
+    ("expected struct Net", "write a table, as { driver = \"nic0\" }"),
+    ("expected struct Sound", "write a table, as { driver = \"snd0\" }"),
+    ("expected struct Port", "write a table, as { name = \"agent\", socket = \"agent.sock\" }"),
 ];
+const CONSOLE_FILE: &str = "for a file write console = { file = \"web.log\" }";
+const RESTART: &str = "write a table, as { limit = 5, interval_s = 60 }";
 
 /// One sentence out of the parser's message, with what to write instead, or a guess at what a misspelt key was meant to be.
 fn in_words(message: &str) -> String {

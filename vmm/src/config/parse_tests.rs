@@ -49,7 +49,21 @@ fn mistake(old: &str, new: &str) -> String {
 fn a_value_of_the_wrong_kind_is_told_with_what_to_write() {
     for (wrong, hint) in [
         ("initrd = \"i\"", "write a list, as [\"one\", \"two\"]"),
-        ("cpus = \"2\"", "a whole number, without quotes"),
+        ("cpus = \"2\"", "a whole number from 0 to 255, without quotes"),
+        ("cpus = 1000", "a whole number from 0 to 255, without quotes"),
+        ("net = [{ tap = \"t\", mtu = 70000 }]", "a whole number from 0 to 65535, without quotes"),
+        ("restart = { limit = -1 }", "a whole number from 0 to 4294967295, without quotes"),
+        ("restart = 5", "write a table, as { limit = 5, interval_s = 60 }"),
+        ("disk = [\"d\"]", "write a table, as { path = \"debian.raw\" }"),
+        ("net = [\"nic0\"]", "write a table, as { driver = \"nic0\" }"),
+        ("sound = [\"snd0\"]", "write a table, as { driver = \"snd0\" }"),
+        ("port = [\"agent\"]", "write a table, as { name = \"agent\", socket = \"agent.sock\" }"),
+        ("[guest]\ndb = \"k\"", "name each guest in a table of its own, as [guest.web]"),
+        ("console = \"file\"", "for a file write console = { file = \"web.log\" }"),
+        ("console = { file = \"web.log\", x = 1 }", "for a file write console = { file = \"web.log\" }"),
+        ("on_reset = true", "write one of its words, in quotes"),
+        ("[driver]\nnic0 = \"0000:03:00.0\"", "name each driver VM in a table of its own, as [driver.nic0]"),
+        ("[driver.nic0]\nrestart = 5", "write a table, as { limit = 5, interval_s = 60 }"),
         ("memory = 512", "with a unit it is text, as \"512M\""),
         ("console = \"web.log\"", "for a file write console = { file = \"web.log\" }"),
         ("disk = [{ path = \"d\", read_only = \"yes\" }]", "true or false, without quotes"),
@@ -57,7 +71,9 @@ fn a_value_of_the_wrong_kind_is_told_with_what_to_write() {
     ] {
         let told = parse(&format!("[guest.web]\nkernel = \"k\"\n{wrong}\n")).expect_err(wrong);
         assert!(
-            told.contains(":3: ") && told.ends_with(hint) || told.contains(&format!("{hint}, once")),
+            told.contains(":3: ") && told.ends_with(hint)
+                || told.contains(":4: ") && told.ends_with(hint)
+                || told.contains(&format!("{hint}, once")),
             "{wrong}: {told}"
         );
     }
@@ -267,6 +283,9 @@ fn what_the_types_cannot_say_is_checked_with_its_line() {
         ("cpus = 2", "passthrough = [\"0000:04:00.0\",\n\"0000:04:00.0\"]", 6, "used by guest.web.passthrough[0]"),
         ("[driver.nic0]", "[driver.web]", 13, "nothing defines [driver.nic0]"),
         ("limit = 20", "interval_s = 0", 22, "at least 1 second"),
+        ("cpus = 2", "restart = { interval_s = 0 }", 5, "at least 1 second"),
+        ("cpus = 2", "cmdline = \"quiet\\u0000 root=/dev/vda1\"", 5, "holds a zero byte"),
+        ("[driver.nic0]", "[driver.nic0]\ncmdline = \"\\u0000\"", 20, "holds a zero byte"),
         ("limit = 20", "boot_timeout_s = 0", 22, "no driver VM boots"),
         ("limit = 20", "heartbeat_timeout_ms = 300", 22, "allow at least twice"),
         ("limit = 20", "backoff_max_ms = 1", 22, "less than `backoff_ms`"),
@@ -276,6 +295,18 @@ fn what_the_types_cannot_say_is_checked_with_its_line() {
             "[guest.b]\nkernel = \"k\"\nconsole = \"terminal\"\n[driver.nic0]",
             7,
             "the terminal is used",
+        ),
+        (
+            "console = \"terminal\"",
+            "console = { file = \"c\" }\n[guest.a]\nkernel = \"k\"\nconsole = { file = \"c\" }\n[guest.b]\nkernel = \"k\"",
+            7,
+            "the file \"c\" is used by guest.a.console already (line 10)",
+        ),
+        (
+            "console = \"terminal\"",
+            "console = { file = \"/var/lib/debian.raw\" }",
+            7,
+            "\"/var/lib/debian.raw\" is a disk",
         ),
         (
             "[driver.nic0]",
@@ -365,6 +396,7 @@ proptest! {
     fn what_is_written_is_read_back(guest in any_guest(), mut driven in any_guest(), restart: (u16, u16)) {
         driven.net = vec![Net { driver: Some("nic0".into()), ..Net::default() }];
         driven.port.clear();
+        driven.console = Console::File("/b.log".into());
         driven.disk.clear();
         let mut machine = Machine::default();
         machine.guest.insert("a".into(), guest);
