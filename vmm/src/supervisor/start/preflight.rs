@@ -2,7 +2,7 @@
 //! to do about it, and nothing is left behind.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -195,8 +195,15 @@ pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
 }
 
 fn check_readable(path: &Path) -> io::Result<()> {
-    let meta = File::open(path)?.metadata()?;
-    if meta.is_dir() { Err(io::Error::from(io::ErrorKind::IsADirectory)) } else { Ok(()) }
+    // Before it is opened: a FIFO would be waited for.
+    let meta = fs::metadata(path)?;
+    if meta.is_dir() {
+        return Err(io::Error::from(io::ErrorKind::IsADirectory));
+    }
+    if !meta.is_file() {
+        return Err(io::Error::other("it is a pipe, a socket or a device, and no file"));
+    }
+    File::open(path).map(drop)
 }
 
 fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
@@ -229,6 +236,18 @@ pub(super) fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_refused_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let guest = Guest { initrd: vec!["/dev/zero".into(), dir.path().into()], ..Guest::new(fifo) };
+        let errors: Vec<_> = file_errors("web", &guest).iter().map(|error| crate::base::error::chain(error)).collect();
+        assert_eq!(errors.len(), 3, "{errors:?}");
+        assert!(errors[..2].iter().all(|what| what.ends_with("a socket or a device, and no file")), "{errors:?}");
+        assert!(errors[2].ends_with("is a directory"), "{errors:?}");
+    }
 
     #[test]
     fn without_filters_a_machine_starts_only_if_it_says_that_it_does_without() {

@@ -5,6 +5,7 @@
 //! ever mistaken for a machine.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
@@ -259,11 +260,16 @@ impl Left {
 
 /// The folder that has the machines' folders.
 pub fn base() -> PathBuf {
-    if let Some(dir) = std::env::var_os("UMBRA_RUN_DIR").filter(|dir| !dir.is_empty()) {
-        return dir.into();
-    }
-    let user = if nix::unistd::geteuid().is_root() { None } else { std::env::var_os("XDG_RUNTIME_DIR") };
-    user.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("umbra")
+    base_of(nix::unistd::geteuid().is_root(), |name| std::env::var_os(name))
+}
+
+/// The same, of root or another user with these environment variables; an empty one is none.
+fn base_of(is_root: bool, variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    let folder = |name| variable(name).filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    folder("UMBRA_RUN_DIR").unwrap_or_else(|| {
+        let user = if is_root { None } else { folder("XDG_RUNTIME_DIR") };
+        user.unwrap_or_else(|| "/run".into()).join("umbra")
+    })
 }
 
 /// The machines that run below `base`, by name, each with a connection to its control socket.
@@ -320,6 +326,16 @@ fn has_evidence(reports: &Path) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_variable_names_no_folder() {
+        let base = |is_root, run: &'static str, user: &'static str| {
+            base_of(is_root, |name| Some(if name == "UMBRA_RUN_DIR" { run } else { user }.into()))
+        };
+        let folders = [(false, "/r", "/u"), (false, "", "/u"), (false, "", ""), (true, "", "/u")];
+        let bases = folders.map(|(is_root, run, user)| base(is_root, run, user));
+        assert_eq!(bases, ["/r", "/u/umbra", "/run/umbra", "/run/umbra"].map(PathBuf::from));
+    }
 
     #[test]
     fn a_machine_runs_once() {
