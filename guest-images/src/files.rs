@@ -5,6 +5,8 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
+
 /// A file operation failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {operation} {}{}", path.display(), advice(source))]
@@ -95,11 +97,14 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 pub fn replace_dir<E: From<FileError>>(path: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let parent = parent_of(path);
     make_dir(parent)?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let temporary = tempfile::Builder::new()
-        .prefix(&format!(".{name}."))
-        .tempdir_in(parent)
-        .map_err(context("make a folder in", parent))?;
+    let prefix = format!(".umbra-{}.", path.file_name().unwrap_or_default().to_string_lossy());
+    remove_left_over(parent, &prefix);
+    let make = || {
+        let temporary = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent)?;
+        Ok::<_, io::Error>((lock(temporary.path())?, temporary))
+    };
+    // The lock ends with this process, however it ends.
+    let (_lock, temporary) = make().map_err(context("make a folder in", parent))?;
     fs::set_permissions(temporary.path(), searchable_by_all()).map_err(context("set permissions of", path))?;
     fill(temporary.path())?;
     if fs::rename(temporary.path(), path).is_ok() {
@@ -111,6 +116,23 @@ pub fn replace_dir<E: From<FileError>>(path: &Path, fill: impl FnOnce(&Path) -> 
     renameat2(AT_FDCWD, temporary.path(), AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE)
         .map_err(|e| context("replace", path)(e.into()))?;
     Ok(())
+}
+
+/// Removes the folders in `parent` that another [`replace_dir`] was filling when its process was killed (Ctrl-C).
+fn remove_left_over(parent: &Path, prefix: &str) {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)) {
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_dir && lock(&entry.path()).is_ok() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Locks a folder that nobody else has locked.
+fn lock(folder: &Path) -> io::Result<Flock<fs::File>> {
+    let folder = fs::File::open(folder)?;
+    Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
 }
 
 fn parent_of(path: &Path) -> &Path {
@@ -145,6 +167,20 @@ mod tests {
             assert_eq!(names(&place), [content]);
         }
         assert_eq!(names(dir.path()), ["image"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_was_filling_goes_and_what_another_one_fills_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (killed, filled) = (dir.path().join(".umbra-image.killed"), dir.path().join(".umbra-image.filled"));
+        let others = [dir.path().join(".umbra-other.killed"), dir.path().join(".image.backup")];
+        for folder in [&killed, &filled, &others[0], &others[1]] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("file"), "").unwrap();
+        }
+        let _fills = lock(&filled).unwrap();
+        replace_dir(&dir.path().join("image"), |_| Ok::<_, FileError>(())).unwrap();
+        assert_eq!(names(dir.path()), [".image.backup", ".umbra-image.filled", ".umbra-other.killed", "image"]);
     }
 
     #[test]

@@ -135,7 +135,10 @@ impl Kernel {
 
     fn in_root(root: &Path, place: &str, cache: &Cache) -> Result<Self, KernelError> {
         let mut found: Vec<PathBuf> = Vec::new();
-        for dir in MODULE_ROOTS.map(|dir| root.join(dir)) {
+        let mut dirs = MODULE_ROOTS.map(|dir| root.join(dir)).to_vec();
+        // Where /usr is merged, the first leads to the second.
+        dirs.dedup_by_key(|dir| fs::canonicalize(dir).ok());
+        for dir in dirs {
             if let Ok(entries) = fs::read_dir(&dir) {
                 for entry in entries {
                     found.push(entry.map_err(context("list", &dir))?.path());
@@ -242,6 +245,18 @@ mod tests {
             let error = Kernel::installed(dir.path(), Some(release), &cache).unwrap_err();
             assert!(matches!(error, KernelError::NotInstalled { .. }), "{release}: {error}");
         }
+    }
+
+    #[test]
+    fn a_root_whose_lib_is_a_link_to_usr_lib_holds_one_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let modules = dir.path().join("usr/lib/modules/6.1");
+        fs::create_dir_all(modules.join("kernel")).unwrap();
+        std::os::unix::fs::symlink("usr/lib", dir.path().join("lib")).unwrap();
+        fs::write(modules.join("modules.order"), "").unwrap();
+        fs::write(modules.join("vmlinuz"), elf::tests::kernel(b"1")).unwrap();
+        let kernel = Kernel::from_dir(dir.path(), &Cache::at(dir.path().join("cache"))).unwrap();
+        assert_eq!(kernel.modules.release(), "6.1");
     }
 
     #[test]
