@@ -48,6 +48,25 @@ fn wrong_usage_is_status_2() {
     {
         assert_eq!(umbra(dir.path(), words).status.code(), Some(2), "{words:?}");
     }
+    for (words, what) in [
+        (&["run"][..], "give a machine file"),
+        (
+            &[
+                "run", "--kernel", "k", "--nic", "3:0.0", "--nic", "4:0.0", "--nic", "5:0.0", "--image", "i",
+                "--image", "j",
+            ],
+            "2 images",
+        ),
+        (&["image", "-o", "x"], "--pci ADDRESS"),
+    ] {
+        let message = error_of(2, dir.path(), words);
+        assert!(message.contains(what), "{message}");
+    }
+    for interval in ["0", "-1", "nan", "inf", "soon"] {
+        let output = umbra(dir.path(), &["status", "--watch", &format!("--interval={interval}")]);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && stderr.contains("a number of seconds, from 0.01"), "{stderr}");
+    }
 }
 
 #[test]
@@ -60,6 +79,11 @@ fn a_machine_file_s_mistake_is_named_with_its_line() {
     assert_eq!(message, format!("umbra: {path}:4: guest.web.net[0].driver: nothing defines [driver.nic1]"));
     let message = error_of(CONFIGURATION, dir.path(), &["run", "/no/such/machine.toml"]);
     assert_eq!(message, "umbra: read the machine file /no/such/machine.toml: No such file or directory (os error 2)");
+    let message = error_of(CONFIGURATION, dir.path(), &["run", "--check", "/dev/zero"]);
+    assert_eq!(message, "umbra: /dev/zero: is too long for a machine file, which has 1048576 bytes at most");
+    std::fs::write(&file, " ".repeat((1 << 20) + 1)).unwrap();
+    let message = error_of(CONFIGURATION, dir.path(), &["run", path]);
+    assert!(message.contains("is too long for a machine file"), "{message}");
 }
 
 #[test]

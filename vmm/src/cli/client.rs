@@ -22,13 +22,22 @@ pub struct StatusArgs {
     #[arg(long, short)]
     watch: bool,
     /// Seconds between two looks with --watch.
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, requires = "watch")]
-    interval: f64,
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval, requires = "watch")]
+    interval: Duration,
     /// Say whether all is well, and why not: exit status 0, 1 where something is on its way, 2 where something was given up.
     #[arg(long, conflicts_with = "watch")]
     check: bool,
     #[command(flatten)]
     common: Common,
+}
+
+/// Shortest interval of `umbra status --watch`: each look is work for the machine, between two of its own.
+const SHORTEST_INTERVAL: f64 = 0.01;
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| *seconds >= SHORTEST_INTERVAL);
+    let interval = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    interval.ok_or_else(|| format!("a number of seconds, from {SHORTEST_INTERVAL}"))
 }
 
 /// Arguments of `umbra crash`.
@@ -102,8 +111,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<()> {
     }
     let mut machine = Connection::open(args.common.name.as_deref())?;
     if args.watch {
-        let period = Duration::try_from_secs_f64(args.interval).context("--interval is a number of seconds")?;
-        return super::watch::watch(&mut machine, args.vm.as_deref(), args.common.json, period);
+        return super::watch::watch(&mut machine, args.vm.as_deref(), args.common.json, args.interval);
     }
     let status = machine.status(args.vm.as_deref())?;
     if args.common.json {
@@ -208,10 +216,11 @@ pub fn stop(args: &StopArgs) -> anyhow::Result<()> {
     let mut machine = Connection::open(args.common.name.as_deref())?;
     let how = if args.force { StopHow::Kill } else { StopHow::PowerButton };
     if let Some(guest) = &args.guest {
-        return super::guest::stop(&mut machine, guest, how, args.timeout);
+        let response = super::guest::stop(&mut machine, guest, how, args.timeout)?;
+        return if args.common.json { super::print_json(&response) } else { super::print(&format!("{guest} is off")) };
     }
     let response = machine.ask(&Request::Stop { how })?;
-    machine.wait_for_the_end(Duration::from_secs(args.timeout))?;
+    machine.wait_for_the_end(args.timeout)?;
     if args.common.json {
         return super::print_json(&response);
     }

@@ -23,9 +23,17 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// accepted, and then listens no more.
 const TRIES: u32 = 100;
 
+/// Longest wait that `--timeout` can ask for, s: a year, which is for ever, and which clocks can count.
+const LONGEST: u64 = 365 * 86_400;
+
 /// What a machine of another version might answer.
 pub(super) const UNEXPECTED: &str =
     "the machine gave an answer that this version does not know; is it of another version?";
+
+/// When a wait of so many `seconds` that begins now is over.
+pub(super) fn end_of_wait(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds.min(LONGEST))
+}
 
 /// A connection to a machine.
 pub(super) struct Connection {
@@ -172,16 +180,15 @@ impl Connection {
         }
     }
 
-    /// Waits until the machine closes the connection, which it does at its end.
-    pub(super) fn wait_for_the_end(&mut self, patience: Duration) -> anyhow::Result<()> {
-        let until = Instant::now() + patience;
+    /// Waits, for so many `seconds`, until the machine closes the connection, which it does at its end.
+    pub(super) fn wait_for_the_end(&mut self, seconds: u64) -> anyhow::Result<()> {
+        let until = end_of_wait(seconds);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 bail!(
-                    "the guests of {} have not powered off after {} s; `umbra stop --force` kills them",
-                    self.name,
-                    patience.as_secs()
+                    "the guests of {} have not powered off after {seconds} s; `umbra stop --force` kills them",
+                    self.name
                 );
             }
             self.stream.get_ref().set_read_timeout(Some(left)).context("wait for the machine")?;

@@ -3,11 +3,13 @@
 use crate::config::{Problem, SpecError};
 use crate::supervisor::RunError;
 
+/// Wrong usage that the parser of the command line cannot see; as its own.
+pub(super) const USAGE: u8 = 2;
 /// `umbra status --check`: something is not there now, and is expected to come.
 pub(super) const DEGRADED: u8 = 1;
 /// `umbra status --check`: something was given up, or the machine does not answer.
 pub(super) const FAILED: u8 = 2;
-/// `umbra run`: the machine file, or what it names, is wrong (`EX_CONFIG` of sysexits.h): to start it again as it is would be in vain.
+/// The machine file, or what it names, is wrong (`EX_CONFIG` of sysexits.h): to start it again as it is would be in vain.
 const CONFIGURATION: u8 = 78;
 /// `umbra wait`: the time is over; as timeout(1) has it.
 pub(super) const TIMED_OUT: u8 = 124;

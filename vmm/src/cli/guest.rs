@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-use super::connection::{Connection, UNEXPECTED};
+use super::connection::{Connection, UNEXPECTED, end_of_wait};
 use crate::config::DiskSize;
 use crate::record::status::{GuestStateName, GuestStatus};
 use crate::supervisor::front::protocol::{Request, Response, StopHow};
@@ -127,20 +127,20 @@ pub fn reboot(args: &RebootArgs) -> anyhow::Result<()> {
     wait_until_running(&mut machine, &args.guest)
 }
 
-/// `umbra stop GUEST`: has it power off, or kills it.
+/// `umbra stop GUEST`: has it power off, or kills it, and waits until it is off; the machine's answer.
 ///
 /// # Errors
 ///
 /// No machine answers, there is no such guest, or it does not power off in time.
-pub fn stop(machine: &mut Connection, guest: &str, how: StopHow, timeout: u64) -> anyhow::Result<()> {
-    done(machine, &Request::StopGuest { name: guest.into(), how })?;
+pub fn stop(machine: &mut Connection, guest: &str, how: StopHow, timeout: u64) -> anyhow::Result<Response> {
+    let response = done(machine, &Request::StopGuest { name: guest.into(), how })?;
     let what = "has not powered off; `umbra stop --force GUEST` kills it";
     // A machine ends with its last guest.
     match wait_for(machine, guest, (timeout, what), is_over) {
         Err(error) if error.is::<super::connection::Ended>() => {}
         result => drop(result?),
     }
-    super::print(&format!("{guest} is off"))
+    Ok(response)
 }
 
 fn is_over(guest: &GuestStatus) -> bool {
@@ -157,9 +157,9 @@ fn wait_until_running(machine: &mut Connection, name: &str) -> anyhow::Result<()
     }
 }
 
-fn done(machine: &mut Connection, request: &Request) -> anyhow::Result<()> {
+fn done(machine: &mut Connection, request: &Request) -> anyhow::Result<Response> {
     match machine.ask(request)? {
-        Response::Done { .. } => Ok(()),
+        response @ Response::Done { .. } => Ok(response),
         _ => bail!(UNEXPECTED),
     }
 }
@@ -178,7 +178,7 @@ fn wait_for(
     (seconds, what): (u64, &str),
     wanted: impl Fn(&GuestStatus) -> bool,
 ) -> anyhow::Result<GuestStatus> {
-    let until = Instant::now() + Duration::from_secs(seconds);
+    let until = end_of_wait(seconds);
     loop {
         let guest = look(machine, name)?;
         if wanted(&guest) {

@@ -12,6 +12,8 @@ use umbra_guest_images::cache::Cache;
 use umbra_guest_images::image::{Device, Image, Recipe};
 use umbra_guest_images::kernel::{Kernel, cached_vmlinux};
 
+use super::exit::{self, Exit};
+use crate::base::pci_address::Bdf;
 use crate::base::untrusted_text::{block, json};
 use crate::host::HostDevice;
 
@@ -33,7 +35,7 @@ const SYSTEM_FIRMWARE: &str = "/lib/firmware";
 pub struct Args {
     /// PCI function whose driver is taken, as 0000:01:00.0; may be repeated
     #[arg(long, value_name = "ADDRESS")]
-    pub pci: Vec<String>,
+    pub pci: Vec<Bdf>,
     /// Driver (kernel module) to take, as e1000e; may be repeated
     #[arg(long, value_name = "MODULE")]
     pub driver: Vec<String>,
@@ -86,9 +88,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return unpack(image, output, &cache);
     }
     if args.pci.is_empty() && args.driver.is_empty() {
-        bail!("say for what: --pci ADDRESS (as 0000:01:00.0) or --driver MODULE (as e1000e)");
+        let what = "say for what: --pci ADDRESS (as 0000:01:00.0) or --driver MODULE (as e1000e)";
+        bail!(Exit::new(exit::USAGE, what.into()));
     }
-    let devices = args.pci.iter().map(|address| device(address)).collect::<anyhow::Result<_>>()?;
+    if let Some(folder) = args.firmware.iter().find(|folder| !folder.is_dir()) {
+        bail!("there is no folder {} with firmware", folder.display());
+    }
+    let devices = args.pci.iter().map(|address| device(*address)).collect::<anyhow::Result<_>>()?;
     let agent = agent(args.agent.as_deref())?;
     let source = source_of(&args.kernel_deb, args.kernel_dir.as_deref());
     let kernel = match (&args.kernel_deb[..], &args.kernel_dir) {
@@ -117,21 +123,12 @@ fn unpack(image: &Path, output: &Path, cache: &Cache) -> anyhow::Result<()> {
 }
 
 /// Looks a PCI function up in sysfs.
-fn device(address: &str) -> anyhow::Result<Device> {
-    // The short form leaves the domain out, as lspci does.
-    let name = if address.matches(':').count() == 1 { format!("0000:{address}") } else { address.to_owned() };
-    let is_address = |c: char| c.is_ascii_hexdigit() || c == ':' || c == '.';
-    if !name.chars().all(is_address) || name.matches(':').count() != 2 {
-        bail!("{address:?} is no PCI address (domain:bus:device.function, as 0000:01:00.0)");
+fn device(address: Bdf) -> anyhow::Result<Device> {
+    let device = HostDevice::find(address)?;
+    if let Some(why) = device.unserved() {
+        bail!("{address} {}", why.why());
     }
-    let place = Path::new("/sys/bus/pci/devices").join(&name).join("modalias");
-    let modalias = fs::read_to_string(&place).with_context(|| {
-        format!("there is no PCI function {name} in this system; `ls /sys/bus/pci/devices` lists those that are")
-    })?;
-    if let Some(why) = name.parse().ok().and_then(|bdf| HostDevice::find(bdf).ok()?.unserved()) {
-        bail!("{name} {}", why.why());
-    }
-    Ok(Device { name, modalias: modalias.trim().into() })
+    Ok(Device { name: address.to_string(), modalias: device.modalias()? })
 }
 
 fn agent(given: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -222,7 +219,10 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -233,11 +233,27 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_address_is_refused_before_it_is_looked_up() {
-        for wrong in ["eth0", "../../etc", "0000:01:00.0/..", ""] {
-            assert!(device(wrong).unwrap_err().to_string().contains("is no PCI address"), "{wrong}");
+    fn an_address_is_read_as_everywhere_else() {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            image: Args,
         }
-        assert!(device("ffff:ff:1f.7").unwrap_err().to_string().contains("there is no PCI function"));
+        let pci = |address| Cli::try_parse_from(["image", "-o", "x", "--pci", address]).map(|cli| cli.image.pci);
+        for wrong in ["eth0", "../../etc", "0000:01:00.0/.."] {
+            assert!(pci(wrong).unwrap_err().to_string().contains("is no PCI address"), "{wrong}");
+        }
+        let addresses = ["FFFF:FF:1F.7", "0a:00.0"].map(|address| pci(address).unwrap()[0].to_string());
+        assert_eq!(addresses, ["ffff:ff:1f.7", "0000:0a:00.0"], "as sysfs writes them");
+        let error = device(pci("FFFF:FF:1F.7").unwrap()[0]).unwrap_err().to_string();
+        assert!(error.contains("no PCI device ffff:ff:1f.7"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_of_firmware_that_is_not_there_is_told() {
+        let args = Args { output: Some("x".into()), driver: vec!["e1000e".into()], ..Args::default() };
+        let error = run(&Args { firmware: vec!["/no/such/folder".into()], ..args }).unwrap_err().to_string();
+        assert_eq!(error, "there is no folder /no/such/folder with firmware");
     }
 
     #[test]

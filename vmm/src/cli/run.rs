@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 
+use super::exit::{self, Exit};
 use crate::config::metrics_address::Address;
 use crate::config::{Console, Driver, Guest, GuestDisk, Machine, MemorySize, Net};
 use crate::record::archive;
@@ -160,14 +161,14 @@ impl GuestArgs {
     /// The machine that the flags describe.
     fn machine(self) -> anyhow::Result<Machine> {
         let Some(kernel) = self.kernel else {
-            bail!("give a machine file, or a guest with --kernel (`umbra run --help` has examples)");
+            let what = "give a machine file, or a guest with --kernel (`umbra run --help` has examples)";
+            bail!(Exit::new(exit::USAGE, what.into()));
         };
-        ensure!(
-            self.image.len() <= 1 || self.image.len() == self.nic.len(),
-            "{} images for {} NICs: give --image once for all, or once for each --nic",
-            self.image.len(),
-            self.nic.len()
-        );
+        let (images, nics) = (self.image.len(), self.nic.len());
+        if images > 1 && images != nics {
+            let what = format!("{images} images for {nics} NICs: give --image once for all, or once for each --nic");
+            bail!(Exit::new(exit::USAGE, what));
+        }
         let mut guest = Guest::new(kernel);
         guest.initrd = self.initrd;
         guest.console = self.console.map_or(Console::Terminal, Console::File);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-use super::connection::{Connection, Dropped, Ended};
+use super::connection::{Connection, Dropped, Ended, end_of_wait};
 use super::exit::{self, Exit};
 use crate::base::untrusted_text;
 use crate::lifecycle::StateName;
@@ -58,7 +58,7 @@ enum Condition {
 ///
 /// The time is over, or it cannot come about.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let until = Instant::now() + Duration::from_secs(args.timeout);
+    let until = end_of_wait(args.timeout);
     let mut machine = None;
     loop {
         let lacks = match look(&mut machine, args)? {

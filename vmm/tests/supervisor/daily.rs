@@ -73,6 +73,8 @@ fn a_wait_ends_when_it_is_so_or_its_time_is_over() {
     assert_eq!((status, said.as_str()), (124, "umbra: after 0 s: web is running\n"));
     let (status, said) = machine.umbra(&["wait", "live", "web"]);
     assert_eq!((status, said.as_str()), (1, "umbra: there is no driver VM named web; there is nic0\n"));
+    // For ever, as a script might say it.
+    assert_eq!(machine.umbra(&["wait", "live", "--timeout", "18446744073709551615"]), (0, String::new()));
     let off = machine.command_line(&["wait", "off", "web"]);
     machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::PowerButton }).unwrap();
     assert_eq!(ended(off), (0, String::new()));
@@ -86,7 +88,7 @@ fn a_wait_ends_when_it_is_so_or_its_time_is_over() {
 }
 
 fn every_answer_has_its_schema() {
-    let machine = start("", "", "");
+    let mut machine = start("", "", "");
     machine.wait_live(1);
     machine.crash(CrashKind::Panic);
     machine.wait_live(2);
@@ -105,7 +107,13 @@ fn every_answer_has_its_schema() {
         assert_eq!(first["schema"], 1, "{words:?}: {said}");
     }
     assert_eq!(machine.report(1)["schema"], 1);
-    machine.stop();
+    let for_ever = "18446744073709551615";
+    let (status, said) = machine.umbra(&["reboot", "web", "--force", "--timeout", for_ever]);
+    assert_eq!((status, said.as_str()), (0, "web runs\n"));
+    let (status, said) = machine.umbra(&["stop", "web", "--json", "--timeout", for_ever]);
+    let answer: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((status, answer), (0, serde_json::json!({ "response": "done", "name": "web", "schema": 1 })));
+    machine.wait().unwrap();
 }
 
 fn the_console_follows_a_guest_over_its_reboots() {
