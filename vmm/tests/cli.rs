@@ -41,6 +41,17 @@ fn a_service_is_not_started_again_with_a_configuration_that_is_wrong() {
 }
 
 #[test]
+fn a_service_that_may_load_no_modules_has_vfio_pci_loaded_for_it() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/umbra@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    assert!(unit.contains("\nProtectKernelModules=true\n") && unit.contains(" run --bind "), "{unit}");
+    for wish in ["Wants=", "After="] {
+        let mut wished = unit.lines().filter_map(|line| line.strip_prefix(wish)).flat_map(str::split_whitespace);
+        assert!(wished.any(|other| other == "modprobe@vfio_pci.service"), "{wish}: {unit}");
+    }
+}
+
+#[test]
 fn wrong_usage_is_status_2() {
     let dir = tempfile::tempdir().unwrap();
     for words in
