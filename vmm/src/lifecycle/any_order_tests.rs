@@ -241,7 +241,7 @@ proptest! {
                 }
             }
             over |= matches!(input, Input::Stop);
-            prop_assert!(!life.has_let_go() || !alive || life.process_hangs(), "has not let go at {input:?}");
+            prop_assert!(life.hold(at(now)) != Hold::Released || !alive, "has not let go at {input:?}");
             if let Some(deadline) = life.deadline() {
                 prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
             }

@@ -7,21 +7,38 @@
 //! ```
 //! A standby waits on, booted: it has no device. A spare has one, and goes.
 //!
-//! Invariant: from the time at which [`Lifecycle::has_let_go`] is true until [`Input::Wake`](super::Input::Wake), no process has the
-//! device or that of the spare, and none is started.
+//! Invariants: from the time at which [`Lifecycle::hold`] is [`Hold::Released`] until [`Input::Wake`](super::Input::Wake), no process has
+//! the device or that of the spare, and none is started; a hold that the kernel does not let go of is [`Hold::Hangs`] in the end.
 
-use super::{Action, Failure, Lifecycle, NoticedBy, RESET_PATIENCE, REST_PATIENCE, Standby, State, Time};
+use super::{Action, Failure, Lifecycle, NoticedBy, RESET_PATIENCE, REST_PATIENCE, State, Time};
 
 /// What those are told who ask for something else meanwhile.
 pub(super) const WHY: &str = "the host is to sleep";
 
+/// How a device, or the spare's, is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// No process has one, and none will get one by itself.
+    Released,
+    /// One is in use, given up or reset. `until`: when that counts as hung, if nothing else has an end before.
+    Held {
+        /// Of the spare's device; that of the present life ends by [`Lifecycle::deadline`].
+        until: Option<Time>,
+    },
+    /// One is held by a killed process that has not ended in its time, or by a reset that has not returned in its.
+    Hangs,
+}
+
 impl Lifecycle {
-    /// Whether no process has the device, nor that of the spare, and none will get it by itself.
-    pub fn has_let_go(&self) -> bool {
-        let spare_is_held = matches!(self.reserve.state(), Standby::Fencing { .. } | Standby::Resetting { .. });
+    /// How the device and that of the spare are held at `now`.
+    pub fn hold(&self, now: Time) -> Hold {
+        let spare = self.reserve.hold(now);
         // One that is idle takes no part in this run, or is about to begin, and sleeps then.
-        let holds_nothing = matches!(self.state, State::Idle | State::Asleep | State::Quarantined | State::Stopped);
-        holds_nothing && !spare_is_held
+        if !matches!(self.state, State::Idle | State::Asleep | State::Quarantined | State::Stopped) {
+            return Hold::Held { until: if let Hold::Held { until } = spare { until } else { None } };
+        }
+        let hangs = self.process_hangs || self.reset_hangs;
+        if hangs && spare == Hold::Released { Hold::Hangs } else { spare }
     }
 
     pub(super) fn on_sleep(&mut self, now: Time) -> Vec<Action> {
@@ -62,7 +79,9 @@ impl Lifecycle {
             self.state = State::Resetting { until: now + RESET_PATIENCE, next: Some(now) };
             return vec![Action::Reset];
         }
-        // What is still on its way there goes on to its next life; what has not begun goes on serving.
+        // What is still on its way there goes on to its next life; what has not begun goes on serving, and misses a standby that went with
+        // a restart.
+        self.want_next(now);
         self.call_rest_off().into_iter().collect()
     }
 }

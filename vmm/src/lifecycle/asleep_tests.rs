@@ -10,7 +10,7 @@ use crate::config::Restart;
 fn let_go(life: &mut Lifecycle, ms: u64) {
     let actions = life.handle(at(ms), Input::Released);
     assert_eq!(actions, [Action::Reset, Action::BeginLastWords]);
-    assert!(!life.has_let_go(), "the reset is under way");
+    assert!(life.hold(at(ms)) != Hold::Released, "the reset is under way");
     assert_eq!(life.handle(at(ms + 1), Input::ResetDone), []);
     assert_eq!(*life.state(), State::Asleep);
 }
@@ -25,7 +25,7 @@ fn a_driver_vm_gives_its_device_up_and_is_reborn_when_the_host_wakes() {
     assert!(planned(&life.handle(at(2000), Input::Sleep)));
     assert_eq!(life.handle(at(2000), Input::Sleep), [], "once");
     let_go(&mut life, 2001);
-    assert!(life.has_let_go());
+    assert_eq!(life.hold(at(2003)), Hold::Released);
     assert_eq!(life.deadline(), None, "a night may be long");
     assert_eq!(life.handle(at(90_000_000), Input::Tick), []);
     assert_eq!(life.handle(at(90_000_000), Input::Wake), [Action::Reset]);
@@ -39,7 +39,7 @@ fn a_standby_waits_through_the_night_and_takes_over() {
     let mut life = with_standby();
     assert!(planned(&life.handle(at(2000), Input::Sleep)));
     let_go(&mut life, 2001);
-    assert!(life.has_let_go(), "a standby has no device");
+    assert_eq!(life.hold(at(2003)), Hold::Released, "a standby has no device");
     life.handle(at(2500), Input::Wake);
     assert_eq!(life.handle(at(2501), Input::ResetDone), [Action::Adopt(generation(2))]);
 }
@@ -51,9 +51,9 @@ fn a_spare_goes_because_it_has_a_device() {
     assert_eq!(actions[0], Action::DropStandby(Rank::First, None));
     assert!(planned(&actions[1..]), "{actions:?}");
     let_go(&mut life, 2001);
-    assert!(!life.has_let_go(), "the spare's process has not ended");
+    assert_eq!(life.hold(at(2003)), Hold::Held { until: Some(at(77_000)) }, "the spare's process has not ended");
     assert_eq!(life.handle(at(2003), Input::SpareFenced), []);
-    assert!(life.has_let_go());
+    assert_eq!(life.hold(at(2003)), Hold::Released);
     assert_eq!(life.handle(at(9000), Input::Tick), [], "none is started");
     life.handle(at(9001), Input::Wake);
     assert_eq!(life.handle(at(9002), Input::ResetDone), [Action::Spawn(generation(3))]);
@@ -83,7 +83,7 @@ fn what_is_on_its_way_to_the_next_life_stays_without_one() {
         life.handle(at(ms + 2), Input::ResetDone);
     }
     assert_eq!(life.state().name(), StateName::BackOff);
-    assert_eq!((life.handle(at(2013), Input::Sleep), life.has_let_go()), (vec![], true));
+    assert_eq!((life.handle(at(2013), Input::Sleep), life.hold(at(2013))), (vec![], Hold::Released));
     assert_eq!(life.handle(at(2014), Input::Wake), [Action::Reset]);
 }
 
@@ -91,7 +91,8 @@ fn what_is_on_its_way_to_the_next_life_stays_without_one() {
 fn one_that_is_added_meanwhile_touches_no_device_before_the_host_wakes() {
     let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Nothing);
     life.handle(at(0), Input::Sleep);
-    assert_eq!((life.handle(at(1), Input::Start), life.state(), life.has_let_go()), (vec![], &State::Asleep, true));
+    assert_eq!((life.handle(at(1), Input::Start), life.state()), (vec![], &State::Asleep));
+    assert_eq!(life.hold(at(1)), Hold::Released);
     assert_eq!(life.handle(at(2), Input::Wake), [Action::Reset]);
 }
 
@@ -101,9 +102,10 @@ fn a_quarantine_outlasts_the_night() {
     life.handle(at(2000), Input::Failed(failure(NoticedBy::Identity, 2000)));
     life.handle(at(2001), Input::Released);
     life.handle(at(2002), Input::ResetDone);
-    assert_eq!((life.handle(at(2003), Input::Sleep), life.has_let_go()), (vec![], true));
-    assert_eq!(life.handle(at(2004), Input::Resume), [Action::Reset], "it may be resumed meanwhile");
-    assert_eq!((life.handle(at(2005), Input::ResetDone), life.state()), (vec![], &State::Asleep), "and sleeps then");
+    assert_eq!((life.handle(at(2003), Input::Sleep), life.hold(at(2003))), (vec![], Hold::Released));
+    assert_eq!(life.handle(at(2004), Input::Resume), [], "a resume would open the device");
+    assert_eq!((life.handle(at(2005), Input::Wake), life.state()), (vec![], &State::Quarantined));
+    assert_eq!(life.handle(at(2006), Input::Resume), [Action::Reset]);
     let mut stopped = live(1);
     stopped.handle(at(2000), Input::Sleep);
     let_go(&mut stopped, 2001);
@@ -151,4 +153,57 @@ fn a_restart_that_was_asked_for_is_called_off() {
         matches!(life.handle(at(3001), Input::ResetDone)[..], [Action::Spawn(_)]),
         "not what was made for the restart"
     );
+}
+
+#[test]
+fn what_the_kernel_does_not_let_go_of_hangs_in_the_end() {
+    // A spare whose process has been killed and does not end.
+    let mut life = armed();
+    life.handle(at(2000), Input::Sleep);
+    let_go(&mut life, 2001);
+    assert_eq!(life.hold(at(76_999)), Hold::Held { until: Some(at(77_000)) });
+    assert_eq!(life.hold(at(77_000)), Hold::Hangs);
+    life.handle(at(90_000), Input::SpareFenced);
+    assert_eq!(life.hold(at(90_000)), Hold::Released);
+    // A spare whose reset does not return: people hear of it as well.
+    let mut life = super::spare_tests::live();
+    assert_eq!(life.handle(at(1010), Input::Tick), [Action::ResetSpare]);
+    life.handle(at(2000), Input::Sleep);
+    let_go(&mut life, 2001);
+    assert_eq!(life.hold(at(76_009)), Hold::Held { until: Some(at(76_010)) });
+    assert_eq!(life.deadline(), Some(at(76_010)));
+    let told = life.handle(at(76_010), Input::Tick);
+    assert!(matches!(&told[..], [Action::Warn(what)] if what.contains("reset of the spare's device")), "{told:?}");
+    assert_eq!((life.hold(at(76_010)), life.deadline()), (Hold::Hangs, None));
+    assert!(life.spare_is_held().unwrap().contains("has not returned for 75 s"));
+    life.handle(at(90_000), Input::SpareResetDone);
+    assert_eq!((life.hold(at(90_000)), life.spare_is_held()), (Hold::Released, None));
+    // The serving life's process, and its reset.
+    let mut life = live(1);
+    life.handle(at(2000), Input::Sleep);
+    life.handle(at(2250), Input::Tick);
+    life.handle(at(70_000), Input::Tick);
+    assert_eq!(life.hold(at(70_000)), Hold::Held { until: None });
+    life.handle(at(77_250), Input::Tick);
+    assert_eq!((life.state(), life.hold(at(77_250))), (&State::Quarantined, Hold::Hangs));
+    life.handle(at(78_000), Input::ProcessGone("killed".into()));
+    assert_eq!(life.hold(at(78_000)), Hold::Held { until: None }, "it is reset");
+    life.handle(at(153_000), Input::Tick);
+    assert_eq!(life.hold(at(153_000)), Hold::Hangs);
+    life.handle(at(154_000), Input::ResetDone);
+    assert_eq!(life.hold(at(154_000)), Hold::Released);
+}
+
+#[test]
+fn a_standby_that_went_with_a_restart_is_replaced_where_the_host_wakes_before_anything_has_begun() {
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm).with_rest(true);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(10), Input::EndLive(end(0)));
+    life.handle(at(1000), Input::Restart { fresh: true });
+    life.handle(at(1001), Input::Tick);
+    let slept = life.handle(at(2000), Input::Sleep);
+    assert!(slept.contains(&Action::DropStandby(Rank::First, None)) && slept.contains(&Action::Quiesce), "{slept:?}");
+    assert_eq!(life.handle(at(2001), Input::Wake), [Action::GoOn]);
+    assert_eq!(life.handle(at(3001), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
 }

@@ -54,6 +54,7 @@ use umbra_shadow::Generation;
 use crate::base::time::Time;
 use crate::config::Restart;
 use crate::lifecycle::policy::RestartHistory;
+pub use asleep::Hold;
 use carrier::CarrierWatch;
 use fencing::Killed;
 use silence::Silence;
@@ -329,7 +330,7 @@ impl Lifecycle {
 
     fn on_resume(&mut self, now: Time) -> Vec<Action> {
         // A second reset would not help while the first one, or the killed process, still hangs.
-        if self.state != State::Quarantined || self.reset_hangs || self.process_hangs {
+        if self.state != State::Quarantined || self.reset_hangs || self.process_hangs || self.sleeps {
             return Vec::new();
         }
         self.history.forgive();

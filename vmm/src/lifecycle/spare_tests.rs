@@ -398,7 +398,7 @@ proptest! {
             }
             world.over |= matches!(input, Input::Stop);
             let held = world.devices.iter().any(|device| matches!(device, Holder::Process(_)));
-            prop_assert!(!life.has_let_go() || !held || life.process_hangs(), "{:?} are held at {:?}", world.devices, input);
+            prop_assert!(life.hold(at(now)) != Hold::Released || !held, "{:?} are held at {:?}", world.devices, input);
             if let Some(deadline) = life.deadline() {
                 prop_assert!(!matches!(input, Input::Tick) || deadline > at(now), "a tick leaves no deadline behind");
             }

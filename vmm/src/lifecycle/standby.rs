@@ -18,6 +18,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use umbra_shadow::Generation;
 
+use super::RESET_PATIENCE;
+use super::asleep::Hold;
 use super::fencing::ALARM;
 use crate::base::time::Time;
 use crate::config::Restart;
@@ -199,9 +201,9 @@ pub(super) struct Standbys {
     waits_since: Option<Time>,
     boot_patience: Duration,
     heartbeat_patience: Duration,
-    /// When the process that still holds the spare's device was killed or asked to give it up.
+    /// When the process that still holds the spare's device was killed or asked to give it up, or its reset began.
     held_since: Option<Time>,
-    /// People have been warned that the device is still held.
+    /// People have been warned that the device is still held, or reset.
     warned: bool,
 }
 
@@ -290,8 +292,9 @@ impl Standbys {
     }
 
     /// A reset of the spare's device begins; a spare is to start after it.
-    pub(super) fn resetting(&mut self) {
+    pub(super) fn resetting(&mut self, now: Time) {
         self.state = Standby::Resetting { wanted: true };
+        (self.held_since, self.warned) = (Some(now), false);
     }
 
     /// Another standby of the machine boots, or a life is on its way into service: a standby that is due waits for its turn, for
@@ -449,11 +452,26 @@ impl Standbys {
         served
     }
 
-    fn alarm_due(&self) -> Option<Time> {
-        self.held_since.filter(|_| !self.warned).map(|since| since + ALARM)
+    /// How the spare's device is held at `now`, if the lives that are of no use any more give it up.
+    pub(super) fn hold(&self, now: Time) -> Hold {
+        match (self.state, self.held_since) {
+            (Standby::Fencing { .. } | Standby::Resetting { .. }, Some(since)) if since + RESET_PATIENCE <= now => {
+                Hold::Hangs
+            }
+            (Standby::Fencing { .. } | Standby::Resetting { .. }, since) => {
+                Hold::Held { until: since.map(|since| since + RESET_PATIENCE) }
+            }
+            _ => Hold::Released,
+        }
     }
 
-    /// The warning, once, that the spare's device is still held.
+    fn alarm_due(&self) -> Option<Time> {
+        // A reset may take the kernel a minute.
+        let patience = if matches!(self.state, Standby::Resetting { .. }) { RESET_PATIENCE } else { ALARM };
+        self.held_since.filter(|_| !self.warned).map(|since| since + patience)
+    }
+
+    /// The warning, once, that the spare's device is still held or reset.
     pub(super) fn alarm(&mut self, now: Time) -> Option<String> {
         self.alarm_due().filter(|due| *due <= now)?;
         self.warned = true;
@@ -463,6 +481,13 @@ impl Standbys {
     /// What holds the spare's device, where that takes longer than it should.
     pub(super) fn held(&self) -> Option<String> {
         self.held_since.filter(|_| self.warned)?;
+        if matches!(self.state, Standby::Resetting { .. }) {
+            return Some(format!(
+                "the reset of the spare's device has not returned for {} s: the kernel holds it (`dmesg`); there is no spare until it \
+                 has returned",
+                RESET_PATIENCE.as_secs()
+            ));
+        }
         let seconds = ALARM.as_secs();
         Some(format!(
             "the process that had the spare's device was to give it up and has not ended for {seconds} s and more: the kernel \
@@ -473,16 +498,15 @@ impl Standbys {
     /// The reset of the spare's device has returned. Whether a spare is to start.
     pub(super) fn reset_done(&mut self) -> bool {
         let Standby::Resetting { wanted } = self.state else { return false };
-        self.state = Standby::Absent;
+        (self.state, self.held_since) = (Standby::Absent, None);
         wanted
     }
 
     pub(super) fn deadline(&self) -> Option<Time> {
         match self.state {
-            // Nothing waits for a killed process to end, but people are warned.
-            Standby::Fencing { .. } => self.alarm_due(),
-            // Nothing waits for the reset to return.
-            Standby::Absent | Standby::Resetting { .. } | Standby::Saved => None,
+            // Nothing waits for a killed process to end, or for the reset to return, but people are warned.
+            Standby::Fencing { .. } | Standby::Resetting { .. } => self.alarm_due(),
+            Standby::Absent | Standby::Saved => None,
             Standby::Due(at) => Some(at),
             Standby::Booting { until, .. } | Standby::Saving { until, .. } => Some(until),
             Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.heartbeat_patience),

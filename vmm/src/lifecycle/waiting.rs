@@ -82,7 +82,7 @@ impl Lifecycle {
         }
         match (self.reserve.state(), &self.state) {
             (Standby::Due(at), _) if at <= now && self.reserve.is_spare() && self.may_start_spare() => {
-                self.reserve.resetting();
+                self.reserve.resetting(now);
                 vec![Action::ResetSpare]
             }
             (Standby::Due(at), State::Live { .. }) if at <= now => {

@@ -2,12 +2,12 @@
 //! (`umbra sleep`, `umbra wake`; [`crate::lifecycle`] has the states).
 //!
 //! Invariant: who asks for sleep is answered when no process has a device any more, whatever its driver VM is doing; nobody is waited for
-//! longer than a process that was killed.
+//! longer than a process that was killed, or a reset: what the kernel holds for longer is named in the answer, and the host goes on.
 
 use super::front::protocol::Response;
 use super::run::Supervisor;
 use crate::base::time::{Time, milliseconds};
-use crate::lifecycle::Input;
+use crate::lifecycle::{Hold, Input};
 use crate::record::events::Event;
 
 /// The sleep that was asked for last, until the host is awake.
@@ -31,25 +31,40 @@ impl Supervisor {
         }
     }
 
-    /// Answers those who wait for the sleep, when all devices are free.
-    pub(super) fn look_at_sleep(&mut self) {
+    /// Answers those who wait for the sleep, when all devices are free, or only what hangs in the kernel holds one.
+    pub(super) fn look_at_sleep(&mut self, now: Time) {
         let Some(sleep) = &mut self.sleep else { return };
-        if !self.drivers.iter().all(|driver| driver.lifecycle.has_let_go()) {
+        let held = |hold: fn(Hold) -> bool| self.drivers.iter().filter(move |driver| hold(driver.lifecycle.hold(now)));
+        if held(|hold| matches!(hold, Hold::Held { .. })).next().is_some() {
             return;
         }
+        let hung: Vec<_> = held(|hold| hold == Hold::Hangs).map(|driver| driver.name.as_str()).collect();
         let clients = std::mem::take(&mut sleep.clients);
-        let ms = match sleep.took {
-            Some(ms) => ms,
-            None => {
-                let ms = milliseconds(Time::now().since(sleep.since));
-                sleep.took = Some(ms);
+        let response = if hung.is_empty() {
+            let took = *sleep.took.get_or_insert_with(|| {
+                let ms = milliseconds(now.since(sleep.since));
                 self.events.tell(&Event::Asleep { ms });
                 ms
-            }
+            });
+            Response::Asleep { ms: took }
+        } else {
+            let what = format!(
+                "the kernel does not let a device of {} go: a killed process, or a reset, hangs there (`dmesg`); all else sleeps",
+                hung.join(", ")
+            );
+            Response::Error { what }
         };
         for client in clients {
-            self.clients.answer(client, &Response::Asleep { ms });
+            self.clients.answer(client, &response);
         }
+    }
+
+    /// When those who wait for the sleep are to hear that a spare's device hangs; of serving ones the life cycle has the time.
+    pub(super) fn sleep_due(&self) -> Option<Time> {
+        self.sleep.as_ref().filter(|sleep| !sleep.clients.is_empty())?;
+        let now = Time::now();
+        let until = |hold| if let Hold::Held { until } = hold { until } else { None };
+        self.drivers.iter().filter_map(|driver| until(driver.lifecycle.hold(now))).min()
     }
 
     /// The host is awake: driver VMs begin their next lives. Whether they slept.

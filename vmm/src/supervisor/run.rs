@@ -334,6 +334,7 @@ impl Supervisor {
             .chain(self.silence_due())
             .chain(self.button_due())
             .chain(self.rest_due())
+            .chain(self.sleep_due())
             .min()
     }
 
@@ -448,7 +449,7 @@ impl Supervisor {
         self.press_buttons_again(now);
         self.kill_overdue(now);
         self.answer_status(now);
-        self.look_at_sleep();
+        self.look_at_sleep(now);
         self.clients.tell_events(self.events.past());
         self.show(now);
         self.retry_reports(now);

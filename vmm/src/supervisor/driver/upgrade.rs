@@ -87,6 +87,12 @@ impl Supervisor {
         if *state != State::Quarantined {
             return Err(format!("{} is not quarantined: it is {}", driver.name, state.name()));
         }
+        if self.sleep.is_some() {
+            return Err(format!(
+                "{} is not resumed while the host is to sleep, because that would open its device; `umbra wake`, then try again",
+                driver.name
+            ));
+        }
         if let Some(life) = driver.life.as_ref().filter(|_| driver.lifecycle.process_hangs()) {
             return Err(format!(
                 "{}: its killed process ({}) still hangs in the kernel and holds {}; `dmesg` may say where",
