@@ -127,6 +127,32 @@ fn registers_come_back_and_no_time_passes_in_between() {
     assert!(clock_after + moment >= clock && clock_after <= clock + passed, "{clock} {clock_after} {passed}");
 }
 
+/// MSRs of memory types, which KVM does not list, and values of them: the first range and its mask, a fixed range, on with write-back.
+const MEMORY_TYPES: [(u32, u64); 4] =
+    [(0x200, 6), (0x201, 0xf_8000_0800), (0x250, 0x0606_0606_0606_0606), (0x2ff, 1 << 11 | 6)];
+
+#[test]
+fn memory_types_come_back() {
+    if !kvm() {
+        return;
+    }
+    let (before, after) = (Machine::new(), Machine::new());
+    let read = |vcpu: &VcpuFd, index| {
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).unwrap();
+        (vcpu.get_msrs(&mut msrs).unwrap() == 1).then(|| msrs.as_slice()[0].data)
+    };
+    let set = |vcpu: &VcpuFd, (index, data)| {
+        vcpu.set_msrs(&Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]).unwrap()).unwrap()
+    };
+    // A KVM in software may have none.
+    let kept: Vec<_> = MEMORY_TYPES.into_iter().filter(|msr| set(&before.vcpus[1], *msr) == 1).collect();
+    println!("{} of {} MSRs are there", kept.len(), MEMORY_TYPES.len());
+    before.take().restore(&after.vm, &after.vcpus).unwrap();
+    for (index, value) in kept {
+        assert_eq!(read(&after.vcpus[1], index), Some(value), "{index:#x}");
+    }
+}
+
 #[test]
 fn a_state_of_other_vcpus_is_refused() {
     if !kvm() {
