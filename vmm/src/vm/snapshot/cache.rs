@@ -22,8 +22,9 @@ use crate::base::user_folder;
 
 /// Environment variable: the folder.
 pub const FOLDER: &str = "UMBRA_SNAPSHOT_DIR";
-/// Snapshots that are kept: some images and shapes, a few hundred MiB.
-const MAX_FILES: usize = 8;
+/// Snapshots that are kept: one for each device of a few machines that share the folder, and some of images and builds before. With fewer
+/// than there are driver VMs, each would take another's away.
+const MAX_FILES: usize = 32;
 /// What they take on the disk at most, in bytes of allocated blocks: some 30 snapshots of small driver VMs, four of large ones. The one
 /// that was used last stays, however large it is.
 pub const MAX_BYTES: u64 = 2 << 30;
@@ -174,7 +175,8 @@ impl Cache {
         for left in self.name_finished().iter().filter(|left| is_of(left, &boot) || is_old(left)) {
             let _ = fs::remove_file(left);
         }
-        let used = |metadata: &Metadata| metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let now = SystemTime::now();
+        let used = |metadata: &Metadata| used(metadata, now);
         let mut snapshots = self.files(SNAPSHOT);
         snapshots.sort_by_key(|(_, metadata)| std::cmp::Reverse(used(metadata)));
         let mut bytes = 0;
@@ -202,6 +204,13 @@ fn boot() -> String {
 fn is_of(path: &Path, boot: &str) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.split('.').nth(1) == Some(boot)
+}
+
+/// When the snapshot with `metadata` was taken or restored last. What was, by its time, long after `now` was written under a clock that was
+/// wrong: it counts as the oldest, or it would stay for ever, and what is taken now would go first.
+fn used(metadata: &Metadata, now: SystemTime) -> SystemTime {
+    let used = metadata.modified().ok().filter(|used| *used <= now + WRITING);
+    used.unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// Whether nobody writes to the file at `path` any more, whatever its lock says.
@@ -349,12 +358,30 @@ mod tests {
     fn the_oldest_go_first() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(&dir.path().join("cache"));
-        for n in 0..u8::try_from(MAX_FILES).unwrap() + 3 {
+        let most = u8::try_from(MAX_FILES).unwrap();
+        for n in 0..most + 3 {
             create(&cache, &Key([n; 32]));
             // The one that is written next is the newest.
             age(&cache, n);
         }
-        assert_eq!(left(&cache, 16), (3..11).collect::<Vec<u8>>());
+        assert_eq!(left(&cache, most + 8), (3..most + 3).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_costs_no_snapshot_that_is_taken_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(&dir.path().join("cache"));
+        let future = SystemTime::now() + Duration::from_secs(10 * 365 * 24 * 3600);
+        let full = u8::try_from(MAX_FILES).unwrap();
+        for n in 0..full {
+            create(&cache, &Key([n; 32]));
+            cache.open(&Key([n; 32])).unwrap().unwrap();
+            File::options().write(true).open(cache.path(&Key([n; 32]))).unwrap().set_modified(future).unwrap();
+        }
+        create(&cache, &Key([full; 32]));
+        for _ in 0..2 {
+            assert!(cache.open(&Key([full; 32])).unwrap().is_some(), "the one that is of use");
+        }
     }
 
     /// Those of the first `n` that are there.
