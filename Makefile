@@ -90,7 +90,8 @@ install: build
 packaging:
 	@rm -rf target/packaging
 	@$(TARGET)/umbra generate target/packaging
-	@sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|g' packaging/umbra@.service > target/packaging/umbra@.service
+	@for unit in umbra@.service umbra-sleep.service; do \
+	  sed 's|/usr/bin/umbra|$(PREFIX)/bin/umbra|g' packaging/$$unit > target/packaging/$$unit || exit 1; done
 
 place: packaging
 	@mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DEBUG)
@@ -100,8 +101,8 @@ place: packaging
 	  strip --strip-debug $(DESTDIR)$(PREFIX)/bin/$$program; \
 	  objcopy --add-gnu-debuglink=$(DESTDIR)$(DEBUG)/$$program.debug $(DESTDIR)$(PREFIX)/bin/$$program; \
 	done
-	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service
-	@install -D -m 755 packaging/umbra.sleep $(DESTDIR)/usr/lib/systemd/system-sleep/umbra
+	@install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system target/packaging/umbra@.service target/packaging/umbra-sleep.service
+	@install -D -m 644 packaging/sleep.target.conf $(DESTDIR)/usr/lib/systemd/system/sleep.target.d/umbra.conf
 	@install -D -m 755 packaging/umbra.kernel $(DESTDIR)/etc/kernel/postinst.d/zz-umbra
 	@mkdir -p $(DESTDIR)/etc/umbra
 	@install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/umbra packaging/umbra.rules.yml packaging/umbra-dashboard.json docs/examples/*.py

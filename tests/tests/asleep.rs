@@ -1,5 +1,5 @@
 //! The host suspends to RAM, for real, under a guest that receives: driver VMs give their devices up before it and are reborn after it
-//! (`packaging/umbra.sleep`).
+//! (`packaging/umbra-sleep.service`).
 //!
 //! A virtio 9p file system does not outlive that, so that everything is in the test host's memory, and its folders are taken away
 //! meanwhile.
@@ -14,19 +14,19 @@ use serde_json::Value;
 use umbra_tests::bench::guest::{Guest, SOCKETS};
 use umbra_tests::peer::peer_address;
 
-/// What systemd does, with the hook: it suspends and is woken by its clock.
+/// What systemd does, with the unit: it suspends and is woken by its clock.
 const SUSPEND: &str =
     "cd / && umount /snapshots && umount /share || { ls -l /proc/*/cwd /proc/*/fd /proc/*/exe | grep /share; exit 1; }
 drivers=/sys/bus/virtio/drivers/9pnet_virtio
 folders=$(cd $drivers && echo virtio*)
 for folder in $folders; do echo $folder > $drivers/unbind; done
-/tmp/umbra.sleep pre suspend
+umbra sleep --all
 asleep=$?
 umbra status
 echo +$((10 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm
 echo mem > /sys/power/state
 suspended=$?
-/tmp/umbra.sleep post suspend
+umbra wake --all
 awake=$?
 for folder in $folders; do echo $folder > $drivers/bind; done
 for name in share snapshots; do mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none $name /$name; done
@@ -43,11 +43,9 @@ fn a_guest_outlives_the_sleep_of_its_host() {
         let (mut place, spec) = place_with("asleep", "e1000e");
         let (work, image) = (place.work(), spec.image.clone());
         fs::write(place.share().join("asleep.toml"), spec.to_toml(&work, &work)).unwrap();
-        let hook = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/umbra.sleep");
-        fs::copy(hook, place.share().join("umbra.sleep")).unwrap();
         let start = format!(
             "mkdir -p {work} {SOCKETS} && cd {work} && for f in vmlinux guest.cpio {image} asleep.toml; do fetch /share/$f {work}/$f \
-             || exit 1; done; fetch /share/umbra.sleep /tmp/umbra.sleep && export UMBRA_SNAPSHOT_DIR={work}/snapshots; \
+             || exit 1; done; export UMBRA_SNAPSHOT_DIR={work}/snapshots; \
              setsid umbra run asleep.toml --events events.jsonl </dev/null >run.log 2>&1 & \
              umbra wait standby --timeout $((90 * UMBRA_PATIENCE)) || {{ cat {work}/run.log; exit 1; }}"
         );
