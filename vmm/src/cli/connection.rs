@@ -81,6 +81,11 @@ impl Connection {
         self.stream.get_ref().set_read_timeout(None).context("talk to the machine")
     }
 
+    /// Lets answers take so long from now on.
+    pub(super) fn wait_at_most(&self, patience: Duration) -> anyhow::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(patience)).context("talk to the machine")
+    }
+
     /// The machine's status, or of one of its VMs alone.
     pub(super) fn status(&mut self, vm: Option<&str>) -> anyhow::Result<Status> {
         let Response::Status(mut status) = self.ask(&Request::Status)? else { bail!(UNEXPECTED) };
@@ -132,6 +137,13 @@ impl Connection {
     fn line(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         match self.stream.read_line(&mut line) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let pid = process(self.stream.get_ref()).unwrap_or_default();
+                bail!(
+                    "the machine {} does not answer; its process {pid} is stopped or frozen, or hangs (`cat /proc/{pid}/stack`)",
+                    self.name
+                )
+            }
             Err(error) if error.kind() != ErrorKind::ConnectionReset => {
                 Err(error).with_context(|| format!("talk to the machine {}", self.name))
             }
@@ -237,6 +249,20 @@ mod tests {
         let (_dir, mut machine) = closes_the_first(b"");
         let error = machine.ask(&Request::Status).unwrap_err();
         assert!(error.is::<Dropped>(), "{error}");
+    }
+
+    #[test]
+    fn one_that_does_not_answer_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let _frozen = UnixListener::bind(&path).unwrap();
+        let mut machine = Connection::over("m".into(), UnixStream::connect(&path).unwrap()).unwrap();
+        machine.wait_at_most(Duration::from_millis(1)).unwrap();
+        let said = machine.ask(&Request::Sleep).unwrap_err().to_string();
+        assert!(
+            said.starts_with(&format!("the machine m does not answer; its process {} is", std::process::id())),
+            "{said}"
+        );
     }
 
     #[test]

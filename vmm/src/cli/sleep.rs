@@ -1,6 +1,7 @@
-//! `umbra sleep` and `umbra wake`: what a host does before and after it suspends (`packaging/umbra.sleep`).
+//! `umbra sleep` and `umbra wake`: what a host does before and after it suspends (`packaging/umbra-sleep.service`).
 
 use std::thread;
+use std::time::Duration;
 
 use anyhow::bail;
 use serde::Serialize;
@@ -8,6 +9,10 @@ use serde::Serialize;
 use super::connection::{Connection, UNEXPECTED};
 use crate::supervisor::front::protocol::{Request, Response};
 use crate::supervisor::start::rundir;
+
+/// Longest wait for a machine: its disks come to rest (30 s), a killed process ends and a device is reset (75 s each); the rest is for a
+/// busy host. One that has not answered by then is frozen or hangs, and the host sleeps all the same.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Arguments of both.
 #[derive(Debug, clap::Args)]
@@ -97,8 +102,7 @@ fn ask(args: &Args, request: &Request) -> anyhow::Result<()> {
 
 /// The time that a machine needed until its devices were free; `None` where it was asked to wake.
 fn ask_one(mut machine: Connection, request: &Request) -> anyhow::Result<Option<f64>> {
-    // A disk that comes to rest, or a process that hangs in the kernel, takes its time; the machine bounds it.
-    machine.wait_for_ever()?;
+    machine.wait_at_most(PATIENCE)?;
     match machine.ask(request)? {
         Response::Asleep { ms } => Ok(Some(ms)),
         Response::Awake { .. } => Ok(None),
