@@ -56,10 +56,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Prints the lines of `path`; returns the number of the last.
 fn print_file(path: &Path) -> anyhow::Result<u64> {
-    let text = match fs::read_to_string(path) {
+    let text = match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
         result => result.with_context(|| format!("read the events in {}", path.display()))?,
     };
+    // What a power cut has left of a line is left out below.
+    let text = String::from_utf8_lossy(&text);
     let mut last = 0;
     // A line that is being written now comes from the machine itself.
     for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {

@@ -174,15 +174,25 @@ impl CrashReport {
     /// They cannot be written; what is there is whole.
     pub fn write(&self, dir: &Path) -> io::Result<PathBuf> {
         let file = |generation: u32, kind: &str| dir.join(format!("{}-gen{generation}.{kind}", self.driver));
-        if let Some(old) = self.generation.checked_sub(KEEP) {
-            let _ = fs::remove_file(file(old, "json"));
-            let _ = fs::remove_file(file(old, "txt"));
-        }
+        self.forget_the_oldest(dir);
         let json = serde_json::to_string_pretty(&Versioned::new(self)).map_err(io::Error::other)?;
         replace(&file(self.generation, "json"), untrusted_text::json(&json).as_bytes())?;
         let text = file(self.generation, "txt");
         replace(&text, self.to_string().as_bytes())?;
         Ok(text)
+    }
+}
+
+impl CrashReport {
+    /// Removes the driver VM's reports in `dir` that are [`KEEP`] generations older than this one. Not every generation has failed.
+    fn forget_the_oldest(&self, dir: &Path) {
+        let Some(old) = self.generation.checked_sub(KEEP) else { return };
+        let prefix = format!("{}-gen", self.driver);
+        let generation = |path: &Path| path.file_stem()?.to_str()?.strip_prefix(&prefix)?.parse::<u32>().ok();
+        let files = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in files.filter(|path| generation(path).is_some_and(|generation| generation <= old)) {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -306,6 +316,17 @@ mod tests {
         assert_eq!(json["source"], "panic");
         let text = fs::read_to_string(dir.path().join("nic0-gen3.txt")).unwrap();
         assert!(text.starts_with("nic0 generation 3 failed: kernel panic\n"), "{text}");
+    }
+
+    #[test]
+    fn generations_that_never_failed_leave_no_report_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("nic0-gen1-gen2.json"), "of the driver VM nic0-gen1").unwrap();
+        for generation in (1..=10 * KEEP).step_by(3) {
+            report(generation).write(dir.path()).unwrap();
+        }
+        assert!(fs::read_dir(dir.path()).unwrap().count() <= 2 * KEEP as usize);
+        assert!(dir.path().join("nic0-gen1-gen2.json").exists());
     }
 
     #[test]

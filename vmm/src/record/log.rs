@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The event log's name in the folder of the reports.
@@ -65,6 +66,10 @@ impl EventLog {
     }
 
     fn append(&mut self, line: &str) -> io::Result<()> {
+        if self.file.as_ref().is_some_and(is_removed) {
+            // What is written there nobody would find.
+            (self.file, self.length) = (None, 0);
+        }
         if self.length > self.limit {
             self.file = None;
             fs::rename(&self.path, Self::older(&self.path))?;
@@ -86,6 +91,11 @@ impl EventLog {
         self.length += line.len() as u64;
         Ok(())
     }
+}
+
+/// Whether somebody has removed the open `file`.
+fn is_removed(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
 }
 
 #[cfg(test)]
@@ -118,6 +128,20 @@ mod tests {
         fs::create_dir(&folder).unwrap();
         assert!(log.write("three\n").is_none());
         assert_eq!(fs::read_to_string(&path).unwrap(), "one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_log_that_somebody_removes_begins_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        let mut log = EventLog::new(path.clone());
+        log.limit = 5;
+        for lines in ["one\n", "longer than the limit\n"] {
+            assert!(log.write(lines).is_none());
+            fs::remove_file(&path).unwrap();
+            assert!(log.write("next\n").is_none(), "after {lines}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), "next\n");
+        }
     }
 
     #[test]

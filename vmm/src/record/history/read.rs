@@ -61,10 +61,10 @@ pub fn read(reports: &Path, name: &str) -> Result<History, ReadError> {
             Err(source) => return Err(ReadError::Io { path, source }),
             Ok(file) => {
                 found = true;
-                for line in BufReader::new(file).lines() {
+                for line in BufReader::new(file).split(b'\n') {
                     let line = line.map_err(|source| ReadError::Io { path: path.clone(), source })?;
-                    // A line of another version, or one that is being written now, is left out.
-                    if let Ok(line) = serde_json::from_str::<Line>(&line) {
+                    // A line of another version, one that is being written now, and what a power cut has left of one are left out.
+                    if let Ok(line) = serde_json::from_slice::<Line>(&line) {
                         reader.take(line);
                     }
                 }

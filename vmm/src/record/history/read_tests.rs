@@ -80,3 +80,12 @@ fn what_is_not_known_and_what_is_no_failure_is_left_out() {
     let dir = tempfile::tempdir().unwrap();
     assert!(matches!(read(dir.path(), "m"), Err(ReadError::NoEvents(_))));
 }
+
+#[test]
+fn what_a_power_cut_has_left_of_a_line_costs_that_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |n: u64, event: &str| format!("{{\"seq\":{n},\"at_ns\":{n},\"time\":\"t\",{event}}}\n").into_bytes();
+    let broken = b"{\"seq\":2,\xff\xfe\x00\n".to_vec();
+    fs::write(dir.path().join(EVENT_LOG), [line(1, START), broken, line(3, FAILED1)].concat()).unwrap();
+    assert_eq!(read(dir.path(), "m").unwrap().failures.len(), 1);
+}
