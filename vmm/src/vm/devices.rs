@@ -339,9 +339,9 @@ impl Devices {
         self.files.values().map(|disk| lock(disk).written()).filter(|bytes| *bytes > 0).max()
     }
 
-    /// Whether a guest's device owes its driver VM something that is nowhere else.
-    pub fn owe(&self) -> bool {
-        self.shadowed.values().any(|shadowed| lock(shadowed).owes())
+    /// The guest's devices that owe their driver VMs something that is nowhere else.
+    pub fn debtors(&self) -> impl Iterator<Item = DeviceId> {
+        self.shadowed.iter().filter(|(_, shadowed)| lock(shadowed).owes()).map(|(device, _)| *device)
     }
 
     /// A message of the supervisor that concerns a device.

@@ -254,9 +254,17 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     let registers = vcpus.stop();
     let owes = || {
         let control = lock(&control);
-        !control.killed && control.devices.owe()
+        !control.killed && control.devices.debtors().next().is_some()
     };
-    write_what_is_owed(&mut events, owes, LAST_WRITES)?;
+    if !write_what_is_owed(&mut events, owes, LAST_WRITES)? {
+        let news = format!(
+            "the VM has ended, and not all that it was told is written is on its disk: no driver VM took it within {} s",
+            LAST_WRITES.as_secs()
+        );
+        for device in lock(&control).devices.debtors() {
+            host.tell(&FromVm::Disk { device, news: news.clone() });
+        }
+    }
     // Last words come before the word that it has ended.
     lock(&vm.serial).finish_output();
     if let Some(id) = terminal {
@@ -292,22 +300,21 @@ fn turn(events: &mut EventManager<Subscriber>, ms: i32) -> Result<(), Error> {
 }
 
 /// What a guest was told is written, and what no disk has, would end with this process. Goes on while that is so: the next driver VM writes
-/// it. Nobody is waited for longer than for `patience`.
+/// it. Nobody is waited for longer than for `patience`. Whether nothing is owed any more.
 fn write_what_is_owed(
     events: &mut EventManager<Subscriber>,
     owes: impl Fn() -> bool,
     patience: Duration,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let due = Time::now() + patience;
     while owes() {
         let left = due.since(Time::now());
         if left.is_zero() {
-            tracing::warn!("the VM ends, and not all that it was told is written is on its disks");
-            break;
+            return Ok(false);
         }
         turn(events, i32::try_from(left.as_millis()).unwrap_or(i32::MAX).saturating_add(1))?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The viewers of the VM's console, if it may be viewed. A guest whose console cannot be viewed runs all the same.
@@ -492,12 +499,12 @@ mod tests {
     fn a_vm_that_has_ended_goes_on_until_nothing_is_owed_and_not_for_ever() {
         let call = EventFd::new(0).unwrap();
         let mut events = EventManager::<Subscriber>::new().unwrap();
-        write_what_is_owed(&mut events, || false, LAST_WRITES).unwrap();
-        write_what_is_owed(&mut events, || true, Duration::from_millis(1)).unwrap();
+        assert!(write_what_is_owed(&mut events, || false, LAST_WRITES).unwrap());
+        assert!(!write_what_is_owed(&mut events, || true, Duration::from_millis(1)).unwrap(), "people hear of it");
         call.write(1).unwrap();
         let left = Arc::new(Mutex::new(3));
         events.add_subscriber(Arc::new(Mutex::new(DriverVm { call, left: Arc::clone(&left) })));
-        write_what_is_owed(&mut events, || *left.lock().unwrap() > 0, Duration::MAX / 4).unwrap();
+        assert!(write_what_is_owed(&mut events, || *left.lock().unwrap() > 0, Duration::MAX / 4).unwrap());
         assert_eq!(*left.lock().unwrap(), 0);
     }
 

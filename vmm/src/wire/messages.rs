@@ -253,7 +253,7 @@ pub enum FromVm {
         /// The size that the guest sees now, bytes; or why it is as it was, for people.
         result: Result<u64, String>,
     },
-    /// Guest: what the host does to a disk on a file.
+    /// Guest: what the host does to a disk on a file, or what became of a driver VM's disk at the guest's end.
     Disk {
         /// The device.
         device: DeviceId,
