@@ -22,6 +22,10 @@ pub const ALL: &[Case] = &[
         "a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one",
         a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one,
     ),
+    (
+        "a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed",
+        a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed,
+    ),
 ];
 
 fn start(driver: &str, spare_after_ms: u32) -> TestMachine {
@@ -82,5 +86,14 @@ fn a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one() {
     let spare = wait_armed(&machine, 4, SPARE, 5).standby.and_then(|spare| spare.generation);
     machine.crash(CrashKind::Panic);
     assert_eq!(machine.wait_live(spare.unwrap()).kernel.as_deref(), Some("6.12-fake of image"));
+    machine.stop();
+}
+
+/// The driver VM's side has given the set-up up just when the guest had answered.
+fn a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed() {
+    let machine = start("unanswered=1", 2000);
+    wait_armed(&machine, 1, SPARE, 2);
+    std::fs::write(machine.dir.path().join("hang-up"), "").unwrap();
+    assert_eq!(machine.wait_live(2).device, SPARE);
     machine.stop();
 }

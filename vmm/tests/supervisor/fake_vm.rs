@@ -293,7 +293,8 @@ fn driver(spec: &VmSpec, channel: Channel) {
         });
         let control = Arc::clone(&channel);
         let (stays, unanswered) = (told("stays"), told("unanswered"));
-        thread::spawn(move || obey(&control, stays, unanswered));
+        let hang_up = spec.kernel.parent().unwrap().with_file_name("hang-up");
+        thread::spawn(move || obey(&control, stays, unanswered.then_some(hang_up)));
     };
     if spec.awaits_device {
         say(FromAgent::Loaded { uptime_ms: 2 });
@@ -516,8 +517,8 @@ fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> b
 }
 
 /// The supervisor's messages to the process; one that `stays` says that it has given its device up, and does not end. Where connections
-/// are `unanswered`, their guests do not take part in setting them up.
-fn obey(control: &Channel, stays: bool, unanswered: bool) {
+/// are `unanswered`, their guests do not take part in setting them up, as it says, and it hangs up once there is a file of that name.
+fn obey(control: &Channel, stays: bool, unanswered: Option<PathBuf>) {
     let mut connections = Vec::new();
     while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
@@ -529,11 +530,18 @@ fn obey(control: &Channel, stays: bool, unanswered: bool) {
             }
             // They end with this process.
             ToVm::Connect { end, link } => {
-                connections.extend(files);
-                if unanswered {
-                    let why = Disconnect::NoAnswer("no reply in 10 s".into());
-                    control.send(&FromVm::Disconnected { end, link, why }, &[]).unwrap();
-                }
+                let Some(hang_up) = unanswered.clone() else {
+                    connections.extend(files);
+                    continue;
+                };
+                let why = Disconnect::NoAnswer("no reply in 10 s".into());
+                control.send(&FromVm::Disconnected { end, link, why }, &[]).unwrap();
+                thread::spawn(move || {
+                    while !hang_up.exists() {
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                    drop(files);
+                });
             }
             ToVm::Release => control.send(&FromVm::Released { at: Time::now().0 }, &[]).unwrap(),
             ToVm::Plug { .. } => {

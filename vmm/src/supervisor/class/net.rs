@@ -166,6 +166,9 @@ impl Supervisor {
             driver.frames = driver.frames.plus(masked);
         }
         tracing::debug!(end = end.place(), at = at.0, by_itself, "end live");
+        if !by_itself {
+            self.note_live(d, end);
+        }
         self.drive(d, if by_itself { Input::SpareLive(end) } else { Input::EndLive(end) });
     }
 

@@ -79,6 +79,8 @@ pub(in crate::supervisor) struct EndLink {
     made: Option<Time>,
     /// The driver VM's side ended it because the guest did not answer: the guest's report of the loss is no accusation.
     excused: bool,
+    /// The guest's network device has gone live by this connection: it has answered, whatever the driver VM's side says.
+    live: bool,
     /// When the next connection may be made, where that is not at once.
     due: Option<Time>,
     /// Losses in a row.
@@ -239,6 +241,7 @@ impl Supervisor {
             made: Some(now),
             due: None,
             excused: false,
+            live: false,
             ..std::mem::take(&mut life.links[end])
         };
         if role == LifeRole::Present {
@@ -271,6 +274,13 @@ impl Supervisor {
     pub(in crate::supervisor) fn has_greeted(&mut self, n: DriverId, end: Endpoint) {
         if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
             (link.due, link.ungreeted) = (None, None);
+        }
+    }
+
+    /// The network device at `end` of driver VM `n` is live with the present life.
+    pub(in crate::supervisor) fn note_live(&mut self, n: DriverId, end: Endpoint) {
+        if let Some(link) = self.drivers[n].life.as_mut().and_then(|life| life.links.get_mut(end)) {
+            link.live = true;
         }
     }
 
@@ -344,7 +354,8 @@ impl Supervisor {
         let is_borne_out = attempt.is_some() && life.links[end].erred == attempt;
         let alone = life.connected() <= 1 || life.is_accused_by_another(end, now) || armed || is_borne_out;
         let (generation, this) = (life.generation, &mut life.links[end]);
-        let excused = this.excused && *cause == LinkEnd::Closed;
+        // One that was live may have gone over to an armed spare by itself, as from any link that it loses.
+        let excused = this.excused && !(this.live && armed) && *cause == LinkEnd::Closed;
         let again = this.lost(now);
         let EndRef { guest, device } = driver.ends[end];
         self.guests[guest].forget_live(device);
