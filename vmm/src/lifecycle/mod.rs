@@ -80,7 +80,7 @@ const GOING_LIVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Time after which a reset that has not returned counts as hung: longer than the kernel's own longest wait, 60 s for a device to
 /// become ready after a reset (`PCIE_RESET_READY_POLL_MS`).
-const RESET_PATIENCE: Duration = Duration::from_secs(75);
+pub const RESET_PATIENCE: Duration = Duration::from_secs(75);
 
 /// Time for the guests' devices to come to rest before a requested restart: three times what a shadow takes at the most
 /// (`umbra_shadow::block::Limits`), so that it is the shadow that decides, and a guest's process that hangs holds nothing up.

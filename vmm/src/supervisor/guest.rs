@@ -44,6 +44,8 @@ pub(super) struct GuestVm {
     pub(super) crashes: RestartHistory,
     /// It is to be killed when its devices are at rest, or at this time.
     pub(super) killing: Option<Time>,
+    /// When its process was killed, if it was.
+    pub(super) killed: Option<Time>,
     /// Its vCPUs have run, in this life or one before.
     pub(super) has_run: bool,
     /// How the VM ended, once its process has said so.
@@ -140,6 +142,7 @@ impl GuestVm {
             devices,
             at_end: AtEnd::default(),
             killing: None,
+            killed: None,
             has_run: false,
             end: None,
             error: None,
@@ -155,7 +158,7 @@ impl GuestVm {
     pub(super) fn start(&mut self, program: &Program) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
-        (self.at_end, self.killing) = (AtEnd::default(), None);
+        (self.at_end, self.killing, self.killed) = (AtEnd::default(), None, None);
         self.button = None;
         self.end = None;
         self.error = None;
@@ -223,6 +226,7 @@ impl GuestVm {
     pub(super) fn kill(&mut self) {
         if let Some(process) = &mut self.process {
             process.kill();
+            self.killed.get_or_insert(Time::now());
         }
     }
 

@@ -54,12 +54,10 @@ impl Supervisor {
     fn on_guest_fault(&mut self, n: GuestId, error: &channel::Error) {
         self.warn_of_guest(n, &error.to_string());
         let guest = &mut self.guests[n];
-        if error.is_fault()
-            && let Some(process) = &mut guest.process
-        {
+        if error.is_fault() && guest.process.is_some() {
             guest.listening = false;
             guest.error = Some(format!("its process broke a rule of its control channel: {error}"));
-            process.kill();
+            guest.kill();
         }
     }
 

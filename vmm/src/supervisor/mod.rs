@@ -9,6 +9,7 @@ mod asleep;
 mod bounds;
 mod class;
 mod driver;
+mod end;
 pub mod front;
 mod guest;
 mod guest_lives;

@@ -49,9 +49,6 @@ const RETRY_PERIOD: Duration = Duration::from_secs(1);
 /// Interval at which the metrics get the present state.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
-/// Longest wait at the end of the run for resets that are under way. A bus reset takes a second.
-const LAST_RESET: Duration = Duration::from_secs(5);
-
 /// How a machine is run.
 #[derive(Debug)]
 pub struct Options {
@@ -172,8 +169,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.start()?;
     let result = supervisor.run_to_the_end();
     supervisor.notify.stopping();
-    supervisor.end_processes();
-    supervisor.finish_resets();
+    let hung = supervisor.end_processes();
+    supervisor.finish_resets(&hung);
     // Before the control socket goes: who follows the events reads the rest from the log.
     supervisor.events.tell_troubles();
     supervisor.events.finish();
@@ -285,23 +282,14 @@ impl Supervisor {
         Ok(())
     }
 
-    /// All guests have ended, and so have the driver VMs.
-    fn is_over(&self) -> bool {
-        let stopped = |driver: &DriverVm| {
-            let gone = driver.life.is_none() || driver.lifecycle.process_hangs();
-            gone && driver.standby.is_none() && driver.second.is_none() && *driver.lifecycle.state() == State::Stopped
-        };
-        self.is_done() && self.drivers.iter().all(stopped)
-    }
-
     /// All guests have ended, and there is nothing else for which the machine runs.
-    fn is_done(&self) -> bool {
+    pub(super) fn is_done(&self) -> bool {
         let is_time = match self.until {
             Until::GuestsEnd => true,
             Until::Stopped => false,
             Until::Prepared => self.is_prepared(),
         };
-        self.guests.iter().all(GuestVm::is_over) && (is_time || self.stopping.is_some())
+        self.have_guests_ended() && (is_time || self.stopping.is_some())
     }
 
     /// Whether the machine goes on: what is started while it ends would find driver VMs that are gone, and nobody would end it.
@@ -335,6 +323,7 @@ impl Supervisor {
             .chain(self.button_due())
             .chain(self.rest_due())
             .chain(self.sleep_due())
+            .chain(self.hung_due())
             .min()
     }
 
@@ -564,35 +553,12 @@ impl Supervisor {
     pub(super) fn give_up(&mut self, why: String) {
         self.failure.get_or_insert(why);
         for guest in self.guests.iter_mut() {
-            let over = guest.is_over();
-            match &mut guest.process {
-                Some(process) => process.kill(),
-                None if !over => guest.state = GuestState::Off,
-                None => {}
+            guest.kill();
+            if guest.process.is_none() && !guest.is_over() {
+                guest.state = GuestState::Off;
             }
         }
         self.stopping = Some(StopHow::Kill);
         self.stop_drivers_at_once();
-    }
-
-    /// Waits for resets that are under way, for [`LAST_RESET`] at most: until a reset returns, the device's order of reset methods
-    /// in sysfs is changed. What has not ended by then, a killed process included, is left to the next run to clean up.
-    fn finish_resets(&mut self) {
-        let until = Time::now() + LAST_RESET;
-        let mut jobs = self.drivers.iter().flat_map(|driver| {
-            driver.resetting.iter().chain(driver.spare.iter().filter_map(|spare| spare.resetting.as_ref()))
-        });
-        let hangs = self.drivers.iter().any(|driver| driver.lifecycle.process_hangs());
-        if !jobs.all(|job| job.wait(until)) || hangs {
-            self.run_dir.leave_to_the_next();
-        }
-    }
-
-    /// Kills what still runs and waits for it, before the terminal is restored.
-    fn end_processes(&mut self) {
-        self.drivers.iter_mut().for_each(|driver| (driver.life, driver.dying) = (None, None));
-        self.drivers.iter_mut().for_each(|driver| (driver.standby, driver.second) = (None, None));
-        self.drivers.iter_mut().for_each(|driver| driver.ending.clear());
-        self.guests.iter_mut().for_each(|guest| guest.process = None);
     }
 }

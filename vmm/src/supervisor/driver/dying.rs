@@ -59,6 +59,14 @@ impl Ending {
     }
 }
 
+impl DriverVm {
+    /// Its processes that have not been seen to end.
+    pub(in crate::supervisor) fn processes(&self) -> impl Iterator<Item = &VmProcess> {
+        let lives = self.lives().map(|(_, life)| &life.process);
+        lives.chain(self.ending.iter().map(|ending| &ending.process))
+    }
+}
+
 impl Dying {
     /// Whether it has just given up the device that it still held.
     fn on(&mut self, heard: Heard) -> bool {

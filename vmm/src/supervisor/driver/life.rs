@@ -315,7 +315,7 @@ impl DriverVm {
     }
 
     /// All lives that have a process and a role.
-    fn lives(&self) -> impl Iterator<Item = (LifeRole, &Life)> {
+    pub(in crate::supervisor) fn lives(&self) -> impl Iterator<Item = (LifeRole, &Life)> {
         let present = self.life.iter().map(|life| (LifeRole::Present, life));
         let waiting = RANKS.into_iter().filter_map(|rank| Some((LifeRole::Standby(rank), &self.waiting(rank)?.life)));
         present.chain(waiting).chain(self.dying.iter().map(|dying| (LifeRole::Dying, &dying.life)))
@@ -340,7 +340,7 @@ impl DriverVm {
         match role {
             LifeRole::Present => self.life.as_ref(),
             LifeRole::Standby(rank) => {
-                self.waiting(rank).filter(|standby| !standby.dropped).map(|standby| &standby.life)
+                self.waiting(rank).filter(|standby| standby.dropped.is_none()).map(|standby| &standby.life)
             }
             LifeRole::Dying => None,
         }
@@ -350,9 +350,11 @@ impl DriverVm {
     pub(in crate::supervisor) fn life_of_mut(&mut self, role: LifeRole) -> Option<&mut Life> {
         match role {
             LifeRole::Present => self.life.as_mut(),
-            LifeRole::Standby(rank) => {
-                self.waiting_mut(rank).as_mut().filter(|standby| !standby.dropped).map(|standby| &mut standby.life)
-            }
+            LifeRole::Standby(rank) => self
+                .waiting_mut(rank)
+                .as_mut()
+                .filter(|standby| standby.dropped.is_none())
+                .map(|standby| &mut standby.life),
             LifeRole::Dying => None,
         }
     }

@@ -39,6 +39,7 @@ use super::driver::spare::Spare;
 use super::driver::starvation::Watch;
 use super::driver::trust::Trust;
 use super::driver::upgrade::Trial;
+use super::end::all_hang;
 use super::ids::Table;
 use super::rest::AgentRest;
 use super::start::rundir::RunDir;
@@ -169,8 +170,8 @@ pub(in crate::supervisor) struct StandbyVm {
     pub(in crate::supervisor) restored: bool,
     /// It has booted, and its readiness was reported. A spare is ready when it was first armed.
     pub(in crate::supervisor) ready: bool,
-    /// It was killed and is not the next life any more; only its process's end is still waited for.
-    pub(in crate::supervisor) dropped: bool,
+    /// When it was killed. It is not the next life any more; only its process's end is still waited for.
+    pub(in crate::supervisor) dropped: Option<Time>,
     /// A sign of failure, with the time until which a better reason may still come.
     pub(in crate::supervisor) suspicion: Option<(Time, String)>,
 }
@@ -250,6 +251,21 @@ impl DriverVm {
         self.lifecycle.set_restart(restart.clone());
         self.lifecycle.set_spare_after(*spare_after_ms);
         self.lifecycle.keep(ahead(&self.spec), *standbys, *snapshots);
+    }
+
+    /// Whether none of its processes is waited for any more at `now`: it has ended for good, and what has not ended hangs in the kernel.
+    pub(in crate::supervisor) fn has_ended(&self, now: Time) -> bool {
+        let gone = self.life.is_none() || self.lifecycle.process_hangs();
+        gone && all_hang(self.waiting_vms().map(|vm| vm.dropped), now) && *self.lifecycle.state() == State::Stopped
+    }
+
+    /// When its standbys that have not ended were killed, if they were.
+    pub(in crate::supervisor) fn killed(&self) -> impl Iterator<Item = Time> {
+        self.waiting_vms().filter_map(|vm| vm.dropped)
+    }
+
+    fn waiting_vms(&self) -> impl Iterator<Item = &StandbyVm> {
+        self.standby.iter().chain(&self.second)
     }
 
     /// It has ended for good, or is about to.

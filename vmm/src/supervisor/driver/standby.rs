@@ -63,7 +63,7 @@ impl Supervisor {
                     available_memory: None,
                     restored: false,
                     ready: false,
-                    dropped: false,
+                    dropped: None,
                     suspicion: None,
                 });
                 self.connect_ends(n);
@@ -86,7 +86,7 @@ impl Supervisor {
         if let Some(standby) = driver.waiting_mut(rank) {
             // What is left of it is cleared away when its end is seen.
             standby.life.process.kill();
-            standby.dropped = true;
+            standby.dropped.get_or_insert(Time::now());
             dropped = Some(standby.life.generation);
         }
         let generation = dropped.map_or(0, Generation::get);
@@ -171,7 +171,7 @@ impl Supervisor {
     /// The standby of driver VM `n` has said or done something; why it is given up, if it is. Of a dropped standby only the end is
     /// awaited.
     pub(super) fn on_standby(&mut self, (n, rank): (DriverId, Rank), heard: Heard) -> Option<String> {
-        if self.drivers[n].waiting(rank)?.dropped && !matches!(heard, Heard::Exited(_)) {
+        if self.drivers[n].waiting(rank)?.dropped.is_some() && !matches!(heard, Heard::Exited(_)) {
             return None;
         }
         match heard {
@@ -273,7 +273,7 @@ impl Supervisor {
     fn standby_gone(&mut self, (n, rank): (DriverId, Rank), status: ExitStatus) -> Option<String> {
         let driver = &mut self.drivers[n];
         let standby = driver.waiting_mut(rank).take()?;
-        if standby.dropped {
+        if standby.dropped.is_some() {
             drop(standby);
             self.drive(n, Input::SpareFenced);
             return None;
@@ -307,7 +307,7 @@ impl DriverVm {
 
     /// When the standby is to be given up on suspicion.
     pub(in crate::supervisor) fn suspicion_due(&self) -> Option<Time> {
-        self.standby.as_ref().filter(|standby| !standby.dropped)?.suspicion.as_ref().map(|(due, _)| *due)
+        self.standby.as_ref().filter(|standby| standby.dropped.is_none())?.suspicion.as_ref().map(|(due, _)| *due)
     }
 
     /// Why the standby is given up at `now`, if nothing better has come.
