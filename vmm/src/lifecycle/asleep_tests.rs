@@ -205,5 +205,19 @@ fn a_standby_that_went_with_a_restart_is_replaced_where_the_host_wakes_before_an
     let slept = life.handle(at(2000), Input::Sleep);
     assert!(slept.contains(&Action::DropStandby(Rank::First, None)) && slept.contains(&Action::Quiesce), "{slept:?}");
     assert_eq!(life.handle(at(2001), Input::Wake), [Action::GoOn]);
+    life.handle(at(3000), Input::Heartbeat);
     assert_eq!(life.handle(at(3001), Input::Tick), [Action::SpawnStandby(Rank::First, generation(3))]);
+}
+
+#[test]
+fn no_standby_is_started_while_disks_come_to_rest_before_a_sleep() {
+    let mut life = Lifecycle::new(RestartHistory::new(Restart::default()), 1, StandbyPolicy::Warm).with_rest(true);
+    life.handle(at(0), Input::Start);
+    bring_up(&mut life, at(0));
+    life.handle(at(10), Input::EndLive(end(0)));
+    assert_eq!(life.handle(at(500), Input::Sleep), [Action::Quiesce]);
+    life.handle(at(1009), Input::Heartbeat);
+    assert_eq!((life.handle(at(1010), Input::Tick), life.standby()), (vec![], Standby::Absent));
+    assert_eq!(life.handle(at(1500), Input::Wake), [Action::GoOn]);
+    assert_eq!(life.handle(at(2500), Input::Tick), [Action::SpawnStandby(Rank::First, generation(2))]);
 }

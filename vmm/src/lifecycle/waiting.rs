@@ -85,7 +85,7 @@ impl Lifecycle {
                 self.reserve.resetting(now);
                 vec![Action::ResetSpare]
             }
-            (Standby::Due(at), State::Live { .. }) if at <= now => {
+            (Standby::Due(at), State::Live { .. }) if at <= now && !self.sleeps => {
                 let generation = self.next_generation();
                 if self.saves_next() {
                     self.reserve.saving(now, generation);
@@ -94,7 +94,7 @@ impl Lifecycle {
                 self.reserve.started(now, generation);
                 vec![Action::SpawnStandby(Rank::First, generation)]
             }
-            // No standby is started beside a recovery; the next life that goes live asks for one again.
+            // No standby is started beside a recovery, or before a sleep; the next life that goes live asks for one again.
             (Standby::Due(at), _) if at <= now => self.drop_standby(now),
             _ => Vec::new(),
         }

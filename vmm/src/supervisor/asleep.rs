@@ -28,6 +28,10 @@ impl Supervisor {
         sleep.clients.push(client);
         for n in self.drivers.ids() {
             self.drive(n, Input::Sleep);
+            if self.drivers[n].tries_an_image() {
+                // What waits is of the image before. It would take the place of one that has not failed.
+                self.drive(n, Input::StandbyUseless);
+            }
         }
     }
 

@@ -17,6 +17,7 @@ pub const ALL: &[Case] = &[
     ("a_spare_gives_its_device_up_as_well", a_spare_gives_its_device_up_as_well),
     ("disks_are_at_rest_before_the_host_sleeps", disks_are_at_rest_before_the_host_sleeps),
     ("a_host_that_wakes_early_finds_disks_that_go_on", a_host_that_wakes_early_finds_disks_that_go_on),
+    ("a_quarantine_is_not_ended_before_the_host_is_awake", a_quarantine_is_not_ended_before_the_host_is_awake),
     ("a_machine_that_starts_sleeps_too", a_machine_that_starts_sleeps_too),
     ("a_driver_vm_that_is_added_meanwhile_sleeps_too", a_driver_vm_that_is_added_meanwhile_sleeps_too),
     ("sleep_and_wake_are_commands_for_one_machine_or_all", sleep_and_wake_are_commands_for_one_machine_or_all),
@@ -109,6 +110,21 @@ fn a_host_that_wakes_early_finds_disks_that_go_on() {
     });
     machine.wait_for_log("web", "GoOn");
     assert_eq!(machine.wait_live(1).failures, 0);
+    machine.stop();
+}
+
+fn a_quarantine_is_not_ended_before_the_host_is_awake() {
+    let machine = start("", "die-after-forwarding=1", "limit = 0");
+    machine.wait_for("quarantine", |driver| driver.state == StateName::Quarantined);
+    sleep(&machine);
+    let refused = machine.resume();
+    assert!(
+        matches!(&refused, Response::Error { what } if what.contains("`umbra wake`, then try again")),
+        "{refused:?}"
+    );
+    assert_eq!(driver(&machine).state, StateName::Quarantined);
+    assert!(wake(&machine));
+    assert!(matches!(machine.resume(), Response::Restarted { generation: 2, .. }));
     machine.stop();
 }
 

@@ -3,7 +3,7 @@
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::DriverStatus;
-use umbra_vmm::supervisor::front::protocol::Response;
+use umbra_vmm::supervisor::front::protocol::{Request, Response};
 
 use crate::cases::{Case, kill, wait_armed};
 use crate::machine::{DEVICE, SPARE, TestMachine, start, start_with_spare};
@@ -22,6 +22,7 @@ pub const ALL: &[Case] = &[
         "a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial",
         a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial,
     ),
+    ("a_new_image_on_trial_outlasts_the_sleep_of_the_host", a_new_image_on_trial_outlasts_the_sleep_of_the_host),
     (
         "a_restart_that_does_not_come_about_leaves_an_earlier_trial_on",
         a_restart_that_does_not_come_about_leaves_an_earlier_trial_on,
@@ -95,6 +96,17 @@ fn a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial() {
     machine.crash(CrashKind::Panic);
     let driver = wait_next(&machine, second);
     assert_eq!((kernel(&driver), driver.generation), (OLD, Some(second + 1)), "the standby's");
+    machine.stop();
+}
+
+fn a_new_image_on_trial_outlasts_the_sleep_of_the_host() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let serving = upgrade(&machine, Some("image-new"));
+    wait_standby(&machine);
+    assert!(matches!(machine.ask(&Request::Sleep), Some(Response::Asleep { .. })));
+    assert!(matches!(machine.ask(&Request::Wake), Some(Response::Awake { slept: true })));
+    assert_eq!(kernel(&wait_next(&machine, serving)), NEW, "it has not failed");
     machine.stop();
 }
 
