@@ -100,9 +100,14 @@ impl Archive {
             tidy(&self.machine, &folder, self.keep);
             let log = EventLog::new(folder.join(EVENT_LOG));
             let Run::Waiting(lines) = std::mem::replace(&mut self.run, Run::There(folder, log)) else { return Ok(()) };
-            return lines.iter().try_for_each(|line| self.log(line));
+            return self.log_all(&lines);
         }
         self.log(line)
+    }
+
+    /// Each of them, also where the disk has no room for one before: what cannot be written waits in the log.
+    fn log_all(&mut self, lines: &[String]) -> io::Result<()> {
+        lines.iter().map(|line| self.log(line)).fold(Ok(()), io::Result::and)
     }
 
     fn log(&mut self, line: &str) -> io::Result<()> {
@@ -353,6 +358,18 @@ mod tests {
         fs::remove_file(&state).unwrap();
         assert_eq!(archive.write("{\"seq\":4}\n"), None);
         assert_eq!(place.read("1/events.jsonl").unwrap().lines().count(), 4);
+    }
+
+    #[test]
+    fn what_has_waited_for_a_folder_waits_for_room_as_well() {
+        let place = Place::new(Keep::default());
+        let mut archive = place.archive();
+        let folder = place.dir.path().join("state/web/1");
+        archive.run = Run::There(folder.clone(), EventLog::new(folder.join(EVENT_LOG)));
+        assert!(archive.log_all(&["one\n".into(), "two\n".into()]).is_err());
+        fs::create_dir_all(&folder).unwrap();
+        archive.write("three\n");
+        assert_eq!(place.read("1/events.jsonl").unwrap(), "one\ntwo\nthree\n");
     }
 
     #[test]
