@@ -73,9 +73,10 @@ fn bind_all(args: &BindArgs) -> anyhow::Result<()> {
             ))?;
         }
     }
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
     for device in devices.iter().filter(|_| args.persist) {
         let bdf = device.bdf();
-        let rule = persist::keep(Path::new(persist::RULES), device, owner)
+        let rule = persist::keep(Path::new(persist::RULES), device, owner, &program)
             .with_context(|| format!("{bdf} is bound now, and will not be after the next boot"))?;
         super::print(&format!("{bdf}: bound at each boot, by {}", rule.display()))?;
     }

@@ -1,8 +1,8 @@
 //! A binding to `vfio-pci` that lasts over boots: a udev rule for each function, by address and model, so that another card that comes
 //! to have the address is left alone.
 //!
-//! The rule chooses the driver before one is looked for. A driver that the initial RAM disk has bound already keeps the function until
-//! `umbra run --bind`, or `umbra bind`, takes it from there.
+//! The rule chooses the driver before udev loads one. One that is loaded already has the function before udev hears of it: in the initial
+//! RAM disk, or when a card comes back. From that one `umbra bind` takes it, as the rule has it do, unless the host uses it.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -22,12 +22,13 @@ fn path(rules: &Path, bdf: Bdf) -> PathBuf {
     rules.join(format!("10-umbra-{bdf}.rules"))
 }
 
-/// Writes the rule that gives `device` to `vfio-pci` at each boot, and to the user of the number `owner`; where it is.
+/// Writes the rule that gives `device` to `vfio-pci` at each boot, by `program`, this one, where another driver has it already, and to
+/// the user of the number `owner`; where it is.
 ///
 /// # Errors
 ///
 /// Its model is not known, or the rule cannot be written.
-pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>) -> Result<PathBuf, Error> {
+pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, program: &Path) -> Result<PathBuf, Error> {
     let (bdf, vendor, model) = (device.bdf(), device.vendor()?, device.device()?);
     let path = path(rules, bdf);
     let of_it = |action: &str| {
@@ -36,15 +37,19 @@ pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>) -> Result<Pat
              ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{model:04x}\", \\\n  "
         )
     };
+    // In a rule `$$` is a `$`, and `%%` a `%`.
+    let program = program.display().to_string().replace('$', "$$").replace('%', "%%");
     let mut rule = format!(
         "# Written by `umbra bind --persist`; `umbra unbind {bdf}` removes it.\n\
-         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n",
-        of_it("add")
+         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n\
+         {}DRIVER==\"?*\", DRIVER!=\"{VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n",
+        of_it("add"),
+        of_it("add|bind")
     );
     if let Some(owner) = owner {
         let order =
             device.reset_order().map_or_else(String::new, |order| format!("ATTR{{reset_method}}=\"{order}\", "));
-        // A group has its number anew at each boot. In a rule `$$` is a `$`.
+        // A group has its number anew at each boot.
         let give = format!("chown {owner} {VFIO}/$$(basename $$(readlink /sys$devpath/iommu_group))");
         let of_it = of_it("bind");
         rule.push_str(&format!("{of_it}DRIVER==\"{VFIO_PCI}\", {order}RUN+=\"/bin/sh -c '{give}'\"\n"));
@@ -78,18 +83,20 @@ mod tests {
     fn a_rule_names_address_and_model_and_is_removed_again() {
         let bus = FakeBus::new();
         let nic = bus.add("0000:03:00.0", Some(1), Some("e1000e"));
-        let rules = bus.0.path().join("etc/rules.d");
+        let (rules, program) = (bus.0.path().join("etc/rules.d"), Path::new("/opt/50 %/umbra"));
         assert_eq!(forget(&rules, nic.bdf()).unwrap(), None);
-        let written = keep(&rules, &nic, None).unwrap();
-        assert_eq!(keep(&rules, &nic, None).unwrap(), written, "again");
+        let written = keep(&rules, &nic, None, program).unwrap();
+        assert_eq!(keep(&rules, &nic, None, program).unwrap(), written, "again");
         let expected = "\
 # Written by `umbra bind --persist`; `umbra unbind 0000:03:00.0` removes it.
 ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
   ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\"
+ACTION==\"add|bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
+  DRIVER==\"?*\", DRIVER!=\"vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
 ";
         assert_eq!(fs::read_to_string(&written).unwrap(), expected);
         fs::write(nic.directory().join("reset_method"), "pm bus\n").unwrap();
-        keep(&rules, &nic, Some(1000)).unwrap();
+        keep(&rules, &nic, Some(1000), program).unwrap();
         let of_a_user = format!(
             "{expected}\
 ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
