@@ -29,7 +29,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::image::Image;
 use self::serve::{End, InFlight, Server};
 use self::worker::{Backing, News, Work, Worker};
-use super::offer::{self, Offer};
+use super::offer::{self, F_FLUSH, Offer};
 use super::{DEVICE_ID, QUEUE_SIZE};
 use crate::config::{Disk, OnFull};
 use crate::vm::virtio::device::{self, QueueResources, QueueState, VirtioDevice};
@@ -68,6 +68,8 @@ pub struct FileDisk {
     worker: Worker,
     /// What was taken off the queue and is not answered. A queue that is stopped and goes on later gets the answers then.
     in_flight: InFlight,
+    /// The driver does not flush: what it writes is durable when it is answered (section 5.2.6.2).
+    writes_through: bool,
     events: QueueEvents,
     /// Signalled by the device itself when requests are left for the next turn.
     again: EventFd,
@@ -130,6 +132,7 @@ impl FileDisk {
             queue: None,
             worker,
             in_flight,
+            writes_through: false,
             events,
             again,
             broken: false,
@@ -171,6 +174,7 @@ impl FileDisk {
             offer: &self.offer,
             worker: &self.worker,
             in_flight: &mut self.in_flight,
+            writes_through: self.writes_through,
             messenger: &mut self.messenger,
         };
         match server.serve(queue).and_then(|end| queue.notify().map(|()| end)) {
@@ -232,7 +236,9 @@ impl VirtioDevice for FileDisk {
         self.offer.features()
     }
 
-    fn set_features(&mut self, _: u64) {}
+    fn set_features(&mut self, accepted: u64) {
+        self.writes_through = accepted & F_FLUSH == 0;
+    }
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
         read_config(&self.offer.config(), offset, data);

@@ -99,6 +99,8 @@ pub(super) struct Server<'a> {
     pub offer: &'a Offer,
     pub worker: &'a Worker,
     pub in_flight: &'a mut InFlight,
+    /// What is written is flushed before it is answered.
+    pub writes_through: bool,
     pub messenger: &'a mut Messenger,
 }
 
@@ -167,7 +169,7 @@ impl Server<'_> {
                     self.hand_over(pending, work);
                     Step::HandedOver(0)
                 }
-                None => Step::Answered(answer(chain, Status::Ok, 0)),
+                None => self.written(pending, chain),
             },
             Job::Flush => Step::Answered(answer(chain, Status::Ok, 0)),
         }
@@ -176,8 +178,11 @@ impl Server<'_> {
     fn transfer(&mut self, pending: Pending, reads: bool, at: SectorRange, chain: &Chain<'_>) -> Step {
         let length = usize::try_from(at.bytes()).unwrap_or(usize::MAX);
         let part = (length - pending.done).min(PART);
+        if part == 0 && reads {
+            return Step::Answered(answer(chain, Status::Ok, length));
+        }
         if part == 0 {
-            return Step::Answered(answer(chain, Status::Ok, if reads { length } else { 0 }));
+            return self.written(pending, chain);
         }
         let position = at.start() * SECTOR_BYTES + pending.done as u64;
         let mut copied = 0;
@@ -193,6 +198,15 @@ impl Server<'_> {
         };
         self.hand_over(Pending { part, ..pending }, work);
         Step::HandedOver(copied)
+    }
+
+    /// What changes sectors is done: answers it, or has it flushed before.
+    fn written(&mut self, pending: Pending, chain: &Chain<'_>) -> Step {
+        if !self.writes_through {
+            return Step::Answered(answer(chain, Status::Ok, 0));
+        }
+        self.hand_over(Pending { job: Job::Flush, part: 0, ..pending }, Work::Flush);
+        Step::HandedOver(0)
     }
 
     fn hand_over(&mut self, pending: Pending, work: Work) {

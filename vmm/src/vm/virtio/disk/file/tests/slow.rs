@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::vm::virtio::disk::file::worker::Backing;
+use crate::vm::virtio::disk::offer::F_FLUSH;
 use crate::vm::virtio::disk::offer::tests::OFFER;
 
 /// Sectors of the disk.
@@ -159,6 +160,42 @@ fn a_flush_covers_what_was_done_before_it_and_those_that_wait_share_the_next() {
     for head in heads {
         assert_eq!(guest.queue.buffer(head + 1, 1), [1], "the kernel tells an error once: it is everyone's");
     }
+}
+
+#[test]
+fn what_a_guest_without_flushes_has_written_is_stable_when_it_is_answered() {
+    let (disk, mut guest) = guest(&[], 2);
+    let without_flushes = |guest: &Guest, is_so: bool| {
+        let mut device = guest.device.lock().unwrap();
+        let features = device.features();
+        device.set_features(if is_so { features & !F_FLUSH } else { features });
+    };
+    without_flushes(&guest, true);
+    let changes = |guest: &mut Guest| {
+        assert_eq!(guest.request(&[&header(OUT, 3), &[7; 512]], &[1]).0, 0);
+        assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(8, 8, 0)], &[1]).0, 0);
+        assert_eq!(guest.request(&[&header(DISCARD, 0), &segment(8, 8, 0)], &[1]).0, 0);
+        assert_eq!(guest.request(&[&header(IN, 3)], &[512, 1]).0, 0);
+    };
+    changes(&mut guest);
+    let [at, zeroes] = [3 * 512, 8 * 512];
+    let each = [(OUT, at), (FLUSH, 0), (ZEROES, zeroes), (FLUSH, 0), (DISCARD, zeroes), (FLUSH, 0), (IN, at)];
+    assert_eq!(disk.begun(7), each);
+    // No answer before it is so, and an error if it cannot be so.
+    disk.hold(&[FLUSH]);
+    disk.told.lock().unwrap().failing_flushes = 1;
+    let write = guest.add(OUT, 0);
+    guest.events.run_until(|| disk.told.lock().unwrap().begun.len() == 9);
+    assert_eq!(guest.queue.used(), []);
+    disk.hold(&[]);
+    assert_eq!((guest.answered(1), guest.queue.buffer(write + 2, 1)), (vec![(write, 1)], vec![1]));
+    // The next driver may use them.
+    reset(&guest.device);
+    guest.queue = guest.queue.another(1, 256);
+    without_flushes(&guest, false);
+    guest.device.lock().unwrap().start_queue(0, guest.queue.resources(), None).unwrap();
+    changes(&mut guest);
+    assert_eq!(disk.begun(13)[9..], [(OUT, at), (ZEROES, zeroes), (DISCARD, zeroes), (IN, at)]);
 }
 
 /// Stops the device as a driver's reset does; it must not wait.
