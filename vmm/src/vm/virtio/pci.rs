@@ -22,6 +22,7 @@ use super::device::{QueueResources, QueueState, VirtioDevice};
 use crate::base::error::chain;
 use crate::base::lock::lock;
 use crate::base::pci_address::Slot;
+use crate::base::pci_config::COMMAND_BUS_MASTER;
 use crate::vm::interrupt::{self, Doorbell, Interrupts};
 use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, memory_bar};
 use crate::vm::pci::device::{Bar, BarChange, BarIndex, BarKind, PciDevice};
@@ -416,7 +417,14 @@ impl PciDevice for VirtioPci {
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        let before = self.config.command();
         let changes = self.config.write(offset, data);
+        // It may not touch memory any more, as Linux says to all devices before kexec. Nothing of this life goes on, for what comes
+        // behind kexec lets it again before it resets it. (A driver that has never let it is served: old ones do not.)
+        let is_stopped = before & !self.config.command() & COMMAND_BUS_MASTER != 0;
+        if is_stopped && self.common.status().contains(Status::DRIVER_OK) {
+            self.reset_device();
+        }
         let control = self.msix_capability + u16::from(msix::CONTROL_OFFSET);
         if (offset..).take(data.len()).any(|at| at == control || at == control + 1) {
             let mut bytes = [0; 2];

@@ -276,6 +276,30 @@ fn reset_stops_queues_and_forgets_them() {
 }
 
 #[test]
+fn a_device_that_may_be_no_bus_master_touches_memory_no_more() {
+    let mut driver = Driver::new();
+    let command = |driver: &mut Driver, value: u16| driver.pci.config_write(4, &value.to_le_bytes());
+    command(&mut driver, 0b111);
+    driver.ready();
+    command(&mut driver, 0b11);
+    assert!(driver.device.lock().unwrap().running.iter().all(Option::is_none));
+    // What comes behind a kexec makes it one before it resets the device.
+    command(&mut driver, 0b111);
+    let device = driver.device.lock().unwrap();
+    assert_eq!((device.running.iter().all(Option::is_none), device.resets), (true, 1));
+}
+
+#[test]
+fn a_driver_that_never_makes_its_device_a_bus_master_is_served() {
+    let mut driver = Driver::new();
+    driver.ready();
+    for command in [0b11u16, 0b1, 0b11] {
+        driver.pci.config_write(4, &command.to_le_bytes());
+    }
+    assert!(driver.device.lock().unwrap().running.iter().all(Option::is_some));
+}
+
+#[test]
 fn another_vector_restarts_the_queue_where_it_stood() {
     let mut driver = Driver::new();
     driver.ready();
