@@ -193,13 +193,18 @@ impl Console {
     fn served(&mut self, role: Role) -> Result<(), RingFault> {
         match role {
             Role::ControlRx | Role::ControlTx => {
+                let mut more = true;
                 for _ in 0..BUDGET {
-                    let more = self.read_control()?;
+                    more = self.read_control()?;
                     self.announce();
                     self.write_control()?;
                     if !more {
                         break;
                     }
+                }
+                if more && let Some(queue) = &self.queues[usize::from(CONTROL_TX)] {
+                    // As the driver would, which was not asked to. Fails only when 2^64 - 2 kicks wait: then one waits anyway.
+                    let _ = queue.kick().write(1);
                 }
                 (0..self.ports.len()).try_for_each(|index| self.pump(index))?;
             }

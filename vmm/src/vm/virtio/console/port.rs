@@ -277,15 +277,17 @@ impl Port {
     }
 
     /// To be called when the guest's queue was emptied: a guest that has hung up ends its peer, and the next peer is joined
-    /// once nothing of the one before is left. False if the guest's queue has to be emptied once more before.
+    /// once nothing of the one before is left. False if the guest's queue has to be emptied once more before: the driver does not kick
+    /// for what it has added meanwhile, and a stream, which can be waited for, is not there.
     pub(super) fn settle(&mut self) -> bool {
-        let End::Attached { next, touched, hung_up } = &mut self.end else { return !(self.is_console() && self.more) };
+        let unfinished = self.more && self.stream.is_none();
+        let End::Attached { next, touched, hung_up } = &mut self.end else { return !unfinished };
         if *hung_up && *touched && self.stream.is_some() {
             // What the peer has not taken by now is lost.
             self.disconnect();
             return false;
         }
-        if self.stream.is_none() && self.more {
+        if unfinished {
             return false;
         }
         if std::mem::take(hung_up) {
