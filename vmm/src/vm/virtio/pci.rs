@@ -232,7 +232,7 @@ impl VirtioPci {
                 self.line = Some(line);
                 self.set_config_vector();
             }
-            Err(error) => tracing::error!("{}: its line interrupt: {error}", self.name),
+            Err(error) => self.log.warn(format_args!("{}: its line interrupt: {error}", self.name)),
         }
     }
 
