@@ -72,6 +72,10 @@ struct Client {
     input: Input,
     /// It knows that another one types.
     told: bool,
+    /// It has gone: nothing is sent any more, and what it has typed is still read.
+    gone: bool,
+    /// The event loop watches it.
+    watched: bool,
 }
 
 /// What becomes of what a client types.
@@ -86,14 +90,35 @@ enum Input {
 }
 
 impl Client {
-    fn watched(&self, id: u32) -> Events {
+    fn interest(&self, id: u32) -> Events {
         let read = if self.input == Input::Read { EventSet::IN } else { EventSet::empty() };
         let write = if self.behind { EventSet::OUT } else { EventSet::empty() };
         Events::with_data(&self.stream, id, read | write)
     }
 
+    /// Watches it for what it waits for; not one that has gone, and so is always ready, while there is no room for what it has typed.
+    fn watch(&mut self, id: u32, ops: &mut EventOps) -> io::Result<()> {
+        let wanted = !(self.gone && self.input == Input::NoRoom);
+        let done = match (std::mem::replace(&mut self.watched, wanted), wanted) {
+            (true, true) => ops.modify(self.interest(id)),
+            (true, false) => ops.remove(Events::empty(&self.stream)),
+            (false, true) => ops.add(self.interest(id)),
+            (false, false) => Ok(()),
+        };
+        done.map_err(io::Error::other)
+    }
+
     /// Sends it what it has not seen, as far as it takes it.
-    fn show(&mut self, backlog: &Backlog) -> io::Result<()> {
+    fn show(&mut self, backlog: &Backlog) {
+        if self.send(backlog).is_err() {
+            (self.gone, self.behind) = (true, false);
+        }
+    }
+
+    fn send(&mut self, backlog: &Backlog) -> io::Result<()> {
+        if self.gone {
+            return Ok(());
+        }
         self.behind = true;
         for _ in 0..BUDGET {
             let Part { lost, bytes } = backlog.part(self.at, PIECE);
@@ -149,8 +174,9 @@ impl Viewers {
         }
         let id = self.next;
         self.next = self.next.checked_add(1).unwrap_or(FIRST_CLIENT);
-        let client = Client { stream, at: self.backlog.start(), behind: true, input: Input::Read, told: false };
-        match ops.add(client.watched(id)) {
+        let (at, input) = (self.backlog.start(), Input::Read);
+        let mut client = Client { stream, at, behind: true, input, told: false, gone: false, watched: false };
+        match client.watch(id, ops) {
             Ok(()) => drop(self.clients.insert(id, client)),
             Err(error) => tracing::warn!(%error, "listen to a viewer of the console"),
         }
@@ -160,12 +186,15 @@ impl Viewers {
     /// Does `act` with client `id`, which goes if that fails, and watches it for what it waits for then.
     fn with(&mut self, id: u32, ops: &mut EventOps, act: impl FnOnce(&mut Self, &mut Client) -> io::Result<()>) {
         let Some(mut client) = self.clients.remove(&id) else { return };
-        let kept = act(self, &mut client).and_then(|()| ops.modify(client.watched(id)).map_err(io::Error::other));
-        if kept.is_ok() {
+        let kept = act(self, &mut client).and_then(|()| client.watch(id, ops));
+        let has_ended = client.gone && client.input == Input::Ended;
+        if kept.is_ok() && !has_ended {
             self.clients.insert(id, client);
             return;
         }
-        let _ = ops.remove(Events::empty(&client.stream));
+        if client.watched {
+            let _ = ops.remove(Events::empty(&client.stream));
+        }
         if self.writer == Some(id) {
             self.writer = None;
         }
@@ -228,7 +257,10 @@ impl MutEventSubscriber for Viewers {
                     self.backlog.await_news();
                 }
                 for id in self.clients.keys().copied().collect::<Vec<_>>() {
-                    self.with(id, ops, |this, client| client.show(&this.backlog));
+                    self.with(id, ops, |this, client| {
+                        client.show(&this.backlog);
+                        Ok(())
+                    });
                 }
             }
             DRAINED => {
@@ -245,12 +277,14 @@ impl MutEventSubscriber for Viewers {
             id => {
                 let set = events.event_set();
                 self.with(id, ops, |this, client| {
-                    if set.contains(EventSet::IN) && client.input == Input::Read {
+                    client.gone |= set.intersects(EventSet::HANG_UP | EventSet::ERROR);
+                    if client.input == Input::Read && (client.gone || set.contains(EventSet::IN)) {
                         this.take_input(id, client)?;
-                    } else if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
-                        return Err(ErrorKind::BrokenPipe.into());
                     }
-                    if set.contains(EventSet::OUT) { client.show(&this.backlog) } else { Ok(()) }
+                    if set.contains(EventSet::OUT) {
+                        client.show(&this.backlog);
+                    }
+                    Ok(())
                 });
             }
         }
@@ -377,6 +411,31 @@ mod tests {
         viewer.write_all(text.as_bytes()).unwrap();
         guest.turn();
         assert_eq!(guest.read(), text);
+    }
+
+    #[test]
+    fn what_is_typed_by_a_viewer_that_leaves_at_once_arrives_whole() {
+        let mut guest = Guest::new();
+        guest.print(b"login: ");
+        let text: String = ('a'..='z').cycle().take(1000).collect();
+        // As a script does that pipes its words into the socket, and whether the guest prints meanwhile or not.
+        for prints in [false, true] {
+            let mut viewer = UnixStream::connect(guest.dir.path().join("s")).unwrap();
+            if prints {
+                guest.turn();
+            }
+            viewer.write_all(text.as_bytes()).unwrap();
+            drop(viewer);
+            if prints {
+                guest.print(b"tick\n");
+            }
+            guest.turn();
+            assert_eq!(guest.read(), text);
+        }
+        let mut next = guest.viewer();
+        next.write_all(b"next").unwrap();
+        guest.turn();
+        assert_eq!(guest.read(), "next", "the line is free");
     }
 
     #[test]
