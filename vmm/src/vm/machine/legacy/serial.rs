@@ -53,6 +53,8 @@ mod register {
     pub(super) const SCRATCH: u16 = 7;
     /// Of the two above: the transmitter is empty.
     pub(super) const TRANSMITTER: u8 = 0b10;
+    /// Of the interrupt identification: input, and the empty transmitter; together they would be another one, an error of the line.
+    pub(super) const BOTH: u8 = 0b110;
     /// Of the interrupt identification: which it is.
     pub(super) const WHICH: u8 = 0b1110;
     /// Of the interrupt identification: there is none.
@@ -205,12 +207,19 @@ impl SerialLine {
     }
 
     pub(in crate::vm) fn read(&mut self, offset: u16) -> u8 {
-        let value = self.register(offset);
-        if offset != register::INTERRUPT_IDENTIFICATION || !self.busy {
+        let mut value = self.register(offset);
+        if offset != register::INTERRUPT_IDENTIFICATION {
             return value;
         }
-        let without = value & !register::TRANSMITTER;
-        if without & register::WHICH == 0 { without | register::NO_INTERRUPT } else { without }
+        if self.busy {
+            value &= !register::TRANSMITTER;
+        }
+        // One at a time: input comes first, and the other is told behind it.
+        if value & register::BOTH == register::BOTH {
+            value &= !register::TRANSMITTER;
+            self.tell_again();
+        }
+        if value & register::WHICH == 0 { value | register::NO_INTERRUPT } else { value }
     }
 
     pub(in crate::vm) fn write(&mut self, offset: u16, value: u8) {
@@ -296,9 +305,15 @@ impl SerialLine {
             return self.begin_busy();
         }
         self.end_busy();
-        let enabled = self.register(register::INTERRUPT_ENABLE);
-        // What is enabled and pending is told when it is enabled again.
-        self.set_register(register::INTERRUPT_ENABLE, enabled);
+        self.tell_again();
+    }
+
+    /// What is enabled and pending is told when it is enabled again. Not while the divisor is in the register's place.
+    fn tell_again(&mut self) {
+        if self.register(register::LINE_CONTROL) & register::DIVISOR == 0 {
+            let enabled = self.register(register::INTERRUPT_ENABLE);
+            self.set_register(register::INTERRUPT_ENABLE, enabled);
+        }
     }
 }
 
@@ -418,6 +433,18 @@ mod tests {
         line.write(1, 0);
         line.write(1, 2);
         assert_eq!(line.read(2) & 0b11, 0b10);
+    }
+
+    #[test]
+    fn input_and_an_empty_transmitter_are_told_one_after_the_other() {
+        let (mut line, interrupt) = line(&Console::Off);
+        line.write(1, 3);
+        line.input(b"ab");
+        interrupt.read().unwrap();
+        // Both at once are the code of a third: an error of the line.
+        assert_eq!((line.read(2) & 0b1111, line.read(2) & 0b1111), (0b100, 0b100), "until it is read");
+        assert_eq!((line.read(0), line.read(0)), (b'a', b'b'));
+        assert_eq!((line.read(2) & 0b1111, line.read(2) & 0b1111), (0b010, 0b001), "told once");
     }
 
     #[test]
