@@ -17,6 +17,7 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use umbra_shadow::sound::{Card, Counts, Mode, Policy, Violation};
 use umbra_shadow::{DeviceId, Generation, LinkId};
+use umbra_splitter::log_limit::LogLimit;
 use umbra_splitter::queue::RingFault;
 use umbra_splitter::sound::link::{Link, LinkError};
 use umbra_splitter::sound::{Notice, SoundSplitter};
@@ -78,6 +79,7 @@ pub struct Sound {
     unserved: Vec<u16>,
     config_call: Option<EventFd>,
     pace: OutageTrace,
+    log: LogLimit,
     outbox: Outbox,
 }
 
@@ -106,6 +108,7 @@ impl Sound {
             unserved: Vec::new(),
             config_call: None,
             pace: OutageTrace::new().map_err(failed)?,
+            log: LogLimit::default(),
             outbox,
         })
     }
@@ -377,7 +380,7 @@ impl MutEventSubscriber for Sound {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         for wake in self.events.process(events, ops) {
             if let Err(error) = self.event(wake) {
-                tracing::warn!(%error, "the guest broke a rule of its sound queues");
+                self.log.warn(format_args!("sound device: the guest broke a rule of its queues: {error}"));
                 self.set_broken();
             }
         }

@@ -328,3 +328,27 @@ fn a_driver_vm_plays_and_is_lost_and_the_next_link_goes_on() {
     assert!(matches!(told[0], FromVm::Live { generation, .. } if generation == first.generation));
     assert!(matches!(told[1], FromVm::Lost { link, .. } if link == first));
 }
+
+#[test]
+fn a_driver_that_breaks_its_queues_without_end_does_not_fill_the_log() {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.try_clone().unwrap()).finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let mut rig = Rig::new();
+        for _ in 0..100 {
+            rig.queues[0].break_ring();
+            rig.queues[0].kick();
+            rig.events.run();
+            let mut device = rig.device.lock().unwrap();
+            assert!(device.needs_reset());
+            device.stop_queue(0);
+            device.reset();
+            rig.queues[0] = rig.queues[0].another(0, QUEUE_SIZES[0]);
+            device.start_queue(0, rig.queues[0].resources(), None).unwrap();
+        }
+    });
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    // A few at once, then a few a minute, however long this takes.
+    assert!((5..50).contains(&text.matches("broke a rule").count()), "{text}");
+}
