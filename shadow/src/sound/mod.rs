@@ -178,7 +178,7 @@ pub struct SoundShadow {
     card: Card,
     mode: Mode,
     streams: Vec<Stream>,
-    /// Messages that came for a dead card.
+    /// Messages of streams that stand still.
     stuck: Vec<(StreamId, Token)>,
 }
 
@@ -244,8 +244,8 @@ impl SoundShadow {
     /// # Errors
     /// Why the guest is refused.
     pub fn command(&mut self, id: StreamId, command: Command, now: u64, out: &mut Out) -> Result<(), Refusal> {
+        self.free(id, out);
         if self.mode == Mode::Dead {
-            self.free(|of| of == id, out);
             return Err(Refusal::Dead);
         }
         let live = self.is_live();
@@ -320,11 +320,6 @@ impl SoundShadow {
             return Err(Violation::OtherCard(card.name.clone()));
         }
         self.mask(now, out);
-        if self.mode == Mode::Dead {
-            // The guest has got everything back; it starts over.
-            self.free(|_| true, out);
-            self.streams.iter_mut().for_each(|stream| stream.reset(out));
-        }
         self.mode = Mode::Replaying(generation);
         for stream in &mut self.streams {
             stream.replay(now, out);
@@ -333,13 +328,14 @@ impl SoundShadow {
         Ok(())
     }
 
-    /// There will be no card until further notice ([`Self::replay`]): give everything back and refuse what comes. Messages of a stream that
-    /// runs are kept until its guest asks for something: one that got them back at once would take that for a card that plays as fast as
-    /// it likes, for Linux does not look at what became of a message. So its player sees a card that stands still (`EIO`).
+    /// There will be no card until further notice ([`Self::replay`]): give everything back and refuse what comes; streams start over. A
+    /// stream that ran stands still, also when there is a card again, until its guest asks for something: its messages are kept. A guest
+    /// that got them back at once would take that for a card as fast as it likes, for Linux does not look at what became of a message.
+    /// So its player sees a card that stands still (`EIO`).
     pub fn die(&mut self, out: &mut Out) {
         self.mode = Mode::Dead;
         for stream in &mut self.streams {
-            stream.end(Outcome::IoError, out);
+            stream.die(out);
         }
     }
 
@@ -348,7 +344,7 @@ impl SoundShadow {
         let live = self.is_live();
         self.stuck.clear();
         for (id, stream) in (0u16..).zip(&mut self.streams) {
-            stream.reset(&mut Out::default());
+            stream.reset();
             if live {
                 out.to_card.push(ToCard::Release { stream: StreamId(id) });
             }
@@ -379,17 +375,19 @@ impl SoundShadow {
 
     /// Gives back, or keeps, a message that no stream takes.
     fn refuse(&mut self, id: StreamId, token: Token, outcome: Outcome, out: &mut Out) {
-        let runs = self.stream(id).is_some_and(|stream| stream.state() == State::Running);
-        if self.mode == Mode::Dead && runs {
+        if self.stream(id).is_some_and(|stream| stream.stands_still) {
             self.stuck.push((id, token));
         } else {
             refuse(token, outcome, out);
         }
     }
 
-    /// Gives back what is kept of the streams that are `wanted`.
-    fn free(&mut self, wanted: impl Fn(StreamId) -> bool, out: &mut Out) {
-        for (_, token) in self.stuck.extract_if(.., |(id, _)| wanted(*id)) {
+    /// The guest asks something of a stream, which stands still no more.
+    fn free(&mut self, id: StreamId, out: &mut Out) {
+        if let Some(stream) = self.stream_mut(id) {
+            stream.stands_still = false;
+        }
+        for (_, token) in self.stuck.extract_if(.., |(of, _)| *of == id) {
             refuse(token, Outcome::IoError, out);
         }
     }
@@ -415,10 +413,9 @@ impl SoundShadow {
     }
 
     fn alive(&mut self, id: StreamId) -> Result<&mut Stream, Outcome> {
-        if self.mode == Mode::Dead {
-            return Err(Outcome::IoError);
-        }
-        self.stream_mut(id).ok_or(Outcome::BadMessage)
+        let dead = self.mode == Mode::Dead;
+        let stream = self.stream_mut(id).ok_or(Outcome::BadMessage)?;
+        if dead || stream.stands_still { Err(Outcome::IoError) } else { Ok(stream) }
     }
 }
 

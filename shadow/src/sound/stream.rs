@@ -23,6 +23,8 @@ pub(super) struct Stream {
     epoch: Epoch,
     /// The guest has stopped, and perhaps closed, the stream; the card plays what it has yet to play.
     tail: bool,
+    /// It ran when its card died, and its guest has not asked for anything since.
+    pub(super) stands_still: bool,
     side: Side,
 }
 
@@ -32,7 +34,7 @@ impl Stream {
             Direction::Playback => Side::Playback(Playback::new(id, policy)),
             Direction::Capture => Side::Capture(Capture::new(id)),
         };
-        Self { id, info, state: State::Unset, params: None, epoch: Epoch(0), tail: false, side }
+        Self { id, info, state: State::Unset, params: None, epoch: Epoch(0), tail: false, stands_still: false, side }
     }
 
     pub(super) fn state(&self) -> State {
@@ -195,10 +197,12 @@ impl Stream {
         }
     }
 
-    /// Gives every message back, for good.
-    pub(super) fn end(&mut self, outcome: Outcome, out: &mut Out) {
-        self.tail = false;
-        self.clear(outcome, out);
+    /// The card is gone for good: gives every message back, and starts over.
+    pub(super) fn die(&mut self, out: &mut Out) {
+        let stands_still = self.stands_still || self.state == State::Running;
+        self.clear(Outcome::IoError, out);
+        self.reset();
+        self.stands_still = stands_still;
     }
 
     /// Gives every message back.
@@ -209,10 +213,10 @@ impl Stream {
         }
     }
 
-    /// As new, but for the epoch: messages of the past must not fit.
-    pub(super) fn reset(&mut self, out: &mut Out) {
-        self.clear(Outcome::Ok, out);
-        (self.state, self.params, self.tail) = (State::Unset, None, false);
+    /// As new, but for the epoch: messages of the past must not fit. What the guest waited for is forgotten.
+    pub(super) fn reset(&mut self) {
+        self.clear(Outcome::Ok, &mut Out::default());
+        (self.state, self.params, self.tail, self.stands_still) = (State::Unset, None, false, false);
     }
 
     /// Samples of the guest. `live`: a driver VM listens.

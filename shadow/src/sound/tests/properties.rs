@@ -54,9 +54,9 @@ fn id(capture: bool) -> StreamId {
     if capture { IN } else { OUT }
 }
 
-/// A dead card keeps what comes for a stream that runs.
+/// What comes for a stream that stands still is kept.
 fn keeps(rig: &Rig) -> bool {
-    rig.shadow.mode() == Mode::Dead && rig.shadow.state(OUT) == Some(State::Running)
+    rig.shadow.streams[usize::from(OUT.0)].stands_still
 }
 
 proptest! {

@@ -170,15 +170,42 @@ fn a_dead_card_gives_everything_back_and_refuses() {
     assert_eq!(rig.command(OUT, Command::Stop), Err(Refusal::Dead));
     assert!(rig.waiting[&OUT.0].is_empty());
     assert_eq!(rig.shadow.deadline(), None);
-    // Nor does one that waits keep what comes when the card is back.
+    assert!(!rig.play(vec![0; 960]), "it runs no more");
+}
+
+/// Linux does not look at what became of a message: whoever got each one back at once would play a song in a moment, or fill a disk with
+/// a recording of nothing.
+#[test]
+fn a_stream_stands_still_when_its_dead_card_is_back_until_its_guest_asks_for_something() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    for command in [Command::SetParams(params()), Command::Prepare, Command::Start] {
+        rig.command(IN, command).unwrap();
+    }
+    rig.die();
     assert!(rig.play(vec![0; 960]));
     rig.boot();
-    assert!(rig.waiting[&OUT.0].is_empty());
+    assert!(rig.play(vec![0; 960]));
+    rig.record(960);
+    rig.pass(5_000);
+    assert_eq!((rig.waiting[&OUT.0].len(), rig.waiting[&IN.0].len()), (2, 2));
+    assert!(matches!(rig.shadow.mode(), Mode::Passive(_)), "nobody waits for these");
+    assert_eq!(rig.command(OUT, Command::Stop), Err(Refusal::WrongState(State::Unset)));
+    assert_eq!((rig.waiting[&OUT.0].len(), rig.waiting[&IN.0].len()), (0, 2), "each stream for itself");
+    rig.start_playback(&mut source);
+    rig.command(IN, Command::SetParams(params())).unwrap();
+    rig.die();
+    rig.record(960);
+    assert!(rig.waiting[&IN.0].is_empty(), "it does not run");
+    rig.reset();
+    assert!(!rig.play(vec![0; 960]), "of a driver that starts over");
 }
 
 #[test]
 fn a_dead_card_that_comes_back_starts_over() {
     let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.record(960);
     rig.boot();
     rig.start_playback(&mut source);
     rig.crash();
