@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Largest buffer that a stream may ask for, in bytes: what Linux asks for at 8 channels, 32 bits and 192 kHz
-/// fits in four times. Bounds what a guest can make the host keep.
+/// fits in four times. Bounds what a guest can make the host keep: no more than that waits of a stream, however large its own buffer.
 pub const MAX_BUFFER_BYTES: u32 = 4 << 20;
 
 /// Most channels of a stream: what virtio's channel maps can name.

@@ -348,7 +348,9 @@ impl Playback {
     /// When a period is to be given back although it was not heard: early where the card stands still, so that there is time left
     /// if this process comes late as well; otherwise only when the guest has waited long.
     fn keep_alive_at(&self, params: &Params) -> Option<u64> {
-        let waited = self.done_at.saturating_add(keep_alive_ns(params));
+        // A message that itself lasts longer, as one that is a whole buffer, is not late before it can have been heard.
+        let lasts = params.nanos(params.frames(self.oldest()?.samples.len()));
+        let waited = self.done_at.saturating_add(keep_alive_ns(params).max(lasts / 10 * 12));
         let at = match self.drive {
             Drive::Held => waited,
             Drive::Card if self.handed.is_some_and(|handed| handed.heard > 0) => {

@@ -4,7 +4,7 @@
 use super::capture::Capture;
 use super::exchange::{Done, Epoch, Out, Outcome, StreamId, ToCard, Token, Violation};
 use super::lifecycle::{State, Step};
-use super::params::{Direction, Params, StreamInfo};
+use super::params::{Direction, MAX_BUFFER_BYTES, Params, StreamInfo};
 use super::playback::Playback;
 use super::{Command, Counts, Moved, Policy, Refusal};
 
@@ -238,12 +238,13 @@ impl Stream {
         }
     }
 
-    /// The parameters, if a message of `bytes` bytes may come now.
+    /// The parameters, if a message of `bytes` bytes may come now. A driver may have more under way than its own buffer holds: nothing
+    /// forbids it, and some have two whole buffers.
     fn checked(&self, bytes: usize) -> Option<Params> {
         let params = self.params.filter(|_| self.state.takes_messages())?;
         let fits = bytes > 0
             && bytes.is_multiple_of(params.frame_bytes() as usize)
-            && self.pending_bytes().saturating_add(bytes) <= params.buffer_bytes as usize;
+            && self.pending_bytes().saturating_add(bytes) <= MAX_BUFFER_BYTES as usize;
         fits.then_some(params)
     }
 

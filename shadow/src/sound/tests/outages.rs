@@ -168,3 +168,25 @@ fn a_replay_is_over_when_nothing_is_left_to_wait_for() {
     rig.command(OUT, Command::Stop).unwrap();
     assert_eq!(rig.shadow.mode(), Mode::Passive(generation(2)));
 }
+/// As a driver that knows no periods has: two messages under way, each as long as its buffer.
+#[test]
+fn messages_of_whole_buffers_come_back_when_they_are_heard() {
+    let whole = Params { period_bytes: 19_200, buffer_bytes: 19_200, ..params() };
+    for policy in [Policy::Skip, Policy::Hold] {
+        let mut rig = Rig::new(policy);
+        rig.boot();
+        rig.command(OUT, Command::SetParams(whole)).unwrap();
+        rig.command(OUT, Command::Prepare).unwrap();
+        assert!(rig.play(vec![1; 19_200]) && rig.play(vec![2; 19_200]), "more than its buffer");
+        rig.command(OUT, Command::Start).unwrap();
+        for ms in 1..=10_000 {
+            rig.pass(1);
+            while rig.waiting[&OUT.0].len() < 2 {
+                assert!(rig.play(vec![3; 19_200]));
+            }
+            assert_eq!(rig.shadow.given_back(OUT), Some(ms / 200 * 9_600), "{policy:?}, {ms} ms");
+        }
+        assert_eq!(rig.shadow.counts().kept_alive, 0);
+    }
+}
+
