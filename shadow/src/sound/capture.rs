@@ -163,6 +163,7 @@ impl Capture {
         {
             let bytes = first.missing();
             self.counts.kept_alive += 1;
+            self.counts.frames_silent += params.frames(bytes);
             self.fill(&params.silence(bytes), params, now, out);
         }
         match self.stalled_at() {

@@ -299,6 +299,11 @@ impl Playback {
         self.settle(params, now, out);
         Ok(())
     }
+        if matches!(self.drive, Drive::Clock { .. }) {
+            // What was due since this card got its samples is heard after all, late.
+            let late = self.heard - handed.base;
+            self.counts.frames_skipped = self.counts.frames_skipped.saturating_sub(late);
+        }
 
     /// Moves the position to `now` where the clock moves it.
     pub(super) fn advance(&mut self, params: &Params, now: u64, out: &mut Out) {

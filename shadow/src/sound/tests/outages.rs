@@ -32,6 +32,41 @@ fn skip_stays_in_real_time() {
 }
 
 #[test]
+fn what_the_next_card_plays_late_is_not_counted_as_skipped() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    play_for(&mut rig, &mut source, 200);
+    rig.crash();
+    play_for(&mut rig, &mut source, 1000);
+    // Its first word comes 20 ms after it got the samples.
+    (rig.every, rig.now) = (20, rig.now.next_multiple_of(20 * MS));
+    rig.boot();
+    play_for(&mut rig, &mut source, 400);
+    let heard = rig.shadow.heard(OUT).unwrap();
+    rig.crash();
+    assert_eq!(rig.played.len() as u64 / 2 + rig.shadow.counts().frames_skipped, heard);
+}
+
+#[test]
+fn silence_of_a_card_that_stands_still_is_counted() {
+    let mut rig = Rig::new(Policy::Skip);
+    rig.boot();
+    for command in [Command::SetParams(params()), Command::Prepare, Command::Start] {
+        rig.command(IN, command).unwrap();
+    }
+    rig.every = u16::MAX;
+    for _ in 0..1000 {
+        while rig.waiting.get(&IN.0).map_or(0, VecDeque::len) < 4 {
+            rig.record(960);
+        }
+        rig.pass(1);
+    }
+    assert!(rig.recorded.len() > 960 && rig.recorded.iter().all(|byte| *byte == 0));
+    assert_eq!(rig.shadow.counts().frames_silent, rig.recorded.len() as u64 / 2);
+}
+
+#[test]
 fn the_clock_moves_smoothly_one_period_at_a_time() {
     let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
     rig.boot();
@@ -158,16 +193,6 @@ fn a_period_after_a_pause_in_feeding_waits_until_it_is_heard() {
     assert_eq!(rig.waiting[&OUT.0].len(), 4, "given back unheard");
 }
 
-#[test]
-fn a_replay_is_over_when_nothing_is_left_to_wait_for() {
-    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
-    rig.boot();
-    rig.start_playback(&mut source);
-    rig.boot();
-    assert_eq!(rig.shadow.mode(), Mode::Replaying(generation(2)));
-    rig.command(OUT, Command::Stop).unwrap();
-    assert_eq!(rig.shadow.mode(), Mode::Passive(generation(2)));
-}
 /// As a driver that knows no periods has: two messages under way, each as long as its buffer.
 #[test]
 fn messages_of_whole_buffers_come_back_when_they_are_heard() {
@@ -190,3 +215,13 @@ fn messages_of_whole_buffers_come_back_when_they_are_heard() {
     }
 }
 
+#[test]
+fn a_replay_is_over_when_nothing_is_left_to_wait_for() {
+    let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    rig.boot();
+    assert_eq!(rig.shadow.mode(), Mode::Replaying(generation(2)));
+    rig.command(OUT, Command::Stop).unwrap();
+    assert_eq!(rig.shadow.mode(), Mode::Passive(generation(2)));
+}
