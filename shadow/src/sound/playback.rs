@@ -22,6 +22,9 @@ pub const HELD_MAX_BYTES: usize = 4 << 20;
 /// there are frames, at a hundred bytes each.
 pub(super) const HELD_MAX_MESSAGES: usize = 1 << 15;
 
+/// Bytes of samples in one message of a refill.
+const REFILL_BYTES: usize = 64 * 1024;
+
 #[derive(Debug)]
 struct Period {
     /// `None` once given back.
@@ -233,13 +236,15 @@ impl Playback {
         self.advance(params, now, out);
         self.hand_over(epoch, now);
         self.moved_at = now;
-        let mut position = self.heard;
+        let (mut position, mut all) = (self.heard, Vec::with_capacity(self.kept));
         for period in &self.periods {
-            let samples = period.samples[skipped(period, position, params)..].to_vec();
+            all.extend_from_slice(&period.samples[skipped(period, position, params)..]);
             position = position.max(period.end);
-            if !samples.is_empty() {
-                out.to_card.push(ToCard::Play { stream: self.id, epoch, samples });
-            }
+        }
+        // Few messages, however small those of the guest: a service counts them against its host.
+        let whole = REFILL_BYTES - REFILL_BYTES % params.frame_bytes() as usize;
+        for samples in all.chunks(whole) {
+            out.to_card.push(ToCard::Play { stream: self.id, epoch, samples: samples.to_vec() });
         }
     }
 
@@ -294,16 +299,16 @@ impl Playback {
         handed.heard = heard;
         let position = handed.base + heard;
         self.moved_at = now;
-        self.trust_card();
-        self.heard = self.heard.max(position);
-        self.settle(params, now, out);
-        Ok(())
-    }
         if matches!(self.drive, Drive::Clock { .. }) {
             // What was due since this card got its samples is heard after all, late.
             let late = self.heard - handed.base;
             self.counts.frames_skipped = self.counts.frames_skipped.saturating_sub(late);
         }
+        self.trust_card();
+        self.heard = self.heard.max(position);
+        self.settle(params, now, out);
+        Ok(())
+    }
 
     /// Moves the position to `now` where the clock moves it.
     pub(super) fn advance(&mut self, params: &Params, now: u64, out: &mut Out) {

@@ -72,6 +72,13 @@ fn held_messages_are_bounded_however_small() {
     }
     let held = rig.shadow.kept_bytes() / 2;
     assert!((HELD_MAX_MESSAGES..HELD_MAX_MESSAGES + 512).contains(&held), "{held}");
+    let mut out = Out::default();
+    rig.shadow.replay(generation(1), &card(), rig.now, &mut out).unwrap();
+    assert!(
+        out.to_card.len() < 10,
+        "a service that gets {} messages at once takes that for a flood",
+        out.to_card.len()
+    );
 }
 
 #[test]
@@ -186,6 +193,7 @@ fn a_stream_stands_still_when_its_dead_card_is_back_until_its_guest_asks_for_som
     }
     rig.die();
     assert!(rig.play(vec![0; 960]));
+    rig.record(960);
     rig.boot();
     assert!(rig.play(vec![0; 960]));
     rig.record(960);
@@ -206,7 +214,6 @@ fn a_stream_stands_still_when_its_dead_card_is_back_until_its_guest_asks_for_som
 #[test]
 fn a_dead_card_that_comes_back_starts_over() {
     let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
-    rig.record(960);
     rig.boot();
     rig.start_playback(&mut source);
     rig.crash();
