@@ -22,6 +22,13 @@ const CARD_BUFFER_MS: u32 = 200;
 const HEADROOM_PERIODS: u64 = 2;
 /// Silence before a stream's first samples where several guests are mixed, in periods. dmix begins where the card is just now; what the
 /// card has fetched ahead by then (QEMU's HDA codec: 512 frames, 11 ms) is mixed in too late, and heard when its buffer comes round again.
+
+/// Frames of a buffer of `buffer` frames that are left empty; no more than half of one that has few periods, which could not be played
+/// otherwise.
+fn headroom(period: u64, buffer: u64) -> u64 {
+    (HEADROOM_PERIODS * period).min(buffer / 2)
+}
+
 const LEAD_PERIODS: u64 = 2;
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
@@ -65,10 +72,11 @@ pub struct Playback {
     spare: Option<PCM>,
     /// It is one of several streams that are mixed.
     mixed: bool,
-    /// Frames of the card's periods.
+    /// Frames of the card's periods, and of its buffer that are left empty.
     period: u64,
     running: bool,
     /// The card ran out of samples.
+    headroom: u64,
     dry: bool,
     /// Samples not yet heard.
     waiting: VecDeque<u8>,
@@ -93,6 +101,7 @@ impl Playback {
             running: false,
             dry: false,
             waiting: VecDeque::new(),
+            headroom: 0,
             heard: 0,
             in_card: 0,
             lead: 0,
@@ -127,8 +136,10 @@ impl Playback {
         let Some(params) = &self.params else { return Err(Fault::Session("prepare before parameters".into())) };
         if self.pcm.is_none() {
             let pcm = open(PLAYBACK, AlsaDirection::Playback, self.spare.take(), params)?;
-            let period = pcm.hw_params_current().and_then(|hardware| hardware.get_period_size());
-            self.period = period.ok().and_then(|frames| u64::try_from(frames).ok()).unwrap_or(0);
+            let sizes = pcm.hw_params_current().and_then(|set| Ok((set.get_period_size()?, set.get_buffer_size()?)));
+            let (period, buffer) = sizes.unwrap_or((0, 0));
+            self.period = u64::try_from(period).unwrap_or(0);
+            self.headroom = headroom(self.period, u64::try_from(buffer).unwrap_or(0));
             self.pcm = Some(pcm);
         }
         Ok(self.reset_card()?)
@@ -235,7 +246,7 @@ impl Playback {
         let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);
         let whole = bytes.len() - bytes.len() % frame;
         let room = match pcm.avail_update() {
-            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(HEADROOM_PERIODS * self.period),
+            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(self.headroom),
             // Ran dry just now; the next look sees it.
             Err(error) if error.errno() == libc::EPIPE => return Ok(()),
             Err(error) => return Err(error).context("the card does not say how much it takes"),
@@ -259,5 +270,16 @@ fn write(pcm: &PCM, bytes: &[u8]) -> anyhow::Result<u64> {
         Ok(frames) => Ok(frames as u64),
         Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EPIPE) => Ok(0),
         Err(error) => Err(error).context("the card does not take samples"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::headroom;
+
+    #[test]
+    fn a_card_of_two_periods_gets_samples() {
+        assert_eq!(headroom(480, 9_600), 960);
+        assert_eq!(headroom(480, 960), 480);
     }
 }
