@@ -14,9 +14,11 @@ mod playback;
 mod port;
 mod record;
 mod session;
+mod standstill;
 mod startup;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -40,6 +42,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("umbra-sound: {error:#}");
+            // The agent takes that for the end, also where a thread that hangs in the kernel keeps this process from ending.
+            // SAFETY: nothing uses the standard output from here on.
+            unsafe { libc::close(libc::STDOUT_FILENO) };
             ExitCode::FAILURE
         }
     }
@@ -66,19 +71,35 @@ fn run() -> anyhow::Result<()> {
         // Each has to open dmix itself.
         open.clear();
     }
-    for (port, session) in ports {
+    let mut watched = Vec::new();
+    for (port, thread) in ports {
+        let session = Session::new(port, &card, std::mem::take(&mut open), mixed);
+        watched.push(session.progress());
         // Fails only if the thread has ended, which says why.
-        let _ = session.send(Session::new(port, &card, std::mem::take(&mut open), mixed));
+        let _ = thread.send(session);
     }
     let line = serde_json::to_string(&card).context("cannot describe the card")?;
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot tell the agent")?;
+    let say = |line: &str| {
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot tell the agent")
+    };
+    say(&line)?;
     // Beside what the hosts have to say.
-    mixer::set_levels()?;
-    startup::mark("levels set");
-    session::allow_sound();
+    let levels = move || match mixer::set_levels() {
+        Ok(()) => {
+            startup::mark("levels set");
+            session::allow_sound();
+        }
+        // Fails only when this program ends.
+        Err(error) => drop(sender.send(error)),
+    };
+    std::thread::Builder::new()
+        .name("levels".into())
+        .stack_size(STACK)
+        .spawn(levels)
+        .context("cannot start a thread")?;
     // A guest's end that gives up ends the service: the host starts over with a new driver VM.
-    Err(ended.recv().context("no session")?)
+    Err(watch::watch(&ended, &watched, watch::LOOK, || say("")))
 }
 
 /// A thread that runs a guest's end as soon as it gets it.

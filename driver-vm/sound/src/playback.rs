@@ -2,6 +2,7 @@
 //! until they are heard, so that a stop and a start lose nothing.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use alsa::pcm::{Access, HwParams, PCM, State};
 use alsa::{Direction as AlsaDirection, ValueOr};
@@ -12,6 +13,7 @@ use umbra_shadow::sound::{Epoch, FromCard, HELD_MAX_BYTES, Params, StreamId};
 use crate::card::alsa_format;
 use crate::config::PLAYBACK;
 use crate::fault::Fault;
+use crate::standstill::Standstill;
 
 /// Periods a second that the card is asked for; the guest's own do not matter to it.
 const PERIODS_PER_SECOND: u32 = 100;
@@ -20,8 +22,6 @@ const CARD_BUFFER_MS: u32 = 200;
 /// Periods of the card's buffer that are left empty: cards that report by whole periods are now and then ahead of
 /// themselves (AC97), and what they are about to play must not be overwritten.
 const HEADROOM_PERIODS: u64 = 2;
-/// Silence before a stream's first samples where several guests are mixed, in periods. dmix begins where the card is just now; what the
-/// card has fetched ahead by then (QEMU's HDA codec: 512 frames, 11 ms) is mixed in too late, and heard when its buffer comes round again.
 
 /// Frames of a buffer of `buffer` frames that are left empty; no more than half of one that has few periods, which could not be played
 /// otherwise.
@@ -29,6 +29,8 @@ fn headroom(period: u64, buffer: u64) -> u64 {
     (HEADROOM_PERIODS * period).min(buffer / 2)
 }
 
+/// Silence before a stream's first samples where several guests are mixed, in periods. dmix begins where the card is just now; what the
+/// card has fetched ahead by then (QEMU's HDA codec: 512 frames, 11 ms) is mixed in too late, and heard when its buffer comes round again.
 const LEAD_PERIODS: u64 = 2;
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
@@ -74,9 +76,10 @@ pub struct Playback {
     mixed: bool,
     /// Frames of the card's periods, and of its buffer that are left empty.
     period: u64,
-    running: bool,
-    /// The card ran out of samples.
     headroom: u64,
+    running: bool,
+    standstill: Standstill,
+    /// The card ran out of samples.
     dry: bool,
     /// Samples not yet heard.
     waiting: VecDeque<u8>,
@@ -98,10 +101,11 @@ impl Playback {
             pcm: None,
             spare,
             period: 0,
+            headroom: 0,
             running: false,
+            standstill: Standstill::default(),
             dry: false,
             waiting: VecDeque::new(),
-            headroom: 0,
             heard: 0,
             in_card: 0,
             lead: 0,
@@ -174,6 +178,7 @@ impl Playback {
     pub fn start(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         self.reset_card()?;
         self.running = true;
+        self.standstill = Standstill::default();
         self.feed(said)
     }
 
@@ -194,7 +199,13 @@ impl Playback {
         if !self.running {
             return Ok(());
         }
+        let before = self.in_card + self.lead;
         self.look()?;
+        if self.mixed && self.in_card > 0 {
+            self.standstill.look(self.in_card + self.lead < before, Instant::now())?;
+        } else {
+            self.standstill.rest();
+        }
         self.feed(said)?;
         if self.heard != self.reported {
             self.reported = self.heard;

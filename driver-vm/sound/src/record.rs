@@ -1,5 +1,7 @@
 //! A stream that records: what the card has goes to the host at each look.
 
+use std::time::Instant;
+
 use alsa::Direction as AlsaDirection;
 use alsa::pcm::PCM;
 use anyhow::Context;
@@ -8,6 +10,7 @@ use umbra_shadow::sound::{Epoch, FromCard, Params, StreamId};
 use crate::config::CAPTURE;
 use crate::fault::Fault;
 use crate::playback::open;
+use crate::standstill::Standstill;
 
 /// Most bytes taken at one look.
 const CHUNK: usize = 64 * 1024;
@@ -20,12 +23,16 @@ pub struct Record {
     pcm: Option<PCM>,
     /// The device, open since the card was described.
     spare: Option<PCM>,
+    /// It is one of several streams of a card that guests share.
+    mixed: bool,
     running: bool,
+    standstill: Standstill,
 }
 
 impl Record {
-    pub fn new(id: StreamId, spare: Option<PCM>) -> Self {
-        Self { id, params: None, epoch: Epoch(0), pcm: None, spare, running: false }
+    pub fn new(id: StreamId, spare: Option<PCM>, mixed: bool) -> Self {
+        let standstill = Standstill::default();
+        Self { id, params: None, epoch: Epoch(0), pcm: None, spare, mixed, running: false, standstill }
     }
 
     pub fn runs(&self) -> bool {
@@ -34,7 +41,7 @@ impl Record {
 
     /// The session is over: closes the stream.
     pub fn give_up(&mut self) {
-        *self = Self::new(self.id, self.spare.take());
+        *self = Self::new(self.id, self.spare.take(), self.mixed);
     }
 
     /// Nobody wants to record just now: lets the card rest.
@@ -61,6 +68,7 @@ impl Record {
         let Some(pcm) = &self.pcm else { return Err(Fault::Session("start before prepare".into())) };
         pcm.start().context("cannot start recording")?;
         self.running = true;
+        self.standstill = Standstill::default();
         Ok(())
     }
 
@@ -78,6 +86,7 @@ impl Record {
 
     pub fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         let (Some(pcm), Some(params), true) = (&self.pcm, &self.params, self.running) else { return Ok(()) };
+        let before = said.len();
         let frame = params.frame_bytes() as usize;
         let mut samples = vec![0; CHUNK - CHUNK % frame];
         match pcm.io_bytes().readi(&mut samples) {
@@ -92,6 +101,9 @@ impl Record {
                 pcm.prepare().and_then(|()| pcm.start()).context("cannot go on recording after an overrun")?;
             }
             Err(error) => return Err(error).context("the card does not give samples"),
+        }
+        if self.mixed {
+            self.standstill.look(said.len() > before, Instant::now())?;
         }
         Ok(())
     }

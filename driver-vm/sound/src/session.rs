@@ -2,7 +2,7 @@
 //! in, and the card's positions go out every few milliseconds. A session ends with the host's end of the port, with a
 //! later one that begins, or with a fault of the host; its streams are closed with it, and nobody else hears of it.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use alsa::pcm::PCM;
@@ -14,6 +14,7 @@ use crate::playback::Playback;
 use crate::port::{Came, Port};
 use crate::record::Record;
 use crate::startup;
+use crate::watch::Progress;
 
 /// How often a running stream is looked at. It bounds how old a position report is, and with it what policy `hold`
 /// may play twice.
@@ -69,6 +70,7 @@ pub struct Session {
     port: Port,
     card: Card,
     streams: Vec<Stream>,
+    progress: Arc<Progress>,
 }
 
 impl Session {
@@ -77,10 +79,15 @@ impl Session {
         let mut open = open.into_iter();
         let streams = (0u16..).zip(&card.streams).map(|(n, info)| match info.direction {
             Direction::Playback => Stream::Playback(Playback::new(StreamId(n), open.next(), mixed)),
-            Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next())),
+            Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next(), mixed)),
         });
         let streams = streams.collect();
-        Self { port, card: card.clone(), streams }
+        Self { port, card: card.clone(), streams, progress: Arc::default() }
+    }
+
+    /// Shows whether its thread gets on.
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
     }
 
     /// Works until the card fails; tells the host.
@@ -108,7 +115,10 @@ impl Session {
         } else {
             *next = now + IDLE;
         }
-        if !self.port.wait(next.saturating_duration_since(now))? && !self.runs() {
+        self.progress.mark(false);
+        let came = self.port.wait(next.saturating_duration_since(now))?;
+        self.progress.mark(true);
+        if !came && !self.runs() {
             self.rest();
         }
         self.port.flush()?;

@@ -324,8 +324,10 @@ impl Agent {
             return Ok(());
         }
         self.beats += 1;
-        if let Task::Network(network) = &mut self.task {
-            network.check()?;
+        match &mut self.task {
+            Task::Network(network) => network.check()?,
+            Task::Sound(service) => service.check()?,
+            Task::Idle | Task::Block(_) => {}
         }
         let available_memory = system::available_memory();
         self.port.send(&FromAgent::Heartbeat { sequence: self.beats, available_memory })

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use umbra_driver_vm::protocol::HEARTBEAT_MS;
 use umbra_shadow::sound::Card;
 
 /// Where the image has it.
@@ -21,6 +22,9 @@ const MAX_LINE: usize = 16 * 1024;
 /// few heartbeats.
 const ENDS_WITHIN: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
+/// Heartbeats without a word of a service that has its card, after which it hangs: ten seconds, and it says every second that it lives.
+/// Heartbeats, not time: where these come late, so may its word.
+const SILENT: u64 = 10_000 / HEARTBEAT_MS;
 
 /// The running service.
 #[derive(Debug)]
@@ -29,6 +33,8 @@ pub struct Service {
     output: ChildStdout,
     line: Vec<u8>,
     described: bool,
+    /// Heartbeats since its last word.
+    silent: u64,
 }
 
 impl Service {
@@ -54,7 +60,7 @@ impl Service {
         for pipe in [output.as_fd(), errors.as_fd()] {
             fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("cannot watch the sound service")?;
         }
-        Ok(Self { child, output, line: Vec::new(), described: false })
+        Ok(Self { child, output, line: Vec::new(), described: false, silent: 0 })
     }
 
     /// Stops it where it is, so that nobody feeds the card: a failure to be noticed by the host.
@@ -76,6 +82,18 @@ impl Service {
         self.described
     }
 
+    /// To be called at each heartbeat.
+    ///
+    /// # Errors
+    /// When the service hangs. Where guests share a card, nobody else is believed that says so.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        self.silent = if self.described { self.silent + 1 } else { 0 };
+        if self.silent > SILENT {
+            bail!("the sound service hangs");
+        }
+        Ok(())
+    }
+
     /// The card, once, when the service has described it.
     ///
     /// # Errors
@@ -85,7 +103,12 @@ impl Service {
         loop {
             match self.output.read(&mut chunk) {
                 Ok(0) => return Err(self.end()),
-                Ok(length) => self.line.extend_from_slice(&chunk[..length]),
+                Ok(length) => {
+                    self.silent = 0;
+                    if !self.described {
+                        self.line.extend_from_slice(&chunk[..length]);
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error).context("cannot hear the sound service"),
@@ -157,6 +180,34 @@ mod tests {
     fn a_service_that_ends_is_reported_with_its_last_words() {
         let (error, _) = error_of("echo 'first' >&2; echo 'no card' >&2; exit 3");
         assert_eq!(error, "the sound service ended (exit status: 3): no card");
+    }
+
+    #[test]
+    fn one_that_is_silent_for_long_hangs() {
+        let script = r#"printf '{"name":"made up","streams":[]}\n'; while read -r _; do echo; done"#;
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut ask = child.stdin.take().unwrap();
+        let mut service = Service::watch(child).unwrap();
+        for _ in 0..=2 * SILENT {
+            service.check().unwrap();
+        }
+        while service.card().unwrap().is_none() {
+            std::thread::sleep(LOOK);
+        }
+        for _ in 0..3 {
+            (0..SILENT).for_each(|_| service.check().unwrap());
+            std::io::Write::write_all(&mut ask, b"\n").unwrap();
+            while service.silent > 0 {
+                assert_eq!(service.card().unwrap(), None);
+                std::thread::sleep(LOOK);
+            }
+        }
+        (0..SILENT).for_each(|_| service.check().unwrap());
+        assert_eq!(service.check().unwrap_err().to_string(), "the sound service hangs");
+        drop(ask);
+        service.child.wait().unwrap();
     }
 
     #[test]
