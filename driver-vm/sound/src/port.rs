@@ -30,6 +30,8 @@ const POLL: Duration = Duration::from_millis(2);
 const MAX_INCOMING: usize = 256 * 1024;
 /// Most that waits for a host that does not read.
 const MAX_UNSENT: usize = 1 << 20;
+/// More than that waits for a host that reads slowly: its process may stand still for a moment, which is nobody's fault.
+const BEHIND: usize = 256 * 1024;
 /// Most messages of a host in a second: a replay at once of all that its shadow keeps (8 MiB) in periods of a tenth of a
 /// kilobyte. More is a host that keeps this service busy.
 pub const MESSAGES_PER_SECOND: u32 = 100_000;
@@ -204,6 +206,11 @@ impl Port {
             return Err(Fault::Session("the host does not read".into()));
         }
         self.flush()
+    }
+
+    /// More than a little waits for the host.
+    pub fn is_behind(&self) -> bool {
+        self.unsent.len() > BEHIND
     }
 
     pub fn flush(&mut self) -> Result<(), Fault> {

@@ -84,8 +84,13 @@ impl Record {
         self.pcm = None;
     }
 
-    pub fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+    /// `behind`: the host reads slowly. What is recorded stays with the card then, which loses it when that lasts.
+    pub fn tick(&mut self, behind: bool, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         let (Some(pcm), Some(params), true) = (&self.pcm, &self.params, self.running) else { return Ok(()) };
+        if behind {
+            self.standstill.rest();
+            return Ok(());
+        }
         let before = said.len();
         let frame = params.frame_bytes() as usize;
         let mut samples = vec![0; CHUNK - CHUNK % frame];

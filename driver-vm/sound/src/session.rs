@@ -19,6 +19,9 @@ use crate::watch::Progress;
 /// How often a running stream is looked at. It bounds how old a position report is, and with it what policy `hold`
 /// may play twice.
 const TICK: Duration = Duration::from_millis(4);
+/// Shortest time between two looks at the streams. A host whose messages are small and many makes a turn of each: it does not get a
+/// position with each, which it would take for a flood.
+const LOOK: Duration = Duration::from_millis(1);
 /// How long nothing happens before the devices that were opened ahead are closed.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -57,10 +60,10 @@ impl Stream {
         }
     }
 
-    fn tick(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
+    fn tick(&mut self, behind: bool, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         match self {
             Self::Playback(stream) => stream.tick(said),
-            Self::Record(stream) => stream.tick(said),
+            Self::Record(stream) => stream.tick(behind, said),
         }
     }
 }
@@ -70,6 +73,7 @@ pub struct Session {
     port: Port,
     card: Card,
     streams: Vec<Stream>,
+    looked: Instant,
     progress: Arc<Progress>,
 }
 
@@ -82,7 +86,7 @@ impl Session {
             Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next(), mixed)),
         });
         let streams = streams.collect();
-        Self { port, card: card.clone(), streams, progress: Arc::default() }
+        Self { port, card: card.clone(), streams, looked: Instant::now(), progress: Arc::default() }
     }
 
     /// Shows whether its thread gets on.
@@ -107,7 +111,8 @@ impl Session {
         }
     }
 
-    fn turn(&mut self, next: &mut Instant) -> Result<(), Fault> {
+    /// Waits until `next`, or until the host has something to say; obeys, and looks at the streams.
+    pub fn turn(&mut self, next: &mut Instant) -> Result<(), Fault> {
         let now = Instant::now();
         if self.runs() {
             // Ticks that were missed are not made up for, and an idle sleep is over.
@@ -134,9 +139,15 @@ impl Session {
             // keep another guest's card from being fed.
             std::thread::yield_now();
         }
+        let now = Instant::now();
+        if now.duration_since(self.looked) < LOOK {
+            return Ok(());
+        }
+        self.looked = now;
         let mut said = Vec::new();
+        let behind = self.port.is_behind();
         for stream in &mut self.streams {
-            stream.tick(&mut said)?;
+            stream.tick(behind, &mut said)?;
         }
         self.say(said)
     }

@@ -338,6 +338,64 @@ fn a_host_that_does_not_read_loses_its_own_session() {
     assert!(end.runs());
 }
 
+/// A session that the test turns itself, with devices that play and give at once what they are asked for, and its host.
+fn turned() -> (Session, Host) {
+    folder();
+    let devices = [alsa::Direction::Playback, alsa::Direction::Capture];
+    let open = devices.map(|direction| alsa::pcm::PCM::new("nothing", direction, true).unwrap());
+    let (host, end) = UnixStream::pair().unwrap();
+    end.set_nonblocking(true).unwrap();
+    let opened = Arc::new(Mutex::new(vec![end]));
+    let port = Port::new(opener(&opened), Generation::FIRST).unwrap();
+    let session = Session::new(port, &card(), open.into(), false);
+    (session, Host { socket: host, link: LinkId::first(Generation::FIRST), read: Vec::new() })
+}
+
+/// What is recorded in the meantime stays with the card, and is lost there if that lasts.
+#[test]
+fn a_host_that_stands_still_for_a_while_keeps_its_session_though_it_records() {
+    let (mut session, mut host) = turned();
+    // Its device is open already.
+    let stream = BROKEN;
+    host.say(FromHost::Begin);
+    host.say(ToCard::SetParams { stream, params: params(48_000) });
+    host.say(ToCard::Prepare { stream, epoch: Epoch(1) });
+    host.say(ToCard::Start { stream });
+    let mut next = Instant::now();
+    for turn in 0..200 {
+        assert!(session.turn(&mut next).is_ok(), "its session is ended at turn {turn}");
+    }
+    let still_there = std::thread::spawn(move || (0..200).all(|_| session.turn(&mut next).is_ok()));
+    assert_eq!(host.hear(), Some(FromService::Card(card())));
+    for _ in 0..100 {
+        let said = host.hear();
+        assert!(matches!(said, Some(FromService::Stream(FromCard::Captured { .. }))), "{said:?}");
+    }
+    assert!(still_there.join().unwrap());
+}
+
+#[test]
+fn a_host_of_small_messages_is_not_flooded_with_positions() {
+    let (mut session, mut host) = turned();
+    host.say(FromHost::Begin);
+    host.set_up(48_000);
+    host.say(ToCard::Start { stream: OUT });
+    let (begin, mut next) = (Instant::now(), Instant::now());
+    let mut heard = 0;
+    for _ in 0..1000 {
+        host.play(&samples(1, 1));
+        assert!(session.turn(&mut next).is_ok());
+    }
+    let most = begin.elapsed().as_millis() + 1;
+    drop(session);
+    assert_eq!(host.hear(), Some(FromService::Card(card())));
+    while let Some(message) = host.hear() {
+        assert!(matches!(message, FromService::Stream(FromCard::Position { .. })), "{message:?}");
+        heard += 1;
+    }
+    assert!((1..=most).contains(&heard), "{heard} positions in {most} ms");
+}
+
 #[test]
 fn a_port_without_a_host_is_waited_for_without_running() {
     let opened = Arc::<Mutex<Vec<UnixStream>>>::default();
