@@ -40,6 +40,7 @@ pub struct SoundSplitter {
     /// Links that have ended; kept until the event loop has forgotten them.
     retired: Vec<Link>,
     done: Vec<Done>,
+    /// The counts when the shadow began to mask.
     counted: Counts,
     listener: Listener,
 }
@@ -92,7 +93,7 @@ impl SoundSplitter {
             return;
         }
         self.retire();
-        self.deliver(now, |this, out| this.shadow.mask(now, out));
+        self.deliver(now, |this, out| this.begin_mask(now, out));
         match socket {
             Ok(socket) => {
                 (self.link, self.greeted) = (Some(Link::new(socket, id)), false);
@@ -107,14 +108,17 @@ impl SoundSplitter {
     pub fn mask(&mut self, generation: Generation, now: u64) {
         if self.link.as_ref().is_some_and(|link| link.id().generation == generation) {
             self.retire();
-            self.deliver(now, |this, out| this.shadow.mask(now, out));
+            self.deliver(now, |this, out| this.begin_mask(now, out));
         }
     }
 
     /// There will be no further driver VM.
     pub fn quarantine(&mut self, now: u64) {
         self.retire();
-        self.deliver(now, |this, out| this.shadow.die(out));
+        self.deliver(now, |this, out| {
+            this.begin_mask(now, out);
+            this.shadow.die(out);
+        });
     }
 
     /// The guest's driver has reset its device.
@@ -213,25 +217,30 @@ impl SoundSplitter {
             && generation == owed
         {
             self.announce = None;
-            let (now, before) = (self.shadow.counts(), self.counted);
-            self.counted = now;
-            (self.listener)(Notice::Live(generation, since(now, before)));
+            (self.listener)(Notice::Live(generation, since(self.shadow.counts(), self.counted)));
         }
+    }
+
+    /// Masks. What becomes of samples from here on is of this outage; a recovery that fails is part of it.
+    fn begin_mask(&mut self, now: u64, out: &mut Out) {
+        let told = self.announce.take().is_none();
+        if told && matches!(self.shadow.mode(), Mode::Passive(_)) {
+            self.counted = self.shadow.counts();
+        }
+        self.shadow.mask(now, out);
     }
 
     fn lose(&mut self, error: LinkError, now: u64) {
         let Some(link) = self.link.take() else { return };
         let id = link.id();
         self.retired.push(link);
-        self.announce = None;
         let mut out = Out::default();
-        self.shadow.mask(now, &mut out);
+        self.begin_mask(now, &mut out);
         self.done.append(&mut out.done);
         (self.listener)(Notice::Lost(id, error));
     }
 
     fn retire(&mut self) {
-        self.announce = None;
         self.retired.extend(self.link.take());
     }
 }

@@ -164,6 +164,34 @@ fn a_link_lost_and_made_again_in_one_life_is_brought_up_to_date_as_after_a_rebir
 }
 
 #[test]
+fn what_was_before_an_outage_is_none_of_its_counts() {
+    let told = Arc::<Mutex<Vec<Counts>>>::default();
+    let into = Arc::clone(&told);
+    let listener = move |notice| {
+        if let Notice::Live(_, counts) = notice {
+            into.lock().unwrap().push(counts);
+        }
+    };
+    let mut splitter = SoundSplitter::new(card(), Policy::Skip, Box::new(listener));
+    let mut first = attach(&mut splitter, 1, 0);
+    start(&mut splitter, 0);
+    first.say(&FromService::Stream(FromCard::Xrun { stream: OUT, epoch: Epoch(1) }));
+    splitter.service(MS);
+    drop(first);
+    splitter.service(2 * MS);
+    splitter.tick(12 * MS);
+    // A recovery that fails belongs to the outage.
+    drop(attach(&mut splitter, 2, 13 * MS));
+    splitter.service(14 * MS);
+    splitter.tick(22 * MS);
+    let mut third = attach(&mut splitter, 3, 24 * MS);
+    third.say(&FromService::Stream(FromCard::Position { stream: OUT, epoch: Epoch(3), heard: 1 }));
+    splitter.service(24 * MS);
+    let skipped = Counts { frames_skipped: 22 * 48, ..Counts::default() };
+    assert_eq!(*told.lock().unwrap(), [Counts::default(), skipped]);
+}
+
+#[test]
 fn a_later_link_replaces_an_earlier_one_and_never_the_other_way_round() {
     let (mut splitter, _) = splitter(Policy::Skip);
     let mut second = attach_again(&mut splitter, link(1, 2), 0);
