@@ -27,7 +27,7 @@ const BIND: &str = "driver() { basename \"$(readlink /sys/bus/pci/devices/$NIC0/
 udevadm settle; [ $(driver) = e1000e ] || { echo \"the host's driver is $(driver)\"; exit 1; }
 umbra bind --persist $NIC0 && [ $(driver) = vfio-pci ] || exit 1
 echo 1 > /sys/bus/pci/devices/$NIC0/remove; echo 1 > /sys/bus/pci/rescan; udevadm settle
-echo \"after it was away: $(driver)\"; [ $(driver) = vfio-pci ]";
+echo \"after it was away: $(driver)\"; [ $(driver) = vfio-pci ] || { journalctl -b -u systemd-udevd --no-pager; cat /etc/udev/rules.d/*; false; }";
 
 /// Users of the processes of VMs, one a line.
 const USERS: &str = "for p in /proc/[0-9]*; do
