@@ -41,17 +41,18 @@ impl Filter {
         Self { promiscuous, all_multicast, addresses: unicast.chain(multicast).copied().collect() }
     }
 
-    /// Changes the NIC from `before` to this filter. If an address cannot be added, the NIC becomes promiscuous.
+    /// Changes the NIC from `before` to this filter. If an address cannot be added, the NIC becomes promiscuous; the address is not
+    /// in the filter that is returned, so that the next one asks for it again, or keeps the NIC promiscuous.
     ///
     /// # Errors
     /// When not even the flags can be set.
     pub fn apply(mut self, before: &Self, netlink: &mut Netlink, nic: Index) -> Result<Self, NetlinkError> {
-        for mac in self.addresses.difference(&before.addresses) {
-            match neighbour(netlink, libc::RTM_NEWNEIGH, nic, *mac, NUD_PERMANENT, libc::NTF_SELF) {
-                Err(error) if error.errno() != Errno::EEXIST => self.promiscuous = true,
-                _ => {}
+        self.place(before, |mac| {
+            match neighbour(netlink, libc::RTM_NEWNEIGH, nic, mac, NUD_PERMANENT, libc::NTF_SELF) {
+                Ok(()) => true,
+                Err(error) => error.errno() == Errno::EEXIST,
             }
-        }
+        });
         let flag = |on, flag| if on { flag } else { 0 };
         let flags = flag(self.promiscuous, IFF_PROMISC) | flag(self.all_multicast, IFF_ALLMULTI);
         interface::set_flags(netlink, nic, flags, IFF_PROMISC | IFF_ALLMULTI)?;
@@ -60,6 +61,13 @@ impl Filter {
             let _ = neighbour(netlink, libc::RTM_DELNEIGH, nic, *mac, NUD_PERMANENT, libc::NTF_SELF);
         }
         Ok(self)
+    }
+
+    /// Adds what `before` has not; `add` says whether the NIC has the address.
+    fn place(&mut self, before: &Self, mut add: impl FnMut(Mac) -> bool) {
+        let wanted = self.addresses.len();
+        self.addresses.retain(|mac| before.addresses.contains(mac) || add(*mac));
+        self.promiscuous |= self.addresses.len() < wanted;
     }
 }
 
@@ -123,6 +131,23 @@ mod tests {
     fn too_many_addresses_are_all() {
         let many = (0..65).map(|n| Mac([2, 1, 0, 0, 0, n])).collect();
         assert!(Filter::of(&RxMode { unicast: many, ..mode() }, None, false).promiscuous);
+    }
+
+    /// As drivers of some server NICs, which take no address into their lists unless they have virtual functions.
+    #[test]
+    fn a_nic_that_refuses_an_address_stays_promiscuous_as_long_as_the_guest_has_it() {
+        let refuses = |mac: Mac| mac != OTHER;
+        let then = |before: &Filter, mode: &RxMode| {
+            let mut filter = Filter::of(mode, Some(OWN), false);
+            filter.place(before, refuses);
+            filter
+        };
+        let first = then(&Filter::default(), &mode());
+        assert!(first.promiscuous && first.addresses.iter().eq([&GROUP]), "{first:?}");
+        let left = then(&first, &RxMode { multicast: vec![], ..mode() });
+        assert!(left.promiscuous, "it has left a group, and still has the address: {left:?}");
+        let without = then(&left, &RxMode { unicast: vec![OWN], ..mode() });
+        assert!(!without.promiscuous && without.addresses.iter().eq([&GROUP]), "{without:?}");
     }
 
     #[test]
