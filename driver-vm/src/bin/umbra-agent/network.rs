@@ -107,22 +107,32 @@ impl Nic {
             features.set(&[LRO, (VLAN_FILTER, false)]).with_context(|| format!("cannot set features of {name}"))?;
             tags_dropped = !off(VLAN_FILTER).unwrap_or(true);
         }
-        let mut filter = Filter::default();
+        let permanent = permanent.or(address).unwrap_or(Mac([0; 6]));
+        let filter = Filter::default();
+        let mut nic = Self { index, name, driver, permanent, mtu, own: address, tags_dropped, filter };
         if let [end] = &plan.ends[..] {
-            let wanted = Filter::of(&end.mode, address, tags_dropped);
-            if wanted != filter {
-                filter = wanted
-                    .apply(&filter, netlink, index)
-                    .with_context(|| format!("cannot set what {name} receives"))?;
-            }
+            nic.receive(netlink, &end.mode)?;
         }
         let flags = IFF_UP | IFF_NOARP;
         interface::set_flags(netlink, index, flags, flags)
-            .with_context(|| format!("cannot bring {name} ({driver}) up"))?;
+            .with_context(|| format!("cannot bring {} ({}) up", nic.name, nic.driver))?;
         // Older kernels do not know this bound; they forward as well, but more slowly.
         let _ = interface::set_gro_max(netlink, index, (MAX_FRAGMENTS * mtu).min(GRO_DEFAULT));
-        let permanent = permanent.or(address).unwrap_or(Mac([0; 6]));
-        Ok(Self { index, name, driver, permanent, mtu, own: address, tags_dropped, filter })
+        Ok(nic)
+    }
+
+    /// Receives what its only guest asks for.
+    ///
+    /// # Errors
+    /// When the NIC refuses.
+    pub fn receive(&mut self, netlink: &mut Netlink, mode: &RxMode) -> anyhow::Result<()> {
+        let wanted = Filter::of(mode, self.own, self.tags_dropped);
+        if wanted != self.filter {
+            self.filter = wanted
+                .apply(&self.filter, netlink, self.index)
+                .with_context(|| format!("cannot set what {} receives", self.name))?;
+        }
+        Ok(())
     }
 }
 
@@ -272,9 +282,7 @@ impl Network {
         let one = self.ends.len() == 1;
         let end = self.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
         if one {
-            self.nic.filter = Filter::of(&mode, self.nic.own, self.nic.tags_dropped)
-                .apply(&self.nic.filter, netlink, self.nic.index)
-                .with_context(|| format!("cannot set what {} receives", self.nic.name))?;
+            self.nic.receive(netlink, &mode)?;
         } else {
             filter::place_at_port(netlink, end.index, &end.mode.unicast, &mode.unicast);
         }
@@ -332,4 +340,24 @@ fn set_offloads(calls: &Calls, name: &str, offloads: Offloads) -> anyhow::Result
     Features::of(calls, name)
         .and_then(|of| of.set(&features))
         .with_context(|| format!("cannot set the offloads of {name}"))
+}
+
+#[cfg(test)]
+pub mod testing {
+    use super::*;
+
+    impl Nic {
+        /// The loopback interface in the place of a NIC; it is promiscuous if it is asked for an address.
+        pub fn loopback(netlink: &mut Netlink) -> Self {
+            let all = interface::all(netlink).unwrap();
+            let Interface { index, name, mtu, .. } = all.into_iter().find(|interface| interface.name == "lo").unwrap();
+            let (driver, permanent, own, tags_dropped) = ("loopback".into(), Mac([0; 6]), None, false);
+            Self { index, name, driver, permanent, mtu, own, tags_dropped, filter: Filter::default() }
+        }
+
+        /// Whether it receives what this mode asks for, and no more.
+        pub fn is_set_to(&self, mode: &RxMode) -> bool {
+            self.filter == Filter::of(mode, self.own, self.tags_dropped)
+        }
+    }
 }

@@ -255,10 +255,14 @@ impl<'a> Worker<'a> {
                 }
             }
             // Not forwarding yet: the plan is changed, and applied when the devices are there. There is nothing to stall.
-            State::Awaited { plan, ends, .. } => {
+            State::Awaited { plan, nic, ends } => {
+                let asked = !orders.modes.is_empty();
                 for (end, mode) in orders.modes {
                     let end = plan.ends.get_mut(usize::from(end)).with_context(|| format!("there is no end {end}"))?;
                     end.mode = mode;
+                }
+                if let (true, Some(nic), [end]) = (asked, nic, &plan.ends[..]) {
+                    nic.receive(&mut self.requests, &end.mode)?;
                 }
                 for (end, offloads) in orders.offloads {
                     if let Some(ends) = ends {
@@ -353,4 +357,51 @@ impl<'a> Worker<'a> {
 fn carrier_news(calls: &Calls, network: &Network, up: bool) -> FromAgent {
     let mode = if up { calls.make(|| network.link_mode()) } else { None };
     FromAgent::Carrier { up, mode, uptime_ms: system::uptime_ms() }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+    use umbra_driver_vm::protocol::{Mac, NetEnd, Offloads, RxMode};
+
+    use super::*;
+
+    /// Runs `test` in a network namespace of its own, which takes root's rights.
+    fn in_namespace(test: impl FnOnce() + Send + 'static) {
+        if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
+            eprintln!("skipped: UMBRA_SKIP_ROOT=1");
+            return;
+        }
+        let run = move || {
+            let ready = unshare(CloneFlags::CLONE_NEWNET).is_ok();
+            assert!(ready, "this test needs root; UMBRA_SKIP_ROOT=1 leaves it out");
+            test();
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    #[test]
+    fn what_the_guest_asks_for_between_the_nic_and_its_end_reaches_the_nic() {
+        in_namespace(|| {
+            let (sender, _reports) = channel();
+            let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+            let reporter = Reporter { sender, wake: Arc::new(EventFd::from_flags(flags).unwrap()) };
+            let end =
+                NetEnd { device_mac: Mac([2, 0, 0, 0, 0, 1]), mode: RxMode::default(), offloads: Offloads::default() };
+            let plan = NetPlan { ends: vec![end], mtu: None, device: DevicePlace::Present };
+            let due = Due::after_boot(Duration::ZERO);
+            let mut worker =
+                Worker::new((plan, due), Arc::new(Mailbox::new().unwrap()), Calls::default(), &reporter).unwrap();
+            let there = Nic::loopback(&mut worker.requests);
+            let State::Awaited { nic, .. } = &mut worker.state else { unreachable!() };
+            *nic = Some(there);
+            let bridges = RxMode { promiscuous: true, all_multicast: true, ..RxMode::default() };
+            let mut orders = Orders::default();
+            orders.set_mode(0, bridges.clone());
+            worker.obey(orders).unwrap();
+            let State::Awaited { plan, nic: Some(nic), .. } = &worker.state else { unreachable!() };
+            assert_eq!(plan.ends[0].mode, bridges);
+            assert!(nic.is_set_to(&bridges), "{nic:?}");
+        });
+    }
 }
