@@ -69,6 +69,23 @@ fn a_log_that_waits_is_a_stall_whatever_the_guest_does() {
     assert!(is_stalled(&mut guest));
 }
 
+/// The guest's boot loader has left the device, and its system has not taken it yet.
+#[test]
+fn a_log_that_waits_for_a_carrier_is_no_stall_whatever_the_guest_does() {
+    let mut guest = Guest::new();
+    send(&mut guest, 5);
+    let mut vm = attached(&mut guest, 1);
+    vm.rx.offer(2);
+    guest.splitter.go_live(generation(1), Log::Replay);
+    guest.splitter.stop_queue(GuestQueue::Tx);
+    guest.splitter.carrier(generation(1), false);
+    assert_eq!(guest.splitter.status().mode, ModeName::WaitingCarrier);
+    assert!(!guest.splitter.waits_for_driver_vm());
+    assert!(!is_stalled(&mut guest));
+    guest.splitter.carrier(generation(1), true);
+    assert!(is_stalled(&mut guest), "with a carrier it is");
+}
+
 #[test]
 fn nothing_waits_for_a_driver_vm_that_is_lost() {
     let mut guest = Guest::new();

@@ -332,6 +332,10 @@ impl NetSplitter {
         self.inward();
         if self.shadow.carrier(generation, up) {
             (self.listener)(Notice::Config);
+            if self.shadow.verdict() == FrameVerdict::Log {
+                // A log that waits for a carrier does not wait for the driver VM.
+                self.progress.note(false);
+            }
             self.replay();
             self.outward();
         }
