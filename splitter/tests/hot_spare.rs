@@ -3,14 +3,16 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::vm::{DriverVm, Guest, MAC, attached, attached_as, generation, link};
+use common::vm::{DriverVm, Guest, MAC, attached, attached_again, attached_as, generation, link};
 use common::{frame, number};
 use proptest::prelude::*;
 use umbra_shadow::net::{MaskedCounts, ModeName};
 use umbra_splitter::link::Cause;
 use umbra_splitter::net::{Log, Notice};
+use vhost::vhost_user::Frontend;
 
 /// A guest that is served by generation 1, and generation 2 that waits, with receive buffers, unarmed.
 fn served_with_another_waiting() -> (Guest, DriverVm, DriverVm) {
@@ -218,6 +220,64 @@ fn one_that_waits_is_not_missing_when_it_is_told_to_go_live_too_early() {
     guest.splitter.go_live(generation(2), Log::Replay);
     assert!(notices(&guest).is_empty());
     assert_eq!(guest.splitter.serving(), Some(generation(1)));
+}
+
+/// The driver VM's side has given the connection up and the supervisor has made another, before the guest has seen the end of the
+/// first, because its process stood still.
+#[test]
+fn a_serving_link_that_is_made_again_before_its_end_is_seen_leaves_the_waiting_one_waiting() {
+    for is_armed in [false, true] {
+        let (mut guest, mut first, mut second) = served_with_another_waiting();
+        guest.splitter.arm(generation(2), is_armed);
+        take_announcements(&mut first);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let _unseen = std::mem::replace(&mut first.frontend, Frontend::from_stream(ours, 2));
+        guest.splitter.attach(link(1).next(), theirs);
+        guest.tx.send(&frame(1, 100));
+        guest.turn();
+        assert_eq!(guest.splitter.status().mode, ModeName::Masking);
+        first.connect();
+        while !matches!(guest.notice(), Notice::LinkUp(id) if id == link(1).next()) {}
+        guest.splitter.go_live(generation(1), Log::Replay);
+        assert_eq!(guest.splitter.serving(), Some(generation(1)));
+        assert_eq!(first.rx.receive_all(), [frame(1, 100)]);
+        guest.splitter.mask(generation(1));
+        assert_eq!(guest.splitter.serving(), is_armed.then_some(generation(2)));
+        guest.splitter.go_live(generation(2), Log::Replay);
+        assert_eq!(guest.splitter.serving(), Some(generation(2)));
+        assert_eq!(take_announcements(&mut second), usize::from(is_armed));
+    }
+}
+
+/// A guest that starts may be connected with the spare first; and a link that was lost before it served is made again.
+#[test]
+fn a_spare_is_armed_whenever_its_link_comes_to_wait() {
+    for is_lost in [false, true] {
+        let mut guest = Guest::new();
+        let before = is_lost.then(|| attached(&mut guest, 1));
+        let mut second = attached(&mut guest, 2);
+        second.rx.offer_all();
+        guest.splitter.arm(generation(2), true);
+        let (mut first, id) = match before {
+            Some(mut first) => {
+                let socket = first.hang_up();
+                while !matches!(guest.notice(), Notice::LinkLost(id, _) if id == link(1)) {}
+                drop(socket);
+                attached_again(&mut guest, &mut first, link(1).next());
+                (first, link(1).next())
+            }
+            None => (attached(&mut guest, 1), link(1)),
+        };
+        first.rx.offer_all();
+        guest.splitter.go_live(generation(1), Log::Replay);
+        assert_eq!((guest.splitter.serving(), guest.splitter.shadow().link()), (Some(generation(1)), Some(id)));
+        guest.rx.offer_all();
+        second.tx.send(&frame(7, 100));
+        guest.turn();
+        guest.splitter.mask(generation(1));
+        assert_eq!(guest.splitter.serving(), Some(generation(2)));
+        assert!(guest.rx.receive_all().is_empty(), "what it had brought in is of another time");
+    }
 }
 
 #[test]

@@ -489,8 +489,16 @@ impl NetSplitter {
         self.wake_up();
     }
 
-    /// Gives the link and all older ones up, and masks; reports that to the supervisor unless the supervisor asked for it.
+    /// Gives the link and all older ones up, and masks, or goes over to the one that waits.
     fn lose(&mut self, id: LinkId, cause: Cause) {
+        let served = self.part(id, cause);
+        self.promote(served);
+        self.outward();
+    }
+
+    /// Gives the link and all older ones up, and masks; reports that to the supervisor unless the supervisor asked for it. Whether it
+    /// has served.
+    fn part(&mut self, id: LinkId, cause: Cause) -> bool {
         if self.link.id().is_some_and(|known| known <= id)
             && let LinkState::Up { mut link, in_flight, .. } = std::mem::take(&mut self.link)
         {
@@ -504,8 +512,7 @@ impl NetSplitter {
         if applied && !matches!(cause, Cause::GivenUp) {
             (self.listener)(Notice::LinkLost(id, cause));
         }
-        self.promote(served && applied);
-        self.outward();
+        served && applied
     }
 
     /// Hands the log over, then goes live.

@@ -18,7 +18,8 @@ use crate::pump::{self, Counts, Handed, InPlace, Owner, PumpError, Stop};
 #[derive(Default)]
 pub(super) struct WaitingLink {
     link: LinkState,
-    armed: bool,
+    /// The generation that is armed, whether its link waits now, or is still to come, or has taken the place of another for a while.
+    armed: Option<Generation>,
     /// It has brought in a frame that the guest had sent through the serving one: both are on one network.
     proven: bool,
 }
@@ -31,13 +32,17 @@ impl WaitingLink {
     /// The link whose frames are to be discarded.
     pub(super) fn armed_link(&self) -> Option<&Link> {
         match &self.link {
-            LinkState::Up { link, .. } if self.armed => Some(link),
+            LinkState::Up { link, .. } if self.is_armed() => Some(link),
             _ => None,
         }
     }
 
     pub(super) fn disarm(&mut self) {
-        self.armed = false;
+        self.armed = None;
+    }
+
+    fn is_armed(&self) -> bool {
+        self.armed.is_some() && self.armed == self.link.generation()
     }
 }
 
@@ -52,8 +57,12 @@ impl NetSplitter {
     /// [`Notice::SameNetwork`] if they are.
     pub fn arm(&mut self, generation: Generation, armed: bool) {
         self.take_events();
+        if armed {
+            self.next.armed = Some(generation);
+        } else if self.next.armed == Some(generation) {
+            self.next.disarm();
+        }
         if self.next.link.generation() == Some(generation) {
-            self.next.armed = armed;
             // Its kick is to be watched.
             self.wake_up();
             self.discard();
@@ -110,10 +119,12 @@ impl NetSplitter {
             let waiting = std::mem::replace(&mut self.link, new);
             self.wait_behind(waiting);
         } else {
+            // The one that waits waits on.
             if let Some(old) = self.link.id() {
-                self.lose(old, Cause::GivenUp);
+                self.part(old, Cause::GivenUp);
             }
             self.link = new;
+            self.outward();
         }
     }
 
@@ -127,8 +138,9 @@ impl NetSplitter {
 
     /// Makes `link` the one that waits, in place of any other.
     fn wait_behind(&mut self, link: LinkState) {
-        let old = std::mem::replace(&mut self.next, WaitingLink { link, ..WaitingLink::default() });
-        self.forget(old.link);
+        let old = std::mem::replace(&mut self.next.link, link);
+        self.next.proven = false;
+        self.forget(old);
         // The set of kicks has changed.
         self.wake_up();
     }
@@ -178,7 +190,10 @@ impl NetSplitter {
 
     /// What an armed link brings in before it serves came to the guest through the serving one, or was not for it.
     pub(super) fn discard(&mut self) {
-        let WaitingLink { link: LinkState::Up { link, .. }, armed: true, proven } = &mut self.next else { return };
+        if !self.next.is_armed() {
+            return;
+        }
+        let WaitingLink { link: LinkState::Up { link, .. }, proven, .. } = &mut self.next else { return };
         let own = if *proven { Vec::new() } else { self.sources.own_of(self.shadow.filter()) };
         let (mut seen, mut heard) = (false, false);
         let look = |frame: &InPlace<'_, '_>| {
@@ -209,8 +224,9 @@ impl NetSplitter {
             return;
         }
         self.discard();
-        let WaitingLink { link, armed, .. } = std::mem::take(&mut self.next);
-        self.link = link;
+        let armed = self.next.is_armed();
+        self.link = std::mem::take(&mut self.next.link);
+        self.next.proven = false;
         let Some(id) = self.link.id() else { return };
         self.wake_up();
         if armed && served {
