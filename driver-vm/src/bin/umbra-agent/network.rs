@@ -342,6 +342,7 @@ fn set_offloads(calls: &Calls, name: &str, offloads: Offloads) -> anyhow::Result
         .with_context(|| format!("cannot set the offloads of {name}"))
 }
 
+/// A NIC for the tests of the network thread.
 #[cfg(test)]
 pub mod testing {
     use super::*;
