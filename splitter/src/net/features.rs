@@ -49,6 +49,9 @@ pub const GUEST: u64 = COMMON
         VIRTIO_NET_F_CTRL_MAC_ADDR,
     ]);
 
+/// Offered to the guest where an interface of the host takes its frames: that has no speed to show.
+pub const GUEST_ON_TAP: u64 = GUEST & !bits(&[VIRTIO_NET_F_SPEED_DUPLEX]);
+
 /// Offered to the driver VM.
 pub const DRIVER_VM: u64 = COMMON | bits(&[VIRTIO_F_VERSION_1]);
 

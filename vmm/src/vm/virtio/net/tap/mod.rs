@@ -297,7 +297,7 @@ impl VirtioDevice for TapNet {
     }
 
     fn features(&self) -> u64 {
-        features::GUEST
+        features::GUEST_ON_TAP
     }
 
     fn set_features(&mut self, accepted: u64) {

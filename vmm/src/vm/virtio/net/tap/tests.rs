@@ -189,6 +189,16 @@ fn a_frame_too_large_is_dropped_and_the_next_one_comes() {
     assert_eq!(guest.device.lock().unwrap().receiver.dropped, 1);
 }
 
+/// A driver would take the zeros behind the configuration for half duplex.
+#[test]
+fn an_interface_of_the_host_claims_no_speed() {
+    const SPEED_DUPLEX: u64 = 1 << 63;
+    let (net, _wire) = on_a_socket();
+    let mut shown = [9; 5];
+    net.config_read(12, &mut shown);
+    assert_eq!((net.features() & SPEED_DUPLEX, shown), (0, [0; 5]));
+}
+
 #[test]
 fn commands_are_acknowledged_and_the_address_changes() {
     let mut guest = Guest::new(0);
