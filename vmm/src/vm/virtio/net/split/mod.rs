@@ -230,7 +230,9 @@ impl SplitNet {
         }
         for (source, kick) in self.splitter.kicks() {
             let fd = kick.as_raw_fd();
-            if self.watched.iter().any(|(watched, _)| *watched == fd) {
+            if let Some((_, known)) = self.watched.iter_mut().find(|(watched, _)| *watched == fd) {
+                // A link that waited may serve by now, and the other way round.
+                *known = source;
                 continue;
             }
             match ops.add(Events::new(kick, EventSet::IN | EventSet::EDGE_TRIGGERED)) {

@@ -343,6 +343,22 @@ fn spares_take_over_in_turns_and_are_heard_by_their_kicks_alone() {
 }
 
 #[test]
+fn a_spare_that_was_connected_first_is_heard_by_its_kicks_when_it_waits() {
+    let (mut guest, next) = (Guest::new(), Generation::FIRST.next());
+    let mut spare = DriverVm::attach(&mut guest, next);
+    guest.device().arm(next, true);
+    let _serving = DriverVm::attach(&mut guest, Generation::FIRST);
+    go_live(&mut guest, Generation::FIRST);
+    guest.events.run();
+    for n in 0..3 {
+        spare.queues[1].add(&[&[0; 12], &[n; 60]], &[]);
+        spare.queues[1].kick();
+        guest.events.run();
+        assert_eq!(spare.queues[1].used().len(), 1, "frame {n} is taken from its ring");
+    }
+}
+
+#[test]
 fn the_log_waits_for_the_carrier_and_the_guest_is_told_that_there_is_none() {
     let mut guest = Guest::new();
     (0..20).for_each(|n| guest.send(&[n; 100]));
