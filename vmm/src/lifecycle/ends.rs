@@ -66,6 +66,11 @@ impl Lifecycle {
         self.ends.contains(&end)
     }
 
+    /// Whether the guest of `end` has gone live with the life that is live.
+    pub fn is_live_at(&self, end: Endpoint) -> bool {
+        matches!(self.state, State::Live { .. }) && self.serves(end) && !self.late.contains(&end)
+    }
+
     /// The guest at `end` was started again: it is not the one whose recorded requests lives have died of.
     pub fn end_starts_over(&mut self, end: Endpoint) {
         self.suspects.clear(end);

@@ -78,6 +78,7 @@ impl Supervisor {
     fn on_late_end_live(&mut self, n: DriverId, end: Endpoint) {
         let EndRef { guest, device } = self.drivers[n].ends[end];
         let frames = std::mem::take(&mut self.drivers[n].late_frames);
+        self.drivers[n].has_settled();
         self.events.tell(&Event::EndLive {
             guest: self.guests[guest].name.clone(),
             device,

@@ -13,8 +13,10 @@ use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 use umbra_vmm::supervisor::start::rundir;
 
+use crate::cases::wait_armed;
 use crate::machine::{
-    DEVICE, PATIENCE, SPARE, TestMachine, make, start, start_elsewhere, start_shared, start_without_drivers,
+    DEVICE, PATIENCE, SPARE, TestMachine, make, share_with_db, start, start_elsewhere, start_shared,
+    start_without_drivers,
 };
 
 /// All of them.
@@ -67,6 +69,10 @@ pub const ALL: &[crate::cases::Case] = &[
     (
         "a_guest_that_reads_nothing_does_not_keep_the_supervisor_busy",
         a_guest_that_reads_nothing_does_not_keep_the_supervisor_busy,
+    ),
+    (
+        "a_guest_that_is_served_after_the_others_is_announced_at_the_device_that_took_over",
+        a_guest_that_is_served_after_the_others_is_announced_at_the_device_that_took_over,
     ),
 ];
 
@@ -431,4 +437,27 @@ fn processor_time(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, rest) = text.rsplit_once(')').unwrap();
     rest.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+fn a_guest_that_is_served_after_the_others_is_announced_at_the_device_that_took_over() {
+    let mut machine = make("", "", &format!("spare = \"{SPARE}\"\n"));
+    share_with_db(&machine);
+    machine.start_again();
+    wait_armed(&machine, 1, SPARE, 2);
+    machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    // It may have come late to the first life as well.
+    let came = machine.events_text().matches("\"end-live\"").count();
+    machine.ask_about(&Request::StartGuest { name: "web".into() }).unwrap();
+    machine.wait_for_event("\"end-live\"", came + 1);
+    let announced =
+        |log: &str| log.lines().rfind(|line| line.starts_with("GoLive")).unwrap().contains("announce: true");
+    assert!(announced(&machine.guest_log()), "{}", machine.guest_log());
+    // Once.
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    machine.wait_for_event("\"end-live\"", came + 2);
+    assert!(!announced(&machine.guest_log()), "{}", machine.guest_log());
+    machine.press(StopHow::Kill);
 }

@@ -73,12 +73,17 @@ pub fn start_elsewhere(driver: &str) -> TestMachine {
 /// both are off.
 pub fn start_shared(web: &str, driver: &str) -> TestMachine {
     let mut machine = make(web, driver, "");
+    share_with_db(&machine);
+    machine.start_again();
+    machine
+}
+
+/// The driver VM of `machine`, which is not started yet, serves the guest `db` as well; the machine runs on when both are off.
+pub fn share_with_db(machine: &TestMachine) {
     let path = machine.dir.path().join("m.toml");
     let db = "[guest.db]\nkernel = \"kernel\"\nconsole = { file = \"db.log\" }\nnet = [{ driver = \"nic0\" }]\n";
     fs::write(&path, fs::read_to_string(&path).unwrap() + db).unwrap();
     fs::write(machine.dir.path().join("keep"), "").unwrap();
-    machine.start_again();
-    machine
 }
 
 /// Starts a machine of the guests `web` and `db` without any driver VM.

@@ -138,7 +138,7 @@ impl Supervisor {
     pub(super) fn net_goes_live(&mut self, n: DriverId, end: Endpoint, (generation, replay): (Generation, Replay)) {
         let driver = &self.drivers[n];
         let EndRef { guest, device } = driver.ends[end];
-        let announce = driver.has_moved();
+        let announce = driver.has_moved(end);
         // First, so that the guest sees no link that comes and goes.
         self.tell_carrier(n, EndRef { guest, device }, generation);
         self.tell_guest(guest, &ToVm::GoLive { device, generation, replay, announce });

@@ -4,6 +4,7 @@
 //! Whether the spare is on the guests' network is asked while it waits: a broadcast that goes out through the serving
 //! device has to come in through the spare's. Invariant: each device has one process at most.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use umbra_shadow::Generation;
@@ -49,8 +50,8 @@ pub(in crate::supervisor) struct Spare {
     network: Option<Network>,
     /// The failed life that had it last and whose report is not complete.
     retired: Option<Generation>,
-    /// The devices have changed places since the guests were last live.
-    moved: bool,
+    /// The ends whose guests have not been live since the devices changed places.
+    moved: BTreeSet<Endpoint>,
 }
 
 impl Spare {
@@ -63,7 +64,7 @@ impl Spare {
             reset_start: Time(0),
             network: None,
             retired: None,
-            moved: false,
+            moved: BTreeSet::new(),
         }
     }
 
@@ -249,18 +250,19 @@ impl DriverVm {
         std::mem::swap(&mut self.held, &mut spare.held);
         std::mem::swap(&mut self.reset_method, &mut spare.reset_method);
         (spare.network, spare.retired) = (None, failed);
-        spare.moved = !spare.moved;
+        // Also where they have changed back: some guests may have announced themselves meanwhile.
+        spare.moved = self.ends.ids().collect();
     }
 
-    /// Whether the guests are about to go live with another device than the one that served them last.
-    pub(in crate::supervisor) fn has_moved(&self) -> bool {
-        self.spare.as_ref().is_some_and(|spare| spare.moved)
+    /// Whether the guest at `end` is about to go live with another device than the one that served it last.
+    pub(in crate::supervisor) fn has_moved(&self, end: Endpoint) -> bool {
+        self.spare.as_ref().is_some_and(|spare| spare.moved.contains(&end))
     }
 
-    /// All guests are live.
+    /// More guests are live.
     pub(in crate::supervisor) fn has_settled(&mut self) {
         if let Some(spare) = &mut self.spare {
-            spare.moved = false;
+            spare.moved.retain(|end| !self.lifecycle.is_live_at(*end));
         }
     }
 
