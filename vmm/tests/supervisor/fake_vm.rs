@@ -294,7 +294,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
         let control = Arc::clone(&channel);
         let (stays, unanswered) = (told("stays"), told("unanswered"));
         let hang_up = spec.kernel.parent().unwrap().with_file_name("hang-up");
-        thread::spawn(move || obey(&control, stays, unanswered.then_some(hang_up)));
+        thread::spawn(move || obey(&control, stays, unanswered.then_some(&*hang_up)));
     };
     if spec.awaits_device {
         say(FromAgent::Loaded { uptime_ms: 2 });
@@ -518,7 +518,7 @@ fn kept_snapshot(spec: &VmSpec, channel: &Channel, say: &dyn Fn(FromAgent)) -> b
 
 /// The supervisor's messages to the process; one that `stays` says that it has given its device up, and does not end. Where connections
 /// are `unanswered`, their guests do not take part in setting them up, as it says, and it hangs up once there is a file of that name.
-fn obey(control: &Channel, stays: bool, unanswered: Option<PathBuf>) {
+fn obey(control: &Channel, stays: bool, unanswered: Option<&Path>) {
     let mut connections = Vec::new();
     while let Ok(Incoming::Message(message, files)) = control.receive::<ToVm>() {
         match message {
@@ -530,7 +530,7 @@ fn obey(control: &Channel, stays: bool, unanswered: Option<PathBuf>) {
             }
             // They end with this process.
             ToVm::Connect { end, link } => {
-                let Some(hang_up) = unanswered.clone() else {
+                let Some(hang_up) = unanswered.map(Path::to_owned) else {
                     connections.extend(files);
                     continue;
                 };

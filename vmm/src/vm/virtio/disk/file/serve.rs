@@ -169,7 +169,7 @@ impl Server<'_> {
                     self.hand_over(pending, work);
                     Step::HandedOver(0)
                 }
-                None => self.written(pending, chain),
+                None => self.written(&pending, chain),
             },
             Job::Flush => Step::Answered(answer(chain, Status::Ok, 0)),
         }
@@ -182,7 +182,7 @@ impl Server<'_> {
             return Step::Answered(answer(chain, Status::Ok, length));
         }
         if part == 0 {
-            return self.written(pending, chain);
+            return self.written(&pending, chain);
         }
         let position = at.start() * SECTOR_BYTES + pending.done as u64;
         let mut copied = 0;
@@ -201,11 +201,11 @@ impl Server<'_> {
     }
 
     /// What changes sectors is done: answers it, or has it flushed before.
-    fn written(&mut self, pending: Pending, chain: &Chain<'_>) -> Step {
+    fn written(&mut self, pending: &Pending, chain: &Chain<'_>) -> Step {
         if !self.writes_through {
             return Step::Answered(answer(chain, Status::Ok, 0));
         }
-        self.hand_over(Pending { job: Job::Flush, part: 0, ..pending }, Work::Flush);
+        self.hand_over(Pending { job: Job::Flush, part: 0, ..*pending }, Work::Flush);
         Step::HandedOver(0)
     }
 
