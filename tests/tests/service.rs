@@ -56,7 +56,7 @@ journalctl -b -u systemd-suspend --no-pager -o cat
 [ $(slept) -gt $before ]";
 
 /// The guest powers off when its button is pressed.
-const REACTS: &str = "mkdir -p /etc/acpi/PWRF; echo '#!/bin/sh
+const REACTS: &str = "modprobe -a button evdev; mkdir -p /etc/acpi/PWRF; echo '#!/bin/sh
 poweroff -f' > /etc/acpi/PWRF/00000080; chmod 755 /etc/acpi/PWRF/00000080; acpid";
 
 #[test]

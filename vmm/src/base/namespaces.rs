@@ -11,6 +11,7 @@
 use std::fs::{File, create_dir_all};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::thread::Builder;
 
 use nix::errno::Errno;
@@ -23,6 +24,8 @@ use thiserror::Error;
 const NETWORK: &str = "/proc/thread-self/ns/net";
 /// Where the empty root is made: a folder that each host has, and in which nothing is opened any more by then.
 const PLACE: &str = "/dev";
+/// The calling thread's mounts.
+const MOUNTS: &str = "/proc/thread-self/mountinfo";
 /// Of the process; in the empty root too.
 const DESCRIPTORS: &str = "/proc/self/fd";
 
@@ -94,13 +97,29 @@ impl Namespaces {
             // The folder before lies upon the new one.
             Ok(()) => umount2(".", MntFlags::MNT_DETACH).map_err(failed("take the host's files away (umount2)")),
             // The host runs from its initial RAM disk, which cannot be taken away: it is hidden.
-            Err(Errno::EINVAL) => mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-                .and_then(|()| chroot("."))
-                .map_err(failed("hide the host's files")),
+            Err(Errno::EINVAL) => {
+                let mounts = std::fs::read_to_string(MOUNTS).map_err(|error| errno(&error));
+                let mounts = mounts.map_err(failed("read the list of mounts"))?;
+                // Whoever unmounts one of them in the host would find it in use. The newest first; what lies below the folder stays.
+                for mounted in
+                    places(&mounts).rev().filter(|place| *place != "/" && !Path::new(place).starts_with(PLACE))
+                {
+                    umount2(mounted, MntFlags::MNT_DETACH).map_err(failed("take the host's mounts away (umount2)"))?;
+                }
+                mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+                    .and_then(|()| chroot("."))
+                    .map_err(failed("hide the host's files"))
+            }
             Err(error) => Err(failed("change the root folder (pivot_root)")(error)),
         }?;
         chdir("/").map_err(failed("enter the new root folder"))
     }
+}
+
+/// The places of the mounts in a list of them (proc_pid_mountinfo(5)), which keeps their order. One with a space in its path, which is
+/// escaped there, is none.
+fn places(mounts: &str) -> impl DoubleEndedIterator<Item = &str> {
+    mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|place| !place.contains('\\'))
 }
 
 fn change_mount(place: &str, flags: MsFlags) -> nix::Result<()> {
@@ -124,9 +143,12 @@ pub fn available() -> Result<(), Error> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::ffi::CStr;
+    use std::io::Read;
     use std::net::TcpStream;
-    use std::os::fd::AsRawFd;
+    use std::os::fd::{AsRawFd, FromRawFd};
     use std::sync::Arc;
+    use std::sync::mpsc::channel;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -175,6 +197,16 @@ mod tests {
         assert!(names("/proc").len() > 1 && names("/").len() > 1);
     }
 
+    /// Tells by an event (inotify(7)) when the file system that is mounted there is gone for all.
+    fn watch_root(place: &CStr) -> File {
+        // SAFETY: the call takes no pointers; the descriptor is nobody else's.
+        let watch = unsafe { File::from_raw_fd(libc::inotify_init1(libc::IN_NONBLOCK)) };
+        // SAFETY: the path ends with a zero.
+        let added = unsafe { libc::inotify_add_watch(watch.as_raw_fd(), place.as_ptr(), libc::IN_DELETE_SELF) };
+        assert!(added >= 0, "{}", io::Error::last_os_error());
+        watch
+    }
+
     /// As in the test host of the bench: the first mount of all is the root folder, and cannot be changed for another.
     #[test]
     fn a_host_that_runs_from_its_initial_ram_disk_is_hidden() {
@@ -189,7 +221,20 @@ mod tests {
             }
             mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>).unwrap();
             assert_eq!(pivot_root("/proc", "/proc"), Err(Errno::EINVAL), "a root folder as any other");
-            find_nothing();
+            create_dir_all("/mnt").unwrap();
+            mount(Some("umbra"), "/mnt", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            let mut watch = watch_root(c"/mnt");
+            let ((hidden, is_hidden), (end, ends)) = (channel(), channel::<()>());
+            let process = std::thread::spawn(move || {
+                find_nothing();
+                hidden.send(()).unwrap();
+                let _ = ends.recv();
+            });
+            is_hidden.recv().unwrap();
+            umount2("/mnt", MntFlags::empty()).unwrap();
+            watch.read_exact(&mut [0; size_of::<libc::inotify_event>()]).expect("it is in use");
+            drop(end);
+            process.join().unwrap();
         });
     }
 
