@@ -2,7 +2,8 @@
 //! to have the address is left alone.
 //!
 //! The rule chooses the driver before udev loads one. One that is loaded already has the function before udev hears of it: in the initial
-//! RAM disk, or when a card comes back. From that one `umbra bind` takes it, as the rule has it do, unless the host uses it.
+//! RAM disk, or when a card comes back; and where the rule comes between the kernel's looks at two drivers, none has it. `umbra bind`
+//! takes the function then, as the rule has it do, unless the host uses it.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -41,10 +42,10 @@ pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, program: &Pat
     let program = program.display().to_string().replace('$', "$$").replace('%', "%%");
     let mut rule = format!(
         "# Written by `umbra bind --persist`; `umbra unbind {bdf}` removes it.\n\
-         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n\
-         {}DRIVER==\"?*\", DRIVER!=\"{VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n",
+         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n\
+         {}DRIVER!=\"{VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n",
         of_it("add"),
-        of_it("add|bind")
+        of_it("bind")
     );
     if let Some(owner) = owner {
         let order =
@@ -90,9 +91,9 @@ mod tests {
         let expected = "\
 # Written by `umbra bind --persist`; `umbra unbind 0000:03:00.0` removes it.
 ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
-  ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\"
-ACTION==\"add|bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
-  DRIVER==\"?*\", DRIVER!=\"vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
+  ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
+ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
+  DRIVER!=\"vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
 ";
         assert_eq!(fs::read_to_string(&written).unwrap(), expected);
         fs::write(nic.directory().join("reset_method"), "pm bus\n").unwrap();
