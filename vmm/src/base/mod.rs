@@ -3,6 +3,7 @@
 pub mod background_writer;
 pub mod build_id;
 pub mod error;
+pub mod held;
 pub mod high_duplicate;
 pub mod lines;
 pub mod lock;

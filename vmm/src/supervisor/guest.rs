@@ -12,6 +12,7 @@ use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use super::power_button::PowerButton;
 use super::vcpu_answers::VcpuAnswers;
+use crate::base::held::Held;
 use crate::base::time::Time;
 use crate::config::{Console, Guest};
 use crate::lifecycle::Endpoint;
@@ -33,6 +34,8 @@ pub(super) struct GuestVm {
     /// Where viewers of its console connect.
     console_socket: PathBuf,
     pub(super) process: Option<VmProcess>,
+    /// The files that it has open by their names.
+    pub(super) held: Held,
     pub(super) state: GuestState,
     pub(super) started: Time,
     pub(super) devices: Devices,
@@ -137,6 +140,7 @@ impl GuestVm {
             spec,
             console_socket,
             process: None,
+            held: Held::default(),
             state: GuestState::Starting,
             started: Time::now(),
             devices,
@@ -164,6 +168,9 @@ impl GuestVm {
         self.error = None;
         self.state = GuestState::Starting;
         self.started = Time::now();
+        let disks = self.spec.disk.iter().filter_map(|disk| disk.path.as_deref());
+        let console = if let Console::File(path) = &self.spec.console { path.parent() } else { None };
+        self.held = Held::new(disks.chain(console));
         self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
         self.listening = true;
         Ok(())

@@ -8,6 +8,7 @@ use super::guest::{AtEnd, GuestState};
 use super::ids::GuestId;
 use super::prepare::Until;
 use super::run::Supervisor;
+use crate::base::held::Held;
 use crate::base::time::Time;
 use crate::base::unix_socket;
 use crate::config::{OnCrash, OnReset};
@@ -90,7 +91,7 @@ impl Supervisor {
         let stopping = self.stopping.is_some();
         let guest = &mut self.guests[n];
         let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
-        guest.process = None;
+        (guest.process, guest.held) = (None, Held::default());
         // By now it could not do that itself.
         guest.spec.port.iter().for_each(|port| unix_socket::remove_stale(&port.socket));
         self.warn_of_loss(n);
