@@ -8,9 +8,10 @@
 //! ```
 //! One path stays: `/proc/self/fd`, because what kind of file a descriptor is can be read there alone.
 
-use std::fs::{File, create_dir_all};
+use std::fs::{File, Permissions, create_dir_all};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread::Builder;
 
@@ -88,6 +89,11 @@ impl Namespaces {
         mount(Some("umbra"), PLACE, Some("tmpfs"), attributes, data).map_err(failed("mount an empty folder"))?;
         let place = format!("{PLACE}{DESCRIPTORS}");
         create_dir_all(&place).map_err(|error| errno(&error)).map_err(failed("make the folder of descriptors"))?;
+        // Another user's threads look there, whatever root's umask is. The last part is a mount's, whose owner the process is.
+        for folder in Path::new(&place).ancestors().skip(1).take_while(|folder| *folder != Path::new(PLACE)) {
+            let open = std::fs::set_permissions(folder, Permissions::from_mode(0o555));
+            open.map_err(|error| errno(&error)).map_err(failed("let all enter the folder of descriptors"))?;
+        }
         let bound = mount(Some(DESCRIPTORS), place.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>);
         bound.map_err(failed("mount the folder of descriptors"))?;
         let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | attributes;
@@ -182,6 +188,9 @@ mod tests {
             assert_eq!(names(folder), [name], "{folder}");
         }
         assert_eq!(names("/proc/self/fd/../../.."), ["proc"]);
+        for folder in ["/", "/proc", "/proc/self"] {
+            assert_eq!(std::fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o555, "{folder}");
+        }
         let link = std::fs::read_link(format!("{DESCRIPTORS}/{}", file.as_raw_fd())).unwrap();
         assert!(link.to_str().unwrap().contains("(deleted)"), "{link:?}");
         assert_eq!(std::fs::create_dir("/new").unwrap_err().raw_os_error(), Some(libc::EROFS));
@@ -192,7 +201,12 @@ mod tests {
 
     #[test]
     fn nothing_is_found_but_descriptors_and_no_network() {
-        as_root(find_nothing);
+        as_root(|| {
+            // Of this thread alone.
+            unshare(CloneFlags::CLONE_FS).unwrap();
+            nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+            find_nothing();
+        });
         // All that was this thread's alone.
         assert!(names("/proc").len() > 1 && names("/").len() > 1);
     }
