@@ -1,10 +1,12 @@
 //! `umbra bind` and `umbra unbind`: take PCI functions from their drivers for a VM, and give one back. `umbra run --bind` takes those of
 //! a machine.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::pci_address::Bdf;
 use crate::base::users::{USERS, User};
@@ -15,6 +17,9 @@ use crate::host::doctor::{Root, storage};
 use crate::host::persist;
 use crate::host::{Error, HostDevice};
 use crate::supervisor::{Host, PreflightError, RunError};
+
+/// Locked by who binds functions.
+const BUS: &str = "/sys/bus/pci";
 
 /// Arguments of `umbra bind`.
 #[derive(Debug, clap::Args)]
@@ -76,7 +81,13 @@ fn bind_all(args: &BindArgs) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     for device in devices.iter().filter(|_| args.persist) {
         let bdf = device.bdf();
-        let rule = persist::keep(Path::new(persist::RULES), device, owner, &program)
+        // The functions of a group are taken together or not at all.
+        let group = device.group();
+        let is_with_it = |other: &&HostDevice| other.bdf() == bdf || (group.is_some() && other.group() == group);
+        let all = devices.iter().filter(is_with_it).map(|other| other.bdf().to_string());
+        let for_guest = args.passthrough.then(|| "--passthrough".to_owned());
+        let words = ["bind".to_owned()].into_iter().chain(for_guest).chain(all).collect::<Vec<_>>().join(" ");
+        let rule = persist::keep(Path::new(persist::RULES), device, owner, (&program, &words))
             .with_context(|| format!("{bdf} is bound now, and will not be after the next boot"))?;
         super::print(&format!("{bdf}: bound at each boot, by {}", rule.display()))?;
     }
@@ -133,6 +144,9 @@ fn unbound(machine: &Machine, pci: &Path) -> anyhow::Result<Vec<HostDevice>> {
 
 /// Binds `devices`, unless the host uses one.
 fn take(devices: &[HostDevice], force: bool) -> anyhow::Result<()> {
+    // One at a time: udev may run two at once, for functions of one group. Where there is no such folder, nothing can be bound.
+    let bus = File::open(BUS).with_context(|| format!("cannot look at {BUS}"))?;
+    let _one_at_a_time = Flock::lock(bus, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
     for device in devices {
         let disks = storage::in_use(&Root::default(), device);
         if !disks.is_empty() {

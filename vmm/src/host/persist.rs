@@ -23,13 +23,13 @@ fn path(rules: &Path, bdf: Bdf) -> PathBuf {
     rules.join(format!("10-umbra-{bdf}.rules"))
 }
 
-/// Writes the rule that gives `device` to `vfio-pci` at each boot, by `program`, this one, where another driver has it already, and to
-/// the user of the number `owner`; where it is.
+/// Writes the rule that gives `device` to `vfio-pci` at each boot, by `command`, a program and its words, where another driver has it
+/// already, and to the user of the number `owner`; where it is.
 ///
 /// # Errors
 ///
 /// Its model is not known, or the rule cannot be written.
-pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, program: &Path) -> Result<PathBuf, Error> {
+pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, command: (&Path, &str)) -> Result<PathBuf, Error> {
     let (bdf, vendor, model) = (device.bdf(), device.vendor()?, device.device()?);
     let path = path(rules, bdf);
     let of_it = |action: &str| {
@@ -38,12 +38,15 @@ pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, program: &Pat
              ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{model:04x}\", \\\n  "
         )
     };
-    // In a rule `$$` is a `$`, and `%%` a `%`.
-    let program = program.display().to_string().replace('$', "$$").replace('%', "%%");
+    // In a rule `$$` is a `$`, and `%%` a `%`. udev may go by a rule for three seconds after it was removed.
+    let program = command.0.display().to_string().replace('$', "$$").replace('%', "%%");
+    let take = format!("TEST==\"{}\", RUN+=\"'{program}' {}\"", path.display(), command.1);
     let mut rule = format!(
         "# Written by `umbra bind --persist`; `umbra unbind {bdf}` removes it.\n\
-         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n\
-         {}DRIVER!=\"{VFIO_PCI}\", RUN+=\"'{program}' bind {bdf}\"\n",
+         {}ATTR{{driver_override}}=\"{VFIO_PCI}\", RUN{{builtin}}+=\"kmod load {VFIO_PCI}\"\n\
+         {}{take}\n\
+         {}DRIVER!=\"{VFIO_PCI}\", {take}\n",
+        of_it("add"),
         of_it("add"),
         of_it("bind")
     );
@@ -84,20 +87,23 @@ mod tests {
     fn a_rule_names_address_and_model_and_is_removed_again() {
         let bus = FakeBus::new();
         let nic = bus.add("0000:03:00.0", Some(1), Some("e1000e"));
-        let (rules, program) = (bus.0.path().join("etc/rules.d"), Path::new("/opt/50 %/umbra"));
+        let (rules, command) = (bus.0.path().join("etc/rules.d"), (Path::new("/opt/50 %/umbra"), "bind 0000:03:00.0"));
         assert_eq!(forget(&rules, nic.bdf()).unwrap(), None);
-        let written = keep(&rules, &nic, None, program).unwrap();
-        assert_eq!(keep(&rules, &nic, None, program).unwrap(), written, "again");
-        let expected = "\
+        let written = keep(&rules, &nic, None, command).unwrap();
+        assert_eq!(keep(&rules, &nic, None, command).unwrap(), written, "again");
+        let take = format!("TEST==\"{}\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"", written.display());
+        let expected = format!("\
 # Written by `umbra bind --persist`; `umbra unbind 0000:03:00.0` removes it.
-ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
-  ATTR{driver_override}=\"vfio-pci\", RUN{builtin}+=\"kmod load vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
-ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{vendor}==\"0x8086\", ATTR{device}==\"0x10d3\", \\
-  DRIVER!=\"vfio-pci\", RUN+=\"'/opt/50 %%/umbra' bind 0000:03:00.0\"
-";
+ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
+  ATTR{{driver_override}}=\"vfio-pci\", RUN{{builtin}}+=\"kmod load vfio-pci\"
+ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
+  {take}
+ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
+  DRIVER!=\"vfio-pci\", {take}
+");
         assert_eq!(fs::read_to_string(&written).unwrap(), expected);
         fs::write(nic.directory().join("reset_method"), "pm bus\n").unwrap();
-        keep(&rules, &nic, Some(1000), program).unwrap();
+        keep(&rules, &nic, Some(1000), command).unwrap();
         let of_a_user = format!(
             "{expected}\
 ACTION==\"bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", ATTR{{vendor}}==\"0x8086\", ATTR{{device}}==\"0x10d3\", \\
