@@ -32,6 +32,13 @@ fn headroom(period: u64, buffer: u64) -> u64 {
 /// Silence before a stream's first samples where several guests are mixed, in periods. dmix begins where the card is just now; what the
 /// card has fetched ahead by then (QEMU's HDA codec: 512 frames, 11 ms) is mixed in too late, and heard when its buffer comes round again.
 const LEAD_PERIODS: u64 = 2;
+
+/// Frames of that in a buffer of `buffer` frames; no more than half of what is filled of one that has few periods, so that samples find
+/// room behind them.
+fn lead(period: u64, buffer: u64) -> u64 {
+    (LEAD_PERIODS * period).min((buffer - headroom(period, buffer)) / 2)
+}
+
 /// Most that waits: what the host may replay at once.
 const MAX_WAITING: usize = HELD_MAX_BYTES + 2 * MAX_BUFFER_BYTES as usize;
 
@@ -74,9 +81,9 @@ pub struct Playback {
     spare: Option<PCM>,
     /// It is one of several streams that are mixed.
     mixed: bool,
-    /// Frames of the card's periods, and of its buffer that are left empty.
+    /// Frames of the card's periods, and of its buffer.
     period: u64,
-    headroom: u64,
+    buffer: u64,
     running: bool,
     standstill: Standstill,
     /// The card ran out of samples.
@@ -101,7 +108,7 @@ impl Playback {
             pcm: None,
             spare,
             period: 0,
-            headroom: 0,
+            buffer: 0,
             running: false,
             standstill: Standstill::default(),
             dry: false,
@@ -119,7 +126,8 @@ impl Playback {
 
     /// The session is over: closes the stream and forgets its samples.
     pub fn give_up(&mut self) {
-        *self = Self::new(self.id, self.spare.take(), self.mixed);
+        let standstill = std::mem::take(&mut self.standstill);
+        *self = Self { standstill, ..Self::new(self.id, self.spare.take(), self.mixed) };
     }
 
     /// Nobody wants to play just now: lets the card rest.
@@ -143,7 +151,7 @@ impl Playback {
             let sizes = pcm.hw_params_current().and_then(|set| Ok((set.get_period_size()?, set.get_buffer_size()?)));
             let (period, buffer) = sizes.unwrap_or((0, 0));
             self.period = u64::try_from(period).unwrap_or(0);
-            self.headroom = headroom(self.period, u64::try_from(buffer).unwrap_or(0));
+            self.buffer = u64::try_from(buffer).unwrap_or(0);
             self.pcm = Some(pcm);
         }
         Ok(self.reset_card()?)
@@ -178,13 +186,14 @@ impl Playback {
     pub fn start(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         self.reset_card()?;
         self.running = true;
-        self.standstill = Standstill::default();
+        self.standstill.begin();
         self.feed(said)
     }
 
     pub fn stop(&mut self, said: &mut Vec<FromCard>) -> anyhow::Result<()> {
         self.tick(said)?;
         self.running = false;
+        self.standstill.rest();
         self.reset_card()
     }
 
@@ -250,14 +259,14 @@ impl Playback {
             }
         }
         if self.mixed && self.in_card + self.lead == 0 && pcm.state() == State::Prepared {
-            let silence = vec![0; params.bytes(LEAD_PERIODS * self.period)];
+            let silence = vec![0; params.bytes(lead(self.period, self.buffer))];
             self.lead = write(pcm, &silence)?;
         }
         let given = params.bytes(self.in_card);
         let (bytes, frame) = (self.waiting.make_contiguous(), params.frame_bytes() as usize);
         let whole = bytes.len() - bytes.len() % frame;
         let room = match pcm.avail_update() {
-            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(self.headroom),
+            Ok(frames) => u64::try_from(frames).unwrap_or(0).saturating_sub(headroom(self.period, self.buffer)),
             // Ran dry just now; the next look sees it.
             Err(error) if error.errno() == libc::EPIPE => return Ok(()),
             Err(error) => return Err(error).context("the card does not say how much it takes"),
@@ -286,11 +295,17 @@ fn write(pcm: &PCM, bytes: &[u8]) -> anyhow::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::headroom;
+    use super::{headroom, lead};
 
     #[test]
     fn a_card_of_two_periods_gets_samples() {
         assert_eq!(headroom(480, 9_600), 960);
         assert_eq!(headroom(480, 960), 480);
+        assert_eq!(lead(480, 9_600), 960, "where it has room");
+        for periods in 2..=20 {
+            let buffer = 480 * periods;
+            let room = buffer - headroom(480, buffer) - lead(480, buffer);
+            assert!(room >= 240, "{room} frames behind the silence, of {periods} periods");
+        }
     }
 }

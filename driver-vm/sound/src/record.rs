@@ -41,7 +41,8 @@ impl Record {
 
     /// The session is over: closes the stream.
     pub fn give_up(&mut self) {
-        *self = Self::new(self.id, self.spare.take(), self.mixed);
+        let standstill = std::mem::take(&mut self.standstill);
+        *self = Self { standstill, ..Self::new(self.id, self.spare.take(), self.mixed) };
     }
 
     /// Nobody wants to record just now: lets the card rest.
@@ -61,18 +62,23 @@ impl Record {
         if self.pcm.is_none() {
             self.pcm = Some(open(CAPTURE, AlsaDirection::Capture, self.spare.take(), params)?);
         }
-        Ok(self.stop()?)
+        Ok(self.halt()?)
     }
 
     pub fn start(&mut self) -> Result<(), Fault> {
         let Some(pcm) = &self.pcm else { return Err(Fault::Session("start before prepare".into())) };
         pcm.start().context("cannot start recording")?;
         self.running = true;
-        self.standstill = Standstill::default();
+        self.standstill.begin();
         Ok(())
     }
 
     pub fn stop(&mut self) -> anyhow::Result<()> {
+        self.standstill.rest();
+        self.halt()
+    }
+
+    fn halt(&mut self) -> anyhow::Result<()> {
         self.running = false;
         let Some(pcm) = &self.pcm else { return Ok(()) };
         pcm.drop().context("cannot stop recording")?;

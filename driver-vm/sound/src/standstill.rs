@@ -27,6 +27,12 @@ impl Standstill {
         (self.looked, self.stood) = (None, Duration::ZERO);
     }
 
+    /// The stream begins anew, for the guest or for a host that has ended the session meanwhile: what it has stood still so far counts on.
+    /// A machine that is slow would never come to the limit otherwise.
+    pub fn begin(&mut self) {
+        (self.moved, self.looked) = (false, None);
+    }
+
     /// A look at a stream that should move: it has `moved` since the last one, or not.
     ///
     /// # Errors
@@ -63,6 +69,22 @@ mod tests {
         standstill = Standstill::default();
         standstill.look(true, now).unwrap();
         assert_eq!(ends_after(&mut standstill, now), 1500);
+    }
+
+    #[test]
+    fn a_host_that_begins_anew_again_and_again_does_not_save_a_card_on_a_starved_machine() {
+        let (mut standstill, mut now) = (Standstill::default(), Instant::now());
+        let mut sessions = 0;
+        let ended = (0..8).any(|_| {
+            sessions += 1;
+            standstill.begin();
+            // The host's patience, with a look each 100 ms.
+            (0..30).any(|_| {
+                now += Duration::from_millis(100);
+                standstill.look(false, now).is_err()
+            })
+        });
+        assert!(ended && sessions > 1, "{sessions}");
     }
 
     #[test]

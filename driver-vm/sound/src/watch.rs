@@ -8,9 +8,9 @@ use std::time::Duration;
 
 /// How often the sessions are looked at.
 pub const LOOK: Duration = Duration::from_secs(1);
-/// Looks in a row that may find a session at the same work: longer than anything takes that a card's driver answers. Looks, not time: a
-/// driver VM that gets no processor does not look.
-const LIMIT: u32 = 10;
+/// Looks in a row that may find a session at the same work: longer than anything takes that a card's driver answers, its firmware's loading
+/// included. Looks, not time: a driver VM that stands still does not look.
+const LIMIT: u32 = 30;
 
 /// What a session's thread is at: a number that changes, odd while it works and even while it waits for something to do.
 #[derive(Debug, Default)]
