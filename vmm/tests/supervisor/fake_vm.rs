@@ -73,8 +73,8 @@ fn guest(spec: &VmSpec, channel: &Channel) {
     // The one that serves, and those that wait behind it.
     let mut links: Vec<(LinkId, OwnedFd)> = Vec::new();
     let (mut armed, mut live, mut pressed) = (None, None, false);
-    // What it has not said yet.
-    let mut held_back = None;
+    // What it has not said yet, and by which life it was served last: it may be so before it sees that the one before has gone.
+    let (mut held_back, mut served) = (None, None);
     loop {
         let mut fds = vec![PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
         fds.extend(links.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
@@ -83,7 +83,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             let (link, _) = links.remove(lost);
             let at = Time::now().0;
             let loss = FromVm::Lost { device: NET, link, at, cause: LinkEnd::Closed };
-            if spec.cmdline.contains("says-late ") {
+            if spec.cmdline.contains("says-late ") && served.is_none_or(|served| served <= link.generation) {
                 held_back = held_back.or(Some(loss));
                 continue;
             }
@@ -118,6 +118,7 @@ fn guest(spec: &VmSpec, channel: &Channel) {
             ToVm::GoLive { generation, .. } if live == Some(generation) => {}
             ToVm::GoLive { generation, .. } if spec.cmdline.contains(&format!("hold={generation} ")) => {}
             ToVm::GoLive { generation, .. } => {
+                served = Some(generation);
                 send_live(channel, generation, MaskedCounts { logged: 3, replayed: 2, dropped: 1, unknown: 0 });
                 if let Some(loss) = held_back.take() {
                     channel.send(&loss, &[]).unwrap();
