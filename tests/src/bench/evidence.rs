@@ -1,6 +1,8 @@
 //! What a test host does at the moment in which its scenario fails: whether it still runs scripts, what its processes wait for, and
 //! whether the emulator's processors run at all. Without it, a machine that stands still cannot be told from one that is waited for.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::time::Duration;
@@ -23,8 +25,8 @@ const SCRIPT: &str = "for p in /proc/[0-9]*; do
 done 2>/dev/null
 dmesg | tail -n 40";
 
-/// Clock ticks that each thread of process `pid` has run, with its name and what it does in the kernel.
-fn threads(pid: u32) -> Vec<(String, u64)> {
+/// Clock ticks that each thread of process `pid` has run, by number, with its name and what it does in the kernel.
+fn threads(pid: u32) -> BTreeMap<OsString, (String, u64)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let thread = |task: fs::DirEntry| {
         let stat = fs::read_to_string(task.path().join("stat")).ok()?;
@@ -33,7 +35,7 @@ fn threads(pid: u32) -> Vec<(String, u64)> {
         // proc_pid_stat(5): state is the third field, utime and stime the 14th and 15th.
         let ran = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
         let waits = fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
-        Some((format!("{name} ({} {waits})", fields.first()?), ran))
+        Some((task.file_name(), (format!("{name} ({} {waits})", fields.first()?), ran)))
     };
     tasks.filter_map(thread).collect()
 }
@@ -43,7 +45,8 @@ pub(super) fn of(bench: &mut Bench) -> String {
     let mut text = String::new();
     let before = threads(bench.qemu.id());
     std::thread::sleep(WATCH);
-    for ((_, before), (name, after)) in before.iter().zip(threads(bench.qemu.id())) {
+    for (thread, (name, after)) in threads(bench.qemu.id()) {
+        let Some((_, before)) = before.get(&thread) else { continue };
         let _ = writeln!(text, "emulator's thread {name}: {} clock ticks in {WATCH:?}", after.saturating_sub(*before));
     }
     let answers = bench.exec.hello(patience::scaled(ANSWER));

@@ -1,7 +1,7 @@
 //! The end of the machine: what it waits for, and what it ends without.
 //!
 //! Invariant: no process is waited for without a limit. One that was killed and that the kernel does not let end is given up after
-//! [`RESET_PATIENCE`], named, and left to the next run of the machine, which does not start before that process has ended.
+//! [`RESET_PATIENCE`], named, and left to the next run of the machine, which waits for it as far as it can still be told by its words.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
