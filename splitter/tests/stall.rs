@@ -33,6 +33,17 @@ fn is_stalled(guest: &mut Guest) -> bool {
     guest.notices.try_iter().any(|notice| matches!(notice, Notice::LinkLost(_, Cause::Stalled(_))))
 }
 
+/// A guest's log waits for room in the queue of a driver VM, and its device was reset.
+fn replays_after_a_reset() -> (Guest, DriverVm) {
+    let mut guest = Guest::new();
+    send(&mut guest, 5);
+    let mut vm = attached(&mut guest, 1);
+    vm.rx.offer(2);
+    guest.splitter.go_live(generation(1), Log::Replay);
+    guest.splitter.stop_queue(GuestQueue::Tx);
+    (guest, vm)
+}
+
 #[test]
 fn a_driver_vm_that_takes_nothing_is_given_up() {
     let (mut guest, _vm) = served_with_two_buffers();
@@ -59,12 +70,7 @@ fn a_guest_that_resets_its_device_while_its_frames_wait_makes_no_stall() {
 
 #[test]
 fn a_log_that_waits_is_a_stall_whatever_the_guest_does() {
-    let mut guest = Guest::new();
-    send(&mut guest, 5);
-    let mut vm = attached(&mut guest, 1);
-    vm.rx.offer(2);
-    guest.splitter.go_live(generation(1), Log::Replay);
-    guest.splitter.stop_queue(GuestQueue::Tx);
+    let (mut guest, _vm) = replays_after_a_reset();
     assert!(guest.splitter.waits_for_driver_vm());
     assert!(is_stalled(&mut guest));
 }
@@ -72,12 +78,7 @@ fn a_log_that_waits_is_a_stall_whatever_the_guest_does() {
 /// The guest's boot loader has left the device, and its system has not taken it yet.
 #[test]
 fn a_log_that_waits_for_a_carrier_is_no_stall_whatever_the_guest_does() {
-    let mut guest = Guest::new();
-    send(&mut guest, 5);
-    let mut vm = attached(&mut guest, 1);
-    vm.rx.offer(2);
-    guest.splitter.go_live(generation(1), Log::Replay);
-    guest.splitter.stop_queue(GuestQueue::Tx);
+    let (mut guest, _vm) = replays_after_a_reset();
     guest.splitter.carrier(generation(1), false);
     assert_eq!(guest.splitter.status().mode, ModeName::WaitingCarrier);
     assert!(!guest.splitter.waits_for_driver_vm());

@@ -25,15 +25,12 @@ mod tests {
     use nix::sched::{CloneFlags, unshare};
 
     use super::*;
+    use crate::base::testing::as_root;
 
     #[test]
     fn a_file_system_is_in_use_as_long_as_a_file_of_it_is_held() {
-        if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
-            eprintln!("skipped: UMBRA_SKIP_ROOT=1");
-            return;
-        }
         // The mounts are those of a thread of its own.
-        let test = || {
+        as_root(|| {
             unshare(CloneFlags::CLONE_NEWNS).unwrap();
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
             let dir = tempfile::tempdir().unwrap();
@@ -44,7 +41,6 @@ mod tests {
             assert_eq!(umount2(dir.path(), MntFlags::empty()), Err(Errno::EBUSY));
             drop(held);
             umount2(dir.path(), MntFlags::empty()).unwrap();
-        };
-        std::thread::spawn(test).join().unwrap();
+        });
     }
 }

@@ -3,6 +3,7 @@
 pub mod background_writer;
 pub mod build_id;
 pub mod error;
+pub mod file_lock;
 pub mod held;
 pub mod high_duplicate;
 pub mod lines;
@@ -15,6 +16,8 @@ pub mod random;
 pub mod rotating_file;
 pub mod saved_terminal;
 pub mod system_calls;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod time;
 pub mod timer;
 pub mod unix_socket;

@@ -159,15 +159,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
-
-    /// Runs `test` as root, in a thread.
-    fn as_root(test: impl FnOnce() + Send + 'static) {
-        if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
-            eprintln!("skipped: UMBRA_SKIP_ROOT=1");
-            return;
-        }
-        std::thread::spawn(test).join().unwrap();
-    }
+    use crate::base::testing::as_root;
 
     fn names(folder: &str) -> Vec<String> {
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()

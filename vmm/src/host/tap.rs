@@ -225,6 +225,7 @@ pub(crate) mod tests {
     use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
     use super::*;
+    use crate::base::testing::as_root;
 
     /// Removes an interface (rtnetlink(7)).
     pub(crate) fn remove(name: &str) {
@@ -246,16 +247,11 @@ pub(crate) mod tests {
 
     /// Runs `test` in a network namespace of its own, which takes root's rights.
     pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
-        if std::env::var("UMBRA_SKIP_ROOT").is_ok_and(|value| value == "1") {
-            eprintln!("skipped: UMBRA_SKIP_ROOT=1");
-            return;
-        }
-        let run = move || {
+        as_root(move || {
             let ready = unshare(CloneFlags::CLONE_NEWNET).is_ok() && Path::new(CLONE_DEVICE).exists();
             assert!(ready, "this test needs root and {CLONE_DEVICE}; UMBRA_SKIP_ROOT=1 leaves it out");
             test();
-        };
-        std::thread::spawn(run).join().unwrap();
+        });
     }
 
     #[test]

@@ -181,9 +181,7 @@ impl CrashReport {
         replace(&text, self.to_string().as_bytes())?;
         Ok(text)
     }
-}
 
-impl CrashReport {
     /// Removes the driver VM's reports in `dir` that are [`KEEP`] generations older than this one. Not every generation has failed.
     fn forget_the_oldest(&self, dir: &Path) {
         let Some(old) = self.generation.checked_sub(KEEP) else { return };

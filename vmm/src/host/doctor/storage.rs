@@ -4,14 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
-
 use super::Root;
+use crate::base::file_lock::lock;
 use crate::host::sysfs::HostDevice;
 
 /// The uses that the host makes of the function's disks, each as `nvme0n1p2 (mounted at /)`.
@@ -36,15 +34,8 @@ fn is_taken(file: &Path) -> bool {
         Ok(file) => file,
         Err(error) => return error.kind() == ErrorKind::ResourceBusy,
     };
-    let shared = lock(libc::F_RDLCK);
-    matches!(fcntl(&file, FcntlArg::F_OFD_SETLK(&shared)), Err(Errno::EAGAIN | Errno::EACCES))
-}
-
-/// A lock of a whole file.
-fn lock(kind: libc::c_int) -> libc::flock {
-    // The kernel's own definitions are shorts: the value fits.
-    let l_type = i16::try_from(kind).unwrap_or_default();
-    libc::flock { l_type, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 }
+    let in_the_way = |error: io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
+    lock(&file, true).is_err_and(in_the_way)
 }
 
 /// A block device: a disk, a partition, or what is made of some.
@@ -243,7 +234,7 @@ mod tests {
         host.write("dev/sdc", "");
         let file = File::options().write(true).open(host.path("dev/sdc")).unwrap();
         assert!(host.in_use(SPARE).is_empty());
-        fcntl(&file, FcntlArg::F_OFD_SETLK(&lock(libc::F_WRLCK))).unwrap();
+        lock(&file, false).unwrap();
         assert_eq!(host.in_use(SPARE), ["sdc (a guest, a pool or a container has it)"]);
     }
 

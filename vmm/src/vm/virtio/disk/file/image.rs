@@ -18,6 +18,7 @@ use umbra_shadow::block::SECTOR_BYTES;
 
 use super::worker::Backing;
 use super::{extent, format};
+use crate::base::file_lock::lock;
 use crate::config::Disk;
 use crate::vm::virtio::disk::offer::{ID_SIZE, Offer, SECTOR};
 
@@ -255,15 +256,4 @@ impl Backing for Image {
     fn flush(&self) -> io::Result<()> {
         if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
-}
-
-/// An advisory lock of the whole file that belongs to the open file, not to the process.
-fn lock(file: &File, shared: bool) -> io::Result<()> {
-    // SAFETY: a structure of integers, for which zero is a value.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    // The kernel's own definitions are shorts; the values fit. Start, length and whence 0: all of it.
-    lock.l_type = i16::try_from(if shared { libc::F_RDLCK } else { libc::F_WRLCK }).unwrap_or_default();
-    // SAFETY: the structure lives through the call.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
