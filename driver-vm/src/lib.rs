@@ -2,6 +2,7 @@
 //! the supervisor. The agent itself is the binary `umbra-agent`.
 
 pub mod block_protocol;
+pub mod calls;
 pub mod lines;
 pub mod protocol;
 pub mod sound_protocol;

@@ -43,6 +43,7 @@ const POSITION: u8 = 0x82;
 const CAPTURED: u8 = 0x83;
 const XRUN: u8 = 0x84;
 const FAILED: u8 = 0x85;
+const STUCK: u8 = 0x86;
 
 /// Bytes of one stream in a `CARD` body.
 const STREAM_BYTES: usize = 20;
@@ -196,6 +197,9 @@ pub fn encode_service(message: &FromService, link: LinkId, buffer: &mut Vec<u8>)
                 header(buffer, link, CAPTURED, (*stream, *epoch), part);
             }
         }
+        FromService::Stream(FromCard::Stuck { stream, epoch }) => {
+            header(buffer, link, STUCK, (*stream, *epoch), &[]);
+        }
         FromService::Stream(FromCard::Xrun { stream, epoch }) => {
             header(buffer, link, XRUN, (*stream, *epoch), &[]);
         }
@@ -243,6 +247,10 @@ pub fn decode_service(buffer: &[u8], link: LinkId) -> Result<Option<(Taken<FromS
                 return Err(ProtocolError::Field { kind: "captured", field: "length" });
             }
             FromService::Stream(FromCard::Captured { stream, epoch, samples: raw.body.to_vec() })
+        }
+        STUCK => {
+            exact::<0>(raw.body, "stuck")?;
+            FromService::Stream(FromCard::Stuck { stream, epoch })
         }
         XRUN => {
             exact::<0>(raw.body, "xrun")?;
@@ -419,6 +427,7 @@ mod tests {
             FromService::Card(a_card()),
             FromService::Stream(FromCard::Position { stream, epoch, heard: 1 << 40 }),
             FromService::Stream(FromCard::Captured { stream, epoch, samples: vec![3; 100] }),
+            FromService::Stream(FromCard::Stuck { stream, epoch }),
             FromService::Stream(FromCard::Xrun { stream, epoch }),
             FromService::Failed("no card".into()),
         ]

@@ -22,7 +22,7 @@ mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use anyhow::Context;
 use umbra_shadow::Generation;
@@ -71,10 +71,10 @@ fn run() -> anyhow::Result<()> {
         // Each has to open dmix itself.
         open.clear();
     }
-    let mut watched = Vec::new();
+    let (mut watched, movement) = (Vec::new(), Arc::default());
     for (port, thread) in ports {
-        let session = Session::new(port, &card, std::mem::take(&mut open), mixed);
-        watched.push(session.progress());
+        let session = Session::new(port, &card, std::mem::take(&mut open), mixed, &movement);
+        watched.push(session.calls());
         // Fails only if the thread has ended, which says why.
         let _ = thread.send(session);
     }

@@ -99,10 +99,11 @@ pub struct Playback {
 }
 
 impl Playback {
-    pub fn new(id: StreamId, spare: Option<PCM>, mixed: bool) -> Self {
+    pub fn new(id: StreamId, spare: Option<PCM>, mixed: bool, standstill: Standstill) -> Self {
         Self {
             id,
             mixed,
+            standstill,
             params: None,
             epoch: Epoch(0),
             pcm: None,
@@ -110,7 +111,6 @@ impl Playback {
             period: 0,
             buffer: 0,
             running: false,
-            standstill: Standstill::default(),
             dry: false,
             waiting: VecDeque::new(),
             heard: 0,
@@ -125,9 +125,8 @@ impl Playback {
     }
 
     /// The session is over: closes the stream and forgets its samples.
-    pub fn give_up(&mut self) {
-        let standstill = std::mem::take(&mut self.standstill);
-        *self = Self { standstill, ..Self::new(self.id, self.spare.take(), self.mixed) };
+    pub fn give_up(self) -> Self {
+        Self::new(self.id, self.spare, self.mixed, self.standstill)
     }
 
     /// Nobody wants to play just now: lets the card rest.
@@ -210,10 +209,13 @@ impl Playback {
         }
         let before = self.in_card + self.lead;
         self.look()?;
-        if self.mixed && self.in_card > 0 {
-            self.standstill.look(self.in_card + self.lead < before, Instant::now())?;
-        } else {
+        let moved = self.in_card + self.lead < before;
+        if !moved && self.in_card == 0 {
             self.standstill.rest();
+        } else if self.standstill.look(moved, Instant::now())? {
+            self.running = false;
+            said.push(FromCard::Stuck { stream: self.id, epoch: self.epoch });
+            return self.reset_card();
         }
         self.feed(said)?;
         if self.heard != self.reported {

@@ -23,16 +23,13 @@ pub struct Record {
     pcm: Option<PCM>,
     /// The device, open since the card was described.
     spare: Option<PCM>,
-    /// It is one of several streams of a card that guests share.
-    mixed: bool,
     running: bool,
     standstill: Standstill,
 }
 
 impl Record {
-    pub fn new(id: StreamId, spare: Option<PCM>, mixed: bool) -> Self {
-        let standstill = Standstill::default();
-        Self { id, params: None, epoch: Epoch(0), pcm: None, spare, mixed, running: false, standstill }
+    pub fn new(id: StreamId, spare: Option<PCM>, standstill: Standstill) -> Self {
+        Self { id, params: None, epoch: Epoch(0), pcm: None, spare, running: false, standstill }
     }
 
     pub fn runs(&self) -> bool {
@@ -40,9 +37,8 @@ impl Record {
     }
 
     /// The session is over: closes the stream.
-    pub fn give_up(&mut self) {
-        let standstill = std::mem::take(&mut self.standstill);
-        *self = Self { standstill, ..Self::new(self.id, self.spare.take(), self.mixed) };
+    pub fn give_up(self) -> Self {
+        Self::new(self.id, self.spare, self.standstill)
     }
 
     /// Nobody wants to record just now: lets the card rest.
@@ -113,8 +109,9 @@ impl Record {
             }
             Err(error) => return Err(error).context("the card does not give samples"),
         }
-        if self.mixed {
-            self.standstill.look(said.len() > before, Instant::now())?;
+        if self.standstill.look(said.len() > before, Instant::now())? {
+            said.push(FromCard::Stuck { stream: self.id, epoch: self.epoch });
+            return self.halt();
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use alsa::pcm::PCM;
+use umbra_driver_vm::calls::Calls;
 use umbra_driver_vm::sound_protocol::{FromHost, FromService};
 use umbra_shadow::sound::{Card, Direction, FromCard, StreamId, ToCard};
 
@@ -13,8 +14,8 @@ use crate::fault::Fault;
 use crate::playback::Playback;
 use crate::port::{Came, Port};
 use crate::record::Record;
+use crate::standstill::{Movement, Standstill};
 use crate::startup;
-use crate::watch::Progress;
 
 /// How often a running stream is looked at. It bounds how old a position report is, and with it what policy `hold`
 /// may play twice.
@@ -53,10 +54,10 @@ impl Stream {
         }
     }
 
-    fn give_up(&mut self) {
+    fn give_up(self) -> Self {
         match self {
-            Self::Playback(stream) => stream.give_up(),
-            Self::Record(stream) => stream.give_up(),
+            Self::Playback(stream) => Self::Playback(stream.give_up()),
+            Self::Record(stream) => Self::Record(stream.give_up()),
         }
     }
 
@@ -74,33 +75,37 @@ pub struct Session {
     card: Card,
     streams: Vec<Stream>,
     looked: Instant,
-    progress: Arc<Progress>,
+    calls: Calls,
 }
 
 impl Session {
-    /// The end at `port`, of `card`, whose devices are `open`, in the order of its streams, or not; `mixed` with those of other guests.
-    pub fn new(port: Port, card: &Card, open: Vec<PCM>, mixed: bool) -> Self {
+    /// The end at `port`, of `card`, whose devices are `open`, in the order of its streams, or not; `mixed` with those of other guests. All
+    /// ends have one `movement`.
+    pub fn new(port: Port, card: &Card, open: Vec<PCM>, mixed: bool, movement: &Arc<Movement>) -> Self {
         let mut open = open.into_iter();
+        let standstill = |direction| Standstill::new(direction, movement, mixed);
         let streams = (0u16..).zip(&card.streams).map(|(n, info)| match info.direction {
-            Direction::Playback => Stream::Playback(Playback::new(StreamId(n), open.next(), mixed)),
-            Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next(), mixed)),
+            Direction::Playback => {
+                Stream::Playback(Playback::new(StreamId(n), open.next(), mixed, standstill(info.direction)))
+            }
+            Direction::Capture => Stream::Record(Record::new(StreamId(n), open.next(), standstill(info.direction))),
         });
         let streams = streams.collect();
-        Self { port, card: card.clone(), streams, looked: Instant::now(), progress: Arc::default() }
+        Self { port, card: card.clone(), streams, looked: Instant::now(), calls: Calls::default() }
     }
 
-    /// Shows whether its thread gets on.
-    pub fn progress(&self) -> Arc<Progress> {
-        Arc::clone(&self.progress)
+    /// Its thread's work, each piece a call: whether the thread gets on.
+    pub fn calls(&self) -> Calls {
+        self.calls.clone()
     }
 
     /// Works until the card fails; tells the host.
     pub fn run(mut self) -> anyhow::Error {
-        let mut next = Instant::now();
+        let (mut next, calls) = (Instant::now(), self.calls());
         loop {
             let error = match self.turn(&mut next) {
                 Ok(()) => continue,
-                Err(Fault::Session(why)) => match self.hang_up(&why) {
+                Err(Fault::Session(why)) => match calls.make(|| self.hang_up(&why)) {
                     Ok(()) => continue,
                     Err(error) => error,
                 },
@@ -120,9 +125,12 @@ impl Session {
         } else {
             *next = now + IDLE;
         }
-        self.progress.mark(false);
         let came = self.port.wait(next.saturating_duration_since(now))?;
-        self.progress.mark(true);
+        self.calls().make(|| self.work(came))
+    }
+
+    /// The host has something to say (it `came`), or time has passed.
+    fn work(&mut self, came: bool) -> Result<(), Fault> {
         if !came && !self.runs() {
             self.rest();
         }
@@ -167,7 +175,7 @@ impl Session {
     }
 
     fn give_up(&mut self) {
-        self.streams.iter_mut().for_each(Stream::give_up);
+        self.streams = std::mem::take(&mut self.streams).into_iter().map(Stream::give_up).collect();
     }
 
     fn runs(&self) -> bool {
@@ -236,6 +244,11 @@ impl Session {
     }
 
     fn say(&mut self, said: Vec<FromCard>) -> Result<(), Fault> {
-        said.into_iter().try_for_each(|message| self.port.send(&FromService::Stream(message)))
+        said.into_iter().try_for_each(|message| {
+            if let FromCard::Stuck { stream, .. } = message {
+                startup::log(&format!("stream {} of a guest stands still, while the card moves others", stream.0));
+            }
+            self.port.send(&FromService::Stream(message))
+        })
     }
 }

@@ -95,7 +95,7 @@ impl End {
         });
         let (sender, ended) = mpsc::channel();
         let port = Port::new(opener(&opened), Generation::FIRST).unwrap();
-        let session = Session::new(port, &card(), Vec::new(), mixed);
+        let session = Session::new(port, &card(), Vec::new(), mixed, &Arc::default());
         std::thread::spawn(move || sender.send(session.run()));
         (Self { ended }, hosts)
     }
@@ -348,7 +348,7 @@ fn turned() -> (Session, Host) {
     end.set_nonblocking(true).unwrap();
     let opened = Arc::new(Mutex::new(vec![end]));
     let port = Port::new(opener(&opened), Generation::FIRST).unwrap();
-    let session = Session::new(port, &card(), open.into(), false);
+    let session = Session::new(port, &card(), open.into(), false, &Arc::default());
     (session, Host { socket: host, link: LinkId::first(Generation::FIRST), read: Vec::new() })
 }
 

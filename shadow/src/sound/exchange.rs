@@ -82,6 +82,13 @@ pub enum FromCard {
         /// The samples.
         samples: Vec<u8>,
     },
+    /// The stream stands still and has never moved, while the card moves others: an output without a monitor, say. It was stopped.
+    Stuck {
+        /// Which stream.
+        stream: StreamId,
+        /// Which epoch.
+        epoch: Epoch,
+    },
     /// The card ran out of samples, or of room for them; it goes on by itself.
     Xrun {
         /// Which stream.

@@ -10,8 +10,9 @@
 //! answers in the card's place: it consumes playback at the sample rate ([`Policy::Skip`]) or keeps it for the next card
 //! ([`Policy::Hold`]), and yields silence to capture. *Replaying* it has sent a new driver VM what to set, refill and start, and
 //! goes on as while masking until the card moves. Control requests are answered at once in every mode; a card that cannot follow
-//! counts as failed. Time is `CLOCK_MONOTONIC` in nanoseconds, given by the caller. Everything kept is bounded: per stream one
-//! buffer, and [`HELD_MAX_BYTES`] when held.
+//! counts as failed. A stream that the card cannot move, while it moves others, is dead alone. Time is `CLOCK_MONOTONIC` in
+//! nanoseconds, given by the caller. Everything kept is bounded: per stream [`params::MAX_BUFFER_BYTES`] that the guest waits for, and
+//! [`HELD_MAX_BYTES`] of which it has the messages back.
 
 mod capture;
 pub mod exchange;
@@ -36,7 +37,8 @@ const STALL_LIMIT_NS: u64 = 2_000_000_000;
 /// The same limit before the first movement: codecs may need a while to power up.
 const START_LIMIT_NS: u64 = 3_000_000_000;
 /// Shortest time that Linux waits for a position to move before it reports `EIO`; with a longer buffer it waits for 1.1 buffers.
-/// The keep-alive comes after seven tenths of this or of the buffer, whichever is longer.
+/// The keep-alive comes after seven tenths of this or of the buffer, whichever is longer; sooner where a card that has moved stands
+/// still ([`standstill_ns`]), later for a message that lasts longer.
 const PATIENCE_MIN_NS: u64 = 100_000_000;
 
 fn keep_alive_ns(params: &Params) -> u64 {
@@ -289,11 +291,13 @@ impl SoundShadow {
         }
         let (FromCard::Position { stream: id, .. }
         | FromCard::Captured { stream: id, .. }
+        | FromCard::Stuck { stream: id, .. }
         | FromCard::Xrun { stream: id, .. }) = message;
         let stream = self.stream_mut(id).ok_or(Violation::NoSuchStream(id.0))?;
         match message {
             FromCard::Position { epoch, heard, .. } => stream.position(epoch, heard, now, out)?,
             FromCard::Captured { epoch, samples, .. } => stream.captured(epoch, &samples, now, out)?,
+            FromCard::Stuck { epoch, .. } => stream.stuck(epoch, out),
             FromCard::Xrun { .. } => stream.xrun(),
         }
         self.finish_replay();

@@ -23,7 +23,7 @@ pub(super) struct Stream {
     epoch: Epoch,
     /// The guest has stopped, and perhaps closed, the stream; the card plays what it has yet to play.
     tail: bool,
-    /// It ran when its card died, and its guest has not asked for anything since.
+    /// It ran when its card died, or it alone, and its guest has not asked for anything since.
     pub(super) stands_still: bool,
     side: Side,
 }
@@ -203,6 +203,14 @@ impl Stream {
         self.clear(Outcome::IoError, out);
         self.reset();
         self.stands_still = stands_still;
+    }
+
+    /// The card moves others, not this one: it is dead until its guest asks for something of it. Nobody else is concerned.
+    pub(super) fn stuck(&mut self, epoch: Epoch, out: &mut Out) {
+        if epoch == self.epoch && self.flows() {
+            self.die(out);
+            out.to_card.push(ToCard::Release { stream: self.id });
+        }
     }
 
     /// Gives every message back.

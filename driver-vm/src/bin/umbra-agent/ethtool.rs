@@ -6,8 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-
-use crate::calls::Calls;
+use umbra_driver_vm::calls::Calls;
 
 const SIOCETHTOOL: libc::c_ulong = 0x8946;
 const ETHTOOL_TEST: u32 = 0x1a;

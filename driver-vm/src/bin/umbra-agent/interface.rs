@@ -207,8 +207,9 @@ fn parse(message: &Message) -> Option<Interface> {
 
 #[cfg(test)]
 mod tests {
+    use umbra_driver_vm::calls::Calls;
+
     use super::*;
-    use crate::calls::Calls;
 
     #[test]
     fn the_loopback_interface_is_listed() {

@@ -3,7 +3,6 @@
 
 mod agent;
 mod block;
-mod calls;
 mod due;
 mod ethtool;
 mod filter;

@@ -8,8 +8,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
 };
-
-use crate::calls::Calls;
+use umbra_driver_vm::calls::Calls;
 
 const HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;

@@ -14,9 +14,9 @@
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use umbra_driver_vm::calls::Calls;
 use umbra_driver_vm::protocol::{LinkMode, Mac, NetEnd, NetPlan, Offloads, RxMode};
 
-use crate::calls::Calls;
 use crate::ethtool::Features;
 use crate::filter::{self, Filter};
 use crate::forward;

@@ -4,8 +4,8 @@ use std::fs;
 use std::time::Instant;
 
 use anyhow::Context;
+use umbra_driver_vm::calls::Calls;
 
-use crate::calls::Calls;
 use crate::ethtool::Features;
 use crate::{interface, kernel_log};
 

@@ -123,7 +123,7 @@ proptest! {
     /// A card that says anything: violations or nothing, never a panic, never a position past what was handed over.
     #[test]
     fn any_message_of_a_card_is_survived(
-        said in prop::collection::vec((0u16..3, 0u32..4, prop_oneof![0u64..4000, any::<u64>()], 0usize..9, 0u8..3), 0..60),
+        said in prop::collection::vec((0u16..3, 0u32..4, prop_oneof![0u64..4000, any::<u64>()], 0usize..9, 0u8..4), 0..60),
     ) {
         let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
         rig.boot();
@@ -133,6 +133,7 @@ proptest! {
             let message = match kind {
                 0 => FromCard::Position { stream, epoch, heard },
                 1 => FromCard::Captured { stream, epoch, samples: vec![0; len] },
+                2 => FromCard::Stuck { stream, epoch },
                 _ => FromCard::Xrun { stream, epoch },
             };
             rig.now += MS;

@@ -212,6 +212,38 @@ fn a_stream_stands_still_when_its_dead_card_is_back_until_its_guest_asks_for_som
 }
 
 #[test]
+fn a_stream_that_is_stuck_is_dead_alone_until_its_guest_asks_for_something() {
+    let (mut rig, mut source) = (Rig::new(Policy::Skip), Source::default());
+    rig.boot();
+    rig.start_playback(&mut source);
+    for command in [Command::SetParams(params()), Command::Prepare, Command::Start] {
+        rig.command(IN, command).unwrap();
+    }
+    // In the middle of a replay, which ends with it.
+    rig.boot();
+    let stuck = |epoch| FromCard::Stuck { stream: OUT, epoch: Epoch(epoch) };
+    for (message, waiting) in [(stuck(1), 4), (stuck(2), 0)] {
+        rig.with(|s, now, out| s.from_card(generation(2), message, now, out)).unwrap();
+        assert_eq!(rig.waiting[&OUT.0].len(), waiting);
+    }
+    rig.given_back = 0;
+    assert!(rig.play(vec![0; 960]), "its player sees a card that stands still");
+    rig.record(960);
+    // Far longer than a card may stand still.
+    for _ in 0..10 {
+        rig.pass(1_000);
+        rig.record(960);
+    }
+    assert_eq!(rig.waiting[&OUT.0].len(), 1);
+    assert!(rig.recorded.len() > 10 * 960, "the other goes on");
+    assert_eq!(rig.shadow.mode(), Mode::Passive(generation(2)));
+    assert_eq!(rig.command(OUT, Command::Stop), Err(Refusal::WrongState(State::Unset)));
+    rig.start_playback(&mut source);
+    play_for(&mut rig, &mut source, 100);
+    assert!(rig.shadow.heard(OUT).unwrap() > 0, "plugged in, say");
+}
+
+#[test]
 fn a_dead_card_that_comes_back_starts_over() {
     let (mut rig, mut source) = (Rig::new(Policy::Hold), Source::default());
     rig.boot();
