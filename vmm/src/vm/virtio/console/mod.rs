@@ -330,11 +330,12 @@ impl Console {
         for (index, (port, watched)) in self.ports.iter_mut().zip(&mut self.watched).enumerate() {
             let [rx, _] = self.numbers.queues(index);
             let room = self.queues[rx].as_mut().is_some_and(|queue| has_requests(queue).unwrap_or(false));
+            let reads = port.open && port.announced && room && !self.broken;
             let mut set = EventSet::empty();
-            set.set(EventSet::IN, port.open && port.announced && room && !self.broken);
+            set.set(EventSet::IN, reads && !port.silent);
             set.set(EventSet::OUT, port.wants_to_write() && !self.broken);
-            // A stream that nobody waits for is not watched at all: its end would be reported without pause.
-            let stream = port.stream.as_ref().filter(|_| !set.is_empty());
+            // A stream that nobody waits for is not watched at all: its end, which is part of every set, would be reported without pause.
+            let stream = port.stream.as_ref().filter(|_| reads || !set.is_empty());
             watched.change(stream.map(|stream| (stream.as_raw_fd(), set)), stream_tag(index), ops);
             port.gone.clear();
         }

@@ -106,6 +106,10 @@ pub(super) struct Port {
     pub(super) end: End,
     /// The connected client.
     pub(super) stream: Option<Stream>,
+    /// It has said all that it has to say, but may listen.
+    pub(super) silent: bool,
+    /// It does not listen, but may have said something before, or talk on.
+    deaf: bool,
     /// Clients that are gone, closed once the event loop does not watch them any more.
     pub(super) gone: Vec<Stream>,
     /// The guest's driver uses the port.
@@ -156,10 +160,22 @@ impl Port {
     }
 
     fn with(name: String, end: End, stream: Option<Stream>) -> Self {
-        let (ready, open, announced) = (false, false, false);
-        let (gone, left) = (Vec::new(), VecDeque::new());
-        let (to_host, log) = (Vec::new(), LogLimit::default());
-        Self { name, end, stream, gone, ready, open, announced, told: false, left, to_host, more: false, log }
+        Self {
+            name,
+            end,
+            stream,
+            silent: false,
+            deaf: false,
+            gone: Vec::new(),
+            ready: false,
+            open: false,
+            announced: false,
+            told: false,
+            left: VecDeque::new(),
+            to_host: Vec::new(),
+            more: false,
+            log: LogLimit::default(),
+        }
     }
 
     /// Whether it is the VM's console.
@@ -278,9 +294,9 @@ impl Port {
 
     /// To be called when the guest's queue was emptied: a guest that has hung up ends its peer, and the next peer is joined
     /// once nothing of the one before is left. False if the guest's queue has to be emptied once more before: the driver does not kick
-    /// for what it has added meanwhile, and a stream, which can be waited for, is not there.
+    /// for what it has added meanwhile, and a stream that listens, which can be waited for, is not there.
     pub(super) fn settle(&mut self) -> bool {
-        let unfinished = self.more && self.stream.is_none();
+        let unfinished = self.more && (self.stream.is_none() || self.deaf);
         let End::Attached { next, touched, hung_up } = &mut self.end else { return !unfinished };
         if *hung_up && *touched && self.stream.is_some() {
             // What the peer has not taken by now is lost.
@@ -308,13 +324,14 @@ impl Port {
 
     fn disconnect(&mut self) {
         self.gone.extend(self.stream.take());
+        (self.silent, self.deaf) = (false, false);
         self.to_host.clear();
         self.more = false;
     }
 
     /// The pump to the host waits for the stream (or for its turn).
     pub(super) fn wants_to_write(&self) -> bool {
-        self.stream.is_some() && (self.more || !self.to_host.is_empty())
+        self.stream.is_some() && !self.deaf && (self.more || !self.to_host.is_empty())
     }
 
     /// Host to guest.
@@ -363,18 +380,17 @@ impl Port {
         if let End::Console { line, .. } = &self.end {
             return Some(lock(line).take_typed(buffer)).filter(|length| *length > 0);
         }
-        match self.stream.as_mut()?.read(buffer) {
-            Ok(length) if length > 0 => Some(length),
-            end => {
-                if !is_retry(&end) {
-                    self.disconnect();
-                }
-                None
-            }
+        let stream = self.stream.as_mut()?;
+        match stream.read(buffer) {
+            Ok(length) if length > 0 => return Some(length),
+            Ok(_) if !has_hung_up(stream) => self.silent = true,
+            end if is_retry(&end) => {}
+            _ => self.disconnect(),
         }
+        None
     }
 
-    /// Guest to host. Without a client what the guest writes is lost, as on a cable with no other end.
+    /// Guest to host. Without a client that listens what the guest writes is lost, as on a cable with no other end.
     pub(super) fn pump_to_host(&mut self, queue: &mut Virtqueue) -> Result<(), RingFault> {
         let pumped = self.drain(queue);
         queue.notify()?;
@@ -424,11 +440,11 @@ impl Port {
         if let End::Console { line, .. } = &self.end {
             lock(line).print(&self.to_host);
         }
-        while let Some(stream) = self.stream.as_mut().filter(|_| !self.to_host.is_empty()) {
+        while let Some(stream) = self.stream.as_mut().filter(|_| !self.deaf && !self.to_host.is_empty()) {
             match stream.write(&self.to_host) {
                 Ok(length) if length > 0 => drop(self.to_host.drain(..length)),
                 end if is_retry(&end) => return false,
-                _ => self.disconnect(),
+                _ => self.deaf = true,
             }
         }
         self.to_host.clear();

@@ -567,5 +567,6 @@ fn connecting_a_port_that_takes_no_peers_changes_nothing() {
     assert_eq!(read_now(&mut host), b"still there");
 }
 
+mod clients;
 pub(in crate::vm::virtio) mod hvc;
 mod vhost_user;
