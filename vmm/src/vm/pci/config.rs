@@ -17,7 +17,10 @@ pub const BAR0: u16 = 0x10;
 
 /// Command bits that a guest can write.
 const COMMAND_WRITABLE: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
-const STATUS: usize = 0x06;
+/// Status register: offset.
+pub const STATUS: u16 = 0x06;
+/// Status bit, in its low byte: an interrupt is pending, whether `INTx#` is disabled or not.
+pub const STATUS_INTERRUPT: u8 = 1 << 3;
 /// Status bit: there is a capability list.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CAPABILITY_POINTER: usize = 0x34;
@@ -202,7 +205,7 @@ impl ConfigSpace {
         self.registers[at + 2..end].copy_from_slice(body);
         self.writable[at + 2..at + 2 + writable.len()].copy_from_slice(writable);
         self.registers[self.link] = offset;
-        self.registers[STATUS] |= STATUS_CAPABILITIES;
+        self.registers[usize::from(STATUS)] |= STATUS_CAPABILITIES;
         self.link = at + 1;
         self.free = end.next_multiple_of(4);
         Ok(offset)

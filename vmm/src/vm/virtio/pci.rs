@@ -22,9 +22,9 @@ use super::device::{QueueResources, QueueState, VirtioDevice};
 use crate::base::error::chain;
 use crate::base::lock::lock;
 use crate::base::pci_address::Slot;
-use crate::base::pci_config::COMMAND_BUS_MASTER;
+use crate::base::pci_config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE};
 use crate::vm::interrupt::{self, Doorbell, Interrupts};
-use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, memory_bar};
+use crate::vm::pci::config::{CapabilityError, ConfigSpace, Identity, STATUS, STATUS_INTERRUPT, memory_bar};
 use crate::vm::pci::device::{Bar, BarChange, BarIndex, BarKind, PciDevice};
 use crate::vm::pci::msix::{self, Msix};
 use crate::vm::snapshot::device::StateError;
@@ -227,13 +227,17 @@ impl VirtioPci {
         if self.msix.enabled() || self.line.is_some() {
             return;
         }
-        match Line::new(Arc::clone(&self.pin)) {
+        match Line::new(Arc::clone(&self.pin), self.is_line_disabled()) {
             Ok(line) => {
                 self.line = Some(line);
                 self.set_config_vector();
             }
             Err(error) => self.log.warn(format_args!("{}: its line interrupt: {error}", self.name)),
         }
+    }
+
+    fn is_line_disabled(&self) -> bool {
+        self.config.command() & COMMAND_INTX_DISABLE != 0
     }
 
     /// The driver has switched to MSI-X while it runs.
@@ -414,6 +418,11 @@ impl PciDevice for VirtioPci {
             return;
         }
         self.config.read(offset, data);
+        if self.line.as_ref().is_some_and(Line::is_pending)
+            && let Some(status) = STATUS.checked_sub(offset).and_then(|at| data.get_mut(usize::from(at)))
+        {
+            *status |= STATUS_INTERRUPT;
+        }
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
@@ -424,6 +433,9 @@ impl PciDevice for VirtioPci {
         let is_stopped = before & !self.config.command() & COMMAND_BUS_MASTER != 0;
         if is_stopped && self.common.status().contains(Status::DRIVER_OK) {
             self.reset_device();
+        }
+        if let Some(line) = &self.line {
+            line.set_disabled(self.is_line_disabled());
         }
         let control = self.msix_capability + u16::from(msix::CONTROL_OFFSET);
         if (offset..).take(data.len()).any(|at| at == control || at == control + 1) {

@@ -5,6 +5,7 @@
 //!   device signals a call ─> bit of ISR status, line raised (irqfd)       driver reads ISR status: bits are 0
 //!   driver's EOI ─> KVM lowers the line, signals `resample` ─> raised again if a bit was set since
 //! ```
+//! While the command register disables `INTx#` the line is not raised; when that is over, it is if a bit is set (PCI 3.0, section 6.2.2).
 //! Devices signal eventfds as with MSI-X, also from other processes; a thread of the line turns them into bits. It is there only while
 //! a driver uses the line.
 
@@ -70,17 +71,20 @@ struct Shared {
 struct Status {
     /// ISR status.
     bits: u8,
+    /// The driver has disabled the line.
+    is_disabled: bool,
     /// The line was raised, and the driver's EOI has not come.
     is_raised: bool,
 }
 
 impl Line {
-    /// Binds the line to `pin` and starts its thread.
-    pub(super) fn new(pin: Arc<dyn Pin>) -> Result<Self, interrupt::Error> {
+    /// Binds the line to `pin`, disabled or not, and starts its thread.
+    pub(super) fn new(pin: Arc<dyn Pin>, is_disabled: bool) -> Result<Self, interrupt::Error> {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(interrupt::Error::EventFd);
         let copy = |event: &EventFd| event.try_clone().map_err(interrupt::Error::EventFd);
         let (queue, config, over, resample) = (event()?, event()?, event()?, event()?);
-        let shared = Arc::new(Shared { status: Mutex::default(), trigger: event()? });
+        let shared =
+            Arc::new(Shared { status: Mutex::new(Status { is_disabled, ..Status::default() }), trigger: event()? });
         let watched = [copy(&queue)?, copy(&config)?, copy(&resample)?, copy(&over)?];
         let its = Arc::clone(&shared);
         pin.bind(&shared.trigger, &resample)?;
@@ -101,6 +105,18 @@ impl Line {
             About::Queue => &self.queue,
             About::Config => &self.config,
         }
+    }
+
+    /// The driver has disabled the line, or not.
+    pub(super) fn set_disabled(&self, is_disabled: bool) {
+        let mut status = lock(&self.shared.status);
+        status.is_disabled = is_disabled;
+        self.shared.raise(&mut status);
+    }
+
+    /// Whether an interrupt is pending, disabled or not.
+    pub(super) fn is_pending(&self) -> bool {
+        lock(&self.shared.status).bits != 0
     }
 
     /// ISR status, which a read clears.
@@ -161,13 +177,12 @@ impl Shared {
     fn lowered(&self) {
         let mut status = lock(&self.status);
         status.is_raised = false;
-        if status.bits != 0 {
-            self.raise(&mut status);
-        }
+        self.raise(&mut status);
     }
 
+    /// Raises the line if something is pending and it is not up.
     fn raise(&self, status: &mut Status) {
-        if !std::mem::replace(&mut status.is_raised, true) {
+        if status.bits != 0 && !status.is_disabled && !std::mem::replace(&mut status.is_raised, true) {
             // Fails only when 2^64 - 2 interrupts wait: then one waits anyway.
             let _ = self.trigger.write(1);
         }
@@ -212,11 +227,11 @@ pub(super) mod tests {
             }
         }
 
-        fn is_raised(&self) -> bool {
+        pub(in super::super) fn is_raised(&self) -> bool {
             lock(&self.0).as_ref().unwrap().0.read().is_ok()
         }
 
-        fn end_of_interrupt(&self) {
+        pub(in super::super) fn end_of_interrupt(&self) {
             lock(&self.0).as_ref().unwrap().1.write(1).unwrap();
         }
     }
@@ -224,7 +239,7 @@ pub(super) mod tests {
     #[test]
     fn what_comes_before_the_end_of_an_interrupt_raises_the_line_again() {
         let pin = Arc::new(FakePin::default());
-        let line = Line::new(Arc::clone(&pin) as _).unwrap();
+        let line = Line::new(Arc::clone(&pin) as _, false).unwrap();
         assert_eq!(line.take_status(), 0);
         line.call(About::Queue).write(1).unwrap();
         pin.await_raised();

@@ -5,6 +5,8 @@
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
 
+use std::time::{Duration, Instant};
+
 use super::line::tests::FakePin;
 use super::*;
 use crate::vm::pci::msix::tests::FakeVector;
@@ -209,6 +211,35 @@ fn a_driver_without_msix_is_interrupted_by_the_line() {
     call(&driver, 1).write(1).unwrap();
     assert!(driver.pci.msix.event(2).unwrap().read().is_ok());
     assert_eq!(driver.read(ISR, 1), 0);
+}
+
+/// As a driver in user space, or a hypervisor in the guest, masks it without knowing the device.
+#[test]
+fn a_line_that_is_disabled_is_not_raised_and_shows_in_the_status_register() {
+    const DISABLED: [u8; 2] = [0x07, 0x04];
+    let mut driver = Driver::without_msix();
+    let shows = |driver: &mut Driver| {
+        let mut both = [0; 4];
+        driver.pci.config_read(4, &mut both);
+        both[2] & 1 << 3 != 0
+    };
+    driver.pci.config_write(4, &DISABLED);
+    driver.ready();
+    let call = driver.device.lock().unwrap().running[0].as_ref().unwrap().call.try_clone().unwrap();
+    for _ in 0..2 {
+        assert!(!shows(&mut driver));
+        call.write(1).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !shows(&mut driver) {
+            assert!(Instant::now() < until, "never pending");
+        }
+        assert!(!driver.pin.is_raised());
+        driver.pci.config_write(4, &[0x07, 0x00]);
+        driver.pin.await_raised();
+        driver.pci.config_write(4, &DISABLED);
+        driver.pin.end_of_interrupt();
+        assert_eq!(driver.read(ISR, 1), 1);
+    }
 }
 
 #[test]
