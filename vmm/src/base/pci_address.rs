@@ -9,11 +9,12 @@ use thiserror::Error;
 
 /// The address of a PCI function of the host, as `0000:03:00.0`.
 ///
-/// `03:00.0` is accepted too and means domain 0.
+/// `03:00.0` is accepted too and means domain 0. Domains that the kernel makes itself, as behind Intel's VMD, begin at 10000 and have
+/// as many digits as they need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Bdf {
-    domain: u16,
+    domain: u32,
     bus: u8,
     device: u8,
     function: u8,
@@ -31,7 +32,7 @@ pub struct ParseBdfError(String);
 
 impl Bdf {
     /// The address made of its parts; `None` where the device is above 31 or the function above 7.
-    pub fn new(domain: u16, bus: u8, device: u8, function: u8) -> Option<Self> {
+    pub fn new(domain: u32, bus: u8, device: u8, function: u8) -> Option<Self> {
         (device < DEVICES && function < FUNCTIONS).then_some(Self { domain, bus, device, function })
     }
 
@@ -40,14 +41,14 @@ impl Bdf {
         let mut parts = rest.rsplit(':');
         let (device, bus) = (parts.next()?, parts.next()?);
         let domain = parts.next().unwrap_or("0000");
-        let widths = (1..=4).contains(&domain.len()) && bus.len() <= 2 && device.len() <= 2 && function.len() == 1;
+        let widths = (1..=8).contains(&domain.len()) && bus.len() <= 2 && device.len() <= 2 && function.len() == 1;
         // `from_str_radix` would take a sign.
         let digits = text.bytes().all(|b| b.is_ascii_hexdigit() || b == b':' || b == b'.');
         if parts.next().is_some() || !widths || !digits {
             return None;
         }
         Self::new(
-            u16::from_str_radix(domain, 16).ok()?,
+            u32::from_str_radix(domain, 16).ok()?,
             u8::from_str_radix(bus, 16).ok()?,
             u8::from_str_radix(device, 16).ok()?,
             function.parse().ok()?,
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn addresses_read_as_they_are_written() {
-        for text in ["0000:03:00.0", "ffff:ff:1f.7", "0001:0a:1c.3"] {
+        for text in ["0000:03:00.0", "ffff:ff:1f.7", "0001:0a:1c.3", "10000:e1:00.0", "ffffffff:00:00.0"] {
             assert_eq!(text.parse::<Bdf>().unwrap().to_string(), text);
         }
         assert_eq!("3:0.1".parse::<Bdf>().unwrap().to_string(), "0000:03:00.1");
@@ -118,9 +119,17 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused() {
-        for text in
-            ["", "eth0", "0000:03:00", "0000:03:20.0", "0000:03:00.8", "0:0:0:0.0", "+1:02:03.0", "00000:1:2.3", ":0.0"]
-        {
+        for text in [
+            "",
+            "eth0",
+            "0000:03:00",
+            "0000:03:20.0",
+            "0000:03:00.8",
+            "0:0:0:0.0",
+            "+1:02:03.0",
+            "100000000:1:2.3",
+            ":0.0",
+        ] {
             assert!(text.parse::<Bdf>().is_err(), "{text}");
         }
     }

@@ -120,14 +120,15 @@ fn bytes(words: &[u32]) -> u32 {
     u32::try_from(size_of_val(words)).unwrap_or(u32::MAX)
 }
 
-/// The functions, each with its group, out of a `vfio_pci_hot_reset_info`. With flags it lists something else.
+/// The functions, each with its group, out of a `vfio_pci_hot_reset_info`, which has 16 bits for a domain. With flags it lists something
+/// else.
 fn affected(answer: &[u32]) -> Option<Vec<(Bdf, u32)>> {
     let (header, entries) = answer.split_at_checked(HEADER)?;
     let count = usize::try_from(header[2]).ok().filter(|count| *count > 0 && header[1] == 0)?;
     let entries = entries.get(..count.checked_mul(ENTRY)?)?;
     let function = |entry: &[u32]| {
         let [low, high, bus, devfn] = entry[1].to_ne_bytes();
-        let bdf = Bdf::new(u16::from_ne_bytes([low, high]), bus, devfn >> 3, devfn & 7)?;
+        let bdf = Bdf::new(u16::from_ne_bytes([low, high]).into(), bus, devfn >> 3, devfn & 7)?;
         Some((bdf, entry[0]))
     };
     entries.chunks_exact(ENTRY).map(function).collect()
