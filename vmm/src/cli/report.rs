@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::Serialize;
+use umbra_guest_images::files;
 
 use super::image::size;
 use super::past::{self, Which};
@@ -171,10 +172,5 @@ fn write(path: &Path, page: &str) -> std::io::Result<()> {
     if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
         return fs::write(path, page);
     }
-    let new = path.with_extension("html.new");
-    let written = fs::write(&new, page).and_then(|()| fs::rename(&new, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    written
+    files::write_atomically(path, page.as_bytes()).map_err(|error| error.source)
 }

@@ -9,6 +9,8 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use umbra_guest_images::files::write_atomically;
+
 use super::bind::VFIO_PCI;
 use super::error::Error;
 use super::files::VFIO;
@@ -59,7 +61,7 @@ pub fn keep(rules: &Path, device: &HostDevice, owner: Option<u32>, command: (&Pa
         rule.push_str(&format!("{of_it}DRIVER==\"{VFIO_PCI}\", {order}RUN+=\"/bin/sh -c '{give}'\"\n"));
     }
     let fail = |source| Error::Sysfs { operation: "write the rule", path: path.clone(), source };
-    fs::create_dir_all(rules).and_then(|()| fs::write(&path, rule)).map_err(fail)?;
+    write_atomically(&path, rule.as_bytes()).map_err(|error| fail(error.source))?;
     Ok(path)
 }
 
