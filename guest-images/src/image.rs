@@ -44,23 +44,8 @@ const BASE_MODULES: [&str; 7] =
 const PORT_BASE_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
 /// The core of ALSA: a driver that depends on it drives a sound card.
 const SOUND_CORE: &str = "snd";
-/// The core of HDA, and the codecs behind its controllers, which no PCI modalias names. They are loaded before the
-/// controller's driver, so that it finds them.
+/// The core of HDA: a driver that depends on it finds codecs behind its controller.
 const HDA_CORE: &str = "snd_hda_codec";
-const HDA_CODECS: [&str; 12] = [
-    "snd_hda_codec_generic",
-    "snd_hda_codec_realtek",
-    "snd_hda_codec_analog",
-    "snd_hda_codec_ca0110",
-    "snd_hda_codec_ca0132",
-    "snd_hda_codec_cirrus",
-    "snd_hda_codec_cmedia",
-    "snd_hda_codec_conexant",
-    "snd_hda_codec_cs8409",
-    "snd_hda_codec_hdmi",
-    "snd_hda_codec_idt",
-    "snd_hda_codec_via",
-];
 /// Where the agent looks for the sound service.
 const SOUND_SERVICE: &str = "bin/umbra-sound";
 /// Taken where the kernel has them. The first two report a panic to the host (`pvpanic` before Linux 5.13); `vmgenid` (from Linux 5.18
@@ -237,6 +222,12 @@ impl Image {
     }
 }
 
+/// Whether an alias is of codecs behind an HDA controller, which no PCI modalias names: vendor and model, revision, and 01 for the
+/// controller's own driver; 02 is of drivers for a system on a chip. Their modules are many since Linux 6.17, one a family of models.
+fn is_hda_codec(alias: &str) -> bool {
+    alias.starts_with("hdaudio:") && !alias.contains("a02")
+}
+
 impl Recipe {
     /// Builds the image at `dir`, or returns the one there if it is of this very recipe.
     ///
@@ -307,7 +298,8 @@ impl Recipe {
         }
         let mut first = Vec::new();
         if needed.iter().any(|name| name == HDA_CORE) {
-            first.extend(HDA_CODECS.iter().filter(|name| tree.has(name)).map(|name| String::from(*name)));
+            // Before the controller's driver, so that it finds them.
+            first.extend(tree.with_alias(is_hda_codec));
         }
         first.extend(behind.unwrap_or_default());
         first.extend(drivers.iter().cloned());

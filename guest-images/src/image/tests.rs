@@ -188,3 +188,38 @@ fn an_image_of_the_system_s_kernel_says_what_it_was_asked_for() {
     let follows = Follows { drivers: vec!["lib".into()], firmware: vec!["/lib/firmware".into()] };
     assert_eq!(Image::open(&out).unwrap().manifest.follows, Some(follows), "not the drivers that were looked up");
 }
+
+/// As Linux 6.17 has them: a module for each family of codecs, and what they share.
+#[test]
+fn a_sound_card_gets_every_driver_of_a_codec_with_what_it_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut recipe, cache) = recipe(dir.path());
+    let tree = dir.path().join("root/lib/modules/6.1.0");
+    let dep = "\
+        kernel/sound/core/snd.ko:\n\
+        kernel/sound/hda/common/snd-hda-codec.ko: kernel/sound/core/snd.ko\n\
+        kernel/sound/hda/controllers/snd-hda-intel.ko: kernel/sound/hda/common/snd-hda-codec.ko kernel/sound/core/snd.ko\n\
+        kernel/sound/hda/codecs/realtek/snd-hda-codec-alc269.ko: kernel/sound/hda/codecs/realtek/snd-hda-codec-realtek-lib.ko\n\
+        kernel/sound/hda/codecs/realtek/snd-hda-codec-realtek-lib.ko:\n\
+        kernel/sound/hda/codecs/hdmi/snd-hda-codec-nvhdmi.ko:\n\
+        kernel/sound/hda/codecs/side-codecs/snd-hda-scodec.ko:\n\
+        kernel/sound/soc/codecs/snd-soc-hdac-hdmi.ko:\n";
+    for path in dep.lines().filter_map(|line| line.split(':').next()) {
+        fs::create_dir_all(tree.join(path).parent().unwrap()).unwrap();
+        fs::write(tree.join(path), module(&["depends="])).unwrap();
+    }
+    fs::write(tree.join("modules.dep"), dep).unwrap();
+    let aliases = "\
+        alias hdaudio:v10EC0269r*a01* snd_hda_codec_alc269\n\
+        alias hdaudio:v10DE0040r*a01* snd_hda_codec_nvhdmi\n\
+        alias hdaudio:v80862809r*a02* snd_soc_hdac_hdmi\n";
+    fs::write(tree.join("modules.alias"), aliases).unwrap();
+    fs::write(tree.join("modules.softdep"), "softdep snd_hda_codec_alc269 post: snd-hda-scodec\n").unwrap();
+    recipe.kernel = Kernel::from_dir(&dir.path().join("root"), &cache).unwrap();
+    recipe.sound = Some(dir.path().join("root/boot/vmlinuz-6.1.0"));
+    (recipe.devices, recipe.drivers) = (vec![], vec!["snd_hda_intel".into()]);
+    let manifest = recipe.build(&dir.path().join("out"), &cache).unwrap().manifest;
+    let names: Vec<_> = manifest.modules.iter().map(|m| m.name.as_str()).collect();
+    let codecs = ["snd_hda_codec_realtek_lib", "snd_hda_codec_alc269", "snd_hda_scodec", "snd_hda_codec_nvhdmi", "snd"];
+    assert_eq!(names, [&codecs[..], &["snd_hda_codec", "snd_hda_intel"]].concat());
+}

@@ -140,6 +140,12 @@ impl ModuleTree {
         found
     }
 
+    /// The modules, by name, of which an alias is as `wanted`. What is built in is none.
+    pub fn with_alias(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        let modules = self.index.iter().filter(|(_, module)| module.aliases.iter().any(|alias| wanted(alias)));
+        modules.map(|(name, _)| name.clone()).collect()
+    }
+
     /// The modules to load, in order, so that all of `names` are in the kernel. Built-in ones are left out.
     ///
     /// # Errors
