@@ -1,8 +1,7 @@
 //! The host suspends to RAM, for real, under a guest that receives: driver VMs give their devices up before it and are reborn after it
 //! (`packaging/umbra-sleep.service`).
 //!
-//! A virtio 9p file system does not outlive that, so that everything is in the test host's memory, and its folders are taken away
-//! meanwhile.
+//! The shared folders are away meanwhile, so that everything is in the test host's memory.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -15,21 +14,14 @@ use umbra_tests::bench::guest::{Guest, SOCKETS};
 use umbra_tests::peer::peer_address;
 
 /// What systemd does, with the unit: it suspends and is woken by its clock.
-const SUSPEND: &str =
-    "cd / && umount /snapshots && umount /share || { ls -l /proc/*/cwd /proc/*/fd /proc/*/exe | grep /share; exit 1; }
-drivers=/sys/bus/virtio/drivers/9pnet_virtio
-folders=$(cd $drivers && echo virtio*)
-for folder in $folders; do echo $folder > $drivers/unbind; done
-umbra sleep --all
-asleep=$?
-umbra status
-echo +$((10 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm
-echo mem > /sys/power/state
-suspended=$?
-umbra wake --all
-awake=$?
-for folder in $folders; do echo $folder > $drivers/bind; done
-for name in share snapshots; do mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none $name /$name; done
+const SUSPEND: &str = "suspend() {
+  umbra sleep --all; asleep=$?
+  umbra status
+  echo +$((10 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm
+  echo mem > /sys/power/state; suspended=$?
+  umbra wake --all; awake=$?
+}
+without_folders suspend || exit 1
 echo \"$asleep $suspended $awake\"
 [ $asleep$suspended$awake = 000 ]";
 

@@ -38,21 +38,23 @@ const USERS: &str = "for p in /proc/[0-9]*; do
   case \"$(tr '\\0' ' ' 2>/dev/null <$p/cmdline)\" in 'umbra vm '*) id -un $(sed -n 's/^Uid:.//p' $p/status | cut -f1);; esac
 done | sort | uniq -c";
 
-/// Sleeps by logind, and is woken by the clock. The shared folders, which no sleep leaves whole, are away meanwhile.
-const SLEEP: &str = "cd / && umount /snapshots /share || exit 1
-drivers=/sys/bus/virtio/drivers/9pnet_virtio
-folders=$(cd $drivers && echo virtio*)
-for folder in $folders; do echo $folder > $drivers/unbind; done
-slept() { grep -h . /sys/power/suspend_stats/success; }
-before=$(slept)
-echo +$((15 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm
-systemctl suspend
-until [ $(slept) -gt $before ] && ! systemctl -q is-active systemd-suspend.service; do
-  systemctl -q is-failed systemd-suspend.service && { journalctl -b -u systemd-suspend --no-pager; break; }; sleep 0.2
-done
-for folder in $folders; do echo $folder > $drivers/bind; done
-for name in share snapshots; do mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none $name /$name; done
-journalctl -b -u systemd-suspend --no-pager -o cat
+/// Sleeps by logind, and is woken by the clock, which is set when all that comes before the sleep is done: there is no limit to that. The
+/// sleep is over when its unit is (`activating` until then), on which that which wakes the machine waits.
+const SLEEP: &str = "slept() { cat /sys/power/suspend_stats/success; }
+unit=systemd-suspend.service; alarm=/run/systemd/system/$unit.d/alarm.conf
+mkdir -p ${alarm%/*}
+echo \"[Service]
+ExecStartPre=/bin/sh -c 'echo +$((15 * UMBRA_PATIENCE)) > /sys/class/rtc/rtc0/wakealarm'\" > $alarm
+systemctl daemon-reload
+is_over() {
+  case $(systemctl show -p ActiveState --value $unit) in failed) ;; inactive) [ $(slept) -gt $before ];; *) false;; esac
+}
+suspend() {
+  before=$(slept)
+  systemctl suspend && until is_over; do sleep 0.2; done
+}
+without_folders suspend || exit 1
+rm $alarm; systemctl daemon-reload; journalctl -b -u $unit --no-pager -o cat
 [ $(slept) -gt $before ]";
 
 /// The guest powers off when its button is pressed.

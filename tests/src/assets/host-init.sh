@@ -11,11 +11,11 @@ dmesg -n 4
 echo "test host: loading modules"
 modprobe -a 9pnet_virtio 9p vfio_iommu_type1 vfio_pci tun bridge
 if grep -q svm /proc/cpuinfo; then modprobe kvm_amd; else modprobe kvm_intel; fi
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none share /share || echo "test host: no shared folder"
-# What driver VMs are restored from is kept for other test hosts.
-mkdir -p /snapshots && mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=none snapshots /snapshots
-# Programs run from memory: the shared folder is slow to page from.
 . /etc/umbra/bench.sh
+mount_folder share || echo "test host: no shared folder"
+# What driver VMs are restored from is kept for other test hosts.
+mkdir -p /snapshots && mount_folder snapshots
+# Programs run from memory: the shared folder is slow to page from.
 for program in umbra umbra-agent umbra-probe; do [ -f /share/$program ] && fetch /share/$program /bin/$program; done
 ip link set lo up; hostname testhost
 # Whom the processes of VMs are handed to.
