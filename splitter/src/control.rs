@@ -1,13 +1,21 @@
 //! The control queue of virtio-net (virtio 1.2, section 5.1.6.5): bytes into a command, pure; and the command into
 //! the shadow's record. A malformed or unknown command is answered with `VIRTIO_NET_ERR` and changes nothing.
 
-use umbra_shadow::net::rx_mode::{Mac, RxFilter};
+use umbra_shadow::net::rx_mode::{MAX_ADDRESSES, Mac, RxFilter};
 
 use crate::copy::{gather, scatter};
 use crate::queue::{Chain, RingFault, Virtqueue};
 
-/// Longest command read, in bytes: both address tables with 2,700 entries each, far more than is kept of them.
-const MAX_COMMAND: usize = 32 * 1024;
+/// Bytes of the longest command but for [`TABLES`]: with an address.
+const MAX_COMMAND: usize = 8;
+/// Class and command of `VIRTIO_NET_CTRL_MAC_TABLE_SET`, which is as long as a driver has addresses.
+const TABLES: [u8; 2] = [1, 0];
+/// Most entries of a table that are read: one more than the record has place for, by which it sees that there are too many.
+const MAX_ENTRIES: u32 = 65;
+const _: () = assert!(MAX_ENTRIES as usize > MAX_ADDRESSES);
+/// Bytes of a table's count, and of an entry.
+const COUNT: usize = 4;
+const ENTRY: usize = 6;
 
 /// Commands handled in one call, as many as a queue holds that a driver does not refill meanwhile.
 pub const MAX_COMMANDS: usize = 64;
@@ -68,13 +76,13 @@ impl<'a> Command<'a> {
 
 /// `struct virtio_net_ctrl_mac`: a count and as many addresses, and what stands behind.
 fn table(data: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (count, rest) = data.split_first_chunk::<4>()?;
-    let len = usize::try_from(u32::from_le_bytes(*count)).ok()?.checked_mul(6)?;
+    let (count, rest) = data.split_first_chunk::<COUNT>()?;
+    let len = usize::try_from(u32::from_le_bytes(*count)).ok()?.checked_mul(ENTRY)?;
     (len <= rest.len()).then(|| rest.split_at(len))
 }
 
 fn addresses(table: &[u8]) -> impl Iterator<Item = Mac> + '_ {
-    table.chunks_exact(6).filter_map(|entry| entry.try_into().ok())
+    table.chunks_exact(ENTRY).filter_map(|entry| entry.try_into().ok())
 }
 
 fn is_unicast(mac: &Mac) -> bool {
@@ -122,10 +130,31 @@ fn serve_commands(queue: &mut Virtqueue, filter: &mut RxFilter) -> Result<bool, 
 
 /// Carries one command out and writes its acknowledgement; returns the bytes written.
 fn answer(chain: &Chain<'_>, filter: &mut RxFilter) -> u32 {
-    let mut bytes = vec![0; chain.readable_len().min(MAX_COMMAND)];
-    gather(chain.readable(), 0, &mut bytes);
-    let whole = chain.readable_len() <= MAX_COMMAND;
-    let done = whole && Command::parse(&bytes).is_some_and(|command| command.apply(filter));
+    let done = read(chain).is_some_and(|bytes| Command::parse(&bytes).is_some_and(|command| command.apply(filter)));
     let ack = if done { OK } else { ERR };
     u32::try_from(scatter(&[ack], chain.writable(), 0)).unwrap_or(0)
+}
+
+/// A command, tables cut to [`MAX_ENTRIES`]; `None` if it is shorter than they are.
+fn read(chain: &Chain<'_>) -> Option<Vec<u8>> {
+    let bytes = |at, most| {
+        let mut bytes = vec![0; most];
+        let there = gather(chain.readable(), at, &mut bytes);
+        bytes.truncate(there);
+        bytes
+    };
+    let mut command = bytes(0, MAX_COMMAND);
+    if !command.starts_with(&TABLES) {
+        return Some(command);
+    }
+    let mut at = TABLES.len();
+    command.truncate(at);
+    for _ in 0..2 {
+        let count = u32::from_le_bytes(bytes(at, COUNT).try_into().ok()?);
+        let kept = count.min(MAX_ENTRIES);
+        command.extend(kept.to_le_bytes());
+        command.extend(bytes(at + COUNT, kept as usize * ENTRY));
+        at = at.checked_add(COUNT + count as usize * ENTRY)?;
+    }
+    (at <= chain.readable_len()).then_some(command)
 }

@@ -284,6 +284,29 @@ fn control_commands_are_recorded() {
     assert_eq!(filter.vlans(), Some(vec![5]));
 }
 
+/// As of a host of thousands of containers, each with an address of its own.
+#[test]
+fn tables_of_any_length_widen_the_filter() {
+    let mut guest = Guest::new();
+    assert_eq!(guest.command(&[0, 0, 0]), 0);
+    let table = |count: u32, entries: usize| [&count.to_le_bytes()[..], &[6; 6].repeat(entries)].concat();
+    let few = || table(2, 2);
+    for (unicast, multicast, wide) in [
+        (table(100_000, 100_000), few(), (true, false)),
+        (few(), table(100_000, 100_000), (false, true)),
+        (few(), few(), (false, false)),
+    ] {
+        assert_eq!(guest.command(&[&[1, 0][..], &unicast, &multicast].concat()), 0);
+        let filter = guest.splitter.shadow().filter();
+        assert_eq!((filter.promiscuous(), filter.all_multicast()), wide);
+        assert_eq!(filter.multicast().len(), if wide.1 { 0 } else { 2 });
+    }
+    for short in [vec![0], table(100_000, 99_999), [few(), table(100_000, 99_999)].concat(), table(u32::MAX, 10)] {
+        assert_eq!(guest.command(&[&[1, 0][..], &short].concat()), 1, "cut off");
+    }
+    assert!(!guest.splitter.shadow().filter().promiscuous());
+}
+
 #[test]
 fn commands_past_what_one_call_answers_are_not_forgotten() {
     let mut guest = Guest::new();
