@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
 use umbra_shadow::DeviceId;
-use umbra_vmm::config::Console;
+use umbra_vmm::base::vm_users::VmUsers;
+use umbra_vmm::config::{Confine, Console};
+use umbra_vmm::wire::channel::Incoming;
 use umbra_vmm::wire::messages::{DiskBackend, FromVm, ToVm, VmEnd, VmSpec};
-use umbra_vmm::wire::spawn::let_files_grow;
+use umbra_vmm::wire::spawn::{Program, Streams, VmProcess, let_files_grow};
 
 const RESET_CONTROL: u16 = 0xcf9;
 const PM1_ENABLE: u16 = 0x602;
@@ -310,4 +312,59 @@ fn the_file_of_a_disk_grows_as_far_as_the_supervisor_lets_it() {
     let_files_grow(vm.child.id(), 16 * MIB).unwrap();
     assert_eq!((resize(), size()), (Ok(16 * MIB), 16 * MIB));
     vm.kill();
+}
+
+/// What the threads of process `pid` have in a line of their status, each thread's four numbers.
+fn numbers(pid: u32, line: &str) -> Vec<Vec<u32>> {
+    let of = |task: std::io::Result<std::fs::DirEntry>| {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let numbers = status.lines().find_map(|text| text.strip_prefix(line)).unwrap();
+        numbers.split_whitespace().map(|number| number.parse().unwrap()).collect()
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(of).collect()
+}
+
+#[test]
+fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
+    if !kvm() || common::user().is_none() {
+        return;
+    }
+    let host = tempfile::tempdir().unwrap();
+    std::fs::create_dir(host.path().join("etc")).unwrap();
+    let range = "umbra-vm:64900:2\n";
+    for (file, text) in [("passwd", "umbra-vm:x:64987:64986::/:/bin/false\n"), ("subuid", range), ("subgid", range)] {
+        std::fs::write(host.path().join("etc").join(file), text).unwrap();
+    }
+    let users = VmUsers::find(host.path());
+    let path = env!("CARGO_BIN_EXE_umbra").into();
+    let program = Program { path, confine: Confine::On, users, namespaces: true };
+    let start = || {
+        let files = Files::new(&common::elf(&Code::new().spin().0));
+        let process = VmProcess::spawn(&program, files.spec(), (&[], &[]), Streams::Quiet).unwrap();
+        let deadline = Instant::now() + common::PATIENCE;
+        while !matches!(process.channel().try_receive().unwrap(), Incoming::Message(FromVm::Running { .. }, _)) {
+            assert!(Instant::now() < deadline, "the VM does not run");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        (process, files)
+    };
+    let mut vms = [start(), start(), start()];
+    for ((process, _), (uid, gid)) in vms.iter().zip([(64_900, 64_900), (64_901, 64_901), (64_987, 64_986)]) {
+        let (uids, gids) = (numbers(process.pid(), "Uid:"), numbers(process.pid(), "Gid:"));
+        assert!(process.uid() == Some(uid) && uids.len() > 2, "{:?} {uids:?}", process.uid());
+        assert!(uids.iter().all(|uids| *uids == [uid; 4]) && gids.iter().all(|gids| *gids == [gid; 4]), "{gids:?}");
+        let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap();
+        let mut open = open.map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap());
+        let lock = host.path().join(format!("run/umbra-users/{uid}"));
+        assert_eq!(open.any(|path| path == lock), uid == gid, "it keeps a number that is its own");
+    }
+    let deadline = Instant::now() + common::PATIENCE;
+    vms[0].0.kill();
+    while vms[0].0.ended().is_none() {
+        assert!(Instant::now() < deadline, "it does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(start().0.uid(), Some(64_987), "nobody has closed what keeps the number");
+    drop(vms);
+    assert_eq!(start().0.uid(), Some(64_900));
 }

@@ -24,4 +24,5 @@ pub mod unix_socket;
 pub mod untrusted_text;
 pub mod user_folder;
 pub mod users;
+pub mod vm_users;
 pub mod wall;

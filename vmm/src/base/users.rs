@@ -9,9 +9,6 @@ use std::str::FromStr;
 /// The host's file of users.
 pub const USERS: &str = "/etc/passwd";
 
-/// Whom the processes of VMs are handed to once their VM is built, where root starts them and the host has this user.
-pub const OF_VMS: &str = "umbra-vm";
-
 /// A user's numbers. Its text is `UID:GID`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
@@ -32,12 +29,6 @@ impl User {
             let mut fields = line.split(':');
             (fields.next() == Some(name)).then(|| fields.nth(1).zip(fields.next()))?.and_then(numbers)
         }))
-    }
-
-    /// Whom the processes of VMs are handed to, if there is somebody and this process may.
-    pub fn of_vms() -> Option<Self> {
-        let may = nix::unistd::geteuid().is_root();
-        may.then(|| Self::find(Path::new(USERS), OF_VMS).ok().flatten()).flatten().filter(|user| user.uid != 0)
     }
 }
 

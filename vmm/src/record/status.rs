@@ -35,6 +35,9 @@ pub struct GuestStatus {
     pub reason: Option<String>,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
+    /// Number of the user whom that is handed to; `None`: it is the supervisor's.
+    #[serde(default)]
+    pub uid: Option<u32>,
     /// Seconds since the VM was started.
     pub uptime_s: f64,
     /// Network devices, in order.
@@ -246,6 +249,9 @@ pub struct DriverStatus {
     pub state: StateName,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
+    /// Number of the user whom that is handed to; `None`: it is the supervisor's.
+    #[serde(default)]
+    pub uid: Option<u32>,
     /// The NIC's carrier.
     pub carrier: bool,
     /// How the device is reset between two lives; written as `none` where it cannot be.
@@ -286,6 +292,9 @@ pub struct StandbyStatus {
     pub generation: Option<u32>,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
+    /// Number of the user whom that is handed to; `None`: it is the supervisor's.
+    #[serde(default)]
+    pub uid: Option<u32>,
     /// The life that waits behind it; `None` without `standbys = 2`.
     #[serde(default)]
     pub second: Option<SecondStatus>,
@@ -306,6 +315,9 @@ pub struct SecondStatus {
     pub generation: Option<u32>,
     /// Number of its process, while there is one.
     pub pid: Option<u32>,
+    /// Number of the user whom that is handed to; `None`: it is the supervisor's.
+    #[serde(default)]
+    pub uid: Option<u32>,
 }
 
 impl Status {
@@ -349,6 +361,7 @@ pub(crate) mod testing {
             state: GuestStateName::Running,
             reason: None,
             pid: Some(7),
+            uid: None,
             uptime_s: 61.4,
             nets: vec![net],
             sounds: Vec::new(),
@@ -363,6 +376,7 @@ pub(crate) mod testing {
             generation: Some(3),
             state: StateName::Live,
             pid: Some(9),
+            uid: None,
             carrier: true,
             reset_method: None,
             reset_meaning: "it keeps its registers".into(),
@@ -377,6 +391,7 @@ pub(crate) mod testing {
                 network: None,
                 generation: Some(4),
                 pid: Some(10),
+                uid: None,
                 second: None,
                 age_s: Some(3.5),
                 reason: None,

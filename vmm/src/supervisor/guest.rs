@@ -326,6 +326,7 @@ impl GuestVm {
             state: self.state.name(),
             reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
             pid: self.process.as_ref().map(VmProcess::pid),
+            uid: self.process.as_ref().and_then(VmProcess::uid),
             uptime_s: Time::now().since(self.started).as_secs_f64(),
             nets,
             sounds,

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -33,7 +33,7 @@ use crate::base::error::chain;
 use crate::base::namespaces;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
-use crate::base::users::User;
+use crate::base::vm_users::{OF_VMS, VmUsers};
 use crate::config::{Confine, Machine};
 use crate::lifecycle::{Input, Rank, State};
 use crate::record::archive::Archive;
@@ -163,7 +163,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.served = served;
     supervisor.file = options.file;
     let (path, confine) = (options.program, machine.confine);
-    supervisor.program = Program { path, confine, user: User::of_vms(), namespaces: have_namespaces(confine) };
+    let users = users_of_vms(&supervisor.host.root, confine);
+    supervisor.program = Program { path, confine, users, namespaces: have_namespaces(confine) };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;
@@ -179,6 +180,15 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
         .failure
         .take()
         .map_or(Ok(()), |what| Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what }))
+}
+
+/// Whom the processes of VMs are handed to, by the files below `root`: where root starts them, and there is somebody.
+fn users_of_vms(root: &Path, confine: Confine) -> Option<VmUsers> {
+    let users = nix::unistd::geteuid().is_root().then(|| VmUsers::find(root)).flatten()?;
+    if let (Err(error), Confine::On) = (users.range(), confine) {
+        tracing::warn!("processes of VMs have no users of their own and go on as {OF_VMS}: {}", chain(error));
+    }
+    Some(users)
 }
 
 /// Whether the processes of VMs have namespaces of their own: where root starts them, and may.

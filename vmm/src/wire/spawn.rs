@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
-use crate::base::users::User;
+use crate::base::vm_users::{Taken, VmUsers};
 use crate::config::Confine;
 
 /// Errors of starting a VM's process.
@@ -59,14 +59,14 @@ pub enum Streams {
 pub const SUPERVISOR: &str = "UMBRA_SUPERVISOR";
 
 /// What VM processes are started as.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Program {
     /// The file.
     pub path: PathBuf,
     /// How the processes are confined.
     pub confine: Confine,
-    /// Whom they are handed to once their VM is built.
-    pub user: Option<User>,
+    /// Whom they are handed to once their VM is built, if they are confined.
+    pub users: Option<VmUsers>,
     /// They have namespaces of their own.
     pub namespaces: bool,
 }
@@ -78,6 +78,8 @@ pub struct VmProcess {
     pidfd: OwnedFd,
     channel: Channel,
     console: Option<OwnedFd>,
+    /// Its numbers are its own for as long as it is there.
+    user: Option<Taken>,
 }
 
 impl VmProcess {
@@ -100,11 +102,13 @@ impl VmProcess {
         command.env_remove("NOTIFY_SOCKET").env(SUPERVISOR, std::process::id().to_string());
         command.arg0("umbra").args(["vm", "--name", &vm, "--control", &theirs.as_raw_fd().to_string()]);
         command.args(["--confine", program.confine.name()]);
-        command.args(program.user.iter().flat_map(|user| ["--user".into(), user.to_string()]));
+        let user = program.users.as_ref().filter(|_| program.confine == Confine::On).map(VmUsers::take);
+        command.args(user.iter().flat_map(|taken| ["--user".into(), taken.user.to_string()]));
         command.args(program.namespaces.then_some("--namespaces"));
         let console =
             set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
-        let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).collect();
+        let lock = user.as_ref().and_then(|taken| taken.lock.as_ref()).map(AsRawFd::as_raw_fd);
+        let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).chain(lock).collect();
         let parent = std::process::id();
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
         // only system calls that are async-signal-safe.
@@ -113,7 +117,7 @@ impl VmProcess {
         let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
-        let process = Self { child, pidfd, channel, console };
+        let process = Self { child, pidfd, channel, console, user };
         process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
     }
@@ -121,6 +125,11 @@ impl VmProcess {
     /// The process's number.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The number of the user whom it is handed to; `None`: it stays the supervisor's.
+    pub fn uid(&self) -> Option<u32> {
+        self.user.as_ref().map(|taken| taken.user.uid)
     }
 
     /// Readable once the process has ended.

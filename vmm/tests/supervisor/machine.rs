@@ -153,7 +153,7 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         verbosity: Verbosity::Quiet,
         events: Some(fs::File::create(dir.join("events")).unwrap()),
         program: "/proc/self/exe".into(),
-        host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), open, ..Host::default() },
+        host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), root: dir.into(), open, ..Host::default() },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
         until: until(dir),
         file: Some(MachineFile { path: dir.join("m.toml"), metrics: None }),

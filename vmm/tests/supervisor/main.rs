@@ -23,6 +23,7 @@ mod settings;
 mod snapshots;
 mod takers;
 mod upgrade;
+mod users;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         .chain(snapshots::ALL)
         .chain(takers::ALL)
         .chain(upgrade::ALL)
+        .chain(users::ALL)
         .chain(lives::ALL)
         .chain(observers::ALL)
         .chain(past::ALL)

@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::{Finding, Root};
 use crate::base::error::chain;
 use crate::base::namespaces;
-use crate::base::users::{OF_VMS, User};
+use crate::base::vm_users::{OF_VMS, SUBGID, SUBUID, VmUsers, unused_range};
 use crate::config::MemorySize;
 use crate::host::seccomp::filters_system_calls;
 
@@ -27,8 +27,6 @@ pub struct Caller {
     pub seccomp: bool,
     /// Version of Landlock that the kernel has; `None`: it has none, or was started without it.
     pub landlock: Option<u32>,
-    /// There is a user whom root's processes of VMs are handed to.
-    pub vm_user: bool,
     /// Root's processes of VMs can have namespaces of their own; `None`: not asked, who asks is not root.
     pub namespaces: Option<Result<(), namespaces::Error>>,
 }
@@ -43,7 +41,6 @@ impl Caller {
             locked,
             seccomp: filters_system_calls(),
             landlock: landlock(),
-            vm_user: User::of_vms().is_some(),
             namespaces: root.then(namespaces::available),
         }
     }
@@ -84,15 +81,32 @@ fn confinement(caller: Caller) -> Finding {
 }
 
 /// Whose the processes of VMs are. Who is not root starts them as itself.
-fn user_of_vms(caller: Caller) -> Option<Finding> {
+fn user_of_vms(root: &Root, caller: Caller) -> Option<Finding> {
     const CHECK: &str = "user of VMs";
-    caller.root.then(|| match caller.vm_user {
-        true => Finding::good(CHECK, format!("processes of VMs that root starts go on as {OF_VMS}")),
-        false => Finding::note(
-            CHECK,
-            format!("processes of VMs that root starts stay root's, without its capabilities: no user {OF_VMS}"),
-        )
-        .with_remedy(format!("`useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {OF_VMS}`")),
+    if !caller.root {
+        return None;
+    }
+    let root = root.join("");
+    let (first, last) = unused_range(&root);
+    let add_range = format!("usermod --add-subuids {first}-{last} --add-subgids {first}-{last} {OF_VMS}");
+    let add_range = format!("`touch {SUBUID} {SUBGID} && {add_range}`");
+    let Some(users) = VmUsers::find(&root) else {
+        let what = format!("processes of VMs that root starts stay root's, without its capabilities: no user {OF_VMS}");
+        let add_user = format!("`useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {OF_VMS}`");
+        return Some(Finding::note(CHECK, what).with_remedy(format!("{add_user}, then {add_range}")));
+    };
+    let as_one = format!("processes of VMs that root starts go on as {OF_VMS}, all as one user");
+    Some(match users.range() {
+        Ok([]) => {
+            Finding::note(CHECK, format!("{as_one}: {SUBUID} and {SUBGID} give it no range")).with_remedy(add_range)
+        }
+        Ok(range) => {
+            let count: usize = range.iter().map(ExactSizeIterator::len).sum();
+            let from = range.iter().map(|range| range.start).min().unwrap_or_default();
+            let what = format!("processes of VMs that root starts go on as users of {OF_VMS}'s range, each as another");
+            Finding::good(CHECK, format!("{what} ({count} from {from} on)"))
+        }
+        Err(error) => Finding::note(CHECK, format!("{as_one}: {}", chain(error))),
     })
 }
 
@@ -121,7 +135,7 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
         huge_pages(root),
         confinement(caller),
     ];
-    findings.extend(user_of_vms(caller));
+    findings.extend(user_of_vms(root, caller));
     findings.extend(own_namespaces(caller));
     findings
 }

@@ -31,8 +31,7 @@ fn text(finding: &Finding) -> String {
     format!("{} -> {}", finding.what, finding.remedy.as_deref().unwrap_or_default())
 }
 
-const ROOT: Caller =
-    Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), vm_user: true, namespaces: Some(Ok(())) };
+const ROOT: Caller = Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), namespaces: Some(Ok(())) };
 
 #[test]
 fn a_host_with_everything_misses_nothing() {
@@ -42,6 +41,9 @@ fn a_host_with_everything_misses_nothing() {
         .file("sys/kernel/iommu_groups/0/x", "")
         .file("sys/class/iommu/dmar0/x", "")
         .file("sys/bus/pci/drivers/vfio-pci/x", "")
+        .file("etc/passwd", "umbra-vm:x:987:987::/:/bin/false\n")
+        .file("etc/subuid", "umbra-vm:100000:65536\n")
+        .file("etc/subgid", "umbra-vm:100000:65536\n")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
     let findings = findings(&tree.root(), ROOT);
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
@@ -51,7 +53,7 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let nobody = Caller { root: false, locked: 8 << 20, landlock: None, vm_user: false, namespaces: None, ..ROOT };
+    let nobody = Caller { root: false, locked: 8 << 20, landlock: None, namespaces: None, ..ROOT };
     let findings = findings(&tree.root(), nobody);
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
@@ -72,10 +74,28 @@ fn what_the_kernel_has_to_confine_processes_with_is_said() {
 
 #[test]
 fn whose_the_processes_of_root_s_vms_are_is_said() {
-    let found = |root, vm_user| user_of_vms(Caller { root, vm_user, ..ROOT });
-    assert!(found(false, false).is_none() && found(true, true).unwrap().grade == Grade::Good);
-    let finding = found(true, false).unwrap();
-    assert!(finding.grade == Grade::Note && text(&finding).contains("`useradd --system "), "{finding:?}");
+    let nobody = Tree::new();
+    assert!(user_of_vms(&nobody.root(), Caller { root: false, ..ROOT }).is_none());
+    let said = |tree: &Tree, grade, words: &[&str]| {
+        let finding = user_of_vms(&tree.root(), ROOT).unwrap();
+        let text = text(&finding);
+        assert!(finding.grade == grade && words.iter().all(|word| text.contains(word)), "{finding:?}");
+    };
+    let usermod = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 umbra-vm`";
+    said(&nobody, Grade::Note, &["stay root's", "`useradd --system ", usermod]);
+    let one = nobody.file("etc/passwd", "umbra-vm:x:987:987::/:/bin/false\n");
+    said(&one, Grade::Note, &["all as one user: /etc/subuid and /etc/subgid give it no range", usermod]);
+    let others = one.file("etc/subuid", "jane:100000:65536\n").file("etc/subgid", "jane:165536:10\n");
+    said(&others, Grade::Note, &["usermod --add-subuids 165546-231081 --add-subgids 165546-231081 umbra-vm`"]);
+    let uids = others.file("etc/subuid", "umbra-vm:200000:8\numbra-vm:100000:65536\n");
+    said(
+        &uids,
+        Grade::Note,
+        &["all as one user: the ranges of umbra-vm", "no number in common: give it the same range"],
+    );
+    let all = uids.file("etc/subgid", "umbra-vm:0:65536\n");
+    said(&all, Grade::Note, &["etc/subgid:1: \"umbra-vm:0:65536\" is no range of users: write umbra-vm:FIRST:COUNT"]);
+    said(&all.file("etc/subgid", "umbra-vm:100000:300000\n"), Grade::Good, &["each as another (65544 from 100000 on)"]);
 }
 
 #[test]

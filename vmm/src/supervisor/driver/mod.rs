@@ -400,6 +400,7 @@ impl DriverVm {
             generation: self.lifecycle.generation().map(Generation::get),
             state: self.lifecycle.state().name(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
+            uid: self.life.as_ref().and_then(|life| life.process.uid()),
             carrier: self.lifecycle.carrier() == Carrier::Up,
             reset_method: self.reset_method,
             reset_meaning: self.device.reset().describe_use(self.reset_method),

@@ -23,7 +23,7 @@ use crate::supervisor::bounds;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{FromVm, ToVm};
-use crate::wire::spawn::describe_exit;
+use crate::wire::spawn::{VmProcess, describe_exit};
 
 /// Nice value of a standby that boots: guests that are served go before it.
 const NICE: i32 = 10;
@@ -319,8 +319,9 @@ impl DriverVm {
     fn second_status(&self) -> SecondStatus {
         let state = self.lifecycle.second_standby();
         let generation = state.generation();
-        let pid = self.second.as_ref().filter(|_| generation.is_some()).map(|vm| vm.life.process.pid());
-        SecondStatus { state: state.stage(), generation: generation.map(Generation::get), pid }
+        let process = self.second.as_ref().filter(|_| generation.is_some()).map(|vm| &vm.life.process);
+        let (pid, uid) = (process.map(VmProcess::pid), process.and_then(VmProcess::uid));
+        SecondStatus { state: state.stage(), generation: generation.map(Generation::get), pid, uid }
     }
 
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
@@ -333,6 +334,7 @@ impl DriverVm {
             network: self.spare.as_ref().map(|spare| spare.network()),
             generation: state.generation().map(Generation::get),
             pid: vm.map(|vm| vm.life.process.pid()),
+            uid: vm.and_then(|vm| vm.life.process.uid()),
             second: (self.spec.standbys > 1).then(|| self.second_status()),
             age_s: vm.map(|vm| Time::now().since(vm.started).as_secs_f64()),
             reason: self.lifecycle.spare_is_held().or_else(|| self.lacks_snapshot()),

@@ -29,12 +29,20 @@ pub struct Host {
     pub open: Open,
     /// Whether the kernel filters system calls.
     pub filters_system_calls: fn() -> bool,
+    /// The folder that has the files of its users.
+    pub root: PathBuf,
 }
 
 impl Default for Host {
     fn default() -> Self {
         let filters_system_calls = host::seccomp::filters_system_calls;
-        Self { kvm: "/dev/kvm".into(), pci: "/sys/bus/pci".into(), open: DeviceFiles::open, filters_system_calls }
+        Self {
+            kvm: "/dev/kvm".into(),
+            pci: "/sys/bus/pci".into(),
+            open: DeviceFiles::open,
+            filters_system_calls,
+            root: "/".into(),
+        }
     }
 }
 

@@ -27,7 +27,8 @@ use umbra_splitter::threads::{self, Inherits, Purpose};
 
 use crate::base::error::chain;
 use crate::base::namespaces::{self, Namespaces};
-use crate::base::users::{OF_VMS, User};
+use crate::base::users::User;
+use crate::base::vm_users::OF_VMS;
 pub use crate::config::Confine as Mode;
 
 /// Kinds of threads that differ in what they may do.
