@@ -110,7 +110,8 @@ cp "$2" "$1/root/mnt/umbra.deb"
 chroot "$1/root" sh -e -s "$4" <<'IN'
 dpkg -i /mnt/umbra.deb
 grep '^umbra-vm:.*nologin$' /etc/passwd
-umbra doctor | grep 'go on as umbra-vm'
+[ "$(grep -h '^umbra-vm:' /etc/subuid /etc/subgid | sort -u | wc -l)" = 1 ]
+umbra doctor | tr -s ' \n' ' ' | grep "go on as users of umbra-vm's range, each as another (65536 from "
 for release in "$1" "$1-next"; do
   ln -s "/mnt/kernel/lib/modules/$1" "/lib/modules/$release" 2>/dev/null || ln -s "/mnt/kernel/usr/lib/modules/$1" "/lib/modules/$release"
   ln -s "/mnt/kernel/boot/vmlinuz-$1" "/boot/vmlinuz-$release"
@@ -127,7 +128,7 @@ run-parts --report --exit-on-error --arg="$1-next" --arg="/boot/vmlinuz-$1-next"
 dpkg -r umbra
 run-parts --report --exit-on-error --arg="$1" --arg="/boot/vmlinuz-$1" --regex '^zz-umbra$' /etc/kernel/postinst.d 2>&1
 dpkg -P umbra
-if grep '^umbra-vm:' /etc/passwd; then exit 1; fi
+if grep '^umbra-vm:' /etc/passwd /etc/subuid /etc/subgid; then exit 1; fi
 rm -r /etc/umbra/web.toml /etc/umbra/wrong.toml /lib/modules/$1* /boot/vmlinuz-$1*
 IN
 umount "$1/root/mnt/kernel" "$1/root/dev" "$1/root/proc"

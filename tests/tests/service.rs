@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use common::{
@@ -33,10 +34,10 @@ taken() { [ \"$(driver)\" = vfio-pci ]; }
 await 20 taken; echo \"after it was away: $(driver)\"
 taken || { journalctl -b -u systemd-udevd --no-pager; cat /etc/udev/rules.d/*; false; }";
 
-/// Users of the processes of VMs, one a line.
+/// Users of the processes of VMs, by number, one a line.
 const USERS: &str = "for p in /proc/[0-9]*; do
-  case \"$(tr '\\0' ' ' 2>/dev/null <$p/cmdline)\" in 'umbra vm '*) id -un $(sed -n 's/^Uid:.//p' $p/status | cut -f1);; esac
-done | sort | uniq -c";
+  case \"$(tr '\\0' ' ' 2>/dev/null <$p/cmdline)\" in 'umbra vm '*) sed -n 's/^Uid:.//p' $p/status | cut -f1;; esac
+done | sort";
 
 /// Sleeps by logind, and is woken by the clock, which is set when all that comes before the sleep is done: there is no limit to that. The
 /// sleep is over when its unit is (`activating` until then), on which that which wakes the machine waits.
@@ -98,14 +99,18 @@ fn await_standby(place: &mut Place) {
     place.expect("umbra wait standby --timeout $((90 * UMBRA_PATIENCE))", RECOVERY).or_tell();
 }
 
-/// It starts with the host's means alone; its VMs belong to a user of their own.
+/// It starts with the host's means alone; each of its VMs belongs to a user of its own, of the range that the package has set aside.
 fn is_a_service(place: &mut Place) {
     place
         .expect("systemctl enable --now umbra@web || { journalctl -b -u umbra@web --no-pager; exit 1; }", RECOVERY)
         .or_tell();
     await_standby(place);
     guest_reaches_peer(place);
-    assert_eq!(place.expect(USERS, STEP).or_tell().split_whitespace().collect::<Vec<_>>(), ["3", "umbra-vm"]);
+    let range = place.expect("grep -h '^umbra-vm:' /etc/subuid /etc/subgid | sort -u | cut -d: -f2", STEP).or_tell();
+    let users = place.expect(USERS, STEP).or_tell();
+    let users: BTreeSet<u32> = users.lines().map(|user| user.parse().unwrap()).collect();
+    let first: u32 = range.trim().parse().unwrap();
+    assert!(users.len() == 3 && users.iter().all(|user| (first..first + 65_536).contains(user)), "{users:?}");
     place.expect("sed -i 's/^limit = 5/limit = 6/' /etc/umbra/web.toml && systemctl reload umbra@web", STEP).or_tell();
     place
         .expect(
@@ -155,6 +160,6 @@ journalctl --sync; journalctl -b -u umbra@wrong -o cat | grep wrong.toml:1:";
         .or_tell();
     // The exec server and its functions are the bench's.
     let left = "find / -xdev -iname '*umbra*' -not -path '/srv/*' -not -path /etc/umbra -not -name '*bench*' -not -name umbra-probe; \
-                getent passwd umbra-vm; true";
+                getent passwd umbra-vm; grep umbra-vm /etc/subuid /etc/subgid; true";
     assert_eq!(place.expect(left, STEP).or_tell(), "", "the package has left it");
 }

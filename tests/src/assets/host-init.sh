@@ -18,8 +18,9 @@ mkdir -p /snapshots && mount_folder snapshots
 # Programs run from memory: the shared folder is slow to page from.
 for program in umbra umbra-agent umbra-probe; do [ -f /share/$program ] && fetch /share/$program /bin/$program; done
 ip link set lo up; hostname testhost
-# Whom the processes of VMs are handed to.
+# Whom the processes of VMs are handed to: a user of its own each.
 echo 'umbra-vm:x:987:987::/nonexistent:/bin/false' >>/etc/passwd
+echo 'umbra-vm:100000:65536' >/etc/subuid; cp /etc/subuid /etc/subgid
 : > /etc/umbra/places.sh
 i=0; j=0; k=0
 for word in $(cat /proc/cmdline); do
