@@ -6,7 +6,7 @@
 //! gets sectors of 512 bytes, and the file system's block as the physical one.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::PathBuf;
@@ -211,13 +211,35 @@ fn sane_physical(physical: u32, logical: u32) -> u32 {
     if physical.is_power_of_two() && physical >= logical { physical } else { logical }
 }
 
+impl Image {
+    /// Bytes of the file or block device now.
+    fn size(&self) -> io::Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
+    }
+
+    /// The reason for `error` at the bytes before `end`, where that is that somebody has made the file or block device smaller under the
+    /// guest. The kernel says of a write behind the end of a block device that there is no room, as if some could come.
+    fn reason(&self, error: io::Error, end: u64) -> io::Error {
+        match self.size() {
+            Ok(size) if size < end => {
+                io::Error::other(format!("it has become smaller under the guest, and has {size} bytes"))
+            }
+            _ => error,
+        }
+    }
+}
+
 impl Backing for Image {
     fn read(&self, position: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, position)
+        let read = self.file.read_exact_at(into, position);
+        read.map_err(|error| self.reason(error, position.saturating_add(into.len() as u64)))
     }
 
     fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, position)
+        let written = self.file.write_all_at(bytes, position);
+        // A file becomes as large again as it was.
+        let end = if self.is_device { position.saturating_add(bytes.len() as u64) } else { 0 };
+        written.map_err(|error| self.reason(error, end))
     }
 
     fn discard(&self, position: u64, length: u64) -> io::Result<()> {
@@ -226,13 +248,18 @@ impl Backing for Image {
     }
 
     fn zeroes(&self, position: u64, length: u64, unmap: bool) -> io::Result<()> {
+        // The kernel leaves out what is behind the end, and says nothing.
+        let end = position.saturating_add(length);
+        if self.size()? < end {
+            return Err(self.reason(ErrorKind::UnexpectedEof.into(), end));
+        }
         extent::zeroes(&self.file, position, length, unmap)
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
         let why = |what: &str, error: io::Error| format!("{what}: {error}");
-        let size = || (&self.file).seek(SeekFrom::End(0)).map_err(|error| why("find its size", error));
-        let (block, there) = (u64::from(self.blocks.logical), size()?);
+        let there = self.size().map_err(|error| why("find its size", error))?;
+        let block = u64::from(self.blocks.logical);
         let wanted = bytes.unwrap_or(there);
         let before = self.seen.load(Ordering::Relaxed);
         if wanted < before {

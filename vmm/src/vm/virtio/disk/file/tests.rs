@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::*;
+use crate::base::testing::as_root;
 use crate::vm::virtio::testing::{DriverQueue, Loop, memory};
 
 const IN: u32 = 0;
@@ -252,6 +253,69 @@ fn a_disk_grows_with_its_file_and_never_shrinks() {
     drop(image);
     let image = image::Image::open(&disk(true)).unwrap();
     assert!(image.resize(Some(1024)).unwrap_err().contains("make that larger first"));
+}
+
+/// A block device of the host whose bytes are in a file.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn on(file: &std::path::Path) -> Self {
+        let made = losetup(&["--find", "--show", file.to_str().unwrap()]);
+        Self(made.trim().into())
+    }
+
+    /// Makes it as large as its file is by now.
+    fn measure(&self) {
+        losetup(&["--set-capacity", self.0.to_str().unwrap()]);
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        losetup(&["--detach", self.0.to_str().unwrap()]);
+    }
+}
+
+fn losetup(words: &[&str]) -> String {
+    let output = std::process::Command::new("losetup").args(words).output().unwrap();
+    assert!(output.status.success(), "losetup {words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_block_device_that_became_smaller_fails_what_is_behind_its_end_and_does_not_wait_for_room() {
+    as_root(|| {
+        let (folder, path) = image(64 * 512);
+        let device = LoopDevice::on(&path);
+        let (outbox, said) = heard();
+        let disk = Disk { path: device.0.clone(), read_only: false, on_full: OnFull::Pause };
+        let mut guest = Guest::with(FileDisk::new(&disk, 0, outbox).unwrap(), folder, 1, 256);
+        assert_eq!(guest.request(&[&header(OUT, 63), &[7; 512]], &[1]).0, 0);
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(32 * 512).unwrap();
+        device.measure();
+        assert_eq!(guest.request(&[&header(OUT, 63), &[7; 512]], &[1]).0, 1);
+        assert_eq!(guest.request(&[&header(IN, 63)], &[512, 1]).0, 1);
+        for unmap in [0, 1] {
+            assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(24, 16, unmap)], &[1]).0, 1);
+        }
+        assert_eq!(guest.request(&[&header(OUT, 31), &[7; 512]], &[1]).0, 0, "what is there is served");
+        let said = said.lock().unwrap();
+        let is_why = |news: &str| news.contains("has become smaller under the guest, and has 16384 bytes");
+        assert!(said.iter().all(|said| matches!(said, FromVm::Disk { news, .. } if is_why(news))), "{said:?}");
+        assert_eq!(said.len(), 4);
+    });
+}
+
+#[test]
+fn a_file_that_became_smaller_fails_reads_behind_its_end_and_is_made_as_large_again_by_writes() {
+    let (folder, path) = image(64 * 512);
+    let disk = Disk { path: path.clone(), read_only: false, on_full: OnFull::Pause };
+    let mut guest = Guest::with(FileDisk::new(&disk, 0, nobody()).unwrap(), folder, 1, 256);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(32 * 512).unwrap();
+    assert_eq!(guest.request(&[&header(IN, 63)], &[512, 1]).0, 1);
+    assert_eq!(guest.request(&[&header(ZEROES, 0), &segment(24, 16, 0)], &[1]).0, 1);
+    assert_eq!(guest.request(&[&header(OUT, 63), &[7; 512]], &[1]).0, 0);
+    assert_eq!(guest.request(&[&header(IN, 63)], &[512, 1]), (0, vec![7; 512]));
 }
 
 #[test]
