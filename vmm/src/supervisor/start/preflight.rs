@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -12,7 +13,7 @@ use umbra_guest_images::image::{Image, ImageError};
 
 use super::groups::{Claim, Groups, Use};
 use crate::base::pci_address::{Bdf, ParseBdfError};
-use crate::config::{Confine, Guest, GuestDisk, Machine, MemorySize};
+use crate::config::{Confine, Disk, Guest, GuestDisk, Machine, MemorySize};
 use crate::host;
 use crate::host::DeviceFiles;
 use crate::host::sysfs::HostDevice;
@@ -194,8 +195,8 @@ pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
     let kernel = ("cannot read the kernel", guest.kernel.clone(), check_readable(&guest.kernel));
     let initrds = guest.initrd.iter().map(|path| ("cannot read the initrd", path.clone(), check_readable(path)));
     let disks = guest.disk.iter().filter_map(GuestDisk::file).map(|disk| {
-        let opened = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
-        ("cannot open the disk", disk.path, opened.map(drop))
+        let opened = check_disk(&disk);
+        ("cannot open the disk", disk.path, opened)
     });
     let opened = [kernel].into_iter().chain(initrds).chain(disks);
     let failed = opened.filter_map(|(what, path, opened)| Some((what, path, opened.err()?)));
@@ -212,6 +213,15 @@ fn check_readable(path: &Path) -> io::Result<()> {
         return Err(io::Error::other("it is a pipe, a socket or a device, and no file"));
     }
     File::open(path).map(drop)
+}
+
+fn check_disk(disk: &Disk) -> io::Result<()> {
+    // As above.
+    let kind = fs::metadata(&disk.path)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::other("it is neither a file nor a block device"));
+    }
+    OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path).map(drop)
 }
 
 fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
@@ -250,9 +260,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let guest = Guest { initrd: vec!["/dev/zero".into(), dir.path().into()], ..Guest::new(fifo) };
+        let disk = [GuestDisk::on_file(fifo.clone(), true), GuestDisk::on_file("/dev/zero".into(), false)].into();
+        let guest = Guest { initrd: vec!["/dev/zero".into(), dir.path().into()], disk, ..Guest::new(fifo) };
         let errors: Vec<_> = file_errors("web", &guest).iter().map(|error| crate::base::error::chain(error)).collect();
-        assert_eq!(errors.len(), 3, "{errors:?}");
+        assert_eq!(errors.len(), 5, "{errors:?}");
+        assert!(errors[3..].iter().all(|what| what.ends_with("neither a file nor a block device")), "{errors:?}");
         assert!(errors[..2].iter().all(|what| what.ends_with("a socket or a device, and no file")), "{errors:?}");
         assert!(errors[2].ends_with("is a directory"), "{errors:?}");
     }
