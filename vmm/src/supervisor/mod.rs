@@ -5,6 +5,7 @@
 
 mod actions;
 mod add;
+mod aside;
 mod asleep;
 mod bounds;
 mod class;

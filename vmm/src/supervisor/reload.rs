@@ -3,11 +3,10 @@
 //! Reading and the checks of the host are done in a thread: files may be on a file system that hangs. Invariants: a file with a mistake,
 //! and one that asks for something that this host does not have, changes nothing; what is taken over is taken over all at once.
 
-use std::io::{self, PipeReader};
 use std::path::PathBuf;
-use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
+use super::aside::Aside;
 use super::front::protocol::Response;
 use super::prepare::Until;
 use super::run::Supervisor;
@@ -34,9 +33,8 @@ pub struct MachineFile {
 /// A reload under way.
 #[derive(Debug)]
 pub(super) struct Reload {
-    /// Ends when the file has been read and checked.
-    pub(super) done: PipeReader,
-    result: Receiver<Result<(Plan, Checked), String>>,
+    /// The file is being read and checked.
+    pub(super) reading: Aside<Result<(Plan, Checked), String>>,
     /// Who waits for it.
     client: Option<u64>,
     /// Nothing is taken over.
@@ -77,17 +75,9 @@ impl Supervisor {
             return Err("the machine file is being read again already; try again".into());
         }
         let (now, host) = (self.present_machine(), self.host.clone());
-        let (sender, result) = mpsc::channel();
-        let begun = io::pipe().and_then(|(done, finished)| {
-            thread::Builder::new().name("reload".into()).spawn(move || {
-                // Closed when the result is there.
-                let _finished = finished;
-                let _ = sender.send(read(&file, &now, &host));
-            })?;
-            Ok(done)
-        });
-        let done = begun.map_err(|error| format!("the machine file cannot be read again: {error}"))?;
-        self.reloading = Some(Reload { done, result, client, check });
+        let begun = Aside::begin("reload", move || read(&file, &now, &host));
+        let reading = begun.map_err(|error| format!("the machine file cannot be read again: {error}"))?;
+        self.reloading = Some(Reload { reading, client, check });
         Ok(())
     }
 
@@ -104,8 +94,14 @@ impl Supervisor {
 
     /// The file has been read and checked.
     pub(super) fn on_reloaded(&mut self) {
-        let Some(Reload { result, client, check, .. }) = self.reloading.take() else { return };
-        let read = result.recv().unwrap_or_else(|_| Err("the machine file could not be looked at".into()));
+        let Some(Reload { reading, client, check }) = self.reloading.take() else { return };
+        let read = match reading.end() {
+            Ok(read) => read.unwrap_or_else(|| Err("the machine file could not be looked at".into())),
+            Err(reading) => {
+                self.reloading = Some(Reload { reading, client, check });
+                return;
+            }
+        };
         let done = read.and_then(|(Plan { machine, changes }, checked)| {
             if !check {
                 // It may have been told to end while the file was read.

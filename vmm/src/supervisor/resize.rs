@@ -1,5 +1,10 @@
 //! Another size of a disk on a file: the guest's process measures or extends the file, tells the guest, and answers; the client that asked
 //! waits for that, and for nothing longer than the process.
+//!
+//! Before that the process, which can make no file larger, is let write as much as is asked for, or as the file has: the file that it has
+//! open, wherever that is by now, measured in a thread, as its file system may hang.
+
+use std::io;
 
 use umbra_shadow::DeviceId;
 
@@ -10,6 +15,20 @@ use super::run::Supervisor;
 use crate::record::events::Event;
 use crate::wire::messages::ToVm;
 use crate::wire::spawn::let_files_grow;
+
+/// Why a disk has no other size.
+const ENDED: &str = "the guest has ended before its disk had another size";
+
+/// What a client has asked for.
+#[derive(Debug)]
+struct Asked {
+    guest: GuestId,
+    /// The process that has the file.
+    pid: u32,
+    device: DeviceId,
+    bytes: Option<u64>,
+    client: u64,
+}
 
 impl Supervisor {
     /// Client `client` asks for another size of disk `disk` of the guest `name`.
@@ -29,19 +48,47 @@ impl Supervisor {
         if guest.state != GuestState::Running {
             return Err(format!("{name} is just starting; try again when it runs"));
         }
-        // Its process is kept from making files larger. Without a size the disk is as large as its file is.
-        let disk = guest.spec.disk[usize::from(disk)].file().filter(|disk| !disk.read_only);
-        let file = disk.and_then(|disk| std::fs::metadata(disk.path).ok()).filter(std::fs::Metadata::is_file);
-        let grows = file.map(|file| let_files_grow(process.pid(), bytes.unwrap_or(file.len())));
-        if let Some(Err(error)) = grows {
+        let asked = Asked { guest: n, pid: process.pid(), device, bytes, client };
+        let Some(disk) = guest.spec.disk[usize::from(disk)].file().filter(|disk| !disk.read_only) else {
+            self.pass_on_size(&asked);
+            return Ok(());
+        };
+        let held = guest.held.clone();
+        let begun = self.aside("measure", move || {
+            let file = held.wait_for(&disk.path).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+            let length = file.and_then(|file| file.metadata()).map(|file| file.is_file().then_some(file.len()));
+            Box::new(move |supervisor: &mut Supervisor| supervisor.on_measured(&asked, length))
+        });
+        begun.map_err(|error| format!("{name}.{device}: its file cannot be measured: {error}"))
+    }
+
+    /// The file of a disk has been measured: its bytes; `None`: it is no file, whose length has no limit.
+    fn on_measured(&mut self, asked: &Asked, length: io::Result<Option<u64>>) {
+        if let Err(what) = self.resize_measured(asked, length) {
+            let what = format!("{}.{}: {what}", self.guests[asked.guest].name, asked.device);
+            self.clients.answer(asked.client, &Response::Error { what });
+        }
+    }
+
+    fn resize_measured(&mut self, asked: &Asked, length: io::Result<Option<u64>>) -> Result<(), String> {
+        let process = self.guests[asked.guest].process.as_ref();
+        if process.is_none_or(|process| process.pid() != asked.pid) {
+            return Err(ENDED.into());
+        }
+        let length = length.map_err(|error| format!("its file cannot be measured: {error}"))?;
+        if let Some(Err(error)) = length.map(|length| let_files_grow(asked.pid, asked.bytes.unwrap_or(length))) {
             return Err(format!(
-                "{name}.{device}: its process cannot be let write so much (RLIMIT_FSIZE): {error}; the supervisor needs \
-                 CAP_SYS_RESOURCE, also in a unit's CapabilityBoundingSet"
+                "its process cannot be let write so much (RLIMIT_FSIZE): {error}; the supervisor needs CAP_SYS_RESOURCE, also in a \
+                 unit's CapabilityBoundingSet"
             ));
         }
-        guest.resizing.push_back((client, device));
-        self.tell_guest(n, &ToVm::Resize { device, bytes });
+        self.pass_on_size(asked);
         Ok(())
+    }
+
+    fn pass_on_size(&mut self, &Asked { guest, device, bytes, client, .. }: &Asked) {
+        self.guests[guest].resizing.push_back((client, device));
+        self.tell_guest(guest, &ToVm::Resize { device, bytes });
     }
 
     /// A guest's process has done what was asked for first of those that wait, or says why not.
@@ -63,8 +110,7 @@ impl Supervisor {
     /// The process of guest `n` is gone: nobody answers those who wait.
     pub(super) fn resizes_no_more(&mut self, n: GuestId) {
         for (client, device) in std::mem::take(&mut self.guests[n].resizing) {
-            let what =
-                format!("{}.{device}: the guest has ended before its disk had another size", self.guests[n].name);
+            let what = format!("{}.{device}: {ENDED}", self.guests[n].name);
             self.clients.answer(client, &Response::Error { what });
         }
     }

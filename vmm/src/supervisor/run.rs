@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use super::aside::{Aside, Then};
 use super::asleep::Sleep;
 use super::driver::DriverVm;
 use super::driver::life::{LifeRole, Part};
@@ -86,6 +87,7 @@ enum Ready {
     ResetDone(DriverId),
     SpareResetDone(DriverId),
     Reloaded,
+    Aside,
     Listener,
     Client(u64),
 }
@@ -99,6 +101,7 @@ pub(super) struct Supervisor {
     /// Where it can be read from again.
     pub(super) file: Option<MachineFile>,
     pub(super) reloading: Option<Reload>,
+    pub(super) asides: Vec<Aside<Then>>,
     pub(super) host: Host,
     /// Answers who asks for the metrics.
     pub(super) served: Option<Server>,
@@ -237,6 +240,7 @@ impl Supervisor {
             machine: machine.clone(),
             file: None,
             reloading: None,
+            asides: Vec::new(),
             host,
             served: None,
             guests: Table::default(),
@@ -361,7 +365,9 @@ impl Supervisor {
             (Ready::Signals, self.signals.as_fd(), PollFlags::POLLIN),
             (Ready::Listener, self.listener.as_fd(), PollFlags::POLLIN),
         ];
-        watched.extend(self.reloading.iter().map(|reload| (Ready::Reloaded, reload.done.as_fd(), PollFlags::POLLIN)));
+        watched
+            .extend(self.reloading.iter().map(|reload| (Ready::Reloaded, reload.reading.as_fd(), PollFlags::POLLIN)));
+        watched.extend(self.asides.iter().map(|aside| (Ready::Aside, aside.as_fd(), PollFlags::POLLIN)));
         for (n, guest) in self.guests.numbered() {
             let Some(process) = &guest.process else { continue };
             watched.push((Ready::GuestExit(n), process.pidfd(), PollFlags::POLLIN));
@@ -396,7 +402,9 @@ impl Supervisor {
             | Ready::Ending(n)
             | Ready::ResetDone(n)
             | Ready::SpareResetDone(n) => self.drivers[n].span(),
-            Ready::Signals | Ready::Reloaded | Ready::Listener | Ready::Client(_) => tracing::Span::none(),
+            Ready::Signals | Ready::Reloaded | Ready::Aside | Ready::Listener | Ready::Client(_) => {
+                tracing::Span::none()
+            }
         }
     }
 
@@ -412,6 +420,7 @@ impl Supervisor {
             Ready::ResetDone(n) => self.on_reset_done(n),
             Ready::SpareResetDone(n) => self.on_spare_reset_done(n),
             Ready::Reloaded => self.on_reloaded(),
+            Ready::Aside => self.on_aside(),
             Ready::Listener => self.clients.accept(&self.listener, Time::now()),
             Ready::Client(id) => self.read_client(id),
         }

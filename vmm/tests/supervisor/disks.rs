@@ -341,7 +341,11 @@ fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
     assert_eq!(limit(None), 8192, "its process may make the file as large as was asked for");
     assert!(matches!(answer, Response::Resized { disk: 0, bytes: 8192, .. }), "{answer:?}");
     assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 8192);
-    fs::File::options().write(true).open(disk).unwrap().set_len(16_384).unwrap();
+    // It is the file that the process has open that counts, not what is at its path by now.
+    let moved = machine.dir.path().join("moved.raw");
+    fs::rename(&disk, &moved).unwrap();
+    fs::write(&disk, [0; 512]).unwrap();
+    fs::File::options().write(true).open(moved).unwrap().set_len(16_384).unwrap();
     for (disk, bytes, why) in [
         (0, None, "web.block0: it cannot be measured"),
         (1, None, "web.block1 is a driver VM's disk"),

@@ -4,7 +4,7 @@
 //! gives way to the image of before by itself. Whatever waits to take over is of an image that is trusted: while one is on
 //! trial, standby and spare are of the image before it.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,14 +51,29 @@ impl Trial {
 }
 
 impl Supervisor {
-    /// Begins to restart driver VM `n` for `client`.
+    /// Begins to restart driver VM `n` for `client`; with another image, when that has been looked at.
     pub(in crate::supervisor) fn restart(
         &mut self,
         n: DriverId,
-        image: Option<&Path>,
+        image: Option<PathBuf>,
         client: u64,
     ) -> Result<(), String> {
-        let driver = &mut self.drivers[n];
+        let Some(image) = image else { return self.restart_with(n, None, client) };
+        self.can_be_restarted(n)?;
+        let begun = self.aside("image", move || {
+            let image = Image::open(&image).map_err(|error| chain(&error));
+            Box::new(move |supervisor: &mut Supervisor| {
+                let begun = image.and_then(|image| supervisor.restart_with(n, Some(image), client));
+                if let Err(what) = begun {
+                    supervisor.clients.answer(client, &Response::Error { what });
+                }
+            })
+        });
+        begun.map_err(|error| format!("the image cannot be looked at: {error}"))
+    }
+
+    fn can_be_restarted(&self, n: DriverId) -> Result<(), String> {
+        let driver = &self.drivers[n];
         let state = driver.lifecycle.state();
         if !matches!(state, State::Live { .. }) {
             return Err(format!("{} cannot be restarted now: it is {}", driver.name, state.name()));
@@ -66,7 +81,12 @@ impl Supervisor {
         if driver.trial.as_ref().is_some_and(|trial| trial.live.is_none()) {
             return Err(format!("{} is being restarted already", driver.name));
         }
-        let image = image.map(Image::open).transpose().map_err(|error| chain(&error))?;
+        Ok(())
+    }
+
+    fn restart_with(&mut self, n: DriverId, image: Option<Image>, client: u64) -> Result<(), String> {
+        self.can_be_restarted(n)?;
+        let driver = &mut self.drivers[n];
         let earlier = driver.trial.take().filter(|trial| trial.is_on(Time::now()));
         let other = image.is_some();
         let replaced = image.map(|image| std::mem::replace(&mut driver.image, Arc::new(image)));

@@ -218,7 +218,7 @@ impl Supervisor {
             }
             Request::Restart { name, image } => {
                 self.clients.wait(id);
-                let begun = self.driver_named(&name).and_then(|n| self.restart(n, image.as_deref(), id));
+                let begun = self.driver_named(&name).and_then(|n| self.restart(n, image, id));
                 if let Err(what) = begun {
                     self.clients.answer(id, &Response::Error { what });
                 }
