@@ -9,8 +9,8 @@
 //! ```
 //! *Passive* it records each request in flight, and keeps everything that was written and is not known to be stable, in a log
 //! (`extents`). *Masking* it lets new requests wait. *Replaying* it writes again what the log owes, issues again what was in
-//! flight, and serves meanwhile what is clear of both. *Quiescing* (Passive, before a deliberate reset) it hands over no request, and
-//! makes everything stable. The guest sees no error, no reset and no older content; only time.
+//! flight, and serves meanwhile what is clear of both. *Quiescing* (Passive, before a deliberate reset, or when the guest has ended) it
+//! hands over no request, and makes everything stable. The guest sees no error, no reset and no older content; only time.
 //!
 //! Invariants:
 //! - *Durability*: the last acknowledged content of each sector is on the medium by a flush that succeeded in a life after that write
@@ -208,6 +208,8 @@ pub struct BlockShadow<P> {
     replay: Replay,
     /// A deliberate reset is to come: no request of the guest is handed over, and at this time patience ends, ns.
     rest_by: Option<u64>,
+    /// The guest has ended: as before a deliberate reset, in this life and in those behind it.
+    has_ended: bool,
     counts: Counts,
 }
 
@@ -231,6 +233,7 @@ impl<P: Payload> BlockShadow<P> {
             samples: Samples::default(),
             replay: Replay::default(),
             rest_by: None,
+            has_ended: false,
             counts: Counts::default(),
         }
     }
@@ -259,6 +262,11 @@ impl<P: Payload> BlockShadow<P> {
         self.log.owes_any() || self.queue.has_again() || self.epochs.is_repeated() || !self.samples.are_checked()
     }
 
+    /// Whether no request of the guest is handed over, and everything is to become stable.
+    fn rests(&self) -> bool {
+        self.rest_by.is_some() || self.has_ended
+    }
+
     /// Whether a write is acknowledged only when a flush has made it stable: the specification asks for that where the guest's driver
     /// does not flush (virtio 1.2, section 5.2.6.2), users by [`CachePolicy::Through`].
     fn is_stable_first(&self) -> bool {
@@ -277,7 +285,7 @@ impl<P: Payload> BlockShadow<P> {
             State::Quarantined => ModeName::Quarantined,
             State::Alive(_) if !self.samples.are_checked() => ModeName::Identifying,
             State::Alive(_) if self.is_replaying() => ModeName::Replaying,
-            State::Alive(_) if self.rest_by.is_some() => ModeName::Quiescing,
+            State::Alive(_) if self.rests() => ModeName::Quiescing,
             State::Alive(_) => ModeName::Passive,
         }
     }

@@ -61,7 +61,7 @@ impl<P: Payload> BlockShadow<P> {
             || self.epochs.is_repeated()
             || self.limits.is_half(self.log.logged_bytes(), self.log.len())
             || self.epochs.aged_at(self.limits.age_ns).is_some_and(|at| at <= now)
-            || self.rest_by.is_some()
+            || self.rests()
             || self.queue.first_without_room().is_some_and(|part| !self.has_room_for(part))
     }
 
@@ -111,7 +111,7 @@ impl<P: Payload> BlockShadow<P> {
     }
 
     fn hand_part(&mut self, now: u64, copy: &mut impl FnMut(GuestSpan) -> P, out: &mut Out) -> Option<Order<P>> {
-        if self.rest_by.is_some() {
+        if self.rests() {
             return None;
         }
         let id = self.next_part(out)?;

@@ -167,6 +167,12 @@ impl<P: Payload> BlockShadow<P> {
         self.rest_by = None;
     }
 
+    /// The guest has ended, and nothing more comes of it: makes everything that it was told is done stable, as soon as can be, over as many
+    /// lives as that takes. Until then the log is not empty ([`Self::logged_extents`]).
+    pub fn finish(&mut self) {
+        self.has_ended = true;
+    }
+
     /// Whether the disk was to come to rest and has: nothing is in flight, and everything that was acknowledged is stable. Ends with the
     /// life.
     pub fn is_at_rest(&self) -> bool {

@@ -251,6 +251,13 @@ impl BlockSplitter {
         self.wake_up();
     }
 
+    /// The guest has ended: its requests are gone, and what it was told is done becomes stable, whatever happens to the driver VM
+    /// meanwhile.
+    pub fn finish(&mut self) {
+        self.reset();
+        self.shadow.finish();
+    }
+
     /// The guest's driver has reset its device: its requests are gone, and its buffers are not touched any more.
     pub fn reset(&mut self) {
         self.shadow.reset_by_guest();

@@ -47,6 +47,8 @@ pub(super) struct GuestVm {
     pub(super) crashes: RestartHistory,
     /// It is to be killed when its devices are at rest, or at this time.
     pub(super) killing: Option<Time>,
+    /// One of its devices could not come to rest before that.
+    pub(super) unrest: bool,
     /// When its process was killed, if it was.
     pub(super) killed: Option<Time>,
     /// Its vCPUs have run, in this life or one before.
@@ -146,6 +148,7 @@ impl GuestVm {
             devices,
             at_end: AtEnd::default(),
             killing: None,
+            unrest: false,
             killed: None,
             has_run: false,
             end: None,
@@ -162,7 +165,7 @@ impl GuestVm {
     pub(super) fn start(&mut self, program: &Program) -> Result<(), SpawnError> {
         let streams = if self.has_terminal() { Streams::Terminal } else { Streams::Quiet };
         self.forget();
-        (self.at_end, self.killing, self.killed) = (AtEnd::default(), None, None);
+        (self.at_end, self.killing, self.unrest, self.killed) = (AtEnd::default(), None, false, None);
         self.button = None;
         self.end = None;
         self.error = None;

@@ -5,10 +5,12 @@
 //!   umbra restart              guests' devices rest, as late as can be; the agent flushes ---> the next driver VM takes over
 //!   umbra stop/reboot --force  the guest's devices rest -----------------> its process is killed
 //!   a guest's panic, on_crash  the guest's devices rest -----------------> its process is killed
+//!     where one cannot rest    the next driver VM takes what it keeps ---> its process ends
 //!   end of the machine         guests end ---> the agent flushes --------> the driver VM is ended
 //! ```
-//! A guest that powers off or resets by itself is not asked: its process goes on until it owes the driver VM nothing (`vm::process`) and
-//! ends, the driver VM serves on, and the agent flushes when the port closes. Its next process is greeted after that.
+//! A guest that powers off or resets by itself is not asked: its process goes on until a flush has made stable what its guest was told is
+//! done (`vm::process`), over the death of a driver VM too, and ends; the driver VM serves on, and the agent flushes once more when the
+//! port closes. Its next process is greeted after that.
 //!
 //! Invariants: nobody is waited for without a limit ([`REST_PATIENCE`]); a guest that is killed once more, or a machine, ends at once.
 
@@ -86,6 +88,7 @@ impl Supervisor {
             ms: milliseconds(Time::now().since(since)),
             stable,
         });
+        self.guests[guest].unrest |= !stable;
         self.kill_at_rest(guest);
         true
     }
@@ -137,16 +140,22 @@ impl Supervisor {
         if resting.is_empty() || guest.killing.is_some() {
             return guest.kill();
         }
-        guest.killing = Some(Time::now() + REST_PATIENCE);
+        (guest.killing, guest.unrest) = (Some(Time::now() + REST_PATIENCE), false);
         for device in resting {
             self.ask_to_rest(n, device);
         }
     }
 
-    /// Kills guest `n`, if it is to be killed when its devices are at rest, and they are.
+    /// Kills guest `n`, if it is to be killed when its devices are at rest, and they are. Where one has lost its driver VM before, its
+    /// process ends by itself, when the next driver VM has what is kept.
     fn kill_at_rest(&mut self, n: GuestId) {
         let guest = &mut self.guests[n];
-        if guest.killing.is_some() && guest.devices.values().all(|device| device.resting.is_none()) {
+        if guest.killing.is_none() || guest.devices.values().any(|device| device.resting.is_some()) {
+            return;
+        }
+        if guest.unrest {
+            self.tell_guest(n, &ToVm::Finish);
+        } else {
             guest.kill();
         }
     }

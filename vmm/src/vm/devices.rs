@@ -339,6 +339,16 @@ impl Devices {
         self.files.values().map(|disk| lock(disk).written()).filter(|bytes| *bytes > 0).max()
     }
 
+    /// The VM has ended: what its guest was told is done is to become stable.
+    pub fn finish(&self) {
+        self.shadowed.iter().for_each(|(_, shadowed)| lock(shadowed).finish());
+    }
+
+    /// Whether something that the guest was told is done would be lost with a driver VM, if this process ended now.
+    pub fn keep_any(&self) -> bool {
+        self.shadowed.iter().any(|(_, shadowed)| lock(shadowed).keeps())
+    }
+
     /// The guest's devices that owe their driver VMs something that is nowhere else.
     pub fn debtors(&self) -> impl Iterator<Item = DeviceId> {
         self.shadowed.iter().filter(|(_, shadowed)| lock(shadowed).owes()).map(|(device, _)| *device)
@@ -384,6 +394,7 @@ impl Devices {
             ToVm::Start(_)
             | ToVm::PowerButton
             | ToVm::Kill
+            | ToVm::Finish
             | ToVm::Release
             | ToVm::LockUp
             | ToVm::Nmi

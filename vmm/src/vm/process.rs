@@ -108,7 +108,7 @@ impl Error {
     }
 }
 
-/// Longest time that a VM which has ended goes on for what its disks owe: as long as the supervisor waits for one to come to rest.
+/// Longest time that a VM which has ended goes on for what its disks keep: as long as the supervisor waits for one to come to rest.
 const LAST_WRITES: Duration = Duration::from_secs(30);
 /// No limit for a turn of the event loop.
 const FOREVER: i32 = -1;
@@ -252,11 +252,12 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     };
     tracing::debug!(?how, "stopping");
     let registers = vcpus.stop();
-    let owes = || {
+    lock(&control).devices.finish();
+    let keeps = || {
         let control = lock(&control);
-        !control.killed && control.devices.debtors().next().is_some()
+        !control.killed && control.devices.keep_any()
     };
-    if !write_what_is_owed(&mut events, owes, LAST_WRITES)? {
+    if !write_what_is_kept(&mut events, keeps, LAST_WRITES)? {
         let news = format!(
             "the VM has ended, and not all that it was told is written is on its disk: no driver VM took it within {} s",
             LAST_WRITES.as_secs()
@@ -299,15 +300,16 @@ fn turn(events: &mut EventManager<Subscriber>, ms: i32) -> Result<(), Error> {
     }
 }
 
-/// What a guest was told is written, and what no disk has, would end with this process. Goes on while that is so: the next driver VM writes
-/// it. Nobody is waited for longer than for `patience`. Whether nothing is owed any more.
-fn write_what_is_owed(
+/// What a guest was told is written, and what no flush has made stable, would end with this process and the driver VM, which may hang, or
+/// be away already. Goes on while that is so: this driver VM flushes, or the next one writes it. Nobody is waited for longer than for
+/// `patience`. Whether nothing is kept any more.
+fn write_what_is_kept(
     events: &mut EventManager<Subscriber>,
-    owes: impl Fn() -> bool,
+    keeps: impl Fn() -> bool,
     patience: Duration,
 ) -> Result<bool, Error> {
     let due = Time::now() + patience;
-    while owes() {
+    while keeps() {
         let left = due.since(Time::now());
         if left.is_zero() {
             return Ok(false);
@@ -416,6 +418,7 @@ impl Control {
             ToVm::Start(_) => tracing::warn!("a second VM for this process"),
             ToVm::PowerButton => self.vm.bus.legacy.press_power_button(),
             ToVm::Kill => self.kill(),
+            ToVm::Finish => self.vm.end.set(VmEnd::Killed),
             ToVm::LockUp => self.orders.lock_up = true,
             ToVm::Nmi => self.orders.nmi = true,
             ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
@@ -496,15 +499,15 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_has_ended_goes_on_until_nothing_is_owed_and_not_for_ever() {
+    fn a_vm_that_has_ended_goes_on_until_nothing_is_kept_and_not_for_ever() {
         let call = EventFd::new(0).unwrap();
         let mut events = EventManager::<Subscriber>::new().unwrap();
-        assert!(write_what_is_owed(&mut events, || false, LAST_WRITES).unwrap());
-        assert!(!write_what_is_owed(&mut events, || true, Duration::from_millis(1)).unwrap(), "people hear of it");
+        assert!(write_what_is_kept(&mut events, || false, LAST_WRITES).unwrap());
+        assert!(!write_what_is_kept(&mut events, || true, Duration::from_millis(1)).unwrap(), "people hear of it");
         call.write(1).unwrap();
         let left = Arc::new(Mutex::new(3));
         events.add_subscriber(Arc::new(Mutex::new(DriverVm { call, left: Arc::clone(&left) })));
-        assert!(write_what_is_owed(&mut events, || *left.lock().unwrap() > 0, Duration::MAX / 4).unwrap());
+        assert!(write_what_is_kept(&mut events, || *left.lock().unwrap() > 0, Duration::MAX / 4).unwrap());
         assert_eq!(*left.lock().unwrap(), 0);
     }
 

@@ -119,6 +119,8 @@ pub enum ToVm {
         /// The device.
         device: DeviceId,
     },
+    /// Guest: its VM is to end, and its process as soon as what was acknowledged is stable.
+    Finish,
     /// A disk on a file is to be so large, or as large as its file or block device is now. Answered by [`FromVm::Resized`].
     Resize {
         /// The device.

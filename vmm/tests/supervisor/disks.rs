@@ -22,6 +22,10 @@ pub const ALL: &[crate::cases::Case] = &[
         a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time,
     ),
     (
+        "a_guest_whose_disk_cannot_rest_ends_by_itself_when_it_is_killed",
+        a_guest_whose_disk_cannot_rest_ends_by_itself_when_it_is_killed,
+    ),
+    (
         "a_guest_that_has_panicked_is_killed_when_its_disks_are_at_rest",
         a_guest_that_has_panicked_is_killed_when_its_disks_are_at_rest,
     ),
@@ -136,6 +140,18 @@ fn a_guest_is_killed_when_its_disks_are_at_rest_and_at_once_the_second_time() {
     assert_eq!(machine.wait_for_guest("web", "it", |_| true).pid, before);
     machine.ask_about(&reboot()).unwrap();
     machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    machine.stop();
+}
+
+fn a_guest_whose_disk_cannot_rest_ends_by_itself_when_it_is_killed() {
+    let machine = start("cannot-rest", "");
+    machine.wait_live(1);
+    let before = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid;
+    machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    machine.wait_for_guest("web", "another", |guest| guest.state == GuestStateName::Running && guest.pid != before);
+    let log = machine.guest_log();
+    assert!(log.contains("at rest\nFinish\n"), "what it keeps is for the next driver VM: {log}");
+    assert_eq!(event(&machine, "\"at-rest\"").1["stable"], false);
     machine.stop();
 }
 

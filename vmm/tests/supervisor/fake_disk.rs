@@ -74,7 +74,8 @@ pub fn guest(spec: &VmSpec, channel: &Channel, disks: &[DeviceId]) {
             ToVm::Quiesce { .. } if spec.cmdline.contains("never-rests ") => {}
             ToVm::Quiesce { device } => {
                 rest(spec, &mut log);
-                channel.send(&FromVm::AtRest { device, stable: true }, &[]).unwrap();
+                let stable = !spec.cmdline.contains("cannot-rest ");
+                channel.send(&FromVm::AtRest { device, stable }, &[]).unwrap();
             }
             ToVm::Resize { .. } if spec.cmdline.contains("never-resizes ") => {}
             ToVm::Resize { device, bytes } => {
@@ -88,6 +89,11 @@ pub fn guest(spec: &VmSpec, channel: &Channel, disks: &[DeviceId]) {
                     let status = DeviceStatus::Block { mode, kept_bytes, owed_bytes, pending, sums };
                     channel.send(&FromVm::Status { device: *device, status }, &[]).unwrap();
                 }
+            }
+            ToVm::Finish => {
+                let (at, how) = (Time::now().0, VmEnd::Killed);
+                channel.send(&FromVm::Ended { at, how, registers: String::new() }, &[]).unwrap();
+                return;
             }
             ToVm::Nmi => channel.send(&FromVm::Panicked { at: Time::now().0 }, &[]).unwrap(),
             ToVm::PowerButton => {

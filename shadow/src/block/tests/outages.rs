@@ -367,6 +367,28 @@ fn at_rest_nothing_is_in_flight_and_everything_is_stable() {
 }
 
 #[test]
+fn what_a_guest_was_told_is_stable_after_its_end_over_as_many_lives_as_that_takes() {
+    let mut host = Host::alive();
+    host.write(0, 8);
+    host.run();
+    host.write(8, 8);
+    host.shadow.reset_by_guest();
+    host.shadow.finish();
+    assert_eq!(host.shadow.mode(), ModeName::Quiescing);
+    assert_eq!(host.handed(), ["flush"], "at once, and nothing else");
+    host.die();
+    host.live();
+    assert_eq!(host.handed(), ["write 0 8"]);
+    host.ok("write 0 8");
+    assert_eq!(host.handed(), ["flush"]);
+    host.now += Limits::default().stall_ns;
+    assert!(host.tick().is_err(), "a driver VM that hangs is noticed");
+    host.live();
+    assert_eq!(host.run(), ["write 0 8", "flush"]);
+    assert_eq!((host.shadow.logged_extents(), host.tick()), (0, Ok(())));
+}
+
+#[test]
 fn what_does_not_come_to_rest_in_time_has_failed() {
     let limits = Limits { quiesce_ns: 5_000_000_000, ..Limits::default() };
     let mut host = Host::new(CachePolicy::Auto, limits);

@@ -25,6 +25,15 @@ pub trait Shadowed: Send {
     /// The answer to [`ToVm::QueryStatus`].
     fn status(&self) -> FromVm;
 
+    /// The VM has ended: nothing more comes of its guest, and what that was told is done is to become stable.
+    fn finish(&mut self) {}
+
+    /// Whether something that the guest was told is done would be lost with its driver VM, if this process ended now. It is not, if the
+    /// driver VM lives: its agent makes it stable.
+    fn keeps(&self) -> bool {
+        false
+    }
+
     /// Whether something that the guest was told is done is nowhere but in this process, and can still be brought to its driver VM.
     fn owes(&self) -> bool {
         false

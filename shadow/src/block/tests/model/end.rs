@@ -1,6 +1,6 @@
 //! How a case ends: all goes well from some moment on.
 
-use super::{MS, Request, Rig, Wish};
+use super::{MS, Reached, Request, Rig, Wish};
 use crate::block::range::SectorRange;
 use crate::block::tests::disk::Faults;
 use crate::block::tests::plan::SECTORS;
@@ -28,6 +28,37 @@ impl Rig {
         self.die("the last loss")?;
         self.settle()?;
         self.read_all()
+    }
+
+    /// The guest ends, and nothing is asked of anybody any more: what it was told is done becomes stable all the same, whatever goes wrong
+    /// meanwhile.
+    pub(super) fn end_of_guest(&mut self) -> Result<(), String> {
+        self.note(|| "the guest ends".into());
+        self.reset_by_guest();
+        self.shadow.finish();
+        self.reached.extend((self.shadow.logged_extents() > 0).then_some(Reached::EndOfGuest));
+        for turn in 0..20_000 {
+            if self.shadow.logged_extents() == 0 {
+                return self.check_stable(u64::MAX);
+            }
+            if turn == 300 {
+                self.disk.faults = Faults::default();
+                self.plan.death_percent = 0;
+            }
+            self.mode = self.shadow.mode();
+            self.now += MS;
+            if self.random.percent(self.plan.death_percent) && self.link.is_some() && !self.is_spared() {
+                self.die("killed")?;
+            }
+            self.attach()?;
+            self.disk.is_stuck = false;
+            self.pump(1)?;
+            self.work()?;
+            self.deliver()?;
+            self.drain()?;
+            self.check()?;
+        }
+        Err(format!("{} extents are kept at the guest's end", self.shadow.logged_extents()))
     }
 
     /// Until everything is answered.

@@ -29,6 +29,7 @@ pub(in crate::block::tests) enum Reached {
     Lost,
     Orphan,
     OtherGuest,
+    EndOfGuest,
     AnotherDisk,
 }
 

@@ -137,7 +137,7 @@ impl Rig {
             self.step()?;
             self.check()?;
         }
-        self.finish()
+        if self.random.percent(20) { self.end_of_guest() } else { self.finish() }
     }
 
     fn step(&mut self) -> Result<(), String> {

@@ -319,6 +319,18 @@ impl Shadowed for SplitDisk {
         FromVm::Status { device: self.device, status }
     }
 
+    fn finish(&mut self) {
+        self.requests.clear();
+        self.unserved.clear();
+        self.splitter.finish();
+        self.call_loop();
+    }
+
+    fn keeps(&self) -> bool {
+        let shadow = self.splitter.shadow();
+        shadow.mode() != ModeName::Quarantined && shadow.logged_extents() > 0
+    }
+
     /// What is with the disk the driver VM's agent flushes when this process ends.
     fn owes(&self) -> bool {
         let shadow = self.splitter.shadow();

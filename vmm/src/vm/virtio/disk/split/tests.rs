@@ -331,6 +331,28 @@ fn a_guest_that_ends_leaves_nothing_owed_where_a_driver_vm_comes() {
 }
 
 #[test]
+fn what_a_guest_was_told_is_stable_before_its_process_ends_though_the_driver_vm_dies_meanwhile() {
+    let mut bench = Bench::new();
+    bench.live(first(), empty());
+    bench.write(0, 1, 8);
+    assert!(bench.lock().keeps(), "no flush has made it stable");
+    bench.vm.as_mut().unwrap().hold(true);
+    bench.add(&[&header(IN, 0)], &[512, 1]);
+    bench.until("the read", |bench| (bench.vm.as_ref().unwrap().held() > 0).then_some(()));
+    // A queue that does not run any more holds nobody up.
+    assert!(bench.lock().stop_queue(0).is_some());
+    bench.lock().finish();
+    bench.until("the flush", |bench| (bench.vm.as_ref().unwrap().held() > 1).then_some(()));
+    let medium = bench.kill(false);
+    assert_eq!(bytes_at(&medium, 0, 8), [0; 8 * 512], "the cache is gone");
+    assert!(bench.lock().keeps());
+    bench.live(second(), medium);
+    bench.until("its end", |bench| (!bench.lock().keeps()).then_some(()));
+    let medium = bench.kill(false);
+    assert_eq!(bytes_at(&medium, 0, 8), [1; 8 * 512]);
+}
+
+#[test]
 fn a_request_in_flight_at_a_death_is_done_by_the_next_driver_vm() {
     let mut bench = Bench::new();
     bench.live(first(), empty());
