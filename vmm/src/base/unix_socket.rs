@@ -2,9 +2,13 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use thiserror::Error;
 
@@ -41,8 +45,8 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     if !fs::symlink_metadata(path).map_err(io)?.file_type().is_socket() {
         return Err(ListenError::NotASocket(path.into()));
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(ListenError::InUse(path.into())),
+    match find_listener(path) {
+        Ok(()) => Err(ListenError::InUse(path.into())),
         Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(io)?;
             UnixListener::bind(path).map_err(io)
@@ -51,10 +55,20 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     }
 }
 
+/// Looks for somebody who listens at `path`, without waiting until that one takes a connection.
+fn find_listener(path: &Path) -> io::Result<()> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        // So many wait there already that it would have to be waited for a place.
+        Ok(()) | Err(Errno::EAGAIN) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Removes the socket at `path` if nobody listens there any more. What cannot be removed stays: [`listen`] replaces it.
 pub fn remove_stale(path: &Path) {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    let refuses = || UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    let refuses = || find_listener(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
     if is_socket && refuses() {
         let _ = fs::remove_file(path);
     }
@@ -87,6 +101,25 @@ mod tests {
         assert!(matches!(listen(&path), Err(ListenError::InUse(_))));
         drop(living);
         listen(&path).unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_takes_nobody_is_there_and_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("busy");
+        let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        nix::sys::socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+        let waits = || {
+            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+            let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+            connect(client.as_raw_fd(), &UnixAddr::new(&path).unwrap()).map(|()| client)
+        };
+        let clients: Vec<_> = std::iter::from_fn(|| waits().ok()).collect();
+        assert!(!clients.is_empty() && waits().is_err());
+        assert!(matches!(listen(&path), Err(ListenError::InUse(_))));
+        remove_stale(&path);
+        assert!(path.exists());
     }
 
     #[test]
