@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -13,6 +14,9 @@ use crate::base::time::Time;
 /// The environment variable with the manager's socket.
 const SOCKET: &str = "NOTIFY_SOCKET";
 
+/// Time after which a message is sent again that was not taken.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// The service manager's socket, and what it was sent.
 #[derive(Debug, Default)]
 pub struct Notify {
@@ -20,6 +24,8 @@ pub struct Notify {
     /// Interval of the messages to the watchdog; `None`: there is no watchdog.
     period: Option<Duration>,
     next: Time,
+    /// Not before this is it told anything: it did not take the last message.
+    again: Time,
     /// The status as last sent.
     sent: String,
     ready: bool,
@@ -50,9 +56,10 @@ impl Notify {
         Self { to, period, ..Self::default() }
     }
 
-    /// When the next message to the watchdog is due.
+    /// When the next message to the watchdog is due, or one that was not taken.
     pub(in crate::supervisor) fn deadline(&self) -> Option<Time> {
-        self.period.map(|_| self.next)
+        let again = (self.again > Time::BOOT).then_some(self.again);
+        self.period.map(|_| self.next.max(self.again)).into_iter().chain(again).min()
     }
 
     /// Reports what has changed: whether all VMs are up, and the `status` in a line.
@@ -63,33 +70,39 @@ impl Notify {
         let status = status();
         let mut words = String::new();
         if ready && !self.ready {
-            self.ready = true;
             words.push_str("READY=1\n");
         }
         if status != self.sent {
             words.push_str(&format!("STATUS={status}\n"));
-            self.sent = status;
         }
-        if let Some(period) = self.period.filter(|_| self.next <= now) {
-            self.next = now + period;
+        let beat = self.period.filter(|_| self.next <= now);
+        if beat.is_some() {
             words.push_str("WATCHDOG=1\n");
         }
-        if !words.is_empty() {
-            self.send(&words);
+        if words.is_empty() || now < self.again {
+            return;
+        }
+        if self.send(&words) {
+            self.ready |= ready;
+            (self.sent, self.next) = (status, beat.map_or(self.next, |period| now + period));
+            self.again = Time::BOOT;
+        } else {
+            // A manager that is busy, as at the host's boot, would wait for ever for a word that it never got.
+            self.again = now + AGAIN;
         }
     }
 
     /// Reports that the end has begun.
     pub(in crate::supervisor) fn stopping(&self) {
-        self.send("STOPPING=1\n");
+        let _ = self.send("STOPPING=1\n");
     }
 
-    fn send(&self, words: &str) {
-        if let Some((socket, address)) = &self.to
-            && let Err(error) = socket.send_to_addr(words.as_bytes(), address)
-        {
-            tracing::debug!(%error, "tell the service manager");
-        }
+    /// Sends `words`; false if the manager takes none at the moment.
+    fn send(&self, words: &str) -> bool {
+        let Some((socket, address)) = &self.to else { return true };
+        let sent = socket.send_to_addr(words.as_bytes(), address);
+        let sent = sent.inspect_err(|error| tracing::debug!(%error, "tell the service manager"));
+        !sent.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 }
 
@@ -123,6 +136,28 @@ mod tests {
         assert_eq!(heard(&manager), "WATCHDOG=1\n");
         notify.stopping();
         assert_eq!(heard(&manager), "STOPPING=1\n");
+    }
+
+    #[test]
+    fn a_manager_that_takes_nothing_for_a_while_hears_it_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        let others = UnixDatagram::unbound().unwrap();
+        others.set_nonblocking(true).unwrap();
+        while others.send_to(b"READY=1\n", &path).is_ok() {}
+        let mut notify = Notify::new(Some(path.into()), None);
+        let status = || String::from("all is well");
+        notify.tell(Time(1), true, status);
+        let due = notify.deadline().unwrap();
+        manager.set_nonblocking(true).unwrap();
+        while manager.recv(&mut [0; 64]).is_ok() {}
+        manager.set_nonblocking(false).unwrap();
+        notify.tell(Time(2), true, status);
+        assert_eq!(heard(&manager), "", "it is not asked without end");
+        notify.tell(due, true, status);
+        assert_eq!(heard(&manager), "READY=1\nSTATUS=all is well\n");
+        assert_eq!(notify.deadline(), None);
     }
 
     #[test]
