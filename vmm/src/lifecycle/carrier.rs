@@ -118,6 +118,11 @@ impl Lifecycle {
         self.carrier.now
     }
 
+    /// Whether there is a life with a carrier.
+    pub fn has_carrier(&self) -> bool {
+        self.has_life() && self.carrier() == Carrier::Up
+    }
+
     /// How long a NIC may take to find its link before the guests learn that there is none.
     pub(super) fn carrier_patience(&self) -> Duration {
         Duration::from_secs(self.history.policy().carrier_timeout_s.into())

@@ -85,6 +85,7 @@ impl Lifecycle {
 
     fn live(&mut self, now: Time) -> Vec<Action> {
         self.state = State::Live { since: now };
+        self.history.started();
         self.reserve.want(now);
         self.want_second(now);
         vec![Action::Live]

@@ -26,6 +26,11 @@ impl Killed {
         Self { since: now, warned: false }
     }
 
+    /// Nobody would have seen its end in the time `away`.
+    pub(super) fn was_unwatched(&mut self, away: Duration) {
+        self.since = self.since + away;
+    }
+
     /// When to warn of it, or, after the warning, to stop waiting for it.
     pub(super) fn due(self) -> Time {
         self.since + if self.warned { RESET_PATIENCE } else { ALARM }
@@ -33,6 +38,19 @@ impl Killed {
 }
 
 impl Lifecycle {
+    /// The host had no process for the next life. Nobody has the device: it is tried again, without an end, because nothing says that the
+    /// driver VM would not work.
+    pub(super) fn on_not_started(&mut self, now: Time, why: &str) -> Vec<Action> {
+        if !matches!(self.state, State::Booting { .. }) {
+            return Vec::new();
+        }
+        let (first, delay) = self.history.not_started();
+        self.state = State::BackOff { until: now + delay };
+        let warning =
+            || Action::Warn(format!("its next process cannot be started: {why}; it is tried again until it can"));
+        first.then(warning).into_iter().collect()
+    }
+
     /// Decides what follows, once the failed generation can do no more harm.
     pub(super) fn fenced(&mut self, now: Time, lived: Option<Duration>, source: NoticedBy) -> Vec<Action> {
         let until = now + RESET_PATIENCE;
@@ -178,6 +196,22 @@ mod tests {
             assert!(matches!(life.handle(at(77_000), Input::Tick)[..], [Action::Quarantine(_)]));
             assert_eq!(life.history().total(), u64::from(source.is_failure()));
         }
+    }
+
+    #[test]
+    fn a_life_without_a_process_is_tried_again_and_slept_over_and_stopped() {
+        let mut life = live(1);
+        life.handle(at(2000), Input::ProcessGone("signal 9".into()));
+        assert!(matches!(life.handle(at(2001), Input::ResetDone)[..], [Action::Spawn(_)]));
+        let actions = life.handle(at(2002), Input::NotStarted("no memory".into()));
+        assert!(matches!(&actions[..], [Action::Warn(what)] if what.contains("no memory")), "{actions:?}");
+        assert_eq!((life.deadline(), life.history().total()), (Some(at(2102)), 1));
+        assert!(matches!(life.handle(at(2102), Input::Tick)[..], [Action::Spawn(_)]));
+        assert_eq!(life.handle(at(2103), Input::NotStarted("no memory".into())), [], "told once");
+        let mut asleep = life.clone();
+        assert_eq!((asleep.handle(at(2104), Input::Sleep), asleep.state()), (vec![], &State::Asleep));
+        assert_eq!((life.handle(at(2104), Input::Stop), life.state()), (vec![], &State::Stopped));
+        assert_eq!(life.handle(at(2105), Input::NotStarted("late".into())), []);
     }
 
     #[test]

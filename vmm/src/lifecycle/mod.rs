@@ -32,6 +32,7 @@
 //! [`Action::SpawnStandby`] come only after the process of the generation before has given it up, or is gone, and the
 //! device's reset has returned.
 
+mod absence;
 mod asleep;
 mod carrier;
 mod ends;
@@ -275,6 +276,7 @@ impl Lifecycle {
         match input {
             Input::Start => self.on_start(now),
             Input::ResetDone => self.on_reset_done(now),
+            Input::NotStarted(why) => self.on_not_started(now, &why),
             Input::Hello => self.on_hello(),
             Input::Applying => self.on_applying(),
             Input::Forwarding => self.on_forwarding(now),

@@ -13,6 +13,9 @@ use crate::config::Restart;
 /// back-off slows down only a driver that dies while it starts; frequent deaths in service are bounded by the restart limit.
 const STABLE: Duration = Duration::from_secs(1);
 
+/// Shortest time between two tries to start a process where the host has none to start, whatever the policy's delays are.
+const LEAST_DELAY: Duration = Duration::from_millis(100);
+
 /// What follows a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RestartVerdict {
@@ -30,13 +33,15 @@ pub struct RestartHistory {
     recent: VecDeque<Time>,
     /// Failures since the last stable life.
     in_a_row: u32,
+    /// Tries in a row in which no process could be started.
+    unstarted: u32,
     total: u64,
 }
 
 impl RestartHistory {
     /// No failures yet.
     pub fn new(policy: Restart) -> Self {
-        Self { policy, recent: VecDeque::new(), in_a_row: 0, total: 0 }
+        Self { policy, recent: VecDeque::new(), in_a_row: 0, unstarted: 0, total: 0 }
     }
 
     /// Failures since the start.
@@ -101,9 +106,25 @@ impl RestartHistory {
         self.in_a_row = 0;
     }
 
+    /// Takes note of a life for which no process could be started, which is no failure of the driver VM and bounds nothing. Whether it is
+    /// the first in a row, and the delay until the next try.
+    pub fn not_started(&mut self) -> (bool, Duration) {
+        let tries = self.unstarted;
+        self.unstarted = tries.saturating_add(1);
+        (tries == 0, self.doubled(tries).max(LEAST_DELAY))
+    }
+
+    /// A process was started.
+    pub fn started(&mut self) {
+        self.unstarted = 0;
+    }
+
     /// Nothing before the second failure in a row, then `backoff_ms` and twice as much each time.
     fn back_off(&self) -> Duration {
-        let Some(doublings) = self.in_a_row.checked_sub(2) else { return Duration::ZERO };
+        self.in_a_row.checked_sub(2).map_or(Duration::ZERO, |doublings| self.doubled(doublings))
+    }
+
+    fn doubled(&self, doublings: u32) -> Duration {
         let factor = 1_u64.checked_shl(doublings).unwrap_or(u64::MAX);
         let delay = u64::from(self.policy.backoff_ms).saturating_mul(factor);
         Duration::from_millis(delay.min(self.policy.backoff_max_ms.into()))
@@ -168,6 +189,17 @@ mod tests {
         history.forgive();
         assert_eq!(history.failed(at(2), None), RestartVerdict::Restart(Duration::ZERO));
         assert_eq!(history.total(), 3);
+    }
+
+    #[test]
+    fn processes_that_cannot_be_started_are_tried_again_for_ever_and_later_and_later() {
+        let mut history = RestartHistory::new(Restart { limit: 0, backoff_ms: 0, ..Restart::default() });
+        assert!((0..100).all(|n| history.not_started() == (n == 0, LEAST_DELAY)));
+        let mut history = RestartHistory::new(Restart { backoff_ms: 400, backoff_max_ms: 1000, ..Restart::default() });
+        let delays = |history: &mut RestartHistory| [0; 3].map(|_| history.not_started().1.as_millis());
+        assert_eq!(delays(&mut history), [400, 800, 1000]);
+        history.started();
+        assert_eq!((delays(&mut history), history.total()), ([400, 800, 1000], 0));
     }
 
     #[test]

@@ -19,6 +19,11 @@ impl Silence {
         Self { heard: now, excused: Duration::ZERO }
     }
 
+    /// Nobody would have heard it in the time `away`.
+    pub(super) fn was_unwatched(&mut self, away: Duration) {
+        self.heard = self.heard + away;
+    }
+
     /// The last sign of life.
     pub(super) fn heard(&self) -> Time {
         self.heard

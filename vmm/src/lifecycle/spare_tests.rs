@@ -57,6 +57,26 @@ fn replay(end: Endpoint) -> Action {
 }
 
 #[test]
+fn a_spare_that_gets_no_processor_is_excused_for_a_while() {
+    let mut life = armed();
+    life.handle(at(4010), Input::Heartbeat);
+    let silence = |life: &Lifecycle| life.silence_of(Rank::First);
+    assert_eq!(silence(&life), Some((at(2510), at(4010))));
+    life.excuse(Rank::First);
+    assert_eq!(silence(&life), Some((at(4010), at(5510))));
+    assert_eq!(life.handle(at(5509), Input::Tick), []);
+    let mut taken = life.clone();
+    taken.handle(at(5000), Input::Failed(failure(NoticedBy::Link, 5000)));
+    assert_eq!(taken.silence().map(|(_, over)| over), Some(at(5510)), "it is not held against it");
+    (0..100).for_each(|_| life.excuse(Rank::First));
+    assert_eq!(silence(&life).map(|(_, over)| over), Some(at(13_010)), "four times the time in all");
+    life.handle(at(6000), Input::StandbyHeartbeat(Rank::First));
+    assert_eq!(silence(&life), Some((at(7500), at(9000))));
+    let actions = life.handle(at(9000), Input::Tick);
+    assert!(actions.iter().any(|action| matches!(action, Action::DropStandby(Rank::First, Some(_)))), "{actions:?}");
+}
+
+#[test]
 fn an_armed_spare_takes_over_at_once_and_the_devices_change_places() {
     let mut life = armed();
     let panic = failure(NoticedBy::Panic, 2000);

@@ -201,6 +201,8 @@ pub(super) struct Standbys {
     waits_since: Option<Time>,
     boot_patience: Duration,
     heartbeat_patience: Duration,
+    /// Time of its silence in which its VM got no processor.
+    excused: Duration,
     /// When the process that still holds the spare's device was killed or asked to give it up, or its reset began.
     held_since: Option<Time>,
     /// People have been warned that the device is still held, or reset.
@@ -211,8 +213,9 @@ impl Standbys {
     pub(super) fn new(ahead: StandbyPolicy, policy: &Restart) -> Self {
         let (state, deaths, waits_since) = (Standby::Absent, 0, None);
         let (held_since, warned) = (None, false);
-        let (boot_patience, heartbeat_patience) = (Duration::ZERO, Duration::ZERO);
-        let mut new = Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, held_since, warned };
+        let (boot_patience, heartbeat_patience, excused) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+        let mut new =
+            Self { ahead, state, deaths, waits_since, boot_patience, heartbeat_patience, excused, held_since, warned };
         new.set_patience(policy);
         new
     }
@@ -269,6 +272,7 @@ impl Standbys {
         let moves = self.state.generation().is_none() && second.state.generation().is_some();
         if moves {
             std::mem::swap(&mut self.state, &mut second.state);
+            std::mem::swap(&mut self.excused, &mut second.excused);
             second.deaths = 0;
         }
         moves
@@ -347,7 +351,7 @@ impl Standbys {
         if let Standby::Booting { generation, hello: true, .. } = self.state
             && !self.is_spare()
         {
-            self.state = Standby::Ready { generation, heard: now };
+            (self.state, self.excused) = (Standby::Ready { generation, heard: now }, Duration::ZERO);
         }
     }
 
@@ -355,7 +359,7 @@ impl Standbys {
         if let Standby::Booting { generation, hello: true, .. } = self.state
             && self.is_spare()
         {
-            self.state = Standby::Hot { generation, heard: now, armed: false };
+            (self.state, self.excused) = (Standby::Hot { generation, heard: now, armed: false }, Duration::ZERO);
         }
     }
 
@@ -369,8 +373,26 @@ impl Standbys {
 
     pub(super) fn heartbeat(&mut self, now: Time) {
         if let Standby::Ready { heard, .. } | Standby::Hot { heard, .. } = &mut self.state {
-            *heard = now;
+            (*heard, self.excused) = (now, Duration::ZERO);
         }
+    }
+
+    /// Longest silence of one that waits booted which is no death.
+    fn longest_silence(&self) -> Duration {
+        self.heartbeat_patience + self.excused
+    }
+
+    /// Of one that waits booted: when to begin checking whether it gets a processor at all, and when its silence is its death.
+    pub(super) fn silence(&self) -> Option<(Time, Time)> {
+        let (Standby::Ready { heard, .. } | Standby::Hot { heard, .. }) = self.state else { return None };
+        let over = self.longest_silence();
+        Some((heard + (over - self.heartbeat_patience / 2), heard + over))
+    }
+
+    /// Its VM got no processor in the last half of that time: extends it by that half, to [`PATIENCE`] times as long at most.
+    pub(super) fn excuse(&mut self) {
+        let patience = self.heartbeat_patience;
+        self.excused = (self.excused + patience / 2).min(patience * (PATIENCE - 1));
     }
 
     /// Schedules a standby at once, even where the configuration asks for none.
@@ -397,7 +419,10 @@ impl Standbys {
             // What it leaves it leaves all the same, or not at all.
             Standby::Saving { generation, boots: true, .. } => (generation, Stage::Booting),
             Standby::Ready { generation, .. } => (generation, Stage::Hello),
-            Standby::Hot { generation, heard, armed } => (generation, Stage::Forwarding(heard, armed)),
+            Standby::Hot { generation, heard, armed } => {
+                // What was excused is no silence of the life that it becomes.
+                (generation, Stage::Forwarding(heard + self.excused, armed))
+            }
             _ => return None,
         };
         self.deaths = 0;
@@ -502,6 +527,18 @@ impl Standbys {
         wanted
     }
 
+    /// Nobody would have heard of it in the time `away`.
+    pub(super) fn was_unwatched(&mut self, away: Duration) {
+        match &mut self.state {
+            Standby::Booting { until: at, .. }
+            | Standby::Saving { until: at, .. }
+            | Standby::Ready { heard: at, .. }
+            | Standby::Hot { heard: at, .. } => *at = *at + away,
+            _ => {}
+        }
+        self.held_since = self.held_since.map(|since| since + away);
+    }
+
     pub(super) fn deadline(&self) -> Option<Time> {
         match self.state {
             // Nothing waits for a killed process to end, or for the reset to return, but people are warned.
@@ -509,7 +546,7 @@ impl Standbys {
             Standby::Absent | Standby::Saved => None,
             Standby::Due(at) => Some(at),
             Standby::Booting { until, .. } | Standby::Saving { until, .. } => Some(until),
-            Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.heartbeat_patience),
+            Standby::Ready { heard, .. } | Standby::Hot { heard, .. } => Some(heard + self.longest_silence()),
         }
     }
 
@@ -520,7 +557,7 @@ impl Standbys {
             Standby::Booting { .. } => Some(format!("not ready after {} s", self.boot_patience.as_secs())),
             Standby::Saving { .. } => Some(format!("no snapshot after {} s", self.boot_patience.as_secs())),
             Standby::Ready { .. } | Standby::Hot { .. } => {
-                Some(format!("no heartbeat for {} ms", self.heartbeat_patience.as_millis()))
+                Some(format!("no heartbeat for {} ms", self.longest_silence().as_millis()))
             }
             _ => None,
         }

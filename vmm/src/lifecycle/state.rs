@@ -117,6 +117,8 @@ pub enum Input {
     Start,
     /// The device's reset has returned, well or not.
     ResetDone,
+    /// The host could start no process for the life that [`Action::Spawn`] asks for; why, for people.
+    NotStarted(String),
     /// The agent said hello.
     Hello,
     /// The device is there and is about to get what was recorded of the guests' settings.

@@ -37,6 +37,19 @@ impl Lifecycle {
         self.starts_ahead = starts_ahead;
     }
 
+    /// As [`Self::silence`], of a life that waits booted.
+    pub fn silence_of(&self, rank: Rank) -> Option<(Time, Time)> {
+        match rank {
+            Rank::First => self.reserve.silence(),
+            Rank::Second => self.second.silence(),
+        }
+    }
+
+    /// In the last half of its silence, the VM of a life that waits wanted a processor and got none.
+    pub fn excuse(&mut self, rank: Rank) {
+        self.waiting(rank).excuse();
+    }
+
     /// State of the second standby.
     pub fn second_standby(&self) -> Standby {
         self.second.state()
