@@ -29,6 +29,9 @@ use crate::base::wall;
 /// Longest wait at the end of the run, for each place, until its lines are written.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
+/// Ends of guests that are remembered. The error of a run is the first end that is a failure; one that comes after so many is printed twice.
+const MOST_ENDS: usize = 256;
+
 /// Whether sentences are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verbosity {
@@ -141,7 +144,7 @@ impl Events {
             if let Queued::TakenAfterLoss(told) = sentences.write(format!("umbra: {sentence}\n")) {
                 lost.push(told);
             }
-            if matches!(event, Event::GuestEnded { .. }) {
+            if matches!(event, Event::GuestEnded { .. }) && self.ends.len() < MOST_ENDS {
                 self.ends.push(sentence.clone());
             }
         }

@@ -1,5 +1,7 @@
 //! Doing what the life cycle asks for.
 
+use std::time::Duration;
+
 use umbra_shadow::Generation;
 
 use super::class::traits;
@@ -10,6 +12,7 @@ use super::driver::{EndRef, Life};
 use super::guest::GuestState;
 use super::ids::DriverId;
 use super::run::Supervisor;
+use crate::base::error::chain;
 use crate::base::time::{Time, milliseconds};
 use crate::host::reset;
 use crate::lifecycle::{Action, Endpoint, Failure, Input, NoticedBy, Rank, State};
@@ -17,6 +20,9 @@ use crate::record::crash_report::{CrashReport, Verdict};
 use crate::record::events::Event;
 use crate::record::timeline::{Milestone, Timeline};
 use crate::wire::messages::{MaskedCounts, ToVm};
+
+/// Time after which a reset is tried to be begun again for which there was no descriptor or no thread.
+pub(super) const RESET_AGAIN: Duration = Duration::from_millis(100);
 
 impl Supervisor {
     pub(super) fn act(&mut self, n: DriverId, action: Action, now: Time) {
@@ -107,11 +113,37 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::ResetStart, Time::now());
         match driver.held.begin_reset(driver.device.clone(), driver.span()) {
-            Ok(job) => driver.resetting = Some(job),
+            Ok(job) => (driver.resetting, driver.reset_due) = (Some(job), None),
             Err(error) => {
-                self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
-                self.drive(n, Input::ResetDone);
+                let first = driver.reset_due.replace(Time::now() + RESET_AGAIN).is_none();
+                self.warn_of_reset(n, first, "the device", &error);
             }
+        }
+    }
+
+    /// A reset could not be begun: no life gets the device before it was done.
+    pub(super) fn warn_of_reset(&mut self, n: DriverId, first: bool, device: &str, error: &std::io::Error) {
+        if first {
+            let name = &self.drivers[n].name;
+            self.events.warn(format!(
+                "{name}: the reset of {device} cannot be begun: {error}; it is tried again until it can"
+            ));
+        }
+    }
+
+    /// Begins resets of driver VM `n` that could not be begun before, and are still wanted.
+    pub(super) fn reset_again(&mut self, n: DriverId, now: Time) {
+        let driver = &mut self.drivers[n];
+        if driver.is_being_stopped() {
+            driver.reset_due = None;
+            driver.spare.iter_mut().for_each(|spare| spare.reset_due = None);
+            return;
+        }
+        if driver.reset_due.is_some_and(|due| due <= now) {
+            self.reset(n);
+        }
+        if self.drivers[n].spare.as_ref().and_then(|spare| spare.reset_due).is_some_and(|due| due <= now) {
+            self.reset_spare(n);
         }
     }
 
@@ -134,11 +166,20 @@ impl Supervisor {
     }
 
     fn spawn(&mut self, n: DriverId, generation: Generation) {
-        let driver = &mut self.drivers[n];
-        driver.timeline.mark(Milestone::Spawn, Time::now());
+        let (driver, now) = (&mut self.drivers[n], Time::now());
+        let started = driver.start(&self.program, generation);
+        if let Some(error) = started.as_ref().err().filter(|error| error.is_shortage())
+            && (driver.was_live || self.in_service)
+        {
+            let why = chain(error);
+            self.fall_back(n, &format!("its process cannot be started: {why}"));
+            return self.drive(n, Input::NotStarted(why));
+        }
+        driver.console.begin(&format!("{}.{generation}", driver.name));
+        driver.timeline.mark(Milestone::Spawn, now);
         driver.present = Some(generation);
         self.events.tell(&Event::DriverStarting { driver: driver.name.clone(), generation: generation.get() });
-        match driver.start(&self.program, generation) {
+        match started {
             Ok(()) if self.drivers[n].awaits_device() => self.give_device(n),
             Ok(()) => self.connect_ends(n),
             Err(error) => self.fail_driver(n, NoticedBy::Start, error.to_string(), Time::now()),

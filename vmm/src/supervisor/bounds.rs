@@ -8,8 +8,9 @@ use umbra_driver_vm::protocol::{FromAgent, RxMode};
 use crate::base::system_calls;
 use crate::base::time::Time;
 use crate::base::untrusted_text::{MAX_TEXT, bounded};
-use crate::wire::channel::{Channel, Error, Incoming};
+use crate::wire::channel::{Error, Incoming};
 use crate::wire::messages::{Disconnect, FromVm, LinkEnd, SnapshotNews};
+use crate::wire::spawn::VmProcess;
 
 /// Longest text of an agent that is kept, in bytes: a name of a kernel or driver, or a sentence.
 const MAX_AGENT_TEXT: usize = 512;
@@ -38,11 +39,31 @@ const MAX_STEPS: usize = 512;
 pub(super) const MAX_MASKS: usize = 256;
 
 /// Takes a message of a VM's process, if one waits.
-pub(super) fn hear(channel: &Channel) -> Result<Incoming<FromVm>, Error> {
-    Ok(match channel.try_receive_bare()? {
-        Incoming::Message(message, none) => Incoming::Message(of_vm(message), none),
+pub(super) fn hear(process: &VmProcess) -> Result<Incoming<FromVm>, Error> {
+    Ok(match process.channel().try_receive_bare()? {
+        Incoming::Message(message, none) => {
+            Incoming::Message(in_its_life(of_vm(message), (process.started(), Time::now())), none)
+        }
         other => other,
     })
+}
+
+/// A message whose time is within the life of its process, which is all that is known of the time: one that is made up would make an
+/// outage of years.
+fn in_its_life(mut message: FromVm, (from, until): (Time, Time)) -> FromVm {
+    match &mut message {
+        FromVm::Running { at }
+        | FromVm::Plugged { at }
+        | FromVm::Released { at }
+        | FromVm::Panicked { at }
+        | FromVm::Ended { at, .. }
+        | FromVm::DeviceFailed { at, .. }
+        | FromVm::LinkUp { at, .. }
+        | FromVm::Lost { at, .. }
+        | FromVm::Live { at, .. } => *at = (*at).min(until.0).max(from.0),
+        _ => {}
+    }
+    message
 }
 
 /// What an agent says in `line`; the error is a clause for people.
@@ -175,6 +196,16 @@ mod tests {
         assert!(matches!(end, FromVm::Disconnected { why: Disconnect::NoAnswer(what), .. } if what.len() <= MAX_TEXT));
         let end = of_vm(FromVm::Ended { at: 1, how: VmEnd::Reset, registers: long() });
         assert!(matches!(end, FromVm::Ended { registers, .. } if registers.len() <= MAX_REGISTERS));
+    }
+
+    #[test]
+    fn a_time_that_a_process_makes_up_is_one_of_its_life() {
+        let life = (Time(100), Time(200));
+        let at = |said| match in_its_life(FromVm::Running { at: said }, life) {
+            FromVm::Running { at } => at,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([0, 99, 100, 150, 200, u64::MAX].map(at), [100, 100, 100, 150, 200, 200]);
     }
 
     #[test]

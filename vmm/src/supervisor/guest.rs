@@ -43,6 +43,8 @@ pub(super) struct GuestVm {
     pub(super) at_end: AtEnd,
     /// The power button was pressed, and is pressed again until it has ended.
     pub(super) button: Option<PowerButton>,
+    /// When its process is tried to be started again, where the host had none to start.
+    pub(super) start_due: Option<Time>,
     /// Its crashes after which it was started again.
     pub(super) crashes: RestartHistory,
     /// It is to be killed when its devices are at rest, or at this time.
@@ -139,6 +141,7 @@ impl GuestVm {
             name: name.into(),
             crashes: RestartHistory::new(spec.restart.policy()),
             button: None,
+            start_due: None,
             spec,
             console_socket,
             process: None,
@@ -173,9 +176,9 @@ impl GuestVm {
         self.started = Time::now();
         let disks = self.spec.disk.iter().filter_map(|disk| disk.path.as_deref());
         let console = if let Console::File(path) = &self.spec.console { path.parent() } else { None };
-        self.held = Held::new(disks.chain(console));
+        let held = Held::new(disks.chain(console));
         self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
-        self.listening = true;
+        (self.held, self.listening, self.start_due) = (held, true, None);
         Ok(())
     }
 
@@ -330,7 +333,7 @@ impl GuestVm {
             reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
             pid: self.process.as_ref().map(VmProcess::pid),
             uid: self.process.as_ref().and_then(VmProcess::uid),
-            uptime_s: Time::now().since(self.started).as_secs_f64(),
+            uptime_s: self.process.as_ref().map_or(0.0, |_| Time::now().since(self.started).as_secs_f64()),
             nets,
             sounds,
             disks,

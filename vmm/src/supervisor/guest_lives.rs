@@ -2,6 +2,8 @@
 //!
 //! Invariant: whatever happens to a guest costs its own ends of the driver VMs that serve it, and nothing else.
 
+use std::time::Duration;
+
 use super::class::traits;
 use super::front::protocol::StopHow;
 use super::guest::{AtEnd, GuestState};
@@ -16,11 +18,14 @@ use crate::lifecycle::policy::RestartVerdict;
 use crate::lifecycle::{Input, State};
 use crate::record::events::Event;
 use crate::wire::messages::{ToVm, VmEnd};
-use crate::wire::spawn::describe_exit;
+use crate::wire::spawn::{VmProcess, describe_exit};
 
 /// Crashes of a guest, in words.
 const TRIPLE_FAULT: &str = "triple fault (a reset of last resort, or its kernel crashed without a word)";
 const PANIC: &str = "its kernel panicked";
+
+/// Time after which a guest is tried to be started again for which the host had no process.
+const START_AGAIN: Duration = Duration::from_secs(1);
 
 impl Supervisor {
     /// Guest `n` says how its VM ended; its process ends after this.
@@ -87,10 +92,10 @@ impl Supervisor {
 
     /// The process of guest `n` may have ended.
     pub(super) fn on_guest_exit(&mut self, n: GuestId) {
-        self.read_guest(n);
         let stopping = self.stopping.is_some();
+        let Some(status) = self.guests[n].process.as_mut().and_then(VmProcess::ended) else { return };
+        self.read_guest_to_its_end(n);
         let guest = &mut self.guests[n];
-        let Some(status) = guest.process.as_mut().and_then(|process| process.ended()) else { return };
         (guest.process, guest.held) = (None, Held::default());
         // By now it could not do that itself.
         guest.spec.port.iter().for_each(|port| unix_socket::remove_stale(&port.socket));
@@ -147,13 +152,43 @@ impl Supervisor {
         self.pass_on_defaults(n);
     }
 
-    /// Starts a process for guest `n`; where that fails, the guest has failed, alone.
+    /// Starts a process for guest `n`; where that fails, the guest has failed, alone. One that has run before is started later, if the host
+    /// has only no process for it now.
     pub(super) fn start_guest_process(&mut self, n: GuestId) {
         if let Err(error) = self.guests[n].start(&self.program) {
-            return self.guest_failed(n, crate::base::error::chain(&error));
+            let why = crate::base::error::chain(&error);
+            let guest = &mut self.guests[n];
+            if !guest.has_run || !error.is_shortage() {
+                return self.guest_failed(n, why);
+            }
+            if guest.start_due.replace(Time::now() + START_AGAIN).is_none() {
+                let name = guest.name.clone();
+                self.events.warn(format!(
+                    "{name}: its next process cannot be started: {why}; it is tried again until it can, or until `umbra stop {name}`"
+                ));
+            }
+            return;
         }
         self.tell_quarantines(n);
         self.connect_guest(n);
+    }
+
+    /// Tries again to start guests for which the host had no process.
+    pub(super) fn start_guests_again(&mut self, now: Time) {
+        for n in self.guests.ids() {
+            let guest = &mut self.guests[n];
+            if guest.state != GuestState::Starting {
+                guest.start_due = None;
+            }
+            if guest.start_due.is_some_and(|due| due <= now) {
+                self.start_guest_process(n);
+            }
+        }
+    }
+
+    /// When the next of them is due.
+    pub(super) fn start_due(&self) -> Option<Time> {
+        self.guests.iter().filter_map(|guest| guest.start_due).min()
     }
 
     /// Guest `n` has failed. That ends the machine if the guest has never run and no guest has been served yet.

@@ -7,7 +7,7 @@ use umbra_shadow::{DeviceId, Generation};
 use umbra_splitter::untrusted::Elsewhere;
 
 use super::bounds;
-use super::driver::life::AT_ONCE;
+use super::driver::life::{AT_ITS_END, AT_ONCE};
 use super::guest::GuestState;
 use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
@@ -28,6 +28,15 @@ impl Supervisor {
     }
 
     pub(super) fn read_guest(&mut self, n: GuestId) {
+        self.read_guest_for(n, AT_ONCE);
+    }
+
+    /// The process of guest `n` has ended: reads all that it had said.
+    pub(super) fn read_guest_to_its_end(&mut self, n: GuestId) {
+        self.read_guest_for(n, AT_ITS_END);
+    }
+
+    fn read_guest_for(&mut self, n: GuestId, most: usize) {
         let waited = !self.guests[n].unsent.is_empty();
         if let Err(error) = self.guests[n].send_on() {
             self.events.warn(format!("{}: {error}", self.guests[n].name));
@@ -36,9 +45,9 @@ impl Supervisor {
             // It reads again: what it could not be connected with meanwhile.
             self.connect_guest(n);
         }
-        for _ in 0..AT_ONCE {
-            let Some(process) = &self.guests[n].process else { return };
-            match bounds::hear(process.channel()) {
+        for _ in 0..most {
+            let Some(process) = self.guests[n].process.as_ref().filter(|_| self.guests[n].listening) else { return };
+            match bounds::hear(process) {
                 Ok(Incoming::Message(message, _)) => self.on_guest_message(n, message),
                 Ok(Incoming::Empty) => return,
                 Ok(Incoming::Closed) => {
@@ -75,6 +84,8 @@ impl Supervisor {
 
     fn on_guest_message(&mut self, n: GuestId, message: FromVm) {
         match message {
+            // Once: it is news the first time.
+            FromVm::Running { .. } if self.guests[n].state != GuestState::Starting => {}
             FromVm::Running { .. } => {
                 let guest = &mut self.guests[n];
                 guest.state = GuestState::Running;
@@ -145,6 +156,12 @@ impl Supervisor {
 
     fn on_pace(&mut self, guest: GuestId, device: DeviceId, generation: Generation, steps: PaceSteps) {
         let Some((driver, _)) = self.served(guest, device) else { return };
+        // Of a life that there was, and once: a guest's process could repeat it without end.
+        let known = self.drivers[driver].present.is_some_and(|present| generation <= present);
+        let news = self.guests[guest].devices.get_mut(&device).is_some_and(|device| device.has_pace_of(generation));
+        if !known || !news {
+            return;
+        }
         self.events.tell(&Event::Pace {
             guest: self.guests[guest].name.clone(),
             device,

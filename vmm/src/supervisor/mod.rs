@@ -3,6 +3,7 @@
 //! [`crate::lifecycle`] decides and is pure; this is the I/O around it, in one thread that never waits for what it
 //! supervises. `docs/recovery.md` describes states and timeouts, `docs/events.md` events and reports.
 
+mod absence;
 mod actions;
 mod add;
 mod aside;

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use super::absence::Presence;
 use super::aside::{Aside, Then};
 use super::asleep::Sleep;
 use super::driver::DriverVm;
@@ -113,6 +114,7 @@ pub(super) struct Supervisor {
     pub(super) drivers: Table<DriverId, DriverVm>,
     pub(super) clients: Clients,
     notify: Notify,
+    pub(super) presence: Presence,
     pub(super) metrics_due: Time,
     /// Crash reports that wait for room on the disk, and when they are tried again.
     pub(super) shelf: PendingReports,
@@ -251,6 +253,7 @@ impl Supervisor {
             events,
             clients: Clients::default(),
             notify: Notify::default(),
+            presence: Presence::default(),
             metrics_due: Time(0),
             shelf: PendingReports::default(),
             shelf_due: Time(0),
@@ -287,6 +290,7 @@ impl Supervisor {
     fn run_to_the_end(&mut self) -> Result<(), RunError> {
         while !self.is_over() {
             let mut ready = self.wait()?;
+            self.excuse_absence();
             ready.sort_unstable();
             for source in ready {
                 self.handle(source);
@@ -338,17 +342,21 @@ impl Supervisor {
             .chain(self.rest_due())
             .chain(self.sleep_due())
             .chain(self.hung_due())
+            .chain(self.start_due())
+            .chain(self.drivers.iter().filter_map(DriverVm::reset_again_due))
             .min()
     }
 
-    fn wait(&self) -> Result<Vec<Ready>, RunError> {
+    fn wait(&mut self) -> Result<Vec<Ready>, RunError> {
+        let now = Time::now();
+        let due = self.presence.wait_until(self.deadline(), now);
         let watched = self.watched();
         let mut fds: Vec<_> = watched.iter().map(|(_, fd, flags)| PollFd::new(*fd, *flags)).collect();
-        let timeout = match self.deadline() {
+        let timeout = match due {
             // Rounded up, so that the deadline has passed when the wait is over.
-            Some(deadline) => {
-                let ms = deadline.since(Time::now()).as_nanos().div_ceil(1_000_000);
-                PollTimeout::try_from(ms.min(60_000)).unwrap_or(PollTimeout::MAX)
+            Some(due) => {
+                let ms = due.since(now).as_nanos().div_ceil(1_000_000);
+                PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
             }
             None => PollTimeout::NONE,
         };
@@ -361,10 +369,10 @@ impl Supervisor {
     }
 
     fn watched(&self) -> Vec<(Ready, BorrowedFd<'_>, PollFlags)> {
-        let mut watched = vec![
-            (Ready::Signals, self.signals.as_fd(), PollFlags::POLLIN),
-            (Ready::Listener, self.listener.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut watched = vec![(Ready::Signals, self.signals.as_fd(), PollFlags::POLLIN)];
+        if self.clients.takes_more() {
+            watched.push((Ready::Listener, self.listener.as_fd(), PollFlags::POLLIN));
+        }
         watched
             .extend(self.reloading.iter().map(|reload| (Ready::Reloaded, reload.reading.as_fd(), PollFlags::POLLIN)));
         watched.extend(self.asides.iter().map(|aside| (Ready::Aside, aside.as_fd(), PollFlags::POLLIN)));
@@ -448,6 +456,7 @@ impl Supervisor {
                 self.drive(n, Input::Tick);
             }
             self.drivers[n].press_on(now);
+            self.reset_again(n, now);
             self.ask_about_network(n, now);
             self.end_trial(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {
@@ -456,6 +465,8 @@ impl Supervisor {
         }
         self.press_buttons_again(now);
         self.kill_overdue(now);
+        self.start_guests_again(now);
+        self.clients.listen_again(now);
         self.answer_status(now);
         self.look_at_sleep(now);
         self.clients.tell_events(self.events.past());

@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
+use crate::base::time::Time;
 use crate::base::vm_users::{Taken, VmUsers};
 use crate::config::Confine;
 
@@ -80,6 +81,14 @@ pub struct VmProcess {
     console: Option<OwnedFd>,
     /// Its numbers are its own for as long as it is there.
     user: Option<Taken>,
+    started: Time,
+}
+
+impl SpawnError {
+    /// Whether the host had none to start, for want of something that may come again: memory, descriptors, processes, the program's file.
+    pub fn is_shortage(&self) -> bool {
+        !matches!(self, Self::Channel(channel::Error::Encode(_) | channel::Error::TooLong(_) | channel::Error::Closed))
+    }
 }
 
 impl VmProcess {
@@ -113,11 +122,12 @@ impl VmProcess {
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
         // only system calls that are async-signal-safe.
         unsafe { command.pre_exec(move || prepare_child(&keep, parent)) };
-        let spawned = command.spawn().and_then(|child| Ok((pidfd_open(&child)?, child)));
+        let started = Time::now();
+        let spawned = command.spawn().and_then(watch);
         let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
-        let process = Self { child, pidfd, channel, console, user };
+        let process = Self { child, pidfd, channel, console, user, started };
         process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
     }
@@ -130,6 +140,11 @@ impl VmProcess {
     /// The number of the user whom it is handed to; `None`: it stays the supervisor's.
     pub fn uid(&self) -> Option<u32> {
         self.user.as_ref().map(|taken| taken.user.uid)
+    }
+
+    /// A moment before it was started.
+    pub fn started(&self) -> Time {
+        self.started
     }
 
     /// Readable once the process has ended.
@@ -254,6 +269,17 @@ fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
     }
     Ok(())
+}
+
+/// The child, with the descriptor that tells of its end. Without one nobody would hear of that: it is ended at once.
+fn watch(mut child: Child) -> io::Result<(OwnedFd, Child)> {
+    match pidfd_open(&child) {
+        Ok(pidfd) => Ok((pidfd, child)),
+        Err(error) => {
+            let _ = child.kill().and_then(|()| child.wait());
+            Err(error)
+        }
+    }
 }
 
 fn pidfd_open(child: &Child) -> io::Result<OwnedFd> {

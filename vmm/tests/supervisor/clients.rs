@@ -1,10 +1,12 @@
 //! Clients of the control socket: none that wants nothing keeps out one that wants something.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use umbra_vmm::supervisor::front::protocol::StopHow;
+use umbra_driver_vm::protocol::CrashKind;
+use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
 use crate::cases::Case;
 use crate::machine::{PATIENCE, TestMachine, start};
@@ -13,6 +15,11 @@ use crate::machine::{PATIENCE, TestMachine, start};
 pub const ALL: &[Case] = &[
     ("idle_clients_keep_nobody_out_for_long", idle_clients_keep_nobody_out_for_long),
     ("followers_of_events_leave_places_for_others", followers_of_events_leave_places_for_others),
+    (
+        "a_client_that_has_said_all_that_it_has_to_say_is_answered",
+        a_client_that_has_said_all_that_it_has_to_say_is_answered,
+    ),
+    ("an_image_that_cannot_be_read_holds_up_nobody", an_image_that_cannot_be_read_holds_up_nobody),
 ];
 
 /// As many as the machine takes.
@@ -72,4 +79,47 @@ fn followers_of_events_leave_places_for_others() {
     assert!(good, "{said}");
     machine.press(StopHow::PowerButton);
     machine.wait().unwrap();
+}
+
+/// As `socat` and others do, which close their side when their input ends.
+fn a_client_that_has_said_all_that_it_has_to_say_is_answered() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    for (request, answer) in [
+        (r#"{"request":"status"}"#, r#"{"response":"status""#),
+        (r#"{"request":"restart","name":"nic0","image":null}"#, r#"{"response":"restarted""#),
+        (r#"{"request":"events","after":0,"follow":false}"#, r#"{"response":"events-end""#),
+    ] {
+        let mut stream = connect(&machine);
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        assert!(said.lines().last().is_some_and(|line| line.starts_with(answer)), "{request}: {said:?}");
+    }
+    // One that wants nothing more is let go.
+    let mut silent = connect(&machine);
+    silent.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0);
+    machine.stop();
+}
+
+/// A folder on a file system that does not answer: here a manifest that nobody writes.
+fn an_image_that_cannot_be_read_holds_up_nobody() {
+    let machine = start("", "", "");
+    machine.wait_live(1);
+    let image = machine.dir.path().join("image-that-hangs");
+    std::fs::create_dir(&image).unwrap();
+    let manifest = image.join("manifest.json");
+    nix::unistd::mkfifo(&manifest, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut waiting = connect(&machine);
+    let request = Request::Restart { name: "nic0".into(), image: Some(image) };
+    waiting.write_all((serde_json::to_string(&request).unwrap() + "\n").as_bytes()).unwrap();
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    std::fs::write(manifest, "{}").unwrap();
+    let mut said = String::new();
+    BufReader::new(waiting).read_line(&mut said).unwrap();
+    assert!(said.contains("\"error\"") && said.contains("image-that-hangs"), "{said}");
+    machine.stop();
 }

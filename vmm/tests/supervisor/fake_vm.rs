@@ -25,7 +25,7 @@ use umbra_vmm::wire::messages::{
 };
 use umbra_vmm::wire::spawn::CONFINED;
 
-use crate::fake_disk;
+use crate::{fake_disk, fake_talk};
 
 /// The guest's only device.
 const NET: DeviceId = DeviceId { class: umbra_shadow::Class::Net, index: 0 };
@@ -139,6 +139,11 @@ fn guest(spec: &VmSpec, channel: &Channel) {
                 }
                 if spec.cmdline.contains("lose-links ") {
                     lose_links(channel, generation);
+                }
+                let link = links.iter().map(|(link, _)| *link).find(|link| link.generation == generation);
+                let times = std::fs::read_to_string(path).unwrap().matches("GoLive").count();
+                if fake_talk::guest((&spec.cmdline, times), channel, (NET, generation, link)) {
+                    return;
                 }
                 let accused = links.iter().find(|(link, _)| link.generation == generation);
                 if let Some((link, fd)) = accused.filter(|_| spec.cmdline.contains("accuse ")) {
@@ -366,6 +371,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     if !spec.awaits_device {
         heartbeats();
     }
+    fake_talk::driver(told, &channel);
     if told("deaf") {
         thread::sleep(Duration::from_secs(2));
     }

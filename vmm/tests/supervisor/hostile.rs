@@ -4,6 +4,7 @@ use std::fs;
 
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StateName;
+use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
 use crate::cases::Case;
@@ -32,6 +33,16 @@ pub const ALL: &[Case] = &[
     (
         "a_process_that_its_confinement_ends_is_a_failure_of_that_kind",
         a_process_that_its_confinement_ends_is_a_failure_of_that_kind,
+    ),
+    ("a_guest_that_boasts_without_end_fills_no_log", a_guest_that_boasts_without_end_fills_no_log),
+    (
+        "a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log",
+        a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log,
+    ),
+    ("a_time_that_a_guest_makes_up_makes_no_outage_longer", a_time_that_a_guest_makes_up_makes_no_outage_longer),
+    (
+        "what_was_said_before_an_end_is_heard_however_much_it_is",
+        what_was_said_before_an_end_is_heard_however_much_it_is,
     ),
 ];
 
@@ -150,4 +161,55 @@ fn a_guest_that_loses_links_without_end_fills_nothing() {
     assert!(report["reason"].as_str().unwrap().len() < 4096, "{report}");
     machine.press(StopHow::Kill);
     machine.wait().unwrap();
+}
+
+fn a_guest_that_boasts_without_end_fills_no_log() {
+    let mut machine = start("boasts", "", "");
+    machine.wait_live(1);
+    machine.press(StopHow::PowerButton);
+    machine.wait().unwrap();
+    let events = machine.events_text();
+    for event in ["\"event\":\"guest-running\"", "\"event\":\"pace\""] {
+        assert_eq!(events.matches(event).count(), 1, "{event}");
+    }
+}
+
+fn a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log() {
+    let machine = start("", "complains=1", "");
+    machine.wait_live(1);
+    machine.crash(CrashKind::Panic);
+    machine.wait_live(2);
+    let complaints = machine.events_text().lines().filter(|line| line.contains("it is damaged")).count();
+    assert!((1..=8).contains(&complaints), "{complaints}");
+    machine.stop();
+}
+
+/// A time that a process names is one at which it was there.
+fn a_time_that_a_guest_makes_up_makes_no_outage_longer() {
+    let machine = start("accuses-long-ago", "", "");
+    let began = umbra_vmm::base::time::Time::now();
+    let driver = machine.wait_live(2);
+    let most = umbra_vmm::base::time::milliseconds(umbra_vmm::base::time::Time::now().since(began)) + 60_000.0;
+    let report = machine.report_with(1, "an outage", |report| report["outage_ms"].as_f64().is_some());
+    for (what, ms) in [
+        ("last_outage_ms", driver.last_outage_ms),
+        ("outage_ms", report["outage_ms"].as_f64()),
+        ("detect_ms", report["parts"]["detect_ms"].as_f64()),
+    ] {
+        assert!(ms.is_some_and(|ms| ms < most), "{what}: {ms:?}");
+    }
+    machine.stop();
+}
+
+fn what_was_said_before_an_end_is_heard_however_much_it_is() {
+    let machine = start("", "talks-and-ends=1", "");
+    machine.wait_live(2);
+    let report = machine.report(1);
+    assert_eq!((&report["source"], &report["registers"]), (&"vm-end".into(), &"rip 2222".into()), "{report}");
+    machine.stop();
+    let machine = start("talks-and-resets", "", "");
+    machine.wait_for_event("\"event\":\"guest-running\"", 2);
+    machine.wait_for_guest("web", "its next life", |guest| guest.state == GuestStateName::Running);
+    assert_eq!(machine.events_text().matches("\"event\":\"guest-rebooted\"").count(), 1);
+    machine.stop();
 }

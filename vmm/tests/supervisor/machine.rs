@@ -62,7 +62,11 @@ pub fn make_with_spare(driver: &str) -> TestMachine {
 
 /// Starts a machine whose supervisor is a process of its own; `driver` is the kernel command line of its driver VM.
 pub fn start_elsewhere(driver: &str) -> TestMachine {
-    let mut machine = make("", driver, "");
+    run_elsewhere(make("", driver, ""))
+}
+
+/// Runs `machine` under a supervisor that is a process of its own.
+pub fn run_elsewhere(mut machine: TestMachine) -> TestMachine {
     let mut command = Command::new("/proc/self/exe");
     let child = command.arg("supervise").arg(machine.dir.path()).stdin(Stdio::null()).spawn().unwrap();
     machine.child = Some(child);
@@ -113,6 +117,7 @@ pub fn make(guest: &str, driver: &str, more: &str) -> TestMachine {
          [driver.nic0]\ndevice = \"{DEVICE}\"\nimage = \"image\"\ncmdline = \"{driver} \"\n{snapshots}{more}\n"
     );
     fs::write(dir.path().join("m.toml"), text).unwrap();
+    symlink(std::env::current_exe().unwrap(), dir.path().join("program")).unwrap();
     // Messages wait in it until a test reads them.
     let manager = UnixDatagram::bind(dir.path().join("notify")).unwrap();
     TestMachine { dir, manager, run: None, child: None }
@@ -152,7 +157,7 @@ pub fn supervise(dir: &Path) -> Result<(), RunError> {
         base: dir.join("run"),
         verbosity: Verbosity::Quiet,
         events: Some(fs::File::create(dir.join("events")).unwrap()),
-        program: "/proc/self/exe".into(),
+        program: dir.join("program"),
         host: Host { kvm: dir.join("kvm"), pci: dir.join("pci"), root: dir.into(), open, ..Host::default() },
         notify: Notify::new(Some(dir.join("notify").into()), Some(Duration::from_millis(400))),
         until: until(dir),
@@ -328,6 +333,12 @@ impl TestMachine {
         ended(self.command_line(words))
     }
 
+    /// Stops the machine, whose supervisor is a process of its own, and expects a good end.
+    pub fn stop_elsewhere(mut self) {
+        self.press(StopHow::PowerButton);
+        assert!(self.child.take().unwrap().wait().unwrap().success());
+    }
+
     /// Waits for the end of the run.
     pub fn wait(&mut self) -> Result<(), RunError> {
         self.run.take().unwrap().join().unwrap()
@@ -348,6 +359,18 @@ impl TestMachine {
     pub fn start_again(&mut self) {
         let dir = self.dir.path().to_owned();
         self.run = Some(thread::spawn(move || supervise(&dir)));
+    }
+
+    /// The number of the supervisor, which is a process of its own.
+    pub fn supervisor(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    /// As long as it is `there`, processes of VMs can be started.
+    pub fn set_program(&self, there: bool) {
+        let [here, away] = ["program", "program-that-was"].map(|name| self.dir.path().join(name));
+        let (from, to) = if there { (away, here) } else { (here, away) };
+        fs::rename(from, to).unwrap();
     }
 
     /// Kills the supervisor, which is a process of its own; returns its number.

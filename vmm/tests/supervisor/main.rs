@@ -11,6 +11,7 @@ mod clients;
 mod daily;
 mod disks;
 mod fake_disk;
+mod fake_talk;
 mod fake_vm;
 mod hostile;
 mod lives;
@@ -19,6 +20,7 @@ mod observers;
 mod past;
 mod refused;
 mod reload;
+mod scarce;
 mod settings;
 mod snapshots;
 mod takers;
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         .chain(hostile::ALL)
         .chain(refused::ALL)
         .chain(reload::ALL)
+        .chain(scarce::ALL)
         .chain(settings::ALL)
         .chain(snapshots::ALL)
         .chain(takers::ALL)

@@ -6,9 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::supervisor::front::protocol::StopHow;
+use umbra_vmm::lifecycle::StateName;
+use umbra_vmm::record::status::GuestStateName;
+use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::machine::start;
+use crate::machine::{make, start};
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[
@@ -20,6 +22,7 @@ pub const ALL: &[crate::cases::Case] = &[
     ),
     ("metrics_count_failures_and_show_the_present", metrics_count_failures_and_show_the_present),
     ("a_service_manager_hears_of_ready_watchdog_and_stopping", a_service_manager_hears_of_ready_watchdog_and_stopping),
+    ("what_is_not_there_has_no_carrier_and_no_uptime", what_is_not_there_has_no_carrier_and_no_uptime),
 ];
 
 fn events_are_told_from_the_past_and_as_they_come() {
@@ -135,4 +138,22 @@ fn a_service_manager_hears_of_ready_watchdog_and_stopping() {
     let at = |line: &str| words.lines().position(|have| have == line).unwrap_or_else(|| panic!("{line}: {words}"));
     assert!(at("WATCHDOG=1") <= at("READY=1") && at("READY=1") < at("STOPPING=1"), "{words}");
     assert!(at(all_live) < at("STOPPING=1"));
+}
+
+fn what_is_not_there_has_no_carrier_and_no_uptime() {
+    let machine = make("", "", "restart = { limit = 0 }");
+    fs::write(machine.dir.path().join("keep"), "").unwrap();
+    let mut machine = machine;
+    machine.start_again();
+    let driver = machine.wait_live(1);
+    assert!(driver.carrier);
+    let guest = machine.wait_for_guest("web", "a second", |guest| guest.uptime_s > 0.01);
+    assert_eq!(guest.state, GuestStateName::Running);
+    machine.crash(CrashKind::Panic);
+    let driver = machine.wait_for("quarantine", |driver| driver.state == StateName::Quarantined);
+    assert!(!driver.carrier, "it serves nobody");
+    machine.ask_about(&Request::StopGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
+    let guest = machine.wait_for_guest("web", "its end", |guest| guest.state == GuestStateName::Off);
+    assert_eq!(guest.uptime_s, 0.0);
+    machine.stop();
 }

@@ -192,8 +192,12 @@ impl Supervisor {
     ) {
         let Some((d, end)) = self.serving((guest, device), generation) else { return };
         tracing::debug!(driver = self.drivers[d].name, %device, ?counts, "disk live");
-        let again = self.guests[guest].devices.get(&device).is_some_and(|device| device.was_live);
-        if again || counts != Counts::default() {
+        let (again, told) = self.guests[guest]
+            .devices
+            .get(&device)
+            .map_or((false, false), |device| (device.was_live, device.is_live_with(generation)));
+        // Once: a guest's process could repeat it without end.
+        if !told && (again || counts != Counts::default()) {
             self.events.tell(&Event::BlockLive {
                 guest: self.guests[guest].name.clone(),
                 device,

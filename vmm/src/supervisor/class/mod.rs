@@ -74,6 +74,8 @@ pub(in crate::supervisor) struct GuestDevice {
     pub(in crate::supervisor) fresh: bool,
     /// The generation that it is live with by itself, or was last, where it goes live by itself.
     live: Option<Generation>,
+    /// The newest life around whose loss its pace was told.
+    paced: Option<Generation>,
     /// It has been live by itself with a life of its driver VM since the guest's process was started.
     was_live: bool,
     /// Since when it is to come to rest, if it was asked to and has not answered.
@@ -91,13 +93,20 @@ enum OfClass {
 
 impl GuestDevice {
     fn new(of: OfClass) -> Self {
-        Self { driver: None, status: None, fresh: false, live: None, was_live: false, resting: None, of }
+        Self { driver: None, status: None, fresh: false, live: None, paced: None, was_live: false, resting: None, of }
+    }
+
+    /// Whether its pace around the loss of `generation`, or of what that life lost it by, was not told yet; it is told now.
+    pub(in crate::supervisor) fn has_pace_of(&mut self, generation: Generation) -> bool {
+        let news = self.paced.is_none_or(|paced| paced < generation);
+        self.paced = self.paced.max(Some(generation));
+        news
     }
 
     /// The guest's process is gone: what that had asked for and said does not count any more.
     pub(in crate::supervisor) fn forget(&mut self) {
         (self.status, self.fresh, self.live, self.resting) = (None, false, None, None);
-        self.was_live = false;
+        (self.was_live, self.paced) = (false, None);
         match &mut self.of {
             OfClass::Net(net) => net.forget(),
             OfClass::Sound(_) | OfClass::Block(_) => {}
@@ -116,7 +125,12 @@ impl GuestDevice {
 
     /// It is not live with a driver VM any more.
     pub(in crate::supervisor) fn forget_live(&mut self) {
-        self.live = None;
+        (self.live, self.paced) = (None, None);
+    }
+
+    /// Whether it is live by itself with `generation`.
+    fn is_live_with(&self, generation: Generation) -> bool {
+        self.live == Some(generation)
     }
 
     /// Whether all is known that a guest sees of it from its first moment on.

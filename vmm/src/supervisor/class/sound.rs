@@ -106,7 +106,9 @@ impl Supervisor {
     ) {
         let Some((d, end)) = self.serving((guest, device), generation) else { return };
         tracing::debug!(driver = self.drivers[d].name, %device, ?masked, "sound live");
-        if masked != SoundCounts::default() {
+        let told = self.guests[guest].devices.get(&device).is_some_and(|device| device.is_live_with(generation));
+        // Once: a guest's process could repeat it without end.
+        if !told && masked != SoundCounts::default() {
             self.events.tell(&Event::SoundLive {
                 guest: self.guests[guest].name.clone(),
                 device,

@@ -120,16 +120,22 @@ impl HeldDevice {
     pub(in crate::supervisor) fn begin_reset(&mut self, device: HostDevice, about: Span) -> io::Result<ResetJob> {
         let (done, writer) = io::pipe()?;
         let (sender, result) = mpsc::channel();
-        let files = std::mem::replace(&mut self.files, Err("its device is being reset".into()));
-        let doubtful = std::mem::take(&mut self.doubtful);
-        let (before, open, snapshot) = (self.busy.take(), self.open, self.snapshot.take());
+        let (hand_over, take) = mpsc::channel();
+        let (open, doubtful) = (self.open, self.doubtful);
+        // It gets what it works with when it is there: without it nothing is lost.
         thread::Builder::new().name(format!("reset {}", device.bdf())).spawn(move || {
             let _about = about.entered();
+            let Ok((before, files, snapshot)) = take.recv() else { return };
             wait(before);
+            let files = Result::ok(files).filter(|_| !doubtful);
             // Nobody waits any more when the machine has been stopped.
-            let _ = sender.send(reset(&device, files.ok().filter(|_| !doubtful).zip(Some(snapshot)), open));
+            let _ = sender.send(reset(&device, files.zip(Some(snapshot)), open));
             drop(writer);
         })?;
+        let files = std::mem::replace(&mut self.files, Err("its device is being reset".into()));
+        self.doubtful = false;
+        // It waits for this.
+        let _ = hand_over.send((self.busy.take(), files, self.snapshot.take()));
         Ok(ResetJob { done, result })
     }
 

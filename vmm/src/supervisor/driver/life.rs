@@ -34,6 +34,13 @@ use crate::wire::spawn::VmProcess;
 /// Messages of one process that are handled at a turn of the loop: one that floods must not starve the rest.
 pub(in crate::supervisor) const AT_ONCE: usize = 64;
 
+/// Messages of a process that has ended that are handled at once: more than its socket holds. The smallest takes some 800 bytes there, of
+/// 208 KiB by default (`net.core.wmem_default`).
+pub(in crate::supervisor) const AT_ITS_END: usize = 4096;
+
+/// News of its snapshot that a life has to say: that it was found, refused, taken and so on are two or three.
+const MOST_NEWS: u32 = 8;
+
 /// What a process is started for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::supervisor) enum Purpose {
@@ -124,6 +131,8 @@ pub(in crate::supervisor) struct Life {
     talking: bool,
     /// Whether the control channel is still of use.
     listening: bool,
+    /// What its process has said of its snapshot so far, in messages.
+    news: u32,
     /// Its connection with each guest's device, by end.
     pub(in crate::supervisor) links: Table<Endpoint, EndLink>,
     /// pvpanic: its kernel has said what it had to say.
@@ -159,6 +168,7 @@ impl Life {
             allowance: AgentAllowance::default(),
             talking: true,
             listening: true,
+            news: 0,
             links: (0..ends).map(|_| EndLink::default()).collect(),
             panicked: false,
             registers: String::new(),
@@ -188,22 +198,26 @@ impl Life {
     /// Reads what `part` has to say, as far as a turn of the loop allows; what it prints goes to `console`. Never waits.
     pub(super) fn hear(&mut self, part: Part, console: &mut Console) -> Vec<Heard> {
         match part {
-            Part::Control => self.hear_control(),
+            Part::Control => self.hear_control(AT_ONCE),
             Part::Agent => self.hear_agent(),
             Part::Console => self.hear_console(console).into_iter().collect(),
             Part::Exit => self.hear_exit(console),
         }
     }
 
-    fn hear_control(&mut self) -> Vec<Heard> {
+    fn hear_control(&mut self, most: usize) -> Vec<Heard> {
         let mut heard = Vec::new();
-        for _ in 0..AT_ONCE {
+        for _ in 0..most {
             if !self.listening {
                 break;
             }
-            match bounds::hear(self.process.channel()) {
+            match bounds::hear(&self.process) {
                 Ok(Incoming::Message(FromVm::Vcpus(counts), _)) => self.vcpus.keep(counts),
-                Ok(Incoming::Message(message, _)) => heard.push(Heard::Process(message)),
+                Ok(Incoming::Message(FromVm::Snapshot { .. }, _)) if self.news >= MOST_NEWS => {}
+                Ok(Incoming::Message(message, _)) => {
+                    self.news += u32::from(matches!(message, FromVm::Snapshot { .. }));
+                    heard.push(Heard::Process(message));
+                }
                 Ok(Incoming::Empty) => break,
                 Ok(Incoming::Closed) => {
                     self.listening = false;
@@ -254,11 +268,10 @@ impl Life {
     }
 
     fn hear_exit(&mut self, console: &mut Console) -> Vec<Heard> {
-        let mut heard = self.hear_control();
-        if let Some(status) = self.process.ended() {
-            self.drain(console);
-            heard.push(Heard::Exited(status));
-        }
+        let Some(status) = self.process.ended() else { return self.hear_control(AT_ONCE) };
+        let mut heard = self.hear_control(AT_ITS_END);
+        self.drain(console);
+        heard.push(Heard::Exited(status));
         heard
     }
 

@@ -14,6 +14,7 @@ pub(in crate::supervisor) mod taker;
 mod trust;
 pub(in crate::supervisor) mod upgrade;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -49,7 +50,7 @@ use crate::host::DeviceFiles;
 use crate::host::reset::ResetMethod;
 use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::RestartHistory;
-use crate::lifecycle::{Carrier, Endpoint, Lifecycle, Rank, StandbyPolicy, State};
+use crate::lifecycle::{Endpoint, Lifecycle, Rank, StandbyPolicy, State};
 use crate::record::crash_report::{CrashReport, Mask};
 use crate::record::status;
 use crate::record::timeline::Timeline;
@@ -82,6 +83,17 @@ pub(in crate::supervisor) enum StartError {
     Sockets(#[source] io::Error),
 }
 
+impl StartError {
+    /// Whether the host lacks something that may come again.
+    pub(in crate::supervisor) fn is_shortage(&self) -> bool {
+        match self {
+            Self::Spawn(error) => error.is_shortage(),
+            Self::Sockets(_) => true,
+            Self::Device(_) => false,
+        }
+    }
+}
+
 /// A driver VM.
 #[derive(Debug)]
 pub(in crate::supervisor) struct DriverVm {
@@ -101,8 +113,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) mtu: Option<u16>,
     pub(in crate::supervisor) lifecycle: Lifecycle,
     pub(in crate::supervisor) life: Option<Life>,
-    /// What the threads of the silent life did up to half of its silence.
-    pub(in crate::supervisor) watch: Option<Watch>,
+    /// What the threads of its silent lives did up to half of their silence.
+    pub(in crate::supervisor) watches: BTreeMap<LifeRole, Watch>,
     /// The failed life, while it says its last words.
     pub(in crate::supervisor) dying: Option<Dying>,
     /// Killed processes whose end has not been seen yet.
@@ -120,6 +132,8 @@ pub(in crate::supervisor) struct DriverVm {
     /// Why the last process that was to leave a snapshot has left none.
     pub(in crate::supervisor) not_saved: Option<String>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
+    /// When the reset of the device is tried to be begun again, where it could not be.
+    pub(in crate::supervisor) reset_due: Option<Time>,
     pub(in crate::supervisor) console: Console,
     pub(in crate::supervisor) reset_method: Option<ResetMethod>,
     /// Steps since the last failure, or since the start.
@@ -213,7 +227,7 @@ impl DriverVm {
             ends,
             mtu,
             life: None,
-            watch: None,
+            watches: BTreeMap::new(),
             dying: None,
             ending: Vec::new(),
             standby: None,
@@ -223,6 +237,7 @@ impl DriverVm {
             too_slow_to_save: false,
             not_saved: None,
             resetting: None,
+            reset_due: None,
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
             masks: Vec::new(),
@@ -259,6 +274,11 @@ impl DriverVm {
         gone && all_hang(self.waiting_vms().map(|vm| vm.dropped), now) && *self.lifecycle.state() == State::Stopped
     }
 
+    /// When a reset is tried to be begun again.
+    pub(in crate::supervisor) fn reset_again_due(&self) -> Option<Time> {
+        self.reset_due.into_iter().chain(self.spare.as_ref().and_then(|spare| spare.reset_due)).min()
+    }
+
     /// When its standbys that have not ended were killed, if they were.
     pub(in crate::supervisor) fn killed(&self) -> impl Iterator<Item = Time> {
         self.waiting_vms().filter_map(|vm| vm.dropped)
@@ -291,7 +311,6 @@ impl DriverVm {
     /// Starts the process of `generation`, which is to serve. The device comes behind it where the VM may be restored from a snapshot,
     /// which has met none; else it has the device from its start.
     pub(in crate::supervisor) fn start(&mut self, program: &Program, generation: Generation) -> Result<(), StartError> {
-        self.console.begin(&format!("{}.{generation}", self.name));
         let purpose = if self.spec.snapshots { Purpose::ServeSoon } else { Purpose::Serve };
         self.life = Some(self.launch(program, generation, (purpose, &self.image))?);
         self.rest = None;
@@ -401,7 +420,7 @@ impl DriverVm {
             state: self.lifecycle.state().name(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             uid: self.life.as_ref().and_then(|life| life.process.uid()),
-            carrier: self.lifecycle.carrier() == Carrier::Up,
+            carrier: self.lifecycle.has_carrier(),
             reset_method: self.reset_method,
             reset_meaning: self.device.reset().describe_use(self.reset_method),
             failures: self.lifecycle.history().total(),

@@ -18,6 +18,7 @@ use crate::lifecycle::{Carrier, Endpoint, Input, NoticedBy, Rank, StandbyStage, 
 use crate::record::events::Event;
 use crate::record::status::SpareNetwork;
 use crate::record::timeline::Milestone;
+use crate::supervisor::actions::RESET_AGAIN;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::ToVm;
@@ -46,6 +47,8 @@ pub(in crate::supervisor) struct Spare {
     pub(in crate::supervisor) held: HeldDevice,
     reset_method: Option<ResetMethod>,
     pub(in crate::supervisor) resetting: Option<ResetJob>,
+    /// When its reset is tried to be begun again, where it could not be.
+    pub(in crate::supervisor) reset_due: Option<Time>,
     reset_start: Time,
     network: Option<Network>,
     /// The failed life that had it last and whose report is not complete.
@@ -61,6 +64,7 @@ impl Spare {
             device,
             held: HeldDevice::new(open),
             resetting: None,
+            reset_due: None,
             reset_start: Time(0),
             network: None,
             retired: None,
@@ -84,10 +88,10 @@ impl Supervisor {
         let about = driver.span();
         let Some(spare) = &mut driver.spare else { return };
         match spare.held.begin_reset(spare.device.clone(), about) {
-            Ok(job) => (spare.resetting, spare.reset_start) = (Some(job), Time::now()),
+            Ok(job) => (spare.resetting, spare.reset_due, spare.reset_start) = (Some(job), None, Time::now()),
             Err(error) => {
-                self.events.warn(format!("{}: the spare device is not reset: {error}", self.drivers[n].name));
-                self.drive(n, Input::SpareResetDone);
+                let first = spare.reset_due.replace(Time::now() + RESET_AGAIN).is_none();
+                self.warn_of_reset(n, first, "the spare device", &error);
             }
         }
     }

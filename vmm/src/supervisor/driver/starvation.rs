@@ -9,10 +9,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::DriverVm;
+use super::life::LifeRole;
 use crate::base::time::Time;
-use crate::lifecycle::Input;
+use crate::lifecycle::{Input, Rank};
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
+
+/// The roles of lives whose silence counts.
+const ROLES: [LifeRole; 3] = [LifeRole::Present, LifeRole::Standby(Rank::First), LifeRole::Standby(Rank::Second)];
 
 /// What the kernel has counted of a thread, ns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,38 +77,61 @@ fn is_ready(thread: &Path) -> bool {
 }
 
 impl Supervisor {
-    /// Before the silence of driver VM `n` becomes a failure: was there a processor for it?
+    /// Before the silence of a life of driver VM `n` becomes its failure: was there a processor for it?
     pub(in crate::supervisor) fn look_at_silence(&mut self, n: DriverId, now: Time) {
-        let driver = &mut self.drivers[n];
-        let (Some((half, over)), Some(life)) = (driver.lifecycle.silence(), &driver.life) else {
-            driver.watch = None;
-            return;
-        };
-        match driver.watch.as_ref().filter(|watch| watch.half == half) {
-            Some(watch) if over <= now && watch.starved(now) => {
-                tracing::warn!("silent, but its VM waits for a processor: the host is overloaded");
-                self.drive(n, Input::Starved);
+        for role in ROLES {
+            if self.drivers[n].is_starved(role, now) {
+                match role {
+                    LifeRole::Standby(rank) => self.drivers[n].lifecycle.excuse(rank),
+                    LifeRole::Present | LifeRole::Dying => self.drive(n, Input::Starved),
+                }
             }
-            Some(_) => {}
-            None if over <= now => {
-                tracing::warn!("silent, but the supervisor itself got no processor: the host is overloaded");
-                self.drive(n, Input::Starved);
-            }
-            None if half <= now => {
-                let threads = PathBuf::from(format!("/proc/{}/task", life.process.pid()));
-                driver.watch = Some(Watch::begin(half, now, threads));
-            }
-            None => {}
         }
     }
 
     /// When [`Self::look_at_silence`] has something to look at.
     pub(in crate::supervisor) fn silence_due(&self) -> Option<Time> {
-        let unseen = self.drivers.iter().filter_map(|driver| {
-            let (half, _) = driver.lifecycle.silence()?;
-            driver.watch.as_ref().is_none_or(|watch| watch.half != half).then_some(half)
-        });
-        unseen.min()
+        let of = |driver: &DriverVm, role| {
+            let (half, _) = driver.silence_of(role)?;
+            driver.watches.get(&role).is_none_or(|watch| watch.half != half).then_some(half)
+        };
+        self.drivers.iter().flat_map(|driver| ROLES.into_iter().filter_map(move |role| of(driver, role))).min()
+    }
+}
+
+impl DriverVm {
+    fn silence_of(&self, role: LifeRole) -> Option<(Time, Time)> {
+        match role {
+            LifeRole::Present => self.lifecycle.silence(),
+            LifeRole::Standby(rank) => self.lifecycle.silence_of(rank),
+            LifeRole::Dying => None,
+        }
+    }
+
+    /// Whether the life in this role is silent for want of a processor, as far as is known at `now`. Begins to watch it at half of its
+    /// silence.
+    fn is_starved(&mut self, role: LifeRole, now: Time) -> bool {
+        let silence = self.silence_of(role).zip(self.life_of(role).map(|life| life.process.pid()));
+        let Some(((half, over), pid)) = silence else {
+            self.watches.remove(&role);
+            return false;
+        };
+        match self.watches.get(&role).filter(|watch| watch.half == half) {
+            Some(watch) if over <= now && watch.starved(now) => {
+                tracing::warn!(?role, "silent, but its VM waits for a processor: the host is overloaded");
+                true
+            }
+            Some(_) => false,
+            None if over <= now => {
+                tracing::warn!(?role, "silent, but the supervisor itself got no processor: the host is overloaded");
+                true
+            }
+            None if half <= now => {
+                self.watches.insert(role, Watch::begin(half, now, format!("/proc/{pid}/task").into()));
+                false
+            }
+            None => false,
+        }
     }
 }
 

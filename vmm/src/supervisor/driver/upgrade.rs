@@ -59,7 +59,7 @@ impl Supervisor {
         client: u64,
     ) -> Result<(), String> {
         let Some(image) = image else { return self.restart_with(n, None, client) };
-        self.can_be_restarted(n)?;
+        self.drivers[n].may_restart()?;
         let begun = self.aside("image", move || {
             let image = Image::open(&image).map_err(|error| chain(&error));
             Box::new(move |supervisor: &mut Supervisor| {
@@ -72,21 +72,9 @@ impl Supervisor {
         begun.map_err(|error| format!("the image cannot be looked at: {error}"))
     }
 
-    fn can_be_restarted(&self, n: DriverId) -> Result<(), String> {
-        let driver = &self.drivers[n];
-        let state = driver.lifecycle.state();
-        if !matches!(state, State::Live { .. }) {
-            return Err(format!("{} cannot be restarted now: it is {}", driver.name, state.name()));
-        }
-        if driver.trial.as_ref().is_some_and(|trial| trial.live.is_none()) {
-            return Err(format!("{} is being restarted already", driver.name));
-        }
-        Ok(())
-    }
-
     fn restart_with(&mut self, n: DriverId, image: Option<Image>, client: u64) -> Result<(), String> {
-        self.can_be_restarted(n)?;
         let driver = &mut self.drivers[n];
+        driver.may_restart()?;
         let earlier = driver.trial.take().filter(|trial| trial.is_on(Time::now()));
         let other = image.is_some();
         let replaced = image.map(|image| std::mem::replace(&mut driver.image, Arc::new(image)));
@@ -119,6 +107,12 @@ impl Supervisor {
                 driver.name,
                 life.process.pid(),
                 driver.device.bdf()
+            ));
+        }
+        if driver.reset_due.is_some() {
+            return Err(format!(
+                "{}: the reset of {} cannot be begun; the events say why",
+                driver.name, driver.spec.device
             ));
         }
         if driver.resetting.is_some() {
@@ -224,6 +218,19 @@ impl Supervisor {
 }
 
 impl DriverVm {
+    /// # Errors
+    /// It cannot be restarted now; why, for people.
+    fn may_restart(&self) -> Result<(), String> {
+        let state = self.lifecycle.state();
+        if !matches!(state, State::Live { .. }) {
+            return Err(format!("{} cannot be restarted now: it is {}", self.name, state.name()));
+        }
+        if self.trial.as_ref().is_some_and(|trial| trial.live.is_none()) {
+            return Err(format!("{} is being restarted already", self.name));
+        }
+        Ok(())
+    }
+
     /// The image of a standby that is started now: one that is on trial is not relied on.
     pub(super) fn next_image(&self) -> &Arc<Image> {
         let tried = self.trial.as_ref().filter(|trial| trial.from != self.present);

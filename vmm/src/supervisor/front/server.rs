@@ -4,6 +4,7 @@
 //! so that a connection that ends without a word means: the machine has ended, or the client was idle.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
@@ -40,6 +41,9 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Longest wait for the guests' answers about their devices; of a guest that hangs the last answer is shown.
 const STATUS_PATIENCE: Duration = Duration::from_millis(250);
 
+/// Time in which no client is taken, after one could not be.
+const DEAF: Duration = Duration::from_millis(100);
+
 /// [`Response::EventsEnd`] as a line.
 const EVENTS_END: &str = r#"{"response":"events-end","schema":1}"#;
 
@@ -48,6 +52,8 @@ const EVENTS_END: &str = r#"{"response":"events-end","schema":1}"#;
 pub(in crate::supervisor) struct Clients {
     clients: BTreeMap<u64, Client>,
     next_id: u64,
+    /// Until when no other is taken, because one could not be.
+    deaf_until: Option<Time>,
 }
 
 #[derive(Debug)]
@@ -61,6 +67,8 @@ struct Client {
     waits: bool,
     /// When it was last heard.
     heard: Time,
+    /// It says nothing more, and still gets what it is owed.
+    is_done: bool,
 }
 
 /// Which events a client is owed.
@@ -74,7 +82,16 @@ struct Owed {
 
 impl Clients {
     pub(in crate::supervisor) fn accept(&mut self, listener: &UnixListener, now: Time) {
-        let Ok((stream, _)) = listener.accept() else { return };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            // One that has gone already, or was not there.
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => return,
+            // Too many open files, for one: whoever waits there would have the loop turn without a pause.
+            Err(_) => {
+                self.deaf_until = Some(now + DEAF);
+                return;
+            }
+        };
         if stream.set_nonblocking(true).is_err() {
             return;
         }
@@ -86,9 +103,19 @@ impl Clients {
             }
             return;
         }
-        let client = Client { lines, status_due: None, events: None, waits: false, heard: now };
+        let client = Client { lines, status_due: None, events: None, waits: false, heard: now, is_done: false };
         self.clients.insert(self.next_id, client);
         self.next_id += 1;
+    }
+
+    /// Whether another client is taken now.
+    pub(in crate::supervisor) fn takes_more(&self) -> bool {
+        self.deaf_until.is_none()
+    }
+
+    /// Takes others again, if it is time.
+    pub(in crate::supervisor) fn listen_again(&mut self, now: Time) {
+        self.deaf_until = self.deaf_until.filter(|until| *until > now);
     }
 
     /// Those that have not gone. One that has is read, and forgotten, when its turn comes, which may be after that of a new one.
@@ -132,17 +159,18 @@ impl Clients {
     pub(in crate::supervisor) fn watched(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>, PollFlags)> {
         self.clients.iter().map(|(id, client)| {
             let more = if client.lines.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
-            (*id, client.lines.stream().as_fd(), PollFlags::POLLIN | more)
+            let hear = if client.is_done { PollFlags::empty() } else { PollFlags::POLLIN };
+            (*id, client.lines.stream().as_fd(), hear | more)
         })
     }
 
     pub(in crate::supervisor) fn deadline(&self) -> Option<Time> {
-        self.clients.values().filter_map(|client| client.status_due).min()
+        self.clients.values().filter_map(|client| client.status_due).chain(self.deaf_until).min()
     }
 
     /// Sends each client the events it is owed, as far as it reads: one that does not holds a line, not the past.
     pub(in crate::supervisor) fn tell_events(&mut self, past: &RecentEvents) {
-        self.clients.retain(|_, client| client.tell_events(past).is_ok());
+        self.clients.retain(|_, client| client.tell_events(past).is_ok() && !(client.is_done && !client.wants()));
     }
 
     pub(in crate::supervisor) fn answer(&mut self, id: u64, response: &Response) {
@@ -162,10 +190,14 @@ impl Client {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Whether it wants nothing, as far as is known, and has not for some time.
+    /// Whether it is owed something, as far as is known.
+    fn wants(&self) -> bool {
+        self.waits || self.events.is_some() || self.status_due.is_some() || self.lines.has_unsent()
+    }
+
+    /// Whether it wants nothing, and has not for some time.
     fn is_idle(&self, now: Time) -> bool {
-        let wants = self.waits || self.events.is_some() || self.status_due.is_some() || self.lines.has_unsent();
-        !wants && now.since(self.heard) >= IDLE
+        !self.wants() && now.since(self.heard) >= IDLE
     }
 
     fn tell_events(&mut self, past: &RecentEvents) -> Result<(), LineError> {
@@ -193,6 +225,13 @@ impl Supervisor {
         let Some(client) = self.clients.clients.get_mut(&id) else { return };
         client.heard = Time::now();
         let flushed = client.lines.flush();
+        if client.is_done {
+            // Readable without an end, until it has gone altogether.
+            if client.has_gone() || flushed.is_err() {
+                self.clients.clients.remove(&id);
+            }
+            return;
+        }
         let (lines, error) = client.lines.receive();
         for line in lines {
             match serde_json::from_str(&line) {
@@ -203,7 +242,10 @@ impl Supervisor {
                 }
             }
         }
-        if error.is_some() || flushed.is_err() {
+        let Some(client) = self.clients.clients.get_mut(&id) else { return };
+        if matches!(error, Some(LineError::Closed)) && flushed.is_ok() && !client.has_gone() {
+            client.is_done = true;
+        } else if error.is_some() || flushed.is_err() {
             self.clients.clients.remove(&id);
         }
     }
