@@ -29,7 +29,8 @@ use crate::base::wall;
 /// Longest wait at the end of the run, for each place, until its lines are written.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
-/// Ends of guests that are remembered. The error of a run is the first end that is a failure; one that comes after so many is printed twice.
+/// Ends of guests that are remembered. The error of a run is the first end that is a failure; one that comes after so many is printed
+/// twice.
 const MOST_ENDS: usize = 256;
 
 /// Whether sentences are printed.

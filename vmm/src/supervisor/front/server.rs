@@ -170,7 +170,7 @@ impl Clients {
 
     /// Sends each client the events it is owed, as far as it reads: one that does not holds a line, not the past.
     pub(in crate::supervisor) fn tell_events(&mut self, past: &RecentEvents) {
-        self.clients.retain(|_, client| client.tell_events(past).is_ok() && !(client.is_done && !client.wants()));
+        self.clients.retain(|_, client| client.tell_events(past).is_ok() && (client.wants() || !client.is_done));
     }
 
     pub(in crate::supervisor) fn answer(&mut self, id: u64, response: &Response) {
