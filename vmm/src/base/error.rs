@@ -14,6 +14,14 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Whether `error` comes of something that the host has too little of now, and may have again: descriptors, memory.
+pub fn is_shortage(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|error| {
+        let code = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        matches!(code, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::io;

@@ -123,8 +123,11 @@ fn without_descriptors_a_device_waits_for_its_reset_and_the_loop_for_its_clients
     let reset = machine.dir.path().join("pci/devices").join(DEVICE).join("reset");
     fs::write(&reset, "").unwrap();
     limit_descriptors(supervisor, first_free(supervisor));
-    let client = std::os::unix::net::UnixStream::connect(machine.run_dir().join("control.sock")).unwrap();
     kill(pid);
+    std::thread::sleep(Duration::from_millis(500));
+    // Those of the life that has ended are free again.
+    limit_descriptors(supervisor, first_free(supervisor));
+    let client = std::os::unix::net::UnixStream::connect(machine.run_dir().join("control.sock")).unwrap();
     let before = used(supervisor);
     std::thread::sleep(Duration::from_secs(2));
     let busy = used(supervisor).saturating_sub(before);

@@ -14,13 +14,14 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, poll};
 use tracing::Span;
 
-use crate::base::error::chain;
+use crate::base::error::{chain, is_shortage};
 use crate::base::time::Time;
 use crate::host;
 use crate::host::Snapshot;
 use crate::host::files::DeviceFiles;
 use crate::host::reset::ResetDone;
 use crate::host::sysfs::HostDevice;
+use crate::supervisor::actions::RESET_AGAIN;
 
 /// How a function's files are opened.
 pub type Open = fn(&HostDevice) -> Result<DeviceFiles, host::Error>;
@@ -160,14 +161,24 @@ fn reset(device: &HostDevice, held: Option<(Arc<DeviceFiles>, Option<Snapshot>)>
         Some((files, known)) if files.fence() => (Ok(files), known),
         held => {
             drop(held);
-            (open(device).map(Arc::new).map_err(|error| chain(&error)), None)
+            (until_possible(|| open(device)).map(Arc::new), None)
         }
     };
-    let reset =
-        files.as_ref().ok().map(|files| device.perform_reset(files, RESET_LIMIT).map_err(|error| chain(&error)));
+    let reset = files.as_ref().ok().map(|files| until_possible(|| device.perform_reset(files, RESET_LIMIT)));
     // Once: it takes as many reads as there are registers.
     let snapshot = known.or_else(|| take_snapshot(files.as_deref().ok()?));
     Outcome { files, snapshot, reset }
+}
+
+/// Does `work`, again and again as long as the host has no descriptor or memory for it: a device that was not reset would be given to its
+/// next life.
+fn until_possible<T>(work: impl Fn() -> Result<T, host::Error>) -> Result<T, String> {
+    loop {
+        match work() {
+            Err(error) if is_shortage(&error) => thread::sleep(RESET_AGAIN),
+            done => return done.map_err(|error| chain(&error)),
+        }
+    }
 }
 
 /// Without one a standby sees nothing of the device until it has it.
@@ -225,6 +236,26 @@ mod tests {
         assert_eq!(OPENED.load(Ordering::Relaxed), 2);
         held.close();
         assert_eq!(held.files().unwrap_err(), "its device is closed");
+    }
+
+    static REFUSED: AtomicUsize = AtomicUsize::new(0);
+
+    fn open_later(device: &HostDevice) -> Result<DeviceFiles, host::Error> {
+        if REFUSED.fetch_add(1, Ordering::Relaxed) < 2 {
+            let source = io::Error::from_raw_os_error(libc::EMFILE);
+            return Err(host::Error::Sysfs { operation: "open", path: device.directory().into(), source });
+        }
+        let null = || File::open("/dev/null").unwrap().into();
+        Ok(DeviceFiles::received(device.bdf(), vec![null(), null(), null()]).unwrap())
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_opened_for_want_of_descriptors_is_opened_later() {
+        let bus = FakeBus::new();
+        let nic = device(&bus, "0000:01:00.0", Some("vfio-pci"));
+        let mut held = HeldDevice::new(open_later);
+        assert!(reset(&mut held, &nic).unwrap().is_ok());
+        assert_eq!((held.files().unwrap().bdf(), REFUSED.load(Ordering::Relaxed)), (nic.bdf(), 3));
     }
 
     #[test]
