@@ -243,7 +243,7 @@ mod tests {
     fn open_later(device: &HostDevice) -> Result<DeviceFiles, host::Error> {
         if REFUSED.fetch_add(1, Ordering::Relaxed) < 2 {
             let source = io::Error::from_raw_os_error(libc::EMFILE);
-            return Err(host::Error::Sysfs { operation: "open", path: device.directory().into(), source });
+            return Err(host::Error::Sysfs { operation: "open", path: device.directory(), source });
         }
         let null = || File::open("/dev/null").unwrap().into();
         Ok(DeviceFiles::received(device.bdf(), vec![null(), null(), null()]).unwrap())
