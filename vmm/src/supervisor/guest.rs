@@ -235,6 +235,11 @@ impl GuestVm {
         self.devices.iter().filter(rests).map(|(id, _)| *id)
     }
 
+    /// Whether one of its devices keeps for a driver VM that is away what would be lost with its process.
+    pub(super) fn keeps_for_one_away(&self) -> bool {
+        self.devices.iter().any(|(id, device)| class::traits(id.class).rests && device.is_left())
+    }
+
     /// Kills its process.
     pub(super) fn kill(&mut self) {
         if let Some(process) = &mut self.process {

@@ -5,7 +5,7 @@
 //!   umbra restart              guests' devices rest, as late as can be; the agent flushes ---> the next driver VM takes over
 //!   umbra stop/reboot --force  the guest's devices rest -----------------> its process is killed
 //!   a guest's panic, on_crash  the guest's devices rest -----------------> its process is killed
-//!     where one cannot rest    the next driver VM takes what it keeps ---> its process ends
+//!     where one cannot rest, as its driver VM is away: the next one takes what it keeps ---> its process ends
 //!   end of the machine         guests end ---> the agent flushes --------> the driver VM is ended
 //! ```
 //! A guest that powers off or resets by itself is not asked: its process goes on until a flush has made stable what its guest was told is
@@ -136,18 +136,19 @@ impl Supervisor {
     /// Kills guest `n`, as was asked for: at once where that was asked for before, else when its devices have come to rest.
     pub(super) fn kill_guest(&mut self, n: GuestId) {
         let guest = &mut self.guests[n];
-        let resting: Vec<_> = guest.resting_devices().collect();
-        if resting.is_empty() || guest.killing.is_some() {
+        let (resting, unrest): (Vec<_>, _) = (guest.resting_devices().collect(), guest.keeps_for_one_away());
+        if resting.is_empty() && !unrest || guest.killing.is_some() {
             return guest.kill();
         }
-        (guest.killing, guest.unrest) = (Some(Time::now() + REST_PATIENCE), false);
+        (guest.killing, guest.unrest) = (Some(Time::now() + REST_PATIENCE), unrest);
         for device in resting {
             self.ask_to_rest(n, device);
         }
+        self.kill_at_rest(n);
     }
 
-    /// Kills guest `n`, if it is to be killed when its devices are at rest, and they are. Where one has lost its driver VM before, its
-    /// process ends by itself, when the next driver VM has what is kept.
+    /// Kills guest `n`, if it is to be killed when its devices are at rest, and they are. Where one has no driver VM, or lost it
+    /// before, its process ends by itself, when the next driver VM has what is kept.
     fn kill_at_rest(&mut self, n: GuestId) {
         let guest = &mut self.guests[n];
         if guest.killing.is_none() || guest.devices.values().any(|device| device.resting.is_some()) {
@@ -183,14 +184,18 @@ impl Supervisor {
     /// Whether driver VM `n` is not to be ended yet: guests that it serves come to rest, or its agent flushes what they have left.
     pub(super) fn has_to_rest(&mut self, n: DriverId, now: Time) -> bool {
         let driver = &self.drivers[n];
+        if !traits(driver.class()).rests {
+            return false;
+        }
+        // Where it is away, its next life takes what they keep.
+        if driver.ends.iter().any(|end| self.guests[end.guest].killing.is_some()) {
+            return true;
+        }
         // One that has no agent, or has never served, has nothing to flush.
         let serves =
             driver.was_live && matches!(driver.lifecycle.state(), State::GoingLive { .. } | State::Live { .. });
-        if !traits(driver.class()).rests || !serves {
+        if !serves {
             return false;
-        }
-        if driver.ends.iter().any(|end| self.guests[end.guest].killing.is_some()) {
-            return true;
         }
         match driver.rest {
             Some(AgentRest::Done) => false,

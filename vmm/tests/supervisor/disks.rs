@@ -200,6 +200,7 @@ fn another_content_is_quarantined_at_once() {
     // What is kept is in the guest's process.
     machine.ask_about(&Request::RebootGuest { name: "web".into(), how: StopHow::Kill }).unwrap();
     machine.wait_for_event("web.block1: the guest ended while the driver VM of this disk was away", 1);
+    assert!(machine.guest_log().contains("Finish\n"), "what it keeps may be for a driver VM that comes");
     machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running);
     machine.stop();
 }
