@@ -141,7 +141,8 @@ fn without_descriptors_a_device_waits_for_its_reset_and_the_loop_for_its_clients
 
 /// As by `systemctl freeze`, or Ctrl-Z in the terminal.
 fn a_machine_that_was_stopped_for_a_while_has_missed_no_heartbeat() {
-    let heartbeat = "restart = { heartbeat_timeout_ms = 1000 }";
+    // Longer than a busy machine lets a process wait.
+    let heartbeat = "restart = { heartbeat_timeout_ms = 4000 }";
     let machine = run_elsewhere(make("", "", heartbeat));
     let standby = |driver: &umbra_vmm::record::status::DriverStatus| driver.standby.clone().unwrap();
     let ready = machine.wait_for("a standby", |driver| standby(driver).state.is_ready());
@@ -149,7 +150,7 @@ fn a_machine_that_was_stopped_for_a_while_has_missed_no_heartbeat() {
     let signal = |pid: u32, signal| send(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
     signal(machine.supervisor(), Signal::SIGSTOP);
     vms.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
-    std::thread::sleep(Duration::from_secs(7));
+    std::thread::sleep(Duration::from_secs(10));
     // It sees the time before anything that it watches can say a word.
     signal(machine.supervisor(), Signal::SIGCONT);
     std::thread::sleep(Duration::from_millis(300));
