@@ -58,6 +58,10 @@ impl Standstill {
     /// A machine that is slow would never come to the limit otherwise.
     pub fn begin(&mut self) {
         (self.moved, self.looked) = (false, None);
+        if self.stood.is_zero() {
+            // What the card moved before is no sign of what it does now.
+            self.since = self.movement.now();
+        }
     }
 
     /// A look at a stream that should move: it has `moved` since the last one, or not. True if it has stood still for too long, and that
@@ -147,6 +151,18 @@ mod tests {
         // The other has hung before this one begins.
         playback.begin();
         assert_eq!(ends_after(&mut playback, now, |_| ()), (2500, false));
+    }
+
+    #[test]
+    fn what_the_card_moved_before_a_stream_begins_is_no_excuse_for_it() {
+        let movement = Arc::default();
+        let [mut one, mut other] = [(); 2].map(|()| Standstill::new(Direction::Playback, &movement, true));
+        let now = Instant::now();
+        one.look(true, now).unwrap();
+        // The other plays when this one has stopped, and stops.
+        other.look(true, now).unwrap();
+        one.begin();
+        assert_eq!(ends_after(&mut one, now, |_| ()), (2500, false), "the card has hung meanwhile");
     }
 
     #[test]

@@ -38,6 +38,13 @@ impl Killed {
 }
 
 impl Lifecycle {
+    /// The device's reset waits at `now` for something that the host lacks: it does not hang.
+    pub fn reset_waits(&mut self, now: Time) {
+        if let State::Resetting { until, .. } = &mut self.state {
+            *until = (*until).max(now + RESET_PATIENCE);
+        }
+    }
+
     /// The host had no process for the next life. Nobody has the device: it is tried again, without an end, because nothing says that the
     /// driver VM would not work.
     pub(super) fn on_not_started(&mut self, now: Time, why: &str) -> Vec<Action> {
@@ -196,6 +203,18 @@ mod tests {
             assert!(matches!(life.handle(at(77_000), Input::Tick)[..], [Action::Quarantine(_)]));
             assert_eq!(life.history().total(), u64::from(source.is_failure()));
         }
+    }
+
+    #[test]
+    fn a_reset_that_waits_for_what_the_host_lacks_does_not_hang() {
+        let mut life = live(1);
+        life.handle(at(2000), Input::ProcessGone("signal 9".into()));
+        let patience = u64::try_from(RESET_PATIENCE.as_millis()).unwrap();
+        life.reset_waits(at(2000 + patience));
+        assert_eq!(life.handle(at(2000 + patience), Input::Tick), []);
+        assert!(matches!(life.handle(at(3000 + patience), Input::ResetDone)[..], [Action::Spawn(_)]));
+        life.reset_waits(at(4000 + patience));
+        assert!(!matches!(life.state(), State::Resetting { .. }));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Time in which this process did not watch: it was stopped (`systemctl freeze`, Ctrl-Z in its terminal) or got no processor. The limits of
-//! driver VMs do not run on meanwhile.
+//! driver VMs, and of what comes to rest, do not run on meanwhile.
 //!
 //! Invariant: time in which the loop turns counts for every limit, whatever is due.
 
@@ -53,6 +53,7 @@ impl Supervisor {
         if away > Duration::ZERO {
             tracing::warn!(?away, "the supervisor was stopped, or got no processor");
             self.drivers.iter_mut().for_each(|driver| driver.lifecycle.was_unwatched(away));
+            self.rests_were_unwatched(away);
         }
     }
 }

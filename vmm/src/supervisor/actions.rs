@@ -5,6 +5,7 @@ use std::time::Duration;
 use umbra_shadow::Generation;
 
 use super::class::traits;
+use super::driver::device::ResetJob;
 use super::driver::dying::LAST;
 use super::driver::life::{LifeRole, Purpose};
 use super::driver::standby::renice_vcpus;
@@ -110,10 +111,17 @@ impl Supervisor {
 
     fn reset(&mut self, n: DriverId) {
         self.drivers[n].mark_fence();
+        let in_service = self.in_service;
         let driver = &mut self.drivers[n];
         driver.timeline.mark(Milestone::ResetStart, Time::now());
-        match driver.held.begin_reset(driver.device.clone(), driver.span()) {
+        // Before anybody is served, what the host lacks ends the run.
+        let patient = driver.was_live || in_service;
+        match driver.held.begin_reset(driver.device.clone(), patient, driver.span()) {
             Ok(job) => (driver.resetting, driver.reset_due) = (Some(job), None),
+            Err(error) if !patient => {
+                self.events.warn(format!("{}: the device is not reset: {error}", self.drivers[n].name));
+                self.drive(n, Input::ResetDone);
+            }
             Err(error) => {
                 let first = driver.reset_due.replace(Time::now() + RESET_AGAIN).is_none();
                 self.warn_of_reset(n, first, "the device", &error);
@@ -131,8 +139,18 @@ impl Supervisor {
         }
     }
 
-    /// Begins resets of driver VM `n` that could not be begun before, and are still wanted.
+    /// Begins resets of driver VM `n` that could not be begun before, and are still wanted. For what they wait that the host lacks, no
+    /// limit of theirs runs.
     pub(super) fn reset_again(&mut self, n: DriverId, now: Time) {
+        let driver = &mut self.drivers[n];
+        let lack = driver.resetting.as_ref().and_then(ResetJob::take_lack);
+        if lack.is_some() || driver.reset_due.is_some() {
+            driver.lifecycle.reset_waits(now);
+        }
+        if let Some(why) = lack.filter(|_| !std::mem::replace(&mut driver.told_of_lack, true)) {
+            let name = driver.name.clone();
+            self.events.warn(format!("{name}: the reset of the device waits until it can be done: {why}"));
+        }
         let driver = &mut self.drivers[n];
         if driver.is_being_stopped() {
             driver.reset_due = None;
@@ -150,6 +168,7 @@ impl Supervisor {
     pub(super) fn on_reset_done(&mut self, n: DriverId) {
         let driver = &mut self.drivers[n];
         let Some(job) = driver.resetting.take() else { return };
+        driver.told_of_lack = false;
         let outcome = driver.held.end_reset(&job);
         driver.timeline.mark(Milestone::Reset, Time::now());
         let Some(outcome) = outcome else { return self.drive(n, Input::ResetDone) };
@@ -172,6 +191,7 @@ impl Supervisor {
             && (driver.was_live || self.in_service)
         {
             let why = chain(error);
+            self.drivers[n].reason = Some(format!("its process cannot be started: {why}"));
             self.fall_back(n, &format!("its process cannot be started: {why}"));
             return self.drive(n, Input::NotStarted(why));
         }

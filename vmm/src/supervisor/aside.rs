@@ -8,6 +8,9 @@ use std::thread;
 
 use super::run::Supervisor;
 
+/// Most work under way: each has a thread and a descriptor, and a file system that hangs may keep both for good.
+const MOST: usize = 16;
+
 /// What is done in the loop with a result.
 pub(super) type Then = Box<dyn FnOnce(&mut Supervisor) + Send>;
 
@@ -54,8 +57,13 @@ impl Supervisor {
     /// Begins `work` beside the loop, which does what that returns.
     ///
     /// # Errors
-    /// There is no thread, or no descriptor, for it.
+    /// There is no thread, or no descriptor, for it, or [`MOST`] wait already.
     pub(super) fn aside(&mut self, name: &str, work: impl FnOnce() -> Then + Send + 'static) -> io::Result<()> {
+        if self.asides.len() >= MOST {
+            return Err(io::Error::other(format!(
+                "{MOST} such requests wait already for file systems that do not answer"
+            )));
+        }
         self.asides.push(Aside::begin(name, work)?);
         Ok(())
     }

@@ -174,11 +174,11 @@ impl GuestVm {
         self.error = None;
         self.state = GuestState::Starting;
         self.started = Time::now();
+        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
         let disks = self.spec.disk.iter().filter_map(|disk| disk.path.as_deref());
         let console = if let Console::File(path) = &self.spec.console { path.parent() } else { None };
-        let held = Held::new(disks.chain(console));
-        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
-        (self.held, self.listening, self.start_due) = (held, true, None);
+        self.held = Held::new(disks.chain(console));
+        (self.listening, self.start_due) = (true, None);
         Ok(())
     }
 

@@ -17,6 +17,8 @@
 use umbra_driver_vm::protocol::ToAgent;
 use umbra_shadow::DeviceId;
 
+use std::time::Duration;
+
 use super::class::traits;
 use super::driver::EndRef;
 use super::ids::{DriverId, GuestId};
@@ -25,6 +27,9 @@ use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Input, REST_PATIENCE, State};
 use crate::record::events::Event;
 use crate::wire::messages::ToVm;
+
+/// Time that a guest's process has beyond that, which it waits by itself, to say what is lost.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// What a driver VM's agent does before its VM is ended on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +160,8 @@ impl Supervisor {
             return;
         }
         if guest.unrest {
+            // Its process has a limit of its own, at which it says what is lost.
+            guest.killing = Some(Time::now() + REST_PATIENCE + LAST_WORDS);
             self.tell_guest(n, &ToVm::Finish);
         } else {
             guest.kill();
@@ -167,6 +174,18 @@ impl Supervisor {
             // Once: what a process that the kernel holds would make due again and again.
             guest.killing = None;
             guest.kill();
+        }
+    }
+
+    /// Nobody has watched for the time `away`, which has just ended.
+    pub(super) fn rests_were_unwatched(&mut self, away: Duration) {
+        for due in self.guests.iter_mut().filter_map(|guest| guest.killing.as_mut()) {
+            *due = *due + away;
+        }
+        for driver in self.drivers.iter_mut() {
+            if let Some(AgentRest::Asked(due)) = &mut driver.rest {
+                *due = *due + away;
+            }
         }
     }
 

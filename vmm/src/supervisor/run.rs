@@ -452,11 +452,11 @@ impl Supervisor {
                 self.connect_ends(n);
             }
             self.look_at_silence(n, now);
+            self.reset_again(n, now);
             if self.drivers[n].lifecycle.deadline().is_some_and(|deadline| deadline <= now) {
                 self.drive(n, Input::Tick);
             }
             self.drivers[n].press_on(now);
-            self.reset_again(n, now);
             self.ask_about_network(n, now);
             self.end_trial(n, now);
             if let Some(warning) = self.drivers[n].console.take_warning() {

@@ -344,14 +344,10 @@ impl Devices {
         self.shadowed.iter().for_each(|(_, shadowed)| lock(shadowed).finish());
     }
 
-    /// Whether something that the guest was told is done would be lost with a driver VM, if this process ended now.
-    pub fn keep_any(&self) -> bool {
-        self.shadowed.iter().any(|(_, shadowed)| lock(shadowed).keeps())
-    }
-
-    /// The guest's devices that owe their driver VMs something that is nowhere else.
-    pub fn debtors(&self) -> impl Iterator<Item = DeviceId> {
-        self.shadowed.iter().filter(|(_, shadowed)| lock(shadowed).owes()).map(|(device, _)| *device)
+    /// The guest's devices with something that the guest was told is done and that would be lost with a driver VM, if this process ended
+    /// now.
+    pub fn keepers(&self) -> impl Iterator<Item = DeviceId> {
+        self.shadowed.iter().filter(|(_, shadowed)| lock(shadowed).keeps()).map(|(device, _)| *device)
     }
 
     /// A message of the supervisor that concerns a device.

@@ -255,14 +255,14 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     lock(&control).devices.finish();
     let keeps = || {
         let control = lock(&control);
-        !control.killed && control.devices.keep_any()
+        !control.killed && control.devices.keepers().next().is_some()
     };
     if !write_what_is_kept(&mut events, keeps, LAST_WRITES)? {
         let news = format!(
-            "the VM has ended, and not all that it was told is written is on its disk: no driver VM took it within {} s",
+            "the VM has ended, and not all that it was told is written is on its disk: no driver VM has made it stable within {} s",
             LAST_WRITES.as_secs()
         );
-        for device in lock(&control).devices.debtors() {
+        for device in lock(&control).devices.keepers() {
             host.tell(&FromVm::Disk { device, news: news.clone() });
         }
     }

@@ -6,8 +6,8 @@
 
 use std::io::{self, PipeReader};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use tracing::Span;
 
 use crate::base::error::{chain, is_shortage};
+use crate::base::lock::lock;
 use crate::base::time::Time;
 use crate::host;
 use crate::host::Snapshot;
@@ -49,6 +50,8 @@ pub(in crate::supervisor) struct ResetJob {
     /// Ends when the reset has returned.
     pub(in crate::supervisor) done: PipeReader,
     result: Receiver<Outcome>,
+    /// Why it waits: the host had no descriptor or memory for it a moment ago.
+    lacks: Arc<Mutex<Option<String>>>,
 }
 
 /// What a reset left.
@@ -61,6 +64,11 @@ struct Outcome {
 }
 
 impl ResetJob {
+    /// Whether it waits for what the host lacks, and why; asked once.
+    pub(in crate::supervisor) fn take_lack(&self) -> Option<String> {
+        lock(&self.lacks).take()
+    }
+
     /// Waits until the reset has returned, or `until`. Whether it has.
     pub(in crate::supervisor) fn wait(&self, until: Time) -> bool {
         let left = u16::try_from(until.since(Time::now()).as_millis()).unwrap_or(u16::MAX);
@@ -117,12 +125,20 @@ impl HeldDevice {
         self.busy = thread::Builder::new().name(what.into()).spawn(then).ok();
     }
 
-    /// Begins to reset `device`, which no life has any more: fenced first, and opened if it is not.
-    pub(in crate::supervisor) fn begin_reset(&mut self, device: HostDevice, about: Span) -> io::Result<ResetJob> {
+    /// Begins to reset `device`, which no life has any more: fenced first, and opened if it is not. Where `patient`, that waits until the
+    /// host has what it takes.
+    pub(in crate::supervisor) fn begin_reset(
+        &mut self,
+        device: HostDevice,
+        patient: bool,
+        about: Span,
+    ) -> io::Result<ResetJob> {
         let (done, writer) = io::pipe()?;
         let (sender, result) = mpsc::channel();
         let (hand_over, take) = mpsc::channel();
         let (open, doubtful) = (self.open, self.doubtful);
+        let lacks = Arc::default();
+        let patience = patient.then(|| Arc::clone(&lacks));
         // It gets what it works with when it is there: without it nothing is lost.
         thread::Builder::new().name(format!("reset {}", device.bdf())).spawn(move || {
             let _about = about.entered();
@@ -130,14 +146,14 @@ impl HeldDevice {
             wait(before);
             let files = Result::ok(files).filter(|_| !doubtful);
             // Nobody waits any more when the machine has been stopped.
-            let _ = sender.send(reset(&device, files.zip(Some(snapshot)), open));
+            let _ = sender.send(reset(&device, files.zip(Some(snapshot)), open, patience.as_deref()));
             drop(writer);
         })?;
         let files = std::mem::replace(&mut self.files, Err("its device is being reset".into()));
         self.doubtful = false;
         // It waits for this.
         let _ = hand_over.send((self.busy.take(), files, self.snapshot.take()));
-        Ok(ResetJob { done, result })
+        Ok(ResetJob { done, result, lacks })
     }
 
     /// The reset has returned: what it did; `None` if the device could not be opened, which its next life will say.
@@ -156,27 +172,39 @@ fn wait(thread: Option<JoinHandle<()>>) {
 }
 
 /// Fences and resets `device`; opens it where it is not open, or cannot be fenced in any other way than by closing it.
-fn reset(device: &HostDevice, held: Option<(Arc<DeviceFiles>, Option<Snapshot>)>, open: Open) -> Outcome {
+fn reset(
+    device: &HostDevice,
+    held: Option<(Arc<DeviceFiles>, Option<Snapshot>)>,
+    open: Open,
+    patience: Option<&Mutex<Option<String>>>,
+) -> Outcome {
     let (files, known) = match held {
         Some((files, known)) if files.fence() => (Ok(files), known),
         held => {
             drop(held);
-            (until_possible(|| open(device)).map(Arc::new), None)
+            (until_possible(patience, || open(device)).map(Arc::new), None)
         }
     };
-    let reset = files.as_ref().ok().map(|files| until_possible(|| device.perform_reset(files, RESET_LIMIT)));
+    let perform = |files: &Arc<DeviceFiles>| until_possible(patience, || device.perform_reset(files, RESET_LIMIT));
+    let reset = files.as_ref().ok().map(perform);
     // Once: it takes as many reads as there are registers.
     let snapshot = known.or_else(|| take_snapshot(files.as_deref().ok()?));
     Outcome { files, snapshot, reset }
 }
 
 /// Does `work`, again and again as long as the host has no descriptor or memory for it: a device that was not reset would be given to its
-/// next life.
-fn until_possible<T>(work: impl Fn() -> Result<T, host::Error>) -> Result<T, String> {
+/// next life. Says why in `patience`; without it, it is done once.
+fn until_possible<T>(
+    patience: Option<&Mutex<Option<String>>>,
+    work: impl Fn() -> Result<T, host::Error>,
+) -> Result<T, String> {
     loop {
-        match work() {
-            Err(error) if is_shortage(&error) => thread::sleep(RESET_AGAIN),
-            done => return done.map_err(|error| chain(&error)),
+        match (work(), patience) {
+            (Err(error), Some(lacks)) if is_shortage(&error) => {
+                *lock(lacks) = Some(chain(&error));
+                thread::sleep(RESET_AGAIN);
+            }
+            (done, _) => return done.map_err(|error| chain(&error)),
         }
     }
 }
@@ -217,7 +245,7 @@ mod tests {
     }
 
     fn reset(held: &mut HeldDevice, device: &HostDevice) -> Option<Result<ResetDone, String>> {
-        let mut job = held.begin_reset(device.clone(), Span::none()).unwrap();
+        let mut job = held.begin_reset(device.clone(), true, Span::none()).unwrap();
         assert!(held.files().is_err(), "nobody gets them meanwhile");
         job.done.read_to_end(&mut Vec::new()).unwrap();
         held.end_reset(&job)
@@ -254,8 +282,17 @@ mod tests {
         let bus = FakeBus::new();
         let nic = device(&bus, "0000:01:00.0", Some("vfio-pci"));
         let mut held = HeldDevice::new(open_later);
-        assert!(reset(&mut held, &nic).unwrap().is_ok());
+        let mut job = held.begin_reset(nic.clone(), true, Span::none()).unwrap();
+        job.done.read_to_end(&mut Vec::new()).unwrap();
+        assert!(job.take_lack().unwrap().contains("Too many open files"));
+        assert!(job.take_lack().is_none(), "said once");
+        assert!(held.end_reset(&job).unwrap().is_ok());
         assert_eq!((held.files().unwrap().bdf(), REFUSED.load(Ordering::Relaxed)), (nic.bdf(), 3));
+        REFUSED.store(0, Ordering::Relaxed);
+        let mut held = HeldDevice::new(open_later);
+        let mut job = held.begin_reset(nic, false, Span::none()).unwrap();
+        job.done.read_to_end(&mut Vec::new()).unwrap();
+        assert!(held.end_reset(&job).is_none(), "before anybody is served it is not waited for");
     }
 
     #[test]

@@ -134,6 +134,8 @@ pub(in crate::supervisor) struct DriverVm {
     pub(in crate::supervisor) resetting: Option<ResetJob>,
     /// When the reset of the device is tried to be begun again, where it could not be.
     pub(in crate::supervisor) reset_due: Option<Time>,
+    /// People have heard that the reset waits for what the host lacks.
+    pub(in crate::supervisor) told_of_lack: bool,
     pub(in crate::supervisor) console: Console,
     pub(in crate::supervisor) reset_method: Option<ResetMethod>,
     /// Steps since the last failure, or since the start.
@@ -238,6 +240,7 @@ impl DriverVm {
             not_saved: None,
             resetting: None,
             reset_due: None,
+            told_of_lack: false,
             console: Console::new(run_dir.console_log(name)),
             timeline: Timeline::default(),
             masks: Vec::new(),

@@ -87,7 +87,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let about = driver.span();
         let Some(spare) = &mut driver.spare else { return };
-        match spare.held.begin_reset(spare.device.clone(), about) {
+        match spare.held.begin_reset(spare.device.clone(), true, about) {
             Ok(job) => (spare.resetting, spare.reset_due, spare.reset_start) = (Some(job), None, Time::now()),
             Err(error) => {
                 let first = spare.reset_due.replace(Time::now() + RESET_AGAIN).is_none();

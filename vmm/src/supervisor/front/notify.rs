@@ -79,7 +79,12 @@ impl Notify {
         if beat.is_some() {
             words.push_str("WATCHDOG=1\n");
         }
-        if words.is_empty() || now < self.again {
+        if words.is_empty() {
+            // What was not taken is not so any more.
+            self.again = Time::BOOT;
+            return;
+        }
+        if now < self.again {
             return;
         }
         if self.send(&words) {
@@ -146,7 +151,7 @@ mod tests {
         let others = UnixDatagram::unbound().unwrap();
         others.set_nonblocking(true).unwrap();
         while others.send_to(b"READY=1\n", &path).is_ok() {}
-        let mut notify = Notify::new(Some(path.into()), None);
+        let mut notify = Notify::new(Some(path.clone().into()), None);
         let status = || String::from("all is well");
         notify.tell(Time(1), true, status);
         let due = notify.deadline().unwrap();
@@ -158,6 +163,11 @@ mod tests {
         notify.tell(due, true, status);
         assert_eq!(heard(&manager), "READY=1\nSTATUS=all is well\n");
         assert_eq!(notify.deadline(), None);
+        while others.send_to(b"READY=1\n", &path).is_ok() {}
+        notify.tell(due, true, || "a failure".into());
+        assert!(notify.deadline().is_some());
+        notify.tell(due, true, status);
+        assert_eq!(notify.deadline(), None, "it was over before the manager took it");
     }
 
     #[test]

@@ -33,9 +33,4 @@ pub trait Shadowed: Send {
     fn keeps(&self) -> bool {
         false
     }
-
-    /// Whether something that the guest was told is done is nowhere but in this process, and can still be brought to its driver VM.
-    fn owes(&self) -> bool {
-        false
-    }
 }

@@ -330,12 +330,6 @@ impl Shadowed for SplitDisk {
         let shadow = self.splitter.shadow();
         shadow.mode() != ModeName::Quarantined && shadow.logged_extents() > 0
     }
-
-    /// What is with the disk the driver VM's agent flushes when this process ends.
-    fn owes(&self) -> bool {
-        let shadow = self.splitter.shadow();
-        shadow.mode() != ModeName::Quarantined && shadow.owed_bytes() > 0
-    }
 }
 
 impl VirtioDevice for SplitDisk {

@@ -311,23 +311,33 @@ fn requests_wait_for_a_driver_vm_and_what_was_acknowledged_outlives_its_cache() 
 }
 
 #[test]
-fn a_guest_that_ends_leaves_nothing_owed_where_a_driver_vm_comes() {
+fn a_guest_that_ends_leaves_nothing_unwritten_where_a_driver_vm_comes() {
     let mut bench = Bench::new();
     bench.live(first(), empty());
     bench.write(0, 1, 8);
-    assert!(!bench.lock().owes(), "the agent flushes what is with the disk");
     let medium = bench.kill(false);
-    assert!(bench.lock().owes());
+    assert!(bench.lock().keeps());
+    bench.lock().finish();
     bench.attach(second(), medium);
     bench.vm.as_mut().unwrap().hold(true);
     bench.until("the replay", |bench| (bench.vm.as_ref().unwrap().held() > 0).then_some(()));
-    assert!(bench.lock().owes(), "the disk is live, and what was acknowledged is not on it yet");
+    assert!(bench.lock().keeps(), "the disk is live, and what was acknowledged is not on it yet");
     bench.vm.as_mut().unwrap().hold(false);
-    bench.until("its end", |bench| (!bench.lock().owes()).then_some(()));
-    let medium = bench.kill(true);
+    bench.until("its end", |bench| (!bench.lock().keeps()).then_some(()));
+    let medium = bench.kill(false);
     assert_eq!(bytes_at(&medium, 0, 8), [1; 8 * 512]);
+}
+
+#[test]
+fn a_guest_that_ends_is_kept_by_nothing_where_nobody_comes() {
+    let mut bench = Bench::new();
+    bench.live(first(), empty());
+    bench.write(0, 1, 8);
+    bench.kill(false);
+    bench.lock().finish();
+    assert!(bench.lock().keeps());
     bench.lock().quarantine();
-    assert!(!bench.lock().owes(), "nobody comes");
+    assert!(!bench.lock().keeps());
 }
 
 #[test]
