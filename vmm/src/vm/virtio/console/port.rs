@@ -215,8 +215,8 @@ impl Port {
                 return;
             }
         };
-        // The end of a client that the guest did not read from has not been seen yet; one that has said all, which may listen for ever, gives
-        // way.
+        // The end of a client that the guest did not read from has not been seen yet; one that has said all, and may listen for ever,
+        // gives way.
         if self.silent || self.stream.as_ref().is_some_and(has_hung_up) {
             self.keep_last_words();
             self.disconnect();
