@@ -118,8 +118,11 @@ impl VmUsers {
     }
 
     fn take_own(&self) -> io::Result<Option<Taken>> {
-        for number in self.range.iter().flatten().cloned().flatten() {
+        let mut numbers = self.range.iter().flatten().cloned().flatten().peekable();
+        if numbers.peek().is_some() {
             DirBuilder::new().recursive(true).mode(0o700).create(&self.locks)?;
+        }
+        for number in numbers {
             // Only read: the process could write to what it inherits.
             let flags = OFlag::O_RDONLY | OFlag::O_CREAT | OFlag::O_CLOEXEC;
             let file = File::from(open(&self.locks.join(number.to_string()), flags, Mode::S_IRUSR)?);

@@ -187,7 +187,7 @@ impl Supervisor {
     fn spawn(&mut self, n: DriverId, generation: Generation) {
         let (driver, now) = (&mut self.drivers[n], Time::now());
         let started = driver.start(&self.program, generation);
-        if let Some(error) = started.as_ref().err().filter(|error| error.is_shortage())
+        if let Some(error) = started.as_ref().err().filter(|error| error.may_pass())
             && (driver.was_live || self.in_service)
         {
             let why = chain(error);

@@ -158,7 +158,7 @@ impl Supervisor {
         if let Err(error) = self.guests[n].start(&self.program) {
             let why = crate::base::error::chain(&error);
             let guest = &mut self.guests[n];
-            if !guest.has_run || !error.is_shortage() {
+            if !guest.has_run || !error.may_pass() {
                 return self.guest_failed(n, why);
             }
             if guest.start_due.replace(Time::now() + START_AGAIN).is_none() {

@@ -86,7 +86,7 @@ pub struct VmProcess {
 
 impl SpawnError {
     /// Whether the host had none to start, for want of something that may come again: memory, descriptors, processes, the program's file.
-    pub fn is_shortage(&self) -> bool {
+    pub fn may_pass(&self) -> bool {
         !matches!(self, Self::Channel(channel::Error::Encode(_) | channel::Error::TooLong(_) | channel::Error::Closed))
     }
 }

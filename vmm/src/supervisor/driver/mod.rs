@@ -85,9 +85,9 @@ pub(in crate::supervisor) enum StartError {
 
 impl StartError {
     /// Whether the host lacks something that may come again.
-    pub(in crate::supervisor) fn is_shortage(&self) -> bool {
+    pub(in crate::supervisor) fn may_pass(&self) -> bool {
         match self {
-            Self::Spawn(error) => error.is_shortage(),
+            Self::Spawn(error) => error.may_pass(),
             Self::Sockets(_) => true,
             Self::Device(_) => false,
         }

@@ -4,12 +4,18 @@ use std::net::Shutdown;
 
 use super::*;
 
-#[test]
-fn a_client_that_has_said_all_still_listens_until_it_leaves() {
-    let (_folder, path, backend) = listening();
+/// A guest with its port open, and where its clients connect, below a folder.
+fn listens() -> (tempfile::TempDir, PathBuf, Guest) {
+    let (folder, path, backend) = listening();
     let mut guest = Guest::new(&[backend]);
     guest.control(1, 3, 1);
     guest.control(1, 6, 1);
+    (folder, path, guest)
+}
+
+#[test]
+fn a_client_that_has_said_all_still_listens_until_it_leaves() {
+    let (_folder, path, mut guest) = listens();
     let mut client = UnixStream::connect(&path).unwrap();
     client.write_all(b"question").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -36,10 +42,7 @@ fn a_client_that_has_said_all_still_listens_until_it_leaves() {
 
 #[test]
 fn what_a_client_wrote_before_it_left_arrives_though_the_guest_speaks_first() {
-    let (_folder, path, backend) = listening();
-    let mut guest = Guest::new(&[backend]);
-    guest.control(1, 3, 1);
-    guest.control(1, 6, 1);
+    let (_folder, path, mut guest) = listens();
     let mut client = UnixStream::connect(&path).unwrap();
     guest.events.run();
     guest.messages();
