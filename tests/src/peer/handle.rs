@@ -188,6 +188,19 @@ impl Peer {
         }
     }
 
+    /// Sends `host`, with this address on the wire, more than it takes, for so long (30 s at most); how many datagrams of 1,400 bytes.
+    ///
+    /// # Errors
+    /// The peer is gone, or cannot send.
+    pub fn flood(&mut self, host: Ipv4Addr, mac: [u8; 6], time: Duration) -> Result<u64, PeerError> {
+        let millis = u64::try_from(time.min(SILENT / 2).as_millis()).unwrap_or(0);
+        match self.ask(&Request::Flood { host, mac, millis })? {
+            Reply::Flooded { datagrams } => Ok(datagrams),
+            Reply::Failed { what } => Err(PeerError::Refused(what)),
+            _ => Err(PeerError::Protocol),
+        }
+    }
+
     /// The ticks since the last call.
     ///
     /// # Errors

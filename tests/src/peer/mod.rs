@@ -8,6 +8,7 @@
 
 mod bulk;
 mod download;
+mod flood;
 mod handle;
 mod netns;
 mod ping;
@@ -35,6 +36,8 @@ pub mod ports {
     pub const SINK: u16 = 7002;
     /// TCP: sends for as many milliseconds as the first four bytes say.
     pub const SOURCE: u16 = 7003;
+    /// UDP, at a guest: where nobody listens.
+    pub const NOBODY: u16 = 7004;
 }
 
 /// The argument of `umbra-probe peer` that puts all NICs on one network.
@@ -79,6 +82,15 @@ pub enum Request {
         /// Its address on the wire, which is never asked for.
         mac: [u8; 6],
     },
+    /// Send this host more than it takes, and answer then.
+    Flood {
+        /// Its address.
+        host: Ipv4Addr,
+        /// Its address on the wire.
+        mac: [u8; 6],
+        /// For so long, milliseconds.
+        millis: u64,
+    },
     /// The ticks that arrived since the last such question, or as many of them as one answer has.
     TakeTicks,
 }
@@ -96,6 +108,11 @@ pub enum Reply {
     },
     /// Done.
     Done,
+    /// Answer to [`Request::Flood`].
+    Flooded {
+        /// Datagrams that were sent.
+        datagrams: u64,
+    },
     /// Answer to [`Request::Progress`].
     Progress(Progress),
     /// Answer to [`Request::TakeTicks`].

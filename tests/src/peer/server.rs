@@ -5,12 +5,13 @@ use std::io::{self, IoSlice, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::download::Download;
 use super::ticks::Ticks;
-use super::{Reply, Request, bulk, download, netns, ping, ticks};
+use super::{Reply, Request, bulk, download, flood, netns, ping, ticks};
 use crate::probe::wire::{Lines, write_line};
 
 /// Serves until the bench closes the socket.
@@ -68,6 +69,12 @@ fn set_up(control: &UnixStream, nics: Option<usize>, one_wire: bool) -> Result<(
 }
 
 fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
+    if let Request::Flood { host, mac, millis } = *request {
+        return match flood::send(host, mac, Duration::from_millis(millis)) {
+            Ok(datagrams) => Reply::Flooded { datagrams },
+            Err(error) => Reply::Failed { what: format!("the bench's peer cannot flood {host}: {error}") },
+        };
+    }
     let mut state = download.lock().unwrap_or_else(PoisonError::into_inner);
     match *request {
         Request::Offer { bytes, rate, allow } => state.offer(bytes, rate, allow),
@@ -78,6 +85,7 @@ fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
                 return Reply::Failed { what: format!("the bench's peer cannot ask {host}: {error}") };
             }
         }
+        Request::Flood { .. } => {}
         Request::Progress => return Reply::Progress(state.progress.clone()),
         Request::TakeTicks => {
             return ticks::take(&mut recorded.lock().unwrap_or_else(PoisonError::into_inner));

@@ -10,8 +10,9 @@ use crate::netlink::{Netlink, NetlinkError, Request};
 /// Handle of the ingress qdisc and its parent (`TC_H_INGRESS`, linux/pkt_sched.h).
 const INGRESS_HANDLE: u32 = 0xffff_0000;
 const INGRESS_PARENT: u32 = 0xffff_fff1;
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
+/// Attributes of a qdisc and of a filter.
+pub const TCA_KIND: u16 = 1;
+pub const TCA_OPTIONS: u16 = 2;
 /// Attributes of `matchall`, of an action, and of `mirred`.
 const TCA_MATCHALL_ACT: u16 = 2;
 const TCA_ACT_KIND: u16 = 1;
@@ -84,7 +85,7 @@ fn redirect(netlink: &mut Netlink, from: Index, to: Index) -> Result<(), Netlink
 }
 
 /// `struct tcmsg`.
-fn tcmsg(index: Index, handle: u32, parent: u32, info: u32) -> [u8; 20] {
+pub fn tcmsg(index: Index, handle: u32, parent: u32, info: u32) -> [u8; 20] {
     let mut bytes = [0; 20];
     bytes[4..8].copy_from_slice(&index.to_bytes());
     bytes[8..12].copy_from_slice(&handle.to_ne_bytes());

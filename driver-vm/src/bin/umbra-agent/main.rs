@@ -17,6 +17,7 @@ mod network_thread;
 mod orders;
 mod pci;
 mod port;
+mod queue;
 mod receive;
 mod self_test;
 mod sound;

@@ -23,7 +23,7 @@ use crate::forward;
 use crate::interface::{self, IFF_NOARP, IFF_PROMISC, IFF_UP, Index, Interface};
 use crate::kernel_log;
 use crate::netlink::Netlink;
-use crate::{receive, transmit};
+use crate::{queue, receive, transmit};
 
 /// Feature of a NIC that merges frames so that they cannot be taken apart again; must be off where frames are forwarded.
 const LRO: (&str, bool) = ("rx-lro", false);
@@ -92,6 +92,7 @@ impl Nic {
     }
 
     fn set_up(netlink: &mut Netlink, found: Interface, driver: String, plan: &NetPlan) -> anyhow::Result<Self> {
+        queue::limit(netlink, &found, queue::bound(queues(plan)));
         let Interface { index, name, address, permanent, mtu: own_mtu, .. } = found;
         // Only what differs is set, and before the NIC is up, because some drivers restart it for a change.
         let mtu = plan.mtu.map_or(own_mtu, u32::from);
@@ -149,7 +150,12 @@ impl Ends {
             found.into_iter().find(|i| interface::pci_driver(&i.name).is_none())
         };
         let Some(found) = plan.ends.iter().map(of).collect::<Option<Vec<_>>>() else { return Ok(None) };
-        let ends = found.into_iter().zip(&plan.ends).map(|(found, end)| End::set_up(netlink, found, end, plan.mtu));
+        let bound = queue::bound(queues(plan));
+        let set_up = |(found, end): (&Interface, &NetEnd)| {
+            queue::limit(netlink, found, bound);
+            End::set_up(netlink, found, end, plan.mtu)
+        };
+        let ends = found.into_iter().zip(&plan.ends).map(set_up);
         let ends = ends.collect::<anyhow::Result<Vec<_>>>()?;
         match &ends[..] {
             [] => bail!("the plan names no virtio-net end"),
@@ -327,6 +333,11 @@ impl End {
             }
         }
     }
+}
+
+/// Interfaces that may keep frames: the NIC and the ends.
+fn queues(plan: &NetPlan) -> usize {
+    1 + plan.ends.len()
 }
 
 /// The kernel computes checksums and cuts segments for what the guest does not take. What the virtio device does not
