@@ -1,20 +1,22 @@
 //! A machine as a service of a Debian host: systemd, udev and logind, the package as dpkg installs it, a binding that lasts, a crash, a
-//! reload, a sleep of the host, a supervisor that is killed, a machine file that is wrong, the end, and the package's removal.
+//! reload, a sleep of the host, its reboot, a supervisor that is killed, a machine file that is wrong, the end, and the package's removal.
+//! Beside it a user's machine, run without root on a NIC that is theirs after it was away and after the reboot.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::Instant;
 
 use common::{
     OrTell, RECOVERY, STEP, assets, carrier_changes, guest_reaches_peer, packages, say, scenario, skipped_without_root,
 };
 use serde_json::Value;
 use umbra_tests::bench::{Bench, BenchSpec};
-use umbra_tests::demo::machine::MachineSpec;
+use umbra_tests::demo::machine::{Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
-use umbra_tests::peer::guest_address;
+use umbra_tests::peer::{guest_address, peer_address};
 
 /// The folder of what the machine needs.
 const WORK: &str = "/srv/web";
@@ -24,15 +26,51 @@ const INSTALL: &str =
     "mkdir -p /srv/web && for f in vmlinux guest.cpio $IMAGE; do fetch /share/$f /srv/web/$f || exit 1; done
 dpkg -i /share/umbra_*.deb && getent passwd umbra-vm && install -m 644 /share/web.toml /etc/umbra/web.toml";
 
-/// The NIC is the host's, as its driver found it; bound for good it is vfio-pci's, also when it comes back. (udev looks for new rules by
-/// itself, but not within three seconds after it last has.)
-const BIND: &str = "driver() { basename \"$(readlink /sys/bus/pci/devices/$NIC0/driver)\"; }
-udevadm settle; [ $(driver) = e1000e ] || { echo \"the host's driver is $(driver)\"; exit 1; }
-umbra bind --persist $NIC0 && [ $(driver) = vfio-pci ] || exit 1
-udevadm control --reload; echo 1 > /sys/bus/pci/devices/$NIC0/remove; echo 1 > /sys/bus/pci/rescan
-taken() { [ \"$(driver)\" = vfio-pci ]; }
-await 20 taken; echo \"after it was away: $(driver)\"
-taken || { journalctl -b -u systemd-udevd --no-pager; cat /etc/udev/rules.d/*; false; }";
+/// A user as an administrator adds one who is to run machines (docs/passthrough.md), and `as-ann` to be that user.
+const USER: &str = r#"useradd -m -s /bin/sh -G kvm ann && echo 'ann - memlock unlimited' > /etc/security/limits.d/machines.conf
+cat > /usr/local/bin/as-ann <<'X'
+#!/bin/sh
+install -d -m 700 -o ann /run/user/1000
+exec su -s /bin/sh -c 'export XDG_RUNTIME_DIR=/run/user/1000; exec umbra "$@"' -- ann sh "$@"
+X
+chmod 755 /usr/local/bin/as-ann; chmod 777 /share; [ $(id -u ann) = 1000 ]"#;
+
+/// `driver BDF`, the function's driver; `owner BDF`, whose the file of its IOMMU group is; `away`, by which both NICs leave and come back.
+const FUNCTIONS: &str = r#"
+driver() { basename "$(readlink /sys/bus/pci/devices/$1/driver)"; }
+owner() { stat -c %U /dev/vfio/$(basename $(readlink /sys/bus/pci/devices/$1/iommu_group)); }
+away() { for nic in $NIC0 $NIC1; do echo 1 > /sys/bus/pci/devices/$nic/remove; done; echo 1 > /sys/bus/pci/rescan; }
+drivers() { [ "$(driver $NIC0) $(driver $NIC1)" = "$1" ]; }
+owners() { [ "$(owner $NIC0) $(owner $NIC1)" = "root ann" ]; }
+tell() { echo "$1: $(driver $NIC0) of $(owner $NIC0), $(driver $NIC1) of $(owner $NIC1)"; }
+bound() { await 20 drivers "vfio-pci vfio-pci"; await 20 owners; tell "$1"; drivers "vfio-pci vfio-pci" && owners ||
+  { journalctl -b -u systemd-udevd --no-pager; cat /etc/udev/rules.d/*; false; }; }
+"#;
+
+/// The NICs are the host's, as its driver found them; bound for good they are vfio-pci's, one of them the user's, also when they come back.
+/// (udev looks for new rules by itself, but not within three seconds after it last has.)
+const BIND: &str = r#"udevadm settle; drivers "e1000e e1000e" || { tell "at first"; exit 1; }
+umbra bind --persist $NIC0 && umbra bind --persist --for ann $NIC1 && bound "bound" || exit 1
+udevadm control --reload; away; bound "after they were away""#;
+
+/// A unit before the machine's, which sees what the host's boot has made of the NICs.
+const LOOK: &str = r#"cat > /usr/local/bin/look <<X
+udevadm settle
+for nic in $NIC0 $NIC1; do basename \$(readlink /sys/bus/pci/devices/\$nic/driver); done > /run/look
+X
+echo '[Unit]
+Before=umbra@web.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /usr/local/bin/look
+[Install]
+WantedBy=multi-user.target' > /etc/systemd/system/look.service
+systemctl enable look"#;
+
+/// Given back, the user's NIC is the host's, also when it comes back, and the other one is bound as before.
+const UNBIND: &str = r#"umbra unbind $NIC1 && [ "$(ls /etc/udev/rules.d)" = 10-umbra-$NIC0.rules ] || { ls /etc/udev/rules.d; exit 1; }
+udevadm control --reload; away; await 20 drivers "vfio-pci e1000e"; udevadm settle; drivers "vfio-pci e1000e" ||
+  { tell "given back"; exit 1; }"#;
 
 /// Users of the processes of VMs, by number, one a line.
 const USERS: &str = "for p in /proc/[0-9]*; do
@@ -72,22 +110,52 @@ fn a_machine_is_a_service_of_a_debian_host() {
         let debs = tempfile::tempdir().unwrap();
         let [package, _] = packages(debs.path(), "022");
         let image = assets.driver_image(&"e1000e".into()).or_tell();
-        let mut spec = BenchSpec::new("service");
+        let mut spec = BenchSpec::new("service").nics(&["e1000e", "e1000e"]);
         spec.root = Some(assets.debian(&say).or_tell());
+        spec.reboots = true;
         spec.files = vec![package, image.clone()];
         let mut bench = Bench::boot(spec, &assets).or_tell();
-        let device = bench.expect("printf %s $NIC0", STEP).or_tell();
+        let nics = bench.expect("echo $NIC0 $NIC1", STEP).or_tell();
+        let (nic, of_ann) = nics.trim().split_once(' ').unwrap();
         let image = image.file_name().unwrap().to_str().unwrap();
-        let machine = MachineSpec::one_guest(&device, image, &format!("{}/24", guest_address(0, 0)));
+        let machine = MachineSpec::one_guest(nic, image, &format!("{}/24", guest_address(0, 0)));
         fs::write(bench.share().join("web.toml"), machine.to_toml(WORK, WORK)).unwrap();
+        let of_ann = MachineSpec {
+            name: "ann".into(),
+            program: "as-ann".into(),
+            guests: vec![("laptop".into(), format!("{}/24", guest_address(1, 0)))],
+            snapshots: false,
+            standby: "cold".into(),
+            ..MachineSpec::one_guest(of_ann, image, "")
+        };
         let mut place = Place::Bench(Box::new(bench));
 
         place.expect(&format!("IMAGE={image}\n{INSTALL}"), RECOVERY).or_tell();
-        say(place.expect(BIND, STEP).or_tell().trim());
+        place.expect(USER, STEP).or_tell();
+        say(place.expect(&format!("{FUNCTIONS}{BIND}"), STEP).or_tell().trim());
         is_a_service(&mut place);
+        runs_for_a_user(&mut place, &of_ann);
         outlives_what_the_host_does(&mut place);
+        outlives_a_reboot(&mut place);
+        runs_for_a_user(&mut place, &of_ann);
+        place.expect(&format!("{FUNCTIONS}{UNBIND}"), STEP).or_tell();
         ends_cleanly(&mut place);
     });
+}
+
+/// A user without root runs a machine on the NIC that is theirs.
+fn runs_for_a_user(place: &mut Place, spec: &MachineSpec) {
+    place.expect("as-ann doctor $NIC1 && mkdir -p /run/umbra-bench && chmod 1777 /run/umbra-bench", STEP).or_tell();
+    let machine = Machine::start(place, spec).or_tell();
+    let script = format!("umbra-probe first-answer {} 20", peer_address(1));
+    place.in_guest("laptop", &script, STEP).or_tell();
+    let owners = "for p in /proc/[0-9]*; do
+  case \"$(tr '\\0' ' ' 2>/dev/null <$p/cmdline)\" in 'umbra run '* | 'umbra vm '*) stat -c %U $p;; esac
+done";
+    let owners = place.expect(owners, STEP).or_tell();
+    // Supervisor, guest, driver VM.
+    assert_eq!(owners.lines().filter(|owner| *owner == "ann").count(), 3, "{owners}");
+    machine.stop(place).or_tell();
 }
 
 fn state(place: &mut Place, unit: &str) -> String {
@@ -135,6 +203,22 @@ fn outlives_what_the_host_does(place: &mut Place) {
     say(place.expect("journalctl --sync; journalctl -b -u umbra@web -o cat | grep sle", STEP).or_tell().trim());
 }
 
+/// The machine comes back with the host, by itself: its NIC is bound before its unit starts. What it told before is kept.
+fn outlives_a_reboot(place: &mut Place) {
+    place.in_guest("web", REACTS, STEP).or_tell();
+    place.expect(LOOK, STEP).or_tell();
+    let Place::Bench(bench) = place else { panic!("a bench") };
+    let start = Instant::now();
+    bench.reboot("systemctl reboot").or_tell();
+    say(&format!("rebooted within {:.0} s", start.elapsed().as_secs_f64()));
+    assert_eq!(place.expect("cat /run/look", STEP).or_tell(), "vfio-pci\nvfio-pci\n", "as the unit started");
+    say(place.expect(&format!("{FUNCTIONS}bound 'after the reboot'"), STEP).or_tell().trim());
+    guest_reaches_peer(place);
+    await_standby(place);
+    assert_eq!(state(place, "umbra@web"), "0 0 active");
+    place.expect("umbra events --run 1 | grep '\"event\":\"driver-failed\"'", STEP).or_tell();
+}
+
 fn ends_cleanly(place: &mut Place) {
     // The supervisor is killed: systemd starts the machine again, on what is left.
     place.expect("systemctl kill -s KILL --kill-who=main umbra@web", STEP).or_tell();
@@ -156,10 +240,10 @@ journalctl --sync; journalctl -b -u umbra@wrong -o cat | grep wrong.toml:1:";
     assert_eq!(place.expect(USERS, STEP).or_tell(), "", "processes of VMs are left");
 
     place
-        .expect("systemctl disable umbra@web; rm /etc/umbra/web.toml /etc/umbra/wrong.toml; dpkg -P umbra", STEP)
+        .expect("systemctl disable umbra@web look; rm /etc/umbra/web.toml /etc/umbra/wrong.toml; dpkg -P umbra", STEP)
         .or_tell();
     // The exec server and its functions are the bench's.
-    let left = "find / -xdev -iname '*umbra*' -not -path '/srv/*' -not -path /etc/umbra -not -name '*bench*' -not -name umbra-probe; \
+    let left = "find / -xdev -iname '*umbra*' -not -path '/srv/*' -not -path '/home/*' -not -path /etc/umbra -not -name '*bench*' -not -name umbra-probe; \
                 getent passwd umbra-vm; grep umbra-vm /etc/subuid /etc/subgid; true";
     assert_eq!(place.expect(left, STEP).or_tell(), "", "the package has left it");
 }

@@ -41,8 +41,11 @@ if [ -n "$root" ]; then
   mkdir /debian && mount -t ext4 "$disk" /debian || { echo "test host: no root file system"; poweroff -f; }
   mkdir -p /debian/etc/umbra /debian/share /debian/snapshots
   cp /etc/umbra/bench.sh /etc/umbra/places.sh /debian/etc/umbra/
-  cp /bin/umbra-probe /bin/busybox /debian/usr/local/bin/ && ln -s busybox /debian/usr/local/bin/usleep
-  cp -r /lib/modules /debian/lib/ && chroot /debian depmod 2>/dev/null
+  # At a reboot it has all that already.
+  if [ ! -e /debian/usr/local/bin/usleep ]; then
+    cp -r /lib/modules /debian/lib/ && chroot /debian depmod 2>/dev/null
+    cp /bin/umbra-probe /bin/busybox /debian/usr/local/bin/ && ln -s busybox /debian/usr/local/bin/usleep
+  fi
   for folder in proc sys dev run share snapshots; do mount --move /$folder /debian/$folder; done
   exec switch_root /debian /sbin/init
 fi

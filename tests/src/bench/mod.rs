@@ -43,8 +43,13 @@ use process::Companion;
 pub use qemu::real_kvm as has_nested_kvm;
 pub use spec::{Accel, BenchSpec, Model, Storage};
 
-/// Longest time in which a test host that is powering off may print nothing and live on.
+/// Longest time in which a test host that is powering off or rebooting may print nothing and live on.
 const POWER_OFF: Duration = Duration::from_secs(60);
+
+/// What differs from boot to boot.
+const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
+/// Longest time for an answer of a test host that runs scripts: one that goes down meanwhile gives none.
+const BOOT_ID_LIMIT: Duration = Duration::from_secs(5);
 
 /// How often a test host is booted that stands still in its boot.
 const BOOTS: u32 = 3;
@@ -128,6 +133,32 @@ impl Bench {
             self.check_alive()?;
         }
         Err(BenchError::Silent { limit: stall.limit(), tail: self.tail(), log: self.console() })
+    }
+
+    /// Runs `script`, which has the test host reset itself, and waits until it runs scripts again: in another boot, on the disk of
+    /// [`BenchSpec::root`] as it was left. It is given up when the console has printed nothing for a minute, scaled to this machine.
+    ///
+    /// # Errors
+    /// The spec has no [`BenchSpec::reboots`], or the test host does not go down or not come up.
+    pub fn reboot(&mut self, script: &str) -> Result<(), BenchError> {
+        let before = self.expect(BOOT_ID, POWER_OFF)?;
+        // Kept until the end: dropping a run kills it.
+        let _down = self.start(script)?;
+        let mut stall = Stall::new(POWER_OFF);
+        while !stall.is_over(self.printed()) {
+            if self.boot_id().is_some_and(|id| id != before) {
+                return Ok(());
+            }
+            self.check_alive()?;
+        }
+        Err(self.boot_error("it does not come up again".into()))
+    }
+
+    /// That of the boot which runs scripts now, if one does.
+    fn boot_id(&self) -> Option<String> {
+        self.exec.hello(Duration::from_secs(1)).ok()?;
+        let output = self.exec.start(BOOT_ID).ok()?.wait(BOOT_ID_LIMIT).ok()?;
+        output.ok().then_some(output.stdout)
     }
 
     /// Bytes that the test host and its guests have printed: as long as they grow, something goes on.

@@ -117,10 +117,16 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
         "-no-user-config",
         "-display",
         "none",
-        "-no-reboot",
         "-name",
         "debug-threads=on",
     ]);
+    // A kernel that panics resets the machine, which ends the emulator at once. Where a reset is a boot, it stands still instead.
+    let panic = if spec.reboots {
+        0
+    } else {
+        slots.add(&["-no-reboot"]);
+        -1
+    };
     if kvm {
         slots.add(&["-accel", "kvm", "-cpu", "host"]);
     } else {
@@ -153,7 +159,7 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     slots.add(&["-kernel", &parts.kernel.display().to_string(), "-initrd", &parts.initrd.display().to_string()]);
     let clock = if kvm { String::new() } else { format!("{STEADY_CLOCK}{}", tsc_khz()) };
     let cmdline = format!(
-        "console=ttyS0 loglevel=7 panic=-1 intel_iommu=on iommu=pt tsc=reliable{clock}{} {}",
+        "console=ttyS0 loglevel=7 panic={panic} intel_iommu=on iommu=pt tsc=reliable{clock}{} {}",
         slots.cmdline, spec.cmdline
     );
     slots.add(&["-append", cmdline.trim_end()]);
@@ -282,6 +288,14 @@ mod tests {
             "-device virtio-blk-pci,drive=disk3,serial=disk3,bus=rp18,disable-legacy=on,iommu_platform=on",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_reset_ends_the_emulator_unless_it_is_a_boot() {
+        for (reboots, ends, panic) in [(false, true, " panic=-1 "), (true, false, " panic=0 ")] {
+            let line = line(&BenchSpec { reboots, ..BenchSpec::new("t") });
+            assert!(line.contains(" -no-reboot ") == ends && line.contains(panic), "{line}");
         }
     }
 

@@ -140,6 +140,9 @@ pub struct BenchSpec {
     /// A file system whose init takes the test host over ([`crate::assets::Assets::debian`]); what is written to it is gone with the
     /// test host.
     pub root: Option<PathBuf>,
+    /// A reset of the test host boots it again ([`super::Bench::reboot`]), on the disk of [`Self::root`] as it was left; else it ends the
+    /// emulator, and so does a panic.
+    pub reboots: bool,
     /// Added to the test host's kernel command line.
     pub cmdline: String,
     /// Files copied into the shared folder, `/share` in the test host.
@@ -168,6 +171,7 @@ impl BenchSpec {
             accel: Accel::Auto,
             capture: Some(128),
             root: None,
+            reboots: false,
             cmdline: String::new(),
             files: Vec::new(),
             boot_silence: Duration::from_secs(15),
