@@ -243,7 +243,7 @@ journalctl --sync; journalctl -b -u umbra@wrong -o cat | grep wrong.toml:1:";
         .expect("systemctl disable umbra@web look; rm /etc/umbra/web.toml /etc/umbra/wrong.toml; dpkg -P umbra", STEP)
         .or_tell();
     // The exec server and its functions are the bench's.
-    let left = "find / -xdev -iname '*umbra*' -not -path '/srv/*' -not -path '/home/*' -not -path /etc/umbra -not -name '*bench*' -not -name umbra-probe; \
-                getent passwd umbra-vm; grep umbra-vm /etc/subuid /etc/subgid; true";
+    let left = "find / -xdev -iname '*umbra*' -not -path '/srv/*' -not -path '/home/*' -not -path /etc/umbra -not -name '*bench*' \
+                -not -name umbra-probe; getent passwd umbra-vm; grep umbra-vm /etc/subuid /etc/subgid; true";
     assert_eq!(place.expect(left, STEP).or_tell(), "", "the package has left it");
 }

@@ -278,12 +278,23 @@ fn what_is_no_kernel_is_told_to_the_supervisor() {
     if !kvm() {
         return;
     }
-    let files = Files::new(b"not a kernel");
-    let spec = files.spec();
-    let mut vm = Process::with(files, spec);
-    let Some(FromVm::Failed { what }) = vm.next() else { panic!("expected a failure") };
-    assert!(what.ends_with("is no Linux kernel (neither bzImage nor ELF vmlinux)"), "{what}");
-    vm.wait();
+    let failed = |files: Files, change: fn(&Files, &mut VmSpec)| {
+        let mut spec = files.spec();
+        change(&files, &mut spec);
+        let mut vm = Process::with(files, spec);
+        let Some(FromVm::Failed { what, configuration }) = vm.next() else { panic!("expected a failure") };
+        vm.wait();
+        (what, configuration)
+    };
+    let (what, configuration) = failed(Files::new(b"not a kernel"), |_, _| ());
+    assert!(what.ends_with("is no Linux kernel (neither bzImage nor ELF vmlinux)") && configuration, "{what}");
+    let kernel = || Files::new(&common::elf(&Code::new().spin().0));
+    let (what, configuration) = failed(kernel(), |_, spec| spec.initrd = vec!["/nowhere/initrd".into()]);
+    assert!(what.contains("/nowhere/initrd") && !configuration, "it may come: {what}");
+    let (what, configuration) = failed(kernel(), |files, spec| {
+        spec.disks = vec![DiskBackend::File(files.disk(0, true))];
+    });
+    assert!(what.contains("it is empty") && configuration, "{what}");
 }
 
 #[test]

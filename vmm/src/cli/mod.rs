@@ -170,11 +170,11 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        // Once is enough.
-        Err(error) if matches!(error.downcast_ref(), Some(RunError::Vm { reported: true, .. })) => ExitCode::FAILURE,
         Err(error) => {
             let status = ExitCode::from(exit::status_of(&error));
-            if error.downcast_ref().is_some_and(Exit::is_silent) {
+            // Once is enough.
+            let is_told = matches!(error.downcast_ref(), Some(RunError::Vm { reported: true, .. }));
+            if is_told || error.downcast_ref().is_some_and(Exit::is_silent) {
                 return status;
             }
             // With stderr gone, the exit code has to do.

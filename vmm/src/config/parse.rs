@@ -78,8 +78,8 @@ impl Machine {
     pub fn parse(text: &str, path: &Path) -> Result<Self, SpecError> {
         let mistake = |at: usize, what: String| SpecError::Mistake { path: path.into(), line: line_of(text, at), what };
         let mut machine: Self = toml::from_str(text).map_err(|error| {
-            let at = error.span().map_or(0, |span: Range<usize>| span.start);
-            mistake(at, in_words(error.message()))
+            let span: Range<usize> = error.span().unwrap_or_default();
+            mistake(span.start, in_words(error.message(), text.get(span).unwrap_or_default()))
         })?;
         machine.check().map_err(|problem| {
             let at = locate(text, &problem.at).unwrap_or(0);
@@ -150,9 +150,16 @@ const HINTS: [(&str, &str); 19] = [
 const CONSOLE_FILE: &str = "for a file write console = { file = \"web.log\" }";
 const RESTART: &str = "write a table, as { limit = 5, interval_s = 60 }";
 
-/// One sentence out of the parser's message, with what to write instead, or a guess at what a misspelt key was meant to be.
-fn in_words(message: &str) -> String {
+/// What the parser says of a name that is there twice.
+const TWICE: &str = "duplicate key";
+
+/// One sentence out of the parser's message about the text `of`, with what to write instead, or a guess at what a misspelt key was meant
+/// to be.
+fn in_words(message: &str, of: &str) -> String {
     let line = message.lines().next().unwrap_or("no machine file").trim();
+    if line == TWICE {
+        return format!("`{of}` is there already, further up: give one of the two another name, or remove it");
+    }
     if let Some((_, hint)) = HINTS.iter().find(|(sign, _)| line.contains(sign)) {
         return format!("{line}: {hint}");
     }

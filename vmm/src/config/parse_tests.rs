@@ -148,6 +148,15 @@ fn syntax_and_types_are_named_with_their_line() {
 }
 
 #[test]
+fn what_is_there_twice_is_named() {
+    let web = "[guest.web]\nkernel = \"k\"\n";
+    for (twice, line, name) in [(web, 3, "web"), ("kernel = \"l\"\n", 3, "kernel"), ("cpus = 1\ncpus = 2\n", 4, "cpus")] {
+        let error = parse(&format!("{web}{twice}")).unwrap_err();
+        assert!(error.starts_with(&format!("dir/m.toml:{line}: `{name}` is there already")), "{error}");
+    }
+}
+
+#[test]
 fn a_missing_kernel_names_the_guest_s_table() {
     let error = mistake("kernel = \"vmlinuz\"\n", "");
     assert!(error.starts_with("dir/m.toml:2: missing field `kernel`"), "{error}");

@@ -74,6 +74,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether no TAP can have the name.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, Self::Name(_) | Self::Kind { .. })
+    }
+}
+
 /// An open TAP interface.
 #[derive(Debug)]
 pub struct Tap {

@@ -117,7 +117,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
             cut(device, MAX_TEXT);
             cut(what, MAX_TEXT);
         }
-        FromVm::Failed { what } => cut(what, MAX_TEXT),
+        FromVm::Failed { what, .. } => cut(what, MAX_TEXT),
         FromVm::WantTap { interface } => cut(interface, MAX_TEXT),
         FromVm::Confined { thread, .. } => cut(thread, MAX_TEXT),
         FromVm::Tap { interface, news, .. } => {

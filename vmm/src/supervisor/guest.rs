@@ -11,6 +11,7 @@ use umbra_splitter::untrusted::Elsewhere;
 use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use super::power_button::PowerButton;
+use super::run_error::WhyFailed;
 use super::vcpu_answers::VcpuAnswers;
 use crate::base::held::Held;
 use crate::base::time::Time;
@@ -58,7 +59,7 @@ pub(super) struct GuestVm {
     /// How the VM ended, once its process has said so.
     pub(super) end: Option<VmEnd>,
     /// Why the process could not run the VM, once it has said so.
-    pub(super) error: Option<String>,
+    pub(super) error: Option<WhyFailed>,
     /// What its process said of its vCPUs.
     pub(super) vcpus: VcpuAnswers,
     /// Whether the control channel is still of use.

@@ -10,6 +10,7 @@ use super::guest::{AtEnd, GuestState};
 use super::ids::GuestId;
 use super::prepare::Until;
 use super::run::Supervisor;
+use super::run_error::WhyFailed;
 use crate::base::held::Held;
 use crate::base::time::Time;
 use crate::base::unix_socket;
@@ -85,7 +86,7 @@ impl Supervisor {
         let passed = guest.crashes.passed(now);
         let verdict = guest.crashes.failed(now, lived);
         if verdict == RestartVerdict::Quarantine {
-            guest.error = Some(format!("{what}; {passed}"));
+            guest.error = Some(format!("{what}; {passed}").into());
         }
         verdict != RestartVerdict::Quarantine
     }
@@ -116,7 +117,7 @@ impl Supervisor {
             (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
             // Killed because that was asked for.
             (None, None) if stopping || at_end != AtEnd::Whatever => None,
-            (None, None) => Some(describe_exit(status)),
+            (None, None) => Some(describe_exit(status).into()),
         };
         let killed = guest.end.is_none_or(|end| end == VmEnd::Killed);
         if let Some(why) = failure {
@@ -192,11 +193,12 @@ impl Supervisor {
     }
 
     /// Guest `n` has failed. That ends the machine if the guest has never run and no guest has been served yet.
-    pub(super) fn guest_failed(&mut self, n: GuestId, why: String) {
+    pub(super) fn guest_failed(&mut self, n: GuestId, why: impl Into<WhyFailed>) {
+        let WhyFailed { what: why, configuration } = why.into();
         let guest = &mut self.guests[n];
         let first = !guest.has_run && !self.in_service;
         self.events.tell(&Event::GuestEnded { guest: guest.name.clone(), how: why.clone() });
-        let named = format!("{}: {why}", guest.name);
+        let named = WhyFailed { what: format!("{}: {why}", guest.name), configuration };
         guest.state = GuestState::Failed(why);
         if first && self.stopping.is_none() {
             self.give_up(named);
@@ -217,7 +219,7 @@ impl Supervisor {
             return Err(format!("{name} is not off: it is {}", guest.state.name()));
         }
         // What made the run a failure is put right, if this was it.
-        if self.failure.as_ref().is_some_and(|why| why.starts_with(&format!("{name}: "))) {
+        if self.failure.as_ref().is_some_and(|why| why.what.starts_with(&format!("{name}: "))) {
             self.failure = None;
         }
         guest.at_end = AtEnd::Whatever;

@@ -11,6 +11,7 @@ use super::driver::life::{AT_ITS_END, AT_ONCE};
 use super::guest::GuestState;
 use super::ids::{DriverId, GuestId};
 use super::run::Supervisor;
+use super::run_error::WhyFailed;
 use crate::base::error::chain;
 use crate::base::time::Time;
 use crate::host::tap::Tap;
@@ -65,7 +66,7 @@ impl Supervisor {
         let guest = &mut self.guests[n];
         if error.is_fault() && guest.process.is_some() {
             guest.listening = false;
-            guest.error = Some(format!("its process broke a rule of its control channel: {error}"));
+            guest.error = Some(format!("its process broke a rule of its control channel: {error}").into());
             guest.kill();
         }
     }
@@ -95,7 +96,9 @@ impl Supervisor {
                 self.events.tell(&Event::GuestRunning { guest: self.guests[n].name.clone() });
             }
             FromVm::Ended { how, .. } => self.on_guest_end(n, how),
-            FromVm::Failed { what } => self.guests[n].error = Some(what),
+            FromVm::Failed { what, configuration } => {
+                self.guests[n].error = Some(WhyFailed { what, configuration });
+            }
             FromVm::Panicked { .. } => self.on_guest_panic(n),
             FromVm::DeviceFailed { device, what, .. } => {
                 self.warn_of_guest(n, &format!("passed-through device {device}: {what}"));
@@ -107,7 +110,7 @@ impl Supervisor {
             FromVm::Disk { device, news } => self.warn_of_guest(n, &format!("{device}: {news}")),
             FromVm::Resized { device, result } => self.on_resized(n, device, result),
             FromVm::WantTap { interface } => self.look_for_tap(n, &interface),
-            FromVm::Confined { thread, call } => self.guests[n].error = Some(bounds::confined(&thread, call)),
+            FromVm::Confined { thread, call } => self.guests[n].error = Some(bounds::confined(&thread, call).into()),
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
             | FromVm::Released { .. }

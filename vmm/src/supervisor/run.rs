@@ -27,7 +27,7 @@ use super::ids::{DriverId, GuestId, Table};
 use super::inbox::Inbox;
 use super::prepare::{self, Until};
 use super::reload::{MachineFile, Reload};
-use super::run_error::RunError;
+use super::run_error::{RunError, WhyFailed};
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host};
 use super::start::rundir::RunDir;
@@ -121,7 +121,7 @@ pub(super) struct Supervisor {
     shelf_due: Time,
     pub(super) stopping: Option<StopHow>,
     /// The first thing that makes the run a failure.
-    pub(super) failure: Option<String>,
+    pub(super) failure: Option<WhyFailed>,
     /// A guest has been served: from here on the failure of a single guest or driver VM does not end the machine.
     pub(super) in_service: bool,
     /// Until when the machine runs.
@@ -181,10 +181,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.events.tell_troubles();
     supervisor.events.finish();
     result?;
-    supervisor
-        .failure
-        .take()
-        .map_or(Ok(()), |what| Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what }))
+    let Some(WhyFailed { what, configuration }) = supervisor.failure.take() else { return Ok(()) };
+    Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what, configuration })
 }
 
 /// Whom the processes of VMs are handed to, by the files below `root`: where root starts them, and there is somebody.
@@ -580,8 +578,8 @@ impl Supervisor {
     }
 
     /// Ends the machine because it cannot do what it was started for; `why` is the error of the run.
-    pub(super) fn give_up(&mut self, why: String) {
-        self.failure.get_or_insert(why);
+    pub(super) fn give_up(&mut self, why: impl Into<WhyFailed>) {
+        self.failure.get_or_insert(why.into());
         for guest in self.guests.iter_mut() {
             guest.kill();
             if guest.process.is_none() && !guest.is_over() {

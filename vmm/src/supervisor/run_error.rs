@@ -46,7 +46,30 @@ pub enum RunError {
         what: String,
         /// It was printed as an event already, word for word.
         reported: bool,
+        /// What the VM is made of is wrong.
+        configuration: bool,
     },
+}
+
+/// Why a VM makes the run a failure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::supervisor) struct WhyFailed {
+    /// The sentence.
+    pub(in crate::supervisor) what: String,
+    /// What the VM is made of is wrong: another start would come to the same end.
+    pub(in crate::supervisor) configuration: bool,
+}
+
+impl From<String> for WhyFailed {
+    fn from(what: String) -> Self {
+        Self { what, configuration: false }
+    }
+}
+
+impl From<&str> for WhyFailed {
+    fn from(what: &str) -> Self {
+        what.to_owned().into()
+    }
 }
 
 impl RunError {
@@ -54,6 +77,7 @@ impl RunError {
     pub fn is_configuration(&self) -> bool {
         match self {
             Self::Preflight(why) => why.is_configuration(),
+            Self::Vm { configuration, .. } => *configuration,
             Self::RunDir(RunDirError::BadName(_)) | Self::NothingToPrepare => true,
             _ => false,
         }

@@ -89,6 +89,18 @@ pub enum Error {
     Bdf(#[from] ParseBdfError),
 }
 
+impl Error {
+    /// Whether a device cannot be what the VM's spec has it be, whatever the host has.
+    pub(super) fn is_configuration(&self) -> bool {
+        match self {
+            Self::NoSlot | Self::Bdf(_) | Self::Console(console::Error::TooManyPorts(_)) => true,
+            Self::Tap(tap::Error::Tap(why)) => why.is_configuration(),
+            Self::Disk(disk::Error::Image(why)) => why.is_configuration(),
+            _ => false,
+        }
+    }
+}
+
 /// Makes the devices of `spec` and puts them on the bus and into the event loop. `files` are those of the function to pass
 /// through, if it is open already.
 pub fn add(

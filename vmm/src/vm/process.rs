@@ -103,6 +103,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether what the VM is made of is wrong, so that another start would come to the same end. What the host lacks may come.
+    fn is_configuration(&self) -> bool {
+        match self {
+            Self::Vm(why) => why.is_configuration(),
+            Self::Devices(why) => why.is_configuration(),
+            _ => false,
+        }
+    }
+
     fn system(operation: &'static str) -> impl FnOnce(Errno) -> Self {
         move |source| Self::System { operation, source }
     }
@@ -133,7 +142,7 @@ pub fn main(source: SpecFrom) -> Result<(), Error> {
     let result = run((&spec, files), &host, signals);
     match (&*host, result) {
         (Host::Supervisor(_), Err(error)) => {
-            host.tell(&FromVm::Failed { what: chain(&error) });
+            host.tell(&FromVm::Failed { what: chain(&error), configuration: error.is_configuration() });
             host.finish();
             Ok(())
         }
@@ -428,7 +437,7 @@ impl Control {
             }
             ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {
                 Ok(()) => FromVm::Plugged { at: Time::now().0 },
-                Err(error) => FromVm::Failed { what: chain(&error) },
+                Err(error) => FromVm::Failed { what: chain(&error), configuration: error.is_configuration() },
             }),
             other => {
                 if matches!(other, ToVm::QueryStatus) {

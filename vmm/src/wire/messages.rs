@@ -191,6 +191,8 @@ pub enum FromVm {
     Failed {
         /// The error, its causes included.
         what: String,
+        /// What the VM is made of is wrong: another start would come to the same.
+        configuration: bool,
     },
     /// Driver VM: the connection of an end is over, or could not be set up, on this side.
     Disconnected {

@@ -450,8 +450,14 @@ fn a_killed_guest_ends_the_run_with_its_name() {
 }
 
 fn a_driver_vm_that_cannot_start_ends_the_run() {
-    let mut machine = start("", "fake=no-start", "");
-    assert_eq!(machine.wait().unwrap_err().to_string(), "nic0: it has no engine");
+    for (guest, driver, said) in [("", "fake=no-start", "nic0"), ("fake=no-start", "", "web")] {
+        for (ever, configuration) in [("", false), ("-ever", true)] {
+            let words = |word: &str| if word.is_empty() { String::new() } else { format!("{word}{ever}") };
+            let error = start(&words(guest), &words(driver), "").wait().unwrap_err();
+            assert_eq!(error.to_string(), format!("{said}: it has no engine"));
+            assert_eq!(error.is_configuration(), configuration, "{said}{ever}");
+        }
+    }
 }
 
 fn a_device_that_cannot_be_opened_ends_the_run() {

@@ -39,11 +39,12 @@ pub fn main(args: &[String]) -> ExitCode {
     drop(files);
     let image = spec.kernel.parent().and_then(|dir| dir.file_name()).unwrap_or_default();
     if !spec.kernel.exists() {
-        channel.send(&FromVm::Failed { what: "its kernel is gone".into() }, &[]).unwrap();
+        channel.send(&FromVm::Failed { what: "its kernel is gone".into(), configuration: false }, &[]).unwrap();
         return ExitCode::SUCCESS;
     }
     if spec.cmdline.contains("fake=no-start") || image == "image-that-does-not-boot" {
-        channel.send(&FromVm::Failed { what: "it has no engine".into() }, &[]).unwrap();
+        let configuration = spec.cmdline.contains("fake=no-start-ever");
+        channel.send(&FromVm::Failed { what: "it has no engine".into(), configuration }, &[]).unwrap();
         return ExitCode::SUCCESS;
     }
     channel.send(&FromVm::Running { at: Time::now().0 }, &[]).unwrap();

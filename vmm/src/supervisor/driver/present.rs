@@ -14,6 +14,7 @@ use crate::record::timeline::{LifeStage, Milestone};
 use crate::supervisor::bounds::{confined, text};
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
+use crate::supervisor::run_error::WhyFailed;
 use crate::wire::messages::{FromVm, VmEnd};
 use crate::wire::spawn::describe_exit;
 
@@ -77,21 +78,28 @@ impl Supervisor {
             FromVm::Confined { thread, call } => {
                 self.fail_driver(n, NoticedBy::Confinement, confined(&thread, call), Time::now());
             }
-            FromVm::Failed { what } => {
-                self.fail_driver(n, NoticedBy::Start, what, Time::now());
+            FromVm::Failed { what, configuration } => {
+                self.fail_driver(n, NoticedBy::Start, WhyFailed { what, configuration }, Time::now());
             }
             other => tracing::debug!(?other, "a message that is for guests' processes"),
         }
     }
 
     /// A certain failure of driver VM `n`.
-    pub(in crate::supervisor) fn fail_driver(&mut self, n: DriverId, source: NoticedBy, what: String, at: Time) {
+    pub(in crate::supervisor) fn fail_driver(
+        &mut self,
+        n: DriverId,
+        source: NoticedBy,
+        why: impl Into<WhyFailed>,
+        at: Time,
+    ) {
+        let WhyFailed { what, configuration } = why.into();
         let driver = &self.drivers[n];
         // A failure that a first start reports itself is a wrong set-up, which a restart would not cure. It ends the machine,
         // unless a guest is served already.
         let first = !driver.was_live && matches!(source, NoticedBy::Start | NoticedBy::Agent);
         let fatal = first && !self.in_service && self.stopping.is_none();
-        let why = format!("{}: {what}", driver.name);
+        let why = WhyFailed { what: format!("{}: {what}", driver.name), configuration };
         self.drive(n, Input::Failed(Failure { source, what, at }));
         if fatal {
             self.give_up(why);

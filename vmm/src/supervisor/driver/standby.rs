@@ -189,7 +189,7 @@ impl Supervisor {
     fn on_standby_vm(&mut self, (n, rank): (DriverId, Rank), message: FromVm) -> Option<String> {
         match message {
             FromVm::Panicked { .. } => Some("kernel panic".into()),
-            FromVm::Failed { what } => Some(what),
+            FromVm::Failed { what, .. } => Some(what),
             FromVm::DeviceFailed { device, what, .. } => {
                 if let Some(spare) = &mut self.drivers[n].spare {
                     spare.held.doubt();

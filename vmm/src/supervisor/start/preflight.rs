@@ -13,7 +13,7 @@ use umbra_guest_images::image::{Image, ImageError};
 
 use super::groups::{Claim, Groups, Use};
 use crate::base::pci_address::{Bdf, ParseBdfError};
-use crate::config::{Confine, Disk, Guest, GuestDisk, Machine, MemorySize};
+use crate::config::{Confine, Console, Disk, Guest, GuestDisk, Machine, MemorySize};
 use crate::host;
 use crate::host::DeviceFiles;
 use crate::host::sysfs::HostDevice;
@@ -77,6 +77,21 @@ pub enum PreflightError {
         /// Why not.
         source: io::Error,
     },
+    /// A folder in which a VM's process is to make a file.
+    #[error(
+        "{guest}: {what} {} needs the folder {}, which is not there: make it, or name another place in the machine file",
+        path.display(), folder.display()
+    )]
+    Folder {
+        /// The guest.
+        guest: String,
+        /// What is to be there.
+        what: String,
+        /// The path.
+        path: PathBuf,
+        /// The path without its last part.
+        folder: PathBuf,
+    },
     /// A driver VM's image.
     #[error("{driver}")]
     Image {
@@ -125,9 +140,12 @@ impl PreflightError {
         match self {
             Self::Image { .. } | Self::Address(_) | Self::SharedGroup(_) | Self::NoFilters => true,
             Self::Device { source: host::Error::Unserved { .. }, .. } => true,
-            Self::NoKvm | Self::KvmDenied(_) | Self::File { .. } | Self::Device { .. } | Self::LockedMemory { .. } => {
-                false
-            }
+            Self::NoKvm
+            | Self::KvmDenied(_)
+            | Self::File { .. }
+            | Self::Folder { .. }
+            | Self::Device { .. }
+            | Self::LockedMemory { .. } => false,
         }
     }
 }
@@ -190,7 +208,7 @@ fn check_guest(name: &str, guest: &Guest, host: &Host, groups: &mut Groups) -> R
     Ok(())
 }
 
-/// What cannot be opened of a guest's files.
+/// What cannot be opened of a guest's files, or made of those that its process makes.
 pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
     let kernel = ("cannot read the kernel", guest.kernel.clone(), check_readable(&guest.kernel));
     let initrds = guest.initrd.iter().map(|path| ("cannot read the initrd", path.clone(), check_readable(path)));
@@ -200,7 +218,19 @@ pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
     });
     let opened = [kernel].into_iter().chain(initrds).chain(disks);
     let failed = opened.filter_map(|(what, path, opened)| Some((what, path, opened.err()?)));
-    failed.map(|(what, path, source)| PreflightError::File { guest: name.into(), what, path, source }).collect()
+    let failed = failed.map(|(what, path, source)| PreflightError::File { guest: name.into(), what, path, source });
+    failed.chain(missing_folders(name, guest)).collect()
+}
+
+/// Of the console's file and the ports' sockets.
+fn missing_folders(name: &str, guest: &Guest) -> Vec<PreflightError> {
+    let console = if let Console::File(path) = &guest.console { Some(("the console's file".into(), path)) } else { None };
+    let sockets = guest.port.iter().map(|port| (format!("the socket of the port {}", port.name), &port.socket));
+    let missing = console.into_iter().chain(sockets).filter_map(|(what, path)| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir())?;
+        Some(PreflightError::Folder { guest: name.into(), what, path: path.clone(), folder: folder.into() })
+    });
+    missing.collect()
 }
 
 fn check_readable(path: &Path) -> io::Result<()> {
@@ -254,6 +284,7 @@ pub(super) fn check_locked_memory(user: &str, needed: MemorySize) -> Result<(), 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::Port;
 
     #[test]
     fn what_is_no_file_is_refused_and_not_waited_for() {
@@ -267,6 +298,30 @@ mod tests {
         assert!(errors[3..].iter().all(|what| what.ends_with("neither a file nor a block device")), "{errors:?}");
         assert!(errors[..2].iter().all(|what| what.ends_with("a socket or a device, and no file")), "{errors:?}");
         assert!(errors[2].ends_with("is a directory"), "{errors:?}");
+    }
+
+    #[test]
+    fn a_folder_for_sockets_and_the_console_has_to_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("kernel");
+        std::fs::write(&kernel, "x").unwrap();
+        let port = |folder: &Path| Port { name: "agent".into(), socket: folder.join("agent.sock") };
+        let away = dir.path().join("away");
+        let guest = |folder: &Path| Guest {
+            console: Console::File(folder.join("web.log")),
+            port: vec![port(folder)],
+            ..Guest::new(kernel.clone())
+        };
+        let errors: Vec<_> = file_errors("web", &guest(&away)).iter().map(ToString::to_string).collect();
+        let needs = format!("needs the folder {}, which is not there: make it", away.display());
+        let of = [format!("the console's file {}", away.join("web.log").display())];
+        let of = of.into_iter().chain([format!("the socket of the port agent {}", away.join("agent.sock").display())]);
+        for (error, of) in errors.iter().zip(of) {
+            assert!(error.starts_with(&format!("web: {of} {needs}")), "{error}");
+        }
+        assert_eq!(errors.len(), 2);
+        assert!(file_errors("web", &guest(dir.path())).is_empty());
+        assert!(file_errors("web", &guest(Path::new(""))).is_empty(), "the working directory");
     }
 
     #[test]

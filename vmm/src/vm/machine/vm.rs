@@ -61,6 +61,17 @@ pub enum Error {
     State(#[from] state::Error),
 }
 
+impl Error {
+    /// Whether kernel, initial RAM disks, command line or the size of the memory are wrong.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Boot(why) => why.is_configuration(),
+            Self::Memory(memory::Error::Size(_) | memory::Error::TooLarge(_)) => true,
+            _ => false,
+        }
+    }
+}
+
 /// A VM; vCPUs run from [`Vm::start`] on.
 pub struct Vm {
     /// KVM's VM.

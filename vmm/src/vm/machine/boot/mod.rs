@@ -92,6 +92,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the kernel, the command line or the size of the memory is wrong; a file that is not there may come.
+    pub fn is_configuration(&self) -> bool {
+        !matches!(self, Self::File { .. } | Self::Write { .. })
+    }
+}
+
 /// Where and how the first vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {

@@ -96,6 +96,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether what is at the path can be no disk. One that is not there, or that another VM has, may be had later.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, Self::Kind(_) | Self::Format { .. } | Self::Blocks { .. } | Self::Empty(_))
+    }
+}
+
 /// Sizes of a disk's blocks, and its best transfer, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Blocks {
