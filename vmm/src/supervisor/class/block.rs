@@ -148,7 +148,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let fit = driver.class() == Class::Block && disks.len() == driver.ends.len();
         if !fit || !disks.iter().all(Disk::is_sane) {
-            return self.fail_driver(n, NoticedBy::Agent, "it reports disks that cannot be".into(), now);
+            return self.fail_driver(n, NoticedBy::Agent, "it reports disks that cannot be", now);
         }
         let words: Vec<_> = disks.iter().map(in_words).collect();
         let detail = format!("{kernel_driver} {}", words.join(", "));

@@ -53,7 +53,7 @@ impl Supervisor {
         let Some(life) = &mut driver.life else { return };
         life.link_mode = mode;
         if life.flaps.count(now) {
-            return self.fail_driver(n, NoticedBy::ControlStream, FLOOD.into(), now);
+            return self.fail_driver(n, NoticedBy::ControlStream, FLOOD, now);
         }
         let state = driver.lifecycle.state();
         let (live, going) = (matches!(state, State::Live { .. }), matches!(state, State::GoingLive { .. }));

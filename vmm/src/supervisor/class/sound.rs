@@ -84,7 +84,7 @@ impl Supervisor {
     pub(in crate::supervisor) fn on_sound_card(&mut self, n: DriverId, kernel_driver: String, card: &Card) {
         let now = Time::now();
         if !card.is_sane() || self.drivers[n].class() != Class::Sound {
-            return self.fail_driver(n, NoticedBy::Agent, "it reports a sound card that cannot be".into(), now);
+            return self.fail_driver(n, NoticedBy::Agent, "it reports a sound card that cannot be", now);
         }
         let detail = format!("{kernel_driver} {}", card.name.chars().filter(|c| !c.is_control()).collect::<String>());
         self.drivers[n].kernel_driver = Some(kernel_driver);

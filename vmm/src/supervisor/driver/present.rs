@@ -24,7 +24,7 @@ impl Supervisor {
         let now = Time::now();
         match heard {
             Heard::Process(message) => self.on_driver_message(n, message),
-            Heard::ControlClosed => self.fail_driver(n, NoticedBy::ProcessExit, "its process ended".into(), now),
+            Heard::ControlClosed => self.fail_driver(n, NoticedBy::ProcessExit, "its process ended", now),
             Heard::Agent(message) => self.on_agent_message(n, message),
             Heard::ControlBroken(what) => {
                 self.fail_driver(n, NoticedBy::ControlStream, what, now);
@@ -38,7 +38,7 @@ impl Supervisor {
                     Fatal::Panic | Fatal::StuckCpu => NoticedBy::Panic,
                     Fatal::DeadInterrupt => NoticedBy::Device,
                 };
-                self.fail_driver(n, source, fatal.in_words().into(), now);
+                self.fail_driver(n, source, fatal.in_words(), now);
             }
             Heard::Exited(status) => self.process_gone(n, describe_exit(status)),
         }
@@ -55,7 +55,7 @@ impl Supervisor {
                 if let Some(life) = &mut self.drivers[n].life {
                     life.panicked = true;
                 }
-                self.fail_driver(n, NoticedBy::Panic, "kernel panic".into(), Time(at));
+                self.fail_driver(n, NoticedBy::Panic, "kernel panic", Time(at));
             }
             FromVm::Ended { at, how, registers } => {
                 let panicked = self.drivers[n].console.fatal().is_some_and(Fatal::panics);
@@ -69,7 +69,7 @@ impl Supervisor {
                     VmEnd::Error => "KVM could not go on",
                     VmEnd::Killed => "its process was told to end",
                 };
-                self.fail_driver(n, NoticedBy::VmEnd, what.into(), Time(at));
+                self.fail_driver(n, NoticedBy::VmEnd, what, Time(at));
                 self.drive(n, Input::Evidence);
             }
             FromVm::DeviceFailed { at, device, what } => {

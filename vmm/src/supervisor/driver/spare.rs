@@ -194,7 +194,7 @@ impl Supervisor {
         }
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
-            return self.fail_driver(n, NoticedBy::Start, "the spare is gone".into(), now);
+            return self.fail_driver(n, NoticedBy::Start, "the spare is gone", now);
         };
         driver.change_places(failed);
         let StandbyVm { life, console, kernel, kernel_driver, available_memory, ready, .. } = standby;

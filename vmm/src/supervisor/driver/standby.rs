@@ -111,7 +111,7 @@ impl Supervisor {
         let now = Time::now();
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.standby.take_if(|standby| standby.life.generation == generation) else {
-            return self.fail_driver(n, NoticedBy::Start, "the standby is gone".into(), now);
+            return self.fail_driver(n, NoticedBy::Start, "the standby is gone", now);
         };
         let StandbyVm { life, console, started, kernel, ready, .. } = standby;
         let name = format!("{}.{generation}", driver.name);
