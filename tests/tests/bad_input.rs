@@ -27,7 +27,12 @@ const CASES: &[(&str, &str, i32, &[&str])] = &[
         EX_CONFIG,
         &["nic0", "raise `memory`"],
     ),
-    ("a kernel that is none", "echo no kernel > /tmp/k; umbra run -q --kernel /tmp/k", EX_CONFIG, &["/tmp/k", "no Linux kernel"]),
+    (
+        "a kernel that is none",
+        "echo no kernel > /tmp/k; umbra run -q --kernel /tmp/k",
+        EX_CONFIG,
+        &["/tmp/k", "no Linux kernel"],
+    ),
     ("no such kernel", "umbra run --kernel /nowhere/k", 1, &["/nowhere/k"]),
     ("too little memory", "umbra run -q --kernel vmlinux --memory 16M", EX_CONFIG, &["raise `memory`"]),
     ("no such disk", "umbra run --kernel vmlinux --disk /nowhere/d", 1, &["/nowhere/d"]),

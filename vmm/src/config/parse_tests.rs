@@ -150,7 +150,8 @@ fn syntax_and_types_are_named_with_their_line() {
 #[test]
 fn what_is_there_twice_is_named() {
     let web = "[guest.web]\nkernel = \"k\"\n";
-    for (twice, line, name) in [(web, 3, "web"), ("kernel = \"l\"\n", 3, "kernel"), ("cpus = 1\ncpus = 2\n", 4, "cpus")] {
+    for (twice, line, name) in [(web, 3, "web"), ("kernel = \"l\"\n", 3, "kernel"), ("cpus = 1\ncpus = 2\n", 4, "cpus")]
+    {
         let error = parse(&format!("{web}{twice}")).unwrap_err();
         assert!(error.starts_with(&format!("dir/m.toml:{line}: `{name}` is there already")), "{error}");
     }

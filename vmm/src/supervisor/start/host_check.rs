@@ -55,15 +55,13 @@ pub fn sections(machine: &Machine, host: &Host, root: &Root) -> Vec<Section> {
 
 /// What cannot be read or written of a guest's files.
 fn files(name: &str, guest: &Guest) -> Vec<Finding> {
-    let missing = file_errors(name, guest)
-        .into_iter()
-        .map(|error| {
-            let remedy = match &error {
-                PreflightError::Folder { folder, .. } => format!("`mkdir -p {}`", folder.display()),
-                _ => "put it there, or name another one in the machine file".into(),
-            };
-            Finding::missing("files", chain(&error), remedy)
-        });
+    let missing = file_errors(name, guest).into_iter().map(|error| {
+        let remedy = match &error {
+            PreflightError::Folder { folder, .. } => format!("`mkdir -p {}`", folder.display()),
+            _ => "put it there, or name another one in the machine file".into(),
+        };
+        Finding::missing("files", chain(&error), remedy)
+    });
     let missing: Vec<_> = missing.collect();
     if missing.is_empty() {
         vec![Finding::good("files", "kernel, initial RAM disks and disks can be opened")]

@@ -224,7 +224,8 @@ pub(super) fn file_errors(name: &str, guest: &Guest) -> Vec<PreflightError> {
 
 /// Of the console's file and the ports' sockets.
 fn missing_folders(name: &str, guest: &Guest) -> Vec<PreflightError> {
-    let console = if let Console::File(path) = &guest.console { Some(("the console's file".into(), path)) } else { None };
+    let console =
+        if let Console::File(path) = &guest.console { Some(("the console's file".into(), path)) } else { None };
     let sockets = guest.port.iter().map(|port| (format!("the socket of the port {}", port.name), &port.socket));
     let missing = console.into_iter().chain(sockets).filter_map(|(what, path)| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir())?;
