@@ -27,11 +27,13 @@ const INSTALL: &str =
 dpkg -i /share/umbra_*.deb && getent passwd umbra-vm && install -m 644 /share/web.toml /etc/umbra/web.toml";
 
 /// A user as an administrator adds one who is to run machines (docs/passthrough.md), and `as-ann` to be that user.
-const USER: &str = r#"useradd -m -s /bin/sh -G kvm ann && echo 'ann - memlock unlimited' > /etc/security/limits.d/machines.conf
+const USER: &str = r#"useradd -m -s /bin/sh -G kvm ann || exit 1
 cat > /usr/local/bin/as-ann <<'X'
 #!/bin/sh
 install -d -m 700 -o ann /run/user/1000
-exec su -s /bin/sh -c 'export XDG_RUNTIME_DIR=/run/user/1000; exec umbra "$@"' -- ann sh "$@"
+export XDG_RUNTIME_DIR=/run/user/1000 HOME=/home/ann
+ulimit -l unlimited
+exec setpriv --reuid ann --regid "$(id -g ann)" --init-groups umbra "$@"
 X
 chmod 755 /usr/local/bin/as-ann; chmod 777 /share; [ $(id -u ann) = 1000 ]"#;
 
