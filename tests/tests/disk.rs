@@ -2,14 +2,18 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
+#[path = "disk/ends.rs"]
+mod ends;
+#[path = "disk/faults.rs"]
+mod faults;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Attach, DISK_DRIVER, Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
-use umbra_tests::disks::database::{self, Commits};
-use umbra_tests::disks::{BETWEEN, BYTES, Checker, Crash, Crashed, GUEST, Kind, Medium, Rig, crash};
+use umbra_tests::disks::database::{self, Commits, Database};
+use umbra_tests::disks::{BETWEEN, BYTES, Checker, Crash, Crashed, DISK, GUEST, Kind, Medium, Rig, crash};
 use umbra_tests::lossy_disk::Access;
 
 /// Rows between two crashes.
@@ -28,8 +32,18 @@ fn rig(name: &str, model: &str) -> Rig {
     Rig::boot(name, vec![Medium::new(model).or_tell()], &assets()).or_tell()
 }
 
-fn crash_one(rig: &mut Rig, machine: &mut Machine, (kind, loses): (Kind, f64)) -> Crashed {
-    let crashed = crash(&mut rig.place, machine, &rig.media[0].disk, Crash { kind, loses }).or_tell();
+/// A part of a disk, in MiB, as in a machine's file.
+fn part(start: u64, length: u64) -> String {
+    format!("start = \"{start}M\"\nlength = \"{length}M\"\n")
+}
+
+fn crash_one(rig: &mut Rig, machine: &mut Machine, with: (Kind, f64)) -> Crashed {
+    crash_on(rig, machine, 0, with)
+}
+
+/// Crashes the driver VM of controller `n`.
+fn crash_on(rig: &mut Rig, machine: &mut Machine, n: usize, (kind, loses): (Kind, f64)) -> Crashed {
+    let crashed = crash(&mut rig.place, machine, &rig.media[n].disk, Crash { kind, loses }).or_tell();
     say(&format!("{}: {} sectors lost, {:?} ms", kind.describe(), crashed.lost, crashed.outage_ms));
     crashed
 }
@@ -73,12 +87,14 @@ fn lose_what_was_not_kept() {
     machine.stop(&mut rig.place).or_tell();
 }
 
-fn commit_through_crashes(journal: &str, model: &str) {
-    let mut rig = rig(&format!("disk-{journal}"), model);
+fn commit_through_crashes(name: &str, database: Database, model: &str) {
+    let assets = assets();
+    let archive = database.archive(&assets, &say).or_tell();
+    let mut rig = Rig::boot_with(name, vec![Medium::new(model).or_tell()], &archive, &assets).or_tell();
     let spec = rig.machine(0, 3);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
     let before = GuestLog::read(&mut rig.place, GUEST).or_tell();
-    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", journal).or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, DISK, database).or_tell();
     let mut rows = 0;
     for with in [(Kind::Panic, 1.0), (Kind::Kill, 1.0), (Kind::Panic, 0.5)] {
         rows = commits.await_more(&mut rig.place, rows + ROWS).or_tell();
@@ -86,7 +102,7 @@ fn commit_through_crashes(journal: &str, model: &str) {
     }
     commits.await_more(&mut rig.place, rows).or_tell();
     let committed = commits.finish(&mut rig.place).or_tell();
-    say(&format!("{model}, journal {journal}: {committed:?}"));
+    say(&format!("{model}, {database:?}: {committed:?}"));
     assert!(committed.is_sound(), "{committed:?}");
     let log = GuestLog::read(&mut rig.place, GUEST).or_tell().since(&before);
     assert!(log.is_clean(), "{:#?}", log.lines);
@@ -98,7 +114,7 @@ fn outlive_a_power_cut() {
     let mut rig = rig("disk-power", "nvme");
     let spec = rig.machine(0, 1);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, DISK, Database::Wal).or_tell();
     let rows = commits.await_more(&mut rig.place, 0).or_tell();
     crash_one(&mut rig, &mut machine, (Kind::Panic, 1.0));
     let rows = commits.await_more(&mut rig.place, rows).or_tell();
@@ -109,7 +125,7 @@ fn outlive_a_power_cut() {
     let mut rig = Rig::boot("disk-power", media, &assets()).or_tell();
     let spec = rig.machine(0, 1);
     let machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let found = database::look(&mut rig.place, GUEST, "/dev/vda", rows).or_tell();
+    let found = database::look(&mut rig.place, GUEST, DISK, Database::Wal, rows).or_tell();
     say(&format!("a power cut: {found:?}"));
     assert!(found.is_sound(), "{found:?}");
     machine.stop(&mut rig.place).or_tell();
@@ -120,7 +136,7 @@ fn write_nothing_to_another_disk() {
     let mut rig = rig("disk-swapped", "nvme");
     let spec = rig.machine(0, 1);
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
-    let commits = Commits::start(&mut rig.place, GUEST, "/dev/vda", "wal").or_tell();
+    let commits = Commits::start(&mut rig.place, GUEST, DISK, Database::Wal).or_tell();
     commits.await_more(&mut rig.place, 20).or_tell();
     let other = tempfile::NamedTempFile::new().unwrap();
     other.as_file().set_len(BYTES).unwrap();
@@ -141,8 +157,7 @@ fn two_guests_outlive_crashes() {
     let mut spec = rig.machine(0, 3);
     spec.guests.push(("db".into(), String::new()));
     let half = BYTES >> 21;
-    let part = |start: u64| format!("start = \"{start}M\"\nlength = \"{half}M\"\n");
-    spec.controller.as_mut().unwrap().options = vec![part(0), part(half)];
+    spec.controller.as_mut().unwrap().options = vec![part(0, half), part(half, half)];
     let mut machine = Machine::start(&mut rig.place, &spec).or_tell();
     let guests = [GUEST, "db"];
     let logs = guests.map(|guest| GuestLog::read(&mut rig.place, guest).or_tell());
@@ -170,7 +185,7 @@ fn a_loss_that_is_not_masked_is_noticed() {
 
 #[test]
 fn commits_outlive_crashes() {
-    scenario(|| commit_through_crashes("wal", "ich9-ahci"));
+    scenario(|| commit_through_crashes("disk-wal", Database::Wal, "ich9-ahci"));
 }
 
 #[test]

@@ -103,7 +103,6 @@ pub(super) fn download_all(names: &[&str], dir: &Path, say: Say<'_>) -> Result<P
     let partial = archives.join("partial");
     fs::create_dir_all(&partial).map_err(|e| AssetError::file("make", &partial, e))?;
     fs::write(&status, "").map_err(|e| AssetError::file("write", &status, e))?;
-    say("downloading the packages of a small Debian system (about 40 MB)");
     let options = [format!("Dir::State::status={}", status.display()), format!("Dir::Cache={}", dir.display())];
     let mut arguments = vec!["install", "-y", "--download-only", "--no-install-recommends"];
     arguments.extend(options.iter().flat_map(|option| ["-o", option]));

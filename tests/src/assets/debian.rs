@@ -8,6 +8,7 @@ use std::process::Command;
 use umbra_guest_images::cache::{Cache, sha256};
 
 use super::sound::run;
+use super::unpacked::UNPACK;
 use super::{AssetError, Say, apt};
 
 /// What is installed, with what it needs. What every Debian system has is said too: nothing depends on it.
@@ -37,8 +38,8 @@ const PACKAGES: [&str; 23] = [
     "util-linux",
 ];
 
-/// How it is made of them.
-const RECIPE: &str = include_str!("debian.sh");
+/// How it is made of them, when they are unpacked.
+const INSTALL: &str = include_str!("debian.sh");
 
 /// Size of the file system, bytes; empty parts take no room. As much as its packages have and a machine with its images.
 const SIZE: u64 = 1 << 30;
@@ -48,14 +49,16 @@ const IMAGE: &str = "root.ext4";
 
 /// An ext4 file system with it, made once. Needs root, as whoever installs packages does.
 pub(super) fn root(cache: &Cache, say: Say<'_>) -> Result<PathBuf, AssetError> {
-    let key = &sha256([&PACKAGES.join(" "), RECIPE].concat().as_bytes())[..24];
+    let recipe = [UNPACK, INSTALL].concat();
+    let key = &sha256([PACKAGES.join(" ").as_str(), &recipe].concat().as_bytes())[..24];
     let dir = cache.dir("debian", key, |dir| {
         let parts = dir.join("parts");
         let root = parts.join("root");
         fs::create_dir_all(&root).map_err(|e| AssetError::file("make", &root, e))?;
+        say("downloading the packages of a small Debian system (about 40 MB)");
         let packages = apt::download_all(&PACKAGES, &parts, say)?;
         say("installing them in a file system for a test host with systemd");
-        run(Command::new("sh").args(["-c", RECIPE, "debian.sh"]).args([&root, &packages]))?;
+        run(Command::new("sh").args(["-c", &recipe, "debian.sh"]).args([&root, &packages]))?;
         let image = dir.join(IMAGE);
         let made = fs::File::create(&image).and_then(|file| file.set_len(SIZE));
         made.map_err(|e| AssetError::file("make", &image, e))?;

@@ -1,9 +1,5 @@
 # Makes a Debian root in $1 of the packages in $2, as debootstrap(8) does it: unpacked first, so that dpkg can be run in it, then installed
-# by dpkg with all that packages do at that. Nothing of it starts a service here.
-set -e
-mkdir -p "$1/usr/bin" "$1/usr/sbin" "$1/usr/lib" "$1/usr/lib64"
-for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$1/$folder"; done
-for package in "$2"/*.deb; do dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink -C "$1"; done
+# by dpkg with all that packages do at that. Nothing of it starts a service here. What unpacks them (unpack.sh) comes before.
 mkdir -p "$1/var/lib/dpkg/info" "$1/var/lib/dpkg/updates"
 : > "$1/var/lib/dpkg/status"
 for file in passwd group; do cp "$1/usr/share/base-passwd/$file.master" "$1/etc/$file"; done

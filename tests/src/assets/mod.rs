@@ -11,6 +11,7 @@ mod initramfs;
 mod programs;
 mod song;
 mod sound;
+mod unpacked;
 
 use std::fs;
 use std::io;
@@ -216,12 +217,28 @@ impl Assets {
         sound::server(&self.cache)
     }
 
-    /// An archive for guests with the database SQLite, and `mke2fs`.
+    /// An archive for guests with the database SQLite, and what makes and checks file systems.
     ///
     /// # Errors
     /// It could not be made.
     pub fn database(&self) -> Result<PathBuf, AssetError> {
         programs::database(&self.cache)
+    }
+
+    /// An archive for guests with the database PostgreSQL, a user `postgres`, and what makes and checks file systems.
+    ///
+    /// # Errors
+    /// Its packages cannot be had, or it could not be made.
+    pub fn postgresql(&self, say: Say<'_>) -> Result<PathBuf, AssetError> {
+        unpacked::postgresql(&self.cache, say)
+    }
+
+    /// An archive for guests with the load generator fio.
+    ///
+    /// # Errors
+    /// As [`Self::postgresql`].
+    pub fn fio(&self, say: Say<'_>) -> Result<PathBuf, AssetError> {
+        unpacked::fio(&self.cache, say)
     }
 
     /// A file system with Debian, systemd and dpkg, whose init takes a test host over ([`crate::bench::BenchSpec::root`]).

@@ -7,12 +7,14 @@ use umbra_guest_images::initramfs::Initramfs;
 
 use super::AssetError;
 
-/// A database, and a file system to put it on.
-const DATABASE: [&str; 2] = ["/usr/bin/sqlite3", "/sbin/mke2fs"];
+/// A database.
+const SQLITE: &str = "/usr/bin/sqlite3";
+/// What makes a file system to put a database on, and what checks it.
+pub(super) const FILE_SYSTEM: [&str; 2] = ["/sbin/mke2fs", "/sbin/e2fsck"];
 
 /// The archive with the database.
 pub(super) fn database(cache: &Cache) -> Result<PathBuf, AssetError> {
-    archive_of(cache, ("database", include_str!("programs.rs")), &DATABASE, |_| Ok(()))
+    archive_of(cache, ("database", include_str!("programs.rs")), &[FILE_SYSTEM[0], FILE_SYSTEM[1], SQLITE], |_| Ok(()))
 }
 
 /// The archive `name` with `programs`, their libraries and what `rest` adds, made again when a program is another, or `recipe`, the source

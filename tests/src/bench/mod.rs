@@ -12,6 +12,7 @@ mod files;
 pub mod guest;
 pub mod limit;
 mod lock;
+mod monitor;
 pub mod patience;
 pub mod pcap;
 mod process;
@@ -38,6 +39,7 @@ pub use error::BenchError;
 pub use guest::Guest;
 use lock::Lock;
 pub use lock::places;
+use monitor::Monitor;
 use patience::Stall;
 use process::Companion;
 pub use qemu::real_kvm as has_nested_kvm;
@@ -72,6 +74,7 @@ pub struct Bench {
     stuck: Companion,
     qemu: Child,
     exec: Client,
+    monitor: Monitor,
     peer: Peer,
     _lock: Lock,
 }
@@ -108,10 +111,12 @@ impl Bench {
         let taps = peer.take_taps();
         files::fill_share(&dir.join("share"), assets, &spec)?;
         let (ours, theirs) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
-        let qemu = start_qemu(&spec, assets, &dir, &taps, &OwnedFd::from(theirs))?;
+        let (monitor, of_qemu) = UnixStream::pair().map_err(|e| BenchError::file("make a socket pair in", &dir, e))?;
+        let qemu = start_qemu(&spec, assets, &dir, &taps, &[theirs, of_qemu].map(OwnedFd::from))?;
+        let monitor = Monitor::new(monitor);
         let exec = Client::new(ours).map_err(|e| BenchError::file("talk to QEMU in", &dir, e))?;
         let [brake, limit, stuck] = std::array::from_fn(|_| Companion::default());
-        let mut bench = Self { spec, dir, brake, limit, stuck, qemu, exec, peer, _lock: lock };
+        let mut bench = Self { spec, dir, brake, limit, stuck, qemu, exec, monitor, peer, _lock: lock };
         let brake = brake::on(bench.qemu.id(), speed);
         bench.brake = brake.map_err(|e| BenchError::file("brake QEMU in", &bench.dir, e))?;
         let limit = limit::on(bench.qemu.id(), &bench.spec.name);
@@ -248,6 +253,14 @@ impl Bench {
         Guest::new(self, name)
     }
 
+    /// Has QEMU do a command of its monitor (QMP); what it returns.
+    ///
+    /// # Errors
+    /// QEMU refuses it, does not answer, or is gone.
+    pub fn monitor(&mut self, command: &str, arguments: &serde_json::Value) -> Result<serde_json::Value, BenchError> {
+        self.monitor.execute(command, arguments).map_err(|e| BenchError::file("give an order to QEMU in", &self.dir, e))
+    }
+
     /// The machine at the other end of the wire.
     pub fn peer(&mut self) -> &mut Peer {
         &mut self.peer
@@ -327,7 +340,7 @@ fn start_qemu(
     assets: &Assets,
     dir: &Path,
     taps: &[OwnedFd],
-    exec: &OwnedFd,
+    [exec, monitor]: &[OwnedFd; 2],
 ) -> Result<Child, BenchError> {
     let inherit = |fd: &OwnedFd| -> io::Result<i32> {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -336,10 +349,11 @@ fn start_qemu(
     let failed = |e| BenchError::file("start QEMU in", dir, e);
     let taps = taps.iter().map(inherit).collect::<io::Result<Vec<_>>>().map_err(failed)?;
     let exec = inherit(exec).map_err(failed)?;
+    let monitor = inherit(monitor).map_err(failed)?;
     let snapshots = assets.out().join("snapshots");
     fs::create_dir_all(&snapshots).map_err(|e| BenchError::file("make", &snapshots, e))?;
     let (kernel, initrd) = (assets.kernel(), assets.host_initramfs());
-    let parts = qemu::Parts { kernel, initrd, dir, taps: &taps, exec, snapshots: &snapshots };
+    let parts = qemu::Parts { kernel, initrd, dir, taps: &taps, exec, monitor, snapshots: &snapshots };
     let arguments = qemu::arguments(spec, &parts);
     let log = fs::File::create(dir.join("qemu.log")).map_err(failed)?;
     let mut command = Command::new(assets.qemu());

@@ -22,6 +22,8 @@ pub(super) struct Parts<'a> {
     pub(super) taps: &'a [RawFd],
     /// The exec server's connected socket.
     pub(super) exec: RawFd,
+    /// QEMU's monitor: a connected socket.
+    pub(super) monitor: RawFd,
     /// Folder of driver VMs' snapshots, of all test hosts.
     pub(super) snapshots: &'a Path,
 }
@@ -140,6 +142,8 @@ pub(super) fn arguments(spec: &BenchSpec, parts: &Parts<'_>) -> Vec<String> {
     slots.add(&["-chardev", &format!("socket,id=exec,fd={}", parts.exec)]);
     slots.add(&["-device", "virtio-serial-pci,bus=pcie.0,addr=0x3"]);
     slots.add(&["-device", "virtserialport,chardev=exec,name=umbra.bench"]);
+    slots.add(&["-chardev", &format!("socket,id=monitor,fd={}", parts.monitor)]);
+    slots.add(&["-mon", "chardev=monitor,mode=control"]);
     if spec.shell {
         slots.add(&["-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]);
         slots.cmdline.push_str(" umbra.shell");
@@ -209,7 +213,7 @@ fn sound(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
 fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
     for (n, disk) in spec.storage.iter().enumerate() {
         match &disk.nbd {
-            Some(socket) => slots.add(&["-blockdev", &blockdev(socket, &format!("disk{n}"))]),
+            Some(socket) => slots.add(&["-blockdev", &blockdev(socket, &format!("disk{n}")).to_string()]),
             None => {
                 let file = parts.dir.join(format!("disk{n}.raw"));
                 // Without a cache each write would wait for the file: it is the cost of the way there that is measured.
@@ -229,7 +233,7 @@ fn storage(spec: &BenchSpec, parts: &Parts<'_>, slots: &mut Slots) {
         // A card's serial number is part of its model.
         let serial = if medium == "sd-card" { String::new() } else { format!(",serial=disk{n}") };
         slots.add(&["-device", &format!("{model},id=ctl{n},{place}{modern}")]);
-        slots.add(&["-device", &format!("{medium},drive=disk{n}{serial}{bus}{hides}")]);
+        slots.add(&["-device", &format!("{medium},id=medium{n},drive=disk{n}{serial}{bus}{hides}")]);
     }
 }
 
@@ -241,7 +245,7 @@ mod tests {
     fn line(spec: &BenchSpec) -> String {
         let (kernel, initrd) = (Path::new("k"), Path::new("i"));
         let (dir, snapshots) = (Path::new("d"), Path::new("s"));
-        let parts = Parts { kernel, initrd, dir, taps: &[5, 6, 7], exec: 4, snapshots };
+        let parts = Parts { kernel, initrd, dir, taps: &[5, 6, 7], exec: 4, monitor: 8, snapshots };
         arguments(spec, &parts).join(" ")
     }
 
@@ -281,10 +285,10 @@ mod tests {
         let storage = vec![disk("ich9-ahci"), disk("lsi53c895a"), disk("sdhci-pci"), disk("virtio-blk-pci")];
         let line = line(&BenchSpec { storage, ..BenchSpec::new("t") });
         for part in [
-            "-device ich9-ahci,id=ctl0,bus=rp17 -device ide-hd,drive=disk0,serial=disk0,bus=ctl0.0,write-cache=off ",
+            "-device ich9-ahci,id=ctl0,bus=rp17 -device ide-hd,id=medium0,drive=disk0,serial=disk0,bus=ctl0.0,write-cache=off ",
             "file=d/disk0.raw,cache=unsafe ",
-            "-device lsi53c895a,id=ctl1,bus=pcie.0,addr=0x8 -device scsi-hd,drive=disk1,serial=disk1,bus=ctl1.0",
-            "-device sdhci-pci,id=ctl2,bus=pcie.0,addr=0x9 -device sd-card,drive=disk2",
+            "-device lsi53c895a,id=ctl1,bus=pcie.0,addr=0x8 -device scsi-hd,id=medium1,drive=disk1,serial=disk1,bus=ctl1.0",
+            "-device sdhci-pci,id=ctl2,bus=pcie.0,addr=0x9 -device sd-card,id=medium2,drive=disk2",
             "-device virtio-blk-pci,drive=disk3,serial=disk3,bus=rp18,disable-legacy=on,iommu_platform=on",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");

@@ -67,7 +67,7 @@ impl Kind {
     }
 
     /// Makes `driver`, whose process is `pid`, fail.
-    pub(crate) fn command(self, driver: &str, pid: u64) -> String {
+    pub fn command(self, driver: &str, pid: u64) -> String {
         match self {
             Self::Panic | Self::InReplay => format!("umbra crash {driver}"),
             Self::Kill => format!("kill -9 {pid}"),

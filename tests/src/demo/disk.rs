@@ -15,7 +15,7 @@ use super::result::{OutageFigures, span};
 use super::{Demo, DemoError, GUEST, Kind, RECOVERY_LIMIT, STEP};
 use crate::assets::Assets;
 use crate::bench::BenchSpec;
-use crate::disks::database::{Commits, Committed};
+use crate::disks::database::{Commits, Committed, Database};
 use crate::disks::{Crash, Medium, crash};
 use crate::lossy_disk::Class;
 
@@ -147,7 +147,7 @@ impl Demo<'_> {
     pub(super) fn start_database(&mut self) -> Result<(), DemoError> {
         let Some(disk) = &mut self.disk else { return Ok(()) };
         disk.medium.disk.delay(Class::Flush, FLUSH);
-        let commits = Commits::start(&mut self.place, GUEST, DISK, "wal")?;
+        let commits = Commits::start(&mut self.place, GUEST, DISK, Database::Wal)?;
         commits.await_more(&mut self.place, 0)?;
         disk.commits = Some(commits);
         self.tell("the guest commits rows with SQLite on virtio-blk");

@@ -116,6 +116,8 @@ pub struct MachineSpec {
     pub archives: Vec<String>,
     /// Files or block devices of the place, disks of every guest.
     pub disks: Vec<String>,
+    /// Memory of each guest.
+    pub guest_memory: String,
     /// More words for the guests' kernels.
     pub guest_options: String,
     /// `[driver.*.restart]` limit.
@@ -154,6 +156,7 @@ impl MachineSpec {
             slow_boot_s: 0,
             archives: Vec::new(),
             disks: Vec::new(),
+            guest_memory: "256M".into(),
             guest_options: String::new(),
             restart_limit: 5,
             interrupts_per_s: 200_000,
@@ -189,12 +192,13 @@ impl MachineSpec {
             }
             text.push_str(&format!(
                 "[guest.{name}]\nkernel = \"{work}/vmlinux\"\ninitrd = [\"{work}/guest.cpio\"{archives}]\n\
-                 cmdline = \"console=ttyS0 quiet ip4={address} umbra.patience={patience} {}\"\nmemory = \"256M\"\n\
+                 cmdline = \"console=ttyS0 quiet ip4={address} umbra.patience={patience} {}\"\nmemory = \"{}\"\n\
                  console = {{ file = \"{share}/{name}.log\" }}\n\
                  {nic}{sound}{disks}\
                  [[guest.{name}.port]]\nname = \"{PORT_NAME}\"\nsocket = \"{}\"\n\
                  [[guest.{name}.port]]\nname = \"{LONG_PORT_NAME}\"\nsocket = \"{}\"\n\n",
                 self.guest_options,
+                self.guest_memory,
                 guest::socket(name),
                 guest::long_socket(name)
             ));

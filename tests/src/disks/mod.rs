@@ -5,6 +5,7 @@
 //! late to show anything counts as a crash without one.
 
 pub mod database;
+pub mod fio;
 mod report;
 pub mod trial;
 
@@ -12,6 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::json;
 use tempfile::NamedTempFile;
 
 use crate::assets::Assets;
@@ -22,14 +24,19 @@ pub use crate::demo::Kind;
 use crate::demo::events::Event;
 use crate::demo::machine::{Attach, DISK_DRIVER, DiskController, Machine, MachineSpec};
 use crate::demo::place::Place;
-use crate::lossy_disk::{LossyDisk, Settings};
+use crate::lossy_disk::{Access, LossyDisk, Settings, blockdev};
 use crate::probe::client::Run;
+pub use crate::probe::disk::BYTES as CHECKED;
 use crate::probe::disk::{Found, OVER};
 
 /// The guest.
 pub const GUEST: &str = "web";
+/// Its disk.
+pub const DISK: &str = "/dev/vda";
 /// Size of a disk, bytes: twice what the checker writes ([`crate::probe::disk`]).
 pub const BYTES: u64 = 128 << 20;
+/// Memory of a guest without its programs, MiB.
+const GUEST_MIB: u64 = 256;
 /// Longest time in which nothing may move during a single step, as on the reference machine ([`crate::bench::patience`]).
 const STEP: Duration = Duration::from_secs(60);
 /// The same during a recovery.
@@ -64,8 +71,16 @@ impl Medium {
     /// # Errors
     /// As [`Self::new`].
     pub fn with(model: &str, hides_cache: bool) -> Result<Self, DemoError> {
+        Self::of_size(model, BYTES, hides_cache)
+    }
+
+    /// As [`Self::with`], with so many bytes.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_size(model: &str, bytes: u64, hides_cache: bool) -> Result<Self, DemoError> {
         let base = NamedTempFile::new().map_err(|e| DemoError::file("make a file in", &std::env::temp_dir(), e))?;
-        base.as_file().set_len(BYTES).map_err(|e| DemoError::file("extend", base.path(), e))?;
+        base.as_file().set_len(bytes).map_err(|e| DemoError::file("extend", base.path(), e))?;
         let disk = LossyDisk::start(base.path(), &Settings { ignores_fua: hides_cache, ..Settings::default() })?;
         Ok(Self { model: model.into(), disk, base, hides_cache })
     }
@@ -89,7 +104,12 @@ pub struct Rig {
     /// What is behind the controllers.
     pub media: Vec<Medium>,
     controllers: Vec<DiskController>,
-    archives: Vec<String>,
+    archive: String,
+    guest_memory: String,
+    /// Disks that were put in since the boot.
+    exchanges: usize,
+    /// QEMU's name for the disk of each controller.
+    disks: Vec<String>,
 }
 
 impl Rig {
@@ -98,36 +118,69 @@ impl Rig {
     /// # Errors
     /// Something is not there, or the test host does not boot.
     pub fn boot(name: &str, media: Vec<Medium>, assets: &Assets) -> Result<Self, DemoError> {
-        Self::boot_as(BenchSpec::new(name).nics(&[]), media, assets)
+        Self::boot_with(name, media, &assets.database()?, assets)
     }
 
-    /// As [`Self::boot`], in a test host like this.
+    /// As [`Self::boot`], with this archive for guests in place of the one with SQLite.
     ///
     /// # Errors
     /// As [`Self::boot`].
-    pub fn boot_as(mut spec: BenchSpec, media: Vec<Medium>, assets: &Assets) -> Result<Self, DemoError> {
-        let database = assets.database()?;
+    pub fn boot_with(name: &str, media: Vec<Medium>, archive: &Path, assets: &Assets) -> Result<Self, DemoError> {
+        let mut spec = BenchSpec::new(name).nics(&[]);
         let images = media.iter().map(|medium| assets.driver_image(&medium.model.as_str().into()));
         let images = images.collect::<Result<Vec<_>, _>>()?;
         spec.storage = media.iter().map(Medium::storage).collect();
-        spec.files.extend(images.iter().cloned().chain([database.clone()]));
+        spec.files.extend(images.iter().cloned().chain([archive.to_owned()]));
         let mut bench = Bench::boot(spec, assets)?;
         let mut controllers = Vec::new();
         for (n, image) in images.iter().enumerate() {
             let device = bench.expect(&format!("vfio $DISK{n} && printf %s $DISK{n}"), STEP)?;
             controllers.push(DiskController { device, image: name_of(image), options: Vec::new() });
         }
-        Ok(Self { place: Place::Bench(Box::new(bench)), media, controllers, archives: vec![name_of(&database)] })
+        // A guest unpacks it to its memory, and gives back that of the archive afterwards.
+        let bytes = archive.metadata().map_err(|e| DemoError::file("read", archive, e))?.len();
+        let guest_memory = format!("{}M", GUEST_MIB + 2 * (bytes >> 20));
+        let (place, archive) = (Place::Bench(Box::new(bench)), name_of(archive));
+        let disks = (0..media.len()).map(|n| format!("medium{n}")).collect();
+        Ok(Self { place, media, controllers, archive, guest_memory, exchanges: 0, disks })
     }
 
     /// A machine with one guest on controller `n`, whose driver VM may fail so often.
     pub fn machine(&self, n: usize, failures: u32) -> MachineSpec {
         let mut machine = MachineSpec::one_guest("", "", "");
         machine.attach = Attach::Without;
-        machine.archives.clone_from(&self.archives);
+        machine.archives = vec![self.archive.clone()];
+        machine.guest_memory.clone_from(&self.guest_memory);
         machine.controller = Some(self.controllers[n].clone());
         machine.restart_limit = failures.saturating_mul(2) + 5;
         machine
+    }
+
+    /// Takes out the disk of controller `n` and puts `other` in, which has the same serial number; none: the one that was there at first.
+    /// For SCSI disks, whose controllers stay as they are.
+    ///
+    /// # Errors
+    /// QEMU refuses it.
+    pub fn exchange(&mut self, n: usize, other: Option<(&LossyDisk, Access)>) -> Result<(), DemoError> {
+        let Place::Bench(bench) = &mut self.place else { return Ok(()) };
+        self.exchanges += 1;
+        let id = format!("medium{n}-{}", self.exchanges);
+        let drive = match other {
+            None => format!("disk{n}"),
+            Some((disk, access)) => {
+                let node = format!("node-{id}");
+                let mut wanted = blockdev(&disk.socket(), &node);
+                wanted["read-only"] = (access == Access::ReadOnly).into();
+                bench.monitor("blockdev-add", &wanted)?;
+                node
+            }
+        };
+        bench.monitor("device_del", &json!({ "id": self.disks[n] }))?;
+        let (serial, bus) = (format!("disk{n}"), format!("ctl{n}.0"));
+        let device = json!({ "driver": "scsi-hd", "id": id, "drive": drive, "serial": serial, "bus": bus });
+        bench.monitor("device_add", &device)?;
+        self.disks[n] = id;
+        Ok(())
     }
 
     /// `kill -9` of the test host with all that runs in it, and each controller loses every sector that was not flushed.
@@ -136,6 +189,21 @@ impl Rig {
         self.media.iter().for_each(|medium| _ = medium.disk.lose(1.0));
         self.media
     }
+}
+
+/// Requests that all disks of the guest have served: reads, writes and flushes, as its kernel counts.
+///
+/// # Errors
+/// The guest does not answer.
+fn requests(place: &mut Place, guest: &str) -> Result<u64, DemoError> {
+    let said = place.in_guest(guest, "cat /sys/block/vd*/stat", STEP)?;
+    Ok(said.lines().map(served).sum())
+}
+
+/// The requests in a line of `/sys/block/*/stat`: reads, writes and flushes (`Documentation/block/stat.rst`).
+fn served(line: &str) -> u64 {
+    let fields: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+    [0, 4, 15].iter().filter_map(|&n| fields.get(n)).sum()
 }
 
 fn name_of(path: &Path) -> String {
@@ -211,7 +279,7 @@ impl Checker {
     /// The place is gone.
     pub fn start(place: &mut Place, guest: &str) -> Result<Self, DemoError> {
         // It is ended long before.
-        place.start_in_guest(guest, &format!("rm -f {OVER}; umbra-probe disk /dev/vda 86400 1")).map(Self)
+        place.start_in_guest(guest, &format!("rm -f {OVER}; umbra-probe disk {DISK} 86400 1")).map(Self)
     }
 
     /// Waits until it has done so many requests more; whether it still runs.
@@ -251,5 +319,16 @@ impl Checker {
             what: format!("the checker did not say what it found ({error})"),
             said: format!("{}{}", output.stdout, output.stderr),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_writes_and_flushes_are_counted() {
+        assert_eq!(served("  100 1 2 3 20 1 2 3 0 5 6 7 8 9 10 3 4"), 123);
+        assert_eq!(served(""), 0);
     }
 }

@@ -1,12 +1,15 @@
-//! `umbra-bench disks`: many crashes of all kinds under the checker or a database, with loss of cache, on one model of controller after
+//! `umbra-bench disks`: many crashes of all kinds under the checker, fio or a database, with loss of cache, on one model of controller after
 //! the other, in one test host. The counter-check: the same with disks that hide their cache, of which nothing can be kept, has to find a
 //! loss.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
-use super::database::{Commits, Committed};
-use super::{BETWEEN, Checker, Crash, Crashed, GUEST, Medium, Rig, crash};
-use crate::assets::{Assets, Say};
+use super::database::{Commits, Committed, Database};
+use super::fio::Fio;
+use super::{BETWEEN, Checker, Crash, Crashed, DISK, GUEST, Medium, Rig, crash};
+use crate::assets::{AssetError, Assets, Say};
 use crate::demo::guest_log::GuestLog;
 use crate::demo::machine::Machine;
 use crate::demo::place::Place;
@@ -53,24 +56,49 @@ pub struct TrialSpec {
     pub models: Vec<String>,
     /// Crashes of each.
     pub crashes: u32,
-    /// The journal of a database (`wal`, `delete`) that commits in place of the checker.
-    pub database: Option<String>,
+    /// What writes meanwhile.
+    pub writer: WriterKind,
     /// The disks say that they have no volatile cache, and lose it all the same.
     pub hides_cache: bool,
+}
+
+/// What can write to the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriterKind {
+    /// The checker ([`crate::probe::disk`]).
+    Checker,
+    /// fio, which verifies what it has written.
+    Fio,
+    /// A database that commits.
+    Database(Database),
+}
+
+impl WriterKind {
+    /// The archive for the guest.
+    fn archive(self, assets: &Assets, say: Say<'_>) -> Result<PathBuf, AssetError> {
+        match self {
+            // Of which it needs nothing.
+            Self::Checker => assets.database(),
+            Self::Fio => assets.fio(say),
+            Self::Database(database) => database.archive(assets, say),
+        }
+    }
 }
 
 /// What writes to the disk.
 enum Writer {
     Checker(Checker),
+    Fio(Fio),
     Database(Commits, u64),
 }
 
 impl Writer {
-    fn start(place: &mut Place, journal: Option<&str>) -> Result<Self, DemoError> {
-        match journal {
-            None => Checker::start(place, GUEST).map(Self::Checker),
-            Some(journal) => {
-                Commits::start(place, GUEST, "/dev/vda", journal).map(|commits| Self::Database(commits, 0))
+    fn start(place: &mut Place, kind: WriterKind) -> Result<Self, DemoError> {
+        match kind {
+            WriterKind::Checker => Checker::start(place, GUEST).map(Self::Checker),
+            WriterKind::Fio => Fio::start(place, GUEST, DISK).map(Self::Fio),
+            WriterKind::Database(database) => {
+                Commits::start(place, GUEST, DISK, database).map(|commits| Self::Database(commits, 0))
             }
         }
     }
@@ -79,6 +107,7 @@ impl Writer {
     fn await_more(&mut self, place: &mut Place) -> Result<bool, DemoError> {
         match self {
             Self::Checker(checker) => checker.await_more(place, BETWEEN),
+            Self::Fio(fio) => fio.await_more(place, BETWEEN),
             Self::Database(commits, rows) => {
                 *rows = commits.await_more(place, *rows + ROWS)?;
                 Ok(true)
@@ -89,6 +118,7 @@ impl Writer {
     fn finish(self, place: &mut Place) -> Result<Found, DemoError> {
         match self {
             Self::Checker(checker) => checker.finish(place, GUEST),
+            Self::Fio(fio) => fio.finish(place),
             Self::Database(commits, _) => commits.finish(place).map(Found::from),
         }
     }
@@ -138,7 +168,7 @@ impl ModelResult {
 pub fn run(spec: &TrialSpec, say: Say<'_>) -> Result<Vec<ModelResult>, DemoError> {
     let assets = Assets::prepare(say)?;
     let media = spec.models.iter().map(|model| Medium::with(model, spec.hides_cache)).collect::<Result<_, _>>()?;
-    let mut rig = Rig::boot("disks", media, &assets)?;
+    let mut rig = Rig::boot_with("disks", media, &spec.writer.archive(&assets, say)?, &assets)?;
     let mut results = Vec::new();
     for n in 0..rig.media.len() {
         let mut result = ModelResult {
@@ -164,7 +194,7 @@ fn try_one(rig: &mut Rig, n: usize, spec: &TrialSpec, result: &mut ModelResult, 
     let machine = rig.machine(n, spec.crashes);
     let mut machine = Machine::start(&mut rig.place, &machine)?;
     let before = GuestLog::read(&mut rig.place, GUEST)?;
-    let mut writer = Writer::start(&mut rig.place, spec.database.as_deref())?;
+    let mut writer = Writer::start(&mut rig.place, spec.writer)?;
     let turns = KINDS.into_iter().cycle().zip(LOSES.into_iter().cycle()).take(spec.crashes as usize);
     for (kind, loses) in turns {
         if !writer.await_more(&mut rig.place)? {

@@ -186,7 +186,7 @@ impl LossyDisk {
 
     /// The argument of QEMU's `-blockdev` that makes this disk the node `name`.
     pub fn blockdev(&self, name: &str) -> String {
-        blockdev(&self.socket(), name)
+        blockdev(&self.socket(), name).to_string()
     }
 
     /// Loses each unflushed sector with this probability, from 0 to 1. What is kept stays unflushed, and a later loss may take
@@ -279,17 +279,16 @@ impl LossyDisk {
     }
 }
 
-/// The argument of QEMU's `-blockdev` that makes what is served at `socket` the node `name`.
-pub fn blockdev(socket: &Path, name: &str) -> String {
+/// The argument of QEMU's `-blockdev`, and of `blockdev-add`, that makes what is served at `socket` the node `name`.
+pub fn blockdev(socket: &Path, name: &str) -> serde_json::Value {
     // Without `unmap` QEMU keeps discards to itself.
-    let node = serde_json::json!({
+    serde_json::json!({
         "driver": "nbd",
         "node-name": name,
         "server": { "type": "unix", "path": socket },
         "reconnect-delay": RECONNECT_S,
         "discard": "unmap",
-    });
-    node.to_string()
+    })
 }
 
 impl Drop for LossyDisk {

@@ -24,6 +24,8 @@ const MOST_BLOCKS: usize = 32;
 const WORKERS: usize = 8;
 /// Blocks of a worker; all of them together are 64 MiB, so that each is written several times in a minute.
 const BLOCKS: usize = 2048;
+/// Bytes that all workers write, from the beginning of the disk on.
+pub const BYTES: u64 = (WORKERS * BLOCKS * BLOCK) as u64;
 /// One request in so many is followed by a flush.
 const FLUSHES: u64 = 16;
 /// One request in so many is a read.
@@ -257,7 +259,7 @@ mod tests {
 
     fn disk() -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len((WORKERS * BLOCKS * BLOCK) as u64).unwrap();
+        file.as_file().set_len(BYTES).unwrap();
         file
     }
 

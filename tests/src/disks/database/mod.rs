@@ -1,8 +1,12 @@
-//! SQLite in a guest: it commits rows until it is told to end, and notes the number of each row when it is committed.
+//! A database in a guest: it commits rows until it is told to end, and notes the number of each row when it is committed.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use super::STEP;
+use serde::Serialize;
+
+use super::{STEP, requests};
+use crate::assets::{AssetError, Assets, Say};
 use crate::bench::patience::Stall;
 use crate::demo::DemoError;
 use crate::demo::place::Place;
@@ -16,27 +20,60 @@ const SAID: &str = "/tmp/database-said";
 const STATUS: &str = "/tmp/database-status";
 /// Interval of looks at them.
 const LOOK: Duration = Duration::from_millis(200);
-/// Longest time without a row, as on the reference machine.
+/// Longest time without a request to the disk, as on the reference machine.
 const SILENCE: Duration = Duration::from_secs(120);
+/// A bound for numbers of rows that none reaches.
+const ALL_ROWS: u64 = i32::MAX as u64;
 
-/// Commits until `$OVER` is there, then reads everything from the disk again: the check, and how many rows there are. Long rows, so that
-/// few of them wait in the pipe when the time is over. What SQLite prints stays in its buffer; a file of one row does not.
-const COMMIT: &str = r#"
-modprobe crc32c_generic; /sbin/mke2fs -q -t ext4 $DISK && mkdir -p /mnt && mount -t ext4 $DISK /mnt && cd /mnt || exit 1
-sqlite3 db "pragma journal_mode=$JOURNAL; create table t(id integer primary key, content text);" >&2 || exit 1
-row=$(head -c 400 /dev/zero | tr '\0' x); id=0
-while [ ! -e $OVER ]; do id=$((id + 1)); printf '%s\n' "insert into t values($id, '$row');" ".once $LAST" "select $id;"; done |
-  (echo 'pragma synchronous=full;'; cat) | sqlite3 -batch -bail db || exit 1
-cd / && umount /mnt && mount -t ext4 $DISK /mnt && cd /mnt || exit 1
-sqlite3 db "pragma integrity_check; select count(*) from t;"
-"#;
+/// What each database's functions are called by: `make` a database in the working directory, `commit` until there is a file `$OVER`,
+/// `look` at what is there, which prints the check and how many rows up to `$ROWS` there are. Long rows, so that few of them wait in the
+/// pipe when the time is over.
+const MOUNT: &str = "modprobe crc32c_generic; mkdir -p /mnt; attach() { mount -t ext4 $DISK /mnt && cd /mnt; }";
+/// Commits, then reads everything from the disk again.
+const COMMIT: &str =
+    "/sbin/mke2fs -q -t ext4 $DISK && attach && make && commit && cd / && umount /mnt && attach && look";
 
-/// What there is after a power cut: the check, and how many rows up to `$ROWS`.
-const AFTER: &str = r#"
-modprobe crc32c_generic; mkdir -p /mnt && mount -t ext4 $DISK /mnt && cd /mnt || exit 1
-sqlite3 db "pragma integrity_check; select count(*) from t where id <= $ROWS;"
-"#;
+/// Looks at what is there after an end that nobody had prepared, and at the file system itself; leaves it unmounted.
+const LOOK_AGAIN: &str = "attach && look && cd / && umount /mnt && e2fsck -f -n $DISK >&2";
 
+/// What commits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Database {
+    /// SQLite with a write-ahead log, which is flushed at each commit.
+    Wal,
+    /// SQLite with a rollback journal, which is deleted at each commit.
+    Delete,
+    /// PostgreSQL.
+    Postgresql,
+}
+
+impl Database {
+    /// The archive for the guest.
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub fn archive(self, assets: &Assets, say: Say<'_>) -> Result<PathBuf, AssetError> {
+        match self {
+            Self::Wal | Self::Delete => assets.database(),
+            Self::Postgresql => assets.postgresql(say),
+        }
+    }
+
+    /// Its functions for a shell.
+    fn functions(self) -> String {
+        match self {
+            Self::Wal => format!("JOURNAL=wal\n{}", include_str!("sqlite.sh")),
+            Self::Delete => format!("JOURNAL=delete\n{}", include_str!("sqlite.sh")),
+            Self::Postgresql => include_str!("postgresql.sh").into(),
+        }
+    }
+
+    /// A script that does `what` with it on `disk`, rows up to `rows`.
+    fn script(self, disk: &str, rows: u64, what: &str) -> String {
+        format!("DISK={disk}; OVER={OVER}; LAST={LAST}; ROWS={rows}; {MOUNT}\n{}\n{what}", self.functions())
+    }
+}
 /// A database at work, beside whatever else runs in its guest.
 pub struct Commits {
     guest: String,
@@ -61,15 +98,15 @@ impl Committed {
 }
 
 impl Commits {
-    /// Makes a file system on `disk` of the guest, and commits with this journal: `wal`, `delete`.
+    /// Makes a file system on `disk` of the guest, and commits to `database` there.
     ///
     /// # Errors
     /// The guest does not answer.
-    pub fn start(place: &mut Place, guest: &str, disk: &str, journal: &str) -> Result<Self, DemoError> {
-        let begin =
-            format!("JOURNAL={journal}; DISK={disk}; OVER={OVER}; LAST={LAST}; rm -f {OVER} {STATUS}; echo 0 >{LAST}");
+    pub fn start(place: &mut Place, guest: &str, disk: &str, database: Database) -> Result<Self, DemoError> {
+        let commit = database.script(disk, ALL_ROWS, COMMIT);
         let script = format!(
-            "{begin}; ( ( {COMMIT} ) </dev/null >{PRINTED} 2>{SAID}; echo $? >{STATUS} ) </dev/null >/dev/null 2>&1 & echo"
+            "rm -f {OVER} {STATUS}; echo 0 >{LAST}; ( ( {commit} ) </dev/null >{PRINTED} 2>{SAID}; echo $? >{STATUS} ) \
+             </dev/null >/dev/null 2>&1 & echo"
         );
         place.in_guest(guest, &script, STEP)?;
         Ok(Self { guest: guest.into() })
@@ -93,7 +130,7 @@ impl Commits {
     /// It has ended, or commits nothing more.
     pub fn await_more(&self, place: &mut Place, before: u64) -> Result<u64, DemoError> {
         let mut stall = Stall::new(SILENCE);
-        while !stall.is_over(()) {
+        while !stall.is_over(requests(place, &self.guest)?) {
             let now = self.so_far(place)?;
             if now > before {
                 return Ok(now);
@@ -110,7 +147,7 @@ impl Commits {
     pub fn finish(self, place: &mut Place) -> Result<Committed, DemoError> {
         let script = format!("touch {OVER}; [ -e {STATUS} ] && cat {STATUS} || echo");
         let mut stall = Stall::new(SILENCE);
-        while !stall.is_over(()) {
+        while !stall.is_over(requests(place, &self.guest)?) {
             let status = place.in_guest(&self.guest, &script, STEP)?;
             if let Ok(status) = status.trim().parse() {
                 let mut read = |file| place.in_guest(&self.guest, &format!("cat {file}"), STEP);
@@ -134,15 +171,13 @@ fn judge(last: &str, printed: &str, said: &str, status: i32) -> Committed {
     }
 }
 
-/// Looks at a database on `disk` of the guest of which rows up to `last` were committed before a power cut.
+/// Looks at `database` on `disk` of the guest, of which rows up to `last` were committed before a power cut or the guest's end.
 ///
 /// # Errors
 /// It cannot be read.
-pub fn look(place: &mut Place, guest: &str, disk: &str, last: u64) -> Result<Committed, DemoError> {
-    let said = place.in_guest(guest, &format!("DISK={disk}; ROWS={last}; {AFTER}"), SILENCE)?;
-    let mut lines = said.lines();
-    let (check, rows) = (lines.next().unwrap_or_default(), lines.next().and_then(|line| line.parse::<u64>().ok()));
-    Ok(Committed { commits: last, lost: last.saturating_sub(rows.unwrap_or(0)), check: check.into() })
+pub fn look(place: &mut Place, guest: &str, disk: &str, database: Database, last: u64) -> Result<Committed, DemoError> {
+    let said = place.in_guest(guest, &database.script(disk, last, LOOK_AGAIN), SILENCE)?;
+    Ok(judge(&last.to_string(), &said, "", 0))
 }
 
 #[cfg(test)]
