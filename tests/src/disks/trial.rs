@@ -1,6 +1,6 @@
-//! `umbra-bench disks`: many crashes of all kinds under the checker, fio or a database, with loss of cache, on one model of controller after
-//! the other, in one test host. The counter-check: the same with disks that hide their cache, of which nothing can be kept, has to find a
-//! loss.
+//! `umbra-bench disks`: many crashes of all kinds under the checker, fio or a database, with loss of cache, on one model of controller
+//! after the other, in one test host. The counter-check: the same with disks that hide their cache, of which nothing can be kept, has to
+//! find a loss.
 
 use std::path::PathBuf;
 
