@@ -179,8 +179,8 @@ fn pass_on_errors_of_the_medium(rig: &mut Rig) {
     trial.stop();
 }
 
-/// Errors that may be the driver's: no guest sees the first, and the second one is the guest's. `retries`: the driver itself tries again, so
-/// that an error that comes once is seen by nobody.
+/// Errors that may be the driver's: no guest sees the first, and the second one is the guest's. `retries`: the driver itself tries again,
+/// so that an error that comes once is seen by nobody.
 fn mask_errors_of_the_driver(rig: &mut Rig, n: usize, retries: bool) {
     let mut trial = Trial::start(rig, n);
     let model = trial.model();
