@@ -232,6 +232,11 @@ impl LossyDisk {
         self.shared.with(|inner| inner.drive.faults.set_delay(class, delay));
     }
 
+    /// Serves what waits for the end of a delay; what comes from now on waits all the same.
+    pub fn release(&self) {
+        self.shared.with(Inner::release);
+    }
+
     /// Puts another disk in the place of this one: the file `base`. What is unflushed is lost, and requests that wait fail. Clients
     /// notice nothing else, unless size or access is another: then their connections end, and they learn it when they connect again.
     ///

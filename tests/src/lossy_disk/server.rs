@@ -62,6 +62,8 @@ enum Fate {
 struct Waiting {
     request: Request,
     since: Instant,
+    /// No delay holds it up any more.
+    is_released: bool,
 }
 
 #[derive(Debug)]
@@ -122,6 +124,12 @@ impl Inner {
         self.connections.values().map(|connection| connection.queue.len()).sum()
     }
 
+    /// No delay holds up what has come.
+    pub(super) fn release(&mut self) {
+        let queues = self.connections.values_mut().flat_map(|connection| &mut connection.queue);
+        queues.for_each(|waiting| waiting.is_released = true);
+    }
+
     /// Ends all connections, as when a cable is pulled out.
     pub(super) fn hang_up(&mut self) {
         let ids: Vec<u64> = self.connections.keys().copied().collect();
@@ -155,7 +163,7 @@ impl Inner {
         let delays = &self.drive.faults;
         let left = |waiting: &Waiting| {
             let delay = delays.delay(waiting.request.class());
-            delay.saturating_sub(waiting.since.elapsed())
+            if waiting.is_released { Duration::ZERO } else { delay.saturating_sub(waiting.since.elapsed()) }
         };
         let left: Vec<Duration> = connection.queue.iter().map(left).collect();
         let due: Vec<usize> = (0..left.len()).filter(|&n| left[n].is_zero()).collect();
@@ -301,7 +309,7 @@ impl Shared {
         }
         match inner.connections.get_mut(&id) {
             Some(connection) if connection.fate == Fate::Open => {
-                connection.queue.push(Waiting { request, since: Instant::now() });
+                connection.queue.push(Waiting { request, since: Instant::now(), is_released: false });
             }
             _ => inner.drive.forget(&request),
         }

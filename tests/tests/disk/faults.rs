@@ -20,6 +20,9 @@ const FIRST: u64 = CHECKED / BLOCK;
 /// Looks in a row that find something at the disk: requests that do not wait are served between two of them.
 const LOOKS: u32 = 10;
 const LOOK: Duration = Duration::from_millis(20);
+/// In this time a process has been killed; and in that one a disk that answers nothing has been given up, after 10 s.
+const DEAD: Duration = Duration::from_secs(1);
+const GIVEN_UP: Duration = Duration::from_secs(15);
 /// Longer than any test: what is delayed so waits until it is not.
 const FOR_EVER: Duration = Duration::from_secs(24 * 3600);
 
@@ -101,18 +104,18 @@ impl<'a> Trial<'a> {
         self.disk().fail(class, start..start + BLOCK, times);
     }
 
-    /// Kills the driver VM while a write is at the disk, which it reaches nevertheless. Then the disk loses what it has not flushed, and
-    /// lets writes wait again.
+    /// Kills the driver VM while a write is at the disk, which it reaches nevertheless. Then the disk loses what it has not flushed; what the
+    /// next life writes waits again.
     fn die_over_a_write(&mut self) {
         self.await_write();
         let pid = self.machine.driver_pid(&mut self.rig.place, DISK_DRIVER).or_tell();
-        self.place().expect(&Kind::Kill.command(DISK_DRIVER, pid), STEP).or_tell();
-        self.await_event("driver-failed");
-        // A reset of an emulated controller waits for what is at its disk.
-        self.disk().delay(Class::Write, Duration::ZERO);
+        let mut kill = self.place().start(&Kind::Kill.command(DISK_DRIVER, pid)).or_tell();
+        // The reset of an emulated controller waits for what is at its disk, and the whole emulator with it: nothing can be heard then.
+        std::thread::sleep(scaled(DEAD));
+        self.disk().release();
+        self.rig.place.await_end(&mut kill, RECOVERY, |_| Ok(())).or_tell();
         self.await_event("driver-fenced");
         self.disk().lose(1.0);
-        self.disk().delay(Class::Write, FOR_EVER);
     }
 
     /// Waits until a write waits at the disk: what has been there for some time.
@@ -228,9 +231,12 @@ fn outlive_a_stall_and_deaths_in_replay(rig: &mut Rig, n: usize) {
     let mut checker = Checker::start(trial.place(), GUEST).or_tell();
     checker.await_more(trial.place(), BETWEEN).or_tell();
     trial.disk().stall();
-    let failed = trial.await_event("driver-failed");
+    // The emulator stands still from the controller's reset on.
+    std::thread::sleep(scaled(GIVEN_UP));
     trial.disk().resume();
+    let failed = trial.await_event("driver-failed");
     say(&format!("{model} stands still: {}", failed.text("reason")));
+    assert!(failed.text("reason").contains("no answer"), "{failed:?}");
     trial.await_event("driver-fenced");
     trial.disk().lose(1.0);
     trial.await_event("driver-live");

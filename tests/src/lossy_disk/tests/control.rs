@@ -219,6 +219,21 @@ fn answers_come_out_of_order() {
 }
 
 #[test]
+fn what_is_released_waits_no_longer_and_what_comes_later_does() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    rig.disk.delay(Class::Write, LONG);
+    let first = client.start_write(0, &sectors(1, 1));
+    rig.wait(|state| state.waiting == 1);
+    rig.disk.release();
+    assert_eq!(client.answer().unwrap().0, first);
+    let second = client.start_write(0, &sectors(1, 2));
+    assert_eq!(firsts(&client.read(0, 512).unwrap()), [1]);
+    rig.disk.delay(Class::Write, Duration::ZERO);
+    assert_eq!(client.answer().unwrap().0, second);
+}
+
+#[test]
 fn of_requests_that_are_due_a_random_one_is_next() {
     let order = |seed| {
         let rig = Rig::with(&Settings { seed, ..Settings::default() });
