@@ -149,12 +149,12 @@ fn a_file_that_is_no_kernel_ends_the_run() {
     std::fs::write(&kernel, "hello").unwrap();
     let output = umbra(dir.path(), &["run", "--quiet", "--kernel", kernel.to_str().unwrap()]);
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert_eq!(output.status.code(), Some(78), "another start would come to the same end: {stderr}");
     assert!(stderr.starts_with("umbra: guest: ") && stderr.contains(kernel.to_str().unwrap()), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     let output = umbra(dir.path(), &["run", "--kernel", kernel.to_str().unwrap()]);
     let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), told.as_str()), (Some(1), stderr.as_str()), "as an event and not once more");
+    assert_eq!((output.status.code(), told.as_str()), (Some(78), stderr.as_str()), "as an event and not once more");
     assert!(!dir.path().join("guest/control.sock").exists());
     let events = umbra(dir.path(), &["events"]);
     let events = String::from_utf8(events.stdout).unwrap();
