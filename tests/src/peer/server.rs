@@ -69,24 +69,25 @@ fn set_up(control: &UnixStream, nics: Option<usize>, one_wire: bool) -> Result<(
 }
 
 fn answer(request: &Request, download: &Download, recorded: &Ticks) -> Reply {
-    if let Request::Flood { host, mac, millis } = *request {
-        return match flood::send(host, mac, Duration::from_millis(millis)) {
-            Ok(datagrams) => Reply::Flooded { datagrams },
-            Err(error) => Reply::Failed { what: format!("the bench's peer cannot flood {host}: {error}") },
-        };
-    }
-    let mut state = download.lock().unwrap_or_else(PoisonError::into_inner);
+    let state = || download.lock().unwrap_or_else(PoisonError::into_inner);
+    let failed =
+        |what: &str, error: io::Error| Reply::Failed { what: format!("the bench's peer cannot {what}: {error}") };
     match *request {
-        Request::Offer { bytes, rate, allow } => state.offer(bytes, rate, allow),
-        Request::Allow { bytes } => state.allow = bytes,
-        Request::MarkStall => state.progress.longest_stall_ms = 0,
+        Request::Offer { bytes, rate, allow } => state().offer(bytes, rate, allow),
+        Request::Allow { bytes } => state().allow = bytes,
+        Request::MarkStall => state().progress.longest_stall_ms = 0,
         Request::Ping { host, mac } => {
             if let Err(error) = ping::begin(host, mac, recorded) {
-                return Reply::Failed { what: format!("the bench's peer cannot ask {host}: {error}") };
+                return failed(&format!("ask {host}"), error);
             }
         }
-        Request::Flood { .. } => {}
-        Request::Progress => return Reply::Progress(state.progress.clone()),
+        Request::Flood { host, mac, millis } => {
+            return match flood::send(host, mac, Duration::from_millis(millis)) {
+                Ok(datagrams) => Reply::Flooded { datagrams },
+                Err(error) => failed(&format!("flood {host}"), error),
+            };
+        }
+        Request::Progress => return Reply::Progress(state().progress.clone()),
         Request::TakeTicks => {
             return ticks::take(&mut recorded.lock().unwrap_or_else(PoisonError::into_inner));
         }
