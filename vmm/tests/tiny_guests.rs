@@ -9,7 +9,10 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::{Code, Files, Process, kvm};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use umbra_shadow::DeviceId;
+use umbra_vmm::base::proc_stat::ProcStat;
 use umbra_vmm::base::vm_users::VmUsers;
 use umbra_vmm::config::{Confine, Console};
 use umbra_vmm::wire::channel::Incoming;
@@ -335,6 +338,45 @@ fn numbers(pid: u32, line: &str) -> Vec<Vec<u32>> {
     std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(of).collect()
 }
 
+/// A VM of `program` whose guest runs for good, and the files that it needs.
+fn running(program: &Program) -> (VmProcess, Files) {
+    let files = Files::new(&common::elf(&Code::new().spin().0));
+    let process = VmProcess::spawn(program, files.spec(), (&[], &[]), Streams::Quiet).unwrap();
+    await_that("the VM runs", || {
+        matches!(process.channel().try_receive().unwrap(), Incoming::Message(FromVm::Running { .. }, _))
+    });
+    (process, files)
+}
+
+fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + common::PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_process_that_is_stopped_is_not_asked_for_its_device() {
+    if !kvm() {
+        return;
+    }
+    let path = env!("CARGO_BIN_EXE_umbra").into();
+    let program = Program { path, confine: Confine::Off, users: None, namespaces: false };
+    let (process, _files) = running(&program);
+    let pid = Pid::from_raw(process.pid().cast_signed());
+    let stat = || ProcStat::read(format!("/proc/{pid}")).unwrap();
+    kill(pid, Signal::SIGSTOP).unwrap();
+    await_that("it is stopped", || stat().is_stopped());
+    assert!(!process.ask_to_release());
+    kill(pid, Signal::SIGCONT).unwrap();
+    await_that("it goes on", || !stat().is_stopped());
+    assert!(process.ask_to_release());
+    await_that("it answers", || {
+        matches!(process.channel().try_receive().unwrap(), Incoming::Message(FromVm::Released { .. }, _))
+    });
+}
+
 #[test]
 fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
     if !kvm() || common::user().is_none() {
@@ -349,16 +391,7 @@ fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
     let users = VmUsers::find(host.path());
     let path = env!("CARGO_BIN_EXE_umbra").into();
     let program = Program { path, confine: Confine::On, users, namespaces: true };
-    let start = || {
-        let files = Files::new(&common::elf(&Code::new().spin().0));
-        let process = VmProcess::spawn(&program, files.spec(), (&[], &[]), Streams::Quiet).unwrap();
-        let deadline = Instant::now() + common::PATIENCE;
-        while !matches!(process.channel().try_receive().unwrap(), Incoming::Message(FromVm::Running { .. }, _)) {
-            assert!(Instant::now() < deadline, "the VM does not run");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        (process, files)
-    };
+    let start = || running(&program);
     let mut vms = [start(), start(), start()];
     for ((process, _), (uid, gid)) in vms.iter().zip([(64_900, 64_900), (64_901, 64_901), (64_987, 64_986)]) {
         let (uids, gids) = (numbers(process.pid(), "Uid:"), numbers(process.pid(), "Gid:"));
@@ -369,12 +402,8 @@ fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
         let lock = host.path().join(format!("run/umbra-users/{uid}"));
         assert_eq!(open.any(|path| path == lock), uid == gid, "it keeps a number that is its own");
     }
-    let deadline = Instant::now() + common::PATIENCE;
     vms[0].0.kill();
-    while vms[0].0.ended().is_none() {
-        assert!(Instant::now() < deadline, "it does not end");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    await_that("it ends", || vms[0].0.ended().is_some());
     assert_eq!(start().0.uid(), Some(64_987), "nobody has closed what keeps the number");
     drop(vms);
     assert_eq!(start().0.uid(), Some(64_900));

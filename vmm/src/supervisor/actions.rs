@@ -61,8 +61,8 @@ impl Supervisor {
                 if let Some(life) = &self.drivers[n].life {
                     renice_vcpus(life.process.pid(), LAST);
                 }
-                let channel = self.drivers[n].life.as_ref().map(|life| life.process.channel());
-                if channel.is_none_or(|channel| channel.send_now(&ToVm::Release, &[]).is_err()) {
+                let asked = self.drivers[n].life.as_ref().is_some_and(|life| life.process.ask_to_release());
+                if !asked {
                     self.drive(n, Input::Evidence);
                 }
                 self.drivers[n].held.fence();

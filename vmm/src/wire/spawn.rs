@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
+use crate::base::proc_stat::ProcStat;
 use crate::base::time::Time;
 use crate::base::vm_users::{Taken, VmUsers};
 use crate::config::Confine;
@@ -130,6 +131,13 @@ impl VmProcess {
         let process = Self { child, pidfd, channel, console, user, started };
         process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
+    }
+
+    /// Asks the process to give its device up. `false`: it will not, because it is gone, has long not read what it was sent, or is
+    /// stopped, so that nobody need wait for its answer.
+    pub fn ask_to_release(&self) -> bool {
+        let stopped = ProcStat::read(format!("/proc/{}", self.pid())).is_some_and(ProcStat::is_stopped);
+        !stopped && self.channel.send_now(&ToVm::Release, &[]).is_ok()
     }
 
     /// The process's number.

@@ -133,8 +133,7 @@ impl Supervisor {
         self.set_aside(n, now);
         let driver = &mut self.drivers[n];
         let Some(dying) = &mut driver.dying else { return };
-        let asked = dying.life.process.channel().send_now(&ToVm::Release, &[]);
-        dying.holds = Some(if asked.is_ok() { now + RELEASE } else { now });
+        dying.holds = Some(if dying.life.process.ask_to_release() { now + RELEASE } else { now });
         driver.press_on(now);
     }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::DriverVm;
 use super::life::LifeRole;
+use crate::base::proc_stat::ProcStat;
 use crate::base::time::Time;
 use crate::lifecycle::{Input, Rank};
 use crate::supervisor::ids::DriverId;
@@ -70,10 +71,9 @@ fn counts(thread: &Path) -> Option<Counts> {
     (ran > 0).then_some(Counts { ran, waited })
 }
 
-/// Runs or is ready to (state `R` in `/proc/PID/task/TID/stat`, behind the name in parentheses).
+/// Runs or is ready to.
 fn is_ready(thread: &Path) -> bool {
-    let text = fs::read_to_string(thread.join("stat")).unwrap_or_default();
-    text.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('R'))
+    ProcStat::read(thread).is_some_and(|stat| stat.state == 'R')
 }
 
 impl Supervisor {

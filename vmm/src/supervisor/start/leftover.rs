@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
 
+use crate::base::proc_stat::ProcStat;
 use crate::host::sysfs::HostDevice;
 use crate::wire::spawn::SUPERVISOR;
 
@@ -112,11 +113,7 @@ fn name_of(pid: i32, dead: u32) -> Option<String> {
 /// Whether `pid` is a process that still does or holds something and whose parent is not `dead`: that number may be
 /// another living supervisor's by now, with VMs of its own.
 fn is_alive(pid: i32, dead: u32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // "PID (NAME) STATE PARENT ...", and the name may hold anything.
-    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    let (state, parent) = (fields.next(), fields.next().and_then(|parent| parent.parse::<u32>().ok()));
-    !matches!(state, Some("Z" | "X") | None) && parent != Some(dead)
+    ProcStat::read(format!("/proc/{pid}")).is_some_and(|stat| !stat.has_ended() && stat.parent != dead)
 }
 
 #[cfg(test)]
