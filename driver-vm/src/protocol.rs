@@ -309,6 +309,8 @@ pub enum CrashKind {
 
 /// Most ranges of memory that an agent gives up: a line of them is far shorter than [`MAX_LINE`].
 pub const MAX_UNUSED: usize = 256;
+/// Addresses in a [`FromAgent::Hello`]: as many as a processor has breakpoints.
+pub const MAX_PANIC_ENTRIES: usize = 4;
 
 /// Memory of a driver VM: whole huge pages of 2 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -351,6 +353,9 @@ pub enum FromAgent {
         kernel: String,
         /// Milliseconds since the kernel started.
         uptime_ms: u64,
+        /// Addresses of the functions that the kernel calls first when it dies; at most [`MAX_PANIC_ENTRIES`]. None: not known.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        panic_entries: Vec<u64>,
     },
     /// All modules of the image are loaded: once there is a device, its driver finds it.
     Loaded {

@@ -57,7 +57,6 @@ fn failures_of_the_device_itself_are_noticed_and_outlived() {
 fn outlive_a_broken_device() {
     let (mut place, mut spec) =
         place_in(BenchSpec { cmdline: "iomem=relaxed".into(), ..BenchSpec::new("broken-device") });
-    spec.standbys = 2;
     // A storm has fewer on a slower machine.
     spec.interrupts_per_s = INTERRUPTS_PER_S / patience::whole_factor().min(6);
     let mut machine = Machine::start(&mut place, &spec).or_tell();
@@ -70,6 +69,7 @@ fn outlive_a_broken_device() {
         (BUS_ERROR, "dmesg | grep -q 'aer_inject: Injecting errors'", "device", "uncorrectable error"),
         (mute, "kill $(cat /tmp/mute.pid)", "agent", "is stuck"),
     ] {
+        machine.await_standby(NIC_DRIVER, RECOVERY).or_tell();
         place.expect(cause, STEP).or_tell();
         let caused = Instant::now();
         let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();
@@ -123,12 +123,12 @@ fn guest_ticks(place: &mut Place, every: Duration) {
 fn outlive_each_kind() {
     let (mut place, mut spec) = place_with("failure-kinds", "rtl8139");
     spec.restart_limit = 20;
-    // The next failure follows at once: with one, most outages would be restores.
-    spec.standbys = 2;
     let mut machine = Machine::start(&mut place, &spec).or_tell();
     let before = carrier_changes(&mut place);
     guest_ticks(&mut place, TICK_EVERY);
     for (what, cause, sources) in FAILURES {
+        // Outages without one are those of `umbra-bench rebirth`.
+        machine.await_standby(NIC_DRIVER, RECOVERY).or_tell();
         let pid = machine.driver_pid(&mut place, NIC_DRIVER).or_tell();
         place.expect(&cause.replace("PID", &pid.to_string()), STEP).or_tell();
         let failed = machine.await_event(RECOVERY, |event| event.event == "driver-failed").or_tell();

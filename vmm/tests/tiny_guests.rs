@@ -97,6 +97,26 @@ fn a_panic_is_heard_while_the_guest_runs_on() {
 }
 
 #[test]
+fn a_panic_is_heard_before_the_kernel_has_said_a_word_of_it() {
+    if !kvm() {
+        return;
+    }
+    // As above, waits for the power button.
+    let wait = [0xba, 0x00, 0x06, 0, 0, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9];
+    let before = Code::new().out16(PM1_ENABLE, 0x100).print("ready").raw(&wait);
+    let dies_at = common::ENTRY + before.0.len() as u64;
+    let mut vm = Process::start(&before.print("last words").out8(0x505, 1).spin().0);
+    vm.wait_for("ready");
+    // The second is not come by.
+    vm.send(&ToVm::WatchForPanic { entries: vec![dies_at, common::ENTRY] });
+    vm.send(&ToVm::PowerButton);
+    assert!(matches!(vm.next(), Some(FromVm::Panicking { .. })));
+    assert!(matches!(vm.next(), Some(FromVm::Panicked { .. })), "it goes on");
+    vm.wait_for("readylast words");
+    vm.kill();
+}
+
+#[test]
 fn the_host_bridge_is_found_both_ways() {
     if !kvm() {
         return;

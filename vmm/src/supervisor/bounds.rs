@@ -55,6 +55,7 @@ fn in_its_life(mut message: FromVm, (from, until): (Time, Time)) -> FromVm {
         FromVm::Running { at }
         | FromVm::Plugged { at }
         | FromVm::Released { at }
+        | FromVm::Panicking { at }
         | FromVm::Panicked { at }
         | FromVm::Ended { at, .. }
         | FromVm::DeviceFailed { at, .. }
@@ -139,6 +140,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         FromVm::Running { .. }
         | FromVm::Plugged { .. }
         | FromVm::Released { .. }
+        | FromVm::Panicking { .. }
         | FromVm::Panicked { .. }
         | FromVm::LinkUp { .. }
         | FromVm::Vcpus(_)

@@ -113,6 +113,7 @@ impl Supervisor {
             FromVm::Confined { thread, call } => self.guests[n].error = Some(bounds::confined(&thread, call).into()),
             FromVm::LinkUp { .. }
             | FromVm::Plugged { .. }
+            | FromVm::Panicking { .. }
             | FromVm::Released { .. }
             | FromVm::Disconnected { .. }
             | FromVm::Snapshot { .. } => {}

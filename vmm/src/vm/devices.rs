@@ -406,6 +406,7 @@ impl Devices {
             | ToVm::Release
             | ToVm::LockUp
             | ToVm::Nmi
+            | ToVm::WatchForPanic { .. }
             | ToVm::Plug { .. }
             | ToVm::Snapshot { .. } => {}
         }

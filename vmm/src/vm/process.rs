@@ -246,6 +246,9 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
         if orders.nmi {
             vcpus.inject_nmi();
         }
+        if let Some(entries) = orders.panic_entries {
+            vcpus.watch_for_panic(&entries);
+        }
         if let Some(unused) = orders.snapshot {
             give_up(&vm, unused);
             take_snapshot((&vm, &vcpus), (snapshot.take(), lacks_place.as_deref()), host);
@@ -389,6 +392,8 @@ struct Orders {
     lock_up: bool,
     /// They get a non-maskable interrupt.
     nmi: bool,
+    /// They are to stop where the kernel begins to die.
+    panic_entries: Option<Vec<u64>>,
     /// A snapshot is to be taken, of a VM that gives this memory up first.
     snapshot: Option<Vec<MemoryRange>>,
     /// The VM meets its device, or a guest.
@@ -400,6 +405,7 @@ const END: u32 = 0;
 const PANICKED: u32 = 1;
 const SIGNAL: u32 = 2;
 const SUPERVISOR: u32 = 3;
+const PANICKING: u32 = 4;
 
 impl Control {
     fn kill(&mut self) {
@@ -430,6 +436,7 @@ impl Control {
             ToVm::Finish => self.vm.end.set(VmEnd::Killed),
             ToVm::LockUp => self.orders.lock_up = true,
             ToVm::Nmi => self.orders.nmi = true,
+            ToVm::WatchForPanic { entries } => self.orders.panic_entries = Some(entries),
             ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
             ToVm::Release => {
                 self.devices.release();
@@ -454,6 +461,7 @@ impl MutEventSubscriber for Control {
         let mut watched = vec![
             Events::with_data(self.vm.end.event(), END, EventSet::IN),
             Events::with_data(&self.vm.panicked, PANICKED, EventSet::IN),
+            Events::with_data(&self.vm.panicking, PANICKING, EventSet::IN),
             Events::with_data(&self.signals, SIGNAL, EventSet::IN),
         ];
         if let Host::Supervisor(supervisor) = &*self.host {
@@ -472,6 +480,10 @@ impl MutEventSubscriber for Control {
             PANICKED => {
                 let _ = self.vm.panicked.read();
                 self.host.tell(&FromVm::Panicked { at: Time::now().0 });
+            }
+            PANICKING => {
+                let _ = self.vm.panicking.read();
+                self.host.tell(&FromVm::Panicking { at: Time::now().0 });
             }
             SIGNAL => {
                 let _ = self.signals.read_signal();

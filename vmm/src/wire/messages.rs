@@ -30,6 +30,11 @@ pub enum ToVm {
     Kill,
     /// Driver VM: give the passed-through device up at once and run on; answered by [`FromVm::Released`].
     Release,
+    /// Driver VM: here its kernel begins to die; a vCPU that comes by is told of, once ([`FromVm::Panicking`]).
+    WatchForPanic {
+        /// Addresses of instructions.
+        entries: Vec<u64>,
+    },
     /// Have every vCPU spin where it is with interrupts off, for good: a failure to be noticed by who serves the VM.
     LockUp,
     /// Standby: put this host PCI function on the VM's bus, or in the place of what is there of it ahead; answered by
@@ -172,6 +177,11 @@ pub enum FromVm {
         how: VmEnd,
         /// Registers of each vCPU at the end, as text for the crash report (driver VMs).
         registers: String,
+    },
+    /// A vCPU is about to run one of the instructions of [`ToVm::WatchForPanic`]; the kernel's last words follow.
+    Panicking {
+        /// When, ns.
+        at: u64,
     },
     /// pvpanic: the kernel says it has panicked; it may still be running.
     Panicked {

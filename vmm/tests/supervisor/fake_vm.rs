@@ -288,7 +288,7 @@ fn driver(spec: &VmSpec, channel: Channel) {
     let begin = lines.next().unwrap().unwrap();
     let Ok(ToAgent::Begin { generation: which, .. }) = serde_json::from_str(&begin) else { panic!("{begin}") };
     assert_eq!(which, generation);
-    say(FromAgent::Hello { generation, kernel: release, uptime_ms: 1 });
+    say(FromAgent::Hello { generation, kernel: release, uptime_ms: 1, panic_entries: Vec::new() });
     let channel = Arc::new(channel);
     let heartbeats = || {
         let heart = Arc::clone(&sender);
@@ -565,6 +565,7 @@ fn obey(control: &Channel, stays: bool, unanswered: Option<&Path>) {
 fn crash(kind: CrashKind, sender: &Mutex<UnixStream>, channel: &Channel) {
     match kind {
         CrashKind::Panic => {
+            channel.send(&FromVm::Panicking { at: Time::now().0 }, &[]).unwrap();
             println!("[    9.9] Kernel panic - not syncing: fake crash\n[    9.9] CPU: 0 PID: 1");
             channel.send(&FromVm::Panicked { at: Time::now().0 }, &[]).unwrap();
         }

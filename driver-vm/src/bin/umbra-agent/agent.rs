@@ -22,7 +22,7 @@ use crate::network_thread::{Missing, NetworkThread, Report};
 use crate::port::Port;
 use crate::self_test;
 use crate::sound::{self, Service};
-use crate::{kernel_log, pci, system, unused};
+use crate::{kernel_log, pci, symbols, system, unused};
 
 /// Interval at which a host that has closed its end is looked for again; poll(2) cannot wait for it.
 const HOST_AWAY: Duration = Duration::from_millis(20);
@@ -34,6 +34,8 @@ const BEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
 #[derive(Debug)]
 pub struct Agent {
     port: Port,
+    /// For the host, which is to see the kernel's death begin.
+    panic_entries: Vec<u64>,
     /// Which life this is, once the host has said so.
     generation: Option<u32>,
     host_away: bool,
@@ -70,7 +72,8 @@ impl Agent {
         let (task, next_beat) = (Task::Idle, Instant::now() + BEAT);
         let (generation, host_away, beats) = (None, false, 0);
         let due = Due::after_boot(Duration::from_millis(system::uptime_ms()));
-        let mut new = Self { port, generation, host_away, loading, task, pool, due, beats, next_beat };
+        let panic_entries = symbols::panic_entries();
+        let mut new = Self { port, panic_entries, generation, host_away, loading, task, pool, due, beats, next_beat };
         new.port.send(&FromAgent::Ready { loaded: false, unused: Vec::new() })?;
         Ok(new)
     }
@@ -164,7 +167,8 @@ impl Agent {
         system::set_clock(unix_ns);
         self.next_beat = Instant::now() + BEAT;
         let (kernel, uptime_ms) = (system::release(), system::uptime_ms());
-        self.port.send(&FromAgent::Hello { generation, kernel, uptime_ms })?;
+        let panic_entries = std::mem::take(&mut self.panic_entries);
+        self.port.send(&FromAgent::Hello { generation, kernel, uptime_ms, panic_entries })?;
         if self.loading.done() { self.say_loaded() } else { Ok(()) }
     }
 

@@ -21,6 +21,7 @@ mod queue;
 mod receive;
 mod self_test;
 mod sound;
+mod symbols;
 mod system;
 mod transmit;
 mod unused;

@@ -22,6 +22,9 @@ use crate::wire::spawn::{VmProcess, describe_exit};
 /// On hardware that takes some ten milliseconds; where the console is slower, the evidence is cut off here.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// Time for the first line of a panic that was seen before it.
+const FIRST_WORD: Duration = Duration::from_millis(300);
+
 /// Nice value of a failed life's process: the recovery goes before it.
 pub(in crate::supervisor) const LAST: i32 = 19;
 
@@ -71,9 +74,8 @@ impl Dying {
     /// Whether it has just given up the device that it still held.
     fn on(&mut self, heard: Heard) -> bool {
         match heard {
-            Heard::Process(FromVm::Panicked { .. }) if matches!(self.stage, Stage::Speaking(_)) => {
-                self.stage = Stage::Speaking(Time::now());
-            }
+            Heard::Process(FromVm::Panicked { .. }) => self.stage.ends_by(Time::now()),
+            Heard::Fatal(_) => self.stage.ends_by(Time::now() + LAST_WORDS),
             Heard::Process(FromVm::Ended { registers, .. }) => self.life.registers = registers,
             Heard::Process(FromVm::Released { .. }) => return self.holds.take().is_some(),
             _ => {}
@@ -103,6 +105,15 @@ enum Stage {
     Killed,
 }
 
+impl Stage {
+    /// What it may still say it has said by `time`.
+    fn ends_by(&mut self, time: Time) {
+        if let Self::Speaking(until) = self {
+            *until = time.min(*until);
+        }
+    }
+}
+
 impl Supervisor {
     /// The present life of driver VM `n` has given its device up: it may say its last words, beside the recovery.
     pub(in crate::supervisor) fn begin_last_words(&mut self, n: DriverId) {
@@ -122,7 +133,12 @@ impl Supervisor {
         renice(life.process.pid(), LAST);
         let speaks = driver.report.as_ref().is_some_and(|report| report.source == NoticedBy::Panic) && !life.panicked;
         let console = driver.console.split_off();
-        let until = if speaks { now + LAST_WORDS } else { now };
+        let silent_yet = console.fatal().is_none();
+        let until = match speaks {
+            true if silent_yet => now + FIRST_WORD + LAST_WORDS,
+            true => now + LAST_WORDS,
+            false => now,
+        };
         self.finish_last_words(n, "its process was killed".into());
         let driver = &mut self.drivers[n];
         driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), holds: None, report: None });

@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 
 use nix::poll::PollFlags;
-use umbra_driver_vm::protocol::{DevicePlace, FromAgent, LinkMode, MAX_LINE, ToAgent};
+use umbra_driver_vm::protocol::{DevicePlace, FromAgent, LinkMode, MAX_LINE, MAX_PANIC_ENTRIES, ToAgent};
 use umbra_guest_images::image::Image;
 use umbra_shadow::Generation;
 use umbra_splitter::untrusted;
@@ -18,6 +18,7 @@ use umbra_splitter::untrusted;
 use super::begin::Begin;
 use super::console::{Console, Fatal};
 use super::{DriverVm, EndLink, StandbyVm};
+use crate::base::error::chain;
 use crate::base::lines::{LineError, Lines};
 use crate::base::time::Time;
 use crate::lifecycle::{Endpoint, Input, Rank};
@@ -28,7 +29,7 @@ use crate::supervisor::ids::{DriverId, Table};
 use crate::supervisor::run::Supervisor;
 use crate::supervisor::vcpu_answers::VcpuAnswers;
 use crate::wire::channel::Incoming;
-use crate::wire::messages::FromVm;
+use crate::wire::messages::{FromVm, ToVm};
 use crate::wire::spawn::VmProcess;
 
 /// Messages of one process that are handled at a turn of the loop: one that floods must not starve the rest.
@@ -153,6 +154,17 @@ pub(in crate::supervisor) struct Life {
 }
 
 impl Life {
+    /// Has its process tell of a vCPU that comes to one of `entries`, where its agent says that its kernel begins to die. A process that
+    /// takes no message hears of it by the text of the panic.
+    pub(super) fn watch_for_panic(&self, mut entries: Vec<u64>) {
+        entries.truncate(MAX_PANIC_ENTRIES);
+        if !entries.is_empty()
+            && let Err(error) = self.process.channel().send_now(&ToVm::WatchForPanic { entries }, &[])
+        {
+            tracing::debug!(error = chain(&error), "tell a driver VM's process where its kernel begins to die");
+        }
+    }
+
     /// A life that begins: nothing is heard yet, and none of its `ends` is connected.
     pub(super) fn new(
         (generation, image, purpose, begin): (Generation, Arc<Image>, Purpose, Begin),

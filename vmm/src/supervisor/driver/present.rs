@@ -51,6 +51,7 @@ impl Supervisor {
             FromVm::Disconnected { end, link, why } => self.on_disconnected(n, LifeRole::Present, end, link, &why),
             FromVm::Released { .. } => self.drive(n, Input::Released),
             FromVm::Snapshot { news } => self.on_snapshot(n, LifeRole::Present, &news),
+            FromVm::Panicking { at } => self.fail_driver(n, NoticedBy::Panic, "kernel panic", Time(at)),
             FromVm::Panicked { at } => {
                 if let Some(life) = &mut self.drivers[n].life {
                     life.panicked = true;
@@ -127,7 +128,7 @@ impl Supervisor {
         let now = Time::now();
         match message {
             FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Present), loaded, unused),
-            FromAgent::Hello { generation, kernel, .. } => {
+            FromAgent::Hello { generation, kernel, panic_entries, .. } => {
                 let driver = &mut self.drivers[n];
                 let current = Generation::new(generation).filter(|generation| driver.is_current(*generation));
                 let Some(life_generation) = current else {
@@ -136,6 +137,9 @@ impl Supervisor {
                 };
                 driver.kernel = Some(text(&kernel));
                 driver.trust.said_hello(life_generation);
+                if let Some(life) = &driver.life {
+                    life.watch_for_panic(panic_entries);
+                }
                 self.stage(n, LifeStage::Hello, now, text(&kernel));
                 self.drive(n, Input::Hello);
                 self.rescan(n);

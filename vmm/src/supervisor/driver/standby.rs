@@ -188,7 +188,7 @@ impl Supervisor {
 
     fn on_standby_vm(&mut self, (n, rank): (DriverId, Rank), message: FromVm) -> Option<String> {
         match message {
-            FromVm::Panicked { .. } => Some("kernel panic".into()),
+            FromVm::Panicking { .. } | FromVm::Panicked { .. } => Some("kernel panic".into()),
             FromVm::Failed { what, .. } => Some(what),
             FromVm::DeviceFailed { device, what, .. } => {
                 if let Some(spare) = &mut self.drivers[n].spare {
@@ -219,11 +219,12 @@ impl Supervisor {
         let standby = driver.waiting_mut(rank).as_mut()?;
         match message {
             FromAgent::Ready { loaded, unused } => self.on_agent_ready((n, LifeRole::Standby(rank)), loaded, unused),
-            FromAgent::Hello { generation, kernel, .. } => {
+            FromAgent::Hello { generation, kernel, panic_entries, .. } => {
                 if generation != standby.life.generation.get() {
                     return Some(format!("its agent says that it is generation {generation}"));
                 }
                 standby.kernel = Some(bounds::text(&kernel));
+                standby.life.watch_for_panic(panic_entries);
                 let generation = standby.life.generation;
                 driver.trust.said_hello(generation);
                 self.drive(n, Input::StandbyHello(rank));

@@ -170,6 +170,7 @@ const VCPU: &[Row] = rows![
     SYS_ioctl [Request(0xAE9F, "KVM_GET_VCPU_EVENTS")]: "snapshots, lock-ups"
     SYS_ioctl [Request(0xAEA0, "KVM_SET_VCPU_EVENTS")]: "lock-ups"
     SYS_ioctl [Request(0xAE9A, "KVM_NMI")]: "umbra nmi"
+    SYS_ioctl [Request(0xAE9B, "KVM_SET_GUEST_DEBUG")]: "breakpoints where a driver VM's kernel begins to die"
     SYS_ioctl [Request(0xAEA1, "KVM_GET_DEBUGREGS")]: "snapshots"
     SYS_ioctl [Request(0xAEA3, "KVM_GET_TSC_KHZ")]: "snapshots"
     SYS_ioctl [Request(0xAEA4, "KVM_GET_XSAVE")]: "snapshots"

@@ -12,6 +12,7 @@ pub mod kvm;
 pub mod layout;
 pub mod legacy;
 pub mod memory;
+pub mod panic_watch;
 pub mod state;
 pub mod terminal;
 pub mod unused;

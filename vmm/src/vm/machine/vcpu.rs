@@ -21,6 +21,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::bus::Bus;
 use super::coalesced::CoalescedWrites;
 use super::end::End;
+use super::panic_watch::PanicWatch;
 use super::state::{self, VcpuState};
 use crate::base::lock::lock;
 use crate::wire::messages::VmEnd;
@@ -64,6 +65,7 @@ pub struct Shared {
     lock_up: Arc<LockUp>,
     nmi: Arc<Nmi>,
     pause: Arc<Pause>,
+    panic_watch: Arc<PanicWatch>,
     /// The MSRs that belong to the state of a vCPU.
     msrs: Arc<[u32]>,
     /// Writes that made no exit.
@@ -72,7 +74,13 @@ pub struct Shared {
 
 impl Shared {
     /// vCPUs with these.
-    pub fn new(bus: &Arc<Bus>, end: &Arc<End>, memory: &GuestMemoryMmap, msrs: Arc<[u32]>) -> Self {
+    pub fn new(
+        bus: &Arc<Bus>,
+        end: &Arc<End>,
+        memory: &GuestMemoryMmap,
+        msrs: Arc<[u32]>,
+        panic_watch: PanicWatch,
+    ) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
         Self {
             bus,
@@ -81,6 +89,7 @@ impl Shared {
             lock_up: Arc::default(),
             nmi: Arc::default(),
             pause: Arc::default(),
+            panic_watch: Arc::new(panic_watch),
             msrs,
             coalesced: None,
         }
@@ -225,6 +234,7 @@ pub struct Vcpus {
     lock_up: Arc<LockUp>,
     nmi: Arc<Nmi>,
     pause: Arc<Pause>,
+    panic_watch: Arc<PanicWatch>,
 }
 
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -250,14 +260,15 @@ impl Vcpus {
         let gate = Arc::new(Gate::default());
         let (end, lock_up) = (Arc::clone(&shared.end), Arc::clone(&shared.lock_up));
         let (nmi, pause) = (Arc::clone(&shared.nmi), Arc::clone(&shared.pause));
-        let mut started = Self { threads: Vec::new(), end, lock_up, nmi, pause };
+        let panic_watch = Arc::clone(&shared.panic_watch);
+        let mut started = Self { threads: Vec::new(), end, lock_up, nmi, pause, panic_watch };
         let mut failed = None;
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let (shared, gate) = (shared.clone(), Arc::clone(&gate));
             let body = move || {
                 gate.pass();
                 let guard = EndOnPanic(Arc::clone(&shared.end));
-                let report = Runner { id, vcpu, shared, locked_up: false, nmis: 0 }.run();
+                let report = Runner { id, vcpu, shared, locked_up: false, nmis: 0, watch: 0 }.run();
                 drop(guard);
                 report
             };
@@ -291,6 +302,16 @@ impl Vcpus {
         self.nmi.done.store(0, Ordering::Release);
         self.nmi.wanted.fetch_add(1, Ordering::Release);
         self.kick_until_done(&self.nmi.done);
+    }
+
+    /// Has every vCPU stop where it is about to run an instruction at one of `entries`, of which [`MAX_PANIC_ENTRIES`] can be had:
+    /// once, which is told by [`Vm::panicking`]. Returns when all do.
+    ///
+    /// [`MAX_PANIC_ENTRIES`]: umbra_driver_vm::protocol::MAX_PANIC_ENTRIES
+    /// [`Vm::panicking`]: super::vm::Vm::panicking
+    pub fn watch_for_panic(&self, entries: &[u64]) {
+        self.panic_watch.set(entries);
+        self.kick_until_done(&self.panic_watch.done);
     }
 
     /// Kicks all vCPUs out of `KVM_RUN` until each has counted itself in `done`, or the VM has ended.
@@ -378,6 +399,8 @@ struct Runner {
     locked_up: bool,
     /// Non-maskable interrupts that it has had.
     nmis: u32,
+    /// The breakpoints that it has had.
+    watch: u32,
 }
 
 impl Runner {
@@ -399,6 +422,7 @@ impl Runner {
                 }
                 self.shared.nmi.done.fetch_add(1, Ordering::Release);
             }
+            self.shared.panic_watch.arm(&self.vcpu, &mut self.watch);
             let turn = if self.shared.pause.wanted.load(Ordering::Acquire) { self.pause() } else { self.step() };
             if let Turn::Ended(how, reason) = turn {
                 self.shared.end.set(how);
@@ -445,6 +469,12 @@ impl Runner {
                 bus.memory_read(address, data);
                 Turn::Served
             }
+            Ok(VcpuExit::Debug(_)) => match self.shared.panic_watch.on_hit(&self.vcpu) {
+                Ok(()) => Turn::Served,
+                Err(error) => {
+                    Turn::Ended(VmEnd::Error, format!("take a breakpoint away (KVM_SET_GUEST_DEBUG): {error}"))
+                }
+            },
             Ok(VcpuExit::Intr) => Turn::Kicked,
             Ok(VcpuExit::Shutdown) => ended(VmEnd::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)"),
             Ok(VcpuExit::SystemEvent(kind, _)) => match kind {

@@ -15,6 +15,7 @@ use super::coalesced::CoalescedWrites;
 use super::end::End;
 use super::legacy::{Backlog, Legacy, SerialError, SerialLine};
 use super::memory::{self, MemorySlot, MemorySlots};
+use super::panic_watch::PanicWatch;
 use super::unused::Unused;
 use super::vcpu::{self, Shared, Vcpus};
 use super::vcpu_stats::VcpuStats;
@@ -94,6 +95,8 @@ pub struct Vm {
     pub backlog: Option<Arc<Backlog>>,
     /// Readable when the guest says that it has panicked.
     pub panicked: EventFd,
+    /// Readable when a vCPU has come to a breakpoint of [`Vcpus::watch_for_panic`].
+    pub panicking: EventFd,
     kvm: Kvm,
     platform: Platform,
     /// What KVM counts, once vCPUs run.
@@ -143,6 +146,7 @@ impl Vm {
             serial,
             backlog,
             panicked,
+            panicking: eventfd()?,
             kvm,
             platform,
             stats: OnceLock::new(),
@@ -193,7 +197,9 @@ impl Vm {
     }
 
     fn shared(&self, vcpus: &[VcpuFd]) -> Result<Shared, Error> {
-        let shared = Shared::new(&self.bus, &self.end, &self.memory, state::msr_indices(&self.kvm)?.into());
+        let panic_watch = PanicWatch::new(self.panicking.try_clone().map_err(Error::EventFd)?);
+        let msrs = state::msr_indices(&self.kvm)?.into();
+        let shared = Shared::new(&self.bus, &self.end, &self.memory, msrs, panic_watch);
         let of_console = |vcpu| CoalescedWrites::of_port(layout::COM1, (&self.kvm, &self.fd, vcpu));
         let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
         vcpu::expect_kicks()?;
