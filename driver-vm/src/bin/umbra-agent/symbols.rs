@@ -59,7 +59,10 @@ mod tests {
         assert_eq!(addresses(symbols.as_bytes()), [0xffff_ffff_81c0_0010]);
         let symbols = "ffffffff810a1b20 T oops_enter\nffffffff81c00010 T panic\nffffffff81c00020 T panic\n";
         assert_eq!(addresses(symbols.as_bytes()), [0xffff_ffff_810a_1b20, 0xffff_ffff_81c0_0010]);
-        assert_eq!(addresses(&b"0000000000000000 T panic\n0000000000000000 T oops_enter\n"[..]), []);
-        assert_eq!(addresses(&b"\nnonsense\nx T panic\n\xff\xff\n"[..]), []);
+        for nothing in
+            [&b"0000000000000000 T panic\n0000000000000000 T oops_enter\n"[..], b"\nnonsense\nx T panic\n\xff\xff\n"]
+        {
+            assert!(addresses(nothing).is_empty());
+        }
     }
 }
