@@ -15,7 +15,8 @@ use umbra_tests::peer::peer_address;
 use umbra_tests::probe::net::TICK_EVERY;
 
 /// A failure: how it is made (`PID` stands for the driver VM's process), and what it may be noticed by.
-const FAILURES: [(&str, &str, &[&str]); 9] = [
+const FAILURES: [(&str, &str, &[&str]); 10] = [
+    ("a panic", "umbra crash nic0 --kind panic", &["panic"]),
     ("the agent hangs, the kernel lives on", "umbra crash nic0 --kind agent-hang", &["heartbeat"]),
     ("real-time tasks take every CPU", "umbra crash nic0 --kind spin", &["heartbeat"]),
     ("every vCPU spins with interrupts off", "umbra crash nic0 --kind lock-up", &["heartbeat"]),

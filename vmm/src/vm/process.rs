@@ -440,6 +440,7 @@ impl Control {
             ToVm::Snapshot { unused } => self.orders.snapshot = Some(unused),
             ToVm::Release => {
                 self.devices.release();
+                self.vm.panic_watch.let_go();
                 self.host.tell(&FromVm::Released { at: Time::now().0 });
             }
             ToVm::Plug { device } => self.host.tell(&match self.devices.plug(&self.vm, (&device, fds), &self.host) {

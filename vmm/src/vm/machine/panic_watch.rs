@@ -2,12 +2,16 @@
 //! instruction is about to run, before the kernel has printed a word of it. Each character that it prints is an exit, and pvpanic comes
 //! behind all of them.
 //!
+//! The vCPU that has come to one stands still until the device is out of the VM, or for a quarter of a second: what it would print takes
+//! the processor from the recovery, and a kernel that dies is not to touch its device. Then it goes on, for its last words.
+//!
 //! They are the vCPU's debug registers (`KVM_SET_GUEST_DEBUG` with `KVM_GUESTDBG_USE_HW_BP`), so that nothing of the guest is changed; a
 //! debugger in the guest has none of its own meanwhile. Where a function is, the driver VM's agent says; one that lies ends
 //! its own life, when its kernel comes by.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch};
 use kvm_ioctls::VcpuFd;
@@ -16,6 +20,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::base::lock::lock;
 
+/// Longest time that a vCPU stands still: the supervisor waits no longer for a device to be given up.
+const STAND_STILL: Duration = Duration::from_millis(250);
 /// Bits of DR7 that are always set.
 const DR7_FIXED: u64 = 1 << 10;
 
@@ -31,13 +37,17 @@ pub struct PanicWatch {
     told: AtomicBool,
     /// Signalled when the first is hit.
     hit: EventFd,
+    /// Nobody stands still any more.
+    let_go: Mutex<bool>,
+    changed: Condvar,
 }
 
 impl PanicWatch {
     /// No breakpoints yet. `hit` is signalled when one is hit for the first time.
     pub fn new(hit: EventFd) -> Self {
         let (entries, version) = (Mutex::default(), AtomicU32::new(0));
-        Self { entries, version, done: AtomicUsize::new(0), told: AtomicBool::new(false), hit }
+        let (done, told) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { entries, version, done, told, hit, let_go: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Has all vCPUs stop at `entries`, of which [`MAX_PANIC_ENTRIES`] can be had, once each has taken them.
@@ -60,7 +70,13 @@ impl PanicWatch {
         self.done.fetch_add(1, Ordering::Release);
     }
 
-    /// `vcpu` has stopped at one. It goes on without any, to print its last words.
+    /// Lets vCPUs go on that stand still, and those that would.
+    pub fn let_go(&self) {
+        *lock(&self.let_go) = true;
+        self.changed.notify_all();
+    }
+
+    /// `vcpu` has stopped at one, and stands still. It goes on without any.
     ///
     /// # Errors
     /// KVM does not take the breakpoints away, so that it would stop there for ever.
@@ -71,6 +87,8 @@ impl PanicWatch {
         {
             tracing::warn!(%error, "tell of the guest's panic");
         }
+        // Whether the wait ended in time says nothing that is of use.
+        drop(self.changed.wait_timeout_while(lock(&self.let_go), STAND_STILL, |let_go| !*let_go));
         Ok(())
     }
 }

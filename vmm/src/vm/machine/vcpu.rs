@@ -79,7 +79,7 @@ impl Shared {
         end: &Arc<End>,
         memory: &GuestMemoryMmap,
         msrs: Arc<[u32]>,
-        panic_watch: PanicWatch,
+        panic_watch: &Arc<PanicWatch>,
     ) -> Self {
         let (bus, end, memory) = (Arc::clone(bus), Arc::clone(end), memory.clone());
         Self {
@@ -89,7 +89,7 @@ impl Shared {
             lock_up: Arc::default(),
             nmi: Arc::default(),
             pause: Arc::default(),
-            panic_watch: Arc::new(panic_watch),
+            panic_watch: Arc::clone(panic_watch),
             msrs,
             coalesced: None,
         }
@@ -362,6 +362,7 @@ impl Vcpus {
 
     fn join(&mut self) -> String {
         self.end.set(VmEnd::Killed);
+        self.panic_watch.let_go();
         let mut report = String::new();
         for thread in self.threads.drain(..) {
             while !thread.is_finished() {

@@ -97,6 +97,8 @@ pub struct Vm {
     pub panicked: EventFd,
     /// Readable when a vCPU has come to a breakpoint of [`Vcpus::watch_for_panic`].
     pub panicking: EventFd,
+    /// Those breakpoints.
+    pub panic_watch: Arc<PanicWatch>,
     kvm: Kvm,
     platform: Platform,
     /// What KVM counts, once vCPUs run.
@@ -129,6 +131,8 @@ impl Vm {
         let serial = Arc::new(Mutex::new(serial));
         let panicked = eventfd()?;
         let signal = panicked.try_clone().map_err(Error::EventFd)?;
+        let panicking = eventfd()?;
+        let panic_watch = Arc::new(PanicWatch::new(panicking.try_clone().map_err(Error::EventFd)?));
         let legacy = Legacy::new(Arc::clone(&fd), Arc::clone(&end), Arc::clone(&serial), signal);
 
         let mmio64_end = mmio64_end(&kvm)?;
@@ -146,7 +150,8 @@ impl Vm {
             serial,
             backlog,
             panicked,
-            panicking: eventfd()?,
+            panicking,
+            panic_watch,
             kvm,
             platform,
             stats: OnceLock::new(),
@@ -197,9 +202,8 @@ impl Vm {
     }
 
     fn shared(&self, vcpus: &[VcpuFd]) -> Result<Shared, Error> {
-        let panic_watch = PanicWatch::new(self.panicking.try_clone().map_err(Error::EventFd)?);
         let msrs = state::msr_indices(&self.kvm)?.into();
-        let shared = Shared::new(&self.bus, &self.end, &self.memory, msrs, panic_watch);
+        let shared = Shared::new(&self.bus, &self.end, &self.memory, msrs, &self.panic_watch);
         let of_console = |vcpu| CoalescedWrites::of_port(layout::COM1, (&self.kvm, &self.fd, vcpu));
         let coalesced = vcpus.first().filter(|_| self.coalesces).map(of_console).transpose()?.flatten();
         vcpu::expect_kicks()?;
