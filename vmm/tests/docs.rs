@@ -50,6 +50,7 @@ const FIELDS: [(&str, &[&str], &str); 12] = [
             "StandbyStatus",
             "SecondStatus",
             "Usage",
+            "CgroupStatus",
         ],
         "docs/observe.md",
     ),

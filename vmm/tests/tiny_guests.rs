@@ -365,7 +365,7 @@ fn numbers(pid: u32, line: &str) -> Vec<Vec<u32>> {
 /// A VM of `program` whose guest runs for good, and the files that it needs.
 fn running(program: &Program) -> (VmProcess, Files) {
     let files = Files::new(&common::elf(&Code::new().spin().0));
-    let process = VmProcess::spawn(program, files.spec(), (&[], &[]), Streams::Quiet).unwrap();
+    let process = VmProcess::spawn(program, files.spec(), (&[], &[]), (Streams::Quiet, None)).unwrap();
     await_that("the VM runs", || {
         matches!(process.channel().try_receive().unwrap(), Incoming::Message(FromVm::Running { .. }, _))
     });
@@ -386,7 +386,7 @@ fn a_process_that_is_stopped_is_not_asked_for_its_device() {
         return;
     }
     let path = env!("CARGO_BIN_EXE_umbra").into();
-    let program = Program { path, confine: Confine::Off, users: None, namespaces: false };
+    let program = Program { path, confine: Confine::Off, users: None, namespaces: false, cgroups: None };
     let (process, _files) = running(&program);
     let pid = Pid::from_raw(process.pid().cast_signed());
     let stat = || ProcStat::read(format!("/proc/{pid}")).unwrap();
@@ -414,7 +414,7 @@ fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
     }
     let users = VmUsers::find(host.path());
     let path = env!("CARGO_BIN_EXE_umbra").into();
-    let program = Program { path, confine: Confine::On, users, namespaces: true };
+    let program = Program { path, confine: Confine::On, users, namespaces: true, cgroups: None };
     let start = || running(&program);
     let mut vms = [start(), start(), start()];
     for ((process, _), (uid, gid)) in vms.iter().zip([(64_900, 64_900), (64_901, 64_901), (64_987, 64_986)]) {

@@ -2,6 +2,7 @@
 
 pub mod background_writer;
 pub mod build_id;
+pub mod cgroup;
 pub mod error;
 pub mod file_lock;
 pub mod held;

@@ -115,10 +115,10 @@ impl Guest {
 
     /// Takes over what a guest that runs can.
     fn take(&mut self, file: &Self) {
-        let Self { kernel, initrd, cmdline, cpus, on_reset, on_crash, restart, .. } = file.clone();
+        let Self { kernel, initrd, cmdline, cpus, cpu_max, on_reset, on_crash, restart, .. } = file.clone();
         // A guest with a device that is passed through has its memory locked, which is checked before anything starts.
         let memory = if self.passthrough.is_empty() { file.memory } else { self.memory };
-        *self = Self { kernel, initrd, cmdline, cpus, memory, on_reset, on_crash, restart, ..self.clone() };
+        *self = Self { kernel, initrd, cmdline, cpus, cpu_max, memory, on_reset, on_crash, restart, ..self.clone() };
     }
 }
 
@@ -134,10 +134,12 @@ impl Driver {
 fn effect(table: &str, name: &str, key: &str) -> (Effect, Option<String>) {
     match (table, key.split('.').next().unwrap_or(key)) {
         ("confine", _) => (Effect::NextProcess, None),
-        ("guest", "kernel" | "initrd" | "cmdline" | "cpus" | "memory") => {
+        ("guest", "kernel" | "initrd" | "cmdline" | "cpus" | "cpu_max" | "memory") => {
             (Effect::NextStart, Some(format!("`umbra reboot {name}`")))
         }
-        ("driver", "cmdline" | "cpus" | "snapshots") => (Effect::NextLife, Some(format!("`umbra restart {name}`"))),
+        ("driver", "cmdline" | "cpus" | "cpu_max" | "snapshots") => {
+            (Effect::NextLife, Some(format!("`umbra restart {name}`")))
+        }
         ("driver", "restart") if key == "restart.interrupts_per_s" => {
             (Effect::NextLife, Some(format!("`umbra restart {name}`")))
         }
@@ -149,7 +151,7 @@ fn effect(table: &str, name: &str, key: &str) -> (Effect, Option<String>) {
 fn changes(now: &Machine, taken: &Machine, file: &Machine) -> Vec<Change> {
     let [now, taken, file] = [now, taken, file].map(|machine| serde_json::to_value(machine).unwrap_or_default());
     let mut changes = Vec::new();
-    for key in ["metrics", "confine", "history"] {
+    for key in ["metrics", "confine", "cgroup", "history"] {
         compare(&mut changes, (key, "", ""), (&now[key], &taken[key], &file[key]));
     }
     for table in ["guest", "driver"] {

@@ -10,7 +10,7 @@ use umbra_shadow::Class;
 
 use crate::base::pci_address::Bdf;
 
-use super::{Console, DEFAULT_SPARE_AFTER_MS, Driver, Guest, Machine, MemorySize, Net, Sound, Standby};
+use super::{Cgroup, Console, DEFAULT_SPARE_AFTER_MS, Driver, Guest, Machine, MemorySize, Net, Sound, Standby};
 
 /// Most vCPUs of a VM: what the MADT and the local APIC ids (8 bits, 255 is broadcast) allow with room.
 pub const MAX_CPUS: u8 = 64;
@@ -133,6 +133,7 @@ impl Machine {
         if self.guest.is_empty() {
             return Place(Vec::new()).problem("a machine needs a guest: a table [guest.NAME] with a `kernel`");
         }
+        self.check_shares()?;
         let mut uses = Uses::default();
         for (name, guest) in &self.guest {
             let place = Place::of("guest", name);
@@ -145,6 +146,19 @@ impl Machine {
             self.check_driver(&place, name, driver, &mut uses)?;
         }
         Ok(())
+    }
+
+    /// Without control groups nobody keeps a VM to its share of the processors.
+    fn check_shares(&self) -> Result<(), Problem> {
+        let guests = self.guest.iter().filter(|(_, guest)| guest.cpu_max.is_some()).map(|(name, _)| ("guest", name));
+        let drivers = self.driver.iter().filter(|(_, driver)| driver.cpu_max.is_some());
+        match guests.chain(drivers.map(|(name, _)| ("driver", name))).next() {
+            Some((table, name)) if self.cgroup == Cgroup::Off => {
+                let what = "needs control groups: remove `cgroup = \"off\"`";
+                Place::of(table, name).key("cpu_max").problem(what)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_guest(&self, place: &Place, name: &str, guest: &Guest, uses: &mut Uses) -> Result<(), Problem> {

@@ -4,6 +4,7 @@
 //! mistake, and [`Machine::check`] for machines made from flags. Whether files and devices exist is checked before anything starts
 //! (`supervisor::preflight`). `docs/configuration.md` describes each key.
 
+mod cgroup;
 pub mod changes;
 mod check;
 mod guest_disk;
@@ -11,6 +12,7 @@ mod memory;
 pub mod metrics_address;
 mod parse;
 
+pub use cgroup::{Cgroup, CgroupError, CpuMax, CpuMaxError};
 pub use check::{MAX_CPUS, PathStep, Problem};
 pub use guest_disk::{Disk, DiskSize, DiskSizeError, GuestDisk, OnFull};
 pub use memory::{MemorySize, MemorySizeError};
@@ -35,6 +37,9 @@ pub struct Machine {
     /// What the processes of VMs may still do once their VMs run.
     #[serde(default, skip_serializing_if = "Confine::is_default")]
     pub confine: Confine,
+    /// In which control group those of the VMs are made, which bound what their processes take.
+    #[serde(default, skip_serializing_if = "Cgroup::is_default")]
+    pub cgroup: Cgroup,
     /// What is kept of past runs.
     #[serde(default, skip_serializing_if = "Keep::is_default")]
     pub history: Keep,
@@ -117,6 +122,9 @@ pub struct Guest {
     /// Memory, as `512M` or `2G`.
     #[serde(default)]
     pub memory: MemorySize,
+    /// Most processor time of its process, as `150%`, where that has a control group; as much as there is when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_max: Option<CpuMax>,
     /// Where the serial console goes.
     #[serde(default)]
     pub console: Console,
@@ -203,6 +211,7 @@ impl Guest {
             cmdline: default_cmdline(),
             cpus: default_cpus(),
             memory: MemorySize::default(),
+            cpu_max: None,
             console: Console::Off,
             disk: Vec::new(),
             net: Vec::new(),
@@ -307,6 +316,9 @@ pub struct Driver {
     /// Number of vCPUs of the driver VM.
     #[serde(default = "default_cpus")]
     pub cpus: u8,
+    /// Most processor time of the process of each life, as `150%`, where that has a control group; as much as there is when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_max: Option<CpuMax>,
     /// Added to the driver VM's kernel command line.
     #[serde(default)]
     pub cmdline: String,
@@ -353,6 +365,7 @@ impl Driver {
             image,
             memory: Some(DEFAULT_DRIVER_MEMORY),
             cpus: default_cpus(),
+            cpu_max: None,
             cmdline: String::new(),
             standby: Standby::default(),
             standbys: default_standbys(),

@@ -64,6 +64,7 @@ fn a_value_of_the_wrong_kind_is_told_with_what_to_write() {
         ("on_reset = true", "write one of its words, in quotes"),
         ("[driver]\nnic0 = \"0000:03:00.0\"", "name each driver VM in a table of its own, as [driver.nic0]"),
         ("[driver.nic0]\nrestart = 5", "write a table, as { limit = 5, interval_s = 60 }"),
+        ("cpu_max = \"1.5\"", "write percent of one, from \"5%\" to \"12800%\", as \"150%\""),
         ("memory = 512", "with a unit it is text, as \"512M\""),
         ("console = \"web.log\"", "for a file write console = { file = \"web.log\" }"),
         ("disk = [{ path = \"d\", read_only = \"yes\" }]", "true or false, without quotes"),
@@ -245,6 +246,16 @@ fn processes_are_confined_unless_the_machine_says_otherwise() {
     );
     let error = parse("confine = \"maybe\"").unwrap_err().to_string();
     assert!(error.starts_with("m.toml:1: ") && error.contains("maybe"), "{error}");
+}
+
+#[test]
+fn a_share_of_the_processors_needs_control_groups() {
+    let text = |cgroup: &str| format!("cgroup = \"{cgroup}\"\n[guest.web]\nkernel = \"/k\"\ncpu_max = \"50%\"\n");
+    let machine = parse(&text("/umbra")).unwrap();
+    assert_eq!(machine.guest["web"].cpu_max.map(|share| share.percent()), Some(50));
+    assert_eq!(parse(&machine.to_string()).unwrap(), machine);
+    assert!(parse(&text("off")).unwrap_err().contains(":4: guest.web.cpu_max: needs control groups"));
+    assert!(parse(&text("umbra")).unwrap_err().contains(":1: \"umbra\" is no control group: write \"auto\""));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use super::words;
 use crate::host::reset::ResetMethod;
 use crate::lifecycle::{StandbyStage, StateName};
 use crate::wire::messages::{MaskedCounts, NetWork, ShadowMode, SoundCounts, VcpuCounts};
+use crate::wire::spawn::VmProcess;
 
 /// A running machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct GuestStatus {
     /// Number of the user whom that is handed to; `None`: it is the supervisor's.
     #[serde(default)]
     pub uid: Option<u32>,
+    /// Its control group; `None`: it has none of its own.
+    #[serde(default)]
+    pub cgroup: Option<CgroupStatus>,
     /// Seconds since the VM was started.
     pub uptime_s: f64,
     /// Network devices, in order.
@@ -51,6 +55,26 @@ pub struct GuestStatus {
     /// What its processors have done.
     #[serde(default)]
     pub usage: Usage,
+}
+
+/// The control group of a VM's process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupStatus {
+    /// Its path from the top of the tree.
+    pub path: String,
+    /// Memory that it takes now, bytes; `None`: it is not counted.
+    pub memory: Option<u64>,
+    /// Memory that it may take, bytes; `None`: there is no bound.
+    pub memory_max: Option<u64>,
+}
+
+impl CgroupStatus {
+    /// That of `process`, if it has one of its own.
+    pub fn of(process: &VmProcess) -> Option<Self> {
+        let group = process.group()?;
+        let path = group.path().display().to_string();
+        Some(Self { path, memory: group.memory(), memory_max: group.memory_max() })
+    }
 }
 
 /// What a VM has used of the host's processors: of its process, and so of its present life.
@@ -252,6 +276,9 @@ pub struct DriverStatus {
     /// Number of the user whom that is handed to; `None`: it is the supervisor's.
     #[serde(default)]
     pub uid: Option<u32>,
+    /// Its control group; `None`: it has none of its own.
+    #[serde(default)]
+    pub cgroup: Option<CgroupStatus>,
     /// The NIC's carrier.
     pub carrier: bool,
     /// How the device is reset between two lives; written as `none` where it cannot be.
@@ -295,6 +322,9 @@ pub struct StandbyStatus {
     /// Number of the user whom that is handed to; `None`: it is the supervisor's.
     #[serde(default)]
     pub uid: Option<u32>,
+    /// Its control group; `None`: it has none of its own.
+    #[serde(default)]
+    pub cgroup: Option<CgroupStatus>,
     /// The life that waits behind it; `None` without `standbys = 2`.
     #[serde(default)]
     pub second: Option<SecondStatus>,
@@ -318,6 +348,9 @@ pub struct SecondStatus {
     /// Number of the user whom that is handed to; `None`: it is the supervisor's.
     #[serde(default)]
     pub uid: Option<u32>,
+    /// Its control group; `None`: it has none of its own.
+    #[serde(default)]
+    pub cgroup: Option<CgroupStatus>,
 }
 
 impl Status {
@@ -362,6 +395,7 @@ pub(crate) mod testing {
             reason: None,
             pid: Some(7),
             uid: None,
+            cgroup: None,
             uptime_s: 61.4,
             nets: vec![net],
             sounds: Vec::new(),
@@ -377,6 +411,7 @@ pub(crate) mod testing {
             state: StateName::Live,
             pid: Some(9),
             uid: None,
+            cgroup: None,
             carrier: true,
             reset_method: None,
             reset_meaning: "it keeps its registers".into(),
@@ -392,6 +427,7 @@ pub(crate) mod testing {
                 generation: Some(4),
                 pid: Some(10),
                 uid: None,
+                cgroup: None,
                 second: None,
                 age_s: Some(3.5),
                 reason: None,

@@ -18,7 +18,8 @@ use crate::base::time::Time;
 use crate::config::{Console, Guest};
 use crate::lifecycle::Endpoint;
 use crate::lifecycle::policy::RestartHistory;
-use crate::record::status;
+use crate::record::status::{self, CgroupStatus};
+use crate::wire::cgroup_bounds;
 use crate::wire::channel;
 use crate::wire::messages::{DeviceStatus, PortBackend, PortEnd, ToVm, VmEnd, VmSpec};
 use crate::wire::spawn::{Program, SpawnError, Streams, VmProcess};
@@ -175,8 +176,11 @@ impl GuestVm {
         self.error = None;
         self.state = GuestState::Starting;
         self.started = Time::now();
-        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), streams)?);
+        self.process = Some(VmProcess::spawn(program, self.vm_spec(), (&[], &[]), (streams, self.spec.cpu_max))?);
         let disks = self.spec.disk.iter().filter_map(|disk| disk.path.as_deref());
+        if let Some(group) = self.process.as_ref().and_then(VmProcess::group) {
+            cgroup_bounds::lift_for_disks_in_memory(group, disks.clone().map(Into::into).collect());
+        }
         let console = if let Console::File(path) = &self.spec.console { path.parent() } else { None };
         self.held = Held::new(disks.chain(console));
         (self.listening, self.start_due) = (true, None);
@@ -339,6 +343,7 @@ impl GuestVm {
             reason: if let GuestState::Failed(why) = &self.state { Some(why.clone()) } else { None },
             pid: self.process.as_ref().map(VmProcess::pid),
             uid: self.process.as_ref().and_then(VmProcess::uid),
+            cgroup: self.process.as_ref().and_then(CgroupStatus::of),
             uptime_s: self.process.as_ref().map_or(0.0, |_| Time::now().since(self.started).as_secs_f64()),
             nets,
             sounds,

@@ -94,7 +94,7 @@ impl Supervisor {
     /// The process of guest `n` may have ended.
     pub(super) fn on_guest_exit(&mut self, n: GuestId) {
         let stopping = self.stopping.is_some();
-        let Some(status) = self.guests[n].process.as_mut().and_then(VmProcess::ended) else { return };
+        let Some(exit) = self.guests[n].process.as_mut().and_then(VmProcess::ended) else { return };
         self.read_guest_to_its_end(n);
         let guest = &mut self.guests[n];
         (guest.process, guest.held) = (None, Held::default());
@@ -117,7 +117,7 @@ impl Supervisor {
             (None, Some(VmEnd::Error)) => Some("KVM could not go on".into()),
             // Killed because that was asked for.
             (None, None) if stopping || at_end != AtEnd::Whatever => None,
-            (None, None) => Some(describe_exit(status).into()),
+            (None, None) => Some(describe_exit(exit).into()),
         };
         let killed = guest.end.is_none_or(|end| end == VmEnd::Killed);
         if let Some(why) = failure {

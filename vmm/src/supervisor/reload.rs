@@ -55,8 +55,8 @@ fn read(file: &MachineFile, now: &Machine, host: &Host) -> Result<(Plan, Checked
 /// Whether lives that wait were begun in a way in which they would not be now.
 fn outdates_what_waits(before: &Driver, now: &Driver) -> bool {
     let begun = |driver: &Driver| {
-        let Driver { cpus, cmdline, standby, standbys, snapshots, restart, .. } = driver.clone();
-        (cpus, cmdline, standby, standbys, snapshots, restart.interrupts_per_s)
+        let Driver { cpus, cpu_max, cmdline, standby, standbys, snapshots, restart, .. } = driver.clone();
+        (cpus, cpu_max, cmdline, standby, standbys, snapshots, restart.interrupts_per_s)
     };
     begun(before) != begun(now)
 }

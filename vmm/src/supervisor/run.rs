@@ -28,6 +28,7 @@ use super::inbox::Inbox;
 use super::prepare::{self, Until};
 use super::reload::{MachineFile, Reload};
 use super::run_error::{RunError, WhyFailed};
+use super::start::cgroups;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host};
 use super::start::rundir::RunDir;
@@ -145,6 +146,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let (mut run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
     let left = clean_up(&mut run_dir, &options.host)?;
+    let cgroups = cgroups::open(machine, run_dir.name(), &options.host.root)?;
     let log = EventLog::new(run_dir.event_log());
     let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
     // After the signals: its thread must not take them.
@@ -169,7 +171,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.file = options.file;
     let (path, confine) = (options.program, machine.confine);
     let users = users_of_vms(&supervisor.host.root, confine);
-    supervisor.program = Program { path, confine, users, namespaces: have_namespaces(confine) };
+    supervisor.program = Program { path, confine, users, namespaces: have_namespaces(confine), cgroups };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;

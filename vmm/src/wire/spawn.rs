@@ -5,6 +5,7 @@
 //! started with included; then the inherited ones are opened up. The process is killed by the kernel when the
 //! supervisor ends, however it ends.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -15,12 +16,14 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use thiserror::Error;
 
+use super::cgroup_bounds;
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
+use crate::base::cgroup::{Cgroups, Group, OutOfMemory, SELF_INTO};
 use crate::base::proc_stat::ProcStat;
 use crate::base::time::Time;
 use crate::base::vm_users::{Taken, VmUsers};
-use crate::config::Confine;
+use crate::config::{Confine, CpuMax, MemorySize};
 
 /// Errors of starting a VM's process.
 #[derive(Debug, Error)]
@@ -71,6 +74,8 @@ pub struct Program {
     pub users: Option<VmUsers>,
     /// They have namespaces of their own.
     pub namespaces: bool,
+    /// Where each gets a control group of its own.
+    pub cgroups: Option<Cgroups>,
 }
 
 /// A running VM process; killed when dropped.
@@ -82,7 +87,18 @@ pub struct VmProcess {
     console: Option<OwnedFd>,
     /// Its numbers are its own for as long as it is there.
     user: Option<Taken>,
+    /// Goes when it has gone.
+    group: Option<Group>,
     started: Time,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// What it ended with.
+    pub status: ExitStatus,
+    /// The kernel ended it for want of memory.
+    pub out_of_memory: Option<OutOfMemory>,
 }
 
 impl SpawnError {
@@ -94,7 +110,7 @@ impl SpawnError {
 
 impl VmProcess {
     /// Starts `program` as the process of `spec`, which gets `inherited` under the same numbers, and `files`, those of its
-    /// device, with its spec.
+    /// device, with its spec. It may have `cpu_max` of the processors, where it gets a control group.
     ///
     /// # Errors
     ///
@@ -103,7 +119,7 @@ impl VmProcess {
         program: &Program,
         spec: VmSpec,
         (inherited, files): (&[OwnedFd], &[BorrowedFd<'_>]),
-        streams: Streams,
+        (streams, cpu_max): (Streams, Option<CpuMax>),
     ) -> Result<Self, SpawnError> {
         let vm = spec.name.clone();
         let (channel, theirs) = Channel::pair()?;
@@ -120,15 +136,18 @@ impl VmProcess {
         let lock = user.as_ref().and_then(|taken| taken.lock.as_ref()).map(AsRawFd::as_raw_fd);
         let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).chain(lock).collect();
         let parent = std::process::id();
+        let group = program.cgroups.as_ref().and_then(|groups| groups.make(&vm, &cgroup_bounds::of(&spec, cpu_max)));
+        let (group, entrance) = group.unzip();
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
         // only system calls that are async-signal-safe.
-        unsafe { command.pre_exec(move || prepare_child(&keep, parent)) };
+        unsafe { command.pre_exec(move || prepare_child(entrance.as_ref(), &keep, parent)) };
         let started = Time::now();
         let spawned = command.spawn().and_then(watch);
         let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
-        let process = Self { child, pidfd, channel, console, user, started };
+        let group = group.filter(|group| group.has(child.id()));
+        let process = Self { child, pidfd, channel, console, user, group, started };
         process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
     }
@@ -148,6 +167,17 @@ impl VmProcess {
     /// The number of the user whom it is handed to; `None`: it stays the supervisor's.
     pub fn uid(&self) -> Option<u32> {
         self.user.as_ref().map(|taken| taken.user.uid)
+    }
+
+    /// Its control group, if it has one of its own.
+    pub fn group(&self) -> Option<&Group> {
+        self.group.as_ref()
+    }
+
+    /// What became of a process that has closed its channel, as far as that is known before its end is seen.
+    pub fn describe_closed(&self) -> String {
+        let out_of_memory = self.group.as_ref().and_then(Group::out_of_memory);
+        out_of_memory.map_or_else(|| "its process ended".into(), out_of_memory_in_words)
     }
 
     /// A moment before it was started.
@@ -178,8 +208,10 @@ impl VmProcess {
     }
 
     /// How the process ended, if it has.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().ok().flatten()
+    pub fn ended(&mut self) -> Option<Exit> {
+        let status = self.child.try_wait().ok().flatten()?;
+        let killed = self.group.as_ref().filter(|_| status.signal() == Some(libc::SIGKILL));
+        Some(Exit { status, out_of_memory: killed.and_then(Group::out_of_memory) })
     }
 }
 
@@ -222,7 +254,10 @@ pub fn let_files_grow(pid: u32, bytes: u64) -> io::Result<()> {
 pub const CONFINED: i32 = 128 + libc::SIGSYS;
 
 /// How a process ended, in words.
-pub fn describe_exit(status: ExitStatus) -> String {
+pub fn describe_exit(Exit { status, out_of_memory }: Exit) -> String {
+    if let Some(how) = out_of_memory {
+        return out_of_memory_in_words(how);
+    }
     match (status.code(), status.signal()) {
         (Some(CONFINED), _) | (None, Some(libc::SIGSYS)) => {
             "its process was ended by its confinement: it made a system call that it may not make".into()
@@ -233,6 +268,19 @@ pub fn describe_exit(status: ExitStatus) -> String {
             format!("its process was killed by signal {signal} ({name})")
         }
         (None, None) => "its process ended".into(),
+    }
+}
+
+fn out_of_memory_in_words(how: OutOfMemory) -> String {
+    match how {
+        OutOfMemory::OfItsOwn(most) => {
+            let most = MemorySize(most);
+            format!("its process was ended by the kernel: it took more memory than its control group may have ({most})")
+        }
+        OutOfMemory::OfTheHost => {
+            "its process was ended by the kernel: the host, or a control group around its own, had no memory left"
+                .into()
+        }
     }
 }
 
@@ -253,7 +301,14 @@ fn set_streams(command: &mut Command, streams: Streams) -> io::Result<Option<Own
 }
 
 /// Runs in the child before `exec`.
-fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
+///
+/// It goes into its control group itself, before it has anything that would be counted. `clone3` could make it there, but neither does
+/// std nor can a filter of system calls see what `clone3` is asked for: where namespaces are restricted (the systemd unit) there is none.
+fn prepare_child(entrance: Option<&File>, keep: &[RawFd], parent: u32) -> io::Result<()> {
+    if let Some(group) = entrance {
+        // Whether that was granted is looked at by the supervisor.
+        let _ = nix::unistd::write(group, SELF_INTO);
+    }
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // The supervisor may have ended before the line above.
     if nix::unistd::getppid().as_raw().unsigned_abs() != parent {

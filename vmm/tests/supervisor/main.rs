@@ -7,6 +7,7 @@
 mod asleep;
 mod carriers;
 mod cases;
+mod cgroups;
 mod clients;
 mod daily;
 mod disks;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         .iter()
         .chain(asleep::ALL)
         .chain(carriers::ALL)
+        .chain(cgroups::ALL)
         .chain(clients::ALL)
         .chain(daily::ALL)
         .chain(disks::ALL)

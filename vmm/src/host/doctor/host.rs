@@ -7,6 +7,7 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{Finding, Root};
+use crate::base::cgroup::Tree;
 use crate::base::error::chain;
 use crate::base::namespaces;
 use crate::base::vm_users::{OF_VMS, SUBGID, SUBUID, VmUsers, unused_range};
@@ -123,6 +124,35 @@ fn own_namespaces(caller: Caller) -> Option<Finding> {
     })
 }
 
+/// Whether VMs that are started from here, in whatever group this process is, have bounds of memory and processor time.
+fn control_group(root: &Root) -> Finding {
+    const CHECK: &str = "control group";
+    let note = |why: &str, remedy: &str| {
+        let what = format!("VMs that are started here have no bounds of memory and processor time: {why}");
+        Finding::note(CHECK, what).with_remedy(remedy)
+    };
+    let Some(tree) = Tree::find(&root.join("")) else {
+        return note(
+            "no control groups of version 2",
+            "`mount -t cgroup2 none /sys/fs/cgroup`, or a host with systemd",
+        );
+    };
+    let has = tree.controllers_of("/".as_ref());
+    let lacks: Vec<_> = ["memory", "pids"].into_iter().filter(|name| !has.iter().any(|has| has == name)).collect();
+    if !lacks.is_empty() {
+        let why = format!("control groups of version 2 have no controller {}", lacks.join(", "));
+        return note(&why, "`cgroup_no_v1=all` on the kernel's command line, and no `cgroup_disable=memory`");
+    }
+    match tree.delegated() {
+        Ok(group) => Finding::good(CHECK, format!("VMs that are started here have bounds, below {}", group.display())),
+        Err(error) => note(
+            &chain(&error),
+            "start the machine as a service (`systemctl start umbra@NAME`), or by `systemd-run --scope -p Delegate=yes umbra run ...` \
+             (without root: `--user --scope`)",
+        ),
+    }
+}
+
 /// Looks at the host.
 pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
     let mut findings = vec![
@@ -134,6 +164,7 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
         locked_memory(caller),
         huge_pages(root),
         confinement(caller),
+        control_group(root),
     ];
     findings.extend(user_of_vms(root, caller));
     findings.extend(own_namespaces(caller));

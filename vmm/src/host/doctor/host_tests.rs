@@ -44,6 +44,11 @@ fn a_host_with_everything_misses_nothing() {
         .file("etc/passwd", "umbra-vm:x:987:987::/:/bin/false\n")
         .file("etc/subuid", "umbra-vm:100000:65536\n")
         .file("etc/subgid", "umbra-vm:100000:65536\n")
+        .file("proc/self/cgroup", "0::/\n")
+        .file("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n")
+        .file("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n")
+        .file("sys/fs/cgroup/cgroup.type", "domain\n")
+        .file("sys/fs/cgroup/cgroup.procs", "1\n")
         .file("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always [never] deny");
     let findings = findings(&tree.root(), ROOT);
     assert!(findings.iter().all(|finding| finding.grade == Grade::Good), "{findings:#?}");
@@ -111,6 +116,24 @@ fn whether_root_s_vms_have_namespaces_is_said() {
     let finding = found(Some(refused.join().unwrap())).unwrap();
     assert!(finding.grade == Grade::Note && text(&finding).contains("(unshare): EPERM"), "{finding:?}");
     assert!(text(&finding).contains("CAP_SYS_ADMIN"), "{finding:?}");
+}
+
+#[test]
+fn whether_vms_have_bounds_is_said() {
+    let said = |tree: &Tree, grade, words: &[&str]| {
+        let finding = control_group(&tree.root());
+        let text = text(&finding);
+        assert!(finding.grade == grade && words.iter().all(|word| text.contains(word)), "{finding:?}");
+    };
+    let tree = Tree::new();
+    said(&tree, Grade::Note, &["no control groups of version 2"]);
+    let tree = tree
+        .file("proc/self/cgroup", "4:memory:/x\n0::/user.slice/session-1.scope\n")
+        .file("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n")
+        .file("sys/fs/cgroup/cgroup.controllers", "hugetlb pids\n");
+    said(&tree, Grade::Note, &["have no controller memory", "`cgroup_no_v1=all`"]);
+    let tree = tree.file("sys/fs/cgroup/cgroup.controllers", "memory pids\n");
+    said(&tree, Grade::Note, &["which is in /user.slice/session-1.scope", "-p Delegate=yes"]);
 }
 
 #[test]

@@ -130,7 +130,7 @@ impl Supervisor {
         driver.gone = now;
         driver.available_memory = None;
         // The recovery needs the processors more.
-        renice(life.process.pid(), LAST);
+        renice(&life.process, LAST);
         let speaks = driver.report.as_ref().is_some_and(|report| report.source == NoticedBy::Panic) && !life.panicked;
         let console = driver.console.split_off();
         let silent_yet = console.fatal().is_none();
@@ -155,8 +155,8 @@ impl Supervisor {
 
     /// The dying life of driver VM `n` has said or done something.
     pub(super) fn on_dying(&mut self, n: DriverId, heard: Heard) {
-        if let Heard::Exited(status) = heard {
-            return self.finish_last_words(n, describe_exit(status));
+        if let Heard::Exited(exit) = heard {
+            return self.finish_last_words(n, describe_exit(exit));
         }
         if self.drivers[n].dying.as_mut().is_some_and(|dying| dying.on(heard)) {
             self.drive(n, Input::SpareFenced);

@@ -6,7 +6,6 @@
 //! that: a standby is adopted, a spare takes over.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::process::ExitStatus;
 use std::sync::Arc;
 
 use nix::poll::PollFlags;
@@ -30,7 +29,7 @@ use crate::supervisor::run::Supervisor;
 use crate::supervisor::vcpu_answers::VcpuAnswers;
 use crate::wire::channel::Incoming;
 use crate::wire::messages::{FromVm, ToVm};
-use crate::wire::spawn::VmProcess;
+use crate::wire::spawn::{Exit, VmProcess};
 
 /// Messages of one process that are handled at a turn of the loop: one that floods must not starve the rest.
 pub(in crate::supervisor) const AT_ONCE: usize = 64;
@@ -114,7 +113,7 @@ pub(in crate::supervisor) enum Heard {
     /// Its kernel has begun to say so on the console; once in a life.
     Fatal(Fatal),
     /// Its process has ended, and all that it had printed is read.
-    Exited(ExitStatus),
+    Exited(Exit),
 }
 
 /// A life of a driver VM.

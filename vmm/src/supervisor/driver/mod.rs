@@ -52,7 +52,7 @@ use crate::host::sysfs::HostDevice;
 use crate::lifecycle::policy::RestartHistory;
 use crate::lifecycle::{Endpoint, Lifecycle, Rank, StandbyPolicy, State};
 use crate::record::crash_report::{CrashReport, Mask};
-use crate::record::status;
+use crate::record::status::{self, CgroupStatus};
 use crate::record::timeline::Timeline;
 use crate::wire::messages::{MaskedCounts, PortBackend, PortEnd, SnapshotOf, VmSpec};
 use crate::wire::spawn::{Program, SpawnError, Streams, VmProcess};
@@ -371,7 +371,7 @@ impl DriverVm {
             awaited: self.held.snapshot().filter(|_| purpose.awaits_device()).cloned(),
             interrupt_limit: std::num::NonZeroU32::new(self.spec.restart.interrupts_per_s),
         };
-        let process = VmProcess::spawn(program, spec, (&inherited, &files), Streams::Captured)?;
+        let process = VmProcess::spawn(program, spec, (&inherited, &files), (Streams::Captured, self.spec.cpu_max))?;
         if let Some(pipe) = process.console() {
             // A smaller pipe works as well.
             let _ = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(CONSOLE_PIPE));
@@ -423,6 +423,7 @@ impl DriverVm {
             state: self.lifecycle.state().name(),
             pid: self.life.as_ref().map(|life| life.process.pid()),
             uid: self.life.as_ref().and_then(|life| life.process.uid()),
+            cgroup: self.life.as_ref().and_then(|life| CgroupStatus::of(&life.process)),
             carrier: self.lifecycle.has_carrier(),
             reset_method: self.reset_method,
             reset_meaning: self.device.reset().describe_use(self.reset_method),

@@ -16,7 +16,7 @@ use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::supervisor::run_error::WhyFailed;
 use crate::wire::messages::{FromVm, VmEnd};
-use crate::wire::spawn::describe_exit;
+use crate::wire::spawn::{VmProcess, describe_exit};
 
 impl Supervisor {
     /// The present life of driver VM `n` has said or done something.
@@ -24,7 +24,11 @@ impl Supervisor {
         let now = Time::now();
         match heard {
             Heard::Process(message) => self.on_driver_message(n, message),
-            Heard::ControlClosed => self.fail_driver(n, NoticedBy::ProcessExit, "its process ended", now),
+            Heard::ControlClosed => {
+                let process = self.drivers[n].life.as_ref().map(|life| &life.process);
+                let what = process.map(VmProcess::describe_closed).unwrap_or_default();
+                self.fail_driver(n, NoticedBy::ProcessExit, what, now);
+            }
             Heard::Agent(message) => self.on_agent_message(n, message),
             Heard::ControlBroken(what) => {
                 self.fail_driver(n, NoticedBy::ControlStream, what, now);
@@ -40,7 +44,7 @@ impl Supervisor {
                 };
                 self.fail_driver(n, source, fatal.in_words(), now);
             }
-            Heard::Exited(status) => self.process_gone(n, describe_exit(status)),
+            Heard::Exited(exit) => self.process_gone(n, describe_exit(exit)),
         }
     }
 

@@ -206,7 +206,7 @@ impl Supervisor {
         }
         (driver.kernel_driver, driver.available_memory) = (kernel_driver, available_memory);
         if !ready {
-            super::standby::renice(life.process.pid(), 0);
+            super::standby::renice(&life.process, 0);
         }
         (driver.life, driver.present) = (Some(life), Some(generation));
         let standby = match (driver.lifecycle.carrier(), driver.lifecycle.state()) {

@@ -5,7 +5,6 @@
 //! driver VM says; a fault costs it its place.
 
 use std::fs;
-use std::process::ExitStatus;
 use std::time::Duration;
 
 use umbra_driver_vm::protocol::{FromAgent, ToAgent};
@@ -17,13 +16,13 @@ use super::{DriverVm, StandbyVm};
 use crate::base::time::{Time, milliseconds};
 use crate::lifecycle::{Carrier, Input, NoticedBy, Rank, StandbyStage};
 use crate::record::events::Event;
-use crate::record::status::{SecondStatus, StandbyStatus};
+use crate::record::status::{CgroupStatus, SecondStatus, StandbyStatus};
 use crate::record::timeline::{LifeStage, Milestone};
 use crate::supervisor::bounds;
 use crate::supervisor::ids::DriverId;
 use crate::supervisor::run::Supervisor;
 use crate::wire::messages::{FromVm, ToVm};
-use crate::wire::spawn::{VmProcess, describe_exit};
+use crate::wire::spawn::{Exit, VmProcess, describe_exit};
 
 /// Nice value of a standby that boots: guests that are served go before it.
 const NICE: i32 = 10;
@@ -50,7 +49,7 @@ impl Supervisor {
         match driver.launch(&self.program, generation, (purpose, driver.next_image())) {
             Ok(life) => {
                 if may_renice() && purpose != Purpose::ServeSoon && !driver.lifecycle.awaits_spare() {
-                    renice(life.process.pid(), NICE);
+                    renice(&life.process, NICE);
                 }
                 let (console, started) = (Console::in_memory(), Time::now());
                 driver.clear(rank);
@@ -122,7 +121,7 @@ impl Supervisor {
             driver.kernel = kernel;
         }
         if !ready {
-            renice(life.process.pid(), 0);
+            renice(&life.process, 0);
         }
         tracing::debug!(driver = driver.name, waited_ms = milliseconds(now.since(started)), "adopt the standby");
         (driver.life, driver.rest) = (Some(life), None);
@@ -176,13 +175,13 @@ impl Supervisor {
         }
         match heard {
             Heard::Process(message) => self.on_standby_vm((n, rank), message),
-            Heard::ControlClosed => Some("its process ended".into()),
+            Heard::ControlClosed => Some(self.drivers[n].waiting(rank)?.life.process.describe_closed()),
             Heard::Agent(message) => self.on_standby_message((n, rank), message),
             Heard::ControlBroken(what) | Heard::Nonsense(what) => Some(what),
             Heard::AgentLost(error) => Some(format!("its agent's control stream: {error}")),
             // A standby whose kernel is dying must not be adopted.
             Heard::Fatal(fatal) => Some(fatal.in_words().into()),
-            Heard::Exited(status) => self.standby_gone((n, rank), status),
+            Heard::Exited(exit) => self.standby_gone((n, rank), exit),
         }
     }
 
@@ -260,7 +259,7 @@ impl Supervisor {
         let driver = &mut self.drivers[n];
         let Some(standby) = driver.waiting_mut(rank) else { return };
         standby.ready = true;
-        renice(standby.life.process.pid(), 0);
+        renice(&standby.life.process, 0);
         let (generation, restored) = (standby.life.generation.get(), standby.restored);
         let boot_ms = milliseconds(Time::now().since(standby.started));
         if standby.life.purpose == Purpose::ServeSoon {
@@ -271,7 +270,7 @@ impl Supervisor {
     }
 
     /// A standby's process has ended, by itself or because it was dropped.
-    fn standby_gone(&mut self, (n, rank): (DriverId, Rank), status: ExitStatus) -> Option<String> {
+    fn standby_gone(&mut self, (n, rank): (DriverId, Rank), exit: Exit) -> Option<String> {
         let driver = &mut self.drivers[n];
         let standby = driver.waiting_mut(rank).take()?;
         if standby.dropped.is_some() {
@@ -287,7 +286,7 @@ impl Supervisor {
         } else {
             tracing::warn!(driver = driver.name, said, "{title}");
         }
-        Some(describe_exit(status))
+        Some(describe_exit(exit))
     }
 }
 
@@ -322,7 +321,8 @@ impl DriverVm {
         let generation = state.generation();
         let process = self.second.as_ref().filter(|_| generation.is_some()).map(|vm| &vm.life.process);
         let (pid, uid) = (process.map(VmProcess::pid), process.and_then(VmProcess::uid));
-        SecondStatus { state: state.stage(), generation: generation.map(Generation::get), pid, uid }
+        let cgroup = process.and_then(CgroupStatus::of);
+        SecondStatus { state: state.stage(), generation: generation.map(Generation::get), pid, uid, cgroup }
     }
 
     pub(in crate::supervisor) fn standby_status(&self) -> Option<StandbyStatus> {
@@ -336,6 +336,7 @@ impl DriverVm {
             generation: state.generation().map(Generation::get),
             pid: vm.map(|vm| vm.life.process.pid()),
             uid: vm.and_then(|vm| vm.life.process.uid()),
+            cgroup: vm.and_then(|vm| CgroupStatus::of(&vm.life.process)),
             second: (self.spec.standbys > 1).then(|| self.second_status()),
             age_s: vm.map(|vm| Time::now().since(vm.started).as_secs_f64()),
             reason: self.lifecycle.spare_is_held().or_else(|| self.lacks_snapshot()),
@@ -350,9 +351,12 @@ fn may_renice() -> bool {
     nix::unistd::geteuid().is_root() || limit.is_ok_and(|(soft, _)| soft >= 20)
 }
 
-/// Sets the nice value of all threads of `pid`; those that they start have it as well.
-pub(in crate::supervisor) fn renice(pid: u32, nice: i32) {
-    renice_threads(pid, nice, |_| true);
+/// Sets the nice value of all threads of a process; those that they start have it as well.
+pub(in crate::supervisor) fn renice(process: &VmProcess, nice: i32) {
+    renice_threads(process.pid(), nice, |_| true);
+    if let Some(group) = process.group() {
+        group.set_nice(nice);
+    }
 }
 
 /// Sets the nice value of the vCPUs of `pid`.

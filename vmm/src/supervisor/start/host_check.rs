@@ -6,9 +6,10 @@ use umbra_guest_images::image::Image;
 
 use super::groups::{Groups, Use};
 use super::preflight::{Host, PreflightError, check_locked_memory, file_errors};
+use crate::base::cgroup::Tree;
 use crate::base::error::chain;
 use crate::base::pci_address::Bdf;
-use crate::config::{Driver, Guest, Machine, MemorySize, Standby};
+use crate::config::{Cgroup, Driver, Guest, Machine, MemorySize, Standby};
 use crate::host::HostDevice;
 use crate::host::doctor::{Finding, Root, device};
 
@@ -49,7 +50,8 @@ pub fn sections(machine: &Machine, host: &Host, root: &Root) -> Vec<Section> {
         findings.extend(locked_memory(name, driver.memory_or_default()));
         sections.push(Section { of: format!("[driver.{name}]"), findings });
     }
-    sections.push(Section { of: "The machine".into(), findings: vec![memory(root, machine)] });
+    let of_all = [memory(root, machine)].into_iter().chain(control_group(root, machine)).collect();
+    sections.push(Section { of: "The machine".into(), findings: of_all });
     sections
 }
 
@@ -159,6 +161,25 @@ fn memory(root: &Root, machine: &Machine) -> Finding {
     Finding::good("memory", format!("{what}; {} are available", size(available)))
 }
 
+/// Whether the control group that the machine names is there.
+fn control_group(root: &Root, machine: &Machine) -> Option<Finding> {
+    const CHECK: &str = "control group";
+    let Cgroup::In(path) = &machine.cgroup else { return None };
+    let Some(tree) = Tree::find(&root.join("")) else {
+        let what = "the host has no control groups of version 2";
+        return Some(Finding::missing(CHECK, what, "`mount -t cgroup2 none /sys/fs/cgroup`, or remove `cgroup`"));
+    };
+    let (dir, controllers) = (tree.group(path), tree.controllers_of(path));
+    let make = format!(
+        "`mkdir -p {0}`, and before it `echo +memory +pids +cpu > .../cgroup.subtree_control` in each group above it",
+        dir.display()
+    );
+    Some(match &controllers[..] {
+        [] => Finding::missing(CHECK, format!("{} is not there, or has no controllers", path.display()), make),
+        some => Finding::good(CHECK, format!("{} has {}", path.display(), some.join(", "))),
+    })
+}
+
 /// Bytes that can be had without swapping, in whole MiB.
 fn available(root: &Root) -> Option<u64> {
     let text = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
@@ -233,6 +254,27 @@ mod tests {
         let all = sections.iter().flat_map(|section| &section.findings);
         let said: Vec<_> = all.filter(|finding| finding.what.contains("is a Wi-Fi card")).collect();
         assert!(said.len() == 1 && said[0].grade == Grade::Missing, "{said:#?}");
+    }
+
+    #[test]
+    fn a_control_group_that_is_named_is_looked_for() {
+        let host = tempfile::tempdir().unwrap();
+        let root = Root::at(host.path().into());
+        let file = |path: &str, text: &str| {
+            let path = host.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let named = machine("cgroup = \"/umbra\"\n[guest.web]\nkernel = \"k\"\n");
+        let grade = |machine: &Machine| control_group(&root, machine).map(|finding| finding.grade);
+        assert_eq!(grade(&machine("[guest.web]\nkernel = \"k\"\n")), None);
+        assert_eq!(grade(&named), Some(Grade::Missing));
+        file("proc/self/cgroup", "0::/\n");
+        file("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+        file("sys/fs/cgroup/cgroup.controllers", "memory pids\n");
+        assert_eq!(grade(&named), Some(Grade::Missing));
+        file("sys/fs/cgroup/umbra/cgroup.controllers", "memory pids\n");
+        assert_eq!(grade(&named), Some(Grade::Good));
     }
 
     #[test]
