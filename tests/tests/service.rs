@@ -199,7 +199,7 @@ fn outlives_what_the_host_does(place: &mut Place) {
     await_standby(place);
     guest_reaches_peer(place);
     assert_eq!(carrier_changes(place), before, "the guest's link never went down");
-    let status: Value = serde_json::from_str(&place.expect("umbra status --json", STEP).or_tell()).unwrap();
+    let status = status(place);
     let driver = &status["drivers"][0];
     assert_eq!((driver["generation"].as_u64(), driver["failures"].as_u64()), (Some(3), Some(1)), "{driver}");
     say(place.expect("journalctl --sync; journalctl -b -u umbra@web -o cat | grep sle", STEP).or_tell().trim());
@@ -221,6 +221,57 @@ fn outlives_a_reboot(place: &mut Place) {
     place.expect("umbra events --run 1 | grep '\"event\":\"driver-failed\"'", STEP).or_tell();
 }
 
+fn status(place: &mut Place) -> Value {
+    serde_json::from_str(&place.expect("umbra status --json", STEP).or_tell()).unwrap()
+}
+
+/// Each VM's process is in a control group of its own, also after its supervisor was killed; the one that takes more memory than it may
+/// dies alone, and is reborn with what the machine file says by now.
+fn has_bounds(place: &mut Place) {
+    let share = "sed -i '/^\\[driver.nic0\\]/a cpu_max = \"400%\"' /etc/umbra/web.toml && systemctl reload umbra@web";
+    place.expect(share, STEP).or_tell();
+    await_standby(place);
+    let (before, changes) = (status(place), carrier_changes(place));
+    let (guest, driver) = (&before["guests"][0], &before["drivers"][0]);
+    let service = "/system.slice/system-umbra.slice/umbra@web.service";
+    for (of, vm) in [("guest", guest), ("driver VM", driver), ("standby", &driver["standby"])] {
+        let group = &vm["cgroup"];
+        let (path, memory, most) =
+            (group["path"].as_str().unwrap(), group["memory"].as_u64(), group["memory_max"].as_u64());
+        assert!(path.starts_with(service) && memory.unwrap() < most.unwrap(), "{of}: {group}");
+        let files =
+            "memory.max memory.peak memory.swap.max memory.oom.group pids.max pids.current cpu.max cpu.weight.nice";
+        let script =
+            format!("grep -x 0::{path} /proc/{}/cgroup && cd /sys/fs/cgroup{path} && grep . {files}", vm["pid"]);
+        say(&format!("{of}: {}", place.expect(&script, STEP).or_tell().trim().replace('\n', ", ")));
+    }
+    assert_eq!(
+        place.expect(&format!("cat /proc/{}/cgroup", before["pid"]), STEP).or_tell().trim(),
+        format!("0::{service}/supervisor")
+    );
+    say(place.expect("systemd-analyze security umbra@web --no-pager | tail -n 1", STEP).or_tell().trim());
+
+    let group = driver["cgroup"]["path"].as_str().unwrap();
+    let hog = format!(
+        "sh -c 'echo $$ > $0/cgroup.procs && exec tail /dev/zero' /sys/fs/cgroup{group}; [ $? = 137 ] || exit 1
+until umbra status --json | grep 'took more memory than its control group may have'; do sleep 0.2; done
+umbra wait ok --timeout $((90 * UMBRA_PATIENCE))"
+    );
+    place.expect(&hog, RECOVERY).or_tell();
+    guest_reaches_peer(place);
+    let after = status(place);
+    assert_eq!((&after["pid"], &after["guests"][0]["pid"]), (&before["pid"], &guest["pid"]), "{after}");
+    let reborn = &after["drivers"][0];
+    assert_eq!((&reborn["pid"], reborn["failures"].as_u64()), (&driver["standby"]["pid"], Some(1)), "{reborn}");
+    assert_eq!(carrier_changes(place), changes, "the guest's link never went down");
+    let path = reborn["cgroup"]["path"].as_str().unwrap();
+    let look = format!(
+        "cat /sys/fs/cgroup{path}/cpu.max; ls -d /sys/fs/cgroup{service}/vm-* | wc -l; ls -d /sys/fs/cgroup{group}"
+    );
+    let looked = place.run(&look, STEP).or_tell().stdout;
+    assert_eq!(looked, "80000 20000\n3\n", "the dead one's group is gone");
+}
+
 fn ends_cleanly(place: &mut Place) {
     // The supervisor is killed: systemd starts the machine again, on what is left.
     place.expect("systemctl kill -s KILL --kill-who=main umbra@web", STEP).or_tell();
@@ -228,6 +279,7 @@ fn ends_cleanly(place: &mut Place) {
                  sleep 0.5; done";
     place.expect(again, RECOVERY).or_tell();
     guest_reaches_peer(place);
+    has_bounds(place);
 
     // A machine file that is wrong is not tried again.
     let wrong = "echo 'guest = 1' > /etc/umbra/wrong.toml; systemctl start umbra@wrong && exit 1
