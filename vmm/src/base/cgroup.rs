@@ -262,8 +262,8 @@ impl Cgroups {
         self.0.tree.shown(&self.0.dir)
     }
 
-    /// Makes a group for the process of `vm`, which goes into it by writing [`SELF_INTO`] to the file that is returned. `None`, and a line
-    /// in the log once: it cannot be made.
+    /// Makes a group for the process of `vm`, which goes into it by writing [`SELF_INTO`] to the file that is returned. That takes some ms:
+    /// the kernel waits for all processors first. `None`, and a line in the log once: it cannot be made.
     pub fn make(&self, vm: &str, bounds: &Bounds) -> Option<(Group, File)> {
         let made = self.try_make(vm, bounds);
         made.inspect_err(|error| self.warn(&format!("{vm}: {}", chain(error)))).ok()
@@ -299,7 +299,7 @@ impl Cgroups {
     }
 }
 
-/// What a process writes to go into a group; async-signal-safe, as a slice of bytes.
+/// What a process writes to go into a group.
 pub const SELF_INTO: &[u8] = SELF.as_bytes();
 
 /// A group of one process; removed when dropped.
@@ -424,6 +424,10 @@ impl Base {
     /// Has the groups share the processors, from the first on that is bounded: the kernel then counts the nice values of threads within
     /// their group alone, which the others need not be bothered with.
     fn hand_down_cpu(&self) -> Result<bool, Error> {
+        if self.cpu.load(Ordering::Relaxed) {
+            // Again it would wait for groups that are removed just then.
+            return Ok(true);
+        }
         if self.made
             && let Some(above) = self.dir.parent()
         {

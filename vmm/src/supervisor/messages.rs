@@ -91,6 +91,9 @@ impl Supervisor {
                 let guest = &mut self.guests[n];
                 guest.state = GuestState::Running;
                 guest.has_run = true;
+                if let Some(process) = &mut guest.process {
+                    process.runs();
+                }
                 // One that needs no driver VM is served as it runs.
                 self.in_service |= guest.drivers().is_empty();
                 self.events.tell(&Event::GuestRunning { guest: self.guests[n].name.clone() });

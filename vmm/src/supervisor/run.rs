@@ -146,7 +146,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let (mut run_dir, listener) = RunDir::claim(&options.base, &options.name)?;
     let signals = signals::watch().map_err(RunError::Signals)?;
     let left = clean_up(&mut run_dir, &options.host)?;
-    let cgroups = cgroups::open(machine, run_dir.name(), &options.host.root)?;
+    let cgroups = cgroups::open(machine, run_dir.name(), &options.host.root);
     let log = EventLog::new(run_dir.event_log());
     let metrics = machine.metrics.as_ref().map(|_| Metrics::new(run_dir.name()));
     // After the signals: its thread must not take them.

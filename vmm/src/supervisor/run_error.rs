@@ -1,14 +1,11 @@
 //! Why a machine did not run to a good end.
 
-use std::path::PathBuf;
-
 use nix::errno::Errno;
 use thiserror::Error;
 
 use super::start::leftover::LeftoverError;
 use super::start::preflight::PreflightError;
 use super::start::rundir::RunDirError;
-use crate::base::cgroup;
 use crate::record::metrics::ServerError;
 use crate::wire::spawn::SpawnError;
 
@@ -36,14 +33,6 @@ pub enum RunError {
     /// The run before was killed and is not gone.
     #[error(transparent)]
     Leftover(#[from] LeftoverError),
-    /// The control group that the machine file names cannot be used.
-    #[error("make control groups of VMs in {}", group.display())]
-    Cgroup {
-        /// Its path from the top of the tree.
-        group: PathBuf,
-        /// Why not.
-        source: cgroup::Error,
-    },
     /// A guest's process cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),

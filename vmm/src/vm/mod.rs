@@ -3,6 +3,7 @@
 mod assemble;
 pub mod confine;
 pub mod devices;
+pub mod group;
 pub mod host;
 pub mod interrupt;
 pub mod machine;

@@ -22,6 +22,7 @@ use umbra_driver_vm::protocol::MemoryRange;
 use super::assemble::{Assembled, assemble};
 use super::confine;
 use super::devices::{self, Devices};
+use super::group::Entering;
 use super::host::{Host, Supervisor};
 use super::machine::terminal::TerminalInput;
 use super::machine::vcpu::{self, Vcpus};
@@ -125,8 +126,8 @@ const FOREVER: i32 = -1;
 /// A subscriber of the event loop.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
-/// Runs one VM to its end. An error that a supervisor was told of is not returned.
-pub fn main(source: SpecFrom) -> Result<(), Error> {
+/// Runs one VM to its end. An error that a supervisor was told of is not returned. `entering`: it is on its way into its control group.
+pub fn main(source: SpecFrom, entering: Option<Entering>) -> Result<(), Error> {
     raise_file_limit();
     let signals = block_signals(&source)?;
     let (spec, files, host) = match source {
@@ -139,7 +140,7 @@ pub fn main(source: SpecFrom) -> Result<(), Error> {
         }
         SpecFrom::File(path) => (Box::new(read_spec(path)?), Vec::new(), Arc::new(Host::Log)),
     };
-    let result = run((&spec, files), &host, signals);
+    let result = run((&spec, files), &host, (signals, entering));
     match (&*host, result) {
         (Host::Supervisor(_), Err(error)) => {
             host.tell(&FromVm::Failed { what: chain(&error), configuration: error.is_configuration() });
@@ -193,7 +194,11 @@ fn read_spec(path: PathBuf) -> Result<VmSpec, Error> {
 }
 
 /// Builds and runs the VM; returns how it ended and its vCPUs' registers.
-fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: SignalFd) -> Result<(VmEnd, String), Error> {
+fn run(
+    (spec, files): (&VmSpec, Vec<OwnedFd>),
+    host: &Arc<Host>,
+    (signals, entering): (SignalFd, Option<Entering>),
+) -> Result<(VmEnd, String), Error> {
     die_with_supervisor(spec, host)?;
     if !spec.passthrough.is_empty() || spec.awaits_device {
         confine::expect_function();
@@ -220,6 +225,9 @@ fn run((spec, files): (&VmSpec, Vec<OwnedFd>), host: &Arc<Host>, signals: Signal
     };
     let disks = lock(&control).devices.largest_file();
     let vcpus = vm.start(vcpus, || {
+        if let Some(entering) = entering {
+            entering.finish();
+        }
         if let Some(bytes) = largest_file(spec, disks, snapshot.is_some()) {
             // A disk may be made larger later.
             confine::limit_files(bytes, disks.is_none())?;

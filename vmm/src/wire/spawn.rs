@@ -5,7 +5,6 @@
 //! started with included; then the inherited ones are opened up. The process is killed by the kernel when the
 //! supervisor ends, however it ends.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -19,7 +18,7 @@ use thiserror::Error;
 use super::cgroup_bounds;
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
-use crate::base::cgroup::{Cgroups, Group, OutOfMemory, SELF_INTO};
+use crate::base::cgroup::{Cgroups, Group, OutOfMemory};
 use crate::base::proc_stat::ProcStat;
 use crate::base::time::Time;
 use crate::base::vm_users::{Taken, VmUsers};
@@ -89,6 +88,8 @@ pub struct VmProcess {
     user: Option<Taken>,
     /// Goes when it has gone.
     group: Option<Group>,
+    /// Whether it is in its group was looked at.
+    looked: bool,
     started: Time,
 }
 
@@ -133,21 +134,23 @@ impl VmProcess {
         command.args(program.namespaces.then_some("--namespaces"));
         let console =
             set_streams(&mut command, streams).map_err(|source| SpawnError::Pipe { vm: vm.clone(), source })?;
-        let lock = user.as_ref().and_then(|taken| taken.lock.as_ref()).map(AsRawFd::as_raw_fd);
-        let keep: Vec<RawFd> = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd).chain(lock).collect();
-        let parent = std::process::id();
         let group = program.cgroups.as_ref().and_then(|groups| groups.make(&vm, &cgroup_bounds::of(&spec, cpu_max)));
         let (group, entrance) = group.unzip();
+        let entry = entrance.as_ref().map(AsRawFd::as_raw_fd);
+        command.args(entry.iter().flat_map(|entry| ["--cgroup".into(), entry.to_string()]));
+        let lock = user.as_ref().and_then(|taken| taken.lock.as_ref()).map(AsRawFd::as_raw_fd);
+        let kept = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd);
+        let keep: Vec<RawFd> = kept.chain(lock).chain(entry).collect();
+        let parent = std::process::id();
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
         // only system calls that are async-signal-safe.
-        unsafe { command.pre_exec(move || prepare_child(entrance.as_ref(), &keep, parent)) };
+        unsafe { command.pre_exec(move || prepare_child(&keep, parent)) };
         let started = Time::now();
         let spawned = command.spawn().and_then(watch);
         let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
-        let group = group.filter(|group| group.has(child.id()));
-        let process = Self { child, pidfd, channel, console, user, group, started };
+        let process = Self { child, pidfd, channel, console, user, group, looked: false, started };
         process.channel.send(&ToVm::Start(Box::new(spec)), files)?;
         Ok(process)
     }
@@ -167,6 +170,14 @@ impl VmProcess {
     /// The number of the user whom it is handed to; `None`: it stays the supervisor's.
     pub fn uid(&self) -> Option<u32> {
         self.user.as_ref().map(|taken| taken.user.uid)
+    }
+
+    /// It has said that its VM runs. By then it has gone into its control group; where it could not, it has none.
+    pub fn runs(&mut self) {
+        if !std::mem::replace(&mut self.looked, true) {
+            let pid = self.pid();
+            self.group = self.group.take().filter(|group| group.has(pid));
+        }
     }
 
     /// Its control group, if it has one of its own.
@@ -301,14 +312,7 @@ fn set_streams(command: &mut Command, streams: Streams) -> io::Result<Option<Own
 }
 
 /// Runs in the child before `exec`.
-///
-/// It goes into its control group itself, before it has anything that would be counted. `clone3` could make it there, but neither does
-/// std nor can a filter of system calls see what `clone3` is asked for: where namespaces are restricted (the systemd unit) there is none.
-fn prepare_child(entrance: Option<&File>, keep: &[RawFd], parent: u32) -> io::Result<()> {
-    if let Some(group) = entrance {
-        // Whether that was granted is looked at by the supervisor.
-        let _ = nix::unistd::write(group, SELF_INTO);
-    }
+fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // The supervisor may have ended before the line above.
     if nix::unistd::getppid().as_raw().unsigned_abs() != parent {

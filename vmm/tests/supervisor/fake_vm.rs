@@ -17,6 +17,7 @@ use umbra_driver_vm::protocol::{CrashKind, FromAgent, Mac, MemoryRange, RxMode, 
 use umbra_shadow::{DeviceId, Generation, LinkId};
 use umbra_vmm::base::time::Time;
 use umbra_vmm::config::Console;
+use umbra_vmm::vm::group::Entering;
 use umbra_vmm::vm::snapshot::key::OfVm;
 use umbra_vmm::wire::channel::{Channel, Incoming};
 use umbra_vmm::wire::messages::{
@@ -32,6 +33,11 @@ const NET: DeviceId = DeviceId { class: umbra_shadow::Class::Net, index: 0 };
 
 pub fn main(args: &[String]) -> ExitCode {
     let fd = args.iter().skip_while(|word| *word != "--control").nth(1).unwrap().parse().unwrap();
+    if let Some(number) = args.iter().skip_while(|word| *word != "--cgroup").nth(1) {
+        // SAFETY: the supervisor opened it for this process.
+        let entrance = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
+        Entering::begin(entrance).unwrap().finish();
+    }
     // SAFETY: the supervisor opened it for this process.
     let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
     let Incoming::Message(ToVm::Start(spec), files) = channel.receive().unwrap() else { return ExitCode::FAILURE };

@@ -227,6 +227,9 @@ impl Life {
                 Ok(Incoming::Message(FromVm::Snapshot { .. }, _)) if self.news >= MOST_NEWS => {}
                 Ok(Incoming::Message(message, _)) => {
                     self.news += u32::from(matches!(message, FromVm::Snapshot { .. }));
+                    if matches!(message, FromVm::Running { .. }) {
+                        self.process.runs();
+                    }
                     heard.push(Heard::Process(message));
                 }
                 Ok(Incoming::Empty) => break,

@@ -166,8 +166,10 @@ fn control_group(root: &Root, machine: &Machine) -> Option<Finding> {
     const CHECK: &str = "control group";
     let Cgroup::In(path) = &machine.cgroup else { return None };
     let Some(tree) = Tree::find(&root.join("")) else {
-        let what = "the host has no control groups of version 2";
-        return Some(Finding::missing(CHECK, what, "`mount -t cgroup2 none /sys/fs/cgroup`, or remove `cgroup`"));
+        let what = "the host has no control groups of version 2: VMs will have no bounds";
+        return Some(
+            Finding::note(CHECK, what).with_remedy("`mount -t cgroup2 none /sys/fs/cgroup`, or remove `cgroup`"),
+        );
     };
     let (dir, controllers) = (tree.group(path), tree.controllers_of(path));
     let make = format!(
@@ -175,7 +177,10 @@ fn control_group(root: &Root, machine: &Machine) -> Option<Finding> {
         dir.display()
     );
     Some(match &controllers[..] {
-        [] => Finding::missing(CHECK, format!("{} is not there, or has no controllers", path.display()), make),
+        [] => {
+            let what = format!("{} is not there, or has no controllers: VMs will have no bounds", path.display());
+            Finding::note(CHECK, what).with_remedy(make)
+        }
         some => Finding::good(CHECK, format!("{} has {}", path.display(), some.join(", "))),
     })
 }
@@ -268,11 +273,11 @@ mod tests {
         let named = machine("cgroup = \"/umbra\"\n[guest.web]\nkernel = \"k\"\n");
         let grade = |machine: &Machine| control_group(&root, machine).map(|finding| finding.grade);
         assert_eq!(grade(&machine("[guest.web]\nkernel = \"k\"\n")), None);
-        assert_eq!(grade(&named), Some(Grade::Missing));
+        assert_eq!(grade(&named), Some(Grade::Note));
         file("proc/self/cgroup", "0::/\n");
         file("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
         file("sys/fs/cgroup/cgroup.controllers", "memory pids\n");
-        assert_eq!(grade(&named), Some(Grade::Missing));
+        assert_eq!(grade(&named), Some(Grade::Note));
         file("sys/fs/cgroup/umbra/cgroup.controllers", "memory pids\n");
         assert_eq!(grade(&named), Some(Grade::Good));
     }
