@@ -278,7 +278,12 @@ fn ends_cleanly(place: &mut Place) {
     let again = "until [ \"$(systemctl show -p NRestarts --value umbra@web)\" = 1 ] && systemctl -q is-active umbra@web; do \
                  sleep 0.5; done";
     place.expect(again, RECOVERY).or_tell();
-    guest_reaches_peer(place);
+    if let Err(why) = place.in_guest("web", &format!("umbra-probe first-answer {} 20", peer_address(0)), STEP) {
+        let log =
+            "journalctl --sync; journalctl -b -u umbra@web -o short-monotonic --no-pager | tail -n 60; umbra status";
+        say(place.run(log, STEP).or_tell().stdout.trim());
+        panic!("{why}");
+    }
     has_bounds(place);
 
     // A machine file that is wrong is not tried again.

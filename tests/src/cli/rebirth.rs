@@ -17,6 +17,9 @@ pub struct Args {
     /// Failures of each kind.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..))]
     crashes: u32,
+    /// VMs' processes have control groups, with their bounds.
+    #[arg(long)]
+    cgroups: bool,
 }
 
 /// Runs the measurements.
@@ -31,7 +34,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let mut all = Vec::new();
     for device in devices {
-        let measured = rebirth::run(&RebirthSpec { device, crashes: args.crashes }, &say)?;
+        let measured = rebirth::run(&RebirthSpec { device, crashes: args.crashes, cgroups: args.cgroups }, &say)?;
         print!("{}", measured.table());
         all.push(measured);
     }

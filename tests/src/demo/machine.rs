@@ -92,6 +92,8 @@ pub struct MachineSpec {
     pub name: String,
     /// The program that runs it, as a shell in the place finds it.
     pub program: String,
+    /// Lines for the machine itself, as `cgroup = "/umbra"`.
+    pub options: String,
     /// The NIC's PCI address in the place.
     pub device: String,
     /// A second NIC on the same network, the spare.
@@ -144,6 +146,7 @@ impl MachineSpec {
         Self {
             name: MACHINE.into(),
             program: "umbra".into(),
+            options: String::new(),
             device: device.into(),
             spare: None,
             second: None,
@@ -172,7 +175,7 @@ impl MachineSpec {
     /// The file for `umbra run`; `work` is a folder of the place with kernel and images.
     pub fn to_toml(&self, work: &str, share: &str) -> String {
         let patience = whole_factor();
-        let mut text = String::new();
+        let mut text = self.options.clone();
         for (n, (name, address)) in self.guests.iter().enumerate() {
             let nic = match self.attach {
                 Attach::DriverVm => format!("[[guest.{name}.net]]\ndriver = \"{}\"\n", self.nic_driver_of(name)),

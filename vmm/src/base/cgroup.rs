@@ -348,9 +348,9 @@ impl Group {
         OpenOptions::new().write(true).open(&processes).map_err(failed("open", &processes))
     }
 
-    /// Whether the process `pid` is in it. Where it is not, the log says so once.
+    /// Whether the process `pid` is in it, or was when it ended. Where it is not, the log says so once.
     pub fn has(&self, pid: u32) -> bool {
-        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { return true };
         let own = self.dir.strip_prefix(&self.base.tree.mount).unwrap_or(&self.dir);
         let has = group_of(&text).is_some_and(|group| group.ends_with(own));
         if !has {
@@ -440,18 +440,23 @@ impl Base {
 
     /// Removes what is left of runs before; what has processes stays.
     fn remove_stale(&self) {
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            if entry.file_name().as_bytes().starts_with(PREFIX.as_bytes()) {
-                let _ = fs::remove_dir(entry.path());
-            }
+        for group in self.groups() {
+            let _ = fs::remove_dir(group);
         }
+    }
+
+    /// The groups of VMs in it, those of other machines too.
+    fn groups(&self) -> impl Iterator<Item = PathBuf> + use<> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_name().as_bytes().starts_with(PREFIX.as_bytes())).map(|entry| entry.path())
     }
 }
 
 impl Drop for Base {
     fn drop(&mut self) {
         self.remove_left();
-        if self.moved {
+        // Another machine in it keeps its bounds.
+        if self.moved && self.groups().next().is_none() {
             for controller in ["cpu", "memory", "pids"] {
                 let _ = write(&self.dir, HANDED_DOWN, &format!("-{controller}"));
             }

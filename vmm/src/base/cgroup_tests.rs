@@ -126,6 +126,7 @@ fn groups_come_and_go_with_their_processes() {
         let (web, entrance) = groups.make("web", &BOUNDS).unwrap();
         assert_eq!(web.path(), ground.path.join("m/vm-web"));
         assert!(!web.has(std::process::id()), "who makes it is not in it");
+        assert!(web.has(u32::MAX), "of one that has gone nothing is known");
         let child = sleeper(&web, entrance);
         let (next, _) = groups.make("web", &BOUNDS).unwrap();
         assert_eq!(ground.groups(), ["vm-web", "vm-web-2"]);
@@ -217,4 +218,17 @@ fn in_a_service(service: &Path) {
         drop(groups);
         assert!(!own().ends_with(LEAF) && !service.join(LEAF).exists());
     }
+    // With that of another machine nothing of it is taken away.
+    let groups = Cgroups::open(find(), Place::Delegated).unwrap();
+    let (handed_down, other) = (service.join(HANDED_DOWN), service.join("vm-other"));
+    let before = fs::read_to_string(&handed_down).unwrap();
+    fs::create_dir(&other).unwrap();
+    drop(groups);
+    assert!(own().ends_with(LEAF) && fs::read_to_string(&handed_down).unwrap() == before);
+    fs::remove_dir(&other).unwrap();
+    for controller in before.split_whitespace() {
+        write(service, HANDED_DOWN, &format!("-{controller}")).unwrap();
+    }
+    write(service, PROCESSES, SELF).unwrap();
+    fs::remove_dir(service.join(LEAF)).unwrap();
 }
