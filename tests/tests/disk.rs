@@ -149,7 +149,7 @@ fn write_nothing_to_another_disk() {
 
 /// Two guests on two parts of one disk.
 fn two_guests_outlive_crashes() {
-    let mut rig = rig("disk-shared", "ich9-ahci");
+    let mut rig = rig("disk-shared", "virtio-blk-pci");
     let mut spec = rig.machine(0, 3);
     spec.guests.push(("db".into(), String::new()));
     let half = BYTES >> 21;

@@ -9,6 +9,7 @@
 //! further is saved, and found again by what it was shown.
 
 use std::cell::RefCell;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,10 @@ const ERRORS_PAST: [(u16, u16, u16); 4] =
 const IDENTITY: [(u16, &str); 4] =
     [(0x00, "ids"), (0x08, "class or revision"), (0x2C, "subsystem"), (0x34, "capabilities")];
 
+/// Vendor of virtio functions, and their device ids (virtio 1.2, section 4.1.2).
+const VIRTIO: u16 = 0x1AF4;
+const VIRTIO_DEVICES: RangeInclusive<u16> = 0x1000..=0x107F;
+
 /// What a standby's VM has to know of a function before it comes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -69,12 +74,18 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Takes a snapshot of an open function that was reset and that nobody uses.
-    pub fn take(files: &DeviceFiles) -> Result<Self, Error> {
+    /// Takes a snapshot of an open function that was reset and that nobody uses; `None`: it cannot be shown ahead
+    /// ([`Self::can_be_ahead`]).
+    pub fn take(files: &DeviceFiles) -> Result<Option<Self>, Error> {
         let bdf = files.bdf();
         let failed = |source| Error::Vfio { operation: "take a snapshot of the device", bdf, source };
         let info = info::read(files.device()).map_err(failed)?;
         let region = info.region(VFIO_PCI_CONFIG_REGION_INDEX).cloned().unwrap_or_default();
+        let mut ids = [0; 4];
+        files.device().read_exact_at(&mut ids, region.offset).map_err(failed)?;
+        if !Self::can_be_ahead(ids) {
+            return Ok(None);
+        }
         let mut config = vec![0; usize::try_from(region.size.min(MAX_CONFIG)).unwrap_or_default()];
         files.device().read_exact_at(&mut config, region.offset).map_err(failed)?;
         // As after power-on: nothing decodes.
@@ -83,7 +94,15 @@ impl Snapshot {
         }
         let mut this = Self { bdf, config, regions: info.bars(), line: info.irqs(Index::Intx) > 0 };
         this.forget_the_past();
-        Ok(this)
+        Ok(Some(this))
+    }
+
+    /// Whether a kernel bears that a function with these ids, vendor and device, answers all ones. Its built-in drivers probe before the
+    /// agent can keep them off, and virtio's is built into Debian's: it resets the device, and waits for ever until its status is 0
+    /// (`vp_reset`, `drivers/virtio/virtio_pci_modern.c`).
+    fn can_be_ahead(ids: [u8; 4]) -> bool {
+        let [vendor, device] = [u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])];
+        vendor != VIRTIO || !VIRTIO_DEVICES.contains(&device)
     }
 
     /// Clears what registers tell of the function's past. Some of it survives a reset.

@@ -211,7 +211,7 @@ fn until_possible<T>(
 
 /// Without one a standby sees nothing of the device until it has it.
 fn take_snapshot(files: &DeviceFiles) -> Option<Snapshot> {
-    Snapshot::take(files).inspect_err(|error| tracing::debug!("{error}")).ok()
+    Snapshot::take(files).inspect_err(|error| tracing::debug!("{error}")).ok().flatten()
 }
 
 #[cfg(test)]
