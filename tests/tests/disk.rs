@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
+#[path = "disk/ends.rs"]
+mod ends;
+#[path = "disk/faults.rs"]
+mod faults;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
