@@ -82,6 +82,7 @@ fn outlive_ends(model: &str) {
 }
 
 #[test]
+#[ignore = "takes two and a half minutes: `make test-disks`"]
 fn commits_outlive_the_ends_of_guests_and_machines() {
     scenario(|| outlive_ends("nvme"));
 }

@@ -339,6 +339,7 @@ fn outlive_stalls_and_deaths() {
 }
 
 #[test]
+#[ignore = "takes two minutes: `make test-disks`"]
 fn errors_of_the_medium_are_the_guest_s_and_those_of_a_driver_are_masked_once() {
     scenario(tell_errors_apart);
 }
