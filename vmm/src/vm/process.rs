@@ -492,6 +492,7 @@ impl MutEventSubscriber for Control {
             }
             PANICKING => {
                 let _ = self.vm.panicking.read();
+                tracing::debug!("its kernel begins to die: a vCPU stands still at a breakpoint");
                 self.host.tell(&FromVm::Panicking { at: Time::now().0 });
             }
             SIGNAL => {
