@@ -417,8 +417,9 @@ fn strip_programs(dir: &Path, built: impl Fn(&str) -> Result<PathBuf, AssetError
     fs::create_dir_all(dir).map_err(|e| AssetError::file("make", dir, e))?;
     for name in PROGRAMS {
         let (from, to) = (built(name)?, dir.join(name));
-        let made = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
-        if made(&to).is_some_and(|to| Some(to) > made(&from)) {
+        // Beside each copy it says of what it is one: the same place may have had another program.
+        let (of, source) = (dir.join(format!("{name}.of")), source_of(&from)?);
+        if to.is_file() && fs::read_to_string(&of).is_ok_and(|of| of == source) {
             continue;
         }
         let part = dir.join(format!("{name}.{}", std::process::id()));
@@ -426,9 +427,20 @@ fn strip_programs(dir: &Path, built: impl Fn(&str) -> Result<PathBuf, AssetError
         if !strip.is_ok_and(|status| status.success()) {
             fs::copy(&from, &part).map_err(|e| AssetError::file("copy", &from, e))?;
         }
+        let _ = fs::remove_file(&of);
         fs::rename(&part, &to).map_err(|e| AssetError::file("write", &to, e))?;
+        fs::write(&of, source).map_err(|e| AssetError::file("write", &of, e))?;
     }
     Ok(dir.into())
+}
+
+/// What tells the program at `path` from any other: where it is, how long, and when it was written.
+fn source_of(path: &Path) -> Result<String, AssetError> {
+    let read = || {
+        let metadata = fs::metadata(path)?;
+        Ok::<_, io::Error>((path.canonicalize()?, metadata.len(), metadata.modified()?))
+    };
+    read().map(|source| format!("{source:?}")).map_err(|e| AssetError::file("read", path, e))
 }
 
 /// The kernel package: named, kept from last time, or downloaded.
@@ -452,4 +464,27 @@ pub(crate) fn cache_dir() -> PathBuf {
         .or_else(|| from("XDG_CACHE_HOME").map(|dir| dir.join("umbra")))
         .or_else(|| from("HOME").map(|dir| dir.join(".cache/umbra")))
         .unwrap_or_else(|| "/var/cache/umbra".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_made_again_of_another_program_though_that_is_older() {
+        let dir = tempfile::tempdir().unwrap();
+        for build in ["older", "newer"] {
+            fs::create_dir(dir.path().join(build)).unwrap();
+            for name in PROGRAMS {
+                fs::write(dir.path().join(build).join(name), build).unwrap();
+            }
+        }
+        for build in ["newer", "older", "older"] {
+            let copies =
+                strip_programs(&dir.path().join("copies"), |name| Ok(dir.path().join(build).join(name))).unwrap();
+            for name in PROGRAMS {
+                assert_eq!(fs::read_to_string(copies.join(name)).unwrap(), build);
+            }
+        }
+    }
 }
