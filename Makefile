@@ -15,7 +15,7 @@ SECONDS ?= 60
 TARGET  := target/x86_64-unknown-linux-gnu/release
 BENCH   := $(TARGET)/umbra-bench
 # All of tests/tests but `braked` and `package`, which run beside the others.
-SCENARIOS = $(filter-out package,$(basename $(notdir $(wildcard tests/tests/*.rs))))
+SCENARIOS = $(sort disk $(filter-out package,$(basename $(notdir $(wildcard tests/tests/*.rs)))))
 # The other members' tests, by name: a run of one member alone would build its crates anew, with the features that it alone asks for.
 QUICK     = $(filter-out common,$(basename $(notdir $(wildcard $(addsuffix /tests/*,driver-vm guest-images shadow splitter vmm)))))
 CARGO   := $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)

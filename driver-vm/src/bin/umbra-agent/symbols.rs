@@ -22,8 +22,8 @@ pub fn panic_entries() -> Vec<u64> {
     })
 }
 
-/// Of [`DYING`], what is in `symbols`: lines of "ADDRESS TYPE NAME", those of modules with "[MODULE]" behind, which come last. An address of
-/// 0 is one that the kernel does not tell.
+/// Of [`DYING`], what is in `symbols`: lines of "ADDRESS TYPE NAME", those of modules with "[MODULE]" behind, which come last. An address
+/// of 0 is one that the kernel does not tell.
 fn addresses(mut symbols: impl BufRead) -> Vec<u64> {
     let (mut found, mut line) = (Vec::new(), String::new());
     while found.len() < DYING.len() {

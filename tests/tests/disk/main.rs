@@ -1,10 +1,9 @@
 //! Disks: a guest's writes outlive crashes of the driver VM of its disk's controller, although the controller loses its cache with each.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "disk/ends.rs"]
 mod ends;
-#[path = "disk/faults.rs"]
 mod faults;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
