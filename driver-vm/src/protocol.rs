@@ -286,7 +286,7 @@ impl Default for Offloads {
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum CrashKind {
-    /// A kernel panic, which nothing announces.
+    /// A kernel panic (`/proc/sysrq-trigger` `c`).
     Panic,
     /// The agent stops answering; the kernel lives on.
     AgentHang,

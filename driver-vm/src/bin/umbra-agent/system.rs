@@ -1,7 +1,6 @@
 //! What a first process does for its system: mounts, kernel settings, facts about the kernel, and its end.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +10,6 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
-use nix::unistd::{ForkResult, fork};
 use umbra_driver_vm::protocol::{ENTROPY_BYTES, Entropy};
 
 use crate::kernel_log;
@@ -180,22 +178,11 @@ pub fn memory(name: &str) -> u64 {
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// Time for the threads of the first process to end, which is when the kernel panics.
-const THREADS_END: Duration = Duration::from_millis(100);
-
-/// Panics the kernel: the first process ends. The kernel does not announce that, as it does not announce a fault of a driver; by sysrq
-/// it prints a line before. Where a thread hangs in the kernel, so that the process does not end, it is sysrq all the same.
+/// Panics the kernel.
 pub fn panic() -> ! {
-    if let Ok(mut sysrq) = File::options().write(true).open("/proc/sysrq-trigger") {
-        // SAFETY: the child takes no lock, which a thread that it lacks could hold: it allocates nothing, and only sleeps and writes.
-        let forked = unsafe { fork() };
-        if !matches!(forked, Ok(ForkResult::Parent { .. })) {
-            std::thread::sleep(THREADS_END);
-            let _ = sysrq.write_all(b"c");
-        }
-    }
-    // SAFETY: nothing that this process would do at its end is of use to a kernel that panics.
-    unsafe { libc::_exit(1) }
+    let _ = fs::write("/proc/sysrq-trigger", "c");
+    // Without sysrq in the kernel: the end of the first process is a kernel panic as well.
+    std::process::abort()
 }
 
 /// Stops answering, for good.
