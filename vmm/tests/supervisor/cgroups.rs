@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::base::cgroup::Tree;
-use umbra_vmm::lifecycle::{StandbyStage, StateName};
+use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::status::CgroupStatus;
 
 use crate::cases::Case;
@@ -95,11 +95,7 @@ fn name_group(machine: &TestMachine, path: &str) {
 
 /// Waits until `generation` serves and another one waits; the groups of the guest and of these two, as the machine and the kernel have it.
 fn groups(machine: &TestMachine, ground: &Ground, generation: u32) -> [String; 3] {
-    let driver = machine.wait_for("a standby", |driver| {
-        let standby = driver.standby.as_ref();
-        let waits = standby.is_some_and(|standby| standby.state == StandbyStage::Ready);
-        driver.state == StateName::Live && driver.generation == Some(generation) && waits
-    });
+    let driver = machine.wait_live_with_standby(generation);
     let guest = machine.wait_for_guest("web", "its process", |guest| guest.pid.is_some());
     let standby = driver.standby.unwrap();
     let of = |pid: Option<u32>, group: Option<CgroupStatus>| {

@@ -255,6 +255,15 @@ impl TestMachine {
         self.wait_for(&what, |driver| driver.state == StateName::Live && driver.generation == Some(generation))
     }
 
+    /// Waits until `generation` serves and a standby behind it is ready.
+    pub fn wait_live_with_standby(&self, generation: u32) -> DriverStatus {
+        self.wait_for("a standby", |driver| {
+            let standby = driver.standby.as_ref();
+            let waits = standby.is_some_and(|standby| standby.state == StandbyStage::Ready);
+            driver.state == StateName::Live && driver.generation == Some(generation) && waits
+        })
+    }
+
     pub fn crash(&self, kind: CrashKind) {
         let response = self.ask(&Request::Crash { name: "nic0".into(), kind });
         assert!(matches!(response, Some(Response::Crashing { .. })), "{response:?}");

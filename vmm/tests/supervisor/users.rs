@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use umbra_driver_vm::protocol::CrashKind;
-use umbra_vmm::lifecycle::{StandbyStage, StateName};
 
 use crate::cases::Case;
 use crate::machine::{TestMachine, make};
@@ -40,11 +39,7 @@ fn machine(count: u32, keys: &str) -> Option<TestMachine> {
 
 /// Users of the guest, of `generation` of the driver VM, which serves, and of the standby behind it; what their processes were told.
 fn users(machine: &TestMachine, generation: u32) -> [Option<u32>; 3] {
-    let driver = machine.wait_for("a standby", |driver| {
-        let standby = driver.standby.as_ref();
-        let waits = standby.is_some_and(|standby| standby.state == StandbyStage::Ready);
-        driver.state == StateName::Live && driver.generation == Some(generation) && waits
-    });
+    let driver = machine.wait_live_with_standby(generation);
     let guest = machine.wait_for_guest("web", "its process", |guest| guest.pid.is_some());
     let standby = driver.standby.unwrap();
     let all = [(guest.pid, guest.uid), (driver.pid, driver.uid), (standby.pid, standby.uid)];

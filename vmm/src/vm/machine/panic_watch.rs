@@ -52,7 +52,7 @@ impl PanicWatch {
 
     /// Has all vCPUs stop at `entries`, of which [`MAX_PANIC_ENTRIES`] can be had, once each has taken them.
     pub(super) fn set(&self, entries: &[u64]) {
-        *lock(&self.entries) = entries.iter().copied().take(MAX_PANIC_ENTRIES).collect();
+        *lock(&self.entries) = entries.to_vec();
         self.done.store(0, Ordering::Release);
         self.version.fetch_add(1, Ordering::Release);
     }
