@@ -8,6 +8,7 @@ mod faults;
 
 use common::{OrTell, RECOVERY, STEP, assets, say, scenario};
 use umbra_tests::bench::{Bench, BenchSpec};
+use umbra_tests::demo::events::Event;
 use umbra_tests::demo::guest_log::GuestLog;
 use umbra_tests::demo::machine::{Attach, DISK_DRIVER, Machine, MachineSpec};
 use umbra_tests::demo::place::Place;
@@ -223,6 +224,11 @@ fn grow_and_have_no_room() {
     place.expect("truncate -s 256M /tmp/d.img && umbra resize web vda", STEP).or_tell();
     let size = place.in_guest(GUEST, "blockdev --getsize64 /dev/vda", STEP).or_tell();
     assert_eq!(size.trim(), "268435456", "the guest sees it");
+    place.expect("truncate -s 300M /tmp/d.img", STEP).or_tell();
+    let grown = |event: &Event| event.event == "disk-resized" && event.number("bytes") == Some(314_572_800.0);
+    machine.await_event(STEP, grown).or_tell();
+    let size = place.in_guest(GUEST, "blockdev --getsize64 /dev/vda", STEP).or_tell();
+    assert_eq!(size.trim(), "314572800", "nobody had to ask");
     let refused = place.run("umbra resize web vda 64M", STEP).or_tell();
     assert!(!refused.ok() && refused.stderr.contains("cannot be made smaller"), "{refused:?}");
     let write = "dd if=/dev/zero of=/dev/vdb bs=1M count=40 conv=fsync 2>/dev/null; echo $?";

@@ -151,6 +151,7 @@ fn of_vm(mut message: FromVm) -> FromVm {
         | FromVm::Offloads { .. }
         | FromVm::AtRest { .. }
         | FromVm::Resized { .. }
+        | FromVm::Grown { .. }
         | FromVm::Lost { cause: LinkEnd::Closed, .. }
         | FromVm::Disconnected { .. }
         | FromVm::Snapshot { .. } => {}

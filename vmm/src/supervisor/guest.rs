@@ -1,6 +1,6 @@
 //! A guest as the supervisor has it: its process, and its devices.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -11,6 +11,7 @@ use umbra_splitter::untrusted::Elsewhere;
 use super::class::{self, Backends, Devices, GuestDevice, Statuses};
 use super::ids::DriverId;
 use super::power_button::PowerButton;
+use super::resize::Grown;
 use super::run_error::WhyFailed;
 use super::vcpu_answers::VcpuAnswers;
 use crate::base::held::Held;
@@ -70,7 +71,9 @@ pub(super) struct GuestVm {
     /// What its process has not taken yet, in its order. A driver VM's process may have sent something through a socket already.
     pub(super) unsent: VecDeque<(ToVm, Option<Elsewhere<OwnedFd>>)>,
     /// Clients that wait for another size of a disk, in the order in which they asked.
-    pub(super) resizing: VecDeque<(u64, DeviceId)>,
+    pub(super) resizing: VecDeque<(Option<u64>, DeviceId)>,
+    /// The disks on files of which its process has said that they have grown.
+    pub(super) grown: BTreeMap<DeviceId, Grown>,
 }
 
 /// What is to become of a guest when its process ends.
@@ -163,6 +166,7 @@ impl GuestVm {
             warnings: LogLimit::default(),
             unsent: VecDeque::new(),
             resizing: VecDeque::new(),
+            grown: BTreeMap::new(),
         }
     }
 

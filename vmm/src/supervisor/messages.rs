@@ -112,6 +112,7 @@ impl Supervisor {
             }
             FromVm::Disk { device, news } => self.warn_of_guest(n, &format!("{device}: {news}")),
             FromVm::Resized { device, result } => self.on_resized(n, device, result),
+            FromVm::Grown { device } => self.on_grown(n, device),
             FromVm::WantTap { interface } => self.look_for_tap(n, &interface),
             FromVm::Confined { thread, call } => self.guests[n].error = Some(bounds::confined(&thread, call).into()),
             FromVm::LinkUp { .. }

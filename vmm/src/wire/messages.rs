@@ -267,6 +267,11 @@ pub enum FromVm {
         /// The size that the guest sees now, bytes; or why it is as it was, for people.
         result: Result<u64, String>,
     },
+    /// Guest: the file or block device of a disk is larger than the guest sees. Said again and again until [`ToVm::Resize`].
+    Grown {
+        /// The device.
+        device: DeviceId,
+    },
     /// Guest: what the host does to a disk on a file, or what became of a driver VM's disk at the guest's end.
     Disk {
         /// The device.

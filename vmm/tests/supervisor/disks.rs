@@ -48,6 +48,10 @@ pub const ALL: &[crate::cases::Case] = &[
     ("a_death_while_disks_come_to_rest_is_a_failure", a_death_while_disks_come_to_rest_is_a_failure),
     ("disks_that_cannot_be_end_a_first_start", disks_that_cannot_be_end_a_first_start),
     (
+        "a_disk_whose_file_has_grown_is_measured_and_nobody_asked",
+        a_disk_whose_file_has_grown_is_measured_and_nobody_asked,
+    ),
+    (
         "a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so",
         a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so,
     ),
@@ -332,6 +336,19 @@ fn an_error_that_one_guest_alone_claims_costs_its_connection() {
     machine.wait_for_log("web", "attempt: 2");
     machine.wait_for_guest("web", "its disk", |guest| guest.disks[0].mode == DeviceMode::Passive);
     assert_eq!(machine.wait_live(1).failures, 0);
+    machine.stop();
+}
+
+fn a_disk_whose_file_has_grown_is_measured_and_nobody_asked() {
+    let mut machine = start("grows", "");
+    assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 12_288);
+    let log = fs::read_to_string(machine.dir.path().join("web.log")).unwrap();
+    assert_eq!(log.matches("Resize").count(), 1, "a process that says it without end is not heeded each time: {log}");
+    machine.stop();
+
+    let mut machine = start("grows-in-vain", "");
+    let why = "web: its file has grown, which the guest does not see: web.block0: it cannot be measured";
+    assert_eq!(event(&machine, "\"warning\"").1["what"], why);
     machine.stop();
 }
 

@@ -224,6 +224,12 @@ impl Image {
         (&self.file).seek(SeekFrom::End(0))
     }
 
+    /// The bytes of `bytes` that are in whole blocks, which are what the guest sees.
+    fn in_blocks(&self, bytes: u64) -> u64 {
+        let block = u64::from(self.blocks.logical);
+        bytes / block * block
+    }
+
     /// The reason for `error` at the bytes before `end`, where that is that somebody has made the file or block device smaller under the
     /// guest. The kernel says of a write behind the end of a block device that there is no room, as if some could come.
     fn reason(&self, error: io::Error, end: u64) -> io::Error {
@@ -282,9 +288,14 @@ impl Backing for Image {
             }
             self.file.set_len(wanted).map_err(|error| why("make its file larger", error))?;
         }
-        let seen = wanted / block * block;
+        let seen = self.in_blocks(wanted);
         self.seen.store(seen, Ordering::Relaxed);
         Ok(seen)
+    }
+
+    fn grown(&self) -> Option<u64> {
+        let bytes = self.in_blocks(self.size().ok()?);
+        (bytes > self.seen.load(Ordering::Relaxed)).then_some(bytes)
     }
 
     fn flush(&self) -> io::Result<()> {

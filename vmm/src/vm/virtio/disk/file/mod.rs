@@ -160,6 +160,7 @@ impl FileDisk {
                     }
                     (self.messenger.outbox)(FromVm::Resized { device: self.messenger.device, result });
                 }
+                News::Grown => (self.messenger.outbox)(FromVm::Grown { device: self.messenger.device }),
                 News::Full => {
                     self.messenger.say("the host has no room for a write: the disk waits until there is some")
                 }

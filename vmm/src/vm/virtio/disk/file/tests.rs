@@ -353,3 +353,35 @@ fn bad_ring_asks_for_a_reset() {
 }
 
 mod slow;
+
+#[test]
+fn a_file_that_somebody_makes_larger_is_reported_until_it_is_measured() {
+    let (folder, path) = image(64 * 512);
+    let (outbox, said) = heard();
+    let disk = FileDisk::new(&Disk { path: path.clone(), read_only: false, on_full: OnFull::Error }, 0, outbox);
+    let mut guest = Guest::with(disk.unwrap(), folder, 1, 256);
+    let length = |bytes| std::fs::File::options().write(true).open(&path).unwrap().set_len(bytes).unwrap();
+    // The size that was measured, or that it has grown.
+    let next = |guest: &mut Guest| {
+        guest.events.run_until(|| !said.lock().unwrap().is_empty());
+        match said.lock().unwrap().remove(0) {
+            FromVm::Grown { .. } => None,
+            FromVm::Resized { result, .. } => Some(result.unwrap()),
+            other => panic!("{other:?}"),
+        }
+    };
+    // Part of a sector is none that the guest could see.
+    length(80 * 512 + 100);
+    for _ in 0..2 {
+        assert_eq!(next(&mut guest), None);
+    }
+    guest.device.lock().unwrap().resize(None);
+    let measured = std::iter::from_fn(|| Some(next(&mut guest))).flatten().next();
+    assert_eq!(measured, Some(80 * 512));
+    said.lock().unwrap().clear();
+    // What is smaller is left as it is, and so is what the guest has seen; a request finds the thread at work.
+    length(70 * 512);
+    assert_eq!(guest.request(&[&header(FLUSH, 0)], &[1]).0, 0);
+    length(81 * 512);
+    assert_eq!(next(&mut guest), None);
+}

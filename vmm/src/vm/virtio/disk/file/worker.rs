@@ -5,13 +5,13 @@
 //! [`Worker::forget`] nothing of the earlier jobs is reported any more, and at most one of each thread is still under way; a write
 //! among them ends before any later write begins. A flush begins after the jobs that were done when it was handed over; flushes
 //! that wait together are one, and share its outcome (the kernel reports an error of write-back once). The error of one that is
-//! forgotten is the next one's.
+//! forgotten is the next one's. The thread of the flushes also looks whether somebody has made the file or block device larger.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use umbra_splitter::threads::{self, Purpose};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Interval at which a write that finds no room is tried again.
 const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
+
+/// Interval at which the thread of the flushes looks whether what is behind the disk has grown.
+const LOOK_FOR_GROWTH: Duration = Duration::from_secs(1);
 
 /// What is behind a disk. Its calls may block without end.
 pub(super) trait Backing: Send + Sync {
@@ -40,6 +43,8 @@ pub(super) trait Backing: Send + Sync {
     fn flush(&self) -> io::Result<()>;
     /// Makes it so large, or measures it; its size in bytes, which is not less than before. The error is for people.
     fn resize(&self, bytes: Option<u64>) -> Result<u64, String>;
+    /// Its size in bytes, if that is larger than [`Backing::resize`] has found it to be so far.
+    fn grown(&self) -> Option<u64>;
 }
 
 /// What the host does to a disk.
@@ -47,6 +52,8 @@ pub(super) trait Backing: Send + Sync {
 pub(super) enum News {
     /// The end of a [`Work::Resize`].
     Resized(Result<u64, String>),
+    /// Somebody has made larger what is behind the disk, and has come to an end with that. Told at each look until a [`Work::Resize`].
+    Grown,
     /// There is no room for a write, which waits.
     Full,
     /// It has been written.
@@ -112,6 +119,14 @@ struct Shared {
     ended: Condvar,
     /// Signalled when a job is done.
     done: EventFd,
+}
+
+/// Looks whether what is behind a disk has grown.
+struct GrowthWatch {
+    /// When the next look is due.
+    due: Instant,
+    /// What the last one found.
+    found: Option<u64>,
 }
 
 #[derive(Default)]
@@ -224,6 +239,20 @@ impl State {
     }
 }
 
+impl GrowthWatch {
+    fn new() -> Self {
+        Self { due: Instant::now() + LOOK_FOR_GROWTH, found: None }
+    }
+
+    /// Looks; whether it has grown since it was measured, and not any more since the last look: a file that is being copied into grows
+    /// at each.
+    fn look(&mut self, backing: &dyn Backing) -> bool {
+        let before = std::mem::replace(&mut self.found, backing.grown());
+        self.due = Instant::now() + LOOK_FOR_GROWTH;
+        self.found.is_some() && self.found == before
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
@@ -231,7 +260,8 @@ impl Shared {
 
     /// A thread's life.
     fn work(&self, lane: Lane) {
-        while let Some((life, tags, work)) = self.next(lane) {
+        let mut growth = (lane == Lane::Flushes).then(GrowthWatch::new);
+        while let Some((life, tags, work)) = self.next(lane, growth.as_mut()) {
             let mut result = self.when_there_is_room(life, &work);
             let mut state = self.lock();
             if lane == Lane::Flushes {
@@ -250,14 +280,25 @@ impl Shared {
         self.ended.notify_all();
     }
 
-    /// Waits for a job; `None` at the end.
-    fn next(&self, lane: Lane) -> Option<(u64, Vec<Tag>, Work)> {
+    /// Waits for a job, and looks for growth meanwhile; `None` at the end.
+    fn next(&self, lane: Lane, mut growth: Option<&mut GrowthWatch>) -> Option<(u64, Vec<Tag>, Work)> {
+        let wake = &self.wake[lane as usize];
         let mut state = self.lock();
         while !state.stopping {
-            if let Some((tags, work)) = state.take(lane) {
+            let until_look = growth.as_ref().map(|growth| growth.due.saturating_duration_since(Instant::now()));
+            if let Some(growth) = growth.as_mut().filter(|_| until_look == Some(Duration::ZERO)) {
+                drop(state);
+                if growth.look(&*self.backing) {
+                    self.tell(News::Grown);
+                }
+                state = self.lock();
+            } else if let Some((tags, work)) = state.take(lane) {
                 return Some((state.life, tags, work));
+            } else if let Some(time) = until_look {
+                (state, _) = wake.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                state = wake.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-            state = self.wake[lane as usize].wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         None
     }

@@ -93,6 +93,10 @@ impl Backing for SlowDisk {
         self.begin(RESIZE, 0);
         bytes.ok_or_else(|| "it cannot be measured".into())
     }
+
+    fn grown(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// A guest with a disk on which these kinds of requests hang.
