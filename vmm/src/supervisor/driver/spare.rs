@@ -188,7 +188,8 @@ impl Supervisor {
         let failed = self.drivers[n].present;
         let alive = self.drivers[n].life.is_some();
         if alive {
-            self.retire(n, now);
+            let is_ready = self.drivers[n].lifecycle.carrier() == Carrier::Up;
+            self.retire(n, now, is_ready);
         } else {
             self.drivers[n].take_last_evidence();
         }
