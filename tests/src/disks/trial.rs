@@ -18,16 +18,8 @@ use crate::probe::disk::Found;
 
 /// The models that are tried with `--models all`. An SD card's controller hides its cache, and has a scenario of its own. QEMU's `pvscsi`
 /// reads its requests and writes its completions at physical addresses of the host, past the IOMMU: no VM can have it passed through.
-pub const MODELS: [&str; 8] = [
-    "nvme",
-    "ich9-ahci",
-    "virtio-blk-pci",
-    "virtio-scsi-pci",
-    "megasas-gen2",
-    "mptsas1068",
-    "lsi53c895a",
-    "qemu-xhci",
-];
+pub const MODELS: [&str; 8] =
+    ["nvme", "ich9-ahci", "virtio-blk-pci", "virtio-scsi-pci", "megasas-gen2", "mptsas1068", "lsi53c895a", "qemu-xhci"];
 
 /// Kinds of crashes, in turns.
 pub const KINDS: [Kind; 10] = [
