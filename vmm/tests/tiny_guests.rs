@@ -12,6 +12,7 @@ use common::{Code, Files, Process, kvm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use umbra_shadow::DeviceId;
+use umbra_vmm::base::pid_namespace::PidNamespaces;
 use umbra_vmm::base::proc_stat::ProcStat;
 use umbra_vmm::base::vm_users::VmUsers;
 use umbra_vmm::config::{Confine, Console};
@@ -414,7 +415,8 @@ fn each_vm_that_root_starts_is_another_user_s_until_its_end() {
     }
     let users = VmUsers::find(host.path());
     let path = env!("CARGO_BIN_EXE_umbra").into();
-    let program = Program { path, confine: Confine::On, users, namespaces: true, cgroups: None };
+    let pid_namespaces = PidNamespaces::find().ok();
+    let program = Program { path, confine: Confine::On, users, namespaces: true, pid_namespaces, cgroups: None };
     let start = || running(&program);
     let mut vms = [start(), start(), start()];
     for ((process, _), (uid, gid)) in vms.iter().zip([(64_900, 64_900), (64_901, 64_901), (64_987, 64_986)]) {

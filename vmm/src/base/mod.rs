@@ -13,6 +13,7 @@ pub mod namespaces;
 pub mod parallel;
 pub mod pci_address;
 pub mod pci_config;
+pub mod pid_namespace;
 pub mod proc_stat;
 pub mod random;
 pub mod rotating_file;

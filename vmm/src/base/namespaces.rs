@@ -39,11 +39,11 @@ pub struct Error {
     source: Errno,
 }
 
-fn failed(operation: &'static str) -> impl Fn(Errno) -> Error {
+pub(super) fn failed(operation: &'static str) -> impl Fn(Errno) -> Error {
     move |source| Error { operation, source }
 }
 
-fn errno(error: &io::Error) -> Errno {
+pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 

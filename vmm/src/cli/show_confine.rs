@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use crate::vm::confine::Category;
 use crate::vm::confine::tables::{Row, When};
+use crate::vm::confine::{Category, WITHOUT};
 
 /// Arguments of `umbra confine`.
 #[derive(Debug, clap::Args)]
@@ -20,7 +20,13 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let tables: Vec<_> =
         Category::ALL.into_iter().filter(|category| args.show.is_none_or(|show| show == *category)).collect();
-    super::print(&tables.into_iter().map(table).collect::<Vec<_>>().join("\n"))
+    super::print(&[without()].into_iter().chain(tables.into_iter().map(table)).collect::<Vec<_>>().join("\n"))
+}
+
+/// What all are without, as text.
+fn without() -> String {
+    let line = |(what, by): &(&str, &str)| format!("  {what:<64} {by}\n");
+    format!("every thread is without:\n{}", WITHOUT.iter().map(line).collect::<String>())
 }
 
 /// The table of `category` as text.
@@ -63,5 +69,8 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(text.lines().all(|line| !line.contains("execve") && line.len() <= 140), "{text}");
+        let text = without();
+        assert!(text.contains("other processes, if root starts it") && text.contains("a PID namespace"), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 140), "{text}");
     }
 }

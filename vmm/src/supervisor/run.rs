@@ -34,6 +34,7 @@ use super::start::preflight::{Checked, Host};
 use super::start::rundir::RunDir;
 use crate::base::error::chain;
 use crate::base::namespaces;
+use crate::base::pid_namespace::PidNamespaces;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
 use crate::base::vm_users::{OF_VMS, VmUsers};
@@ -171,7 +172,8 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     supervisor.file = options.file;
     let (path, confine) = (options.program, machine.confine);
     let users = users_of_vms(&supervisor.host.root, confine);
-    supervisor.program = Program { path, confine, users, namespaces: have_namespaces(confine), cgroups };
+    let (namespaces, pid_namespaces) = (have_namespaces(confine), pid_namespaces(confine));
+    supervisor.program = Program { path, confine, users, namespaces, pid_namespaces, cgroups };
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;
@@ -206,6 +208,15 @@ fn have_namespaces(confine: Confine) -> bool {
         tracing::warn!("processes of VMs keep the host's namespaces and root folder: {}", chain(error));
     }
     available.is_ok()
+}
+
+/// What starts the processes of VMs in PID namespaces of their own: where root starts them, and may.
+fn pid_namespaces(confine: Confine) -> Option<PidNamespaces> {
+    let found = nix::unistd::geteuid().is_root().then(PidNamespaces::find)?;
+    if let (Err(error), Confine::On) = (&found, confine) {
+        tracing::warn!("processes of VMs see the host's other processes: {}", chain(error));
+    }
+    found.ok()
 }
 
 /// Cleans up after a run before that was killed; its supervisor's number and what was done.

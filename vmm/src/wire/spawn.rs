@@ -6,7 +6,7 @@
 //! supervisor ends, however it ends.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,6 +19,7 @@ use super::cgroup_bounds;
 use super::channel::{self, Channel};
 use super::messages::{ToVm, VmSpec};
 use crate::base::cgroup::{Cgroups, Group, OutOfMemory};
+use crate::base::pid_namespace::{self, PidNamespaces};
 use crate::base::proc_stat::ProcStat;
 use crate::base::time::Time;
 use crate::base::vm_users::{Taken, VmUsers};
@@ -73,6 +74,8 @@ pub struct Program {
     pub users: Option<VmUsers>,
     /// They have namespaces of their own.
     pub namespaces: bool,
+    /// Each is the first process of a PID namespace of its own, if they are confined.
+    pub pid_namespaces: Option<PidNamespaces>,
     /// Where each gets a control group of its own.
     pub cgroups: Option<Cgroups>,
 }
@@ -141,12 +144,18 @@ impl VmProcess {
         let lock = user.as_ref().and_then(|taken| taken.lock.as_ref()).map(AsRawFd::as_raw_fd);
         let kept = inherited.iter().chain([&theirs]).map(AsRawFd::as_raw_fd);
         let keep: Vec<RawFd> = kept.chain(lock).chain(entry).collect();
-        let parent = std::process::id();
+        let parent = pid_namespace::this_process().map_err(|source| SpawnError::Spawn { vm: vm.clone(), source })?;
+        let parent_fd = parent.as_raw_fd();
         // SAFETY: the closure runs between fork and exec in a process of one thread; it allocates nothing and calls
         // only system calls that are async-signal-safe.
-        unsafe { command.pre_exec(move || prepare_child(&keep, parent)) };
+        unsafe { command.pre_exec(move || prepare_child(&keep, parent_fd)) };
         let started = Time::now();
-        let spawned = command.spawn().and_then(watch);
+        let pid_namespaces = program.pid_namespaces.as_ref().filter(|_| program.confine == Confine::On);
+        let spawned = match pid_namespaces {
+            Some(namespaces) => namespaces.spawn(&mut command),
+            None => command.spawn(),
+        };
+        let spawned = spawned.and_then(watch);
         let (pidfd, child) = spawned.map_err(|source| SpawnError::Spawn { vm, source })?;
         // The command holds the write end of the console's pipe; without it, the pipe ends with the process.
         drop(command);
@@ -312,10 +321,11 @@ fn set_streams(command: &mut Command, streams: Streams) -> io::Result<Option<Own
 }
 
 /// Runs in the child before `exec`.
-fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
+fn prepare_child(keep: &[RawFd], parent: RawFd) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    // The supervisor may have ended before the line above.
-    if nix::unistd::getppid().as_raw().unsigned_abs() != parent {
+    // The supervisor may have ended before the line above. Where that is not seen yet, the control channel is closed already.
+    // SAFETY: the supervisor keeps this descriptor open until after the spawn.
+    if pid_namespace::has_ended(unsafe { BorrowedFd::borrow_raw(parent) })? {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     // The supervisor blocks what it reads from a signalfd; a blocked mask would be inherited.
@@ -340,22 +350,11 @@ fn prepare_child(keep: &[RawFd], parent: u32) -> io::Result<()> {
 
 /// The child, with the descriptor that tells of its end. Without one nobody would hear of that: it is ended at once.
 fn watch(mut child: Child) -> io::Result<(OwnedFd, Child)> {
-    match pidfd_open(&child) {
+    match pid_namespace::of_process(child.id()) {
         Ok(pidfd) => Ok((pidfd, child)),
         Err(error) => {
             let _ = child.kill().and_then(|()| child.wait());
             Err(error)
-        }
-    }
-}
-
-fn pidfd_open(child: &Child) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes no pointers; it makes a new descriptor, close-on-exec, that nobody else knows.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, child.id(), 0);
-        match RawFd::try_from(fd) {
-            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(io::Error::last_os_error()),
         }
     }
 }

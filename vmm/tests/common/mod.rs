@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use umbra_vmm::base::pid_namespace::PidNamespaces;
 use umbra_vmm::base::users::User;
 use umbra_vmm::config::{Console, Disk, MemorySize, OnFull};
 use umbra_vmm::vm::confine::OfRoot;
@@ -130,6 +131,14 @@ pub fn of_root() -> OfRoot {
     OfRoot { user: user(), namespaces: user().is_some() }
 }
 
+/// Starts `command` as a supervisor does: root, in a PID namespace of its own.
+pub fn spawn(command: &mut Command) -> Child {
+    match user() {
+        Some(_) => PidNamespaces::find().unwrap().spawn(command).unwrap(),
+        None => command.spawn().unwrap(),
+    }
+}
+
 /// A channel whose other end `command` has as descriptor 3, for as long as it lives.
 pub fn channel_of(command: &mut Command) -> Channel {
     let (ours, theirs) = Channel::pair().unwrap();
@@ -170,7 +179,7 @@ impl Process {
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command.envs(folder.map(|folder| ("UMBRA_SNAPSHOT_DIR", folder)));
         let channel = channel_of(&mut command);
-        let mut child = command.spawn().unwrap();
+        let mut child = spawn(&mut command);
         let mut log = child.stderr.take().unwrap();
         std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::stderr()));
         channel.send(&ToVm::Start(Box::new(spec)), &[]).unwrap();

@@ -10,6 +10,7 @@ use super::{Finding, Root};
 use crate::base::cgroup::Tree;
 use crate::base::error::chain;
 use crate::base::namespaces;
+use crate::base::pid_namespace::PidNamespaces;
 use crate::base::vm_users::{OF_VMS, SUBGID, SUBUID, VmUsers, unused_range};
 use crate::config::MemorySize;
 use crate::host::seccomp::filters_system_calls;
@@ -30,6 +31,8 @@ pub struct Caller {
     pub landlock: Option<u32>,
     /// Root's processes of VMs can have namespaces of their own; `None`: not asked, who asks is not root.
     pub namespaces: Option<Result<(), namespaces::Error>>,
+    /// The same of PID namespaces.
+    pub pid_namespaces: Option<Result<(), namespaces::Error>>,
 }
 
 impl Caller {
@@ -43,6 +46,7 @@ impl Caller {
             seccomp: filters_system_calls(),
             landlock: landlock(),
             namespaces: root.then(namespaces::available),
+            pid_namespaces: root.then(|| PidNamespaces::find().map(drop)),
         }
     }
 }
@@ -124,6 +128,19 @@ fn own_namespaces(caller: Caller) -> Option<Finding> {
     })
 }
 
+/// Whether processes of VMs see others.
+fn own_pid_namespaces(caller: Caller) -> Option<Finding> {
+    const CHECK: &str = "PID namespaces";
+    caller.pid_namespaces.map(|available| match available {
+        Ok(()) => Finding::good(CHECK, "processes of VMs that root starts see no other process"),
+        Err(error) => {
+            let what = format!("processes of VMs that root starts see the host's other processes: {}", chain(&error));
+            Finding::note(CHECK, what)
+                .with_remedy("CAP_SYS_ADMIN, and no filter of unshare(2) and setns(2), for who starts the machine")
+        }
+    })
+}
+
 /// Whether VMs that are started from here, in whatever group this process is, have bounds of memory and processor time.
 fn control_group(root: &Root) -> Finding {
     const CHECK: &str = "control group";
@@ -168,6 +185,7 @@ pub fn findings(root: &Root, caller: Caller) -> Vec<Finding> {
     ];
     findings.extend(user_of_vms(root, caller));
     findings.extend(own_namespaces(caller));
+    findings.extend(own_pid_namespaces(caller));
     findings
 }
 

@@ -31,7 +31,14 @@ fn text(finding: &Finding) -> String {
     format!("{} -> {}", finding.what, finding.remedy.as_deref().unwrap_or_default())
 }
 
-const ROOT: Caller = Caller { root: true, locked: 0, seccomp: true, landlock: Some(6), namespaces: Some(Ok(())) };
+const ROOT: Caller = Caller {
+    root: true,
+    locked: 0,
+    seccomp: true,
+    landlock: Some(6),
+    namespaces: Some(Ok(())),
+    pid_namespaces: Some(Ok(())),
+};
 
 #[test]
 fn a_host_with_everything_misses_nothing() {
@@ -58,7 +65,8 @@ fn a_host_with_everything_misses_nothing() {
 #[test]
 fn a_bare_host_is_told_each_command() {
     let tree = Tree::new();
-    let nobody = Caller { root: false, locked: 8 << 20, landlock: None, namespaces: None, ..ROOT };
+    let nobody =
+        Caller { root: false, locked: 8 << 20, landlock: None, namespaces: None, pid_namespaces: None, ..ROOT };
     let findings = findings(&tree.root(), nobody);
     let of = |check: &str| findings.iter().find(|finding| finding.check == check).unwrap();
     assert!(text(of("KVM")).contains("`modprobe kvm_intel`"));
@@ -113,9 +121,14 @@ fn whether_root_s_vms_have_namespaces_is_said() {
         let _ = unsafe { libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) };
         namespaces::available()
     });
-    let finding = found(Some(refused.join().unwrap())).unwrap();
+    let refused = refused.join().unwrap();
+    let finding = found(Some(refused)).unwrap();
     assert!(finding.grade == Grade::Note && text(&finding).contains("(unshare): EPERM"), "{finding:?}");
     assert!(text(&finding).contains("CAP_SYS_ADMIN"), "{finding:?}");
+    let found = |pid_namespaces| own_pid_namespaces(Caller { pid_namespaces, ..ROOT });
+    assert!(found(None).is_none() && found(Some(Ok(()))).unwrap().grade == Grade::Good);
+    let finding = found(Some(refused)).unwrap();
+    assert!(finding.grade == Grade::Note && text(&finding).contains("see the host's other processes"), "{finding:?}");
 }
 
 #[test]

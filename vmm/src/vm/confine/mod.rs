@@ -51,6 +51,16 @@ impl Category {
     pub const ALL: [Self; 5] = [Self::EventLoop, Self::Vcpu, Self::Disk, Self::Link, Self::Helper];
 }
 
+/// What all threads of a VM's process are without, whatever their table says, and by which means; those of root's where it may take them.
+pub const WITHOUT: &[(&str, &str)] = &[
+    ("capabilities, and privileges that a program could gain", "capset(2), PR_SET_NO_NEW_PRIVS"),
+    ("files by name, TCP, abstract sockets", "Landlock, without rules"),
+    ("larger files, core dumps", "RLIMIT_FSIZE, RLIMIT_CORE"),
+    ("root's name and groups, if root starts it", "setresuid(2), to a user of its own"),
+    ("the host's files, network, IPC and host name, if root starts it", "namespaces, an empty root folder"),
+    ("other processes, if root starts it", "a PID namespace, of which it is the first process"),
+];
+
 /// Errors of confining.
 #[derive(Debug, Error)]
 pub enum Error {

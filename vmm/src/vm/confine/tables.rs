@@ -77,6 +77,7 @@ const COMMON: &[Row] = rows![
     SYS_rt_sigreturn: "the end of a signal's handler"
     SYS_rt_sigaction [Is(0, 11, "SIGSEGV")]: "Rust's runtime, when a fault is to end the process"
     SYS_rt_sigaction [Is(0, 7, "SIGBUS")]: "as SIGSEGV"
+    SYS_rt_sigaction [Is(0, 6, "SIGABRT")]: "abort(3), where the first process of a PID namespace is not ended by the signal"
     SYS_sigaltstack: "Rust's runtime, at each thread's start and end"
     SYS_getrandom: "hash tables, the allocator"
     SYS_getpid: "signals to this process's threads"
