@@ -387,7 +387,8 @@ fn a_process_that_is_stopped_is_not_asked_for_its_device() {
         return;
     }
     let path = env!("CARGO_BIN_EXE_umbra").into();
-    let program = Program { path, confine: Confine::Off, users: None, namespaces: false, cgroups: None };
+    let program =
+        Program { path, confine: Confine::Off, users: None, namespaces: false, pid_namespaces: None, cgroups: None };
     let (process, _files) = running(&program);
     let pid = Pid::from_raw(process.pid().cast_signed());
     let stat = || ProcStat::read(format!("/proc/{pid}")).unwrap();

@@ -340,13 +340,13 @@ fn an_error_that_one_guest_alone_claims_costs_its_connection() {
 }
 
 fn a_disk_whose_file_has_grown_is_measured_and_nobody_asked() {
-    let mut machine = start("grows", "");
+    let machine = start("grows", "");
     assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 12_288);
     let log = fs::read_to_string(machine.dir.path().join("web.log")).unwrap();
     assert_eq!(log.matches("Resize").count(), 1, "a process that says it without end is not heeded each time: {log}");
     machine.stop();
 
-    let mut machine = start("grows-in-vain", "");
+    let machine = start("grows-in-vain", "");
     let why = "web: its file has grown, which the guest does not see: web.block0: it cannot be measured";
     assert_eq!(event(&machine, "\"warning\"").1["what"], why);
     machine.stop();
