@@ -9,6 +9,7 @@ use std::io;
 use std::time::Duration;
 
 use umbra_shadow::DeviceId;
+use umbra_shadow::block::SECTOR_BYTES;
 
 use super::front::protocol::Response;
 use super::guest::GuestState;
@@ -26,7 +27,7 @@ const GROWTH: Duration = Duration::from_millis(500);
 const ENDED: &str = "the guest has ended before its disk had another size";
 
 /// What a client has asked for, or nobody has to.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Asked {
     guest: GuestId,
     /// The process that has the file.
@@ -85,7 +86,7 @@ impl Supervisor {
         }
         let asked = Asked { guest: n, pid: process.pid(), device, bytes, client };
         let Some(disk) = guest.spec.disk[usize::from(disk)].file().filter(|disk| !disk.read_only) else {
-            self.pass_on_size(&asked);
+            self.pass_on_size(asked);
             return Ok(());
         };
         let held = guest.held.clone();
@@ -111,17 +112,20 @@ impl Supervisor {
             return Err(ENDED.into());
         }
         let length = length.map_err(|error| format!("its file cannot be measured: {error}"))?;
-        if let Some(Err(error)) = length.map(|length| let_files_grow(asked.pid, asked.bytes.unwrap_or(length))) {
+        // No more than that is measured: what grows while it is, grows behind what the process may write.
+        let bytes = asked.bytes.or(length.map(|length| length / SECTOR_BYTES * SECTOR_BYTES));
+        let limit = length.and(bytes);
+        if let Some(Err(error)) = limit.map(|bytes| let_files_grow(asked.pid, bytes)) {
             return Err(format!(
                 "its process cannot be let write so much (RLIMIT_FSIZE): {error}; the supervisor needs CAP_SYS_RESOURCE, also in a \
                  unit's CapabilityBoundingSet"
             ));
         }
-        self.pass_on_size(asked);
+        self.pass_on_size(Asked { bytes, ..*asked });
         Ok(())
     }
 
-    fn pass_on_size(&mut self, &Asked { guest, device, bytes, client, .. }: &Asked) {
+    fn pass_on_size(&mut self, Asked { guest, device, bytes, client, .. }: Asked) {
         self.guests[guest].resizing.push_back((client, device));
         self.tell_guest(guest, &ToVm::Resize { device, bytes });
     }

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -31,14 +31,11 @@ use super::run_error::{RunError, WhyFailed};
 use super::start::cgroups;
 use super::start::leftover::{self, LeftoverError};
 use super::start::preflight::{Checked, Host};
+use super::start::program;
 use super::start::rundir::RunDir;
-use crate::base::error::chain;
-use crate::base::namespaces;
-use crate::base::pid_namespace::PidNamespaces;
 use crate::base::saved_terminal::SavedTerminal;
 use crate::base::time::Time;
-use crate::base::vm_users::{OF_VMS, VmUsers};
-use crate::config::{Confine, Machine};
+use crate::config::Machine;
 use crate::lifecycle::{Input, Rank, State};
 use crate::record::archive::Archive;
 use crate::record::crash_report::PendingReports;
@@ -170,10 +167,7 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     let mut supervisor = Supervisor::new(machine, checked, options.host, (run_dir, listener), signals, events);
     supervisor.served = served;
     supervisor.file = options.file;
-    let (path, confine) = (options.program, machine.confine);
-    let users = users_of_vms(&supervisor.host.root, confine);
-    let (namespaces, pid_namespaces) = (have_namespaces(confine), pid_namespaces(confine));
-    supervisor.program = Program { path, confine, users, namespaces, pid_namespaces, cgroups };
+    supervisor.program = program::of_vms(options.program, machine.confine, &supervisor.host.root, cgroups);
     supervisor.notify = options.notify;
     supervisor.until = options.until;
     supervisor.start()?;
@@ -187,36 +181,6 @@ pub fn run(machine: &Machine, options: Options) -> Result<(), RunError> {
     result?;
     let Some(WhyFailed { what, configuration }) = supervisor.failure.take() else { return Ok(()) };
     Err(RunError::Vm { reported: supervisor.events.has_printed(&what), what, configuration })
-}
-
-/// Whom the processes of VMs are handed to, by the files below `root`: where root starts them, and there is somebody.
-fn users_of_vms(root: &Path, confine: Confine) -> Option<VmUsers> {
-    let users = nix::unistd::geteuid().is_root().then(|| VmUsers::find(root)).flatten()?;
-    if let (Err(error), Confine::On) = (users.range(), confine) {
-        tracing::warn!("processes of VMs have no users of their own and go on as {OF_VMS}: {}", chain(error));
-    }
-    Some(users)
-}
-
-/// Whether the processes of VMs have namespaces of their own: where root starts them, and may.
-fn have_namespaces(confine: Confine) -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        return false;
-    }
-    let available = namespaces::available();
-    if let (Err(error), Confine::On) = (&available, confine) {
-        tracing::warn!("processes of VMs keep the host's namespaces and root folder: {}", chain(error));
-    }
-    available.is_ok()
-}
-
-/// What starts the processes of VMs in PID namespaces of their own: where root starts them, and may.
-fn pid_namespaces(confine: Confine) -> Option<PidNamespaces> {
-    let found = nix::unistd::geteuid().is_root().then(PidNamespaces::find)?;
-    if let (Err(error), Confine::On) = (&found, confine) {
-        tracing::warn!("processes of VMs see the host's other processes: {}", chain(error));
-    }
-    found.ok()
 }
 
 /// Cleans up after a run before that was killed; its supervisor's number and what was done.

@@ -8,19 +8,20 @@ use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::{Request, Response};
 
-use crate::cases::{Case, wait_armed};
+use crate::cases::{Case, cases};
 use crate::machine::{PATIENCE, SPARE, TestMachine, make_with_disks, start, start_with_spare};
+use crate::spares::wait_armed;
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("a_machine_sleeps_masked_and_its_standby_takes_over", a_machine_sleeps_masked_and_its_standby_takes_over),
-    ("a_spare_gives_its_device_up_as_well", a_spare_gives_its_device_up_as_well),
-    ("disks_are_at_rest_before_the_host_sleeps", disks_are_at_rest_before_the_host_sleeps),
-    ("a_host_that_wakes_early_finds_disks_that_go_on", a_host_that_wakes_early_finds_disks_that_go_on),
-    ("a_quarantine_is_not_ended_before_the_host_is_awake", a_quarantine_is_not_ended_before_the_host_is_awake),
-    ("a_machine_that_starts_sleeps_too", a_machine_that_starts_sleeps_too),
-    ("a_driver_vm_that_is_added_meanwhile_sleeps_too", a_driver_vm_that_is_added_meanwhile_sleeps_too),
-    ("sleep_and_wake_are_commands_for_one_machine_or_all", sleep_and_wake_are_commands_for_one_machine_or_all),
+pub const ALL: &[Case] = cases![
+    a_machine_sleeps_masked_and_its_standby_takes_over,
+    a_spare_gives_its_device_up_as_well,
+    disks_are_at_rest_before_the_host_sleeps,
+    a_host_that_wakes_early_finds_disks_that_go_on,
+    a_quarantine_is_not_ended_before_the_host_is_awake,
+    a_machine_that_starts_sleeps_too,
+    a_driver_vm_that_is_added_meanwhile_sleeps_too,
+    sleep_and_wake_are_commands_for_one_machine_or_all,
 ];
 
 fn sleep(machine: &TestMachine) {

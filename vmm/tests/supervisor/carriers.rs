@@ -4,28 +4,17 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StandbyStage;
 use umbra_vmm::supervisor::front::protocol::Response;
 
-use crate::cases::{Case, wait_armed};
+use crate::cases::{Case, cases};
 use crate::machine::{DEVICE, SPARE, TestMachine, make};
+use crate::spares::wait_armed;
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_serving_nic_that_loses_its_carrier_gives_way_to_the_spare",
-        a_serving_nic_that_loses_its_carrier_gives_way_to_the_spare,
-    ),
-    ("a_lost_carrier_is_only_told_where_that_is_switched_off", a_lost_carrier_is_only_told_where_that_is_switched_off),
-    (
-        "a_spare_without_carrier_serves_until_the_other_nic_has_one",
-        a_spare_without_carrier_serves_until_the_other_nic_has_one,
-    ),
-    (
-        "a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one",
-        a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one,
-    ),
-    (
-        "a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed",
-        a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed,
-    ),
+pub const ALL: &[Case] = cases![
+    a_serving_nic_that_loses_its_carrier_gives_way_to_the_spare,
+    a_lost_carrier_is_only_told_where_that_is_switched_off,
+    a_spare_without_carrier_serves_until_the_other_nic_has_one,
+    a_new_image_that_loses_its_carrier_on_trial_gives_way_to_the_old_one,
+    a_guest_that_goes_over_behind_an_unanswered_set_up_is_followed,
 ];
 
 fn start(driver: &str, spare_after_ms: u32) -> TestMachine {

@@ -11,20 +11,14 @@ use umbra_vmm::base::cgroup::Tree;
 use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::status::CgroupStatus;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{PATIENCE, TestMachine, make, run_elsewhere};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("each_process_has_a_control_group_that_goes_with_it", each_process_has_a_control_group_that_goes_with_it),
-    (
-        "control_groups_of_a_killed_supervisor_go_at_the_next_start",
-        control_groups_of_a_killed_supervisor_go_at_the_next_start,
-    ),
-    (
-        "a_control_group_that_is_named_and_not_there_holds_nobody_up",
-        a_control_group_that_is_named_and_not_there_holds_nobody_up,
-    ),
+pub const ALL: &[Case] = cases![
+    each_process_has_a_control_group_that_goes_with_it,
+    control_groups_of_a_killed_supervisor_go_at_the_next_start,
+    a_control_group_that_is_named_and_not_there_holds_nobody_up,
 ];
 
 /// A group of the test's own.

@@ -8,18 +8,15 @@ use std::time::{Duration, Instant};
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{PATIENCE, TestMachine, start};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("idle_clients_keep_nobody_out_for_long", idle_clients_keep_nobody_out_for_long),
-    ("followers_of_events_leave_places_for_others", followers_of_events_leave_places_for_others),
-    (
-        "a_client_that_has_said_all_that_it_has_to_say_is_answered",
-        a_client_that_has_said_all_that_it_has_to_say_is_answered,
-    ),
-    ("an_image_that_cannot_be_read_holds_up_nobody", an_image_that_cannot_be_read_holds_up_nobody),
+pub const ALL: &[Case] = cases![
+    idle_clients_keep_nobody_out_for_long,
+    followers_of_events_leave_places_for_others,
+    a_client_that_has_said_all_that_it_has_to_say_is_answered,
+    an_image_that_cannot_be_read_holds_up_nobody,
 ];
 
 /// As many as the machine takes.

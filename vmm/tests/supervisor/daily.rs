@@ -9,19 +9,19 @@ use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{ended, start, start_shared, start_with_spare};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("the_check_has_a_status_and_reasons", the_check_has_a_status_and_reasons),
-    ("the_list_has_all_machines_and_their_health", the_list_has_all_machines_and_their_health),
-    ("a_wait_ends_when_it_is_so_or_its_time_is_over", a_wait_ends_when_it_is_so_or_its_time_is_over),
-    ("every_answer_has_its_schema", every_answer_has_its_schema),
-    ("the_console_follows_a_guest_over_its_reboots", the_console_follows_a_guest_over_its_reboots),
-    ("keys_reach_the_guest_until_the_escape", keys_reach_the_guest_until_the_escape),
-    ("a_program_follows_events_and_waits_for_a_recovery", a_program_follows_events_and_waits_for_a_recovery),
-    ("an_nmi_reaches_a_guest_that_runs", an_nmi_reaches_a_guest_that_runs),
+pub const ALL: &[Case] = cases![
+    the_check_has_a_status_and_reasons,
+    the_list_has_all_machines_and_their_health,
+    a_wait_ends_when_it_is_so_or_its_time_is_over,
+    every_answer_has_its_schema,
+    the_console_follows_a_guest_over_its_reboots,
+    keys_reach_the_guest_until_the_escape,
+    a_program_follows_events_and_waits_for_a_recovery,
+    an_nmi_reaches_a_guest_that_runs,
 ];
 
 fn the_check_has_a_status_and_reasons() {

@@ -68,6 +68,16 @@ fn start(guest: &str, driver: &str) -> TestMachine {
     machine
 }
 
+/// One whose guest may write to its disk on a file, which has 4096 bytes.
+fn start_writable(guest: &str) -> TestMachine {
+    let mut machine = make_with_disks(guest, "", &[]);
+    let file = machine.dir.path().join("m.toml");
+    let written = fs::read_to_string(&file).unwrap().replace("read_only = true", "read_only = false");
+    fs::write(&file, written).unwrap();
+    machine.start_again();
+    machine
+}
+
 /// The first event that has `text`, once there is one, with its position among all.
 fn event(machine: &TestMachine, text: &str) -> (usize, Value) {
     machine.wait_for_event(text, 1);
@@ -340,13 +350,13 @@ fn an_error_that_one_guest_alone_claims_costs_its_connection() {
 }
 
 fn a_disk_whose_file_has_grown_is_measured_and_nobody_asked() {
-    let machine = start("grows", "");
-    assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 12_288);
+    let machine = start_writable("grows");
+    assert_eq!(event(&machine, "\"disk-resized\"").1["bytes"], 4096);
     let log = fs::read_to_string(machine.dir.path().join("web.log")).unwrap();
     assert_eq!(log.matches("Resize").count(), 1, "a process that says it without end is not heeded each time: {log}");
     machine.stop();
 
-    let machine = start("grows-in-vain", "");
+    let machine = start_writable("grows-in-vain");
     let why = "web: its file has grown, which the guest does not see: web.block0: it cannot be measured";
     assert_eq!(event(&machine, "\"warning\"").1["what"], why);
     machine.stop();
@@ -354,11 +364,8 @@ fn a_disk_whose_file_has_grown_is_measured_and_nobody_asked() {
 
 fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
     let resize = |disk, bytes| Request::Resize { name: "web".into(), disk, bytes };
-    let mut machine = make_with_disks("", "", &[]);
-    let (file, disk) = (machine.dir.path().join("m.toml"), machine.dir.path().join("root.raw"));
-    let written = fs::read_to_string(&file).unwrap().replace("read_only = true", "read_only = false");
-    fs::write(&file, written).unwrap();
-    machine.start_again();
+    let machine = start_writable("");
+    let disk = machine.dir.path().join("root.raw");
     machine.wait_live(1);
     let pid = machine.wait_for_guest("web", "it", |guest| guest.state == GuestStateName::Running).pid.unwrap();
     // As a real one does before it runs.
@@ -379,12 +386,12 @@ fn a_disk_on_a_file_has_another_size_when_the_guest_s_process_says_so() {
     let moved = machine.dir.path().join("moved.raw");
     fs::rename(&disk, &moved).unwrap();
     fs::write(&disk, [0; 512]).unwrap();
-    fs::File::options().write(true).open(moved).unwrap().set_len(16_384).unwrap();
-    for (disk, bytes, why) in [
-        (0, None, "web.block0: it cannot be measured"),
-        (1, None, "web.block1 is a driver VM's disk"),
-        (2, None, "web has 2 disks, vda and so on"),
-    ] {
+    fs::File::options().write(true).open(moved).unwrap().set_len(16_384 + 100).unwrap();
+    let answer = machine.ask(&resize(0, None)).unwrap();
+    assert!(matches!(answer, Response::Resized { disk: 0, bytes: 16_384, .. }), "whole sectors: {answer:?}");
+    for (disk, bytes, why) in
+        [(1, None, "web.block1 is a driver VM's disk"), (2, None, "web has 2 disks, vda and so on")]
+    {
         let answer = machine.ask(&resize(disk, bytes)).unwrap();
         assert!(matches!(&answer, Response::Error { what } if what.contains(why)), "{answer:?}");
     }

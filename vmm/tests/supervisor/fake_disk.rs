@@ -84,8 +84,8 @@ pub fn guest(spec: &VmSpec, channel: &Channel, disks: &[DeviceId]) {
             }
             ToVm::Resize { .. } if spec.cmdline.contains("never-resizes ") => {}
             ToVm::Resize { device, bytes } => {
-                let measured = spec.cmdline.contains("grows ").then_some(12_288);
-                let result = bytes.or(measured).ok_or_else(|| "it cannot be measured".into());
+                let wanted = bytes.filter(|_| !spec.cmdline.contains("grows-in-vain "));
+                let result = wanted.ok_or_else(|| "it cannot be measured".into());
                 channel.send(&FromVm::Resized { device, result }, &[]).unwrap();
             }
             ToVm::QueryStatus => {

@@ -7,43 +7,25 @@ use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::fake_vm::ESCAPES;
 use crate::machine::{TestMachine, start};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("a_driver_vm_that_sends_descriptors_is_replaced", a_driver_vm_that_sends_descriptors_is_replaced),
-    ("an_agent_that_talks_without_end_is_replaced", an_agent_that_talks_without_end_is_replaced),
-    (
-        "a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced",
-        a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced,
-    ),
-    ("what_a_driver_vm_says_reaches_no_terminal_raw", what_a_driver_vm_says_reaches_no_terminal_raw),
-    ("a_guest_that_loses_links_without_end_fills_nothing", a_guest_that_loses_links_without_end_fills_nothing),
-    (
-        "a_guest_that_brings_warnings_about_without_end_fills_no_log",
-        a_guest_that_brings_warnings_about_without_end_fills_no_log,
-    ),
-    ("a_guest_that_sends_descriptors_is_killed", a_guest_that_sends_descriptors_is_killed),
-    (
-        "a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed",
-        a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed,
-    ),
-    (
-        "a_process_that_its_confinement_ends_is_a_failure_of_that_kind",
-        a_process_that_its_confinement_ends_is_a_failure_of_that_kind,
-    ),
-    ("a_guest_that_boasts_without_end_fills_no_log", a_guest_that_boasts_without_end_fills_no_log),
-    (
-        "a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log",
-        a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log,
-    ),
-    ("a_time_that_a_guest_makes_up_makes_no_outage_longer", a_time_that_a_guest_makes_up_makes_no_outage_longer),
-    (
-        "what_was_said_before_an_end_is_heard_however_much_it_is",
-        what_was_said_before_an_end_is_heard_however_much_it_is,
-    ),
+pub const ALL: &[Case] = cases![
+    a_driver_vm_that_sends_descriptors_is_replaced,
+    an_agent_that_talks_without_end_is_replaced,
+    a_driver_vm_that_sends_descriptors_in_its_agents_name_is_replaced,
+    what_a_driver_vm_says_reaches_no_terminal_raw,
+    a_guest_that_loses_links_without_end_fills_nothing,
+    a_guest_that_brings_warnings_about_without_end_fills_no_log,
+    a_guest_that_sends_descriptors_is_killed,
+    a_failed_life_that_says_that_it_gave_its_device_up_and_stays_is_killed,
+    a_process_that_its_confinement_ends_is_a_failure_of_that_kind,
+    a_guest_that_boasts_without_end_fills_no_log,
+    a_driver_vm_that_complains_of_its_snapshot_without_end_fills_no_log,
+    a_time_that_a_guest_makes_up_makes_no_outage_longer,
+    what_was_said_before_an_end_is_heard_however_much_it_is,
 ];
 
 /// What is made of the call that a confined process must not make, in words.

@@ -13,11 +13,11 @@ use umbra_vmm::record::status::{DriverStatus, GuestStateName};
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 use umbra_vmm::supervisor::start::rundir;
 
-use crate::cases::wait_armed;
 use crate::machine::{
     DEVICE, PATIENCE, SPARE, TestMachine, make, share_with_db, start, start_elsewhere, start_shared,
     start_without_drivers,
 };
+use crate::spares::wait_armed;
 
 /// All of them.
 pub const ALL: &[crate::cases::Case] = &[

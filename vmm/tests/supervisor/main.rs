@@ -12,6 +12,7 @@ mod clients;
 mod daily;
 mod disks;
 mod fake_disk;
+mod fake_snapshot;
 mod fake_talk;
 mod fake_vm;
 mod hostile;
@@ -24,6 +25,7 @@ mod reload;
 mod scarce;
 mod settings;
 mod snapshots;
+mod spares;
 mod takers;
 mod upgrade;
 mod users;
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         .chain(scarce::ALL)
         .chain(settings::ALL)
         .chain(snapshots::ALL)
+        .chain(spares::ALL)
         .chain(takers::ALL)
         .chain(upgrade::ALL)
         .chain(users::ALL)

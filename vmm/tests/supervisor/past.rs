@@ -6,17 +6,14 @@ use serde_json::Value;
 use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{TestMachine, make, start};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("past_runs_are_kept_over_a_boot_of_the_host", past_runs_are_kept_over_a_boot_of_the_host),
-    (
-        "a_state_directory_that_cannot_be_written_costs_a_warning",
-        a_state_directory_that_cannot_be_written_costs_a_warning,
-    ),
-    ("a_machine_that_keeps_nothing_has_no_past", a_machine_that_keeps_nothing_has_no_past),
+pub const ALL: &[Case] = cases![
+    past_runs_are_kept_over_a_boot_of_the_host,
+    a_state_directory_that_cannot_be_written_costs_a_warning,
+    a_machine_that_keeps_nothing_has_no_past,
 ];
 
 fn end(machine: &mut TestMachine) {

@@ -3,17 +3,14 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{DEVICE, SPARE, TestMachine, make};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "two_driver_vms_in_one_group_are_refused_with_both_tables",
-        two_driver_vms_in_one_group_are_refused_with_both_tables,
-    ),
-    ("a_device_that_no_driver_vm_can_serve_is_refused", a_device_that_no_driver_vm_can_serve_is_refused),
-    ("a_guest_and_a_driver_vm_in_one_group_are_refused", a_guest_and_a_driver_vm_in_one_group_are_refused),
+pub const ALL: &[Case] = cases![
+    two_driver_vms_in_one_group_are_refused_with_both_tables,
+    a_device_that_no_driver_vm_can_serve_is_refused,
+    a_guest_and_a_driver_vm_in_one_group_are_refused,
 ];
 
 /// The second function comes into the group of the first.

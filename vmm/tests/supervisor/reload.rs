@@ -10,25 +10,19 @@ use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{SPARE, TestMachine, start, start_elsewhere};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_policy_is_taken_over_at_once_and_a_check_changes_nothing",
-        a_policy_is_taken_over_at_once_and_a_check_changes_nothing,
-    ),
-    ("a_guest_s_next_start_is_of_the_new_file", a_guest_s_next_start_is_of_the_new_file),
-    ("what_waits_goes_by_the_new_file", what_waits_goes_by_the_new_file),
-    ("a_guest_and_its_driver_vm_are_added", a_guest_and_its_driver_vm_are_added),
-    ("a_file_that_is_wrong_changes_nothing", a_file_that_is_wrong_changes_nothing),
-    ("metrics_move_and_a_place_that_is_taken_is_refused", metrics_move_and_a_place_that_is_taken_is_refused),
-    ("a_hang_up_reads_the_file_again_and_ends_nothing", a_hang_up_reads_the_file_again_and_ends_nothing),
-    (
-        "a_file_that_is_read_while_the_machine_ends_adds_nothing",
-        a_file_that_is_read_while_the_machine_ends_adds_nothing,
-    ),
+pub const ALL: &[Case] = cases![
+    a_policy_is_taken_over_at_once_and_a_check_changes_nothing,
+    a_guest_s_next_start_is_of_the_new_file,
+    what_waits_goes_by_the_new_file,
+    a_guest_and_its_driver_vm_are_added,
+    a_file_that_is_wrong_changes_nothing,
+    metrics_move_and_a_place_that_is_taken_is_refused,
+    a_hang_up_reads_the_file_again_and_ends_nothing,
+    a_file_that_is_read_while_the_machine_ends_adds_nothing,
 ];
 
 /// Puts `to` in the place of `from` in the machine file.

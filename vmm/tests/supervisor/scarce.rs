@@ -9,28 +9,16 @@ use umbra_vmm::lifecycle::StateName;
 use umbra_vmm::record::status::GuestStateName;
 use umbra_vmm::supervisor::front::protocol::{Request, StopHow};
 
-use crate::cases::{Case, kill};
+use crate::cases::{Case, cases, kill};
 use crate::machine::{DEVICE, PATIENCE, TestMachine, make, run_elsewhere};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_driver_vm_whose_process_cannot_be_started_is_not_given_up",
-        a_driver_vm_whose_process_cannot_be_started_is_not_given_up,
-    ),
-    (
-        "a_guest_that_reboots_while_no_process_can_be_started_is_started_later",
-        a_guest_that_reboots_while_no_process_can_be_started_is_started_later,
-    ),
-    ("a_guest_that_waits_for_a_process_can_be_stopped", a_guest_that_waits_for_a_process_can_be_stopped),
-    (
-        "without_descriptors_a_device_waits_for_its_reset_and_the_loop_for_its_clients",
-        without_descriptors_a_device_waits_for_its_reset_and_the_loop_for_its_clients,
-    ),
-    (
-        "a_machine_that_was_stopped_for_a_while_has_missed_no_heartbeat",
-        a_machine_that_was_stopped_for_a_while_has_missed_no_heartbeat,
-    ),
+pub const ALL: &[Case] = cases![
+    a_driver_vm_whose_process_cannot_be_started_is_not_given_up,
+    a_guest_that_reboots_while_no_process_can_be_started_is_started_later,
+    a_guest_that_waits_for_a_process_can_be_stopped,
+    without_descriptors_a_device_waits_for_its_reset_and_the_loop_for_its_clients,
+    a_machine_that_was_stopped_for_a_while_has_missed_no_heartbeat,
 ];
 
 /// The beginning of the warnings.

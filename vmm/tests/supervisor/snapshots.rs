@@ -6,24 +6,18 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::supervisor::front::protocol::StopHow;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{TestMachine, make};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored",
-        a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored,
-    ),
-    ("a_failure_while_the_standby_is_saved_is_survived", a_failure_while_the_standby_is_saved_is_survived),
-    ("a_first_life_leaves_the_snapshot_of_the_next", a_first_life_leaves_the_snapshot_of_the_next),
-    ("a_life_that_is_saved_is_not_asked_how_it_is", a_life_that_is_saved_is_not_asked_how_it_is),
-    ("a_life_that_fails_while_it_is_saved_gets_no_device", a_life_that_fails_while_it_is_saved_gets_no_device),
-    (
-        "a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing",
-        a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing,
-    ),
-    ("without_a_standby_the_next_life_is_restored_too", without_a_standby_the_next_life_is_restored_too),
+pub const ALL: &[Case] = cases![
+    a_standby_is_saved_before_it_meets_anybody_and_the_next_is_restored,
+    a_failure_while_the_standby_is_saved_is_survived,
+    a_first_life_leaves_the_snapshot_of_the_next,
+    a_life_that_is_saved_is_not_asked_how_it_is,
+    a_life_that_fails_while_it_is_saved_gets_no_device,
+    a_disk_too_slow_for_a_first_life_keeps_the_next_from_nothing,
+    without_a_standby_the_next_life_is_restored_too,
 ];
 
 fn with_snapshots(driver: &str) -> TestMachine {

@@ -9,41 +9,23 @@ use umbra_driver_vm::protocol::CrashKind;
 use umbra_vmm::lifecycle::StandbyStage;
 use umbra_vmm::supervisor::front::protocol::{Request, Response, StopHow};
 
-use crate::cases::{Case, kill};
+use crate::cases::{Case, cases, kill};
 use crate::machine::{PATIENCE, SPARE, TestMachine, make};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_taker_runs_once_and_a_failure_is_restored_from_what_it_left",
-        a_taker_runs_once_and_a_failure_is_restored_from_what_it_left,
-    ),
-    ("a_failure_while_the_taker_boots_is_survived_by_it", a_failure_while_the_taker_boots_is_survived_by_it),
-    (
-        "a_failure_while_the_taker_looks_is_survived_by_a_new_life",
-        a_failure_while_the_taker_looks_is_survived_by_a_new_life,
-    ),
-    (
-        "a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure",
-        a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure,
-    ),
-    ("a_disk_that_stays_full_is_told_once_and_shown", a_disk_that_stays_full_is_told_once_and_shown),
-    ("an_upgrade_leaves_the_new_image_s_snapshot_first", an_upgrade_leaves_the_new_image_s_snapshot_first),
-    ("an_upgrade_that_leaves_no_snapshot_says_so", an_upgrade_that_leaves_no_snapshot_says_so),
-    (
-        "a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet",
-        a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet,
-    ),
-    ("a_machine_is_prepared_without_its_guests", a_machine_is_prepared_without_its_guests),
-    ("a_machine_that_cannot_be_prepared_says_why", a_machine_that_cannot_be_prepared_says_why),
-    (
-        "a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile",
-        a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile,
-    ),
-    (
-        "a_driver_vm_without_snapshots_has_no_part_in_a_preparation",
-        a_driver_vm_without_snapshots_has_no_part_in_a_preparation,
-    ),
+pub const ALL: &[Case] = cases![
+    a_taker_runs_once_and_a_failure_is_restored_from_what_it_left,
+    a_failure_while_the_taker_boots_is_survived_by_it,
+    a_failure_while_the_taker_looks_is_survived_by_a_new_life,
+    a_taker_that_dies_is_tried_again_and_nobody_is_told_of_a_failure,
+    a_disk_that_stays_full_is_told_once_and_shown,
+    an_upgrade_leaves_the_new_image_s_snapshot_first,
+    an_upgrade_that_leaves_no_snapshot_says_so,
+    a_guest_s_reboot_while_the_taker_boots_keeps_the_taker_unmet,
+    a_machine_is_prepared_without_its_guests,
+    a_machine_that_cannot_be_prepared_says_why,
+    a_preparation_that_is_stopped_has_failed_and_starts_no_guest_meanwhile,
+    a_driver_vm_without_snapshots_has_no_part_in_a_preparation,
 ];
 
 /// Events that tell of a failure, or of somebody who waits.

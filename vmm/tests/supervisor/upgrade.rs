@@ -5,28 +5,17 @@ use umbra_vmm::lifecycle::{StandbyStage, StateName};
 use umbra_vmm::record::status::DriverStatus;
 use umbra_vmm::supervisor::front::protocol::{Request, Response};
 
-use crate::cases::{Case, kill, wait_armed};
+use crate::cases::{Case, cases, kill};
 use crate::machine::{DEVICE, SPARE, TestMachine, start, start_with_spare};
+use crate::spares::wait_armed;
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    (
-        "a_restart_that_is_given_up_on_a_spare_leaves_none_of_its_image",
-        a_restart_that_is_given_up_on_a_spare_leaves_none_of_its_image,
-    ),
-    (
-        "a_spare_of_the_old_image_waits_while_a_new_one_is_on_trial",
-        a_spare_of_the_old_image_waits_while_a_new_one_is_on_trial,
-    ),
-    (
-        "a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial",
-        a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial,
-    ),
-    ("a_new_image_on_trial_outlasts_the_sleep_of_the_host", a_new_image_on_trial_outlasts_the_sleep_of_the_host),
-    (
-        "a_restart_that_does_not_come_about_leaves_an_earlier_trial_on",
-        a_restart_that_does_not_come_about_leaves_an_earlier_trial_on,
-    ),
+pub const ALL: &[Case] = cases![
+    a_restart_that_is_given_up_on_a_spare_leaves_none_of_its_image,
+    a_spare_of_the_old_image_waits_while_a_new_one_is_on_trial,
+    a_standby_of_the_old_image_waits_while_a_new_one_is_on_trial,
+    a_new_image_on_trial_outlasts_the_sleep_of_the_host,
+    a_restart_that_does_not_come_about_leaves_an_earlier_trial_on,
 ];
 
 const OLD: &str = "6.12-fake of image";

@@ -5,14 +5,14 @@ use std::fs;
 
 use umbra_driver_vm::protocol::CrashKind;
 
-use crate::cases::Case;
+use crate::cases::{Case, cases};
 use crate::machine::{TestMachine, make};
 
 /// All of them.
-pub const ALL: &[Case] = &[
-    ("each_process_of_a_machine_has_a_user_of_its_own", each_process_of_a_machine_has_a_user_of_its_own),
-    ("a_machine_whose_users_run_out_runs_on", a_machine_whose_users_run_out_runs_on),
-    ("a_machine_that_is_not_confined_stays_its_supervisor_s", a_machine_that_is_not_confined_stays_its_supervisor_s),
+pub const ALL: &[Case] = cases![
+    each_process_of_a_machine_has_a_user_of_its_own,
+    a_machine_whose_users_run_out_runs_on,
+    a_machine_that_is_not_confined_stays_its_supervisor_s,
 ];
 
 /// The host's `umbra-vm`.

@@ -5,4 +5,5 @@ pub(in crate::supervisor) mod groups;
 pub mod host_check;
 pub mod leftover;
 pub mod preflight;
+pub(in crate::supervisor) mod program;
 pub mod rundir;

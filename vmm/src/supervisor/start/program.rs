@@ -1,0 +1,48 @@
+//! What the processes of VMs are started with: whose they are, and which namespaces they get.
+
+use std::path::{Path, PathBuf};
+
+use crate::base::cgroup::Cgroups;
+use crate::base::error::chain;
+use crate::base::namespaces;
+use crate::base::pid_namespace::PidNamespaces;
+use crate::base::vm_users::{OF_VMS, VmUsers};
+use crate::config::Confine;
+use crate::wire::spawn::Program;
+
+/// The program at `path`, as it is started for each VM of a machine that is confined so; `root` is the host's root folder. Warns of what the
+/// host does not allow.
+pub fn of_vms(path: PathBuf, confine: Confine, root: &Path, cgroups: Option<Cgroups>) -> Program {
+    let (users, pid_namespaces) = (users_of_vms(root, confine), pid_namespaces(confine));
+    Program { path, confine, users, namespaces: have_namespaces(confine), pid_namespaces, cgroups }
+}
+
+/// Whom the processes of VMs are handed to, by the files below `root`: where root starts them, and there is somebody.
+fn users_of_vms(root: &Path, confine: Confine) -> Option<VmUsers> {
+    let users = nix::unistd::geteuid().is_root().then(|| VmUsers::find(root)).flatten()?;
+    if let (Err(error), Confine::On) = (users.range(), confine) {
+        tracing::warn!("processes of VMs have no users of their own and go on as {OF_VMS}: {}", chain(error));
+    }
+    Some(users)
+}
+
+/// Whether the processes of VMs have namespaces of their own: where root starts them, and may.
+fn have_namespaces(confine: Confine) -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        return false;
+    }
+    let available = namespaces::available();
+    if let (Err(error), Confine::On) = (&available, confine) {
+        tracing::warn!("processes of VMs keep the host's namespaces and root folder: {}", chain(error));
+    }
+    available.is_ok()
+}
+
+/// What starts the processes of VMs in PID namespaces of their own: where root starts them, and may.
+fn pid_namespaces(confine: Confine) -> Option<PidNamespaces> {
+    let found = nix::unistd::geteuid().is_root().then(PidNamespaces::find)?;
+    if let (Err(error), Confine::On) = (&found, confine) {
+        tracing::warn!("processes of VMs see the host's other processes: {}", chain(error));
+    }
+    found.ok()
+}
