@@ -16,10 +16,10 @@ use crate::demo::place::Place;
 use crate::demo::{DemoError, Kind};
 use crate::probe::disk::Found;
 
-/// The models that are tried with `--models all`. An SD card's controller hides its cache, and has a scenario of its own. QEMU's `pvscsi`
-/// reads its requests and writes its completions at physical addresses of the host, past the IOMMU: no VM can have it passed through.
-pub const MODELS: [&str; 8] =
-    ["nvme", "ich9-ahci", "virtio-blk-pci", "virtio-scsi-pci", "megasas-gen2", "mptsas1068", "lsi53c895a", "qemu-xhci"];
+/// The models that are tried with `--models all`. An SD card's controller hides its cache, and has a scenario of its own. Three of QEMU's
+/// cannot be had: `pvscsi` reads its requests and writes its completions at physical addresses of the host, past the IOMMU; `lsi53c895a`
+/// reads its program from its own BAR by DMA, which is not mapped for it; behind `mptsas1068` no disk appears.
+pub const MODELS: [&str; 6] = ["nvme", "ich9-ahci", "virtio-blk-pci", "virtio-scsi-pci", "megasas-gen2", "qemu-xhci"];
 
 /// Kinds of crashes, in turns.
 pub const KINDS: [Kind; 10] = [

@@ -60,7 +60,8 @@ pub fn bind(args: &BindArgs) -> anyhow::Result<()> {
 fn bind_all(args: &BindArgs) -> anyhow::Result<()> {
     let devices = args.devices.iter().map(|device| HostDevice::find(*device)).collect::<Result<Vec<_>, _>>()?;
     for device in &devices {
-        if let Some(why) = device.unserved().filter(|why| !(args.passthrough && why.may_be_passed_through())) {
+        // Of a USB controller it is not known what it is for.
+        if let Some(why) = device.unserved_as(true).filter(|why| !(args.passthrough && why.may_be_passed_through())) {
             let hint = if why.may_be_passed_through() { "; `umbra bind --passthrough` binds it for that" } else { "" };
             bail!("{}{hint}", Error::Unserved { bdf: device.bdf(), why });
         }
@@ -128,7 +129,7 @@ fn unbound(machine: &Machine, pci: &Path) -> anyhow::Result<Vec<HostDevice>> {
     for (name, driver) in &machine.driver {
         for device in [&driver.device].into_iter().chain(&driver.spare) {
             let device = find(device)?;
-            if let Some(why) = device.unserved() {
+            if let Some(why) = device.unserved_as(machine.disks_of(name).next().is_some()) {
                 let source = Error::Unserved { bdf: device.bdf(), why };
                 bail!(RunError::from(PreflightError::Device { user: name.clone(), source }));
             }
@@ -229,16 +230,18 @@ mod tests {
         bus.add("0000:04:00.0", Some(2), Some("vfio-pci"));
         let usb = bus.add("0000:00:14.0", Some(3), Some("xhci_hcd"));
         fs::write(usb.directory().join("class"), "0x0c0330\n").unwrap();
-        let named = |passthrough: &str, device: &str| {
+        let named_as = |class: &str, passthrough: &str, device: &str| {
             let text = format!(
-                "[guest.web]\nkernel = \"k\"\nnet = [{{ driver = \"nic0\" }}]\npassthrough = [\"{passthrough}\"]\n\
+                "[guest.web]\nkernel = \"k\"\n{class} = [{{ driver = \"nic0\" }}]\npassthrough = [\"{passthrough}\"]\n\
                  [driver.nic0]\nimage = \"i\"\ndevice = \"{device}\"\n"
             );
             let found = unbound(&Machine::parse(&text, "m.toml".as_ref()).unwrap(), bus.0.path());
             found.map(|devices| devices.iter().map(|device| device.bdf().to_string()).collect::<Vec<_>>())
         };
+        let named = |passthrough: &str, device: &str| named_as("net", passthrough, device);
         assert_eq!(named("0000:04:00.0", "0000:03:00.0").unwrap(), ["0000:03:00.0"], "the other is bound already");
         assert_eq!(named("0000:00:14.0", "0000:04:00.0").unwrap(), ["0000:00:14.0"], "a guest may have it");
+        assert_eq!(named_as("disk", "0000:04:00.0", "0000:00:14.0").unwrap(), ["0000:00:14.0"], "for its disks");
         let refused = named("0000:04:00.0", "0000:00:14.0").unwrap_err();
         assert!(refused.downcast_ref().is_some_and(RunError::is_configuration), "{refused}");
         assert!(format!("{refused:#}").contains("nic0: 0000:00:14.0 is a USB controller"), "{refused:#}");

@@ -125,7 +125,7 @@ fn unpack(image: &Path, output: &Path, cache: &Cache) -> anyhow::Result<()> {
 /// Looks a PCI function up in sysfs.
 fn device(address: Bdf) -> anyhow::Result<Device> {
     let device = HostDevice::find(address)?;
-    if let Some(why) = device.unserved() {
+    if let Some(why) = device.unserved_as(true) {
         bail!("{address} {}", why.why());
     }
     Ok(Device { name: address.to_string(), modalias: device.modalias()? })

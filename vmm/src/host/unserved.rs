@@ -10,7 +10,7 @@ use super::sysfs::HostDevice;
 pub enum Unserved {
     /// Its driver has to join a network first.
     WiFi,
-    /// What is wanted is behind it.
+    /// What is wanted is behind it. Disks are served all the same.
     Usb,
     /// Made of software by the host of this one, and no IOMMU confines it.
     VirtioPastIommu,
@@ -25,7 +25,7 @@ impl Unserved {
                  (`passthrough`)"
             }
             Self::Usb => {
-                "is a USB controller: a driver VM does not serve the NIC, headset or disk behind it yet; take a PCI card, or give the \
+                "is a USB controller: a driver VM serves the disks behind it, and no NIC or headset yet; take a PCI card, or give the \
                  controller to a guest (`passthrough`)"
             }
             Self::VirtioPastIommu => {
@@ -35,6 +35,11 @@ impl Unserved {
         }
     }
 
+    /// Whether it has disks that a driver VM serves.
+    pub fn may_have_disks(self) -> bool {
+        self == Self::Usb
+    }
+
     /// Whether a guest can have it whole.
     pub fn may_be_passed_through(self) -> bool {
         self != Self::VirtioPastIommu
@@ -42,7 +47,12 @@ impl Unserved {
 }
 
 impl HostDevice {
-    /// Why no driver VM can serve it, if that is so.
+    /// Why no driver VM can serve it; `disks`: as one of disks.
+    pub fn unserved_as(&self, disks: bool) -> Option<Unserved> {
+        self.unserved().filter(|why| !(disks && why.may_have_disks()))
+    }
+
+    /// Why no driver VM can serve it whatever it is for, if that is so.
     pub fn unserved(&self) -> Option<Unserved> {
         /// Subclass of Wi-Fi cards: "other network controller".
         const OTHER_NETWORK: u32 = 0x02_80;
@@ -84,11 +94,13 @@ mod tests {
         };
         assert_eq!(of_class("0000:01:00.0", "0x020000").unserved(), None);
         assert_eq!(of_class("0000:02:00.0", "0x028000").unserved(), Some(Unserved::WiFi));
-        assert_eq!(of_class("0000:03:00.0", "0x0c0330").unserved(), Some(Unserved::Usb));
+        let usb = of_class("0000:03:00.0", "0x0c0330");
+        assert_eq!((usb.unserved(), usb.unserved_as(false)), (Some(Unserved::Usb), Some(Unserved::Usb)));
+        assert_eq!(usb.unserved_as(true), None, "its disks are served");
         // Some call themselves Ethernet.
         let wireless = of_class("0000:04:00.0", "0x020000");
         fs::create_dir(wireless.directory().join("ieee80211")).unwrap();
-        assert_eq!(wireless.unserved(), Some(Unserved::WiFi));
+        assert_eq!((wireless.unserved(), wireless.unserved_as(true)), (Some(Unserved::WiFi), Some(Unserved::WiFi)));
     }
 
     #[test]

@@ -41,10 +41,11 @@ pub fn sections(machine: &Machine, host: &Host, root: &Root) -> Vec<Section> {
         let mut findings = vec![image(driver)];
         let spare = driver.spare.iter().map(|spare| (spare, Use::Spare(name.clone())));
         for (address, of) in [(&driver.device, Use::Device(name.clone()))].into_iter().chain(spare) {
-            let unserved = unserved(address, host);
+            let disks = machine.disks_of(name).next().is_some();
+            let unserved = unserved(address, disks, host);
             let mut function = function(address, (host, root), (&mut groups, of));
-            // What it is has been said then.
-            function.retain(|finding| unserved.is_none() || finding.check != "device");
+            // What it is has been said then, or is right for disks.
+            function.retain(|finding| (unserved.is_none() && !disks) || finding.check != "device");
             findings.extend(unserved.into_iter().chain(function));
         }
         findings.extend(locked_memory(name, driver.memory_or_default()));
@@ -99,9 +100,9 @@ fn image(driver: &Driver) -> Finding {
     }
 }
 
-/// Why no driver VM can serve the function.
-fn unserved(address: &str, host: &Host) -> Option<Finding> {
-    let why = HostDevice::find_below(&host.pci, address.parse().ok()?).ok()?.unserved()?;
+/// Why no driver VM, of `disks` or not, can serve the function.
+fn unserved(address: &str, disks: bool, host: &Host) -> Option<Finding> {
+    let why = HostDevice::find_below(&host.pci, address.parse().ok()?).ok()?.unserved_as(disks)?;
     Some(Finding::missing("driver VM", format!("{address} {}", why.why()), "name another device in the machine file"))
 }
 

@@ -174,10 +174,11 @@ impl Checked {
         for (name, driver) in &machine.driver {
             let image =
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
-            let device = check_served(name, &driver.device, host)?;
+            let disks = machine.disks_of(name).next().is_some();
+            let device = check_served(name, (&driver.device, disks), host)?;
             groups.claim(&device, Use::Device(name.clone()))?;
             if let Some(spare) = &driver.spare {
-                let spare = check_served(&format!("{name}, its spare"), spare, host)?;
+                let spare = check_served(&format!("{name}, its spare"), (spare, disks), host)?;
                 groups.claim(&spare, Use::Spare(name.clone()))?;
                 spares.insert(name.clone(), spare);
             }
@@ -261,10 +262,10 @@ fn check_device(user: &str, address: &str, host: &Host) -> Result<HostDevice, Pr
     ready.map_err(|source| PreflightError::Device { user: user.into(), source })
 }
 
-/// As [`check_device`], for one that a driver VM is to serve.
-fn check_served(user: &str, address: &str, host: &Host) -> Result<HostDevice, PreflightError> {
+/// As [`check_device`], for one that a driver VM is to serve, as one of `disks` or not.
+fn check_served(user: &str, (address, disks): (&str, bool), host: &Host) -> Result<HostDevice, PreflightError> {
     let bdf: Bdf = address.parse()?;
-    let why = HostDevice::find_below(&host.pci, bdf).ok().and_then(|device| device.unserved());
+    let why = HostDevice::find_below(&host.pci, bdf).ok().and_then(|device| device.unserved_as(disks));
     match why {
         Some(why) => Err(PreflightError::Device { user: user.into(), source: host::Error::Unserved { bdf, why } }),
         None => check_device(user, address, host),
