@@ -26,6 +26,8 @@ impl Supervisor {
         let now = Time::now();
         let sleep = self.sleep.get_or_insert_with(|| Sleep { since: now, took: None, clients: Vec::new() });
         sleep.clients.push(client);
+        // The watchdog has to know before the host sleeps, which it may as soon as the client is answered.
+        self.show(now);
         for n in self.drivers.ids() {
             self.drive(n, Input::Sleep);
             if self.drivers[n].tries_an_image() {

@@ -467,10 +467,10 @@ impl Supervisor {
     }
 
     /// Reports the present state to the service manager and to the metrics.
-    fn show(&mut self, now: Time) {
+    pub(super) fn show(&mut self, now: Time) {
         let mut notify = std::mem::take(&mut self.notify);
         let ready = self.guests.iter().all(|guest| guest.state != GuestState::Starting);
-        notify.tell(now, ready, || {
+        notify.tell(now, (ready, self.sleep.is_some()), || {
             let running = self.guests.iter().filter(|guest| guest.state == GuestState::Running).count();
             let live =
                 self.drivers.iter().filter(|driver| matches!(driver.lifecycle.state(), State::Live { .. })).count();

@@ -169,6 +169,14 @@ fn sleep_and_wake_are_commands_for_one_machine_or_all() {
     let umbra = |words: &[&str]| machine.umbra(words);
     let (status, said) = umbra(&["sleep", "--all"]);
     assert!(status == 0 && said.starts_with("m: asleep after "), "{said}");
+    // Told before the host may sleep: the watchdog counts the time for which a host that wakes lets no process run.
+    machine.manager.set_nonblocking(true).unwrap();
+    let mut told = String::new();
+    let mut chunk = [0; 4096];
+    while let Ok(n) = machine.manager.recv(&mut chunk) {
+        told.push_str(std::str::from_utf8(&chunk[..n]).unwrap());
+    }
+    assert!(told.lines().any(|line| line == "WATCHDOG_USEC=600000000"), "{told}");
     let (status, said) = umbra(&["status", "--check"]);
     assert!(status == 1 && said.contains("nic0 is asleep"), "{said}");
     assert_eq!(umbra(&["wake"]), (0, "m: awake\n".into()));

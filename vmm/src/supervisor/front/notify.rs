@@ -17,6 +17,10 @@ const SOCKET: &str = "NOTIFY_SOCKET";
 /// Time after which a message is sent again that was not taken.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// The watchdog's limit while the host sleeps: a host that wakes may take its time for its processors while no process runs yet, and that
+/// counts.
+const ASLEEP: Duration = Duration::from_secs(600);
+
 /// The service manager's socket, and what it was sent.
 #[derive(Debug, Default)]
 pub struct Notify {
@@ -24,6 +28,8 @@ pub struct Notify {
     /// Interval of the messages to the watchdog; `None`: there is no watchdog.
     period: Option<Duration>,
     next: Time,
+    /// The watchdog has been told that the host is about to sleep.
+    asleep: bool,
     /// Not before this is it told anything: it did not take the last message.
     again: Time,
     /// The status as last sent.
@@ -62,8 +68,13 @@ impl Notify {
         self.period.map(|_| self.next.max(self.again)).into_iter().chain(again).min()
     }
 
-    /// Reports what has changed: whether all VMs are up, and the `status` in a line.
-    pub(in crate::supervisor) fn tell(&mut self, now: Time, ready: bool, status: impl FnOnce() -> String) {
+    /// Reports what has changed: whether all VMs are up, whether the host is about to sleep, and the `status` in a line.
+    pub(in crate::supervisor) fn tell(
+        &mut self,
+        now: Time,
+        (ready, asleep): (bool, bool),
+        status: impl FnOnce() -> String,
+    ) {
         if self.to.is_none() {
             return;
         }
@@ -76,6 +87,10 @@ impl Notify {
             words.push_str(&format!("STATUS={status}\n"));
         }
         let beat = self.period.filter(|_| self.next <= now);
+        if let Some(period) = self.period.filter(|_| asleep != self.asleep) {
+            let limit = if asleep { ASLEEP } else { period * 2 };
+            words.push_str(&format!("WATCHDOG_USEC={}\n", limit.as_micros()));
+        }
         if beat.is_some() {
             words.push_str("WATCHDOG=1\n");
         }
@@ -89,6 +104,7 @@ impl Notify {
         }
         if self.send(&words) {
             self.ready |= ready;
+            self.asleep = asleep;
             (self.sent, self.next) = (status, beat.map_or(self.next, |period| now + period));
             self.again = Time::BOOT;
         } else {
@@ -130,15 +146,21 @@ mod tests {
         let manager = UnixDatagram::bind(&path).unwrap();
         let mut notify = Notify::new(Some(path.into()), Some(Duration::from_secs(2)));
         let status = |text: &'static str| move || String::from(text);
-        notify.tell(Time(1), false, status("starting"));
+        notify.tell(Time(1), (false, false), status("starting"));
         assert_eq!(heard(&manager), "STATUS=starting\nWATCHDOG=1\n");
         assert_eq!(notify.deadline(), Some(Time(1) + Duration::from_secs(1)));
-        notify.tell(Time(2), true, status("running"));
+        notify.tell(Time(2), (true, false), status("running"));
         assert_eq!(heard(&manager), "READY=1\nSTATUS=running\n");
-        notify.tell(Time(3), true, status("running"));
+        notify.tell(Time(3), (true, false), status("running"));
         assert_eq!(heard(&manager), "", "nothing new");
-        notify.tell(Time(2_000_000_000), true, status("running"));
+        notify.tell(Time(2_000_000_000), (true, false), status("running"));
         assert_eq!(heard(&manager), "WATCHDOG=1\n");
+        notify.tell(Time(2_100_000_000), (true, true), status("running"));
+        assert_eq!(heard(&manager), "WATCHDOG_USEC=600000000\n");
+        notify.tell(Time(2_200_000_000), (true, true), status("running"));
+        assert_eq!(heard(&manager), "", "it knows");
+        notify.tell(Time(9_000_000_000), (true, false), status("running"));
+        assert_eq!(heard(&manager), "WATCHDOG_USEC=2000000\nWATCHDOG=1\n");
         notify.stopping();
         assert_eq!(heard(&manager), "STOPPING=1\n");
     }
@@ -153,20 +175,20 @@ mod tests {
         while others.send_to(b"READY=1\n", &path).is_ok() {}
         let mut notify = Notify::new(Some(path.clone().into()), None);
         let status = || String::from("all is well");
-        notify.tell(Time(1), true, status);
+        notify.tell(Time(1), (true, false), status);
         let due = notify.deadline().unwrap();
         manager.set_nonblocking(true).unwrap();
         while manager.recv(&mut [0; 64]).is_ok() {}
         manager.set_nonblocking(false).unwrap();
-        notify.tell(Time(2), true, status);
+        notify.tell(Time(2), (true, false), status);
         assert_eq!(heard(&manager), "", "it is not asked without end");
-        notify.tell(due, true, status);
+        notify.tell(due, (true, false), status);
         assert_eq!(heard(&manager), "READY=1\nSTATUS=all is well\n");
         assert_eq!(notify.deadline(), None);
         while others.send_to(b"READY=1\n", &path).is_ok() {}
-        notify.tell(due, true, || "a failure".into());
+        notify.tell(due, (true, false), || "a failure".into());
         assert!(notify.deadline().is_some());
-        notify.tell(due, true, status);
+        notify.tell(due, (true, false), status);
         assert_eq!(notify.deadline(), None, "it was over before the manager took it");
     }
 
@@ -178,6 +200,6 @@ mod tests {
         assert_eq!(heard(&manager), "STOPPING=1\n");
         let mut silent = Notify::new(None, Some(Duration::from_secs(1)));
         assert_eq!(silent.deadline(), None);
-        silent.tell(Time(1), true, || panic!("nobody asked"));
+        silent.tell(Time(1), (true, true), || panic!("nobody asked"));
     }
 }

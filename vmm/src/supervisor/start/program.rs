@@ -10,8 +10,8 @@ use crate::base::vm_users::{OF_VMS, VmUsers};
 use crate::config::Confine;
 use crate::wire::spawn::Program;
 
-/// The program at `path`, as it is started for each VM of a machine that is confined so; `root` is the host's root folder. Warns of what the
-/// host does not allow.
+/// The program at `path`, as it is started for each VM of a machine that is confined so; `root` is the host's root folder. What the host
+/// does not allow is warned of.
 pub fn of_vms(path: PathBuf, confine: Confine, root: &Path, cgroups: Option<Cgroups>) -> Program {
     let (users, pid_namespaces) = (users_of_vms(root, confine), pid_namespaces(confine));
     Program { path, confine, users, namespaces: have_namespaces(confine), pid_namespaces, cgroups }
