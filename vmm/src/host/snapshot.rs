@@ -63,6 +63,10 @@ const IDENTITY: [(u16, &str); 4] =
 const VIRTIO: u16 = 0x1AF4;
 const VIRTIO_DEVICES: RangeInclusive<u16> = 0x1000..=0x107F;
 
+/// Base class and subclass of USB controllers (PCI Code and ID Assignment, section 1.13), and where they end in configuration space.
+const USB: u16 = 0x0C03;
+const CLASS_END: usize = 0x0C;
+
 /// What a standby's VM has to know of a function before it comes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -81,9 +85,9 @@ impl Snapshot {
         let failed = |source| Error::Vfio { operation: "take a snapshot of the device", bdf, source };
         let info = info::read(files.device()).map_err(failed)?;
         let region = info.region(VFIO_PCI_CONFIG_REGION_INDEX).cloned().unwrap_or_default();
-        let mut ids = [0; 4];
-        files.device().read_exact_at(&mut ids, region.offset).map_err(failed)?;
-        if !Self::can_be_ahead(ids) {
+        let mut head = [0; CLASS_END];
+        files.device().read_exact_at(&mut head, region.offset).map_err(failed)?;
+        if !Self::can_be_ahead(&head) {
             return Ok(None);
         }
         let mut config = vec![0; usize::try_from(region.size.min(MAX_CONFIG)).unwrap_or_default()];
@@ -97,12 +101,14 @@ impl Snapshot {
         Ok(Some(this))
     }
 
-    /// Whether a kernel bears that a function with these ids, vendor and device, answers all ones. Its built-in drivers probe before the
+    /// Whether a kernel bears that a function whose configuration space begins so answers all ones. Its built-in drivers probe before the
     /// agent can keep them off, and virtio's is built into Debian's: it resets the device, and waits for ever until its status is 0
-    /// (`vp_reset`, `drivers/virtio/virtio_pci_modern.c`).
-    fn can_be_ahead(ids: [u8; 4]) -> bool {
-        let [vendor, device] = [u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])];
-        vendor != VIRTIO || !VIRTIO_DEVICES.contains(&device)
+    /// (`vp_reset`, `drivers/virtio/virtio_pci_modern.c`). A USB controller every kernel takes from the firmware as it finds it, and asks
+    /// it half a million times whether it is ready (`quirk_usb_handoff_xhci`, `drivers/usb/host/pci-quirks.c`).
+    fn can_be_ahead(head: &[u8; CLASS_END]) -> bool {
+        let word = |at: usize| u16::from_le_bytes([head[at], head[at + 1]]);
+        let is_virtio = word(0) == VIRTIO && VIRTIO_DEVICES.contains(&word(2));
+        !is_virtio && word(CLASS_END - 2) != USB
     }
 
     /// Clears what registers tell of the function's past. Some of it survives a reset.

@@ -88,15 +88,22 @@ fn what_has_happened_to_a_function_does_not_make_it_another_one() {
 }
 
 #[test]
-fn a_virtio_function_is_not_shown_before_it_is_there() {
-    let ids = |vendor: u16, device: u16| {
-        let ([a, b], [c, d]) = (vendor.to_le_bytes(), device.to_le_bytes());
-        [a, b, c, d]
+fn a_function_of_virtio_or_usb_is_not_shown_before_it_is_there() {
+    const NVME: [u8; 3] = [0x02, 0x08, 0x01];
+    let shown = |vendor: u16, device: u16, class: [u8; 3]| {
+        let mut head = [0; CLASS_END];
+        head[..2].copy_from_slice(&vendor.to_le_bytes());
+        head[2..4].copy_from_slice(&device.to_le_bytes());
+        head[CLASS_END - 3..].copy_from_slice(&class);
+        Snapshot::can_be_ahead(&head)
     };
     // A disk and a NIC of virtio; NVMe as QEMU has it, and an NVMe disk with a virtio device's number.
-    assert!(!Snapshot::can_be_ahead(ids(0x1AF4, 0x1042)) && !Snapshot::can_be_ahead(ids(0x1AF4, 0x1000)));
-    assert!(Snapshot::can_be_ahead(ids(0x1B36, 0x0010)) && Snapshot::can_be_ahead(ids(0x144D, 0x1042)));
-    assert!(Snapshot::can_be_ahead(ids(0x1AF4, 0x1110)), "shared memory between VMs");
+    assert!(!shown(0x1AF4, 0x1042, [0, 0, 1]) && !shown(0x1AF4, 0x1000, [0, 0, 2]));
+    assert!(shown(0x1B36, 0x0010, NVME) && shown(0x144D, 0x1042, NVME));
+    assert!(shown(0x1AF4, 0x1110, [0, 0, 5]), "shared memory between VMs");
+    // xHCI as QEMU has it, and EHCI.
+    assert!(!shown(0x1B36, 0x000D, [0x30, 0x03, 0x0C]) && !shown(0x8086, 0x1C2D, [0x20, 0x03, 0x0C]));
+    assert!(shown(0x8086, 0x1C22, [0, 0x05, 0x0C]), "SMBus is a serial bus as well");
 }
 
 fn told(awaited: &Awaited, host: &Host) -> Vec<(u16, u16)> {
