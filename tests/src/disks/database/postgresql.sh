@@ -6,7 +6,12 @@ SERVER=/tmp/server.log
 as_user() { (cd / && su postgres -c "$*"); }
 # However slow the machine is, it is the caller who gives up.
 start() { as_user "pg_ctl start -s -w -t 86400 -l $SERVER" || { cat $SERVER >&2; return 1; }; }
-stop() { as_user "pg_ctl stop -s -w -t 86400 -m fast" || { cat $SERVER >&2; return 1; }; }
+# pg_ctl waits for the server's file with its number alone: the process, whose working directory is on the disk, ends a moment later.
+stop() {
+  server=$(head -n 1 $PGDATA/postmaster.pid)
+  as_user "pg_ctl stop -s -w -t 86400 -m fast" || { cat $SERVER >&2; return 1; }
+  while kill -0 $server 2>/dev/null; do sleep 0.1; done
+}
 ask() { psql -qAtX -v ON_ERROR_STOP=1 "$@" || { cat $SERVER >&2; return 1; }; }
 has_shared_memory() { [ -d /dev/shm ] || { mkdir /dev/shm && mount -t tmpfs shm /dev/shm; }; }
 
