@@ -19,7 +19,8 @@ use crate::probe::disk::Found;
 /// The models that are tried with `--models all`. An SD card's controller hides its cache, and has a scenario of its own. Three of QEMU's
 /// cannot be had: `pvscsi` reads its requests and writes its completions at physical addresses of the host, past the IOMMU; `lsi53c895a`
 /// reads its program from its own BAR by DMA, which is not mapped for it; behind `mptsas1068` no disk appears.
-pub const MODELS: [&str; 6] = ["nvme", "ich9-ahci", "virtio-blk-pci", "virtio-scsi-pci", "megasas-gen2", "qemu-xhci"];
+pub const MODELS: [&str; 7] =
+    ["nvme", "ich9-ahci", "virtio-blk-pci", "virtio-scsi-pci", "megasas-gen2", "am53c974", "qemu-xhci"];
 
 /// Kinds of crashes, in turns.
 pub const KINDS: [Kind; 10] = [
