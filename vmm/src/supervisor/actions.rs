@@ -237,7 +237,6 @@ impl Supervisor {
         driver.masks.clear();
         driver.asked_to_mask = None;
         driver.has_settled();
-        driver.guests_are_live(now);
         self.restarted(n, now);
     }
 

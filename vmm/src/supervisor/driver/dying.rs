@@ -35,18 +35,12 @@ const EVIDENCE: Duration = Duration::from_millis(500);
 /// waits for, because nobody waits here.
 const RELEASE: Duration = Duration::from_secs(1);
 
-/// Time for the guests to go over to a spare that is ready, before the failed life is asked for its device all the same: to give that up
-/// costs as much of a processor as their whole outage.
-const GUESTS_FIRST: Duration = Duration::from_millis(100);
-
 /// A failed life without its device.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Dying {
     pub(super) life: Life,
     pub(super) console: Console,
     stage: Stage,
-    /// It is left alone until this time, or until the guests are live. Set where a spare that is ready has taken its place.
-    left_alone: Option<Time>,
     /// It still has its device, and may keep it until this time. Set where a spare has taken its place, so that no recovery waits.
     pub(in crate::supervisor) holds: Option<Time>,
     /// The report of its failure as last written. It is kept here because the driver VM's own becomes that of the next failure, if
@@ -147,18 +141,15 @@ impl Supervisor {
         };
         self.finish_last_words(n, "its process was killed".into());
         let driver = &mut self.drivers[n];
-        let stage = Stage::Speaking(until);
-        driver.dying = Some(Dying { life, console, stage, left_alone: None, holds: None, report: None });
+        driver.dying = Some(Dying { life, console, stage: Stage::Speaking(until), holds: None, report: None });
     }
 
-    /// The present life of driver VM `n` is to give its device up; nothing waits for it. `guests_first`: they are about to go over to the
-    /// spare.
-    pub(in crate::supervisor) fn retire(&mut self, n: DriverId, now: Time, guests_first: bool) {
+    /// The present life of driver VM `n` is to give its device up; nothing waits for it.
+    pub(in crate::supervisor) fn retire(&mut self, n: DriverId, now: Time) {
         self.set_aside(n, now);
         let driver = &mut self.drivers[n];
         let Some(dying) = &mut driver.dying else { return };
-        let until = if guests_first { now + GUESTS_FIRST } else { now };
-        (dying.left_alone, dying.holds) = (Some(until), Some(until + RELEASE));
+        dying.holds = Some(if dying.life.process.ask_to_release() { now + RELEASE } else { now });
         driver.press_on(now);
     }
 
@@ -229,33 +220,15 @@ impl DriverVm {
     /// When [`Self::press_on`] has something to do.
     pub(in crate::supervisor) fn press_on_due(&self) -> Option<Time> {
         let dying = self.dying.as_ref()?;
-        if dying.left_alone.is_some() {
-            return dying.left_alone;
-        }
         match dying.stage {
             Stage::Speaking(until) | Stage::Asked(until) => Some(dying.holds.map_or(until, |holds| holds.min(until))),
             Stage::Killed => None,
         }
     }
 
-    /// The guests are live: a life whose place the spare has taken is asked for its device.
-    pub(in crate::supervisor) fn guests_are_live(&mut self, now: Time) {
-        if let Some(left_alone) = self.dying.as_mut().and_then(|dying| dying.left_alone.as_mut()) {
-            *left_alone = now;
-            self.press_on(now);
-        }
-    }
-
     /// Takes the next step towards the end of the dying life, if the time for the present one is over.
     pub(in crate::supervisor) fn press_on(&mut self, now: Time) {
         let Some(dying) = self.dying.as_mut() else { return };
-        if let Some(until) = dying.left_alone {
-            if now < until {
-                return;
-            }
-            dying.left_alone = None;
-            dying.holds = Some(if dying.life.process.ask_to_release() { now + RELEASE } else { now });
-        }
         if dying.holds.is_some_and(|until| until <= now) && dying.stage != Stage::Killed {
             dying.life.process.kill();
             dying.stage = Stage::Killed;

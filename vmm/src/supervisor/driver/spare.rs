@@ -188,8 +188,7 @@ impl Supervisor {
         let failed = self.drivers[n].present;
         let alive = self.drivers[n].life.is_some();
         if alive {
-            let is_ready = self.drivers[n].lifecycle.carrier() == Carrier::Up;
-            self.retire(n, now, is_ready);
+            self.retire(n, now);
         } else {
             self.drivers[n].take_last_evidence();
         }
