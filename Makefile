@@ -75,10 +75,10 @@ test: build browser
 	  --beside '--workspace --test package' --beside '--workspace --test braked' \
 	  -- $(CARGO) test --release --no-fail-fast -- --test-threads=1
 
-# Scenarios that take longer than they may in `make test`. One of disk/faults.rs has not passed yet.
+# Scenarios that take longer than they may in `make test`.
 test-disks: build
 	@$(BENCH) setup
-	@$(CARGO) test --release -p umbra-tests --test disk -- --ignored --skip stalls_deaths --nocapture --test-threads=1
+	@$(CARGO) test --release -p umbra-tests --test disk -- --ignored --nocapture --test-threads=1
 
 bench: build
 	@echo '==> measuring the splitter alone'

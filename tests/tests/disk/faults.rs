@@ -348,7 +348,7 @@ fn errors_of_the_medium_are_the_guest_s_and_those_of_a_driver_are_masked_once() 
 }
 
 #[test]
-#[ignore = "not seen to pass to its end yet: `--ignored` runs it"]
+#[ignore = "takes four minutes: `make test-disks`"]
 fn stalls_deaths_in_replay_and_changed_disks_cost_no_write() {
     scenario(outlive_stalls_and_deaths);
 }
