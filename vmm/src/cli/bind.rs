@@ -129,7 +129,7 @@ fn unbound(machine: &Machine, pci: &Path) -> anyhow::Result<Vec<HostDevice>> {
     for (name, driver) in &machine.driver {
         for device in [&driver.device].into_iter().chain(&driver.spare) {
             let device = find(device)?;
-            if let Some(why) = device.unserved_as(machine.disks_of(name).next().is_some()) {
+            if let Some(why) = device.unserved_as(machine.serves_disks(name)) {
                 let source = Error::Unserved { bdf: device.bdf(), why };
                 bail!(RunError::from(PreflightError::Device { user: name.clone(), source }));
             }

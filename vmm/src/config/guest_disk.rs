@@ -134,6 +134,11 @@ impl Machine {
         })
     }
 
+    /// Whether `driver` serves disks.
+    pub fn serves_disks(&self, driver: &str) -> bool {
+        self.disks_of(driver).next().is_some()
+    }
+
     pub(super) fn check_disks(&self, place: &Place, guest: &Guest) -> Result<(), Problem> {
         for (n, disk) in guest.disk.iter().enumerate() {
             let place = place.index("disk", n);

@@ -93,8 +93,7 @@ impl Machine {
 
     /// Fills in what depends on other tables.
     fn fill_in(&mut self) {
-        let with_disks: Vec<_> =
-            self.driver.keys().filter(|name| self.disks_of(name).next().is_some()).cloned().collect();
+        let with_disks: Vec<_> = self.driver.keys().filter(|name| self.serves_disks(name)).cloned().collect();
         for (name, driver) in &mut self.driver {
             let default = if with_disks.contains(name) { DEFAULT_DISK_DRIVER_MEMORY } else { DEFAULT_DRIVER_MEMORY };
             driver.memory.get_or_insert(default);

@@ -39,14 +39,14 @@ pub fn sections(machine: &Machine, host: &Host, root: &Root) -> Vec<Section> {
     }
     for (name, driver) in &machine.driver {
         let mut findings = vec![image(driver)];
+        let disks = machine.serves_disks(name);
         let spare = driver.spare.iter().map(|spare| (spare, Use::Spare(name.clone())));
         for (address, of) in [(&driver.device, Use::Device(name.clone()))].into_iter().chain(spare) {
-            let disks = machine.disks_of(name).next().is_some();
-            let unserved = unserved(address, disks, host);
+            let unserved = |disks| unserved(address, disks, host);
             let mut function = function(address, (host, root), (&mut groups, of));
-            // What it is has been said then, or is right for disks.
-            function.retain(|finding| (unserved.is_none() && !disks) || finding.check != "device");
-            findings.extend(unserved.into_iter().chain(function));
+            // What no driver VM can serve is told by what it is for.
+            function.retain(|finding| finding.check != "device" || unserved(false).is_none());
+            findings.extend(unserved(disks).into_iter().chain(function));
         }
         findings.extend(locked_memory(name, driver.memory_or_default()));
         sections.push(Section { of: format!("[driver.{name}]"), findings });
@@ -260,6 +260,25 @@ mod tests {
         let all = sections.iter().flat_map(|section| &section.findings);
         let said: Vec<_> = all.filter(|finding| finding.what.contains("is a Wi-Fi card")).collect();
         assert!(said.len() == 1 && said[0].grade == Grade::Missing, "{said:#?}");
+    }
+
+    #[test]
+    fn a_device_of_disks_is_looked_at_as_any_other_but_for_what_usb_cannot_do() {
+        let bus = FakeBus::new();
+        let device = bus.add("0000:01:00.0", Some(1), Some("vfio-pci"));
+        let host = Host { pci: bus.0.path().into(), ..Host::default() };
+        let text = "[guest.web]\nkernel = \"k\"\ndisk = [{ driver = \"disk0\" }]\n\
+                    [driver.disk0]\ndevice = \"0000:01:00.0\"\nimage = \"i\"\n";
+        let said = |class: &str| {
+            std::fs::write(device.directory().join("class"), class).unwrap();
+            let sections = sections(&machine(text), &host, &Root::at(bus.0.path().into()));
+            let all = sections.into_iter().flat_map(|section| section.findings);
+            let device = all.filter(|finding| ["device", "driver VM"].contains(&finding.check));
+            device.map(|finding| (finding.grade, finding.what)).collect::<Vec<_>>()
+        };
+        assert_eq!(said("0x0c0330"), [], "a USB controller");
+        assert!(matches!(&said("0x010802")[..], [(Grade::Good, what)] if what.contains("storage")));
+        assert!(matches!(&said("0x060400")[..], [(Grade::Missing, what)] if what.contains("a bridge cannot")));
     }
 
     #[test]

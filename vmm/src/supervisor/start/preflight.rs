@@ -174,7 +174,7 @@ impl Checked {
         for (name, driver) in &machine.driver {
             let image =
                 Image::open(&driver.image).map_err(|source| PreflightError::Image { driver: name.clone(), source })?;
-            let disks = machine.disks_of(name).next().is_some();
+            let disks = machine.serves_disks(name);
             let device = check_served(name, (&driver.device, disks), host)?;
             groups.claim(&device, Use::Device(name.clone()))?;
             if let Some(spare) = &driver.spare {

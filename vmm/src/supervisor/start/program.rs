@@ -13,8 +13,11 @@ use crate::wire::spawn::Program;
 /// The program at `path`, as it is started for each VM of a machine that is confined so; `root` is the host's root folder. What the host
 /// does not allow is warned of.
 pub fn of_vms(path: PathBuf, confine: Confine, root: &Path, cgroups: Option<Cgroups>) -> Program {
-    let (users, pid_namespaces) = (users_of_vms(root, confine), pid_namespaces(confine));
-    Program { path, confine, users, namespaces: have_namespaces(confine), pid_namespaces, cgroups }
+    let users = users_of_vms(root, confine);
+    let namespaces =
+        if_root_may(namespaces::available, confine, "processes of VMs keep the host's namespaces and root folder");
+    let pid_namespaces = if_root_may(PidNamespaces::find, confine, "processes of VMs see the host's other processes");
+    Program { path, confine, users, namespaces: namespaces.is_some(), pid_namespaces, cgroups }
 }
 
 /// Whom the processes of VMs are handed to, by the files below `root`: where root starts them, and there is somebody.
@@ -26,23 +29,11 @@ fn users_of_vms(root: &Path, confine: Confine) -> Option<VmUsers> {
     Some(users)
 }
 
-/// Whether the processes of VMs have namespaces of their own: where root starts them, and may.
-fn have_namespaces(confine: Confine) -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        return false;
-    }
-    let available = namespaces::available();
-    if let (Err(error), Confine::On) = (&available, confine) {
-        tracing::warn!("processes of VMs keep the host's namespaces and root folder: {}", chain(error));
-    }
-    available.is_ok()
-}
-
-/// What starts the processes of VMs in PID namespaces of their own: where root starts them, and may.
-fn pid_namespaces(confine: Confine) -> Option<PidNamespaces> {
-    let found = nix::unistd::geteuid().is_root().then(PidNamespaces::find)?;
+/// What `find` finds of namespaces for the processes of VMs: where root starts them, and may. `without`: how they are else.
+fn if_root_may<T>(find: fn() -> Result<T, namespaces::Error>, confine: Confine, without: &str) -> Option<T> {
+    let found = nix::unistd::geteuid().is_root().then(find)?;
     if let (Err(error), Confine::On) = (&found, confine) {
-        tracing::warn!("processes of VMs see the host's other processes: {}", chain(error));
+        tracing::warn!("{without}: {}", chain(error));
     }
     found.ok()
 }
